@@ -1,0 +1,201 @@
+"""The typed containers that travel between the rooms: problems, prompts, rollouts, per-token tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FinishReason(StrEnum):
+    """Why a response ended."""
+
+    STOP = "stop"  # an end token or a stop string
+    LENGTH = "length"  # the token budget: a truncated response
+    ABORT = "abort"  # the engine gave up; never trained on
+
+
+class DemonstrationSource(StrEnum):
+    """Where the verified solution in a teacher's prompt came from."""
+
+    GROUP = "group"  # another correct rollout of the same group
+    SELF = "self"  # the rollout's own success (the sole correct one, when `exclude_self` is off)
+    REFERENCE = "reference"  # the data set's reference solution
+    REFERENCE_ANSWER = "reference_answer"  # only the final answer is known
+    FEEDBACK_ONLY = "feedback_only"  # no solution block, the assessment line alone
+    NONE = "none"  # no privileged context: u is masked to 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One verifiable problem. Exactly one of `prompt` (text) and `messages` (chat turns) is set.
+
+    `prompt_id` is stable across runs: the line's own `id` if it has one, else a hash of its content.
+    """
+
+    prompt_id: str
+    answer: str
+    prompt: str | None = None
+    messages: tuple[Mapping[str, str], ...] | None = None
+    solution: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """The text that the user asked: the raw prompt, or the last user turn."""
+        if self.prompt is not None:
+            return self.prompt
+        return next(m["content"] for m in reversed(self.messages or ()) if m["role"] == "user")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem rendered to token ids, ready for an engine."""
+
+    problem: Problem
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an engine samples. `top_k` 0 and `top_p` 1 switch the filters off; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 1024
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    `logprobs[t]` is the engine's log-probability of `response_ids[t]` at the sampling temperature, before top-p / top-k.
+    `loss_mask[t]` is False for response tokens that were not sampled by the policy (tool output, forced tokens).
+    """
+
+    prompt_id: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    weight_version: int
+    loss_mask: tuple[bool, ...] = ()
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.loss_mask:
+            object.__setattr__(self, "loss_mask", (True,) * len(self.response_ids))
+        if not len(self.response_ids) == len(self.logprobs) == len(self.loss_mask):
+            raise ValueError(
+                f"rollout {self.prompt_id}/{self.sample}: {len(self.response_ids)} response ids, "
+                f"{len(self.logprobs)} log-probs and {len(self.loss_mask)} mask entries must be equally many"
+            )
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason is FinishReason.LENGTH
+
+
+@dataclass(frozen=True)
+class Group:
+    """All rollouts of one prompt, delivered whole. `rewards` is filled by the collector."""
+
+    problem: Problem
+    rollouts: tuple[Rollout, ...]
+    rewards: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Example:
+    """A rewarded rollout with its group-relative advantage and its privileged prompt (None: no context, u is 0)."""
+
+    rollout: Rollout
+    reward: float
+    group_advantage: float
+    teacher_prompt_ids: tuple[int, ...] | None = None
+    demonstration_source: DemonstrationSource = DemonstrationSource.NONE
+    demonstration_sample: int = -1
+
+    @property
+    def has_context(self) -> bool:
+        return self.teacher_prompt_ids is not None
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """One packed (THD) micro-batch as one context-parallel rank holds it.
+
+    Shapes: `input_ids`, `position_ids` int64 [T_local]; `cu_seqlens` int32 [sequences + 1], the padded boundaries of the whole
+    pack before the context-parallel split (every length is a multiple of 2 * CP); `max_seqlen` the longest of them.
+    Each rank holds chunks r and 2 * CP - 1 - r of every sequence (the load-balanced layout of Transformer Engine).
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+@dataclass
+class TokenTable:
+    """Per-token numbers of a list of rollouts, flat over their response tokens.
+
+    Rollout i owns the flat positions offsets[i]:offsets[i+1]. Columns are [N] tensors on CPU (float32, masks bool); a column that
+    was not computed in this step is absent. Usual columns: `student_logprobs`, `teacher_logprobs`, `engine_logprobs`,
+    `student_entropy`, `teacher_entropy`, `pmi` (u), `term` (the per-token quantity that lambda multiplies), `advantage`,
+    `loss_mask`, `has_context`, `clipped`.
+    """
+
+    offsets: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def for_lengths(cls, lengths: Sequence[int]) -> TokenTable:
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        offsets[1:] = torch.tensor(list(lengths), dtype=torch.int64).cumsum(0)
+        return cls(offsets)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def rollouts(self) -> int:
+        return len(self.offsets) - 1
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def __setitem__(self, name: str, values: Tensor) -> None:
+        if values.shape != (self.tokens,):
+            raise ValueError(f"column {name!r} has shape {tuple(values.shape)}, the table has {self.tokens} tokens")
+        self.columns[name] = values
+
+    def rows(self, name: str) -> list[Tensor]:
+        """The column as one tensor a rollout."""
+        return list(torch.split(self.columns[name], (self.offsets[1:] - self.offsets[:-1]).tolist()))
+
+    def spread(self, per_rollout: Tensor) -> Tensor:
+        """[rollouts] -> [N]: each rollout's value at every one of its tokens."""
+        return torch.repeat_interleave(per_rollout, self.offsets[1:] - self.offsets[:-1])
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[TokenTable]) -> TokenTable:
+        lengths = torch.cat([t.offsets[1:] - t.offsets[:-1] for t in tables]).tolist()
+        out = cls.for_lengths(lengths)
+        names = set.intersection(*[set(t.columns) for t in tables]) if tables else set()
+        for name in sorted(names):
+            out[name] = torch.cat([t[name] for t in tables])
+        return out
