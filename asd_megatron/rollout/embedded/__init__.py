@@ -1,0 +1,1 @@
+"""The engine that samples on the training model itself: KV cache, sampler, engine."""
