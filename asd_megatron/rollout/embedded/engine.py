@@ -1,0 +1,367 @@
+"""The rollout engine that samples on the training model itself."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asd_megatron.distributed.layout import Groups
+from asd_megatron.distributed.objects import gather_objects
+from asd_megatron.errors import UserError
+from asd_megatron.models.port import ModelPort
+from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
+from asd_megatron.rollout.embedded.cache import KVCache
+from asd_megatron.rollout.embedded.sampler import StopCheck, check_params, draw, uniforms
+from asd_megatron.rollout.engine import RolloutError
+
+PREFILL_TOKENS = 16384  # padded prompt tokens in one forward: bounds its activations, not the batch
+NOISE_BLOCK = 64  # positions of noise drawn at once; a multiple of 4
+
+# What one forward's outcome means for a row, or for everybody.
+RUNNING, FINISHED, NON_FINITE, LATE = range(4)
+FAILURES = {
+    NON_FINITE: "the model returned non-finite numbers while sampling: the weights are broken (a diverged update, or a wrong "
+    "checkpoint); resume from an earlier checkpoint with a lower learning rate",
+    LATE: "sampling did not finish within the time limit; raise the limit, or lower sampling.max_response_tokens",
+}
+
+
+class Piece(NamedTuple):
+    """Samples first:first+count of submitted prompt `index`."""
+
+    index: int
+    first: int
+    count: int
+
+
+class Response(NamedTuple):
+    """One finished row as it travels to global rank 0."""
+
+    index: int
+    sample: int
+    ids: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+    reason: FinishReason
+    text: str
+
+
+@dataclass
+class SamplingStats:
+    """What the forwards of the last `collect` did on this rank's model-parallel group."""
+
+    prompt_tokens: int = 0  # without padding; each group's prompt once
+    forwards: int = 0  # one-token forwards
+    rows: int = 0  # rows summed over those forwards
+
+
+@dataclass(frozen=True)
+class _Submission:
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    step: int
+
+    def noise_names(self) -> list[str]:
+        """The prompt ids; a prompt that comes again gets a name of its own, else its samples would repeat the first one's."""
+        seen: Counter[str] = Counter()
+        names = []
+        for prompt in self.prompts:
+            name = prompt.problem.prompt_id
+            names.append(f"{name}#{seen[name]}" if seen[name] else name)
+            seen[name] += 1
+        return names
+
+
+class EmbeddedEngine:
+    """`RolloutEngine` on the training model: no second copy of the weights, nothing to synchronise.
+
+    Groups are spread over data-parallel ranks and sampled in batches of at most `max_batch_size` rows. The last pipeline stage's
+    first tensor-parallel rank draws; its tokens are broadcast, so all ranks of the model-parallel group stay in step. The noise of
+    a token is a function of (seed, step, prompt, sample, position) alone: samples depend on neither the layout nor the batch
+    (up to ties in floating point).
+
+    tokenizer: a Hugging Face tokenizer, for stop strings and `Rollout.text`; None leaves the text empty and refuses stop strings.
+    Sampling happens inside `collect`, on the weights the model then has. Raises UserError for virtual pipeline stages and context
+    parallelism.
+    """
+
+    def __init__(
+        self, port: ModelPort, groups: Groups, tokenizer: Any | None, seed: int, max_batch_size: int = 256
+    ) -> None:
+        if len(port.chunks) > 1:
+            raise UserError(
+                "the embedded rollout engine cannot sample with virtual pipeline stages: a token passes the stages one after the "
+                "other, so interleaving has nothing to overlap; set parallelism.virtual_pipeline to null"
+            )
+        if groups.cp.size() > 1:
+            raise UserError(
+                "the embedded rollout engine cannot sample with context parallelism: its cache holds each sequence on one rank; set "
+                "parallelism.context to 1"
+            )
+        if max_batch_size < 1:
+            raise UserError(f"rollout.max_batch_size is {max_batch_size}; give 1 or more")
+        self.stats = SamplingStats()
+        self._port = port
+        self._groups = groups
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._max_batch_size = max_batch_size
+        self._version = 0
+        self._queue: list[_Submission] = []
+        self._draws = port.is_last_stage and groups.tp.rank() == 0
+
+    @property
+    def weight_version(self) -> int:
+        return self._version
+
+    @property
+    def pending(self) -> int:
+        return sum(len(s.prompts) for s in self._queue)
+
+    def submit(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> None:
+        check_params(params)
+        StopCheck((), params.stop, self._decode)
+        limit = self._port.max_positions - params.max_new_tokens
+        for prompt in prompts:
+            if not 0 < len(prompt.ids) <= limit:
+                raise UserError(
+                    f"problem {prompt.problem.prompt_id}: its prompt has {len(prompt.ids)} tokens; with "
+                    f"{params.max_new_tokens} response tokens this model (max_position_embeddings {self._port.max_positions}) "
+                    f"takes 1 to {limit}; shorten the prompt or sampling.max_response_tokens"
+                )
+        if prompts:
+            self._queue.append(_Submission(tuple(prompts), params, step))
+
+    def collect(self, timeout: float) -> list[Group]:
+        if not self._queue:
+            return []
+        submission = self._queue.pop(0)
+        self.stats = SamplingStats()
+        with torch.no_grad(), self._port.sampling():
+            responses, outcome = self._sample(submission, time.monotonic() + timeout)
+        status = torch.tensor([outcome], device=self._port.device)
+        dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._groups.world)
+        if (failure := int(status)) in FAILURES:
+            self.abort()
+            raise RolloutError(FAILURES[failure])
+        return self._deliver(submission, responses)
+
+    def abort(self) -> None:
+        self._queue.clear()
+
+    def release(self) -> None:
+        """Nothing to free: the cache lives only inside `collect`."""
+
+    def resume(self) -> None:
+        """Nothing to take back."""
+
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Record the version; the stream is not read, the weights are the trainer's own."""
+        if version < self._version:
+            raise ValueError(f"weight version {version} after {self._version}: versions never decrease")
+        self._version = version
+
+    def close(self) -> None:
+        self.abort()
+
+    def _sample(self, submission: _Submission, deadline: float) -> tuple[list[Response], int]:
+        """This data-parallel rank's share of the groups; responses on the rank that draws."""
+        replica, replicas = self._groups.dp.rank(), self._groups.dp.size()
+        lengths = [len(prompt.ids) for prompt in submission.prompts]
+        mine = sorted(range(replica, len(lengths), replicas), key=lambda i: lengths[i])
+        responses: list[Response] = []
+        for chunk in plan_chunks(mine, submission.params.n, self._max_batch_size):
+            rows, outcome = self._sample_chunk(submission, chunk, deadline)
+            if outcome in FAILURES:
+                return [], outcome
+            if rows is not None:
+                responses += rows.responses()
+        return responses, FINISHED
+
+    def _sample_chunk(
+        self, submission: _Submission, chunk: Sequence[Piece], deadline: float
+    ) -> tuple[_Rows | None, int]:
+        device = self._port.device
+        rows = _Rows(self._seed, submission, chunk, self._decode) if self._draws else None
+        prompts = [submission.prompts[piece.index].ids for piece in chunk]
+        cache = KVCache(len(prompts), max(len(ids) for ids in prompts))
+        logits = self._prefill(prompts, cache)
+        # From one row a prompt to one row a sample.
+        repeat = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor([piece.count for piece in chunk]))
+        cache.expand(repeat)
+        logits = logits[repeat.to(device)] if logits is not None else None
+        positions = cache.lengths.to(device)
+        for _ in range(submission.params.max_new_tokens):
+            if rows is not None:
+                assert logits is not None
+                control = rows.draw(logits)
+                if time.monotonic() > deadline:
+                    control[1] = LATE
+            else:
+                control = torch.empty(2, cache.rows, dtype=torch.int64)
+            tokens, state = self._share(control)
+            if (outcome := int(state.max(initial=FINISHED))) in FAILURES:
+                return None, outcome
+            keep = compact(state == FINISHED)
+            if rows is not None:
+                rows.keep(keep)
+            if len(keep) == 0:
+                break
+            if len(keep) < cache.rows:
+                indices = torch.from_numpy(keep)
+                cache.keep(indices)
+                tokens, positions = tokens[indices.to(device)], positions[indices.to(device)]
+            cache.decode()
+            logits = self._forward(tokens[:, None], positions[:, None], cache)
+            positions = positions + 1
+            self.stats.forwards += 1
+            self.stats.rows += len(keep)
+        return rows, FINISHED
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor | None:
+        """Compute the prompts' keys and values; logits after each prompt [prompts, vocab] on the last stage."""
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        found: list[Tensor] = []
+        start = 0
+        while start < len(prompts):
+            stop = start + 1
+            while stop < len(prompts) and (stop + 1 - start) * int(lengths[start : stop + 1].max()) <= PREFILL_TOKENS:
+                stop += 1
+            width = int(lengths[start:stop].max())
+            ids = torch.zeros(stop - start, width, dtype=torch.int64)
+            for row, prompt in enumerate(prompts[start:stop]):
+                ids[row, : len(prompt)] = torch.tensor(prompt)
+            cache.prefill(start, lengths[start:stop])
+            positions = torch.arange(width).expand(stop - start, width)
+            logits = self._forward(ids.to(self._port.device), positions.to(self._port.device), cache)
+            if logits is not None:
+                found.append(logits)
+            start = stop
+        self.stats.prompt_tokens += int(lengths.sum())
+        return torch.cat(found) if found else None
+
+    def _forward(self, input_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor | None:
+        logits = self._port.decode(input_ids, positions, cache)
+        return logits[:, -1] if logits is not None else None
+
+    def _share(self, control: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
+        """The drawing rank's (tokens on the device, state per row on the host) on every rank of the model-parallel group."""
+        tp, pp = self._groups.tp, self._groups.pp
+        if tp.size() * pp.size() > 1:
+            control = control.to(self._port.device)
+            if tp.size() > 1 and self._port.is_last_stage:
+                dist.broadcast(control, group=tp, group_src=0)
+            if pp.size() > 1:
+                dist.broadcast(control, group=pp, group_src=pp.size() - 1)
+        return control[0].to(self._port.device), control[1].cpu().numpy()
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            raise UserError("sampling: stop strings need a tokenizer; give the engine one, or use stop_token_ids")
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def _deliver(self, submission: _Submission, responses: list[Response]) -> list[Group]:
+        """All ranks' responses as whole groups in submitted order, on global rank 0."""
+        named = [
+            r._replace(text=self._tokenizer.decode(r.ids.tolist(), skip_special_tokens=True))
+            if self._tokenizer is not None
+            else r
+            for r in responses
+        ]
+        gathered = gather_objects(named, 0, self._groups.world)
+        if gathered is None:
+            return []
+        by_group: list[list[Rollout]] = [[] for _ in submission.prompts]
+        for r in sorted((r for part in gathered for r in part), key=lambda r: (r.index, r.sample)):
+            prompt = submission.prompts[r.index]
+            by_group[r.index].append(
+                Rollout(
+                    prompt_id=prompt.problem.prompt_id,
+                    sample=r.sample,
+                    prompt_ids=prompt.ids,
+                    response_ids=tuple(r.ids.tolist()),
+                    logprobs=tuple(r.logprobs.tolist()),
+                    finish_reason=r.reason,
+                    weight_version=self._version,
+                    text=r.text,
+                )
+            )
+        return [Group(p.problem, tuple(rs)) for p, rs in zip(submission.prompts, by_group, strict=True)]
+
+
+class _Rows:
+    """The responses of a batch in the making, on the rank that draws."""
+
+    def __init__(self, seed: int, submission: _Submission, chunk: Sequence[Piece], decode: Any) -> None:
+        self._params = submission.params
+        names = submission.noise_names()
+        self._rows = [(p.index, sample) for p in chunk for sample in range(p.first, p.first + p.count)]
+        self._keys = [(seed, submission.step, names[index], sample) for index, sample in self._rows]
+        self._stops = StopCheck(self._params.stop_token_ids, self._params.stop, decode if self._params.stop else None)
+        shape = (len(self._rows), self._params.max_new_tokens)
+        self._ids = np.zeros(shape, dtype=np.int64)
+        self._logprobs = np.zeros(shape, dtype=np.float32)
+        self._noise = np.zeros((len(self._rows), NOISE_BLOCK))
+        self._length = np.zeros(len(self._rows), dtype=np.int64)
+        self._reason = [FinishReason.LENGTH] * len(self._rows)
+        self._alive = np.arange(len(self._rows))  # the row that each row of the batch is
+        self._position = 0
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """The next token of every row in the batch: int64 [2, B] on the host, tokens and states."""
+        at, alive = self._position, self._alive
+        tokens, logprobs = draw(logits, self._noise_at(at, logits.device), self._params)
+        self._ids[alive, at] = tokens.cpu().numpy()
+        self._logprobs[alive, at] = logprobs.cpu().numpy()
+        self._position = at + 1
+        self._length[alive] = at + 1
+        tail = self._ids[alive, max(0, at + 1 - self._stops.tail) : at + 1]
+        state = np.where(self._stops(tail), FINISHED, RUNNING)
+        for row in alive[state == FINISHED]:
+            self._reason[row] = FinishReason.STOP
+        if at + 1 == self._params.max_new_tokens:
+            state[:] = FINISHED
+        if not np.isfinite(self._logprobs[alive, at]).all():
+            state[:] = NON_FINITE
+        return torch.from_numpy(np.stack([self._ids[alive, at], state]))
+
+    def keep(self, indices: NDArray[np.int64]) -> None:
+        self._alive = self._alive[indices]
+
+    def responses(self) -> list[Response]:
+        return [
+            Response(index, sample, self._ids[row, :length], self._logprobs[row, :length], self._reason[row], "")
+            for row, ((index, sample), length) in enumerate(zip(self._rows, self._length, strict=True))
+        ]
+
+    def _noise_at(self, position: int, device: torch.device) -> Tensor | None:
+        if self._params.temperature == 0:
+            return None
+        if position % NOISE_BLOCK == 0:
+            for row in self._alive:
+                self._noise[row] = uniforms(*self._keys[row], NOISE_BLOCK, position)
+        return torch.from_numpy(self._noise[self._alive, position % NOISE_BLOCK]).to(device)
+
+
+def plan_chunks(indices: Sequence[int], n: int, max_rows: int) -> list[list[Piece]]:
+    """Batches of at most max_rows rows, whole groups in each; a group larger than that gets batches of its own."""
+    if n > max_rows:
+        return [[Piece(i, first, min(max_rows, n - first))] for i in indices for first in range(0, n, max_rows)]
+    per_chunk = max_rows // n
+    return [[Piece(i, 0, n) for i in indices[at : at + per_chunk]] for at in range(0, len(indices), per_chunk)]
+
+
+def compact(finished: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The surviving rows in their new order: a row keeps its place unless it lies past the new end; then it fills a gap."""
+    survivors = np.flatnonzero(~finished)
+    order = np.arange(len(survivors))
+    order[finished[: len(survivors)]] = survivors[survivors >= len(survivors)]
+    return order

@@ -1,0 +1,132 @@
+"""From logits to tokens: pure functions, the noise, and when a response ends."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asd_megatron.errors import UserError
+from asd_megatron.records import SamplingParams
+
+
+def check_params(params: SamplingParams) -> None:
+    """Raise UserError for sampling parameters that mean nothing."""
+    bounds = [
+        (params.temperature >= 0, "temperature", "0 (greedy) or more"),
+        (0 < params.top_p <= 1, "top_p", "above 0 and at most 1 (1 switches it off)"),
+        (params.top_k >= 0, "top_k", "0 (off) or more"),
+        (params.max_new_tokens >= 1, "max_new_tokens", "1 or more"),
+        (params.n >= 1, "n", "1 or more"),
+        (all(params.stop), "stop", "a list of strings that are not empty"),
+    ]
+    for valid, name, expected in bounds:
+        if not valid:
+            raise UserError(f"sampling: {name} is {getattr(params, name)!r}; give {expected}")
+
+
+def uniforms(
+    seed: int, step: int, prompt_id: str, sample: int, count: int, start: int = 0
+) -> NDArray[np.float64]:
+    """[count] float64 in [0, 1): the noise of response positions start:start+count.
+
+    A counter-based function of its arguments (Philox 4x64, keyed by a hash of the first four): any part of the sequence can be
+    had on its own, whatever else was sampled. `start` is a multiple of 4 (one Philox counter yields four numbers).
+    """
+    if start % 4:
+        raise ValueError(f"start is {start}; it must be a multiple of 4")
+    name = f"{seed}\0{step}\0{sample}\0{prompt_id}".encode()
+    key = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), dtype="<u8").astype(np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=start // 4)).random(count)
+
+
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """log_softmax(logits / temperature) over the last dimension, float32; temperature 0 (greedy) counts as 1."""
+    logits = logits.float()
+    if temperature not in (0.0, 1.0):
+        logits = logits / temperature
+    return torch.log_softmax(logits, dim=-1)
+
+
+def filter_probabilities(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set to zero what top-k, then top-p on what top-k left, exclude; not renormalised. [B, V] -> [B, V].
+
+    top-k keeps exactly k tokens (ties: lower id first). top-p keeps the smallest set of most probable tokens whose share reaches
+    top_p, the token that crosses it included, so at least one token stays.
+    """
+    vocabulary = probabilities.shape[-1]
+    if (top_k <= 0 or top_k >= vocabulary) and top_p >= 1:
+        return probabilities
+    ordered, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+    if 0 < top_k < vocabulary:
+        ordered[..., top_k:] = 0
+    if top_p < 1:
+        before = ordered.cumsum(-1) - ordered
+        excluded = before >= top_p * ordered.sum(-1, keepdim=True)
+        excluded[..., 0] = False
+        ordered = ordered.masked_fill(excluded, 0)
+    return torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+
+
+def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """The first token whose cumulative probability exceeds noise * total. Never a token of probability zero.
+
+    probabilities float64 [B, V], not negative, not necessarily summing to 1; noise float64 [B] in [0, 1). Returns int64 [B].
+    """
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1]
+    # noise * total may round up to total, which no cumulative probability exceeds.
+    threshold = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
+
+
+def draw(logits: Tensor, noise: Tensor | None, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Sample one token per row of logits [B, V] with noise float64 [B] (None only for temperature 0).
+
+    Returns (tokens int64 [B], log-probs float32 [B], taken before top-k and top-p).
+    """
+    logprobs = log_probabilities(logits, params.temperature)
+    if params.temperature == 0 or noise is None:
+        tokens = logits.argmax(-1)
+    else:
+        probabilities = filter_probabilities(logprobs.double().exp_(), params.top_k, params.top_p)
+        tokens = inverse_cdf(probabilities, noise)
+    # Non-finite logits may send the search past the end; their log-prob, also non-finite, tells.
+    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+class StopCheck:
+    """Tells which rows' newest token ends their response: an end token, or the last part of a stop string.
+
+    decode: token ids -> text, special tokens included; needed only for stop strings. `tail` is how many tokens a check needs:
+    enough to hold the longest stop string if every token were one byte of it, and a few for context.
+    """
+
+    CONTEXT = 4
+
+    def __init__(
+        self, stop_token_ids: Sequence[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str] | None
+    ) -> None:
+        if stop and decode is None:
+            raise UserError("sampling: stop strings need a tokenizer; give the engine one, or use stop_token_ids")
+        self._ids = np.array(sorted(stop_token_ids), dtype=np.int64)
+        self._strings = tuple(stop)
+        self._decode = decode
+        self.tail = max(len(s.encode()) for s in stop) + self.CONTEXT if stop else 1
+
+    def __call__(self, responses: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """responses [B, t]: the last `tail` ids so far (or all of fewer), the newest last. -> [B]
+
+        Earlier tokens were checked when they were the newest.
+        """
+        ended = np.isin(responses[:, -1], self._ids)
+        if self._strings and self._decode is not None:
+            for row in np.flatnonzero(~ended):
+                text = self._decode(responses[row].tolist())
+                ended[row] = any(s in text for s in self._strings)
+        return ended
