@@ -1,0 +1,50 @@
+"""The method, as pure functions of tensors; one file a part of the paper. Nothing here communicates or knows about
+models."""
+
+from asd_megatron.antisd.advantage import AdvantageError, compose, group_advantages
+from asd_megatron.antisd.divergence import (
+    CONDITIONS,
+    Condition,
+    UnknownCondition,
+    condition,
+    entropy_mask,
+    phi,
+    pmi,
+    signal,
+    term,
+    term_mask,
+)
+from asd_megatron.antisd.gate import Gate, GateError
+from asd_megatron.antisd.normalization import finish_term, moments, normalize_term, term_statistics
+from asd_megatron.antisd.policy_loss import AggregationError, clipped_policy_loss, importance_weights, token_weights
+from asd_megatron.antisd.privileged import Demonstration, PrivilegedContextError, choose_demonstrations, feedback
+
+__all__ = [
+    "CONDITIONS",
+    "AdvantageError",
+    "AggregationError",
+    "Condition",
+    "Demonstration",
+    "Gate",
+    "GateError",
+    "PrivilegedContextError",
+    "UnknownCondition",
+    "choose_demonstrations",
+    "clipped_policy_loss",
+    "compose",
+    "condition",
+    "entropy_mask",
+    "feedback",
+    "finish_term",
+    "group_advantages",
+    "importance_weights",
+    "moments",
+    "normalize_term",
+    "phi",
+    "pmi",
+    "signal",
+    "term",
+    "term_mask",
+    "term_statistics",
+    "token_weights",
+]

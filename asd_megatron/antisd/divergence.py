@@ -1,0 +1,158 @@
+"""The per-token quantity: PMI u (Eq. 4), the bounded shape phi (Eq. 6), and the conditions that use them.
+
+Everything is element-wise over response tokens, in nats, without communication; any float dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from asd_megatron.errors import UserError
+
+
+class UnknownCondition(UserError, ValueError):
+    """The recipe names an algorithm that does not exist."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One experimental condition of the paper: how u becomes an advantage and what the gate listens to.
+
+    With q = u (`shape` "identity") or q = phi(u) ("phi"), lambda from the gate and A_seq the group-relative advantage:
+
+    * additive:        A = A_seq + sign * lambda * q
+    * multiplicative:  A = A_seq * max(0, 1 + sign * lambda * q * sgn(A_seq))
+
+    So `sd` (+1, identity) is A_seq + lambda * u (Eq. 2, 3) and `antisd` (-1, phi) is A_seq - lambda * phi(u) (Eq. 6).
+
+    Attributes:
+        name: the recipe's `algorithm.name`.
+        uses_teacher: the term or the gate needs the privileged scoring pass.
+        sign: of the term in the advantage; 0 leaves A_seq alone (`grpo`).
+        composition: how the term meets A_seq.
+        shape: q as a function of u.
+        gated: lambda follows the entropy gate; otherwise it is lambda_max (after a warm-up, if the recipe gives one).
+        gate_entropy: whose full-vocabulary entropy H is the median of. For ungated conditions H is only logged.
+        u_source: "teacher": u = t - s (Eq. 4). "student": u = -s, the ablation `no_teacher`.
+    """
+
+    name: str
+    uses_teacher: bool = True
+    sign: int = -1
+    composition: Literal["additive", "multiplicative"] = "additive"
+    shape: Literal["phi", "identity"] = "phi"
+    gated: bool = True
+    gate_entropy: Literal["teacher", "student"] | None = "teacher"
+    u_source: Literal["teacher", "student"] = "teacher"
+
+
+CONDITIONS: dict[str, Condition] = {
+    c.name: c
+    for c in (
+        Condition("grpo", uses_teacher=False, sign=0, gated=False, gate_entropy=None),
+        Condition("sd", sign=1, shape="identity", gated=False),
+        Condition("antisd"),
+        Condition("reverse_kl_ascent", shape="identity"),
+        Condition("no_gate", gated=False),
+        Condition("multiplicative", composition="multiplicative"),
+        Condition("student_entropy_gate", gate_entropy="student"),
+        Condition("no_teacher", uses_teacher=False, gate_entropy="student", u_source="student"),
+    )
+}
+
+
+def condition(name: str) -> Condition:
+    """The condition of that recipe name. Raises UnknownCondition, which lists the names that exist."""
+    if name not in CONDITIONS:
+        raise UnknownCondition(f"algorithm.name {name!r} does not exist; choose one of {', '.join(CONDITIONS)}")
+    return CONDITIONS[name]
+
+
+def pmi(teacher_logprobs: Tensor, student_logprobs: Tensor) -> Tensor:
+    """u = t - s, the conditional PMI of a token and the privileged context (Eq. 4); detached, in nats."""
+    return teacher_logprobs.detach() - student_logprobs.detach()
+
+
+def phi(u: Tensor) -> Tensor:
+    """phi(u) = (softplus(u) - log 2) / 2 (Eq. 6), to full relative precision; same shape and dtype.
+
+    Strictly increasing, phi(0) = 0 exactly, the sign of u, phi'(u) = sigmoid(u) / 2, phi >= -(log 2) / 2, unbounded
+    above (Lemma 5). Minus phi is the derivative of the Jensen-Shannon f at r = exp(-u) (Lemma 4).
+    """
+    # log((1 + e^u) / 2) without overflow or cancellation; the clamps keep the branch that is not taken finite.
+    above = u + torch.log1p(torch.expm1(-u.clamp(min=0)) / 2)
+    below = torch.log1p(torch.expm1(u.clamp(max=0)) / 2)
+    return torch.where(u > 0, above, below) / 2
+
+
+def identity(u: Tensor) -> Tensor:
+    """u itself: the reverse-KL term of SD and of its ascent (Eq. 2, Lemma 1)."""
+    return u
+
+
+SHAPES = {"phi": phi, "identity": identity}
+
+
+def signal(
+    cond: Condition | str, student_logprobs: Tensor, teacher_logprobs: Tensor | None, has_context: Tensor | None = None
+) -> Tensor:
+    """u of every response token [N] under the condition, detached.
+
+    Args:
+        student_logprobs: s, under the scoring weights.
+        teacher_logprobs: t, under the same weights; None only when the condition's `u_source` is "student".
+        has_context: bool [N], the rollout has a privileged prompt. Where False, t means nothing and u is exactly 0
+            (whatever t holds, NaN included). None: all have one. Ignored for `u_source` "student", which needs no
+            context.
+    """
+    c = _resolve(cond)
+    if c.u_source == "student":
+        return -student_logprobs.detach()
+    if teacher_logprobs is None:
+        raise ValueError(f"condition {c.name!r} takes u from the teacher: pass teacher_logprobs")
+    u = pmi(teacher_logprobs, student_logprobs)
+    return u if has_context is None else torch.where(has_context, u, torch.zeros_like(u))
+
+
+def term(cond: Condition | str, u: Tensor, *, pmi_clip: float | None = None) -> Tensor:
+    """The per-token quantity q that lambda multiplies: phi(u) or u, after clamping u to +-pmi_clip; detached."""
+    u = u.detach()
+    if pmi_clip is not None:
+        u = u.clamp(-pmi_clip, pmi_clip)
+    return SHAPES[_resolve(cond).shape](u)
+
+
+def term_mask(
+    cond: Condition | str,
+    sampled: Tensor,
+    has_context: Tensor,
+    positions: Tensor | None = None,
+    max_position: int | None = None,
+) -> Tensor:
+    """Which tokens carry a term: bool [N].
+
+    A token does if it was sampled (`sampled`), its rollout has privileged context (not asked of `u_source` "student")
+    and its response position (`positions`, int64, from 0) is below `max_position`.
+    """
+    mask = entropy_mask(_resolve(cond), sampled, has_context)
+    if max_position is not None:
+        if positions is None:
+            raise ValueError("term_max_position needs the tokens' response positions")
+        mask = mask & (positions < max_position)
+    return mask
+
+
+def entropy_mask(cond: Condition | str, sampled: Tensor, has_context: Tensor) -> Tensor:
+    """Which tokens count in H: bool [N].
+
+    Sampled tokens of rollouts with privileged context; for `u_source` "student", which needs none, all sampled tokens.
+    """
+    return sampled if _resolve(cond).u_source == "student" else sampled & has_context
+
+
+def _resolve(cond: Condition | str) -> Condition:
+    return condition(cond) if isinstance(cond, str) else cond

@@ -1,0 +1,98 @@
+"""Which passes over the model one step of a recipe needs, and why. Pure: no tensors, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from asd_megatron.antisd.divergence import Condition
+from asd_megatron.antisd.divergence import condition as condition_named
+
+BACKWARD_COST = 2  # a backward pass in forwards
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """The passes of one step.
+
+    Attributes:
+        student_scoring: a forward pass of the student over the whole batch, before the update.
+        teacher_scoring: a forward pass of the privileged sequences, before the update.
+        head: of the update. "fused": loss and gradient in one sweep over the vocabulary (6 T H V). "two_phase":
+            log-probs first, the backward pass recomputes the logits (8 T H V).
+        updates: optimizer steps.
+        forwards_per_step: cost of the step over the batch in forward passes, a backward counted as two.
+        reasons: one sentence a decision, for the start-up report.
+    """
+
+    student_scoring: bool
+    teacher_scoring: bool
+    head: Literal["fused", "two_phase"]
+    updates: int
+    forwards_per_step: int
+    reasons: tuple[str, ...]
+
+
+def plan(
+    condition: Condition | str,
+    updates: int = 1,
+    term_normalization: str = "none",
+    *,
+    epochs: int = 1,
+    log_pmi: bool = False,
+) -> PassPlan:
+    """Derive the passes from the recipe.
+
+    Args:
+        condition: of the algorithm. updates: mini-batches a batch is cut into. epochs: times all of them are trained.
+        term_normalization: none, sequence or batch. log_pmi: score the teacher even where nothing but the log needs it.
+    """
+    c = condition_named(condition) if isinstance(condition, str) else condition
+    if updates < 1 or epochs < 1:
+        raise ValueError(f"updates_per_batch {updates} and epochs {epochs} must be at least 1")
+    if term_normalization not in ("none", "sequence", "batch"):
+        raise ValueError(f"term_normalization {term_normalization!r} does not exist; choose none, sequence or batch")
+    normalization = term_normalization if c.sign else "none"  # without a term in the loss there is nothing to scale
+    reasons: list[str] = []
+
+    teacher = c.uses_teacher or log_pmi
+    if c.uses_teacher:
+        needs = "u = t - s needs its log-probs"
+        if c.gated and c.gate_entropy == "teacher":
+            needs += ", the gate its entropy"
+        reasons.append(f"teacher scoring pass: {needs} before the update (1 forward)")
+    elif teacher:
+        reasons.append(f"teacher scoring pass: only to log u (log_pmi), {c.name} does not use it (1 forward)")
+    else:
+        reasons.append(f"no teacher pass: {c.name} uses no privileged context")
+
+    because = []
+    if updates * epochs > 1:
+        because.append(f"{updates * epochs} updates a batch share the log-probs, u and lambda from before the first")
+    if c.gated and c.gate_entropy == "student":
+        because.append("the gate reads the student's entropy, so lambda must be known before the update")
+    if normalization == "batch":
+        because.append("term_normalization batch needs every token's term before any token's loss")
+    student = bool(because)
+    if student:
+        reasons.append(f"student scoring pass: {'; '.join(because)} (1 forward)")
+    else:
+        reasons.append("no student scoring pass: with one update a batch its own log-probs are the old ones")
+
+    head: Literal["fused", "two_phase"] = "fused"
+    if normalization == "sequence" and not student:
+        head = "two_phase"
+        reasons.append(
+            "two-phase head (8 T H V): term_normalization sequence needs a rollout's log-probs before its loss"
+        )
+    elif student:
+        reasons.append("fused head (6 T H V): advantages are known before the update")
+    else:
+        reasons.append("fused head (6 T H V): every token's weight depends on that token alone")
+
+    update_cost = (1 + BACKWARD_COST) * epochs
+    forwards = update_cost + student + teacher
+    times = f"{updates * epochs} updates" if updates * epochs > 1 else "1 update"
+    over = f" over {epochs} epochs" if epochs > 1 else ""
+    reasons.append(f"{times}{over}: {update_cost} forwards' worth; {forwards} a step in all")
+    return PassPlan(student, teacher, head, updates * epochs, forwards, tuple(reasons))
