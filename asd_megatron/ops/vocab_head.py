@@ -1,0 +1,336 @@
+"""The LM head fused with what is wanted of its logits: a target's log-probability and the whole entropy.
+
+The head is sharded over the vocabulary on a tensor-parallel group. Logits exist one tile at a time, [token_block,
+local rows], in float32; log-probs and entropies (nats) are exact over the valid vocabulary. Two forms:
+
+* `linear_logprob` is differentiable in the ordinary way and computes every tile again in backward: 8 N H V flops, and
+  one collective in each direction (plus those of sequence parallelism).
+* `linear_token_loss` is told the loss, so that a tile gives log-probs, loss and gradient at once: 6 N H V flops, one
+  small collective a tile. The gradient exists when forward returns.
+
+With log p = z - logsumexp(z) and H = -sum(p log p), all at the temperature:
+
+    d log p_y / d z_v = [v = y] - p_v          d H / d z_v = -p_v (log p_v + H)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from asd_megatron.ops.gemm import accumulation_dtype, add_product_, operand, product
+from asd_megatron.ops.main_grad import WeightGradient
+from asd_megatron.ops.vocab_shard import VocabShard, merge_softmax
+
+__all__ = ["TokenLoss", "VocabShard", "linear_logprob", "linear_token_loss"]
+
+TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
+"""(logprobs [n], entropy [n], block) to the block's share of the loss; `block` is the slice of the N rows in hand."""
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    shard: VocabShard,
+    *,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    token_block: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and full-vocabulary entropy from hidden states, both differentiable.
+
+    `hidden` [T_local, H] and `weight` [padded rows, H] share a dtype; `target` int64 [N] holds global token ids;
+    `rows` int64 [N] selects the tokens (None: all, N = T) of the whole, sequence-gathered token dimension.
+    `token_block` bounds a tile's rows (None: by memory). Returns float32 [N] twice, equal on every rank. A target
+    outside the vocabulary gives -inf.
+
+    Collective over `shard.group`: forward and backward, same N, target and rows on all its ranks; N = 0 is fine.
+    Upstream gradients must be equal on all ranks. The weight's gradient goes to `weight.main_grad` if that exists,
+    see `main_grad.py`.
+    """
+    rows, block = _checked(hidden, weight, target, shard, rows, temperature, token_block)
+    return _LinearLogprob.apply(hidden, weight, target, rows, shard, temperature, block)
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    token_loss: TokenLoss,
+    shard: VocabShard,
+    *,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    token_block: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A sum of per-token losses of log p(target) and entropy, with its gradient.
+
+    Returns (loss scalar, logprobs [N], entropy [N]), float32, the last two detached.
+
+    `token_loss(logprobs [n], entropy [n], block)` is called for consecutive blocks under autograd and returns the
+    block's share; it must be token-local and deterministic. Arguments as in `linear_logprob`.
+
+    With `weight.main_grad`, its gradient is added there *in forward*, and backward requires an upstream gradient of
+    exactly 1 (scale inside `token_loss`): RuntimeError otherwise. Under `torch.no_grad` nothing is differentiated and
+    `main_grad` is left alone.
+    """
+    rows, block = _checked(hidden, weight, target, shard, rows, temperature, token_block)
+    differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearTokenLoss.apply(hidden, weight, target, rows, token_loss, shard, temperature, block, differentiate)
+
+
+def _checked(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    shard: VocabShard,
+    rows: Tensor | None,
+    temperature: float,
+    token_block: int | None,
+) -> tuple[Tensor | None, int]:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden must be [T, H] and weight [rows, H] of one dtype: they are {hidden.dtype} {tuple(hidden.shape)} "
+            f"and {weight.dtype} {tuple(weight.shape)}"
+        )
+    tokens = hidden.shape[0] * (shard.world if shard.sequence_parallel else 1)
+    wanted = tokens if rows is None else rows.shape[0]
+    if target.shape != (wanted,):
+        raise ValueError(f"target has shape {tuple(target.shape)}, but {wanted} tokens are selected")
+    if shard.rows > weight.shape[0]:
+        raise ValueError(f"the shard has {shard.rows} valid rows, the weight only {weight.shape[0]}")
+    if not temperature > 0:
+        raise ValueError(f"the temperature must be positive: it is {temperature}")
+    if token_block is not None and token_block < 1:
+        raise ValueError(f"token_block must be at least 1: it is {token_block}")
+    return rows, token_block or _default_block(weight)
+
+
+def _default_block(weight: Tensor) -> int:
+    """Rows of a tile: 512 MiB of float32 on a GPU, 64 MiB elsewhere. Equal on all ranks, as their weights' length."""
+    elements = 1 << 27 if weight.is_cuda else 1 << 24
+    return max(64, elements // max(weight.shape[0], 1) // 64 * 64)
+
+
+class _Tiles:
+    """The logits of one call, tile by tile."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        rows: Tensor | None,
+        shard: VocabShard,
+        temperature: float,
+        block: int,
+    ) -> None:
+        self.whole = shard.gather_tokens(hidden)  # [T, H]
+        self.weight = operand(weight[: shard.rows])  # [v, H]
+        self.rows = rows
+        self.shard = shard
+        self.temperature = temperature
+        self.block = block
+        self.count = target.shape[0]
+        local = target - shard.start
+        self.owned = (local >= 0) & (local < shard.rows)  # [N]
+        self.local = local.clamp(0, max(shard.rows - 1, 0))
+        self.dtype = accumulation_dtype(hidden.dtype)
+
+    def blocks(self) -> Iterator[slice]:
+        for start in range(0, self.count, self.block):
+            yield slice(start, min(start + self.block, self.count))
+
+    def hidden(self, block: slice) -> Tensor:
+        return operand(self.whole[block] if self.rows is None else self.whole[self.rows[block]])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the temperature [n, v], in the accumulation dtype."""
+        tile = product(hidden, self.weight.t())
+        return tile if self.temperature == 1.0 else tile.mul_(1.0 / self.temperature)
+
+    def statistics(self, tile: Tensor, block: slice) -> Tensor:
+        """(maximum, total, moment, target's logit) [4, n] of this rank's vocabulary; `tile` becomes z - maximum."""
+        n, v = tile.shape
+        out = torch.zeros(4, n, dtype=tile.dtype, device=tile.device)
+        if v == 0:
+            out[0] = out[3] = -torch.inf
+            return out
+        picked = tile.gather(1, self.local[block, None])[:, 0]
+        out[3] = torch.where(self.owned[block], picked, -torch.inf)
+        out[0] = tile.amax(1)
+        tile.sub_(out[0][:, None])
+        weights = tile.exp()
+        torch.sum(weights, 1, out=out[1])
+        out[2] = torch.einsum("nv,nv->n", weights, tile)
+        return out
+
+    def reduce(self, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[4, n] of every rank to (logsumexp, log-prob of the target, entropy), each [n]. One collective."""
+        parts = self.shard.gather_ranks(statistics)
+        top, total, moment = merge_softmax(parts[:, 0], parts[:, 1], parts[:, 2])
+        log_total = total.log()
+        return top + log_total, parts[:, 3].amax(0) - top - log_total, log_total - moment / total
+
+    def logit_gradient(
+        self, tile: Tensor, offset: Tensor, entropy: Tensor, g_logprob: Tensor, g_entropy: Tensor | None, block: slice
+    ) -> Tensor:
+        """d loss / d (hidden @ weight.T) [n, v].
+
+        `tile` is z plus any per-row constant, `offset` [n] makes it log p. Destroys `tile`.
+        """
+        g_logprob = g_logprob / self.temperature
+        logp = tile.add_(offset[:, None])
+        if g_entropy is None:
+            gradient = logp.exp_().mul_(-g_logprob[:, None])
+        else:
+            p = logp.exp()
+            g_entropy = g_entropy / self.temperature
+            gradient = logp.add_(entropy[:, None]).mul_(-g_entropy[:, None]).sub_(g_logprob[:, None]).mul_(p)
+        if gradient.shape[1]:
+            own = torch.where(self.owned[block], g_logprob, 0.0)
+            gradient.scatter_add_(1, self.local[block, None], own[:, None])
+        return gradient
+
+
+class _Gradients:
+    """The two gradients of one call, filled tile by tile."""
+
+    def __init__(self, tiles: _Tiles, hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool) -> None:
+        self.tiles = tiles
+        self.local = hidden.new_empty((tiles.count, hidden.shape[1])) if for_hidden else None
+        self.weight = WeightGradient(weight, tiles.dtype) if for_weight else None
+
+    def add(self, gradient: Tensor, hidden: Tensor, block: slice) -> None:
+        """`gradient` [n, v] of the logits of `hidden` [n, H]."""
+        if self.local is not None:
+            self.local[block] = product(gradient, self.tiles.weight)
+        if self.weight is not None and self.tiles.shard.rows:
+            add_product_(self.weight.buffer[: self.tiles.shard.rows], gradient.t(), hidden)
+
+    def hidden(self) -> Tensor | None:
+        """[T_local, H], summed over the vocabulary's ranks. Collective; call once."""
+        if self.local is None:
+            return None
+        tiles = self.tiles
+        return tiles.shard.reduce_hidden_gradient(self.local, tiles.rows, tiles.whole.shape[0])
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        rows: Tensor | None,
+        shard: VocabShard,
+        temperature: float,
+        block: int,
+    ) -> tuple[Tensor, Tensor]:
+        tiles = _Tiles(hidden, weight, target, rows, shard, temperature, block)
+        statistics = torch.empty(4, tiles.count, dtype=tiles.dtype, device=hidden.device)
+        for b in tiles.blocks():
+            statistics[:, b] = tiles.statistics(tiles.logits(tiles.hidden(b)), b)
+        lse, logprobs, entropy = tiles.reduce(statistics)
+        ctx.save_for_backward(hidden, weight, target, rows, lse, entropy)
+        ctx.weight = weight  # the parameter itself: it carries Megatron's attributes
+        ctx.settings = (shard, temperature, block)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_logprobs: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, target, rows, lse, entropy = ctx.saved_tensors
+        tiles = _Tiles(hidden, weight, target, rows, *ctx.settings)
+        gradients = _Gradients(tiles, hidden, ctx.weight, *ctx.needs_input_grad[:2])
+        g_logprobs = torch.zeros_like(lse) if g_logprobs is None else g_logprobs
+        for b in tiles.blocks():
+            h = tiles.hidden(b)
+            g_h = None if g_entropy is None else g_entropy[b]
+            gradients.add(tiles.logit_gradient(tiles.logits(h), -lse[b], entropy[b], g_logprobs[b], g_h, b), h, b)
+        d_weight = None
+        if gradients.weight is not None:
+            gradients.weight.flush()
+            d_weight = gradients.weight.result()
+        return gradients.hidden(), d_weight, None, None, None, None, None
+
+
+class _LinearTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        rows: Tensor | None,
+        token_loss: TokenLoss,
+        shard: VocabShard,
+        temperature: float,
+        block: int,
+        differentiate: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tiles = _Tiles(hidden, weight, target, rows, shard, temperature, block)
+        needed = ctx.needs_input_grad[:2] if differentiate else (False, False)
+        gradients = _Gradients(tiles, hidden, weight, *needed)
+        loss = torch.zeros((), dtype=tiles.dtype, device=hidden.device)
+        logprobs, entropy = torch.empty(2, tiles.count, dtype=tiles.dtype, device=hidden.device)
+        for b in tiles.blocks():
+            h = tiles.hidden(b)
+            tile = tiles.logits(h)
+            statistics = tiles.statistics(tile, b)
+            lse, logprobs[b], entropy[b] = tiles.reduce(statistics)
+            share, g_logprobs, g_entropy = _differentiated(token_loss, logprobs[b], entropy[b], b, differentiate)
+            loss += share
+            if differentiate:
+                offset = statistics[0] - lse
+                gradients.add(tiles.logit_gradient(tile, offset, entropy[b], g_logprobs, g_entropy, b), h, b)
+        ctx.d_hidden, ctx.weight_gradient = gradients.hidden(), gradients.weight
+        if gradients.weight is not None:
+            gradients.weight.flush()
+        ctx.mark_non_differentiable(logprobs, entropy)
+        return loss, logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_loss: Tensor, _g_logprobs: Tensor, _g_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, weight_gradient = ctx.d_hidden, ctx.weight_gradient
+        del ctx.d_hidden, ctx.weight_gradient
+        scale = float(g_loss)
+        d_weight = None
+        if weight_gradient is not None:
+            if weight_gradient.in_main_grad and scale != 1.0:
+                raise RuntimeError(
+                    f"linear_token_loss has already added to main_grad, but backward scales its loss by {scale}: scale "
+                    "inside token_loss (Megatron: calculate_per_token_loss, a three-tuple loss, no grad_scale_func)"
+                )
+            d_weight = weight_gradient.result()
+            if d_weight is not None and not weight_gradient.in_main_grad and scale != 1.0:
+                d_weight.mul_(scale)
+        if d_hidden is not None and scale != 1.0:
+            d_hidden.mul_(scale)
+        return d_hidden, d_weight, None, None, None, None, None, None, None
+
+
+def _differentiated(
+    token_loss: TokenLoss, logprobs: Tensor, entropy: Tensor, block: slice, differentiate: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The block's loss and its derivatives in log-prob [n] and entropy [n] (None: the loss does not depend on it)."""
+    logprobs, entropy = logprobs.detach().clone(), entropy.detach().clone()
+    zero = torch.zeros_like(logprobs)
+    if not differentiate:
+        return token_loss(logprobs, entropy, block).detach(), zero, None
+    with torch.enable_grad():
+        logprobs.requires_grad_()
+        entropy.requires_grad_()
+        share = token_loss(logprobs, entropy, block)
+        if not share.requires_grad:  # a block of weightless tokens may be a constant
+            return share.detach(), zero, None
+        g_logprobs, g_entropy = torch.autograd.grad(share, (logprobs, entropy), allow_unused=True)
+    return share.detach(), zero if g_logprobs is None else g_logprobs, g_entropy
