@@ -18,28 +18,30 @@ class RolloutError(UserError):
 class RolloutEngine(Protocol):
     """Turns prompts into whole groups of responses.
 
-    **Lifecycle.** `load_weights` once, then any number of `submit` ... `collect` until `pending` is 0, `load_weights` again when
-    the weights have changed, `close` at the end. `submit` may be called again while groups are still pending, and `load_weights`
-    between a `submit` and its `collect` (training overlapped with generation); an engine that cannot do this raises.
-    `release` gives the engine's accelerator memory to the trainer, `resume` takes it back before the next `submit`; an engine
-    that holds none ignores both.
+    **Lifecycle.** `load_weights` once, then any number of `submit` ... `collect` until `pending` is 0, `load_weights`
+    again when the weights have changed, `close` at the end. `submit` may be called again while groups are still
+    pending, and `load_weights` between a `submit` and its `collect` (training overlapped with generation); an engine
+    that cannot do this raises. `release` gives the engine's accelerator memory to the trainer, `resume` takes it back
+    before the next `submit`; an engine that holds none ignores both.
 
     **All ranks.** The program is the same on every rank: every rank calls every method in the same order with the same
-    arguments. Groups come back on global rank 0 and `[]` on all other ranks. `pending` and every exception are the same on all
-    ranks, so that no rank waits for one that has given up.
+    arguments. Groups come back on global rank 0 and `[]` on all other ranks. `pending` and every exception are the same
+    on all ranks, so that no rank waits for one that has given up.
 
-    **Groups.** A group is delivered once, whole (all `params.n` samples, in order of `sample`) or not at all. One `collect`
-    returns what is finished, in submitted order; over several calls the order is that of completion. A rollout that the engine
-    had to give up is in its group with `FinishReason.ABORT`: the caller decides what happens to the group, and never trains on it.
+    **Groups.** A group is delivered once, whole (all `params.n` samples, in order of `sample`) or not at all. One
+    `collect` returns what is finished, in submitted order; over several calls the order is that of completion. A
+    rollout that the engine had to give up is in its group with `FinishReason.ABORT`: the caller decides what happens to
+    the group, and never trains on it.
 
-    **Weights.** Each rollout carries the `weight_version` under which its first token was sampled: the number last given to
-    `load_weights` (0 before the first). `logprobs` are those of the sampled distribution before top-p and top-k filtering; at
-    temperature 0 they are taken at temperature 1.
+    **Weights.** Each rollout carries the `weight_version` under which its first token was sampled: the number last
+    given to `load_weights` (0 before the first). `logprobs` are those of the sampled distribution before top-p and
+    top-k filtering; at temperature 0 they are taken at temperature 1.
 
-    **Failures.** When a server dies, what it had not delivered is made again elsewhere, each sample exactly once; a server that
-    comes back gets the current weights before it serves. When none is left within the engine's own time limit, or nothing is finished
-    within `collect`'s `timeout`, `collect` raises `RolloutError` on every rank: groups delivered earlier stay valid, everything
-    pending is dropped as by `abort`. Weights are replaced completely or `load_weights` raises; never a mix.
+    **Failures.** When a server dies, what it had not delivered is made again elsewhere, each sample exactly once; a
+    server that comes back gets the current weights before it serves. When none is left within the engine's own time
+    limit, or nothing is finished within `collect`'s `timeout`, `collect` raises `RolloutError` on every rank: groups
+    delivered earlier stay valid, everything pending is dropped as by `abort`. Weights are replaced completely or
+    `load_weights` raises; never a mix.
     """
 
     @property
@@ -55,16 +57,16 @@ class RolloutEngine(Protocol):
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> None:
         """Ask for `params.n` responses to each prompt. Returns at once.
 
-        `step` enters the sampling noise of engines that own it: the same (seed, step, prompt_id, sample) draws the same noise.
-        Raises UserError when a prompt or `params` cannot be served.
+        `step` enters the sampling noise of engines that own it: the same (seed, step, prompt_id, sample) draws the same
+        noise. Raises UserError when a prompt or `params` cannot be served.
         """
         ...
 
     def collect(self, timeout: float) -> list[Group]:
         """Wait until at least one pending group is finished, at most `timeout` seconds, and return the finished ones.
 
-        Global rank 0: one group or more, without rewards ([] when nothing is pending). Other ranks: []. Raises RolloutError
-        (every rank) when no group is finished in time.
+        Global rank 0: one group or more, without rewards ([] when nothing is pending). Other ranks: []. Raises
+        RolloutError (every rank) when no group is finished in time.
         """
         ...
 
@@ -83,9 +85,9 @@ class RolloutEngine(Protocol):
     def load_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Serve the given weights from now on, as `version` (never decreasing).
 
-        `stream` yields (Hugging Face name, full tensor), each exactly once, and is a collective of all ranks while it is read
-        (`ModelPort.export`). An engine that shares the trainer's weights does not read it; one that has to send twice, to a server
-        that restarted, iterates again: hand it an iterable, not a spent generator.
+        `stream` yields (Hugging Face name, full tensor), each exactly once, and is a collective of all ranks while it
+        is read (`ModelPort.export`). An engine that shares the trainer's weights does not read it; one that has to send
+        twice, to a server that restarted, iterates again: hand it an iterable, not a spent generator.
         """
         ...
 

@@ -40,7 +40,9 @@ class _Batch:
         lengths = torch.tensor([row[0][0].shape[0] for row in rows])
         self.cache.prefill(start, lengths)
         for layer in range(LAYERS):
-            q, k, v = (torch.nn.utils.rnn.pad_sequence([row[layer][i] for row in rows], padding_value=9.0) for i in range(3))
+            q, k, v = (
+                torch.nn.utils.rnn.pad_sequence([row[layer][i] for row in rows], padding_value=9.0) for i in range(3)
+            )
             out = self.cache.attend(layer + 5, q, k, v, self.scale)
             assert out.shape == (int(lengths.max()), len(rows), HEADS * DIM)
             for i, row in enumerate(rows):

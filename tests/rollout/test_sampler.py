@@ -54,7 +54,11 @@ def test_sampling_follows_the_distribution() -> None:
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
     count = 200_000
     noise = torch.from_numpy(uniforms(7, 3, "p", 0, count))
-    for params in (SamplingParams(temperature=0.7), SamplingParams(temperature=1.3, top_k=5), SamplingParams(top_p=0.8)):
+    for params in (
+        SamplingParams(temperature=0.7),
+        SamplingParams(temperature=1.3, top_k=5),
+        SamplingParams(top_p=0.8),
+    ):
         tokens, _ = draw(logits.expand(count, -1), noise, params)
         expected = filter_probabilities(
             log_probabilities(logits, params.temperature).exp(), params.top_k, params.top_p
@@ -123,7 +127,15 @@ def test_top_p() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("max_new_tokens", 0), ("n", 0), ("stop", ("",))],
+    [
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("max_new_tokens", 0),
+        ("n", 0),
+        ("stop", ("",)),
+    ],
 )
 def test_meaningless_parameters_are_refused(field: str, value: object) -> None:
     check_params(SamplingParams())

@@ -1,9 +1,9 @@
 """The key/value cache of the embedded engine.
 
 All rows of a batch produce one token per forward, so decoded tokens share a slot: row i's valid slots are its prompt's
-[0, length_i) and the common [width, filled), `width` being the longest prompt. Slots in between hold padding and are masked;
-their place does not matter because keys are stored after RoPE. An append is then one contiguous copy, and a batch whose prompts
-are equally long needs no mask at all.
+[0, length_i) and the common [width, filled), `width` being the longest prompt. Slots in between hold padding and are
+masked; their place does not matter because keys are stored after RoPE. An append is then one contiguous copy, and a
+batch whose prompts are equally long needs no mask at all.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 class KVCache:
     """Keys and values of every layer of one pipeline stage, for a batch of rows.
 
-    Use: `prefill(start, lengths)` then one forward of those prompts (repeat for further rows); `expand` once to repeat each
-    prompt's row for its samples; then `decode()` before every one-token forward, and `keep` when rows finish. `attend` is called
-    by the model, once per layer and forward.
+    Use: `prefill(start, lengths)` then one forward of those prompts (repeat for further rows); `expand` once to repeat
+    each prompt's row for its samples; then `decode()` before every one-token forward, and `keep` when rows finish.
+    `attend` is called by the model, once per layer and forward.
 
     rows: prompts in the batch. width: the longest prompt. block: slots by which the cache grows.
     Storage per layer: [2, rows, kv heads of this tensor-parallel rank, slots, head_dim] in the dtype of the keys.
@@ -54,8 +54,8 @@ class KVCache:
     ) -> Tensor:
         """Store this forward's keys and values, and attend.
 
-        query [s, B, h, d]; key and value [s, B, hkv, d], after RoPE, heads of this tensor-parallel rank, h a multiple of hkv with
-        consecutive query heads sharing a key head. softmax_scale: default 1/sqrt(d). Returns [s, B, h*d].
+        query [s, B, h, d]; key and value [s, B, hkv, d], after RoPE, heads of this tensor-parallel rank, h a multiple
+        of hkv with consecutive query heads sharing a key head. softmax_scale: default 1/sqrt(d). Returns [s, B, h*d].
         """
         if self._span is not None:
             return self._attend_prompt(layer_number, query, key, value, softmax_scale)
@@ -84,7 +84,8 @@ class KVCache:
     def keep(self, indices: Tensor) -> None:
         """New row i is row indices[i] (int64, no repeats); all other rows leave.
 
-        Only rows with indices[i] != i are copied, so filling each gap with a row from the end costs as much as what left.
+        Only rows with indices[i] != i are copied, so filling each gap with a row from the end costs as much as what
+        left.
         """
         moved = (indices != torch.arange(len(indices))).nonzero()[:, 0]
         self.rows = len(indices)

@@ -29,8 +29,8 @@ NOISE_BLOCK = 64  # positions of noise drawn at once; a multiple of 4
 # What one forward's outcome means for a row, or for everybody.
 RUNNING, FINISHED, NON_FINITE, LATE = range(4)
 FAILURES = {
-    NON_FINITE: "the model returned non-finite numbers while sampling: the weights are broken (a diverged update, or a wrong "
-    "checkpoint); resume from an earlier checkpoint with a lower learning rate",
+    NON_FINITE: "the model returned non-finite numbers while sampling: the weights are broken (a diverged update, or a "
+    "wrong checkpoint); resume from an earlier checkpoint with a lower learning rate",
     LATE: "sampling did not finish within the time limit; raise the limit, or lower sampling.max_response_tokens",
 }
 
@@ -70,7 +70,8 @@ class _Submission:
     step: int
 
     def noise_names(self) -> list[str]:
-        """The prompt ids; a prompt that comes again gets a name of its own, else its samples would repeat the first one's."""
+        """The prompt ids; a prompt that comes again gets a name of its own, else its samples would repeat the first
+        one's."""
         seen: Counter[str] = Counter()
         names = []
         for prompt in self.prompts:
@@ -83,14 +84,14 @@ class _Submission:
 class EmbeddedEngine:
     """`RolloutEngine` on the training model: no second copy of the weights, nothing to synchronise.
 
-    Groups are spread over data-parallel ranks and sampled in batches of at most `max_batch_size` rows. The last pipeline stage's
-    first tensor-parallel rank draws; its tokens are broadcast, so all ranks of the model-parallel group stay in step. The noise of
-    a token is a function of (seed, step, prompt, sample, position) alone: samples depend on neither the layout nor the batch
-    (up to ties in floating point).
+    Groups are spread over data-parallel ranks and sampled in batches of at most `max_batch_size` rows. The last
+    pipeline stage's first tensor-parallel rank draws; its tokens are broadcast, so all ranks of the model-parallel
+    group stay in step. The noise of a token is a function of (seed, step, prompt, sample, position) alone: samples
+    depend on neither the layout nor the batch (up to ties in floating point).
 
-    tokenizer: a Hugging Face tokenizer, for stop strings and `Rollout.text`; None leaves the text empty and refuses stop strings.
-    Sampling happens inside `collect`, on the weights the model then has. Raises UserError for virtual pipeline stages and context
-    parallelism.
+    tokenizer: a Hugging Face tokenizer, for stop strings and `Rollout.text`; None leaves the text empty and refuses
+    stop strings. Sampling happens inside `collect`, on the weights the model then has. Raises UserError for virtual
+    pipeline stages and context parallelism.
     """
 
     def __init__(
@@ -98,13 +99,13 @@ class EmbeddedEngine:
     ) -> None:
         if len(port.chunks) > 1:
             raise UserError(
-                "the embedded rollout engine cannot sample with virtual pipeline stages: a token passes the stages one after the "
-                "other, so interleaving has nothing to overlap; set parallelism.virtual_pipeline to null"
+                "the embedded rollout engine cannot sample with virtual pipeline stages: a token passes the stages one "
+                "after the other, so interleaving has nothing to overlap; set parallelism.virtual_pipeline to null"
             )
         if groups.cp.size() > 1:
             raise UserError(
-                "the embedded rollout engine cannot sample with context parallelism: its cache holds each sequence on one rank; set "
-                "parallelism.context to 1"
+                "the embedded rollout engine cannot sample with context parallelism: its cache holds each sequence on "
+                "one rank; set parallelism.context to 1"
             )
         if max_batch_size < 1:
             raise UserError(f"rollout.max_batch_size is {max_batch_size}; give 1 or more")
@@ -134,8 +135,9 @@ class EmbeddedEngine:
             if not 0 < len(prompt.ids) <= limit:
                 raise UserError(
                     f"problem {prompt.problem.prompt_id}: its prompt has {len(prompt.ids)} tokens; with "
-                    f"{params.max_new_tokens} response tokens this model (max_position_embeddings {self._port.max_positions}) "
-                    f"takes 1 to {limit}; shorten the prompt or sampling.max_response_tokens"
+                    f"{params.max_new_tokens} response tokens this model (max_position_embeddings "
+                    f"{self._port.max_positions}) takes 1 to {limit}: shorten the prompt, or lower "
+                    "sampling.max_response_tokens"
                 )
         if prompts:
             self._queue.append(_Submission(tuple(prompts), params, step))
@@ -253,7 +255,8 @@ class EmbeddedEngine:
         return logits[:, -1] if logits is not None else None
 
     def _share(self, control: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
-        """The drawing rank's (tokens on the device, state per row on the host) on every rank of the model-parallel group."""
+        """The drawing rank's (tokens on the device, state per row on the host) on every rank of the model-parallel
+        group."""
         tp, pp = self._groups.tp, self._groups.pp
         if tp.size() * pp.size() > 1:
             control = control.to(self._port.device)
@@ -360,7 +363,8 @@ def plan_chunks(indices: Sequence[int], n: int, max_rows: int) -> list[list[Piec
 
 
 def compact(finished: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The surviving rows in their new order: a row keeps its place unless it lies past the new end; then it fills a gap."""
+    """The surviving rows in their new order: a row keeps its place unless it lies past the new end; then it fills a
+    gap."""
     survivors = np.flatnonzero(~finished)
     order = np.arange(len(survivors))
     order[finished[: len(survivors)]] = survivors[survivors >= len(survivors)]

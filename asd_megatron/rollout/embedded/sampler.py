@@ -29,13 +29,12 @@ def check_params(params: SamplingParams) -> None:
             raise UserError(f"sampling: {name} is {getattr(params, name)!r}; give {expected}")
 
 
-def uniforms(
-    seed: int, step: int, prompt_id: str, sample: int, count: int, start: int = 0
-) -> NDArray[np.float64]:
+def uniforms(seed: int, step: int, prompt_id: str, sample: int, count: int, start: int = 0) -> NDArray[np.float64]:
     """[count] float64 in [0, 1): the noise of response positions start:start+count.
 
-    A counter-based function of its arguments (Philox 4x64, keyed by a hash of the first four): any part of the sequence can be
-    had on its own, whatever else was sampled. `start` is a multiple of 4 (one Philox counter yields four numbers).
+    A counter-based function of its arguments (Philox 4x64, keyed by a hash of the first four): any part of the sequence
+    can be had on its own, whatever else was sampled. `start` is a multiple of 4 (one Philox counter yields four
+    numbers).
     """
     if start % 4:
         raise ValueError(f"start is {start}; it must be a multiple of 4")
@@ -55,8 +54,8 @@ def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
 def filter_probabilities(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to zero what top-k, then top-p on what top-k left, exclude; not renormalised. [B, V] -> [B, V].
 
-    top-k keeps exactly k tokens (ties: lower id first). top-p keeps the smallest set of most probable tokens whose share reaches
-    top_p, the token that crosses it included, so at least one token stays.
+    top-k keeps exactly k tokens (ties: lower id first). top-p keeps the smallest set of most probable tokens whose
+    share reaches top_p, the token that crosses it included, so at least one token stays.
     """
     vocabulary = probabilities.shape[-1]
     if (top_k <= 0 or top_k >= vocabulary) and top_p >= 1:
@@ -75,7 +74,8 @@ def filter_probabilities(probabilities: Tensor, top_k: int, top_p: float) -> Ten
 def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds noise * total. Never a token of probability zero.
 
-    probabilities float64 [B, V], not negative, not necessarily summing to 1; noise float64 [B] in [0, 1). Returns int64 [B].
+    probabilities float64 [B, V], not negative, not necessarily summing to 1; noise float64 [B] in [0, 1). Returns int64
+    [B].
     """
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1]
@@ -103,8 +103,8 @@ def draw(logits: Tensor, noise: Tensor | None, params: SamplingParams) -> tuple[
 class StopCheck:
     """Tells which rows' newest token ends their response: an end token, or the last part of a stop string.
 
-    decode: token ids -> text, special tokens included; needed only for stop strings. `tail` is how many tokens a check needs:
-    enough to hold the longest stop string if every token were one byte of it, and a few for context.
+    decode: token ids -> text, special tokens included; needed only for stop strings. `tail` is how many tokens a check
+    needs: enough to hold the longest stop string if every token were one byte of it, and a few for context.
     """
 
     CONTEXT = 4

@@ -1,0 +1,136 @@
+"""A rollout engine that serves recorded rollouts: training without sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from asd_megatron.distributed.layout import Groups
+from asd_megatron.distributed.objects import broadcast_object
+from asd_megatron.errors import UserError
+from asd_megatron.observe.dumps import dump_path, read_dump
+from asd_megatron.records import Group, Prompt, Rollout, SamplingParams
+
+
+class ReplayEngine:
+    """`RolloutEngine` over the dumps of an earlier run (`run.dump_rollouts: true`).
+
+    `submit(prompts, params, step)` is answered with the groups that RUN/rollouts/step_XXXXXX.parquet recorded for that
+    step: response ids, log-probs, masks and weight versions as they were. Refuses (UserError from `collect`, on every
+    rank) when a prompt, its token ids, the number of samples or the temperature differ from the recording. Evaluation
+    rollouts are not recorded, so an evaluation is refused too.
+
+    folder: the run folder that holds `rollouts/`. tokenizer: for `Rollout.text`, which dumps do not carry and verifiers
+    read; None leaves it empty.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], groups: Groups, tokenizer: Any | None) -> None:
+        self._folder = Path(folder)
+        if not (self._folder / "rollouts").is_dir():
+            raise UserError(
+                f"rollout.replay_folder {self._folder} has no folder `rollouts`: name a run folder that was made with "
+                "`run.dump_rollouts: true`"
+            )
+        self._groups = groups
+        self._tokenizer = tokenizer
+        self._version = 0
+        self._queue: list[tuple[tuple[Prompt, ...], SamplingParams, int]] = []
+
+    @property
+    def weight_version(self) -> int:
+        return self._version
+
+    @property
+    def pending(self) -> int:
+        return sum(len(prompts) for prompts, _, _ in self._queue)
+
+    def submit(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> None:
+        if prompts:
+            self._queue.append((tuple(prompts), params, step))
+
+    def collect(self, timeout: float) -> list[Group]:
+        if not self._queue:
+            return []
+        prompts, params, step = self._queue.pop(0)
+        found: list[Group] = []
+        error: str | None = None
+        if self._groups.world.rank() == 0:
+            try:
+                found = self._recorded(prompts, params, step)
+            except UserError as e:
+                error = str(e)
+        error = broadcast_object(error, 0, self._groups.world)
+        if error is not None:
+            self.abort()
+            raise UserError(error)
+        return found
+
+    def abort(self) -> None:
+        self._queue.clear()
+
+    def release(self) -> None:
+        """Holds no accelerator memory."""
+
+    def resume(self) -> None:
+        """Nothing to take back."""
+
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Record the version; recorded rollouts keep their own."""
+        self._version = version
+
+    def close(self) -> None:
+        self.abort()
+
+    def _recorded(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> list[Group]:
+        if step < 1:
+            raise UserError(
+                "the replay engine has no evaluation rollouts; set evaluation.every, at_start and at_end off"
+            )
+        path = dump_path(self._folder, step)
+        dump = read_dump(path)
+        if dump.info.temperature != params.temperature:
+            raise UserError(
+                f"{path} was sampled at temperature {dump.info.temperature}, the recipe asks for {params.temperature}; "
+                "set sampling.temperature to the recorded one"
+            )
+        recorded: dict[str, list[Rollout]] = {}
+        for example in dump.examples:
+            recorded.setdefault(example.rollout.prompt_id, []).append(example.rollout)
+        wanted = {prompt.problem.prompt_id for prompt in prompts}
+        if wanted != set(recorded):
+            missing, extra = sorted(wanted - set(recorded)), sorted(set(recorded) - wanted)
+            raise UserError(
+                f"{path} does not hold the problems of step {step}: {len(missing)} are missing from it "
+                f"({_some(missing)}), {len(extra)} are not asked for ({_some(extra)}); replay with the data file, "
+                "run.seed and sampling.problems_per_step of the recorded run"
+            )
+        return [self._group(path, prompt, recorded[prompt.problem.prompt_id], params) for prompt in prompts]
+
+    def _group(self, path: Path, prompt: Prompt, rollouts: list[Rollout], params: SamplingParams) -> Group:
+        name = prompt.problem.prompt_id
+        rollouts = sorted(rollouts, key=lambda r: r.sample)
+        if [r.sample for r in rollouts] != list(range(params.n)):
+            raise UserError(
+                f"{path} holds {len(rollouts)} rollouts of problem {name}, the recipe asks for {params.n}; set "
+                "sampling.rollouts_per_problem to the recorded number"
+            )
+        if any(r.prompt_ids != prompt.ids for r in rollouts):
+            raise UserError(
+                f"{path}: the recorded prompt of problem {name} has other token ids than this recipe's; use the "
+                "tokenizer and the prompt settings (data.*) of the recorded run"
+            )
+        if self._tokenizer is not None:
+            rollouts = [
+                dataclasses.replace(r, text=self._tokenizer.decode(list(r.response_ids), skip_special_tokens=True))
+                for r in rollouts
+            ]
+        return Group(prompt.problem, tuple(rollouts))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") or "none"
