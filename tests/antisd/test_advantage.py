@@ -1,0 +1,84 @@
+"""Group-relative advantages and how the term meets them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asd_megatron.antisd import CONDITIONS, AdvantageError, compose, group_advantages, phi
+from asd_megatron.errors import UserError
+
+rewards = st.lists(st.floats(-10, 10), min_size=2, max_size=12)
+values = st.lists(st.floats(-50, 50), min_size=1, max_size=12)
+
+
+@given(rewards)
+def test_group_advantages_by_hand(r: list[float]) -> None:
+    a = group_advantages(torch.tensor(r, dtype=torch.float64))
+    mean = math.fsum(r) / len(r)
+    std = math.sqrt(math.fsum((x - mean) ** 2 for x in r) / (len(r) - 1))
+    assert a.dtype == torch.float64
+    if len(set(r)) == 1:
+        assert a.tolist() == [0.0] * len(r)
+    else:
+        assert a.tolist() == pytest.approx([(x - mean) / (std + 1e-6) for x in r], abs=1e-7)
+
+
+def test_binary_group() -> None:
+    a = group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    assert a.tolist() == pytest.approx([0.75 / (0.5 + 1e-6), *[-0.25 / (0.5 + 1e-6)] * 3], abs=1e-12)
+
+
+def test_equal_rewards_are_exactly_zero() -> None:
+    assert group_advantages(torch.full((7,), 0.1)).tolist() == [0.0] * 7
+
+
+@pytest.mark.parametrize("bad", [[], [1.0], [1.0, math.nan], [math.inf, 0.0]])
+def test_refused_groups(bad: list[float]) -> None:
+    with pytest.raises(AdvantageError) as error:
+        group_advantages(torch.tensor(bad))
+    assert isinstance(error.value, ValueError) and isinstance(error.value, UserError)
+
+
+@given(st.floats(-5, 5), values, st.floats(0, 2))
+def test_compositions_by_hand(a_seq: float, u: list[float], lam: float) -> None:
+    u64 = torch.tensor(u, dtype=torch.float64)
+    a = torch.full_like(u64, a_seq)
+    p = phi(u64)
+    for name in ("antisd", "no_gate", "student_entropy_gate", "no_teacher"):
+        torch.testing.assert_close(compose(name, a, p, lam), a - lam * p)
+    torch.testing.assert_close(compose("sd", a, u64, lam), a + lam * u64)
+    torch.testing.assert_close(compose("reverse_kl_ascent", a, u64, lam), a - lam * u64)
+    factor = (1 - lam * p * a.sign()).clamp(min=0)
+    torch.testing.assert_close(compose("multiplicative", a, p, lam), a * factor)
+    assert compose("grpo", a, p, lam).tolist() == a.tolist()
+
+
+@given(st.floats(-5, 5), values, st.floats(0, 20))
+def test_multiplicative_never_flips_the_sign(a_seq: float, u: list[float], lam: float) -> None:
+    p = phi(torch.tensor(u, dtype=torch.float64))
+    out = compose("multiplicative", torch.full_like(p, a_seq), p, lam)
+    assert (out * a_seq >= 0).all()
+
+
+def test_multiplicative_favours_deliberation_on_either_side() -> None:
+    p = phi(torch.tensor([-3.0, 3.0]))
+    for a_seq in (1.0, -1.0):
+        deliberation, shortcut = compose("multiplicative", torch.full((2,), a_seq), p, 0.5).tolist()
+        assert deliberation > a_seq > shortcut
+
+
+@pytest.mark.parametrize("name", list(CONDITIONS))
+def test_closed_gate_and_absent_term_leave_the_group_advantage(name: str) -> None:
+    a = torch.tensor([0.3, -0.7, 0.0])
+    assert compose(name, a, torch.tensor([1.0, -2.0, math.inf]), 0.0).tolist() == a.tolist()
+    assert compose(name, a, torch.zeros(3), 0.5).tolist() == a.tolist()
+
+
+def test_the_advantage_is_a_constant() -> None:
+    term = torch.ones(2, requires_grad=True)
+    assert not compose("antisd", torch.ones(2), term, 0.5).requires_grad

@@ -1,0 +1,80 @@
+"""Which passes a recipe needs."""
+
+from __future__ import annotations
+
+import pytest
+
+from asd_megatron.antisd import CONDITIONS, condition
+from asd_megatron.trainer.pass_plan import plan
+
+TEACHER = [c.name for c in CONDITIONS.values() if c.uses_teacher]
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "teacher", "forwards"),
+    [
+        ("grpo", False, False, 3),
+        ("sd", False, True, 4),
+        ("antisd", False, True, 4),
+        ("reverse_kl_ascent", False, True, 4),
+        ("no_gate", False, True, 4),
+        ("multiplicative", False, True, 4),
+        ("student_entropy_gate", True, True, 5),
+        ("no_teacher", True, False, 4),
+    ],
+)
+def test_one_update(name: str, student: bool, teacher: bool, forwards: int) -> None:
+    p = plan(condition(name))
+    assert (p.student_scoring, p.teacher_scoring, p.forwards_per_step) == (student, teacher, forwards)
+    assert p.head == "fused" and p.updates == 1
+    assert plan(name) == p
+
+
+@pytest.mark.parametrize("name", list(CONDITIONS))
+def test_several_updates_score_the_student_first(name: str) -> None:
+    p = plan(name, updates=4)
+    assert p.student_scoring and p.head == "fused" and p.updates == 4
+    assert p.forwards_per_step == 4 + (name in TEACHER)
+    twice = plan(name, updates=2, epochs=2)
+    assert twice.student_scoring and twice.updates == 4
+    assert twice.forwards_per_step == 7 + (name in TEACHER)
+
+
+def test_term_normalization() -> None:
+    sequence = plan("antisd", term_normalization="sequence")
+    assert not sequence.student_scoring and sequence.head == "two_phase"
+    batch = plan("antisd", term_normalization="batch")
+    assert batch.student_scoring and batch.head == "fused" and batch.forwards_per_step == 5
+    assert plan("antisd", 2, "sequence").head == "fused"  # advantages are known from the scoring passes
+    assert plan("student_entropy_gate", term_normalization="sequence").head == "fused"
+    for mode in ("sequence", "batch"):  # grpo has no term to scale
+        p = plan("grpo", term_normalization=mode, log_pmi=True)
+        assert not p.student_scoring and p.head == "fused"
+
+
+def test_log_pmi_scores_the_teacher_for_the_log_only() -> None:
+    p = plan("grpo", log_pmi=True)
+    assert p.teacher_scoring and p.forwards_per_step == 4
+    assert any("only to log u" in r for r in p.reasons)
+    assert plan("antisd", log_pmi=True) == plan("antisd")
+
+
+def test_reasons_name_what_decided() -> None:
+    def told(*args: object, **options: object) -> str:
+        return "\n".join(plan(*args, **options).reasons)  # type: ignore[arg-type]
+
+    assert "the gate its entropy" in told("antisd")
+    assert "the gate" not in told("sd")
+    assert "no teacher pass: grpo" in told("grpo")
+    assert "4 updates a batch share" in told("antisd", updates=4)
+    assert "the gate reads the student's entropy" in told("no_teacher")
+    assert "term_normalization batch" in told("antisd", term_normalization="batch")
+    assert "two-phase head" in told("antisd", term_normalization="sequence")
+    assert "4 a step in all" in told("antisd")
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        plan("antisd", updates=0)
+    with pytest.raises(ValueError, match="none, sequence or batch"):
+        plan("antisd", term_normalization="tokens")
