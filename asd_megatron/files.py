@@ -1,8 +1,8 @@
 """Files that are either whole or absent: atomic text, JSON, bytes and folders.
 
-Everything is written into a temporary sibling (same file system) and renamed, so that neither a reader nor a run that was
-killed half way ever sees a torn file. Temporary names start with a dot and end in `.partial`; `remove_partial` clears what
-a killed process left.
+Everything is written into a temporary sibling (same file system) and renamed, so that neither a reader nor a run that
+was killed half way ever sees a torn file. Temporary names start with a dot and end in `.partial`; `remove_partial`
+clears what a killed process left.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> Path:
 def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling folder to fill; on leaving without an error it becomes `path`, else it is removed.
 
-    An existing `path` raises UserError before anything is written, unless `replace`: then it is swapped out whole, and only
-    between two renames is there a moment without it.
+    An existing `path` raises UserError before anything is written, unless `replace`: then it is swapped out whole,
+    and only between two renames is there a moment without it.
     """
     target = Path(path)
     if target.exists() and not replace:
@@ -113,8 +113,9 @@ def remove_partial(folder: str | os.PathLike[str]) -> int:
 
 
 def json_safe(value: Any) -> Any:
-    """`value` with non-finite floats as None (JSON has no NaN), paths as text, tuples and sets as lists, zero-dimensional
-    tensors and numpy scalars as plain numbers."""
+    """`value` with non-finite floats as None (JSON has no NaN), paths as text, tuples and sets as lists,
+    zero-dimensional tensors and numpy scalars as plain numbers.
+    """
     if isinstance(value, Mapping):
         return {str(k): json_safe(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

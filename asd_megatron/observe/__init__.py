@@ -1,0 +1,1 @@
+"""What a run tells: metrics, dumps, progress, the start-up report, plots and the per-token report."""

@@ -1,0 +1,253 @@
+"""Rollout dumps: one Parquet file a step, one row a rollout, every number that the step was made of.
+
+Schema version 1. Step N's dump holds numbers under the weights before update N: whoever has those weights as a Hugging
+Face folder can recompute all of them. Lists are per response token, float32. A list is null where the number does not
+exist: the teacher's and u for rollouts without privileged context, columns that the recipe does not compute.
+`loss_mask` is the rollout's own: the tokens that the policy sampled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from asd_megatron.errors import UserError
+from asd_megatron.files import atomic_file
+from asd_megatron.records import DemonstrationSource, Example, FinishReason, Rollout, TokenTable
+
+SCHEMA_VERSION = 1
+TABLE_COLUMNS = (
+    "student_logprobs",
+    "teacher_logprobs",
+    "engine_logprobs",
+    "student_entropy",
+    "teacher_entropy",
+    "pmi",
+    "advantage",
+)
+NEED_CONTEXT = ("teacher_logprobs", "teacher_entropy", "pmi")
+_IDS, _NUMBERS = pa.list_(pa.int32()), pa.list_(pa.float32())
+SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("prompt_ids", _IDS, nullable=False),
+        pa.field("response_ids", _IDS, nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("reward", pa.float64(), nullable=False),
+        pa.field("group_advantage", pa.float64(), nullable=False),
+        pa.field("demonstration_source", pa.string(), nullable=False),
+        pa.field("demonstration_sample", pa.int32(), nullable=False),
+        pa.field("teacher_prompt_ids", _IDS),
+        *(pa.field(name, _NUMBERS) for name in TABLE_COLUMNS),
+        pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
+        pa.field("weight_version", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class DumpInfo:
+    """A dump's file metadata. `H` and `h_warm` in nats, None where there is none; `lam` is the step's lambda."""
+
+    schema_version: int
+    step: int
+    lam: float
+    H: float | None
+    h_warm: float | None
+    temperature: float
+    recipe_hash: str
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A dump read back. Columns absent from the file's every row are absent from `table`; other null rows are NaN."""
+
+    info: DumpInfo
+    examples: list[Example]
+    table: TokenTable
+
+
+def dump_path(run_folder: str | os.PathLike[str], step: int) -> Path:
+    """RUN/rollouts/step_000001.parquet"""
+    return Path(run_folder) / "rollouts" / f"step_{step:06d}.parquet"
+
+
+def _column(name: str, table: TokenTable, has_context: Sequence[bool]) -> pa.Array:
+    """A table column as one float32 list a rollout, null where the number does not exist."""
+    lengths = (table.offsets[1:] - table.offsets[:-1]).tolist()
+    if name not in table:
+        return pa.nulls(len(lengths), _NUMBERS)
+    masked = name in NEED_CONTEXT and "teacher_logprobs" in table
+    present = torch.tensor([c or not masked for c in has_context], dtype=torch.bool)
+    values = table[name].detach().to("cpu", torch.float32)[table.spread(present)].numpy()
+    held = [n if p else 0 for n, p in zip(lengths, present.tolist(), strict=True)]
+    offsets = pa.array(np.concatenate([[0], np.cumsum(held, dtype=np.int64)]).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array(values), mask=pa.array((~present).numpy()))
+
+
+def write_dump(
+    path: str | os.PathLike[str],
+    examples: Sequence[Example],
+    table: TokenTable,
+    *,
+    step: int,
+    lam: float,
+    H: float | None,
+    h_warm: float | None,
+    temperature: float,
+    recipe_hash: str,
+) -> Path:
+    """Write one step's global batch atomically; `table` holds the examples' tokens in the same order. Rank 0 only.
+
+    `engine_logprobs` come from the rollouts unless the table has them. File metadata keys: `schema_version`, `step`,
+    `lambda`, `H`, `H_warm`, `temperature` (JSON numbers, `null` for none) and `recipe_hash` (text).
+    """
+    lengths = [len(e.rollout.response_ids) for e in examples]
+    if (table.offsets[1:] - table.offsets[:-1]).tolist() != lengths:
+        raise ValueError(f"the token table holds {table.rollouts} rollouts, {table.tokens} tokens; the examples differ")
+    rollouts = [e.rollout for e in examples]
+    has_context = [e.has_context for e in examples]
+    arrays: dict[str, Any] = {
+        "step": [step] * len(examples),
+        "prompt_id": [r.prompt_id for r in rollouts],
+        "sample": [r.sample for r in rollouts],
+        "prompt_ids": [r.prompt_ids for r in rollouts],
+        "response_ids": [r.response_ids for r in rollouts],
+        "finish_reason": [r.finish_reason.value for r in rollouts],
+        "reward": [float(e.reward) for e in examples],
+        "group_advantage": [float(e.group_advantage) for e in examples],
+        "demonstration_source": [e.demonstration_source.value for e in examples],
+        "demonstration_sample": [e.demonstration_sample for e in examples],
+        "teacher_prompt_ids": [e.teacher_prompt_ids for e in examples],
+        **{name: _column(name, table, has_context) for name in TABLE_COLUMNS},
+        "loss_mask": [r.loss_mask for r in rollouts],
+        "weight_version": [r.weight_version for r in rollouts],
+    }
+    if "engine_logprobs" not in table:
+        arrays["engine_logprobs"] = [r.logprobs for r in rollouts]
+    columns = [
+        arrays[field.name] if isinstance(arrays[field.name], pa.Array) else pa.array(arrays[field.name], field.type)
+        for field in SCHEMA
+    ]
+    numbers = {
+        "schema_version": SCHEMA_VERSION,
+        "step": step,
+        "lambda": lam,
+        "H": H,
+        "H_warm": h_warm,
+        "temperature": temperature,
+    }
+    metadata = {key: json.dumps(value) for key, value in numbers.items()} | {"recipe_hash": recipe_hash}
+    with atomic_file(path) as partial:
+        pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(metadata)), partial)
+    return Path(path)
+
+
+def _info(path: Path, metadata: dict[bytes, bytes] | None) -> DumpInfo:
+    raw = {key.decode(): value.decode() for key, value in (metadata or {}).items()}
+    if "schema_version" not in raw:
+        raise UserError(f"{path} is a Parquet file but no rollout dump: it has no schema_version in its metadata")
+    version = json.loads(raw["schema_version"])
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} is a rollout dump of schema version {version}; this version of asd_megatron reads "
+            f"{SCHEMA_VERSION}: read it with the version that wrote it, or make the dump again"
+        )
+    missing = [k for k in ("step", "lambda", "H", "H_warm", "temperature", "recipe_hash") if k not in raw]
+    if missing:
+        raise UserError(f"{path}: the dump's metadata lacks {', '.join(missing)}; make the dump again")
+    return DumpInfo(
+        schema_version=version,
+        step=json.loads(raw["step"]),
+        lam=json.loads(raw["lambda"]),
+        H=json.loads(raw["H"]),
+        h_warm=json.loads(raw["H_warm"]),
+        temperature=json.loads(raw["temperature"]),
+        recipe_hash=raw["recipe_hash"],
+    )
+
+
+def read_dump_info(path: str | os.PathLike[str]) -> DumpInfo:
+    """Only the metadata. Raises UserError as `read_dump` does."""
+    return _info(Path(path), _open(Path(path)).schema_arrow.metadata)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    if not path.is_file():
+        raise UserError(f"the rollout dump {path} does not exist; dumps are written with `run.dump_rollouts: true`")
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a readable Parquet file ({error}); make the dump again") from error
+
+
+def _read_column(values: pa.ChunkedArray, lengths: Sequence[int]) -> torch.Tensor | None:
+    """One float32 list a rollout back to a flat column [N]; null rows are NaN; None if every row is null."""
+    if values.null_count == len(values):
+        return None
+    rows = [
+        np.full(n, np.nan, dtype=np.float32) if row is None else np.asarray(row, dtype=np.float32)
+        for row, n in zip(values.to_pylist(), lengths, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def read_dump(path: str | os.PathLike[str]) -> Dump:
+    """Read a dump back into examples (without texts) and a token table.
+
+    Raises UserError for a missing or unreadable file, one that is no dump, another schema version, a missing column,
+    and for lists that do not match the response.
+    """
+    path = Path(path)
+    file = _open(path)
+    info = _info(path, file.schema_arrow.metadata)
+    missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+    if missing:
+        raise UserError(f"{path} lacks the column(s) {', '.join(missing)}; make the dump again")
+    data = file.read()
+    c = {name: data[name].to_pylist() for name in SCHEMA.names if name not in TABLE_COLUMNS}
+    engine = data["engine_logprobs"].to_pylist()
+    lengths = [len(ids) for ids in c["response_ids"]]
+    examples = []
+    try:
+        for i in range(data.num_rows):
+            teacher = c["teacher_prompt_ids"][i]
+            rollout = Rollout(
+                prompt_id=c["prompt_id"][i],
+                sample=c["sample"][i],
+                prompt_ids=tuple(c["prompt_ids"][i]),
+                response_ids=tuple(c["response_ids"][i]),
+                logprobs=tuple(engine[i]),
+                finish_reason=FinishReason(c["finish_reason"][i]),
+                weight_version=c["weight_version"][i],
+                loss_mask=tuple(c["loss_mask"][i]),
+            )
+            examples.append(
+                Example(
+                    rollout=rollout,
+                    reward=c["reward"][i],
+                    group_advantage=c["group_advantage"][i],
+                    teacher_prompt_ids=None if teacher is None else tuple(teacher),
+                    demonstration_source=DemonstrationSource(c["demonstration_source"][i]),
+                    demonstration_sample=c["demonstration_sample"][i],
+                )
+            )
+        table = TokenTable.for_lengths(lengths)
+        for name in TABLE_COLUMNS:
+            column = _read_column(data[name], lengths)
+            if column is not None:
+                table[name] = column
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: a row is damaged ({error}); make the dump again") from error
+    return Dump(info, examples, table)

@@ -1,0 +1,240 @@
+"""The numbers of one step, computed on rank 0 from the global batch. Names, units and meanings: `observe/names.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asd_megatron.observe.names import PHASES, QUANTILES, reference_page, undocumented
+from asd_megatron.records import DemonstrationSource, Example, Rollout, TokenTable
+
+__all__ = [
+    "GateReading",
+    "context_mask",
+    "evaluation_metrics",
+    "reference_page",
+    "sampled_mask",
+    "step_metrics",
+    "supervised_metrics",
+    "undocumented",
+]
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class GateReading:
+    """The gate as the step's loss saw it. Entropies in nats; None where there is none yet.
+
+    `entropy` is H, the median that the gate read; `close_below` is tau_down * H_warm.
+    """
+
+    open: bool
+    lam: float
+    entropy: float | None = None
+    h_warm: float | None = None
+    close_below: float | None = None
+    warming_up: bool = False
+
+
+def sampled_mask(examples: Sequence[Example]) -> Tensor:
+    """Bool [N]: response tokens that the policy sampled, flat over the examples."""
+    return torch.tensor([m for e in examples for m in e.rollout.loss_mask], dtype=torch.bool)
+
+
+def context_mask(examples: Sequence[Example], table: TokenTable) -> Tensor:
+    """Bool [N]: tokens whose u means something: those of rollouts with context, or all where no teacher was scored."""
+    if "teacher_logprobs" not in table:
+        return torch.ones(table.tokens, dtype=torch.bool)
+    return table.spread(torch.tensor([e.has_context for e in examples], dtype=torch.bool))
+
+
+def _finite(values: Tensor) -> np.ndarray:
+    array = values.detach().to("cpu", torch.float64).numpy()
+    return array[np.isfinite(array)]
+
+
+def _mean(values: Tensor) -> float:
+    finite = _finite(values)
+    return float(finite.mean()) if finite.size else NAN
+
+
+def _lower_median(values: Tensor) -> float:
+    finite = _finite(values)
+    return float(np.quantile(finite, 0.5, method="inverted_cdf")) if finite.size else NAN
+
+
+def _distribution(prefix: str, values: Tensor) -> Iterator[tuple[str, float]]:
+    finite = _finite(values)
+    yield f"{prefix}/mean", float(finite.mean()) if finite.size else NAN
+    at = np.quantile(finite, list(QUANTILES.values()), method="inverted_cdf") if finite.size else [NAN] * len(QUANTILES)
+    yield from zip((f"{prefix}/{q}" for q in QUANTILES), map(float, at), strict=True)
+    yield f"{prefix}/negative_share", float((finite < 0).mean()) if finite.size else NAN
+
+
+def _of_rollouts(examples: Sequence[Example], success_threshold: float) -> Iterator[tuple[str, float]]:
+    rewards = [e.reward for e in examples]
+    lengths = [len(e.rollout.response_ids) for e in examples]
+    groups = [[e.reward for e in group] for _, group in groupby(examples, key=lambda e: e.rollout.prompt_id)]
+    yield "reward/mean", _average(rewards)
+    yield "reward/pass_rate", _average([r >= success_threshold for r in rewards])
+    yield "reward/mixed_groups", _average([min(g) != max(g) for g in groups])
+    yield "response/length_mean", _average(lengths)
+    yield "response/length_max", float(max(lengths, default=0))
+    yield "response/truncated", _average([e.rollout.truncated for e in examples])
+    yield "rollouts/total", float(len(examples))
+
+
+def _of_contexts(examples: Sequence[Example]) -> Iterator[tuple[str, float]]:
+    with_context = sum(e.has_context for e in examples)
+    yield "rollouts/masked", float(len(examples) - with_context)
+    yield "pmi/coverage", with_context / len(examples) if examples else NAN
+    for source in DemonstrationSource:
+        yield f"demonstration/{source.value}", float(sum(e.demonstration_source is source for e in examples))
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else NAN
+
+
+def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple[str, float]]:
+    sampled = sampled_mask(examples)
+    with_context = sampled & context_mask(examples, table)
+    loss_mask = table["loss_mask"].to("cpu", torch.bool) if "loss_mask" in table else sampled
+
+    if "student_entropy" in table:
+        student = table["student_entropy"].cpu()[sampled]
+        yield "entropy/student_mean", _mean(student)
+        yield "entropy/student_median", _lower_median(student)
+    if "teacher_entropy" in table:
+        teacher = table["teacher_entropy"].cpu()[with_context]
+        yield "entropy/teacher_mean", _mean(teacher)
+        yield "entropy/teacher_median", _lower_median(teacher)
+    for name in ("pmi", "term"):
+        if name in table:
+            yield from _distribution(name, table[name].cpu()[with_context])
+    if "advantage" in table:
+        advantage = _finite(table["advantage"].cpu()[loss_mask])
+        yield "advantage/mean", float(advantage.mean()) if advantage.size else NAN
+        yield "advantage/std", float(advantage.std()) if advantage.size else NAN
+        yield "advantage/abs_mean", float(np.abs(advantage).mean()) if advantage.size else NAN
+    if "clipped" in table:
+        yield "loss/clip_fraction", _mean(table["clipped"].cpu()[loss_mask])
+    if "student_logprobs" in table:
+        engine = torch.tensor([x for e in examples for x in e.rollout.logprobs], dtype=torch.float64)
+        difference = _finite((engine - table["student_logprobs"].cpu().to(torch.float64)).abs()[sampled])
+        yield "mismatch/max_abs", float(difference.max()) if difference.size else NAN
+        yield "mismatch/mean_abs", float(difference.mean()) if difference.size else NAN
+
+    prompt = sum(len(e.rollout.prompt_ids) for e in examples)
+    teacher_sequences = [(e.teacher_prompt_ids, e.rollout.response_ids) for e in examples if e.has_context]
+    teacher_tokens = sum(len(prompt_ids or ()) + len(response_ids) for prompt_ids, response_ids in teacher_sequences)
+    yield "tokens/prompt", float(prompt)
+    yield "tokens/response", float(table.tokens)
+    yield "tokens/teacher", float(teacher_tokens if "teacher_logprobs" in table else 0)
+    yield "tokens/trained", float(loss_mask.sum())
+    yield "tokens/not_finite", float(_not_finite(table, sampled, with_context))
+
+
+def _not_finite(table: TokenTable, sampled: Tensor, with_context: Tensor) -> int:
+    """Tokens with a non-finite number in any column that holds for them."""
+    bad = torch.zeros(table.tokens, dtype=torch.bool)
+    for name, column in table.columns.items():
+        if column.is_floating_point():
+            needs_context = name.startswith("teacher_") or name in ("pmi", "term")
+            bad |= ~torch.isfinite(column.cpu()) & (with_context if needs_context else sampled)
+    return int(bad.sum())
+
+
+def _of_gate(gate: GateReading) -> Iterator[tuple[str, float]]:
+    yield "gate/open", float(gate.open)
+    yield "gate/lambda", gate.lam
+    yield "gate/entropy", NAN if gate.entropy is None else gate.entropy
+    yield "gate/h_warm", NAN if gate.h_warm is None else gate.h_warm
+    yield "gate/close_below", NAN if gate.close_below is None else gate.close_below
+    yield "gate/warming_up", float(gate.warming_up)
+
+
+def _of_times(times: Mapping[str, float], tokens: int) -> Iterator[tuple[str, float]]:
+    unknown = sorted(set(times) - set(PHASES))
+    if unknown:
+        raise ValueError(f"undeclared phases {', '.join(unknown)}; observe/names.py declares {', '.join(PHASES)}")
+    total = times.get("total", math.fsum(times.values()))
+    yield from ((f"time/{phase}", times[phase]) for phase in PHASES if phase in times and phase != "total")
+    yield "time/total", total
+    yield "tokens/per_second", tokens / total if total > 0 else NAN
+
+
+def step_metrics(
+    examples: Sequence[Example],
+    table: TokenTable,
+    *,
+    learning_rate: float,
+    grad_norm: float,
+    policy_loss: float,
+    times: Mapping[str, float],
+    gate: GateReading | None = None,
+    skipped_updates: int = 0,
+    success_threshold: float = 1.0,
+) -> dict[str, float]:
+    """All metrics of one training step, from the examples and token table of the *global* batch (the same order in
+    both).
+
+    `gate` None leaves the gate's metrics out (conditions without a per-token term). Columns that were not computed
+    leave theirs out. `times` are seconds by phase; `total` is their sum unless given. A statistic over no tokens, and
+    any statistic's non-finite inputs, come out as NaN and as `tokens/not_finite`: the writer turns NaN into null.
+    Raises ValueError if the table's rows are not the examples' tokens, or for an undeclared phase.
+    """
+    lengths = [len(e.rollout.response_ids) for e in examples]
+    if (table.offsets[1:] - table.offsets[:-1]).tolist() != lengths:
+        raise ValueError(f"the token table holds {table.rollouts} rollouts, {table.tokens} tokens; the examples differ")
+    out: dict[str, float] = {}
+    out.update(_of_rollouts(examples, success_threshold))
+    if "teacher_logprobs" in table:
+        out.update(_of_contexts(examples))
+    out.update(_of_tokens(examples, table))
+    if gate is not None:
+        out.update(_of_gate(gate))
+    out["loss/policy"] = policy_loss
+    out["optimizer/grad_norm"] = grad_norm
+    out["optimizer/learning_rate"] = learning_rate
+    out["optimizer/skipped"] = float(skipped_updates)
+    out.update(_of_times(times, table.tokens))
+    return out
+
+
+def evaluation_metrics(
+    rollouts: Sequence[Rollout], rewards: Sequence[float], *, success_threshold: float = 1.0
+) -> dict[str, float]:
+    """The held-out evaluation's metrics from its rollouts (all samples of all problems) and their rewards."""
+    return {
+        "evaluation/accuracy": _average([r >= success_threshold for r in rewards]),
+        "evaluation/length_mean": _average([len(r.response_ids) for r in rollouts]),
+        "evaluation/truncated": _average([r.truncated for r in rollouts]),
+    }
+
+
+def supervised_metrics(
+    *,
+    loss: float,
+    tokens: int,
+    learning_rate: float,
+    grad_norm: float,
+    times: Mapping[str, float],
+    skipped_updates: int = 0,
+) -> dict[str, float]:
+    """Metrics of one step of the supervised stage; `tokens` are its response tokens."""
+    return {
+        "sft/loss": loss,
+        "optimizer/grad_norm": grad_norm,
+        "optimizer/learning_rate": learning_rate,
+        "optimizer/skipped": float(skipped_updates),
+        "tokens/response": float(tokens),
+        **dict(_of_times(times, tokens)),
+    }

@@ -1,0 +1,231 @@
+"""Every metric's name, unit and meaning: the one declaration behind `metrics.jsonl`, TensorBoard and `docs/metrics.md`.
+
+`python -m asd_megatron.observe.names` prints the reference page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.50, "q75": 0.75, "q95": 0.95, "q99": 0.99}
+PHASES = {
+    "rollout": "sampling responses, with the engine's weight update",
+    "reward": "waiting for the verifiers",
+    "teacher": "scoring the privileged sequences",
+    "student": "the student's scoring pass, in recipes that need one",
+    "update": "forward, backward and optimizer of every update of the batch",
+    "evaluate": "the held-out evaluation",
+    "checkpoint": "writing checkpoints and exports",
+    "total": "the whole step",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. A part of `name` in angle brackets stands for any word (`puzzle/u_<class>`)."""
+
+    name: str
+    unit: str
+    meaning: str
+
+    def matches(self, name: str) -> bool:
+        pattern = "".join(
+            r"[^/]+" if part.startswith("<") else re.escape(part) for part in re.split(r"(<[^>]+>)", self.name)
+        )
+        return re.fullmatch(pattern, name) is not None
+
+
+@dataclass(frozen=True)
+class Section:
+    """Metrics that are read together, and when they are there."""
+
+    title: str
+    when: str
+    metrics: tuple[Metric, ...]
+
+
+def _distribution(prefix: str, what: str) -> tuple[Metric, ...]:
+    quantiles = (Metric(f"{prefix}/{q}", "nats", f"{100 * at:g}% quantile of {what}") for q, at in QUANTILES.items())
+    return (
+        Metric(f"{prefix}/mean", "nats", f"mean of {what}"),
+        *quantiles,
+        Metric(f"{prefix}/negative_share", "share of tokens", f"tokens where {what} is below 0"),
+    )
+
+
+SECTIONS = (
+    Section(
+        "Reward",
+        "Every step of reinforcement learning.",
+        (
+            Metric("reward/mean", "reward", "mean reward of the step's rollouts"),
+            Metric("reward/pass_rate", "share of rollouts", "rewards of at least `privileged.success_threshold`"),
+            Metric("reward/mixed_groups", "share of groups", "groups with unequal rewards; others have advantage 0"),
+        ),
+    ),
+    Section(
+        "Responses and rollouts",
+        "Every step of reinforcement learning; `rollouts/masked` with a teacher.",
+        (
+            Metric("response/length_mean", "tokens", "mean response length, the end token included"),
+            Metric("response/length_max", "tokens", "longest response"),
+            Metric("response/truncated", "share of rollouts", "responses that the token budget cut off"),
+            Metric("rollouts/total", "rollouts", "rollouts of the step, over all ranks"),
+            Metric("rollouts/masked", "rollouts", "rollouts without privileged context: their u is 0 in the loss"),
+        ),
+    ),
+    Section(
+        "Demonstrations",
+        "With a teacher. Where the verified solution of each rollout's teacher prompt came from.",
+        (
+            Metric("demonstration/group", "rollouts", "another correct rollout of the group"),
+            Metric("demonstration/self", "rollouts", "the rollout's own success"),
+            Metric("demonstration/reference", "rollouts", "the problem's reference solution"),
+            Metric("demonstration/reference_answer", "rollouts", "only the problem's final answer"),
+            Metric("demonstration/feedback_only", "rollouts", "no solution, the assessment line alone"),
+            Metric("demonstration/none", "rollouts", "no privileged context"),
+        ),
+    ),
+    Section(
+        "Entropy",
+        "Full-vocabulary entropy; the teacher's with a teacher, over rollouts with context.",
+        (
+            Metric("entropy/student_mean", "nats", "mean entropy of the student's next-token distribution"),
+            Metric("entropy/student_median", "nats", "lower median of the same"),
+            Metric("entropy/teacher_mean", "nats", "mean entropy of the teacher's next-token distribution"),
+            Metric("entropy/teacher_median", "nats", "lower median of the same: what the gate reads"),
+        ),
+    ),
+    Section(
+        "PMI (u)",
+        "u = log-prob under the teacher - log-prob under the student, over rollouts with context. "
+        "With `no_teacher`: u = -log-prob under the student, over all rollouts, and no coverage.",
+        (
+            *_distribution("pmi", "u"),
+            Metric("pmi/coverage", "share of rollouts", "rollouts with privileged context"),
+        ),
+    ),
+    Section(
+        "Per-token term",
+        "What lambda multiplies (phi(u) with `antisd`) after the recipe's clipping and normalization; tokens as for u.",
+        _distribution("term", "the term"),
+    ),
+    Section(
+        "Gate",
+        "Conditions with a per-token term.",
+        (
+            Metric("gate/open", "0 or 1", "1 while the per-token term acts"),
+            Metric("gate/lambda", "weight", "lambda of this step: 0 while closed or warming up"),
+            Metric("gate/entropy", "nats", "H: the median entropy that the gate read, null if no token counted"),
+            Metric("gate/h_warm", "nats", "H_warm: the calibrated entropy, at which the gate reopens; null before"),
+            Metric("gate/close_below", "nats", "`gate.tau_down` x H_warm: below it the gate closes; null before"),
+            Metric("gate/warming_up", "0 or 1", "1 during the calibration steps"),
+        ),
+    ),
+    Section(
+        "Advantage and loss",
+        "Every step of reinforcement learning, over the tokens that the loss sees.",
+        (
+            Metric("advantage/mean", "1", "mean of the per-token advantage that the loss used"),
+            Metric("advantage/std", "1", "its standard deviation"),
+            Metric("advantage/abs_mean", "1", "mean of its absolute value"),
+            Metric("loss/policy", "1", "clipped policy loss; near 0 on-policy by construction"),
+            Metric("loss/clip_fraction", "share of tokens", "tokens whose ratio was clipped"),
+        ),
+    ),
+    Section(
+        "Optimizer",
+        "Every training step, of both stages.",
+        (
+            Metric("optimizer/grad_norm", "1", "global gradient norm before clipping (the last update's, if several)"),
+            Metric("optimizer/learning_rate", "1", "learning rate of the update"),
+            Metric("optimizer/skipped", "updates", "updates left out so far because a number was not finite"),
+        ),
+    ),
+    Section(
+        "Engine mismatch",
+        "When the student was scored: |engine's log-prob - trainer's log-prob| of the sampled tokens.",
+        (
+            Metric("mismatch/max_abs", "nats", "largest difference"),
+            Metric("mismatch/mean_abs", "nats", "mean difference"),
+        ),
+    ),
+    Section(
+        "Tokens",
+        "Over all ranks, padding left out.",
+        (
+            Metric("tokens/prompt", "tokens", "prompt tokens of the step's rollouts"),
+            Metric("tokens/response", "tokens", "response tokens of the step's rollouts"),
+            Metric("tokens/teacher", "tokens", "tokens of the privileged sequences, responses included"),
+            Metric("tokens/trained", "tokens", "tokens that the loss sees"),
+            Metric("tokens/per_second", "tokens / s", "response tokens over the whole step's time, all ranks together"),
+            Metric("tokens/not_finite", "tokens", "tokens with a number that is not finite: anything but 0 is a fault"),
+        ),
+    ),
+    Section(
+        "Time",
+        "Wall-clock time of rank 0; a phase that did not run is left out.",
+        tuple(Metric(f"time/{phase}", "s", meaning) for phase, meaning in PHASES.items()),
+    ),
+    Section(
+        "Held-out evaluation",
+        "At the steps that the recipe's `evaluation` section names (step 0 is before training).",
+        (
+            Metric("evaluation/accuracy", "share of responses", "rewards of at least `privileged.success_threshold`"),
+            Metric("evaluation/length_mean", "tokens", "mean response length"),
+            Metric("evaluation/truncated", "share of responses", "responses that the token budget cut off"),
+        ),
+    ),
+    Section(
+        "Puzzle",
+        "With the built-in puzzle.",
+        (
+            Metric("puzzle/u_<class>", "nats", "mean u of one class of the puzzle's tokens (docs/puzzle.md)"),
+            Metric("puzzle/deliberation_rate", "share of responses", "responses that test at least one candidate"),
+        ),
+    ),
+    Section(
+        "Supervised stage",
+        "`asd-megatron sft`; with the optimizer, token and time metrics above.",
+        (Metric("sft/loss", "nats", "cross-entropy per unit of loss weight over the global batch"),),
+    ),
+)
+
+INTRODUCTION = """# Metrics
+
+Rank 0 writes one JSON object a step to `RUN/metrics.jsonl` (`step`, `time_utc` and the names below) and the same names
+to TensorBoard (`RUN/tensorboard`). A number that does not exist (a mean over no tokens) is `null` there and missing in
+TensorBoard.
+
+Token statistics are over the *sampled* response tokens of all ranks (`loss_mask` of the rollouts), the end token
+included, the prompt never; those of the teacher, of u and of the per-token term only over rollouts that have privileged
+context. Medians and quantiles are exact and are values that occur: the smallest with at least that share of the tokens
+at or below it. Entropies and log-probabilities are in nats, at the sampling temperature, under the weights before the
+step's update. Unit 1 is a plain number.
+
+`python tools/plot_run.py RUN` plots a run into `RUN/curves.png`, finished or not.
+
+This page is generated: `python -m asd_megatron.observe.names > docs/metrics.md`.
+"""
+
+METRICS = tuple(metric for section in SECTIONS for metric in section.metrics)
+
+
+def undocumented(names: Iterable[str]) -> list[str]:
+    """Those of `names` that no declaration covers (`step` and `time_utc`, the line's own keys, are no metrics)."""
+    return sorted(n for n in names if n not in ("step", "time_utc") and not any(m.matches(n) for m in METRICS))
+
+
+def reference_page() -> str:
+    """The text of `docs/metrics.md`."""
+    lines = [INTRODUCTION.rstrip()]
+    for section in SECTIONS:
+        lines += ["", f"## {section.title}", "", section.when, "", "| name | unit | meaning |", "|---|---|---|"]
+        lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in section.metrics]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

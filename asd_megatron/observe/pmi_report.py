@@ -1,0 +1,102 @@
+"""Which tokens the privileged context makes more or less likely: mean u by token, lowest and highest.
+
+Low u: tokens that a solver needs and one who knows the solution does not (deliberation). High u: shortcuts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from asd_megatron.errors import UserError
+from asd_megatron.observe.dumps import read_dump
+from asd_megatron.observe.metrics import context_mask, sampled_mask
+from asd_megatron.records import Example, TokenTable
+
+
+class Decoder(Protocol):
+    """What the report needs of a tokenizer: Hugging Face's."""
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TokenMean:
+    """One token id's statistics of u, in nats."""
+
+    token_id: int
+    count: int
+    mean: float
+    std: float
+    negative_share: float
+
+
+def examples_pmi(examples: Sequence[Example], table: TokenTable) -> tuple[Tensor, Tensor]:
+    """(ids int64 [M], u float32 [M]) of the sampled tokens whose u means something (rollouts with context).
+
+    Raises ValueError if the table has no column `pmi`.
+    """
+    if "pmi" not in table:
+        raise ValueError("the token table has no pmi column: this recipe did not compute u")
+    mask = sampled_mask(examples) & context_mask(examples, table)
+    ids = torch.tensor([i for e in examples for i in e.rollout.response_ids], dtype=torch.int64)
+    return ids[mask], table["pmi"].cpu()[mask]
+
+
+def dumps_pmi(paths: Sequence[str | os.PathLike[str]]) -> tuple[Tensor, Tensor]:
+    """(ids, u) of several rollout dumps together. Raises UserError for a dump without u."""
+    ids, pmi = [], []
+    for path in paths:
+        dump = read_dump(path)
+        if "pmi" not in dump.table:
+            raise UserError(f"{os.fspath(path)} holds no u: train with a teacher, or with `algorithm.log_pmi: true`")
+        some_ids, some_pmi = examples_pmi(dump.examples, dump.table)
+        ids.append(some_ids)
+        pmi.append(some_pmi)
+    if not ids:
+        raise UserError("no rollout dump to read: give at least one Parquet file of RUN/rollouts")
+    return torch.cat(ids), torch.cat(pmi)
+
+
+def token_means(ids: Tensor, pmi: Tensor, *, min_count: int = 1) -> list[TokenMean]:
+    """Statistics by token id [M], [M], lowest mean first; ids seen fewer than `min_count` times are left out."""
+    keep = torch.isfinite(pmi)
+    unique, inverse = torch.unique(ids[keep], return_inverse=True)
+    values = pmi[keep].to(torch.float64)
+    count = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, inverse, torch.ones_like(values))
+    mean = torch.zeros_like(count).index_add_(0, inverse, values) / count
+    square = torch.zeros_like(count).index_add_(0, inverse, (values - mean[inverse]) ** 2)
+    negative = torch.zeros_like(count).index_add_(0, inverse, (values < 0).to(torch.float64))
+    rows = zip(unique.tolist(), count.tolist(), mean.tolist(), square.tolist(), negative.tolist(), strict=True)
+    means = [TokenMean(i, int(n), m, (s / n) ** 0.5, neg / n) for i, n, m, s, neg in rows if n >= min_count]
+    return sorted(means, key=lambda t: (t.mean, t.token_id))
+
+
+def _table(title: str, rows: Sequence[TokenMean], tokenizer: Decoder) -> list[str]:
+    lines = [title, f"  {'token':<20} {'id':>8} {'count':>7} {'mean u':>8} {'std':>7} {'u < 0':>6}"]
+    for row in rows:
+        text = repr(tokenizer.decode([row.token_id]))[1:-1]
+        text = text if len(text) <= 18 else text[:17] + "~"
+        cells = f"{row.token_id:>8} {row.count:>7} {row.mean:>+8.3f} {row.std:>7.3f} {row.negative_share:>6.0%}"
+        lines.append(f"  {'|' + text + '|':<20} {cells}")
+    return lines
+
+
+def pmi_report(ids: Tensor, pmi: Tensor, tokenizer: Decoder, *, min_count: int = 5, top: int = 15) -> str:
+    """A table of the `top` tokens with the lowest and with the highest mean u, as text.
+
+    Raises UserError when no token was seen `min_count` times.
+    """
+    means = token_means(ids, pmi, min_count=min_count)
+    if not means:
+        raise UserError(f"no token was seen {min_count} times in {len(ids)} tokens: lower the minimum count")
+    overall = f"{len(ids)} tokens with privileged context, mean u {pmi[torch.isfinite(pmi)].mean():+.3f} nats"
+    lines = [f"{overall}; {len(means)} tokens seen at least {min_count} times", ""]
+    lines += _table("Lowest mean u (deliberation)", means[:top], tokenizer) + [""]
+    lines += _table("Highest mean u (shortcuts)", means[::-1][:top], tokenizer)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,257 @@
+"""The start-up report: what will run, on what, supplied by whom, and why the step has the passes it has."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import asd_megatron
+from asd_megatron.antisd.divergence import Condition
+from asd_megatron.files import write_json
+
+# import name -> (name shown, distributions that may carry the version)
+_PACKAGES = {
+    "megatron.core": ("megatron-core", ("megatron-core",)),
+    "transformer_engine": ("transformer-engine", ("transformer-engine", "transformer-engine-torch")),
+    "apex": ("apex", ("apex",)),
+    "transformers": ("transformers", ("transformers",)),
+    "triton": ("triton", ("triton",)),
+}
+HEAD = "asd_megatron (vocabulary-parallel log-prob and entropy, fused with the loss, chunked over tokens; PyTorch)"
+
+
+def _version(module: str, distributions: Sequence[str]) -> str | None:
+    """The version of an importable package without importing it; None if it is absent."""
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+    except ModuleNotFoundError:
+        return None
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "present"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices of this process's machine, JSON-ready. `transformer-engine` and `apex` are null when absent.
+
+    Keys: `versions` {name: version or None}, `devices` [names with memory], `platform`, `cores`, `threads`.
+    """
+    versions: dict[str, str | None] = {
+        "asd_megatron": asd_megatron.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    versions |= {shown: _version(module, names) for module, (shown, names) in _PACKAGES.items()}
+    if torch.cuda.is_available():
+        versions["cuda"] = torch.version.cuda
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        devices = [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus]
+    else:
+        devices = [f"CPU, {_processor()}"]
+    return {
+        "versions": versions,
+        "devices": devices,
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+# ---------------------------------------------------------------- who supplies what
+
+
+def _supplier(kind: type) -> str:
+    """The package that a class's work comes from: its own, or the first foreign base's (Megatron wraps TE's
+    classes).
+    """
+    roots = [base.__module__.split(".")[0] for base in kind.__mro__]
+    for package in ("transformer_engine", "apex"):
+        if package in roots:
+            shown, names = _PACKAGES[package]
+            return f"{shown} {_version(package, names) or ''}".strip()
+    if roots[0] == "megatron":
+        return f"megatron-core {_version('megatron.core', ('megatron-core',)) or ''}".strip()
+    return f"torch {torch.__version__}" if roots[0] == "torch" else roots[0]
+
+
+def _named(kinds: Iterable[type]) -> str:
+    """`supplier (Class, Class)`, one part a supplier."""
+    by_supplier: dict[str, list[str]] = {}
+    for kind in sorted(set(kinds), key=lambda k: k.__name__):
+        by_supplier.setdefault(_supplier(kind), []).append(kind.__name__)
+    return "; ".join(f"{supplier} ({', '.join(names)})" for supplier, names in by_supplier.items()) or "none"
+
+
+def _inner_optimizers(optimizer: Any) -> list[type]:
+    """Classes of the optimizers that do the arithmetic, below Megatron's chain, mixed precision and sharding."""
+    inner = getattr(optimizer, "megatron", None) or getattr(optimizer, "optimizer", None)
+    chain = getattr(optimizer, "chained_optimizers", None) or ([inner] if inner is not None else [])
+    return [kind for part in chain for kind in _inner_optimizers(part)] or [type(optimizer)]
+
+
+def suppliers(chunks: Iterable[torch.nn.Module], optimizer: Any = None) -> dict[str, str]:
+    """Who supplies attention, norm, linear, head and (if given) the optimizer of a built model: by the classes
+    found.
+    """
+    kinds: dict[type, bool] = {}
+    for chunk in chunks:
+        for module in chunk.modules():
+            kinds[type(module)] = any(True for _ in module.parameters())
+    found = {
+        # the core attention is the attention without parameters; the blocks around it have some
+        "attention": _named(k for k, weights in kinds.items() if "Attention" in k.__name__ and not weights),
+        "norm": _named(k for k in kinds if "Norm" in k.__name__),
+        "linear": _named(k for k in kinds if k.__name__.endswith("Linear")),
+        "head": HEAD,
+    }
+    if optimizer is not None:
+        found["optimizer"] = _named(_inner_optimizers(optimizer))
+    return found
+
+
+# ---------------------------------------------------------------- the report
+
+
+def formula(condition: Condition) -> str:
+    """The per-token advantage of a condition in one line (Eq. 2, 3, 6; the multiplicative form is ours)."""
+    q = "phi(u)" if condition.shape == "phi" else "u"
+    sign = "+" if condition.sign > 0 else "-"
+    if condition.sign == 0:
+        return "A = A_seq"
+    if condition.composition == "multiplicative":
+        text = f"A = A_seq * max(0, 1 {sign} lambda * {q} * sign(A_seq))"
+    else:
+        text = f"A = A_seq {sign} lambda * {q}"
+    u = "log p_teacher - log p_student" if condition.u_source == "teacher" else "-log p_student"
+    shape = ", phi(u) = (softplus(u) - log 2) / 2" if condition.shape == "phi" else ""
+    return f"{text}, u = {u}{shape}"
+
+
+def gate_text(
+    condition: Condition,
+    *,
+    lambda_max: float,
+    warmup_steps: int,
+    tau_down: float,
+    tau_up: float,
+    h_warm: float | None = None,
+) -> str:
+    """How lambda is set, in one line."""
+    if condition.sign == 0:
+        return "no per-token term"
+    warmup = f"0 for {warmup_steps} steps, then " if warmup_steps else ""
+    if not condition.gated:
+        return f"lambda {warmup}{lambda_max:g}, without a gate"
+    level = f"H_warm {h_warm:g}" if h_warm is not None else "H_warm, their median H"
+    return (
+        f"lambda {warmup}{lambda_max:g} or 0 by the {condition.gate_entropy}'s median entropy H: "
+        f"off below {tau_down:g} x, on again from {tau_up:g} x {level}"
+    )
+
+
+def layout_text(layout: Any) -> str:
+    """`tp 2, pp 1, vpp none, cp 1, dp 1, sequence parallel off (2 ranks)` of a layout (dataclass or mapping)."""
+    values = dict(layout) if isinstance(layout, Mapping) else asdict(layout)
+    virtual = values.get("virtual_pipeline")
+    ranks = values["tensor"] * values["pipeline"] * values["context"] * values["data"]
+    return (
+        f"tp {values['tensor']}, pp {values['pipeline']}, vpp {virtual or 'none'}, cp {values['context']}, "
+        f"dp {values['data']}, sequence parallel {'on' if values.get('sequence_parallel') else 'off'} "
+        f"({ranks} rank{'s' if ranks != 1 else ''})"
+    )
+
+
+def _table(sections: Mapping[str, Sequence[tuple[str, str]]]) -> list[str]:
+    width = max((len(key) for rows in sections.values() for key, _ in rows), default=0)
+    lines = []
+    for title, rows in sections.items():
+        if rows:
+            lines += ["", title]
+            lines += [f"  {key.ljust(width)}  {text}".rstrip() for key, text in rows]
+    return lines
+
+
+def startup_report(
+    *,
+    name: str,
+    run_folder: str | os.PathLike[str],
+    environment: Mapping[str, Any],
+    layout: Any,
+    suppliers: Mapping[str, str],
+    model: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    condition: Condition | None = None,
+    gate: str = "",
+    passes: Sequence[str] = (),
+) -> str:
+    """The report as text: one table, printed by rank 0 before the first step.
+
+    `environment` and `suppliers` are what the functions of that name return, `layout` a Layout, `model` and `batch`
+    rows to show (family, parameters, dtype; problems, rollouts, token budget ...), `condition` None in the supervised
+    stage, `gate` what `gate_text` returns, `passes` the pass plan's reasons.
+    """
+    versions = environment["versions"]
+    present = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    absent = ", ".join(package for package, version in versions.items() if not version)
+    devices: list[str] = list(environment["devices"])
+    machine = [("versions", present)]
+    if absent:
+        machine.append(("not installed", absent))
+    counted = [f"{devices.count(d)} x {d}" if devices.count(d) > 1 else d for d in dict.fromkeys(devices)]
+    machine.append(("devices", "; ".join(counted) + f"; {environment['cores']} cores"))
+    machine.append(("layout", layout_text(layout)))
+    method = []
+    if condition is not None:
+        method = [("condition", condition.name), ("advantage", formula(condition))]
+        method += [("gate", gate)] if gate else []
+    rows = {
+        "Machine": machine,
+        "Model": [(key, _shown(value)) for key, value in model.items()],
+        "Supplied by": list(suppliers.items()),
+        "Method": method,
+        "A step": [(key, _shown(value)) for key, value in batch.items()]
+        + [("passes" if i == 0 else "", reason) for i, reason in enumerate(passes)],
+    }
+    title = f"asd_megatron: {name} -> {os.fspath(run_folder)}"
+    return "\n".join([title, "=" * len(title), *_table(rows)[1:], ""])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def write_environment(
+    run_folder: str | os.PathLike[str],
+    environment: Mapping[str, Any],
+    *,
+    layout: Any,
+    suppliers: Mapping[str, str],
+) -> Path:
+    """RUN/environment.json: versions, devices, layout, who supplied each part. Returns its path."""
+    values = asdict(layout) if is_dataclass(layout) and not isinstance(layout, type) else dict(layout)
+    content = {**environment, "layout": values, "suppliers": dict(suppliers)}
+    return write_json(Path(run_folder) / "environment.json", content)

@@ -1,0 +1,50 @@
+"""Print the tokens with the lowest and the highest mean u of a run's rollout dumps (run.dump_rollouts: true)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from asd_megatron.errors import UserError
+from asd_megatron.observe.pmi_report import dumps_pmi, pmi_report
+
+
+def _dumps(names: Sequence[str]) -> list[Path]:
+    """The dumps named: files as they are, a run's or a dump folder as all its Parquet files."""
+    found: list[Path] = []
+    for path in map(Path, names):
+        if path.is_dir():
+            inside = sorted((path / "rollouts").glob("step_*.parquet")) or sorted(path.glob("step_*.parquet"))
+            if not inside:
+                raise UserError(f"{path} holds no rollout dumps: train with `run.dump_rollouts: true`")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dumps", nargs="+", help="dump files, or a run's folder for all of its steps")
+    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="Hugging Face folder of the run's model")
+    parser.add_argument("--min-count", type=int, default=5, help="leave out tokens seen less often (default: 5)")
+    parser.add_argument("--top", type=int, default=15, help="rows of each table (default: 15)")
+    arguments = parser.parse_args(argv)
+    try:
+        if not Path(arguments.tokenizer).is_dir():
+            raise UserError(f"the tokenizer folder {arguments.tokenizer} does not exist")
+        ids, pmi = dumps_pmi(_dumps(arguments.dumps))
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, local_files_only=True)
+        print(pmi_report(ids, pmi, tokenizer, min_count=arguments.min_count, top=arguments.top), end="")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
