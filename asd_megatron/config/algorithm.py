@@ -1,0 +1,77 @@
+"""Section `algorithm`: the condition, the per-token term and the policy loss."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from asd_megatron.config.base import Section
+
+ConditionName = Literal[
+    "grpo", "sd", "antisd", "reverse_kl_ascent", "no_gate", "multiplicative", "student_entropy_gate", "no_teacher"
+]
+GATED: tuple[str, ...] = ("antisd", "reverse_kl_ascent", "multiplicative", "student_entropy_gate", "no_teacher")
+
+
+class Algorithm(Section):
+    """What the advantage of a token is and how the policy learns from it."""
+
+    name: ConditionName = Field(
+        "antisd",
+        description=(
+            "The condition. `grpo`: group-relative advantage alone; `sd`: + lambda u; `antisd`: - lambda phi(u), gated;"
+            " `reverse_kl_ascent`: - lambda u, gated; `no_gate`: `antisd` with the gate always open; `multiplicative`:"
+            " phi(u) scales the group advantage, gated; `student_entropy_gate`: `antisd` gated by the student's"
+            " entropy; `no_teacher`: u is -log p of the student."
+        ),
+    )
+    lambda_max: float = Field(0.5, ge=0, description="Weight of the per-token term while the gate is open.")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="The importance ratio is clipped below 1 - `clip_low`.")
+    clip_high: float = Field(0.2, gt=0, description="The importance ratio is clipped above 1 + `clip_high`.")
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = Field(
+        "token_mean",
+        description=(
+            "How token losses add up: mean over all response tokens of the global batch; mean over its responses of "
+            "each response's mean; or sum divided by responses x `constant_length`."
+        ),
+    )
+    constant_length: int | None = Field(
+        None, ge=1, description="Tokens by which `aggregation: constant_length` divides each response's sum."
+    )
+    updates_per_batch: int = Field(
+        1,
+        ge=1,
+        description=(
+            "Optimizer steps a batch: it is divided into as many disjoint mini-batches of equally many rollouts."
+        ),
+    )
+    epochs: int = Field(1, ge=1, description="Passes over the mini-batches of a batch.")
+    pmi_clip: float | None = Field(
+        None, gt=0, description="Clamp u to +- this (nats) before the term is computed; null: no clamp."
+    )
+    term_normalization: Literal["none", "sequence", "batch"] = Field(
+        "none", description="Standardise the term over the tokens of each response or of the global batch."
+    )
+    term_clip: float | None = Field(
+        None, gt=0, description="Clamp the term to +- this after normalisation; null: no clamp."
+    )
+    term_max_position: int | None = Field(
+        None, ge=1, description="No term from this response position on (tokens, counted from 0); null: everywhere."
+    )
+    importance_correction: Literal["none", "truncated"] = Field(
+        "none",
+        description=(
+            "Weight each token by exp(log-prob under the scoring weights - the engine's), cut at `importance_cap`."
+        ),
+    )
+    importance_cap: float = Field(2.0, gt=0, description="Upper bound of the importance weight.")
+    mask_truncated: bool = Field(False, description="Leave responses that hit the token limit out of the loss.")
+    log_pmi: bool = Field(
+        False, description="Score the teacher although the condition does not need it (`grpo`), to log u."
+    )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the condition has an entropy-triggered gate."""
+        return self.name in GATED

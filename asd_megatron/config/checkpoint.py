@@ -1,0 +1,25 @@
+"""Section `checkpoint`: what is saved, and how a run goes on."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from asd_megatron.config.base import Section, Text
+
+
+class Checkpoint(Section):
+    """Training checkpoints and Hugging Face exports."""
+
+    every: int = Field(0, ge=0, description="Save a training checkpoint after every so many steps; 0: none in between.")
+    keep: int = Field(2, ge=1, description="Newest training checkpoints kept.")
+    resume: Text = Field(
+        "auto",
+        description=(
+            "`auto`: go on from the run folder's newest checkpoint, if any; `never`: start anew; or a checkpoint's"
+            " folder."
+        ),
+    )
+    export_every: int = Field(
+        0, ge=0, description="Write a Hugging Face folder after every so many steps; 0: none in between."
+    )
+    export_at_end: bool = Field(True, description="Write a Hugging Face folder after the last step.")

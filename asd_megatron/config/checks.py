@@ -1,0 +1,282 @@
+"""Combinations that cannot work, each refused with what to change.
+
+`check_recipe` looks at the recipe alone and runs whenever one is read; `check_world`, `check_devices` and `check_model`
+compare it with the number of ranks, the machine and the model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from asd_megatron.config.parallelism import Parallelism
+from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
+from asd_megatron.errors import UserError
+
+CORPUS = "puzzle:corpus"
+PUZZLES = ("puzzle:train", "puzzle:test")
+
+
+def check_recipe(recipe: AnyRecipe) -> None:
+    """Refuse what cannot work on any machine. Raises UserError with every finding, one a line."""
+    findings = list(_layout(recipe)) + list(_common(recipe))
+    findings += list(_train(recipe)) if isinstance(recipe, Recipe) else list(_sft(recipe))
+    _refuse(findings)
+
+
+def _refuse(findings: list[str]) -> None:
+    if findings:
+        raise UserError(
+            findings[0] if len(findings) == 1 else "the recipe cannot work:" + "".join(f"\n  {f}" for f in findings)
+        )
+
+
+def _layout(recipe: AnyRecipe) -> Iterator[str]:
+    p = recipe.parallelism
+    if p.sequence_parallel and p.tensor == 1:
+        yield (
+            "parallelism.sequence_parallel divides activations over tensor-parallel ranks and there is one: set "
+            "parallelism.tensor above 1, or parallelism.sequence_parallel false"
+        )
+    if p.virtual_pipeline is not None and p.pipeline == 1:
+        yield (
+            f"parallelism.virtual_pipeline {p.virtual_pipeline} interleaves the chunks of pipeline stages and there is"
+            " one stage: set parallelism.pipeline above 1, or parallelism.virtual_pipeline null"
+        )
+    elif p.virtual_pipeline == 1:
+        yield "parallelism.virtual_pipeline 1 interleaves nothing: set it to null, or to 2 or more"
+    if p.overlap_grad_reduce and p.data == 1 and p.context == 1:
+        yield (
+            "parallelism.overlap_grad_reduce overlaps a reduction over data-parallel ranks and parallelism.data is 1:"
+            " set parallelism.data above 1 (or null), or parallelism.overlap_grad_reduce false"
+        )
+    if recipe.samples_embedded:
+        what, instead = "embedded rollouts sample", "rollout.engine replay"
+        if isinstance(recipe, SftRecipe) or recipe.rollout.engine != "embedded":
+            what, instead = "the evaluation samples", "no data.test"
+        if p.virtual_pipeline is not None and p.pipeline > 1:
+            yield (
+                f"parallelism.virtual_pipeline {p.virtual_pipeline}: {what} on the training model stage by stage, and a"
+                " stage's chunks are not in the order of its layers then; set parallelism.virtual_pipeline null, or"
+                f" use {instead}"
+            )
+        if p.context > 1:
+            yield (
+                f"parallelism.context {p.context}: {what} on the training model one token at a time, and one token"
+                f" cannot be divided over context-parallel ranks; set parallelism.context 1, or use {instead}"
+            )
+
+
+def _common(recipe: AnyRecipe) -> Iterator[str]:
+    o, data, evaluation = recipe.optimizer, recipe.data, recipe.evaluation
+    if o.min_learning_rate > o.learning_rate:
+        yield (
+            f"optimizer.min_learning_rate {o.min_learning_rate} is above optimizer.learning_rate {o.learning_rate}: "
+            "a schedule falls; lower it"
+        )
+    if evaluation.every and data.test is None:
+        yield "evaluation.every needs problems to measure on: set data.test, or evaluation.every 0"
+    if data.format == "raw":
+        if data.raw_prompt.count("{prompt}") != 1:
+            yield f"data.raw_prompt {data.raw_prompt!r} must hold the problem's place once: put {{prompt}} into it"
+        for key, given in (("system", data.system), ("chat_template_kwargs", data.chat_template_kwargs)):
+            if given:
+                yield f"data.{key} belongs to chat prompts: put it into data.raw_prompt, or set data.format chat"
+    elif data.raw_prompt != type(data).model_fields["raw_prompt"].default:
+        yield "data.raw_prompt is read only with data.format raw: set data.format raw, or leave data.raw_prompt out"
+    if data.test is not None and data.test.startswith("puzzle:") and data.test not in PUZZLES:
+        yield f"data.test {data.test!r} is not a puzzle set: use puzzle:test"
+
+
+def _train(recipe: Recipe) -> Iterator[str]:
+    yield from _algorithm(recipe)
+    s, privileged, rollout, data = recipe.sampling, recipe.privileged, recipe.rollout, recipe.data
+    if s.top_p < 1 or s.top_k > 0:
+        yield (
+            f"sampling.top_p {s.top_p} and sampling.top_k {s.top_k}: training rollouts must be drawn from the"
+            " distribution that is scored; set sampling.top_p 1.0 and sampling.top_k 0 (evaluation.top_p and"
+            " evaluation.top_k are free)"
+        )
+    if privileged.min_solution_tokens > privileged.max_solution_tokens:
+        yield (
+            f"privileged.min_solution_tokens {privileged.min_solution_tokens} is above privileged.max_solution_tokens "
+            f"{privileged.max_solution_tokens}: lower the first or raise the second"
+        )
+    if privileged.max_teacher_tokens is not None and privileged.max_teacher_tokens <= s.max_response_tokens:
+        yield (
+            f"privileged.max_teacher_tokens {privileged.max_teacher_tokens} leaves no room for a prompt beside a"
+            f" response of sampling.max_response_tokens {s.max_response_tokens}: raise the first or lower the second"
+        )
+    if privileged.raw_template is not None and data.format != "raw":
+        yield (
+            "privileged.raw_template is read only with data.format raw: set data.format raw, or leave"
+            " privileged.raw_template out"
+        )
+    if rollout.engine == "replay" and rollout.replay_folder is None:
+        yield (
+            "rollout.engine replay needs rollout.replay_folder: the `rollouts` folder of a run with run.dump_rollouts"
+            " true"
+        )
+    if rollout.engine != "replay" and rollout.replay_folder is not None:
+        yield (
+            "rollout.replay_folder is read only with rollout.engine replay: set rollout.engine replay, or leave the"
+            " folder out"
+        )
+    if data.train.startswith("puzzle:") and data.train not in PUZZLES:
+        yield (
+            f"data.train {data.train!r} is not a puzzle set: use puzzle:train (puzzle:corpus is for `asd-megatron sft`)"
+        )
+
+
+def _algorithm(recipe: Recipe) -> Iterator[str]:
+    a, gate, s = recipe.algorithm, recipe.gate, recipe.sampling
+    if s.rollouts_per_problem == 1:
+        yield (
+            "sampling.rollouts_per_problem 1: a group of one has no group-relative advantage; set it to 2 or more (the"
+            " paper uses 8)"
+        )
+    rollouts = s.problems_per_step * s.rollouts_per_problem
+    if rollouts % a.updates_per_batch:
+        yield (
+            f"algorithm.updates_per_batch {a.updates_per_batch} does not divide the {rollouts} rollouts of a batch "
+            "(sampling.problems_per_step x sampling.rollouts_per_problem) into equal mini-batches: choose a divisor"
+        )
+    if a.aggregation == "constant_length" and a.constant_length is None:
+        yield (
+            "algorithm.aggregation constant_length needs algorithm.constant_length (tokens), for instance "
+            f"sampling.max_response_tokens, {s.max_response_tokens}"
+        )
+    if a.aggregation != "constant_length" and a.constant_length is not None:
+        yield (
+            f"algorithm.constant_length {a.constant_length} is read only with algorithm.aggregation constant_length:"
+            " set that, or leave algorithm.constant_length out"
+        )
+    if a.gated and recipe.gate_warmup_steps == 0 and gate.h_warm is None:
+        yield (
+            f"gate.warmup_steps 0 leaves the gate of algorithm.name {a.name} without a calibrated entropy: set"
+            " gate.warmup_steps to 1 or more, give gate.h_warm (nats), or use algorithm.name no_gate"
+        )
+    if gate.tau_down > gate.tau_up:
+        yield (
+            f"gate.tau_down {gate.tau_down} is above gate.tau_up {gate.tau_up}: the gate would close and open at once;"
+            " lower it"
+        )
+
+
+def _sft(recipe: SftRecipe) -> Iterator[str]:
+    if recipe.data.train.startswith("puzzle:") and not recipe.data.train.startswith(CORPUS):
+        yield f"data.train {recipe.data.train!r} holds problems without responses: the supervised stage takes {CORPUS}"
+    if recipe.data.test is not None and recipe.reward is None:
+        yield "data.test needs a reward to score the answers: add `reward: {name: ...}`, or leave data.test out"
+    if recipe.reward is not None and recipe.data.test is None:
+        yield "reward scores answers to data.test, which is not set: set data.test, or leave reward out"
+
+
+def check_world(recipe: AnyRecipe, world_size: int) -> int:
+    """The data-parallel size that `world_size` ranks leave. Raises UserError when they do not fit the layout."""
+    p: Parallelism = recipe.parallelism
+    product = f"tensor {p.tensor} x pipeline {p.pipeline} x context {p.context}"
+    if world_size % p.model_parallel:
+        raise UserError(
+            f"{world_size} ranks do not divide into model copies of {p.model_parallel} ({product}): start a multiple of"
+            f" {p.model_parallel} ranks, or change the parallelism section"
+        )
+    data = world_size // p.model_parallel
+    if p.data is not None and p.data != data:
+        raise UserError(
+            f"{product} x data {p.data} needs {p.ranks} ranks and there are {world_size}: start {p.ranks}, or set "
+            f"parallelism.data {data} (or null)"
+        )
+    return data
+
+
+def check_devices(recipe: AnyRecipe, *, cuda: bool | None = None, transformer_engine: bool | None = None) -> None:
+    """Refuse layers and number formats that this machine lacks. `cuda` and `transformer_engine` None: look."""
+    if cuda is None:
+        import torch
+
+        cuda = torch.cuda.is_available()
+        if cuda and recipe.model.dtype != "float32" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(
+                "model.dtype bfloat16: this GPU has no bfloat16 arithmetic; set model.dtype float32, or use an Ampere"
+                " or newer GPU"
+            )
+    if recipe.model.layers == "te":
+        if not cuda:
+            raise UserError(
+                "model.layers te: Transformer Engine needs a CUDA device and there is none; set model.layers auto or"
+                " local"
+            )
+        if transformer_engine is None:
+            transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+        if not transformer_engine:
+            raise UserError(
+                "model.layers te: Transformer Engine is not installed; install the extra `asd_megatron[gpu]`, or set"
+                " model.layers auto or local"
+            )
+
+
+def check_model(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> None:
+    """Refuse a layout that does not divide the model, and lengths beyond its positions. Raises UserError.
+
+    `hf_config` is the Hugging Face `config.json` of the model; what it does not say is not checked here.
+    """
+    _refuse(list(_divides(recipe.parallelism, hf_config)) + list(_lengths(recipe, hf_config)))
+
+
+def _divides(p: Parallelism, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    heads = hf_config.get("num_attention_heads")
+    shared = {
+        "attention heads": heads,
+        "key-value heads": hf_config.get("num_key_value_heads") or heads,
+        "hidden units": hf_config.get("hidden_size"),
+        "feed-forward units": hf_config.get("intermediate_size"),
+    }
+    sizes = {name: size for name, size in shared.items() if isinstance(size, int)}
+    bad = [f"{size} {name}" for name, size in sizes.items() if size % p.tensor]
+    if bad:
+        usable = [t for t in range(1, max(sizes.values()) + 1) if all(size % t == 0 for size in sizes.values())]
+        yield (
+            f"parallelism.tensor {p.tensor} does not divide the model's {', '.join(bad)}: set parallelism.tensor to one"
+            f" of {', '.join(map(str, usable))}"
+        )
+    layers = hf_config.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return
+    if p.pipeline > layers:
+        yield (
+            f"parallelism.pipeline {p.pipeline}: the model has {layers} layers, fewer than stages; set it to a divisor"
+            f" of {layers}"
+        )
+    elif layers % p.pipeline:
+        usable = [n for n in range(1, layers + 1) if layers % n == 0]
+        yield (
+            f"parallelism.pipeline {p.pipeline} does not divide the model's {layers} layers: set it to one of "
+            f"{', '.join(map(str, usable))}"
+        )
+    elif p.virtual_pipeline is not None and (layers // p.pipeline) % p.virtual_pipeline:
+        yield (
+            f"parallelism.virtual_pipeline {p.virtual_pipeline} does not divide the {layers // p.pipeline} layers of a"
+            " pipeline stage: set it to a divisor of them, or to null"
+        )
+
+
+def _lengths(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    positions = hf_config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return
+    s = recipe.sampling
+    longest = s.max_prompt_tokens + s.max_response_tokens
+    if (isinstance(recipe, Recipe) or recipe.evaluates) and longest > positions:
+        yield (
+            f"sampling.max_prompt_tokens {s.max_prompt_tokens} + sampling.max_response_tokens {s.max_response_tokens} ="
+            f" {longest} tokens, and the model has {positions} positions: lower one of them by {longest - positions}"
+        )
+    if isinstance(recipe, Recipe):
+        limit = recipe.privileged.max_teacher_tokens
+        if limit is not None and limit > positions:
+            yield (
+                f"privileged.max_teacher_tokens {limit} is beyond the model's {positions} positions: lower it, or set"
+                " it to null"
+            )

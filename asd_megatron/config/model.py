@@ -1,0 +1,32 @@
+"""Section `model`: which model is trained and how its layers are built."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from asd_megatron.config.base import Section, Text
+
+
+class Model(Section):
+    """The model to start from."""
+
+    path: Text = Field(description="Folder of the Hugging Face model to start from: config, safetensors, tokenizer.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Number format of weights and activations; `auto`: bfloat16 on CUDA, float32 on CPU."
+    )
+    layers: Literal["auto", "te", "local"] = Field(
+        "auto",
+        description=(
+            "Who supplies the layers: `te` Transformer Engine, `local` Megatron-Core's own with PyTorch attention; "
+            "`auto`: `te` where it can be imported and CUDA is there."
+        ),
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description=(
+            "Activations computed again in the backward pass to save memory: `selective` the attention core, "
+            "`full` every layer."
+        ),
+    )

@@ -1,0 +1,77 @@
+"""Command-line overrides: `--section.key value` and `--section.key=value`, values in YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from asd_megatron.config.base import section_schema, takes_null, takes_text
+from asd_megatron.config.refusals import unknown_key
+from asd_megatron.config.yaml_text import parse_yaml
+from asd_megatron.errors import UserError
+
+
+def split_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """`["--a.b", "1", "--c.d=2"]` -> `[("a.b", "1"), ("c.d", "2")]`. Raises UserError for anything else."""
+    pairs: list[tuple[str, str]] = []
+    index = 0
+    while index < len(arguments):
+        argument = arguments[index]
+        index += 1
+        if not argument.startswith("--") or argument == "--":
+            raise UserError(f"unexpected argument {argument!r}: after the recipe come overrides, `--section.key value`")
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            if index == len(arguments) or arguments[index].startswith("--"):
+                raise UserError(
+                    f"override --{key} has no value: write `--{key} value`, or `--{key}=value` for one that begins"
+                    " with --"
+                )
+            value = arguments[index]
+            index += 1
+        pairs.append((key, value))
+    return pairs
+
+
+def apply_overrides(values: dict[str, Any], arguments: Sequence[str], schema: type[BaseModel]) -> dict[str, Any]:
+    """`values` (section -> key -> value) with the overrides put in; the last of several wins. `values` is not changed.
+
+    Values are YAML; for a key that holds free text they are taken literally, so `--run.name 3` and
+    `--data.raw_prompt "Q: {prompt}"` need no quotes inside the quotes; `null` stays null where the key takes it, and a
+    value in quotes is read as YAML, escapes included. Types are checked later, by the schema.
+    Raises UserError for an unknown section or key, naming the nearest valid one, and for a value that is not YAML.
+    """
+    out = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+    for dotted, text in split_overrides(arguments):
+        section_name, _, key = dotted.partition(".")
+        section = schema.model_fields.get(section_name)
+        if section is None or not key:
+            raise UserError(f"override {unknown_key(schema, dotted)}")
+        fields = section_schema(schema, section_name).model_fields
+        if key not in fields:
+            outer = key.partition(".")[0]
+            if outer != key and outer in fields:
+                raise UserError(
+                    f"override --{dotted}: {section_name}.{outer} is given whole: `--{section_name}.{outer} VALUE`, "
+                    "a mapping as '{name: value}'"
+                )
+            raise UserError(f"override {unknown_key(schema, dotted)}")
+        target = out.setdefault(section_name, {})
+        if target is None:
+            target = out[section_name] = {}
+        if not isinstance(target, dict):
+            raise UserError(f"section {section_name}: expected a mapping of keys, so --{dotted} cannot be put in")
+        target[key] = _value(text, fields[key], dotted)
+    return out
+
+
+def _value(text: str, field: Any, dotted: str) -> Any:
+    if not takes_text(field):
+        return parse_yaml(text, f"override --{dotted}")
+    if takes_null(field) and text in ("null", "~", ""):
+        return None
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return parse_yaml(text, f"override --{dotted}")
+    return text

@@ -1,0 +1,42 @@
+"""Section `parallelism`: how many ranks, and what each holds."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from asd_megatron.config.base import Section
+
+
+class Parallelism(Section):
+    """The layout. Ranks needed: tensor x pipeline x context x data."""
+
+    tensor: int = Field(1, ge=1, description="Tensor-parallel size: ranks that share every layer.")
+    pipeline: int = Field(1, ge=1, description="Pipeline-parallel size: stages that the layers are divided into.")
+    virtual_pipeline: int | None = Field(
+        None,
+        ge=1,
+        description="Chunks of layers a pipeline stage holds (interleaved schedule); null: one, not interleaved.",
+    )
+    context: int = Field(1, ge=1, description="Context-parallel size: ranks that share every sequence.")
+    data: int | None = Field(
+        None,
+        ge=1,
+        description="Data-parallel size; null: what the number of ranks leaves (`asd-megatron train` starts one).",
+    )
+    sequence_parallel: bool = Field(
+        False, description="Divide activations between the layers over the tensor-parallel ranks as well."
+    )
+    distributed_optimizer: bool = Field(False, description="Divide the optimizer's state over the data-parallel ranks.")
+    overlap_grad_reduce: bool = Field(
+        False, description="Reduce gradients over data-parallel ranks while the backward pass goes on."
+    )
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that hold one copy of the model and one share of the batch: tensor x pipeline x context."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that `asd-megatron train` starts: the model-parallel size times `data` (or one)."""
+        return self.model_parallel * (self.data or 1)

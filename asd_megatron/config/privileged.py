@@ -1,0 +1,49 @@
+"""Section `privileged`: what the teacher is shown."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from asd_megatron.config.base import Section, Text
+
+
+class Privileged(Section):
+    """The privileged context: a verified solution and the feedback on the student's own response."""
+
+    max_solution_tokens: int = Field(
+        8192,
+        ge=1,
+        description="A longer demonstration (tokens) keeps its head (a quarter) and tail around an ellipsis.",
+    )
+    min_solution_tokens: int = Field(
+        128,
+        ge=0,
+        description=(
+            "The demonstration shrinks to fit `max_teacher_tokens`, but not below this (tokens): then the rollout has"
+            " no context and is counted."
+        ),
+    )
+    max_teacher_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Limit (tokens) of the teacher's prompt and response together; null: the model's positions.",
+    )
+    when_no_solution: Literal["mask", "reference_answer", "feedback_only"] = Field(
+        "mask",
+        description=(
+            "For a rollout without a verified solution: no context (u is 0), the final answer alone, or the feedback"
+            " alone."
+        ),
+    )
+    exclude_self: bool = Field(
+        True, description="A rollout is never its own demonstration; false: its own success may be drawn as well."
+    )
+    strip_thinking: bool = Field(False, description="Cut `<think>` blocks from demonstrations.")
+    success_threshold: float = Field(1.0, description="A rollout with at least this reward is a verified solution.")
+    raw_template: Text | None = Field(
+        None,
+        description="With `data.format: raw`, the teacher's whole prompt, with `{prompt}`, `{solution}` and `{feedback}`; a"
+        " line whose value is missing is left out. null: `data.raw_prompt` with the ordinary block after the problem.",
+    )

@@ -1,0 +1,28 @@
+"""Section `reward`: how a response is scored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from asd_megatron.config.base import Section
+
+
+class Reward(Section):
+    """The verifier."""
+
+    name: Annotated[
+        str, StringConstraints(pattern=r"^(math|exact|puzzle|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)$")
+    ] = Field(
+        "math",
+        description=(
+            "`math`: math-verify on the final answer; `exact`: equal text; `puzzle`: the search puzzle; or your own "
+            "function as `package.module:function`."
+        ),
+    )
+    timeout_seconds: float = Field(5.0, gt=0, description="Longest time (seconds) for one answer; then it scores 0.")
+    workers: int = Field(2, ge=1, description="Processes that check answers side by side.")
+    on_error: Literal["stop", "zero"] = Field(
+        "stop", description="When a reward raises: stop the run, or score 0 and count it."
+    )

@@ -1,0 +1,43 @@
+"""Section `run`: which run this is and where it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+from asd_megatron.config.base import Section, Text
+
+
+class RunBase(Section):
+    """What a run of either stage is called, how long it is and where it writes."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]*$")] = Field(
+        "run", description="The run's name; letters, digits and `_ . = + -`."
+    )
+    folder: Text = Field("runs/{name}", description="The run folder; `{name}` stands for `run.name`.")
+    seed: int = Field(
+        1234, ge=0, description="Seed of the sampling noise, the data order and the choice of demonstrations."
+    )
+    steps: int = Field(200, ge=1, description="Training steps: batches sampled (or read) and learned from.")
+    overwrite: bool = Field(
+        False,
+        description=(
+            "Replace what a non-empty run folder holds. Without it such a folder is refused, unless the run resumes."
+        ),
+    )
+
+    @property
+    def path(self) -> Path:
+        """The run folder with the name filled in, relative to the current directory unless absolute."""
+        return Path(self.folder.replace("{name}", self.name))
+
+
+class Run(RunBase):
+    """The run of a `train` recipe."""
+
+    dump_rollouts: bool = Field(
+        False,
+        description="Write every step's rollouts, with their per-token numbers, to `rollouts/step_NNNNNN.parquet`.",
+    )
