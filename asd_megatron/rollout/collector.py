@@ -143,8 +143,8 @@ class Collector:
         found, missing = self._draw(self._evaluated[2], params, -1 - step)
         if missing:
             raise RolloutError(
-                f"evaluation after step {step}: the engine aborted {missing} problem(s), {self._redraws + 1} times; see its "
-                "log or the server's"
+                f"evaluation after step {step}: the engine aborted {missing} problem(s), {self._redraws + 1} times; "
+                "see its log or the server's"
             )
         return Evaluation(tuple(found)) if self._is_root else None
 

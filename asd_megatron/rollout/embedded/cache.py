@@ -77,6 +77,13 @@ class KVCache:
         )
         return out.reshape(1, rows, heads * dim)
 
+    def newest(self, hidden: Tensor) -> Tensor:
+        """Hidden states of each row's newest token in the current forward: [s, B, H] -> [1, B, H]. Only these need logits."""
+        if self._span is None:
+            return hidden
+        last = (self.lengths[slice(*self._span)] - 1).to(hidden.device)
+        return hidden.gather(0, last[None, :, None].expand(1, -1, hidden.shape[-1]))
+
     def expand(self, indices: Tensor) -> None:
         """New row i is a copy of row indices[i] (int64, repeats allowed)."""
         self._reallocate(indices)

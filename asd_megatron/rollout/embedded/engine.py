@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,18 +35,20 @@ FAILURES = {
 }
 
 
-class Piece(NamedTuple):
-    """Samples first:first+count of submitted prompt `index`."""
+@dataclass(frozen=True)
+class Piece:
+    """Samples first:first+samples of submitted prompt `prompt`."""
 
-    index: int
+    prompt: int
     first: int
-    count: int
+    samples: int
 
 
-class Response(NamedTuple):
+@dataclass(frozen=True)
+class Response:
     """One finished row as it travels to global rank 0."""
 
-    index: int
+    prompt: int
     sample: int
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float32]
@@ -129,7 +131,7 @@ class EmbeddedEngine:
 
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> None:
         check_params(params)
-        StopCheck((), params.stop, self._decode)
+        StopCheck((), params.stop, _decoder(self._tokenizer))
         limit = self._port.max_positions - params.max_new_tokens
         for prompt in prompts:
             if not 0 < len(prompt.ids) <= limit:
@@ -192,12 +194,12 @@ class EmbeddedEngine:
         self, submission: _Submission, chunk: Sequence[Piece], deadline: float
     ) -> tuple[_Rows | None, int]:
         device = self._port.device
-        rows = _Rows(self._seed, submission, chunk, self._decode) if self._draws else None
-        prompts = [submission.prompts[piece.index].ids for piece in chunk]
+        rows = _Rows(self._seed, submission, chunk, self._tokenizer) if self._draws else None
+        prompts = [submission.prompts[piece.prompt].ids for piece in chunk]
         cache = KVCache(len(prompts), max(len(ids) for ids in prompts))
         logits = self._prefill(prompts, cache)
         # From one row a prompt to one row a sample.
-        repeat = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor([piece.count for piece in chunk]))
+        repeat = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor([piece.samples for piece in chunk]))
         cache.expand(repeat)
         logits = logits[repeat.to(device)] if logits is not None else None
         positions = cache.lengths.to(device)
@@ -229,15 +231,18 @@ class EmbeddedEngine:
         return rows, FINISHED
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor | None:
-        """Compute the prompts' keys and values; logits after each prompt [prompts, vocab] on the last stage."""
+        """Compute the prompts' keys and values; logits after each prompt [prompts, vocab] on the last stage.
+
+        Shortest prompt first.
+        """
         lengths = torch.tensor([len(ids) for ids in prompts])
         found: list[Tensor] = []
         start = 0
         while start < len(prompts):
             stop = start + 1
-            while stop < len(prompts) and (stop + 1 - start) * int(lengths[start : stop + 1].max()) <= PREFILL_TOKENS:
+            while stop < len(prompts) and (stop + 1 - start) * int(lengths[stop]) <= PREFILL_TOKENS:
                 stop += 1
-            width = int(lengths[start:stop].max())
+            width = int(lengths[stop - 1])
             ids = torch.zeros(stop - start, width, dtype=torch.int64)
             for row, prompt in enumerate(prompts[start:stop]):
                 ids[row, : len(prompt)] = torch.tensor(prompt)
@@ -255,8 +260,7 @@ class EmbeddedEngine:
         return logits[:, -1] if logits is not None else None
 
     def _share(self, control: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
-        """The drawing rank's (tokens on the device, state per row on the host) on every rank of the model-parallel
-        group."""
+        """The drawing rank's tokens (on the device) and states (on the host), on every rank of the model."""
         tp, pp = self._groups.tp, self._groups.pp
         if tp.size() * pp.size() > 1:
             control = control.to(self._port.device)
@@ -266,26 +270,15 @@ class EmbeddedEngine:
                 dist.broadcast(control, group=pp, group_src=pp.size() - 1)
         return control[0].to(self._port.device), control[1].cpu().numpy()
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        if self._tokenizer is None:
-            raise UserError("sampling: stop strings need a tokenizer; give the engine one, or use stop_token_ids")
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
-
     def _deliver(self, submission: _Submission, responses: list[Response]) -> list[Group]:
         """All ranks' responses as whole groups in submitted order, on global rank 0."""
-        named = [
-            r._replace(text=self._tokenizer.decode(r.ids.tolist(), skip_special_tokens=True))
-            if self._tokenizer is not None
-            else r
-            for r in responses
-        ]
-        gathered = gather_objects(named, 0, self._groups.world)
+        gathered = gather_objects(responses, 0, self._groups.world)
         if gathered is None:
             return []
-        by_group: list[list[Rollout]] = [[] for _ in submission.prompts]
-        for r in sorted((r for part in gathered for r in part), key=lambda r: (r.index, r.sample)):
-            prompt = submission.prompts[r.index]
-            by_group[r.index].append(
+        rollouts: list[list[Rollout]] = [[] for _ in submission.prompts]
+        for r in sorted((r for part in gathered for r in part), key=lambda r: (r.prompt, r.sample)):
+            prompt = submission.prompts[r.prompt]
+            rollouts[r.prompt].append(
                 Rollout(
                     prompt_id=prompt.problem.prompt_id,
                     sample=r.sample,
@@ -297,18 +290,19 @@ class EmbeddedEngine:
                     text=r.text,
                 )
             )
-        return [Group(p.problem, tuple(rs)) for p, rs in zip(submission.prompts, by_group, strict=True)]
+        return [Group(p.problem, tuple(rs)) for p, rs in zip(submission.prompts, rollouts, strict=True)]
 
 
 class _Rows:
     """The responses of a batch in the making, on the rank that draws."""
 
-    def __init__(self, seed: int, submission: _Submission, chunk: Sequence[Piece], decode: Any) -> None:
+    def __init__(self, seed: int, submission: _Submission, chunk: Sequence[Piece], tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
         self._params = submission.params
         names = submission.noise_names()
-        self._rows = [(p.index, sample) for p in chunk for sample in range(p.first, p.first + p.count)]
+        self._rows = [(p.prompt, sample) for p in chunk for sample in range(p.first, p.first + p.samples)]
         self._keys = [(seed, submission.step, names[index], sample) for index, sample in self._rows]
-        self._stops = StopCheck(self._params.stop_token_ids, self._params.stop, decode if self._params.stop else None)
+        self._stops = StopCheck(self._params.stop_token_ids, self._params.stop, _decoder(tokenizer))
         shape = (len(self._rows), self._params.max_new_tokens)
         self._ids = np.zeros(shape, dtype=np.int64)
         self._logprobs = np.zeros(shape, dtype=np.float32)
@@ -340,10 +334,16 @@ class _Rows:
         self._alive = self._alive[indices]
 
     def responses(self) -> list[Response]:
-        return [
-            Response(index, sample, self._ids[row, :length], self._logprobs[row, :length], self._reason[row], "")
-            for row, ((index, sample), length) in enumerate(zip(self._rows, self._length, strict=True))
-        ]
+        found = []
+        for row, (prompt, sample) in enumerate(self._rows):
+            ids, logprobs = self._ids[row, : self._length[row]], self._logprobs[row, : self._length[row]]
+            found.append(Response(prompt, sample, ids, logprobs, self._reason[row], self._text(ids)))
+        return found
+
+    def _text(self, ids: NDArray[np.int64]) -> str:
+        return (
+            str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)) if self._tokenizer is not None else ""
+        )
 
     def _noise_at(self, position: int, device: torch.device) -> Tensor | None:
         if self._params.temperature == 0:
@@ -352,6 +352,11 @@ class _Rows:
             for row in self._alive:
                 self._noise[row] = uniforms(*self._keys[row], NOISE_BLOCK, position)
         return torch.from_numpy(self._noise[self._alive, position % NOISE_BLOCK]).to(device)
+
+
+def _decoder(tokenizer: Any | None) -> Callable[[Sequence[int]], str] | None:
+    """Ids to text with special tokens, for stop strings."""
+    return None if tokenizer is None else lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def plan_chunks(indices: Sequence[int], n: int, max_rows: int) -> list[list[Piece]]:

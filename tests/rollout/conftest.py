@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.rollout.toy import one_process_groups
+
+
+@pytest.fixture
+def groups() -> Iterator[Any]:
+    """Groups of one rank in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield one_process_groups()
+    dist.destroy_process_group()
