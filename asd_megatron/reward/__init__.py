@@ -1,0 +1,1 @@
+"""Verifiers: from a problem and a response's text to a reward."""

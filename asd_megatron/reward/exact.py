@@ -1,0 +1,27 @@
+"""Exact match of the whole response, with white space normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from asd_megatron.reward.base import Item, new_counters
+
+
+def normalise(text: str) -> str:
+    """Runs of white space as one space, none at the ends."""
+    return " ".join(text.split())
+
+
+class ExactVerifier:
+    """1.0 if the response is the answer, else 0.0."""
+
+    feedback_kind = "binary"
+
+    def __init__(self) -> None:
+        self.counters = new_counters()
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        return [float(normalise(text) == normalise(problem.answer)) for problem, text in items]
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,35 @@
+"""From a recipe's `reward.name` to a verifier."""
+
+from __future__ import annotations
+
+import difflib
+
+from asd_megatron.reward.base import RewardError, Verifier
+from asd_megatron.reward.custom import CustomVerifier
+from asd_megatron.reward.exact import ExactVerifier
+from asd_megatron.reward.math import MathVerifier
+from asd_megatron.reward.puzzle import PuzzleVerifier
+
+NAMES = ("exact", "math", "puzzle")
+
+
+def make_verifier(name: str, *, timeout_seconds: float = 5.0, workers: int = 2, on_error: str = "stop") -> Verifier:
+    """The verifier `name`: `math`, `exact`, `puzzle`, or a user's `module:function` or `file.py:function`.
+
+    `timeout_seconds` bounds one answer of `math`, `workers` is its number of processes; `on_error` is for a user's
+    function.
+    """
+    if name == "math":
+        return MathVerifier(timeout_seconds=timeout_seconds, workers=workers)
+    if name == "exact":
+        return ExactVerifier()
+    if name == "puzzle":
+        return PuzzleVerifier()
+    if ":" in name:
+        return CustomVerifier(name, on_error=on_error)
+    near = difflib.get_close_matches(name, NAMES, n=1)
+    raise RewardError(
+        f"reward.name {name!r} does not exist"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+        + f" Choose {', '.join(NAMES)}, or your own as package.module:function or path/to/file.py:function"
+    )

@@ -1,0 +1,83 @@
+"""Mathematical answers, judged by math-verify in worker processes of bounded time and memory."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from asd_megatron.reward.answers import final_answer, gold_answer, quick_verdict
+from asd_megatron.reward.base import Item, RewardError, new_counters
+from asd_megatron.reward.workers import WorkerPool
+
+log = logging.getLogger(__name__)
+
+WORKER = Path(__file__).with_name("math_worker.py")
+MEMORY_BYTES = 4 << 30  # of one worker's address space: an answer like 10^(10^10) must not take the machine down
+ALARM_SLACK_SECONDS = 5.0
+
+
+class MathVerifier:
+    """1.0 if the response's final answer equals the problem's, else 0.0.
+
+    The final answer is the last `\\boxed{...}`, else what follows the last `####`, else what math-verify finds in the
+    last part of the response. LaTeX and plain spellings are compared by value (1/2, 0.5 and \\frac12; 50% and 0.5;
+    1,234 and 1234).
+
+    One answer takes at most `timeout_seconds`: then its worker is killed and replaced, the answer scores 0 and
+    `timeouts` counts it. An answer that math-verify fails on, or that two workers died of, scores 0, is logged and
+    counted in `errors`.
+    """
+
+    feedback_kind = "binary"
+
+    def __init__(self, *, timeout_seconds: float = 5.0, workers: int = 2) -> None:
+        if not timeout_seconds > 0 or workers < 1:
+            raise RewardError("reward.timeout_seconds must be above 0 and reward.workers at least 1")
+        self.counters = new_counters()
+        alarm = timeout_seconds + ALARM_SLACK_SECONDS
+        # -P: the folder of this file, where math.py is not the standard library's, stays off the worker's module path
+        command = [sys.executable, "-P", str(WORKER), str(alarm), str(MEMORY_BYTES)]
+        self._pool = WorkerPool(command, workers, timeout_seconds, self.counters)
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        keys = [self._key(answer=problem.answer, response=text) for problem, text in items]
+        verdicts = {key: quick_verdict(key[0], key[1]) if key[2] else None for key in keys if key is not None}
+        open_keys = [
+            key for key, verdict in verdicts.items() if verdict is None
+        ]  # equal answers of a group are judged once
+        requests = [_request(*key) for key in open_keys]
+        for key, outcome in zip(open_keys, self._pool.run(requests), strict=True):
+            verdicts[key] = self._verdict(key, outcome.answer, outcome.failure, outcome.reason)
+        return [0.0 if key is None else float(bool(verdicts[key])) for key in keys]
+
+    @staticmethod
+    def _key(*, answer: str, response: str) -> tuple[str, str, bool] | None:
+        candidate = final_answer(response)
+        return None if candidate is None else (gold_answer(answer), candidate.text, candidate.marked)
+
+    def _verdict(self, key: tuple[str, str, bool], answer: Any, failure: str, reason: str) -> bool:
+        if answer is not None and "equal" in answer:
+            return bool(answer["equal"])
+        reason = answer["error"] if answer is not None else reason
+        name = "timeouts" if failure == "timeout" else "errors"
+        self.counters[name] += 1
+        log.warning(
+            "math answer %r (expected %r) counted as 0: %s (%s so far: %d)",
+            key[1][-80:],
+            key[0][:80],
+            reason,
+            name,
+            self.counters[name],
+        )
+        return False
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def _request(gold: str, text: str, marked: bool) -> dict[str, str]:
+    # boxed, so that the whole of it is the answer: `17 or 18` is a set, not whichever number math-verify likes
+    return {"gold": f"\\boxed{{{gold}}}", "text": f"\\boxed{{{text}}}" if marked else text}

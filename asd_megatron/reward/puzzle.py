@@ -1,0 +1,24 @@
+"""The built-in puzzle's verifier, through the same seam as the others."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from asd_megatron.reward.base import Item, new_counters
+
+
+class PuzzleVerifier:
+    """Scores with `asd_megatron.puzzle.task.score_response`, imported here and only when asked for."""
+
+    feedback_kind = "binary"
+
+    def __init__(self) -> None:
+        self._score = importlib.import_module("asd_megatron.puzzle.task").score_response
+        self.counters = new_counters()
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        return [float(self._score(problem, text)) for problem, text in items]
+
+    def close(self) -> None:
+        pass
