@@ -97,6 +97,6 @@ def pmi_report(ids: Tensor, pmi: Tensor, tokenizer: Decoder, *, min_count: int =
         raise UserError(f"no token was seen {min_count} times in {len(ids)} tokens: lower the minimum count")
     overall = f"{len(ids)} tokens with privileged context, mean u {pmi[torch.isfinite(pmi)].mean():+.3f} nats"
     lines = [f"{overall}; {len(means)} tokens seen at least {min_count} times", ""]
-    lines += _table("Lowest mean u (deliberation)", means[:top], tokenizer) + [""]
+    lines += [*_table("Lowest mean u (deliberation)", means[:top], tokenizer), ""]
     lines += _table("Highest mean u (shortcuts)", means[::-1][:top], tokenizer)
     return "\n".join(lines) + "\n"

@@ -1,0 +1,194 @@
+"""Step metrics against numbers computed by hand, and the names against their documentation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from asd_megatron.observe import names
+from asd_megatron.observe.metrics import GateReading, evaluation_metrics, step_metrics, supervised_metrics
+from asd_megatron.observe.names import METRICS, PHASES, reference_page, undocumented
+from asd_megatron.records import Example, FinishReason, Rollout, TokenTable
+from tests.observe.batch import make_examples, make_table
+
+GATE = GateReading(open=True, lam=0.5, entropy=2.0, h_warm=1.5, close_below=1.395)
+TIMES = {phase: 1.0 for phase in PHASES if phase != "total"}
+
+
+def step(examples: list[Example] | None = None, table: TokenTable | None = None, **over: object) -> dict[str, float]:
+    values: dict[str, object] = {
+        "learning_rate": 1e-6,
+        "grad_norm": 0.5,
+        "policy_loss": -0.01,
+        "times": TIMES,
+        "gate": GATE,
+        "skipped_updates": 2,
+    }
+    values.update(over)
+    return step_metrics(
+        make_examples() if examples is None else examples,
+        make_table() if table is None else table,
+        **values,  # type: ignore[arg-type]
+    )
+
+
+def test_values_by_hand() -> None:
+    m = step()
+    expected = {
+        "reward/mean": 0.5,
+        "reward/pass_rate": 0.25,
+        "reward/mixed_groups": 0.5,
+        "response/length_mean": 2.25,
+        "response/length_max": 4,
+        "response/truncated": 0.25,
+        "rollouts/total": 4,
+        "rollouts/masked": 1,
+        "pmi/coverage": 0.75,
+        "demonstration/group": 2,
+        "demonstration/reference": 1,
+        "demonstration/none": 1,
+        "demonstration/self": 0,
+        # sampled tokens: all but the forced one (index 4)
+        "entropy/student_mean": 3.6 / 8,
+        "entropy/student_median": 0.4,
+        # with context and sampled: the first four tokens
+        "entropy/teacher_mean": 2.5,
+        "entropy/teacher_median": 2.0,
+        "pmi/mean": -0.75 / 4,
+        "pmi/q01": -1.0,
+        "pmi/q50": -0.25,
+        "pmi/q75": 0.0,
+        "pmi/q99": 0.5,
+        "pmi/negative_share": 0.5,
+        "term/mean": -0.05,
+        "term/negative_share": 0.5,
+        # what the loss sees
+        "advantage/mean": 1.5 / 8,
+        "advantage/abs_mean": 3.0 / 8,
+        "advantage/std": math.sqrt((1 + 0.25 + 0.5625 + 0.5625) / 8 - (1.5 / 8) ** 2),
+        "loss/clip_fraction": 0.25,
+        "loss/policy": -0.01,
+        "mismatch/max_abs": 0.5,
+        "mismatch/mean_abs": 0.5 / 8,
+        "tokens/prompt": 10,
+        "tokens/response": 9,
+        "tokens/teacher": 3 * 4 + 5,
+        "tokens/trained": 8,
+        "tokens/not_finite": 0,
+        "time/total": 7.0,
+        "tokens/per_second": 9 / 7,
+        "optimizer/skipped": 2,
+        "gate/open": 1,
+        "gate/lambda": 0.5,
+        "gate/h_warm": 1.5,
+        "gate/warming_up": 0,
+    }
+    for name, value in expected.items():
+        assert m[name] == pytest.approx(value, rel=1e-6), name
+    assert all(isinstance(v, float) for v in m.values())
+
+
+def test_every_name_is_documented_and_every_documented_name_exists() -> None:
+    emitted = {
+        *step(),
+        *evaluation_metrics([], []),
+        *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
+        "puzzle/u_deliberation",
+        "puzzle/deliberation_rate",
+    }
+    assert undocumented(emitted) == []
+    assert [m.name for m in METRICS if not any(m.matches(name) for name in emitted)] == []
+    assert len({m.name for m in METRICS}) == len(METRICS)
+
+
+def test_undocumented_names_are_found() -> None:
+    assert undocumented(["step", "time_utc", "reward/mean", "reward/median", "puzzle/u_a/b", "puzzle/u_"]) == [
+        "puzzle/u_",
+        "puzzle/u_a/b",
+        "reward/median",
+    ]
+
+
+def test_page_is_current() -> None:
+    page = Path(names.__file__).parents[2] / "docs" / "metrics.md"
+    assert page.read_text() == reference_page(), "run: python -m asd_megatron.observe.names > docs/metrics.md"
+
+
+def test_without_teacher_there_is_no_context_to_miss() -> None:
+    m = step(table=make_table(teacher=False), gate=None)
+    for prefix in ("pmi/", "term/", "demonstration/", "entropy/teacher", "gate/", "rollouts/masked"):
+        assert not [name for name in m if name.startswith(prefix)], prefix
+    assert m["tokens/teacher"] == 0
+    assert m["entropy/student_median"] == pytest.approx(0.4)
+
+
+def test_student_only_signal_counts_every_rollout() -> None:
+    table = make_table(teacher=False)
+    table["pmi"] = -table["student_logprobs"]
+    m = step(table=table)
+    assert m["pmi/mean"] == pytest.approx((0.5 + 1 + 1 + 0.25 + 0.1 + 0.2 + 0.3 + 0.4) / 8)
+    assert "pmi/coverage" not in m
+
+
+def test_no_token_gives_nan_not_an_error() -> None:
+    empty = step(examples=[], table=TokenTable.for_lengths([]), times={})
+    assert math.isnan(empty["reward/mean"])
+    assert math.isnan(empty["tokens/per_second"])
+    rollout = Rollout("p", 0, (1,), (5,), (-1.0,), FinishReason.STOP, 0)
+    table = TokenTable.for_lengths([1])
+    for name in ("student_logprobs", "teacher_logprobs", "teacher_entropy", "pmi", "advantage"):
+        table[name] = torch.zeros(1)
+    m = step(examples=[Example(rollout, 0.0, 0.0)], table=table)
+    assert math.isnan(m["pmi/mean"]) and math.isnan(m["pmi/q50"]) and math.isnan(m["entropy/teacher_median"])
+    assert m["pmi/coverage"] == 0
+
+
+def test_non_finite_tokens_are_counted_and_left_out() -> None:
+    table = make_table()
+    table["student_entropy"][0] = float("nan")
+    table["pmi"][1] = float("inf")
+    table["pmi"][7] = float("nan")  # without context: means nothing
+    m = step(table=table)
+    assert m["tokens/not_finite"] == 2
+    assert m["entropy/student_mean"] == pytest.approx(3.5 / 7)
+    assert m["pmi/mean"] == pytest.approx(-1.25 / 3)
+
+
+def test_quantiles_of_many_tokens_are_exact_order_statistics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(997, generator=generator)
+    rollout = Rollout("p", 0, (1,), tuple(range(997)), (0.0,) * 997, FinishReason.STOP, 0)
+    table = TokenTable.for_lengths([997])
+    table["pmi"] = u
+    table["teacher_logprobs"] = u
+    m = step(examples=[Example(rollout, 1.0, 0.0, (1,))], table=table)
+    ordered = u.sort().values
+    for name, q in (("q01", 0.01), ("q25", 0.25), ("q50", 0.5), ("q95", 0.95)):
+        assert m[f"pmi/{name}"] == pytest.approx(float(ordered[math.ceil(q * 997) - 1]))
+
+
+def test_misuse_is_refused() -> None:
+    with pytest.raises(ValueError, match="the examples differ"):
+        step(table=TokenTable.for_lengths([3, 2, 4, 1]))
+    with pytest.raises(ValueError, match=r"undeclared phases sampling; .* declares rollout"):
+        step(times={"sampling": 1.0})
+
+
+def test_given_total_is_kept_and_gate_without_entropy_is_nan() -> None:
+    m = step(times={"rollout": 1.0, "total": 4.5}, gate=GateReading(open=False, lam=0.0, warming_up=True))
+    assert m["time/total"] == 4.5
+    assert "time/teacher" not in m
+    assert m["gate/warming_up"] == 1
+    assert math.isnan(m["gate/entropy"]) and math.isnan(m["gate/h_warm"]) and math.isnan(m["gate/close_below"])
+
+
+def test_evaluation() -> None:
+    rollouts = [e.rollout for e in make_examples()]
+    assert evaluation_metrics(rollouts, [1.0, 0.0, 0.5, 1.0], success_threshold=0.5) == {
+        "evaluation/accuracy": 0.75,
+        "evaluation/length_mean": 2.25,
+        "evaluation/truncated": 0.25,
+    }

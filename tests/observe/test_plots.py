@@ -1,0 +1,129 @@
+"""Curves and summary: drawn for every kind of run, from whatever there is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asd_megatron.errors import UserError
+from asd_megatron.observe.plots import Curves, _choose, plot_run, smooth, spread_out, write_summary
+from asd_megatron.observe.writer import RunWriter, read_metrics
+from tools import plot_run as plot_tool
+
+NAN = float("nan")
+
+
+def write_run(folder: Path, steps: int, **extra: float) -> Path:
+    with RunWriter(folder, tensorboard=False) as writer:
+        writer.write(0, {"evaluation/accuracy": 0.2, "evaluation/length_mean": 9.0})
+        for step in range(1, steps + 1):
+            warm = step <= 2
+            metrics = {
+                "reward/mean": step / steps,
+                "reward/pass_rate": step / steps,
+                "response/length_mean": 10.0 + step,
+                "entropy/student_mean": 0.5,
+                "entropy/student_median": 0.2,
+                "pmi/mean": -0.1 if step % 2 else NAN,
+                "pmi/q05": -1.0,
+                "pmi/q50": 0.0,
+                "pmi/q95": 1.0,
+                "gate/lambda": 0.0 if warm else 0.5,
+                "gate/entropy": 0.3,
+                "gate/h_warm": NAN if warm else 0.3,
+                "gate/close_below": NAN if warm else 0.279,
+            }
+            writer.write(step, {**metrics, **extra})
+    return folder
+
+
+def titles(folder: Path) -> list[str]:
+    return [panel.title for panel in _choose(Curves(read_metrics(folder)))]
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_training_run(tmp_path: Path) -> None:
+    classes = {f"puzzle/u_class_{i}": float(i) for i in range(9)}
+    path = plot_run(write_run(tmp_path, 60, **classes))
+    assert path == tmp_path / "curves.png"
+    width, height = png_size(path)
+    assert width > 1500 and height > 700
+    assert titles(tmp_path) == [
+        "Accuracy",
+        "Mean reward",
+        "Response length (tokens)",
+        "Entropy (nats)",
+        "Mean u by token class (nats)",
+        "Gate",
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_short_runs(tmp_path: Path, steps: int) -> None:
+    png_size(plot_run(write_run(tmp_path, steps)))
+    assert "u (nats)" in titles(tmp_path)
+
+
+def test_runs_with_less_to_show(tmp_path: Path) -> None:
+    with RunWriter(tmp_path / "grpo", tensorboard=False) as writer:
+        writer.write(1, {"reward/mean": 0.5, "entropy/student_mean": 0.3, "entropy/student_median": NAN})
+    assert titles(tmp_path / "grpo") == ["Mean reward", "Entropy (nats)"]
+    plot_run(tmp_path / "grpo")
+    with RunWriter(tmp_path / "sft", tensorboard=False) as writer:
+        for step in range(1, 4):
+            writer.write(step, {"sft/loss": 1.0 / step, "optimizer/grad_norm": 1.0, "tokens/per_second": 10.0})
+    assert titles(tmp_path / "sft") == ["Cross-entropy (nats)", "Gradient norm", "Tokens / s"]
+    plot_run(tmp_path / "sft")
+
+
+def test_nothing_to_plot(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        plot_run(tmp_path)
+    with RunWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"reward/mean": NAN})
+    with pytest.raises(UserError, match="holds nothing to plot yet"):
+        plot_run(tmp_path)
+
+
+def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run", 3)
+    target = tmp_path / "picture.png"
+    assert plot_tool.main([str(tmp_path / "run"), "--output", str(target)]) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    png_size(target)
+    assert plot_tool.main([str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_summary(tmp_path: Path) -> None:
+    path = write_summary(tmp_path, {"accuracy_before": 0.2, "accuracy_after": NAN})
+    assert path.name == "summary.json"
+    assert json.loads(path.read_text()) == {"accuracy_before": 0.2, "accuracy_after": None}
+
+
+def test_smoothing_keeps_lines_and_constants() -> None:
+    assert smooth(np.full(7, 3.0), 5).tolist() == [3.0] * 7
+    assert smooth(np.arange(5.0), 3).tolist() == [0.5, 1.0, 2.0, 3.0, 3.5]
+    assert smooth(np.array([4.0]), 1).tolist() == [4.0]
+
+
+@given(st.lists(st.floats(-10, 10), max_size=9))
+def test_labels_are_spread_out(values: list[float]) -> None:
+    ordered = sorted(values)
+    places = spread_out(ordered, 1.0)
+    assert all(b - a >= 1.0 - 1e-9 for a, b in zip(places, places[1:], strict=False))
+    if all(b - a >= 1.0 for a, b in zip(ordered, ordered[1:], strict=False)):
+        assert places == pytest.approx(ordered)
+    if places:
+        assert sum(places) == pytest.approx(sum(ordered), abs=1e-6)

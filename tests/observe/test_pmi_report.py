@@ -1,0 +1,89 @@
+"""Mean u by token, against numbers computed by hand, and its command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asd_megatron.errors import UserError
+from asd_megatron.observe.dumps import dump_path, write_dump
+from asd_megatron.observe.pmi_report import dumps_pmi, examples_pmi, pmi_report, token_means
+from asd_megatron.records import TokenTable
+from tests.observe.batch import make_examples, make_table
+from tools import inspect_pmi
+
+METADATA: dict[str, Any] = {"lam": 0.5, "H": 0.3, "h_warm": 0.3, "temperature": 1.0, "recipe_hash": "r"}
+
+
+class Words:
+    def decode(self, token_ids: list[int], **kwargs: Any) -> str:
+        return {7: "Wait", 8: "\n", 9: "a" * 30}.get(token_ids[0], f"w{token_ids[0]}")
+
+
+def dump(path: Path, table: TokenTable) -> Path:
+    return write_dump(path, make_examples(), table, step=1, **METADATA)
+
+
+def test_means_by_hand() -> None:
+    ids, pmi = torch.tensor([5, 7, 5, 7, 7, 6]), torch.tensor([1.0, -1.0, 3.0, -2.0, -6.0, float("nan")])
+    low, high = token_means(ids, pmi)
+    assert (low.token_id, low.count, low.mean, low.negative_share) == (7, 3, -3.0, 1.0)
+    assert low.std == pytest.approx((14 / 3) ** 0.5)
+    assert (high.token_id, high.count, high.mean, high.std, high.negative_share) == (5, 2, 2.0, 1.0, 0.0)
+    assert [t.token_id for t in token_means(ids, pmi, min_count=3)] == [7]
+
+
+def test_only_sampled_tokens_with_context() -> None:
+    ids, pmi = examples_pmi(make_examples(), make_table())
+    assert ids.tolist() == [7, 8, 9, 7]
+    assert pmi.tolist() == [-1.0, 0.5, -0.25, 0.0]
+    with pytest.raises(ValueError, match="no pmi column"):
+        examples_pmi(make_examples(), make_table(teacher=False))
+
+
+def test_report() -> None:
+    ids, pmi = examples_pmi(make_examples(), make_table())
+    text = pmi_report(ids, pmi, Words(), min_count=1, top=2)
+    assert text.splitlines()[0] == (
+        "4 tokens with privileged context, mean u -0.188 nats; 3 tokens seen at least 1 times"
+    )
+    low, high = text.split("Highest mean u")
+    assert "|Wait|" in low and "-0.500" in low and "|aaaaaaaaaaaaaaaaa~|" in low and "\\n" not in low
+    assert "|\\n|" in high and "+0.500" in high
+    with pytest.raises(UserError, match="no token was seen 3 times in 4 tokens"):
+        pmi_report(ids, pmi, Words(), min_count=3)
+
+
+def test_dumps_are_pooled(tmp_path: Path) -> None:
+    paths = [dump(dump_path(tmp_path, step), make_table()) for step in (1, 2)]
+    ids, pmi = dumps_pmi(paths)
+    assert ids.tolist() == [7, 8, 9, 7] * 2 and pmi.sum() == -1.5
+    with pytest.raises(UserError, match="at least one Parquet file"):
+        dumps_pmi([])
+    with pytest.raises(UserError, match="holds no u"):
+        dumps_pmi([dump(tmp_path / "grpo.parquet", make_table(teacher=False))])
+
+
+def make_tokenizer(folder: Path) -> Path:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"w{i}": i for i in range(12)} | {"Wait": 12}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w0")))
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dump(dump_path(tmp_path / "run", 1), make_table())
+    folder = str(make_tokenizer(tmp_path / "tokenizer"))
+    run = [str(tmp_path / "run"), "--tokenizer", folder]
+    assert inspect_pmi.main([*run, "--min-count", "2"]) == 0
+    assert "|w7|" in capsys.readouterr().out
+    assert inspect_pmi.main([str(tmp_path), "--tokenizer", folder]) == 2
+    assert "holds no rollout dumps" in capsys.readouterr().err
+    assert inspect_pmi.main([str(tmp_path / "run"), "--tokenizer", "nowhere"]) == 2
+    assert "tokenizer folder nowhere does not exist" in capsys.readouterr().err
