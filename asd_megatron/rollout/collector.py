@@ -158,8 +158,9 @@ class Collector:
         found: dict[int, Group] = {}
         error: Exception | None = None
         missing = list(range(len(prompts)))
-        for _ in range(self._redraws + 1):
+        for attempt in range(self._redraws + 1):
             asked = missing
+            self.counts.redrawn_groups += len(asked) if attempt else 0
             self._engine.submit([prompts[i] for i in asked], params, step)
             while self._engine.pending:
                 started = time.perf_counter()
@@ -174,7 +175,6 @@ class Collector:
             missing = self._agree(missing, error)
             if not missing:
                 break
-            self.counts.redrawn_groups += len(missing)
         return [found[i] for i in sorted(found)], len(missing)
 
     def _agree(self, missing: list[int], error: Exception | None) -> list[int]:

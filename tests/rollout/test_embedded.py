@@ -138,11 +138,11 @@ def test_stop_strings_end_the_response_with_the_string_in_it(groups: Any) -> Non
 
 
 def test_a_stop_at_the_last_position_is_a_stop(groups: Any) -> None:
-    free = _run(_engine(groups), PROMPTS[:1], SamplingParams(n=1, max_new_tokens=4))[0].rollouts[0]
-    last = free.response_ids[3]
-    assert last not in free.response_ids[:3]
-    params = SamplingParams(n=1, max_new_tokens=4, stop_token_ids=(last,))
-    assert _run(_engine(groups), PROMPTS[:1], params)[0].rollouts[0].finish_reason is FinishReason.STOP
+    free = _run(_engine(groups), PROMPTS[:1], SamplingParams(n=1, max_new_tokens=30))[0].rollouts[0].response_ids
+    at = next(t for t in range(3, 30) if free[t] not in free[:t])
+    params = SamplingParams(n=1, max_new_tokens=at + 1, stop_token_ids=(free[at],))
+    ended = _run(_engine(groups), PROMPTS[:1], params)[0].rollouts[0]
+    assert ended.response_ids == free[: at + 1] and ended.finish_reason is FinishReason.STOP
 
 
 def test_refusals(groups: Any) -> None:

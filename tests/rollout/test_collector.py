@@ -1,0 +1,197 @@
+"""The collector with an engine and a verifier that do as they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from asd_megatron.errors import UserError
+from asd_megatron.records import FinishReason, Group, Problem, Prompt, Rollout, SamplingParams
+from asd_megatron.rollout.collector import Collector, Evaluation
+from asd_megatron.rollout.engine import RolloutError
+from tests.distributed.harness import run_ranks
+from tests.rollout.toy import one_process_groups
+
+PARAMS = SamplingParams(n=2)
+
+
+class Problems:
+    def __init__(self, names: str) -> None:
+        self.problems = [Problem(prompt_id=c, answer=c, prompt=c) for c in names]
+
+    def batch(self, step: int, n: int, seed: int) -> list[Problem]:
+        return self.problems[step - 1 : step - 1 + n]
+
+    def take(self, n: int | None = None) -> list[Problem]:
+        return self.problems[:n]
+
+
+class Renderer:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def student(self, problem: Problem) -> Prompt:
+        self.calls += 1
+        return Prompt(problem, (ord(problem.prompt_id),))
+
+
+class ScriptedEngine:
+    """Delivers one group per `collect`, last submitted first; `aborts[id]` groups of a problem come back aborted."""
+
+    weight_version = 0
+
+    def __init__(self, aborts: dict[str, int] | None = None, root: bool = True) -> None:
+        self.aborts = dict(aborts or {})
+        self.root = root
+        self.asked: list[tuple[str, int]] = []
+        self.queue: list[tuple[Prompt, SamplingParams]] = []
+
+    @property
+    def pending(self) -> int:
+        return len(self.queue)
+
+    def submit(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> None:
+        self.asked.append(("".join(p.problem.prompt_id for p in prompts), step))
+        self.queue += [(p, params) for p in prompts]
+
+    def collect(self, timeout: float) -> list[Group]:
+        prompt, params = self.queue.pop()
+        name = prompt.problem.prompt_id
+        self.aborts[name] = self.aborts.get(name, 0) - 1
+        reasons = [
+            FinishReason.ABORT if self.aborts[name] >= 0 and s == 1 else FinishReason.STOP for s in range(params.n)
+        ]
+        rollouts = [
+            Rollout(name, s, prompt.ids, (1,) * (s + 1), (0.0,) * (s + 1), reason, 0, text=f"{name}{s}")
+            for s, reason in enumerate(reasons)
+        ]
+        return [Group(prompt.problem, tuple(rollouts))] if self.root else []
+
+
+class Verifier:
+    feedback_kind = "binary"
+    counters: dict[str, int] = {}
+
+    def __init__(self, reward: Any = None) -> None:
+        self.reward = reward
+        self.items: list[tuple[str, str]] = []
+
+    def score(self, items: Sequence[tuple[Problem, str]]) -> list[float]:
+        self.items += [(p.prompt_id, text) for p, text in items]
+        if isinstance(self.reward, Exception):
+            raise self.reward
+        return [float(text.endswith("1")) if self.reward is None else self.reward for _, text in items]
+
+    def close(self) -> None: ...
+
+
+def _collector(groups: Any, engine: ScriptedEngine, verifier: Any = None, **kwargs: Any) -> Collector:
+    return Collector(
+        engine,  # type: ignore[arg-type]
+        verifier or Verifier(),
+        Problems("abcdef"),
+        Renderer(),
+        groups,
+        params=PARAMS,
+        problems_per_step=3,
+        seed=0,
+        **kwargs,
+    )
+
+
+def test_rewarded_groups_in_the_order_of_the_problems(groups: Any) -> None:
+    engine, verifier = ScriptedEngine(), Verifier()
+    collector = _collector(groups, engine, verifier)
+    found = collector.next(2)
+    assert [g.problem.prompt_id for g in found] == ["b", "c", "d"]
+    assert all(g.rewards == (0.0, 1.0) for g in found)
+    assert engine.asked == [("bcd", 2)]
+    assert sorted(verifier.items) == [(c, f"{c}{s}") for c in "bcd" for s in (0, 1)]
+    assert collector.timings.rollout > 0 and collector.timings.reward > 0
+
+
+def test_a_group_with_an_aborted_rollout_is_redrawn_whole(groups: Any) -> None:
+    engine, verifier = ScriptedEngine({"b": 1}), Verifier()
+    collector = _collector(groups, engine, verifier)
+    found = collector.next(1)
+    assert [g.problem.prompt_id for g in found] == ["a", "b", "c"]
+    assert engine.asked == [("abc", 1), ("b", 1)]
+    assert [i for i in verifier.items if i[0] == "b"] == [("b", "b0"), ("b", "b1")]
+    counts = collector.counts
+    assert (counts.aborted_rollouts, counts.redrawn_groups, counts.dropped_groups) == (1, 1, 0)
+
+
+def test_a_group_that_stays_aborted_is_dropped_and_counted(groups: Any) -> None:
+    engine = ScriptedEngine({"b": 9})
+    collector = _collector(groups, engine, redraws=2)
+    assert [g.problem.prompt_id for g in collector.next(1)] == ["a", "c"]
+    assert engine.asked == [("abc", 1), ("b", 1), ("b", 1)]
+    counts = collector.counts
+    assert (counts.aborted_rollouts, counts.redrawn_groups, counts.dropped_groups) == (3, 2, 1)
+    with pytest.raises(RolloutError, match="step 1.*every group"):
+        _collector(groups, ScriptedEngine(dict.fromkeys("abc", 9))).next(1)
+
+
+def test_evaluation(groups: Any) -> None:
+    engine = ScriptedEngine()
+    collector = _collector(groups, engine)
+    held_out = Problems("uvwx")
+    for step in (0, 5):
+        result = collector.evaluate(held_out, SamplingParams(n=4), step=step, problems=3)
+        assert result is not None
+        assert result.scores == ((0.0, 1.0, 0.0, 0.0),) * 3
+        assert result.accuracy == 0.25 and result.length_mean == 2.5 and result.truncated == 0
+    assert engine.asked == [("uvw", -1), ("uvw", -6)]  # noise of its own: never a training step's
+    assert collector._render.__self__.calls == 3  # type: ignore[attr-defined]
+    assert len(collector.evaluate(held_out, PARAMS, step=6).groups) == 4  # type: ignore[union-attr]
+    with pytest.raises(RolloutError, match="evaluation after step 3"):
+        _collector(groups, ScriptedEngine({"v": 9})).evaluate(held_out, PARAMS, step=3)
+
+
+def test_accuracy_weighs_problems_equally() -> None:
+    def group(*rewards: float) -> Group:
+        rollouts = [
+            Rollout("p", i, (1,), (1, 2), (0.0, 0.0), FinishReason.LENGTH if r else FinishReason.STOP, 0)
+            for i, r in enumerate(rewards)
+        ]
+        return Group(Problem("p", "", prompt=""), tuple(rollouts), rewards)
+
+    result = Evaluation((group(1.0, 1.0), group(0.0)))
+    assert result.accuracy == 0.5 and result.truncated == pytest.approx(2 / 3)
+
+
+def test_rewards_must_be_finite(groups: Any) -> None:
+    with pytest.raises(UserError, match="problem .*finite"):
+        _collector(groups, ScriptedEngine(), Verifier(float("nan"))).next(1)
+
+
+def _reward_fails_on_rank_0(rank: int, error: Exception) -> str:
+    engine = ScriptedEngine(root=rank == 0)
+    collector = _collector(one_process_groups(), engine, Verifier(error) if rank == 0 else None)
+    try:
+        collector.next(1)
+    except Exception as e:
+        assert engine.pending == 0
+        return f"{type(e).__name__}: {e}"
+    return "nothing"
+
+
+def test_an_error_of_rank_0_is_raised_on_every_rank() -> None:
+    assert run_ranks(_reward_fails_on_rank_0, 2, UserError("bad reward"), timeout=60) == ["UserError: bad reward"] * 2
+    bug = run_ranks(_reward_fails_on_rank_0, 2, KeyError("x"), timeout=60)
+    assert bug == ["KeyError: 'x'", "UserError: KeyError('x')"]
+
+
+def _two_ranks(rank: int) -> tuple[str, bool]:
+    engine = ScriptedEngine({"b": 1}, root=rank == 0)
+    collector = _collector(one_process_groups(), engine, None if rank else Verifier())
+    found = collector.next(1)
+    evaluation = collector.evaluate(Problems("xy"), PARAMS, step=1)
+    assert engine.asked == [("abc", 1), ("b", 1), ("xy", -2)]
+    return "".join(g.problem.prompt_id for g in found), evaluation is None
+
+
+def test_every_rank_makes_the_same_calls() -> None:
+    assert run_ranks(_two_ranks, 2, timeout=60) == [("abc", False), ("", True)]
