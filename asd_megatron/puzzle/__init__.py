@@ -1,0 +1,1 @@
+"""The built-in search puzzle: generator, tokenizer, warm-start corpus, model, verifier, report."""
