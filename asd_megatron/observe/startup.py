@@ -25,7 +25,7 @@ _PACKAGES = {
     "transformers": ("transformers", ("transformers",)),
     "triton": ("triton", ("triton",)),
 }
-HEAD = "asd_megatron (vocabulary-parallel log-prob and entropy, fused with the loss, chunked over tokens; PyTorch)"
+HEAD = "asd_megatron (vocabulary-parallel log-prob and entropy, chunked over tokens, PyTorch)"
 
 
 def _version(module: str, distributions: Sequence[str]) -> str | None:
@@ -164,10 +164,10 @@ def gate_text(
     warmup = f"0 for {warmup_steps} steps, then " if warmup_steps else ""
     if not condition.gated:
         return f"lambda {warmup}{lambda_max:g}, without a gate"
-    level = f"H_warm {h_warm:g}" if h_warm is not None else "H_warm, their median H"
+    level = "H_warm" if h_warm is None else f"H_warm = {h_warm:g}"
     return (
         f"lambda {warmup}{lambda_max:g} or 0 by the {condition.gate_entropy}'s median entropy H: "
-        f"off below {tau_down:g} x, on again from {tau_up:g} x {level}"
+        f"off below {tau_down:g} x H_warm, on again from {tau_up:g} x {level}"
     )
 
 
