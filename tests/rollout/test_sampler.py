@@ -125,6 +125,22 @@ def test_top_p() -> None:
     assert torch.equal(filter_probabilities(p, 2, 0.6), torch.tensor([[0, 0.5, 0, 0]]))
 
 
+def test_filters_equal_a_full_stable_sort() -> None:
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.rand(4, 5000, generator=generator)
+    peaked = torch.randn(4, 5000, generator=generator).mul(4).softmax(-1)
+    ties = torch.randint(0, 4, (4, 5000), generator=generator)
+    for p in (flat.double(), peaked.double(), ties.double(), ties[:, :7].double()):
+        for top_k, top_p in ((0, 0.9), (0, 0.3), (0, 0.999), (3, 1.0), (2000, 1.0), (2000, 0.5), (6, 0.7)):
+            ordered, order = torch.sort(p, dim=-1, descending=True, stable=True)
+            if 0 < top_k < p.shape[-1]:
+                ordered[:, top_k:] = 0
+            share = ordered.cumsum(-1) - ordered
+            ordered = ordered.where((share < top_p * ordered.sum(-1, keepdim=True)) | (top_p >= 1), 0)
+            expected = torch.zeros_like(p).scatter_(-1, order, ordered)
+            assert torch.equal(filter_probabilities(p, top_k, top_p), expected)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -78,7 +78,8 @@ class KVCache:
         return out.reshape(1, rows, heads * dim)
 
     def newest(self, hidden: Tensor) -> Tensor:
-        """Hidden states of each row's newest token in the current forward: [s, B, H] -> [1, B, H]. Only these need logits."""
+        """Hidden states of each row's newest token in the current forward: [s, B, H] -> [1, B, H]. Only these need
+        logits."""
         if self._span is None:
             return hidden
         last = (self.lengths[slice(*self._span)] - 1).to(hidden.device)

@@ -13,6 +13,8 @@ from torch import Tensor
 from asd_megatron.errors import UserError
 from asd_megatron.records import SamplingParams
 
+HEAD = 1024  # the most probable tokens, which top-p looks at first
+
 
 def check_params(params: SamplingParams) -> None:
     """Raise UserError for sampling parameters that mean nothing."""
@@ -58,17 +60,26 @@ def filter_probabilities(probabilities: Tensor, top_k: int, top_p: float) -> Ten
     share reaches top_p, the token that crosses it included, so at least one token stays.
     """
     vocabulary = probabilities.shape[-1]
-    if (top_k <= 0 or top_k >= vocabulary) and top_p >= 1:
+    limited = 0 < top_k < vocabulary
+    if not limited and top_p >= 1:
         return probabilities
-    ordered, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
-    if 0 < top_k < vocabulary:
-        ordered[..., top_k:] = 0
+    # Only the values are sorted, and only as many as matter: ids would cost a full stable sort of the vocabulary.
+    if limited:
+        values = probabilities.topk(top_k).values
+        total = values.sum(-1, keepdim=True)
+    else:
+        values = probabilities.topk(min(vocabulary, HEAD)).values
+        total = probabilities.sum(-1, keepdim=True)
+        if bool((values.sum(-1, keepdim=True) < top_p * total).any()):
+            values = probabilities.sort(-1, descending=True).values
+    kept = torch.full_like(total, values.shape[-1], dtype=torch.int64)
     if top_p < 1:
-        before = ordered.cumsum(-1) - ordered
-        excluded = before >= top_p * ordered.sum(-1, keepdim=True)
-        excluded[..., 0] = False
-        ordered = ordered.masked_fill(excluded, 0)
-    return torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+        before = values.cumsum(-1) - values
+        kept = (before < top_p * total).sum(-1, keepdim=True).clamp_(min=1)
+    cutoff = values.gather(-1, kept - 1)
+    stays, ties = probabilities > cutoff, probabilities == cutoff
+    ties &= ties.cumsum(-1) <= kept - stays.sum(-1, keepdim=True)
+    return probabilities.where(stays | ties, 0)
 
 
 def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
