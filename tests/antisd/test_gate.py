@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from asd_megatron.antisd import CONDITIONS, Gate, GateError
 from asd_megatron.errors import UserError
 
 
-def run(gate: Gate, entropies: list[float | None]) -> list[float]:
+def run(gate: Gate, entropies: Sequence[float | None]) -> list[float]:
     return [gate.update(h) for h in entropies]
 
 

@@ -39,7 +39,7 @@ def test_sole_success() -> None:
 
 
 def test_exclude_self_off_makes_ones_own_a_candidate() -> None:
-    drawn = Counter()
+    drawn: Counter[int] = Counter()
     for step in range(300):
         for i, d in enumerate(choose_demonstrations([1, 1, 1], key=(0, step, "p"), exclude_self=False)):
             assert d.source is (Source.SELF if d.sample == i else Source.GROUP)

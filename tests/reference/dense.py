@@ -1,0 +1,325 @@
+"""The whole AntiSD update, dense and obvious: plain PyTorch in float64 on a `transformers` model, one sequence at a
+time, full logits.
+
+Written from the paper's text and the decisions about what it leaves open, on purpose without any import of the
+product's formulas, so that it can check them. Only the containers (`Example`) are shared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asd_megatron.records import Example
+
+UNGATED = ("grpo", "sd", "no_gate")
+
+
+@dataclass(frozen=True)
+class DenseRecipe:
+    """The settings of one run. `learning_rate` None: gradients only, the weights stay."""
+
+    condition: str = "antisd"
+    temperature: float = 1.0
+    lambda_max: float = 0.5
+    warmup_steps: int | None = None  # None: 5 with a gate, else 0
+    tau_down: float = 0.93
+    tau_up: float = 1.0
+    aggregation: str = "token_mean"
+    constant_length: int = 1
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    updates: int = 1
+    epochs: int = 1
+    pmi_clip: float = math.inf
+    term_normalization: str = "none"
+    term_clip: float = math.inf
+    term_max_position: float = math.inf
+    importance_cap: float | None = None  # None: no importance correction
+    mask_truncated: bool = False
+    learning_rate: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+
+
+@dataclass
+class DenseGate:
+    """What the gate remembers from step to step."""
+
+    open: bool = True
+    h_warm: float | None = None
+    warmup: list[float] = field(default_factory=list)
+
+
+@dataclass
+class DenseAdam:
+    """What AdamW remembers from update to update, by parameter name."""
+
+    step: int = 0
+    first: dict[str, Tensor] = field(default_factory=dict)
+    second: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class DenseResult:
+    """Everything that one step computes. Lists are per rollout ([T] float64; None for a teacher that was not asked) or
+    per update."""
+
+    student_logprobs: list[Tensor]
+    student_entropy: list[Tensor]
+    teacher_logprobs: list[Tensor | None]
+    teacher_entropy: list[Tensor | None]
+    pmi: list[Tensor]
+    term: list[Tensor]
+    advantage: list[Tensor]
+    median_entropy: float | None
+    lam: float
+    losses: list[float] = field(default_factory=list)
+    clipped: list[int] = field(default_factory=list)  # tokens whose gradient the clip removed
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)  # of the loss, before gradient clipping
+    grad_norms: list[float] = field(default_factory=list)
+    weights: list[dict[str, Tensor]] = field(default_factory=list)  # after each update
+
+
+def exact(model: Any) -> Any:
+    """The model in float64 throughout, in place: `transformers` computes its RMS norms in float32 whatever the weights
+    are.
+
+    (Rotary angles stay float32, as everywhere; they are constants.)
+    """
+
+    def rms_norm(module: Any, x: Tensor) -> Tensor:
+        return module.weight * x * torch.rsqrt((x * x).mean(-1, keepdim=True) + module.variance_epsilon)
+
+    model.double().eval()
+    model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(rms_norm, module)  # a method, so that a deep copy has its own
+    return model
+
+
+def score(model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of every response token and the entropy of the distribution it was drawn from: two [T]."""
+    logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
+    logp = torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
+    return logp[range(len(response)), list(response)], -(logp.exp() * logp).sum(-1)
+
+
+def lower_median(values: Sequence[float]) -> float | None:
+    """The smaller of the two middle values of an even count."""
+    return sorted(values)[(len(values) - 1) // 2] if values else None
+
+
+def gate_step(recipe: DenseRecipe, gate: DenseGate, h: float | None) -> float:
+    """Eq. 7: this step's lambda; `gate` is brought up to date."""
+    if recipe.condition == "grpo":
+        return 0.0
+    warmup_steps = recipe.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = 0 if recipe.condition in UNGATED else 5
+    if len(gate.warmup) < warmup_steps:
+        if h is not None:
+            gate.warmup.append(h)
+        if len(gate.warmup) == warmup_steps:
+            gate.h_warm = lower_median(gate.warmup)
+        return 0.0
+    if recipe.condition not in UNGATED and h is not None:
+        assert gate.h_warm is not None
+        gate.open = h >= recipe.tau_down * gate.h_warm if gate.open else h >= recipe.tau_up * gate.h_warm
+    return recipe.lambda_max if gate.open else 0.0
+
+
+def minus_f_prime(u: Tensor) -> Tensor:
+    """Minus f'(r) = 1/2 log(2 r / (1 + r)) of the Jensen-Shannon divergence at r = pi_S / pi_T = exp(-u)."""
+    return -(math.log(2) - u - torch.logaddexp(torch.zeros_like(u), -u)) / 2
+
+
+def per_token_term(recipe: DenseRecipe, pmi: Sequence[Tensor], acts: Sequence[Tensor]) -> list[Tensor]:
+    """What lambda multiplies, before its sign: shaped, scaled over the tokens where it acts, clamped, 0 elsewhere."""
+    shaped = [u.clamp(-recipe.pmi_clip, recipe.pmi_clip) for u in pmi]
+    if recipe.condition not in ("sd", "reverse_kl_ascent"):
+        shaped = [minus_f_prime(u) for u in shaped]
+    everywhere = torch.cat([q[m] for q, m in zip(shaped, acts, strict=True)])
+    out = []
+    for q, m in zip(shaped, acts, strict=True):
+        population = {"none": None, "sequence": q[m], "batch": everywhere}[recipe.term_normalization]
+        if population is not None and len(population):
+            spread = ((population - population.mean()) ** 2).mean().sqrt()
+            q = (q - population.mean()) / max(spread.item(), 1e-6)
+        q = q.clamp(-recipe.term_clip, recipe.term_clip)
+        out.append(torch.where(m, q, 0.0))
+    return out
+
+
+def advantage(condition: str, a: float, q: Tensor, lam: float) -> Tensor:
+    """The paper's table of conditions, one formula each."""
+    if condition == "grpo":
+        return torch.full_like(q, a)
+    if condition == "sd":
+        return a + lam * q
+    if condition == "multiplicative":
+        sign = (a > 0) - (a < 0)
+        return torch.stack([q.new_tensor(a * max(0.0, 1 - lam * x * sign)) for x in q.tolist()]) if len(q) else q
+    return a - lam * q
+
+
+def dense_update(
+    model: Any,
+    examples: Sequence[Example],
+    recipe: DenseRecipe,
+    gate: DenseGate | None = None,
+    adam: DenseAdam | None = None,
+    mini_batches: Sequence[Sequence[int]] | None = None,
+) -> DenseResult:
+    """One whole step: scores, gate, advantages, then every update.
+
+    Args:
+        model: a float64 `transformers` causal language model (see `exact`); its weights change when the recipe has a
+            learning rate.
+        examples: rewarded rollouts with their group advantages.
+        gate, adam: memory, changed in place; None: new.
+        mini_batches: indices of each update's examples; None: `recipe.updates` contiguous ones of equal size, the first
+            ones one longer when it does not divide. Repeated `recipe.epochs` times.
+    """
+    gate = DenseGate() if gate is None else gate
+    adam = DenseAdam() if adam is None else adam
+    result = score_batch(model, examples, recipe, gate)
+    if mini_batches is None:
+        rest = list(range(len(examples)))
+        mini_batches = []
+        for k in range(recipe.updates, 0, -1):
+            size = -(-len(rest) // k)
+            mini_batches.append(rest[:size])
+            rest = rest[size:]
+    for chosen in [m for _ in range(recipe.epochs) for m in mini_batches]:
+        _one_update(model, examples, recipe, result, adam, chosen)
+    return result
+
+
+def loss_tokens(example: Example, recipe: DenseRecipe) -> Tensor:
+    """Which response tokens count: sampled ones, none of a truncated response when the recipe masks those. Bool [T]."""
+    sampled = torch.tensor(example.rollout.loss_mask, dtype=torch.bool)
+    return torch.zeros_like(sampled) if recipe.mask_truncated and example.rollout.truncated else sampled
+
+
+@torch.no_grad()
+def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, gate: DenseGate) -> DenseResult:
+    """Steps 1 to 9 of Algorithm 1: everything before the update, under the weights as they are."""
+    student: list[tuple[Tensor, Tensor]] = []
+    teacher: list[tuple[Tensor, Tensor] | None] = []
+    for e in examples:
+        response = e.rollout.response_ids
+        student.append(score(model, e.rollout.prompt_ids, response, recipe.temperature))
+        if e.teacher_prompt_ids is None:
+            teacher.append(None)
+        else:
+            teacher.append(score(model, e.teacher_prompt_ids, response, recipe.temperature))
+
+    no_teacher = recipe.condition == "no_teacher"
+    pmi, listened, acts, entropies = [], [], [], []
+    for e, s, t in zip(examples, student, teacher, strict=True):
+        if no_teacher:
+            pmi.append(-s[0])
+        else:
+            pmi.append(torch.zeros_like(s[0]) if t is None else t[0] - s[0])
+        counts = loss_tokens(e, recipe) & (no_teacher or t is not None)
+        listened.append(counts)
+        acts.append(counts & (torch.arange(len(counts)) < recipe.term_max_position))
+        source = s if recipe.condition in ("student_entropy_gate", "no_teacher") else t
+        if source is not None:
+            entropies += source[1][counts].tolist()
+
+    h = lower_median(entropies)
+    lam = gate_step(recipe, gate, h)
+    term = per_token_term(recipe, pmi, acts)
+    return DenseResult(
+        student_logprobs=[s[0] for s in student],
+        student_entropy=[s[1] for s in student],
+        teacher_logprobs=[None if t is None else t[0] for t in teacher],
+        teacher_entropy=[None if t is None else t[1] for t in teacher],
+        pmi=pmi,
+        term=term,
+        advantage=[advantage(recipe.condition, e.group_advantage, q, lam) for e, q in zip(examples, term, strict=True)],
+        median_entropy=h,
+        lam=lam,
+    )
+
+
+def _one_update(
+    model: Any,
+    examples: Sequence[Example],
+    recipe: DenseRecipe,
+    result: DenseResult,
+    adam: DenseAdam,
+    chosen: Sequence[int],
+) -> None:
+    """One mini-batch: the clipped policy gradient over its own global denominators, then AdamW."""
+    masks = {i: loss_tokens(examples[i], recipe) for i in chosen}
+    tokens = sum(int(m.sum()) for m in masks.values())
+    sequences = sum(bool(m.any()) for m in masks.values())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    model.zero_grad(set_to_none=True)
+    total, clipped_tokens = 0.0, 0
+    for i, mask in masks.items():
+        if not mask.any():
+            continue
+        rollout = examples[i].rollout
+        now, _ = score(model, rollout.prompt_ids, rollout.response_ids, recipe.temperature)
+        old, a = result.student_logprobs[i], result.advantage[i]
+        ratio = (now - old).exp()
+        plain = ratio * a
+        bounded = ratio.clamp(1 - recipe.clip_low, 1 + recipe.clip_high) * a
+        objective = torch.where(bounded < plain, bounded, plain)
+        if recipe.importance_cap is not None:
+            behaviour = torch.tensor(rollout.logprobs, dtype=torch.float64)
+            objective = objective * (old - behaviour).exp().clamp(max=recipe.importance_cap)
+        denominator = {
+            "token_mean": tokens,
+            "sequence_mean": int(mask.sum()) * sequences,
+            "constant_length": recipe.constant_length * sequences,
+        }[recipe.aggregation]
+        loss = -objective[mask].sum() / denominator
+        loss.backward()
+        total += loss.item()
+        clipped_tokens += int((bounded < plain)[mask].sum())
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
+    norm = math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
+    result.losses.append(total)
+    result.clipped.append(clipped_tokens)
+    result.gradients.append(gradients)
+    result.grad_norms.append(norm)
+    if recipe.learning_rate is not None:
+        scale = min(1.0, recipe.clip_grad / (norm + 1e-6))
+        adamw(parameters, {n: g * scale for n, g in gradients.items()}, recipe, adam, recipe.learning_rate)
+        result.weights.append({n: p.detach().clone() for n, p in parameters.items()})
+
+
+@torch.no_grad()
+def adamw(
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    recipe: DenseRecipe,
+    adam: DenseAdam,
+    learning_rate: float,
+) -> None:
+    """Decoupled weight decay on matrices (not on norms and biases), then Adam with bias correction."""
+    adam.step += 1
+    for name, p in parameters.items():
+        g = gradients[name]
+        m = recipe.beta1 * adam.first.get(name, torch.zeros_like(p)) + (1 - recipe.beta1) * g
+        v = recipe.beta2 * adam.second.get(name, torch.zeros_like(p)) + (1 - recipe.beta2) * g * g
+        adam.first[name], adam.second[name] = m, v
+        if p.dim() > 1 and not name.endswith(".bias"):
+            p -= learning_rate * recipe.weight_decay * p
+        m_hat, v_hat = m / (1 - recipe.beta1**adam.step), v / (1 - recipe.beta2**adam.step)
+        p -= learning_rate * m_hat / (v_hat.sqrt() + recipe.epsilon)
