@@ -139,7 +139,7 @@ SECTIONS = (
         "Optimizer",
         "Every training step, of both stages.",
         (
-            Metric("optimizer/grad_norm", "1", "global gradient norm before clipping (the last update's, if several)"),
+            Metric("optimizer/grad_norm", "1", "global gradient norm before clipping; of several updates the largest"),
             Metric("optimizer/learning_rate", "1", "learning rate of the update"),
             Metric("optimizer/skipped", "updates", "updates left out so far because a number was not finite"),
         ),
