@@ -101,8 +101,8 @@ class Guard:
         if self.consecutive > self.max_consecutive_skips:
             raise NotFinite(
                 f"step {step}, update: loss {loss} and gradient norm {grad_norm} in the {self.consecutive}. update "
-                "in a row that had to be skipped. Resume from the last checkpoint with a lower optimizer.learning_rate, or "
-                "with model.dtype float32"
+                "in a row that had to be skipped. Resume from the last checkpoint with a lower "
+                "optimizer.learning_rate, or with model.dtype float32"
             )
         return False
 
