@@ -44,6 +44,9 @@ class Privileged(Section):
     success_threshold: float = Field(1.0, description="A rollout with at least this reward is a verified solution.")
     raw_template: Text | None = Field(
         None,
-        description="With `data.format: raw`, the teacher's whole prompt, with `{prompt}`, `{solution}` and `{feedback}`; a"
-        " line whose value is missing is left out. null: `data.raw_prompt` with the ordinary block after the problem.",
+        description=(
+            "With `data.format: raw`, the teacher's whole prompt, with `{prompt}`, `{solution}` and `{feedback}`; a"
+            " line whose value is missing is left out. null: `data.raw_prompt` with the ordinary block after the"
+            " problem."
+        ),
     )

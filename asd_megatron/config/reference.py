@@ -23,9 +23,9 @@ on the command line instead, where it wins over the file; values are YAML:
 
     asd-megatron train recipe.yaml --algorithm.name grpo --optimizer.learning_rate 5e-7 --sampling.stop='["\\n"]'
 
-Only `model.path` and `data.train` must be given. An unknown key, a value of the wrong type and a combination that cannot
-work are refused before anything starts, with what to change. Paths are relative to the current directory. A run saves
-its recipe, with every key, as `recipe.yaml` in its folder; that file is a recipe too.
+Only `model.path` and `data.train` must be given. An unknown key, a value of the wrong type and a combination that
+cannot work are refused before anything starts, with what to change. Paths are relative to the current directory. A run
+saves its recipe, with every key, as `recipe.yaml` in its folder; that file is a recipe too.
 
 The eight conditions differ in one line, `algorithm.name`.
 """

@@ -1,0 +1,55 @@
+"""The console command `asd-megatron`: a table of verbs, each imported when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from asd_megatron import __version__
+from asd_megatron.cli.guard import guarded
+from asd_megatron.errors import UserError
+
+# verb -> (module with `main(argv) -> int`, what `--help` says). A verb's arguments are its module's own.
+VERBS: dict[str, tuple[str, str]] = {
+    "train": ("asd_megatron.cli.train", "train a model with AntiSD, as a recipe says"),
+    "sft": ("asd_megatron.cli.sft", "supervised training on given responses, as a recipe says"),
+    "recipes": ("asd_megatron.cli.recipes", "print, write or check the reference of every recipe key"),
+}
+
+
+def usage() -> str:
+    """What `asd-megatron --help` prints."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {about}" for verb, (_, about) in VERBS.items())
+    return (
+        f"usage: asd-megatron VERB ...\n\nasd_megatron {__version__}: AntiSD on Megatron-Core\n\n{verbs}\n\n"
+        "`asd-megatron VERB --help` says more about each."
+    )
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"asd_megatron {__version__}")
+        return 0
+    verb = argv[0]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(VERBS)}"
+        raise UserError(f"no verb {verb!r}: {hint}")
+    module = importlib.import_module(VERBS[verb][0])
+    return int(module.main(list(argv[1:])) or 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status: 0, a verb's own, or 2 for an error that the user can fix."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _dispatch(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

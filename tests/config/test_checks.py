@@ -1,0 +1,184 @@
+"""Impossible combinations: each is refused, says what to change, and the change is accepted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from asd_megatron.antisd.divergence import CONDITIONS
+from asd_megatron.config import check_devices, check_model, check_world, make_recipe
+from asd_megatron.config.algorithm import GATED, ConditionName
+from asd_megatron.errors import UserError
+
+MINIMAL: dict[str, Any] = {"model": {"path": "model"}, "data": {"train": "problems.jsonl"}}
+QWEN3_8B = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "max_position_embeddings": 40960,
+}
+SMOLLM2 = {
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "max_position_embeddings": 8192,
+}
+
+
+def overrides(text: str) -> list[str]:
+    return [f"--{pair}" for pair in text.split()]
+
+
+def make(text: str = "", kind: Any = "train") -> Any:
+    return make_recipe(MINIMAL, overrides(text), kind)
+
+
+def refusal(text: str, kind: Any = "train") -> str:
+    with pytest.raises(UserError) as caught:
+        make(text, kind)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message", "good"),
+    [
+        ("parallelism.sequence_parallel=true", "set parallelism.tensor above 1",
+         "parallelism.sequence_parallel=true parallelism.tensor=2"),
+        ("parallelism.virtual_pipeline=2", "set parallelism.pipeline above 1", "parallelism.pipeline=2"),
+        ("parallelism.virtual_pipeline=2 parallelism.pipeline=2", "embedded rollouts sample on the training model",
+         "parallelism.virtual_pipeline=2 parallelism.pipeline=2 rollout.engine=replay rollout.replay_folder=x"),
+        ("parallelism.virtual_pipeline=1 parallelism.pipeline=2", "interleaves nothing", "parallelism.pipeline=2"),
+        ("parallelism.context=2", "one token cannot be divided over context-parallel ranks",
+         "parallelism.context=2 rollout.engine=replay rollout.replay_folder=x"),
+        ("parallelism.context=2 rollout.engine=replay rollout.replay_folder=x data.test=t", "the evaluation samples",
+         "parallelism.context=2 rollout.engine=replay rollout.replay_folder=x data.test=t evaluation.at_start=false "
+         "evaluation.at_end=false"),
+        ("parallelism.overlap_grad_reduce=true parallelism.data=1", "parallelism.data above 1",
+         "parallelism.overlap_grad_reduce=true parallelism.data=2"),
+        ("rollout.engine=replay", "needs rollout.replay_folder", "rollout.engine=replay rollout.replay_folder=x"),
+        ("rollout.replay_folder=x", "read only with rollout.engine replay", ""),
+        ("sampling.top_p=0.95", "set sampling.top_p 1.0", "evaluation.top_p=0.95"),
+        ("sampling.top_k=20", "sampling.top_k 0", "evaluation.top_k=20"),
+        ("sampling.rollouts_per_problem=1", "no group-relative advantage", "sampling.rollouts_per_problem=2"),
+        ("gate.warmup_steps=0", "use algorithm.name no_gate", "gate.warmup_steps=0 gate.h_warm=0.71"),
+        ("gate.warmup_steps=0 algorithm.name=no_teacher", "give gate.h_warm",
+         "gate.warmup_steps=0 algorithm.name=no_gate"),
+        ("gate.tau_down=1.1", "gate.tau_down 1.1 is above gate.tau_up 1.0", "gate.tau_down=0.9"),
+        ("algorithm.aggregation=constant_length", "needs algorithm.constant_length",
+         "algorithm.aggregation=constant_length algorithm.constant_length=1024"),
+        ("algorithm.constant_length=9", "read only with algorithm.aggregation constant_length", ""),
+        ("algorithm.updates_per_batch=3", "does not divide the 256 rollouts", "algorithm.updates_per_batch=4"),
+        ("privileged.min_solution_tokens=9000", "privileged.max_solution_tokens", "privileged.min_solution_tokens=64"),
+        ("privileged.max_teacher_tokens=1024", "leaves no room for a prompt", "privileged.max_teacher_tokens=4096"),
+        ("privileged.raw_template={prompt}{solution}", "set data.format raw",
+         "privileged.raw_template={prompt}{solution} data.format=raw"),
+        ("data.raw_prompt=Q:{prompt}", "set data.format raw", "data.raw_prompt=Q:{prompt} data.format=raw"),
+        ("data.format=raw data.raw_prompt=Q:", "must hold the problem's place once", "data.format=raw"),
+        ("data.format=raw data.system=hello", "data.system belongs to chat prompts", "data.system=hello"),
+        ("evaluation.every=10", "set data.test", "evaluation.every=10 data.test=t"),
+        ("optimizer.min_learning_rate=1e-3", "is above optimizer.learning_rate", "optimizer.min_learning_rate=1e-7"),
+        ("data.train=puzzle:corpus", "use puzzle:train", "data.train=puzzle:train data.test=puzzle:test"),
+        ("data.test=puzzle:tset", "use puzzle:test", "data.test=puzzle:test"),
+    ],
+)  # fmt: skip
+def test_a_combination_is_refused_with_what_to_change(bad: str, message: str, good: str) -> None:
+    assert message in refusal(bad)
+    make(good)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message", "good"),
+    [
+        ("data.train=puzzle:train", "the supervised stage takes puzzle:corpus", "data.train=puzzle:corpus"),
+        ("data.test=t", "data.test needs a reward", "data.test=t reward.name=exact"),
+        ("reward.name=exact", "set data.test", ""),
+        ("parallelism.context=2 data.test=t reward.name=exact", "use no data.test", "parallelism.context=2"),
+        ("parallelism.pipeline=2 parallelism.virtual_pipeline=2 data.test=t reward.name=exact",
+         "the evaluation samples", "parallelism.pipeline=2 parallelism.virtual_pipeline=2"),
+        ("run.dump_rollouts=true", "run.dump_rollouts: unknown key", ""),
+    ],
+)  # fmt: skip
+def test_supervised_combinations(bad: str, message: str, good: str) -> None:
+    assert message in refusal(bad, "sft")
+    make(good, "sft")
+
+
+def test_several_findings_are_one_refusal() -> None:
+    message = refusal("sampling.top_p=0.9 gate.warmup_steps=0")
+    assert message.startswith("the recipe cannot work:\n  ")
+    assert "sampling.top_p" in message and "gate.warmup_steps" in message
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_every_condition_is_one_line(name: str) -> None:
+    recipe = make(f"algorithm.name={name}")
+    assert recipe.algorithm.gated == CONDITIONS[name].gated
+    assert recipe.gate_warmup_steps == (5 if CONDITIONS[name].gated else 0)
+    assert make(f"algorithm.name={name} gate.h_warm=0.7").gate_warmup_steps == 0
+    assert make(f"algorithm.name={name} gate.warmup_steps=3").gate_warmup_steps == 3
+
+
+def test_the_conditions_are_those_of_the_method() -> None:
+    assert ConditionName.__args__ == tuple(CONDITIONS)  # type: ignore[attr-defined]
+    assert set(GATED) == {name for name, condition in CONDITIONS.items() if condition.gated}
+
+
+def test_the_world_leaves_a_data_parallel_size() -> None:
+    recipe = make("parallelism.tensor=2 parallelism.pipeline=2")
+    assert recipe.parallelism.ranks == 4
+    assert check_world(recipe, 4) == 1
+    assert check_world(recipe, 12) == 3
+    with pytest.raises(UserError, match=r"6 ranks do not divide into model copies of 4 \(tensor 2 x pipeline 2"):
+        check_world(recipe, 6)
+    fixed = make("parallelism.tensor=2 parallelism.data=2")
+    assert check_world(fixed, 4) == 2
+    with pytest.raises(UserError, match=r"needs 4 ranks and there are 8: start 4, or set parallelism.data 4"):
+        check_world(fixed, 8)
+
+
+def test_layers_that_the_machine_lacks() -> None:
+    recipe = make("model.layers=te")
+    with pytest.raises(UserError, match="needs a CUDA device"):
+        check_devices(recipe, cuda=False, transformer_engine=True)
+    with pytest.raises(UserError, match=r"install the extra `asd_megatron\[gpu\]`"):
+        check_devices(recipe, cuda=True, transformer_engine=False)
+    check_devices(recipe, cuda=True, transformer_engine=True)
+    check_devices(make(), cuda=False)
+    check_devices(make("model.dtype=bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("config", "bad", "message", "good"),
+    [
+        (SMOLLM2, "parallelism.tensor=2", "does not divide the model's 9 attention heads, 3 key-value heads: "
+         "set parallelism.tensor to one of 1, 3", "parallelism.tensor=3"),
+        (SMOLLM2, "parallelism.pipeline=4", "30 layers: set it to one of 1, 2, 3, 5, 6", "parallelism.pipeline=5"),
+        (SMOLLM2, "parallelism.pipeline=31", "fewer than stages", "parallelism.pipeline=30"),
+        (QWEN3_8B, "parallelism.tensor=16", "8 key-value heads", "parallelism.tensor=8"),
+        (QWEN3_8B,
+         "parallelism.pipeline=2 parallelism.virtual_pipeline=4 rollout.engine=replay rollout.replay_folder=x",
+         "does not divide the 18 layers of a pipeline stage",
+         "parallelism.pipeline=2 parallelism.virtual_pipeline=3 rollout.engine=replay rollout.replay_folder=x"),
+        (SMOLLM2, "sampling.max_response_tokens=8192", "the model has 8192 positions: lower one of them by 2048",
+         "sampling.max_response_tokens=6144"),
+        (SMOLLM2, "privileged.max_teacher_tokens=8193", "beyond the model's 8192 positions",
+         "privileged.max_teacher_tokens=8192"),
+    ],
+)  # fmt: skip
+def test_a_layout_or_length_that_the_model_does_not_take(
+    config: dict[str, Any], bad: str, message: str, good: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_model(make(bad), config)
+    assert message in str(caught.value)
+    check_model(make(good), config)
+
+
+def test_a_supervised_recipe_without_evaluation_has_no_sampling_limits() -> None:
+    check_model(make("", "sft"), SMOLLM2 | {"max_position_embeddings": 128})
+    check_model(make(), {})
