@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from asd_megatron.observe.names import PHASES, QUANTILES, reference_page, undocumented
-from asd_megatron.records import DemonstrationSource, Example, Rollout, TokenTable
+from asd_megatron.records import DemonstrationSource, Example, TokenTable
 
 __all__ = [
     "GateReading",
     "context_mask",
-    "evaluation_metrics",
     "reference_page",
     "sampled_mask",
     "step_metrics",
@@ -207,17 +206,6 @@ def step_metrics(
     out["optimizer/skipped"] = float(skipped_updates)
     out.update(_of_times(times, table.tokens))
     return out
-
-
-def evaluation_metrics(
-    rollouts: Sequence[Rollout], rewards: Sequence[float], *, success_threshold: float = 1.0
-) -> dict[str, float]:
-    """The held-out evaluation's metrics from its rollouts (all samples of all problems) and their rewards."""
-    return {
-        "evaluation/accuracy": _average([r >= success_threshold for r in rewards]),
-        "evaluation/length_mean": _average([len(r.response_ids) for r in rollouts]),
-        "evaluation/truncated": _average([r.truncated for r in rollouts]),
-    }
 
 
 def supervised_metrics(

@@ -95,7 +95,7 @@ SECTIONS = (
             Metric("entropy/student_mean", "nats", "mean entropy of the student's next-token distribution"),
             Metric("entropy/student_median", "nats", "lower median of the same"),
             Metric("entropy/teacher_mean", "nats", "mean entropy of the teacher's next-token distribution"),
-            Metric("entropy/teacher_median", "nats", "lower median of the same: what the gate reads"),
+            Metric("entropy/teacher_median", "nats", "lower median of the same: H of a gate on the teacher"),
         ),
     ),
     Section(
@@ -141,7 +141,7 @@ SECTIONS = (
         (
             Metric("optimizer/grad_norm", "1", "global gradient norm before clipping; of several updates the largest"),
             Metric("optimizer/learning_rate", "1", "learning rate of the update"),
-            Metric("optimizer/skipped", "updates", "updates left out so far because a number was not finite"),
+            Metric("optimizer/skipped", "updates", "updates of the step left out: a number was not finite"),
         ),
     ),
     Section(
@@ -180,10 +180,14 @@ SECTIONS = (
     ),
     Section(
         "Puzzle",
-        "With the built-in puzzle.",
+        "With the built-in puzzle; the held-out numbers at the steps of the evaluation.",
         (
             Metric("puzzle/u_<class>", "nats", "mean u of one class of the puzzle's tokens (docs/puzzle.md)"),
-            Metric("puzzle/deliberation_rate", "share of responses", "responses that test at least one candidate"),
+            Metric("puzzle/deliberation_rate", "share of tokens", "deliberation words among the response tokens"),
+            Metric("evaluation/deliberations", "words", "deliberation words a held-out response"),
+            Metric("evaluation/deliberation_rate", "share of tokens", "deliberation words of held-out responses"),
+            Metric("evaluation/verified", "share of responses", "held-out responses that end with a tested answer"),
+            Metric("evaluation/accuracy_verified", "share of responses", "accuracy among those"),
         ),
     ),
     Section(

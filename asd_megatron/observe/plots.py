@@ -17,7 +17,7 @@ from asd_megatron.observe.writer import read_metrics
 
 STUDENT, TEACHER, NEUTRAL, ACCENT = "#2563a8", "#d1622b", "#6b7280", "#2f8f5b"
 # colour-blind safe, in the order in which classes are drawn
-CLASSES = ("#2563a8", "#d1622b", "#2f8f5b", "#a2428f", "#b0891c", "#4fa3c7", "#6b7280", "#8c4a2f")
+CLASSES = ("#2563a8", "#d1622b", "#2f8f5b", "#a2428f", "#b0891c", "#4fa3c7", "#6b7280", "#8c4a2f", "#1f1f1f")
 U_PREFIX = "puzzle/u_"
 
 

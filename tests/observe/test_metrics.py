@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.observe import names
-from asd_megatron.observe.metrics import GateReading, evaluation_metrics, step_metrics, supervised_metrics
+from asd_megatron.observe.metrics import GateReading, step_metrics, supervised_metrics
 from asd_megatron.observe.names import METRICS, PHASES, reference_page, undocumented
+from asd_megatron.puzzle.metrics import PuzzleMetrics
+from asd_megatron.puzzle.tokenizer import write_tokenizer
 from asd_megatron.records import Example, FinishReason, Rollout, TokenTable
 from tests.observe.batch import make_examples, make_table
 
@@ -91,13 +95,25 @@ def test_values_by_hand() -> None:
     assert all(isinstance(v, float) for v in m.values())
 
 
+def puzzle_names() -> set[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = load_tokenizer(write_tokenizer(folder))
+        puzzle = PuzzleMetrics(tokenizer)
+        wrong, right = "Wait 3 =6 +10 no So 4", "Let 5 =10 +14 yes So 5"
+        ids = [tuple(tokenizer(text + " <|end|>", add_special_tokens=False)["input_ids"]) for text in (wrong, right)]
+    rollouts = [Rollout("p", i, (1,), x, (0.0,) * len(x), FinishReason.STOP, 0) for i, x in enumerate(ids)]
+    table = TokenTable.for_lengths([len(x) for x in ids])
+    table["pmi"] = torch.zeros(table.tokens)
+    examples = [Example(r, reward, 0.0, (1,)) for r, reward in zip(rollouts, (0.0, 1.0), strict=True)]
+    return {*puzzle.of_step(examples, table), *puzzle.of_evaluation(rollouts, [0.0, 1.0])}
+
+
 def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     emitted = {
         *step(),
-        *evaluation_metrics([], []),
+        *(f"evaluation/{name}" for name in ("accuracy", "length_mean", "truncated")),
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
-        "puzzle/u_deliberation",
-        "puzzle/deliberation_rate",
+        *puzzle_names(),
     }
     assert undocumented(emitted) == []
     assert [m.name for m in METRICS if not any(m.matches(name) for name in emitted)] == []
@@ -183,12 +199,3 @@ def test_given_total_is_kept_and_gate_without_entropy_is_nan() -> None:
     assert "time/teacher" not in m
     assert m["gate/warming_up"] == 1
     assert math.isnan(m["gate/entropy"]) and math.isnan(m["gate/h_warm"]) and math.isnan(m["gate/close_below"])
-
-
-def test_evaluation() -> None:
-    rollouts = [e.rollout for e in make_examples()]
-    assert evaluation_metrics(rollouts, [1.0, 0.0, 0.5, 1.0], success_threshold=0.5) == {
-        "evaluation/accuracy": 0.75,
-        "evaluation/length_mean": 2.25,
-        "evaluation/truncated": 0.25,
-    }

@@ -86,8 +86,7 @@ def test_gate_in_words() -> None:
         "off below 0.93 x H_warm, on again from 1 x H_warm"
     )
     assert gate_text(condition("no_teacher"), warmup_steps=0, h_warm=0.71, **paper) == (
-        "lambda 0.5 or 0 by the student's median entropy H: "
-        "off below 0.93 x H_warm, on again from 1 x H_warm = 0.71"
+        "lambda 0.5 or 0 by the student's median entropy H: off below 0.93 x H_warm, on again from 1 x H_warm = 0.71"
     )
     assert gate_text(condition("sd"), warmup_steps=0, **paper) == "lambda 0.5, without a gate"
     assert gate_text(condition("grpo"), warmup_steps=0, **paper) == "no per-token term"
