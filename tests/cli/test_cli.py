@@ -105,7 +105,7 @@ def test_a_refused_recipe_starts_nothing(
 
 def test_train_starts_the_ranks_of_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(launch, "run_ranks", lambda *arguments: calls.append(arguments) or 5)
+    monkeypatch.setattr(launch, "run_ranks", lambda *arguments: (calls.append(arguments), 5)[1])
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     path = recipe(tmp_path, "parallelism: {tensor: 2, data: 2}\n")
     assert main(["train", path, "--parallelism.pipeline", "2"]) == 5

@@ -147,7 +147,7 @@ def test_text_in_a_file_must_be_text() -> None:
 
 
 def test_all_findings_are_reported_at_once() -> None:
-    message = refusal(model={}, data={"train": "t", "tset": "x"}, sampling=3)
+    message = refusal(model={}, data={"train": "t", "tset": "x"}, sampling=3)  # type: ignore[arg-type]
     assert "model.path: missing; give it in the recipe or as --model.path" in message
     assert "data.tset: unknown key; the nearest valid one is data.test" in message
     assert "sampling: expected a mapping of keys, was given 3" in message
