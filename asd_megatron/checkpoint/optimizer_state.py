@@ -1,0 +1,79 @@
+"""Megatron's optimizers in a checkpoint: what `torch.optim.Adam` under them needs, and who owns the hyper-parameters.
+
+With Transformer Engine's or Apex's Adam none of this changes anything. With PyTorch's (no GPU), Megatron's
+distributed optimizer
+
+* reads its Adam state, `step` included, before that exists, and
+* loads no `step` of its own but insists on one, then lets all parameters share one tensor, so that every parameter's
+  update advances the step of all (a wrong bias correction, silently).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+
+def parts(optimizer: Any) -> list[Any]:
+    """The optimizers of a chain that hold parameters."""
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
+
+
+def is_distributed(optimizer: Any) -> bool:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
+
+
+def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
+    inner = [part.optimizer for part in parts(optimizer)]
+    return [o for o in inner if isinstance(o, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def fill(optimizer: Any) -> None:
+    """Give parameters without Adam state the state they would get at their first step."""
+    for adam in _torch_adams(optimizer):
+        for group in adam.param_groups:
+            for p in group["params"]:
+                if not adam.state[p]:
+                    adam.state[p].update(
+                        step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                    )
+
+
+@contextmanager
+def loading(optimizer: Any) -> Iterator[None]:
+    """Around `optimizer.load_state_dict`: state is loaded, hyper-parameters stay those of the recipe at hand."""
+    hyper = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
+    with ExitStack() as stack:
+        for part in parts(optimizer):
+            if hasattr(part, "_set_main_param_and_optimizer_states"):
+                stack.enter_context(_keeping_steps(part))
+        yield
+    for adam in _torch_adams(optimizer):
+        for state in adam.state.values():
+            state["step"] = state["step"].clone()
+    for group, values in zip(optimizer.param_groups, hyper, strict=True):
+        group.update(values)
+
+
+@contextmanager
+def _keeping_steps(part: Any) -> Iterator[None]:
+    original = part._set_main_param_and_optimizer_states
+
+    def with_step(model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        group, order = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+        if "step" in state and "step" not in tensors:
+            tensors = {**tensors, "step": state["step"].clone()}
+        original(model_param, tensors)
+
+    part._set_main_param_and_optimizer_states = with_step
+    try:
+        yield
+    finally:
+        del part._set_main_param_and_optimizer_states
