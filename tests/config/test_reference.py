@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from asd_megatron.config import render_help, render_reference
+from asd_megatron.config import load_recipe, render_help, render_reference
 from asd_megatron.config.recipe import SCHEMAS, Kind
 from asd_megatron.config.refusals import dotted_keys
 
@@ -30,3 +30,9 @@ def test_help_holds_every_key(kind: Kind) -> None:
     for dotted in dotted_keys(SCHEMAS[kind]):
         assert f"  --{dotted}  " in text, dotted
     assert "--gate.tau_down  number > 0 [0.93]" in render_help("train")
+
+
+@pytest.mark.parametrize("path", sorted(PAGE.parents[1].glob("examples/**/*.yaml")), ids=lambda path: path.name)
+def test_the_example_recipes_are_valid(path: Path) -> None:
+    kind: Kind = "sft" if "\nsft:" in path.read_text(encoding="utf-8") else "train"
+    assert load_recipe(path, kind=kind).run.name
