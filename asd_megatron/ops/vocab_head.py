@@ -167,7 +167,7 @@ class _Tiles:
         tile.sub_(out[0][:, None])
         weights = tile.exp()
         torch.sum(weights, 1, out=out[1])
-        out[2] = torch.einsum("nv,nv->n", weights, tile)
+        torch.sum(weights.mul_(tile), 1, out=out[2])  # no matrix product: those may be TF32
         return out
 
     def reduce(self, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,8 +193,8 @@ class _Tiles:
             g_entropy = g_entropy / self.temperature
             gradient = logp.add_(entropy[:, None]).mul_(-g_entropy[:, None]).sub_(g_logprob[:, None]).mul_(p)
         if gradient.shape[1]:
-            own = torch.where(self.owned[block], g_logprob, 0.0)
-            gradient.scatter_add_(1, self.local[block, None], own[:, None])
+            row = torch.arange(gradient.shape[0], device=gradient.device)
+            gradient[row, self.local[block]] += torch.where(self.owned[block], g_logprob, 0.0)
         return gradient
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asd_megatron.ops.vocab_head import TokenLoss
+
 
 @dataclass
 class Head:
@@ -18,14 +20,14 @@ class Head:
     rows: Tensor | None
     temperature: float
 
-    def evaluate(self, token_loss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def evaluate(self, token_loss: TokenLoss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(loss, logprobs, entropy, d hidden, d weight) in float64 for `token_loss(logprobs, entropy, block)`."""
         hidden = self.hidden.detach().double().requires_grad_()
         weight = self.weight.detach().double().requires_grad_()
         logprobs, entropy = dense_logprob(hidden, weight, self.target, self.rows, self.temperature)
         loss = token_loss(logprobs, entropy, slice(0, len(self.target)))
         (loss + 0 * hidden.sum() + 0 * weight.sum()).backward()
-        return loss.detach(), logprobs.detach(), entropy.detach(), hidden.grad, weight.grad
+        return loss.detach(), logprobs.detach(), entropy.detach(), grad(hidden), grad(weight)
 
 
 def dense_logprob(
@@ -42,3 +44,9 @@ def error(got: Tensor, want: Tensor) -> float:
         return 0.0
     scale = want.abs().max().double().item() or 1.0
     return (got.double() - want.double()).abs().max().item() / scale
+
+
+def grad(t: Tensor) -> Tensor:
+    """The tensor's gradient, which must exist."""
+    assert t.grad is not None
+    return t.grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,10 @@ def _loss(logprobs: Tensor, entropy: Tensor, block: slice) -> Tensor:
 class Model(nn.Module):
     """Embedding, one layer, head: all that DDP can get wrong about a head."""
 
+    head: Any  # a parameter, with Megatron's attributes on it
+    embedding: Any
+    accumulators: list[Any]
+
     def __init__(self, tied: bool, dtype: torch.dtype) -> None:
         super().__init__()
         torch.manual_seed(3)
@@ -35,7 +40,7 @@ class Model(nn.Module):
             self.embedding.zero_out_wgrad = True  # as Megatron's LanguageModule does on a single pipeline stage
 
     @property
-    def head_weight(self) -> Tensor:
+    def head_weight(self) -> Any:
         return self.embedding if self.head is None else self.head
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -59,14 +64,14 @@ def _dense_gradients(tied: bool, dtype: torch.dtype, batches: list[tuple[Tensor,
     model = Model(tied, dtype).double()
     for ids, target in batches:
         _loss(*dense_logprob(model(ids), model.head_weight[:V], target, None, 1.0), slice(0, T)).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _mimic_ddp(model: nn.Module, dtype: torch.dtype, overlap: bool) -> Callable[[], int]:
+def _mimic_ddp(model: Model, dtype: torch.dtype, overlap: bool) -> Callable[[], int]:
     """Megatron 0.16.1's buffers and hooks; returns how often the head weight's hook has fired."""
     fired = 0
 
-    def make(param: nn.Parameter) -> Callable[..., None]:
+    def make(param: Any) -> Callable[..., None]:
         def hook(*unused: object) -> None:
             nonlocal fired
             fired += param is model.head_weight
@@ -81,6 +86,7 @@ def _mimic_ddp(model: nn.Module, dtype: torch.dtype, overlap: bool) -> Callable[
         return hook
 
     model.accumulators = []
+    param: Any
     for param in model.parameters():
         param.main_grad = torch.zeros(param.shape, dtype=dtype)
         param.grad_added_to_main_grad = False
@@ -103,6 +109,7 @@ def test_the_convention(fused: bool, tied: bool, overlap: bool, main_dtype: torc
         _product_loss(model, model.head_weight, batch, fused).backward()
     assert fired() == 3
     want = _dense_gradients(tied, torch.float32, batches)
+    param: Any
     for name, param in model.named_parameters():
         assert error(param.main_grad, want[name]) < 3e-6, name
         assert param.grad is None
@@ -147,7 +154,8 @@ def test_nothing_to_train_on_still_fires_the_hooks(fused: bool) -> None:
         loss = linear_logprob(hidden, model.head, target, shard, rows=rows)[0].sum()
     loss.backward()
     assert fired() == 1
-    assert not any(p.main_grad.any() for p in model.parameters())
+    parameters: list[Any] = list(model.parameters())
+    assert not any(p.main_grad.any() for p in parameters)
 
 
 def _ddp_body(rank: int) -> dict[str, float]:
@@ -179,7 +187,8 @@ def _ddp_body(rank: int) -> dict[str, float]:
         batches = [_batch(r, m) for r in range(dist.get_world_size()) for m in range(count)]
         want = _dense_gradients(tied, dtype, batches)
         case = f"tied={tied} overlap={overlap} fused={fused} {dtype} count={count}"
-        worst[case] = max(error(p.main_grad, want[name]) for name, p in module.named_parameters())
+        got: dict[str, Any] = dict(module.named_parameters())
+        worst[case] = max(error(p.main_grad, want[name]) for name, p in got.items())
     parallel_state.destroy_model_parallel()
     return worst
 

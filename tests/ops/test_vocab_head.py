@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asd_megatron.ops.vocab_head import VocabShard, linear_logprob, linear_token_loss
-from tests.ops.dense import Head, error
+from asd_megatron.ops.vocab_head import TokenLoss, VocabShard, linear_logprob, linear_token_loss
+from tests.ops.dense import Head, error, grad
 
 T, H, V, PADDED = 37, 16, 101, 128
 
@@ -42,26 +44,28 @@ def own_logprob(logprobs: Tensor, entropy: Tensor, block: slice) -> Tensor:
     return -(torch.exp(logprobs - logprobs.detach()) * (a[block] - 0.5 * logprobs.detach())).sum()
 
 
-def run(head: Head, weight: Tensor, loss, fused: bool, block: int | None = 10, dtype: torch.dtype = torch.float32):
+def run(
+    head: Head, weight: Tensor, loss: TokenLoss, fused: bool, block: int | None = 10, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
     """(loss, logprobs, entropy, d hidden, d weight) of the product's op."""
     h = head.hidden.to(dtype).clone().requires_grad_()
     w = weight.to(dtype).clone().requires_grad_()
     shard = VocabShard.of(V, PADDED)
-    options = {"rows": head.rows, "temperature": head.temperature, "token_block": block}
+    options: dict[str, Any] = {"rows": head.rows, "temperature": head.temperature, "token_block": block}
     if fused:
         value, logprobs, entropy = linear_token_loss(h, w, head.target, loss, shard, **options)
     else:
         logprobs, entropy = linear_logprob(h, w, head.target, shard, **options)
         value = loss(logprobs, entropy, slice(0, len(head.target)))
     value.backward()
-    return value.detach(), logprobs.detach(), entropy.detach(), h.grad, w.grad
+    return value.detach(), logprobs.detach(), entropy.detach(), grad(h), grad(w)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("rows", ["none", "subset", "empty"])
 @pytest.mark.parametrize("loss", [weighted, own_logprob])
-def test_equals_dense_float64(fused: bool, temperature: float, rows: str, loss) -> None:
+def test_equals_dense_float64(fused: bool, temperature: float, rows: str, loss: TokenLoss) -> None:
     head, weight = problem(rows=rows, temperature=temperature)
     got = run(head, weight, loss, fused)
     want = head.evaluate(loss)
@@ -146,7 +150,7 @@ def test_no_tokens_still_runs_backward() -> None:
         else:
             loss = linear_logprob(h, w, none, VocabShard.of(V, PADDED))[0].sum()
         loss.backward()
-        assert loss == 0 and h.grad.shape == (0, H) and not w.grad.any()
+        assert loss == 0 and grad(h).shape == (0, H) and not grad(w).any()
 
 
 def test_upstream_gradient_scales_both_forms() -> None:
@@ -159,8 +163,8 @@ def test_upstream_gradient_scales_both_forms() -> None:
             loss = weighted(*linear_logprob(h, w, head.target, VocabShard.of(V, PADDED)), slice(0, T))
         (loss * -2.5).backward()
         want = head.evaluate(weighted)
-        assert error(h.grad, -2.5 * want[3]) < 3e-6
-        assert error(w.grad[:V], -2.5 * want[4]) < 3e-6
+        assert error(grad(h), -2.5 * want[3]) < 3e-6
+        assert error(grad(w)[:V], -2.5 * want[4]) < 3e-6
 
 
 def test_frozen_weight_or_hidden() -> None:
@@ -176,9 +180,9 @@ def test_frozen_weight_or_hidden() -> None:
                 out = linear_logprob(h, w, head.target, VocabShard.of(V, PADDED))
                 weighted(*out, slice(0, T)).backward()
             if frozen == "weight":
-                assert w.grad is None and error(h.grad, want[3]) < 3e-6
+                assert w.grad is None and error(grad(h), want[3]) < 3e-6
             else:
-                assert h.grad is None and error(w.grad[:V], want[4]) < 3e-6
+                assert h.grad is None and error(grad(w)[:V], want[4]) < 3e-6
 
 
 def test_a_constant_token_loss_has_no_gradient() -> None:
@@ -186,7 +190,7 @@ def test_a_constant_token_loss_has_no_gradient() -> None:
     h = head.hidden.clone().requires_grad_()
     loss = linear_token_loss(h, weight, head.target, lambda p, e, b: p.new_zeros(()), VocabShard.of(V, PADDED))[0]
     loss.backward()
-    assert not h.grad.any()
+    assert not grad(h).any()
 
 
 class _Largest(TorchDispatchMode):

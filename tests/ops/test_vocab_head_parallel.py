@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from asd_megatron.ops.vocab_head import VocabShard, linear_logprob, linear_token_loss
 from tests.distributed.harness import run_ranks
-from tests.ops.dense import Head, error
+from tests.ops.dense import Head, error, grad
 
 T, H = 24, 16  # T is a multiple of 2 and 3, for sequence parallelism
 
@@ -41,6 +42,7 @@ def _problem(vocab: int, padded: int, rows: str, temperature: float, dtype: torc
 
 def _body(rank: int, vocab: int, local_rows: int) -> dict[str, float]:
     group = dist.group.WORLD
+    assert group is not None
     world = group.size()
     worst: dict[str, float] = {}
     for rows, temperature, sequence_parallel, fused, dtype in itertools.product(
@@ -51,7 +53,7 @@ def _body(rank: int, vocab: int, local_rows: int) -> dict[str, float]:
         part = slice(rank * T // world, (rank + 1) * T // world) if sequence_parallel else slice(0, T)
         h = head.hidden[part].clone().requires_grad_()
         w = weight[rank * local_rows : (rank + 1) * local_rows].clone().requires_grad_()
-        options = {"rows": head.rows, "temperature": temperature, "token_block": 7}
+        options: dict[str, Any] = {"rows": head.rows, "temperature": temperature, "token_block": 7}
         if fused:
             loss, logprobs, entropy = linear_token_loss(h, w, head.target, _loss, shard, **options)
         else:
@@ -66,19 +68,19 @@ def _body(rank: int, vocab: int, local_rows: int) -> dict[str, float]:
             "entropy": error(entropy, want_entropy),
         }
         gradients = {
-            "d hidden": error(h.grad, want_h[part]),
-            "d weight": error(w.grad[: shard.rows], want_w[start : start + shard.rows]),
+            "d hidden": error(grad(h), want_h[part]),
+            "d weight": error(grad(w)[: shard.rows], want_w[start : start + shard.rows]),
         }
         for name, value in {**exact, **gradients}.items():
             key = f"{name} {'bf16' if dtype is torch.bfloat16 and name in gradients else 'fp32'}"
             worst[key] = max(worst.get(key, 0.0), value)
-        worst["padding"] = max(worst.get("padding", 0.0), w.grad[shard.rows :].abs().sum().item())
+        worst["padding"] = max(worst.get("padding", 0.0), grad(w)[shard.rows :].abs().sum().item())
         same = [torch.empty_like(logprobs.detach()) for _ in range(world)]
         if logprobs.numel():
             dist.all_gather(same, logprobs.detach(), group=group)
         assert all(torch.equal(s, same[0]) for s in same), "ranks must agree to the last bit"
         if rows == "empty":
-            assert loss.item() == 0 and h.grad.shape == h.shape and not h.grad.any()
+            assert loss.item() == 0 and grad(h).shape == h.shape and not grad(h).any()
     return worst
 
 
