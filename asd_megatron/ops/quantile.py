@@ -57,7 +57,7 @@ def lower_median(x: Tensor, group: dist.ProcessGroup | None = None) -> float:
 
 
 def quantiles(x: Tensor, qs: Sequence[float], group: dist.ProcessGroup | None = None) -> list[float]:
-    """Quantiles `qs` in [0, 1] over all ranks, linear between neighbours as in `numpy.quantile`; NaN without elements."""
+    """Quantiles `qs` in [0, 1] over all ranks, interpolated as by `numpy.quantile`; NaN without any element."""
     if not all(0 <= q <= 1 for q in qs):
         raise ValueError(f"quantiles must lie in [0, 1]: {list(qs)}")
 
