@@ -13,12 +13,13 @@ class Reward(Section):
     """The verifier."""
 
     name: Annotated[
-        str, StringConstraints(pattern=r"^(math|exact|puzzle|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)$")
+        str,
+        StringConstraints(pattern=r"^(math|exact|puzzle|([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:\n]+\.py):[A-Za-z_]\w*)$"),
     ] = Field(
         "math",
         description=(
             "`math`: math-verify on the final answer; `exact`: equal text; `puzzle`: the search puzzle; or your own "
-            "function as `package.module:function`."
+            "function as `package.module:function` or `path/to/file.py:function`."
         ),
     )
     timeout_seconds: float = Field(5.0, gt=0, description="Longest time (seconds) for one answer; then it scores 0.")
