@@ -1,4 +1,4 @@
-r"""The text of a demonstration: which text it is, what is cleaned away, and how it is shortened."""
+r"""The text of a demonstration: what is cleaned away, and how it is shortened."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from asd_megatron.records import DemonstrationSource, Problem
 from asd_megatron.text import last_boxed
 
 if TYPE_CHECKING:
@@ -15,21 +14,6 @@ if TYPE_CHECKING:
 ELLIPSIS = " ... "
 THINK_BLOCK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 MATH_CLOSE = re.compile(r"\s*(?:\$\$?|\\\)|\\\])")
-
-
-def demonstration_text(problem: Problem, source: DemonstrationSource, sample: int, texts: Sequence[str]) -> str | None:
-    """What the solution block of a teacher's prompt says, before cleaning; None: no solution block.
-
-    `texts` are the decoded responses of the problem's group, by sample index; `source` and `sample` say which text
-    was chosen.
-    """
-    if source in (DemonstrationSource.GROUP, DemonstrationSource.SELF):
-        return texts[sample]
-    if source is DemonstrationSource.REFERENCE:
-        return problem.solution
-    if source is DemonstrationSource.REFERENCE_ANSWER:
-        return f"The final answer is: {problem.answer}"
-    return None
 
 
 def clean(text: str, special_tokens: Sequence[str], *, strip_thinking: bool) -> str:

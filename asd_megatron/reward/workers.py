@@ -87,7 +87,7 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         for _ in range(size):
             self._workers.append(self._start())
-        self.run([])  # waits until all are ready: a broken installation shows at the start
+        self.run([])  # a broken installation shows at the start
 
     def _start(self) -> _Worker:
         try:
@@ -96,13 +96,13 @@ class WorkerPool:
             raise RewardError(f"cannot start a reward worker: {e}") from e
 
     def run(self, requests: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-        """One outcome a request, in order."""
+        """One outcome a request, in order. Without requests: returns when all workers are ready."""
         if self._closed:
             raise RewardError("the reward workers are closed already")
         outcomes: list[Outcome | None] = [None] * len(requests)
         queue, tries = deque(range(len(requests))), [0] * len(requests)
         try:
-            while any(o is None for o in outcomes) or not all(w.ready for w in self._workers):
+            while any(o is None for o in outcomes) or not (requests or all(w.ready for w in self._workers)):
                 self._assign(requests, queue, tries, outcomes)
                 self._wait(queue, tries, outcomes)
         except BaseException:
@@ -120,7 +120,9 @@ class WorkerPool:
             worker.deadline = time.monotonic() + self.timeout_seconds
             try:
                 worker.stdin.write(json.dumps(requests[worker.job]).encode() + b"\n")
-            except OSError:  # it died while idle
+            except OSError:  # it died while idle, through no fault of the request
+                queue.appendleft(worker.job)
+                worker.job = None
                 self._died(slot, queue, tries, outcomes)
 
     def _wait(self, queue: deque[int], tries: list[int], outcomes: list[Outcome | None]) -> None:

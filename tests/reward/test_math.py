@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from asd_megatron.errors import UserError
+from asd_megatron.records import Problem
+from asd_megatron.reward import math as math_reward
+from asd_megatron.reward.math import MathVerifier
+
+SLOW = r"\boxed{10^{10^{10}} + 1}"  # math-verify would evaluate it
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[MathVerifier]:
+    v = MathVerifier(timeout_seconds=20, workers=2)
+    yield v
+    v.close()
+
+
+def problem(answer: str, name: str = "p") -> Problem:
+    return Problem(name, answer, prompt="?")
+
+
+def pids(verifier: MathVerifier) -> list[int]:
+    return [w.process.pid for w in verifier._pool._workers]
+
+
+RIGHT = [
+    ("72", "thinking... #### 72"),
+    ("72", "so 72.0 it is: #### 72.0"),
+    ("1,072", r"\boxed{1072}"),
+    ("1072", "#### $1,072"),
+    ("0.5", r"\boxed{\frac{1}{2}}"),
+    (r"\frac{1}{2}", r"\boxed{1/2}"),
+    (r"\frac{1}{2}", r"\boxed{\dfrac12}"),
+    ("3.5", r"\boxed{3\frac{1}{2}}"),
+    ("3.5", "#### 3 1/2"),
+    ("50%", r"\boxed{50\%}"),
+    ("0.5", "#### 50%"),
+    ("18", "#### 18 dollars"),
+    ("150000", r"\boxed{1.5 \times 10^5}"),
+    ("150000", "#### 1.5e5"),
+    (r"\frac{\sqrt{2}}{2}", r"\boxed{\frac{1}{\sqrt{2}}}"),
+    ("x^2+2x+1", r"\boxed{(x+1)^2}"),
+    (r"(1, 2)", r"\boxed{(1,2)}"),
+    (r"\{1, 2\}", r"\boxed{2, 1}"),
+    ("1.6", r"=\boxed{1.6} \mathrm{~cm}"),
+    ("B", r"\boxed{\text{B}}"),
+    ("Sunday", r"\boxed{\text{Sunday}}"),
+    ("5", r"first \boxed{4}, corrected \boxed{5}"),
+    ("5", "The final answer is $5$."),  # no mark: what math-verify finds at the end
+    ("27.0", "We get 27"),
+    ("5", "word " * 200_000 + r"\boxed{5}"),
+]
+WRONG = [
+    ("72", "#### 73"),
+    ("72", r"72, no: \boxed{27}"),
+    ("0.5", r"\boxed{\frac{1}{3}}"),
+    ("0.3333", r"\boxed{\frac{1}{3}}"),
+    ("18", r"\boxed{17 or 18 or 19}"),  # listing candidates is not answering
+    ("18", r"\boxed{17, 18}"),
+    ("(1, 2)", r"\boxed{(2, 1)}"),
+    ("5", ""),
+    ("5", "   \n"),
+    ("5", "####"),
+    ("5", r"\boxed{}"),
+    ("5", r"\boxed{" + "5+" * 5_000 + "5}"),
+    ("5", "no number at all"),
+    ("5", "\x00\ud83d"),
+    ("x", "🙂" * 10_000),
+]
+
+
+def test_answers(verifier: MathVerifier) -> None:
+    items = [(problem(gold), text) for gold, text in RIGHT + WRONG]
+    rewards = verifier.score(items)
+    expected = [1.0] * len(RIGHT) + [0.0] * len(WRONG)
+    wrong = [case for case, is_, should in zip(RIGHT + WRONG, rewards, expected, strict=True) if is_ != should]
+    assert not wrong
+    assert verifier.counters == {"timeouts": 0, "errors": 0, "restarts": 0}
+    assert verifier.score([]) == []
+
+
+def test_workers_hold_no_torch_and_import_nothing_of_ours(verifier: MathVerifier) -> None:
+    source = ast.parse(math_reward.WORKER.read_text())
+    names = {a.name for n in ast.walk(source) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module or "" for n in ast.walk(source) if isinstance(n, ast.ImportFrom)}
+    assert names - {"math_verify"} <= set(sys.stdlib_module_names)
+    for pid in pids(verifier):
+        assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_a_slow_answer_is_bounded_counted_and_its_worker_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    v = MathVerifier(timeout_seconds=1, workers=1)
+    try:
+        before, start = pids(v), time.monotonic()
+        rewards = v.score([(problem("0.5"), r"\boxed{1/2}"), (problem("5"), SLOW), (problem("0.25"), r"\boxed{1/4}")])
+        assert time.monotonic() - start < 15
+        assert rewards == [1.0, 0.0, 1.0]
+        assert v.counters == {"timeouts": 1, "errors": 0, "restarts": 1} and pids(v) != before
+        assert "no verdict within 1 s" in caplog.text
+        with pytest.raises(ProcessLookupError):
+            os.kill(before[0], 0)
+    finally:
+        v.close()
+
+
+def test_a_group_with_equal_answers_is_judged_once() -> None:
+    v = MathVerifier(timeout_seconds=1, workers=1)
+    try:
+        assert v.score([(problem("5"), SLOW)] * 8) == [0.0] * 8
+        assert v.counters["timeouts"] == 1
+    finally:
+        v.close()
+
+
+def test_works_in_a_thread(verifier: MathVerifier) -> None:
+    rewards: list[float] = []
+    thread = threading.Thread(target=lambda: rewards.extend(verifier.score([(problem("0.5"), r"\boxed{\frac24}")])))
+    thread.start()
+    thread.join(30)
+    assert rewards == [1.0]
+
+
+def test_a_worker_killed_from_outside_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    v = MathVerifier(timeout_seconds=20, workers=2)
+    try:
+        for pid in pids(v):
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+        assert v.score([(problem("0.5"), rf"\boxed{{\frac{{{i}}}{{{2 * i}}}}}") for i in range(1, 5)]) == [1.0] * 4
+        assert v.counters["restarts"] == 2 and v.counters["errors"] == 0
+        assert "status -9" in caplog.text
+    finally:
+        v.close()
+
+
+def test_memory_of_a_worker_is_bounded(verifier: MathVerifier) -> None:
+    for pid in pids(verifier):
+        limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
+        assert str(math_reward.MEMORY_BYTES) in next(line for line in limits if line.startswith("Max address space"))
+
+
+def test_close_ends_the_workers() -> None:
+    v = MathVerifier(workers=2)
+    started = pids(v)
+    v.close()
+    v.close()
+    for pid in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    with pytest.raises(UserError, match="closed already"):
+        v.score([(problem("0.5"), r"\boxed{\frac12}")])
+
+
+@pytest.mark.parametrize("kwargs", [{"timeout_seconds": 0}, {"workers": 0}])
+def test_unusable_settings(kwargs: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="reward.timeout_seconds must be above 0 and reward.workers at least 1"):
+        MathVerifier(**kwargs)
