@@ -45,8 +45,8 @@ def save(
 ) -> Path:
     """Write `folder`/step_NNNNNN, name it in `folder`/latest, then remove all but the newest `keep` checkpoints.
 
-    `port` is a ModelPort wrapped in Megatron's DDP, `optimizer` and `scheduler` are Megatron's. `run_state` must be
-    plain JSON: numbers, strings, lists, string-keyed dicts; rank 0's is stored. Readers see a whole checkpoint or
+    `port` is a ModelPort wrapped in Megatron's DDP, `optimizer` and `scheduler` are Megatron's. `run_state`
+    holds numbers, strings, lists and string-keyed dicts (else ValueError); rank 0's is stored. Readers see a whole checkpoint or
     none: it is written aside and renamed. An error on any rank is raised on all.
     """
     text = _run_state_text(step, optimizer, run_state)
@@ -176,10 +176,22 @@ def _run_state_text(step: int, optimizer: Any, run_state: dict[str, Any]) -> str
         "distributed_optimizer": optimizer_state.is_distributed(optimizer),
         "run_state": run_state,
     }
-    text = json.dumps(content, indent=2, allow_nan=False)
-    if json.loads(text) != content:
-        raise ValueError("run_state does not survive JSON: use string keys, lists instead of tuples")
-    return text
+    _check_plain(run_state, "run_state")
+    return json.dumps(content, indent=2)  # with Python's NaN and Infinity: the state must come back as it was
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """ValueError for what JSON would change or refuse (tuples may become lists)."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where} has the key {key!r}: a checkpoint keeps string keys only")
+            _check_plain(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            _check_plain(inner, f"{where}[{i}]")
+    elif type(value) not in (str, int, float, bool, type(None)):
+        raise ValueError(f"{where} is a {type(value).__name__}: a checkpoint keeps numbers, strings, lists and dicts")
 
 
 def _read_run_state(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What a user runs to trust an installation."""

@@ -1,0 +1,83 @@
+"""A tiny model and deliberately hard batches for the parity check."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+
+from asd_megatron.antisd.advantage import group_advantages
+from asd_megatron.records import DemonstrationSource, Example, FinishReason, Rollout
+
+VOCABULARY = 99  # not a multiple of any tensor-parallel size: padded rows are part of the check
+
+
+def write_tiny_model(folder: Path, *, tied: bool, seed: int = 3) -> None:
+    """A random four-layer Qwen3 as a Hugging Face folder (float32), with weights large enough that logits differ by several nats."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.15,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = Qwen3ForCausalLM(config).to(torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+
+
+def hard_batch(seed: int, groups: int = 4, size: int = 3) -> list[Example]:
+    """Rollouts of very unequal lengths, one without privileged context, one with unsampled tokens inside, a group of equal rewards."""
+    rng = random.Random(seed)
+    lengths = [1, 2, 40, 7, 3, 19, 5, 33, 1, 11, 2, 6]
+    ids = lambda n: tuple(rng.randrange(2, VOCABULARY) for _ in range(n))  # noqa: E731
+    examples = []
+    for g in range(groups):
+        rewards = torch.tensor([float(rng.random() < 0.5) for _ in range(size)])
+        if g == 0:
+            rewards = torch.tensor([1.0] + [0.0] * (size - 1))
+        if g == 1:
+            rewards[:] = 1.0
+        advantages = group_advantages(rewards).tolist()
+        prompt = ids(1 + 4 * g)
+        for sample in range(size):
+            number = g * size + sample
+            response = ids(lengths[number % len(lengths)])
+            masked = number % 5 == 2
+            rollout = Rollout(
+                prompt_id=f"p{g}",
+                sample=sample,
+                prompt_ids=prompt,
+                response_ids=response,
+                logprobs=(0.0,) * len(response),
+                finish_reason=FinishReason.STOP,
+                weight_version=0,
+                loss_mask=tuple(not (masked and 2 <= t < 4) for t in range(len(response))),
+            )
+            context = number != 4
+            examples.append(
+                Example(
+                    rollout=rollout,
+                    reward=float(rewards[sample]),
+                    group_advantage=advantages[sample],
+                    teacher_prompt_ids=prompt + ids(1 + rng.randrange(20)) if context else None,
+                    demonstration_source=DemonstrationSource.REFERENCE if context else DemonstrationSource.NONE,
+                )
+            )
+    return examples

@@ -1,0 +1,58 @@
+"""The cells of the parity check: every layout that the frame supports, each against one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from asd_megatron.distributed.layout import Layout
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layout and the settings it is tried with. `tokens_per_microbatch` small: many micro-batches of uneven size."""
+
+    name: str
+    layout: Layout = field(default_factory=Layout)
+    tied: bool = False
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    recompute: str = "none"
+    tokens_per_microbatch: int = 1 << 20
+
+    @property
+    def ranks(self) -> int:
+        return self.layout.world_size
+
+    @property
+    def reference(self) -> str:
+        return "single_tied" if self.tied else "single"
+
+
+def _cells() -> dict[str, Cell]:
+    cells = [
+        Cell("single"),
+        Cell("single_tied", tied=True),
+        Cell("micro_batches", tokens_per_microbatch=64),
+        Cell("recompute_full", recompute="full", tokens_per_microbatch=64),
+        Cell("recompute_selective", recompute="selective"),
+        Cell("tp2", Layout(tensor=2)),
+        Cell("tp2_tied", Layout(tensor=2), tied=True, tokens_per_microbatch=64),
+        Cell("tp2_sp", Layout(tensor=2, sequence_parallel=True), tokens_per_microbatch=64),
+        Cell("pp2", Layout(pipeline=2), tokens_per_microbatch=64),
+        Cell("pp2_tied", Layout(pipeline=2), tied=True, tokens_per_microbatch=64),
+        Cell("pp2_vpp2", Layout(pipeline=2, virtual_pipeline=2), tokens_per_microbatch=64),
+        Cell("cp2", Layout(context=2), tokens_per_microbatch=96),
+        Cell("dp2", Layout(data=2), tokens_per_microbatch=64),
+        Cell("dp2_distopt", Layout(data=2), distributed_optimizer=True, tokens_per_microbatch=64),
+        Cell("dp2_overlap", Layout(data=2), distributed_optimizer=True, overlap=True, tokens_per_microbatch=64),
+        Cell("dp2_overlap_tied", Layout(data=2), tied=True, overlap=True, tokens_per_microbatch=64),
+        Cell("tp2_pp2", Layout(tensor=2, pipeline=2, sequence_parallel=True), tokens_per_microbatch=64),
+        Cell("tp2_cp2", Layout(tensor=2, context=2, sequence_parallel=True), tokens_per_microbatch=96),
+        Cell("pp2_vpp2_dp2", Layout(pipeline=2, virtual_pipeline=2, data=2), tied=True, distributed_optimizer=True,
+             tokens_per_microbatch=64),
+        Cell("cp2_dp2", Layout(context=2, data=2), distributed_optimizer=True, tokens_per_microbatch=96),
+    ]
+    return {c.name: c for c in cells}
+
+
+CELLS = _cells()

@@ -1,0 +1,133 @@
+"""Is an AntiSD update the same in every layout? Each cell against one process: loss, every gradient, every weight change."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asd_megatron.checks.cases import write_tiny_model
+from asd_megatron.checks.layouts import CELLS, Cell
+from asd_megatron.errors import UserError
+from asd_megatron.files import atomic_write
+
+TOLERANCE = 1e-5
+UPDATE_TOLERANCE = 1e-4
+"""Weight changes after two Adam steps: Adam divides by the square root of second moments that can be tiny."""
+
+
+class ParityError(UserError):
+    """A layout could not be run at all."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """Errors of one cell: losses relative to the mean absolute advantage, tensors as max |difference| / max |value|."""
+
+    layout: str
+    ranks: int
+    loss_error: float
+    gradient_error: float | None
+    worst_gradient: str
+    update_error: float
+    worst_update: str
+    clipped_tokens: float
+    passed: bool
+
+    @property
+    def max_relative_error(self) -> float:
+        """The larger of the loss' and the gradients' (the updates have a bound of their own)."""
+        return max(self.loss_error, self.gradient_error or 0.0)
+
+
+def _worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    if set(found) != set(expected):
+        raise ParityError(f"the cell exported other tensors than one process: {sorted(set(found) ^ set(expected))}")
+    worst, where = 0.0, ""
+    for name, reference in expected.items():
+        scale = float(reference.abs().max())
+        error = float((found[name] - reference).abs().max()) / scale if scale else float(found[name].abs().max())
+        if not error <= worst:  # NaN counts as worst
+            worst, where = error, name
+    return worst, where
+
+
+def compare(cell: Cell, found: dict[str, Any], expected: dict[str, Any]) -> CellResult:
+    scale = expected["advantage_scale"]
+    pairs = list(zip(found["losses"], expected["losses"], strict=True))
+    pairs += list(zip(found["losses_clipped"], expected["losses_clipped"], strict=True))
+    loss = max(abs(a - b) for a, b in pairs) / scale
+    gradient, worst_gradient = None, ""
+    if found["gradients"]:
+        gradient, worst_gradient = _worst(found["gradients"], expected["gradients"])
+    update, worst_update = max(_worst(found[k], expected[k]) for k in ("updates", "updates_all"))
+    passed = loss <= TOLERANCE and (gradient or 0.0) <= TOLERANCE and update <= UPDATE_TOLERANCE
+    return CellResult(
+        cell.name, cell.ranks, loss, gradient, worst_gradient, update, worst_update, found["clipped_tokens"], passed
+    )
+
+
+def run(names: Sequence[str], folder: Path, *, timeout: float = 900, say: Callable[[str], None] = print) -> list[CellResult]:
+    """Run cells (and the single-process references they need) in `folder` and compare. One torchrun a number of ranks."""
+    unknown = [n for n in names if n not in CELLS]
+    if unknown:
+        raise UserError(f"no such parity layout: {', '.join(unknown)}; there are {', '.join(CELLS)}")
+    references = dict.fromkeys(CELLS[n].reference for n in names)
+    wanted = list(dict.fromkeys([*references, *names]))
+    for kind in ("untied", "tied"):
+        write_tiny_model(folder / kind, tied=kind == "tied")
+    for ranks in sorted({CELLS[n].ranks for n in wanted}):
+        cells = [n for n in wanted if CELLS[n].ranks == ranks]
+        say(f"running on {ranks} rank{'s' if ranks > 1 else ''}: {', '.join(cells)}")
+        _launch(ranks, folder, cells, timeout)
+    load = lambda n: torch.load(folder / f"{n}.pt", weights_only=True)  # noqa: E731
+    return [compare(CELLS[n], load(n), load(CELLS[n].reference)) for n in names if n not in references]
+
+
+def _launch(ranks: int, folder: Path, cells: Sequence[str], timeout: float) -> None:
+    from asd_megatron.distributed.launch import torchrun_command, worker_environment
+
+    command = torchrun_command(ranks, "asd_megatron.checks.parity_worker", [str(folder), *cells])
+    log = folder / f"ranks{ranks}.log"
+    with log.open("w") as out:
+        try:
+            code = subprocess.run(
+                command, env=worker_environment(ranks), stdout=out, stderr=subprocess.STDOUT, timeout=timeout, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise ParityError(f"the cells {', '.join(cells)} did not finish within {timeout:.0f} s") from None
+    if code:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+        raise ParityError(f"the cells {', '.join(cells)} failed on {ranks} ranks (exit {code}):\n{tail}")
+
+
+def table(results: Sequence[CellResult]) -> str:
+    lines = [f"{'layout':22s} {'ranks':>5s} {'loss':>9s} {'gradients':>10s} {'updates':>9s}  "]
+    for r in results:
+        gradient = "sharded" if r.gradient_error is None else f"{r.gradient_error:.1e}"
+        verdict = "ok" if r.passed else f"FAILED (worst: {r.worst_gradient or r.worst_update})"
+        lines.append(f"{r.layout:22s} {r.ranks:5d} {r.loss_error:9.1e} {gradient:>10s} {r.update_error:9.1e}  {verdict}")
+    return "\n".join(lines)
+
+
+def main(names: Sequence[str], json_file: Path | None) -> int:
+    """Exit status: 0 when every cell passes, 1 otherwise."""
+    names = list(names) or [n for n in CELLS if n not in ("single", "single_tied")]
+    with tempfile.TemporaryDirectory(prefix="asd-parity-") as folder:
+        results = run(names, Path(folder), say=lambda s: print(s, file=sys.stderr, flush=True))
+    print(table(results))
+    if json_file is not None:
+        cells = [{**asdict(r), "max_relative_error": r.max_relative_error} for r in results]
+        report = {"tolerance": TOLERANCE, "update_tolerance": UPDATE_TOLERANCE, "cells": cells}
+        atomic_write(json_file, json.dumps(report, indent=1) + "\n")
+    failed = [r.layout for r in results if not r.passed]
+    if failed:
+        print(f"parity FAILED in {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0

@@ -1,0 +1,192 @@
+"""The ranks of the parity check: `python -m asd_megatron.checks.parity_worker FOLDER CELL...` under torchrun.
+
+Runs the product's own path (packs, teacher pass, gate, update, Megatron's schedules and optimizer) in each cell's layout and leaves
+`FOLDER/CELL.pt`: losses, gradients of the first update and weight changes, as full tensors by Hugging Face name.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asd_megatron.antisd import Gate, condition
+from asd_megatron.checks.cases import hard_batch
+from asd_megatron.checks.layouts import CELLS, Cell
+from asd_megatron.distributed import device
+from asd_megatron.records import Example
+from asd_megatron.trainer import passes, token_method
+from asd_megatron.trainer.batch import PackLayout
+from asd_megatron.trainer.local_batch import LocalBatch
+from asd_megatron.trainer.optimizer import Optimizer
+from asd_megatron.trainer.pass_plan import plan
+from asd_megatron.trainer.updater import UpdateStats, update
+
+TEMPERATURE = 0.7
+LEARNING_RATE = 1e-3
+
+
+@dataclass
+class Trained:
+    """One rank's model with everything an update needs."""
+
+    port: Any
+    groups: Any
+    optimizer: Optimizer
+    layout: PackLayout
+    cell: Cell
+
+
+def build(folder: Path, cell: Cell) -> Trained:
+    from asd_megatron.checkpoint.huggingface import FolderReader, read_config
+    from asd_megatron.distributed import layout as layouts
+    from asd_megatron.models.port import ModelPort
+
+    groups = layouts.init(cell.layout)
+    source = folder / ("tied" if cell.tied else "untied")
+    port = ModelPort.build(
+        read_config(source), groups, cell.layout, dtype=torch.float32, layers="local", recompute=cell.recompute
+    )
+    port.load(FolderReader(source))
+    port.wrap_ddp(distributed_optimizer=cell.distributed_optimizer, overlap_grad_reduce=cell.overlap)
+    optimizer = Optimizer(
+        port,
+        learning_rate=LEARNING_RATE,
+        min_learning_rate=0.0,
+        schedule="constant",
+        warmup_steps=0,
+        total_steps=10,
+        weight_decay=0.01,
+        beta1=0.9,
+        beta2=0.95,
+        epsilon=1e-5,
+        clip_grad=1.0,
+        distributed=cell.distributed_optimizer,
+    )
+    return Trained(port, groups, optimizer, pack_layout(groups, cell, port), cell)
+
+
+def pack_layout(groups: Any, cell: Cell, port: Any) -> PackLayout:
+    parallel = cell.layout
+    return PackLayout(
+        context=parallel.context,
+        context_rank=groups.cp.rank(),
+        tensor=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline is not None,
+        device=port.device,
+    )
+
+
+def run_step(t: Trained, examples: list[Example], gate: Gate, *, name: str, updates: int = 1, epochs: int = 1) -> UpdateStats:
+    """Teacher pass, gate, update: what one training step does after the rollouts."""
+    method = token_method.Method(condition(name))
+    passes_needed = plan(method.condition, updates, epochs=epochs)
+    batch = LocalBatch.build(
+        examples,
+        ranks=t.groups.dp.size(),
+        rank=t.groups.dp.rank(),
+        updates=updates,
+        layout=t.layout,
+        tokens_per_microbatch=t.cell.tokens_per_microbatch,
+    )
+    inputs = token_method.token_inputs(batch, method)
+    teacher = passes.score_teacher(t.port, t.groups, batch, passes_needed, temperature=TEMPERATURE)
+    student = passes.score_student(t.port, t.groups, batch, passes_needed, temperature=TEMPERATURE)
+    lam = gate.update(passes.gate_entropy(t.groups, inputs, method, teacher, student))
+    return update(
+        t.port,
+        t.groups,
+        t.optimizer,
+        batch,
+        {**inputs, **teacher},
+        method=method,
+        plan=passes_needed,
+        lam=lam,
+        temperature=TEMPERATURE,
+        epochs=epochs,
+        scored=student,
+    )
+
+
+def snapshot(tensors: Any) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors}
+
+
+def run_cell(folder: Path, cell: Cell) -> None:
+    """Two on-policy updates, then a batch with two clipped updates over two epochs, then a batch smaller than the data-parallel size."""
+    t = build(folder, cell)
+    result: dict[str, Any] = {}
+    before = snapshot(t.port.export())
+    gate = Gate(0.5, warmup_steps=0, h_warm=1e-3)
+    with _gradients_of_first_step(t) as gradients:
+        stats = [run_step(t, hard_batch(1), gate, name="antisd")]
+    result["gradients"] = dict(gradients)
+    stats.append(run_step(t, hard_batch(2), gate, name="antisd"))
+    after = snapshot(t.port.export())
+    result["updates"] = {name: after[name] - before[name] for name in after}
+    clipped = run_step(t, hard_batch(3), gate, name="antisd", updates=2, epochs=4)
+    result["losses_clipped"] = clipped.losses
+    result["clipped_tokens"] = _total(t, clipped.columns["clipped"])
+    few = run_step(t, hard_batch(4)[2:3], gate, name="antisd")
+    final = snapshot(t.port.export())
+    result["updates_all"] = {name: final[name] - before[name] for name in final}
+    result["losses"] = [s.loss for s in stats] + [few.loss]
+    result["grad_norms"] = [s.grad_norm for s in stats] + [few.grad_norm]
+    result["advantage_scale"] = _total(t, stats[0].columns["advantage"].abs()) / sum(
+        len(e.rollout.response_ids) for e in hard_batch(1)
+    )
+    if dist.get_rank() == 0:
+        torch.save(result, folder / f"{cell.name}.pt")
+    from asd_megatron.distributed import layout as layouts
+
+    layouts.shutdown_model_parallel()
+
+
+class _gradients_of_first_step:
+    """Captures full gradients between the backward pass and the optimizer's clipping."""
+
+    def __init__(self, t: Trained) -> None:
+        self.t, self.found = t, {}
+
+    def __enter__(self) -> dict[str, Tensor]:
+        self.step = self.t.optimizer.step
+
+        def step() -> Any:
+            if not self.t.cell.distributed_optimizer:
+                self.found.update(snapshot(self.t.port.export_gradients()))
+            return self.step()
+
+        self.t.optimizer.step = step  # type: ignore[method-assign]
+        return self.found
+
+    def __exit__(self, *_: object) -> None:
+        self.t.optimizer.step = self.step  # type: ignore[method-assign]
+
+
+def _total(t: Trained, column: Tensor) -> float:
+    total = column.double().sum().reshape(1)
+    if t.groups.dp.size() > 1:
+        dist.all_reduce(total, group=t.groups.dp)
+    return float(total)
+
+
+def main(argv: list[str]) -> None:
+    folder, names = Path(argv[0]), argv[1:]
+    device.prepare()
+    for name in names:
+        run_cell(folder, CELLS[name])
+        if dist.get_rank() == 0:
+            print(f"cell {name} done", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,189 @@
+"""The device the program runs on, and what Megatron-Core needs to run on one without CUDA.
+
+Megatron-Core calls `torch.cuda` unguarded in many places. `prepare` replaces exactly those entry points by CPU equivalents,
+once, before the first Megatron object is built; with CUDA present it does nothing. No other module touches them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+_FACTORIES = (
+    "zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "as_tensor", "zeros_like",
+    "ones_like", "empty_like", "full_like", "linspace", "empty_strided", "randperm",
+)  # fmt: skip
+_prepared = False
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def backend() -> str:
+    """The collective backend that goes with `device`."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def prepare() -> None:
+    """Make Megatron-Core usable on this machine. Call before importing Megatron; safe to call again."""
+    global _prepared
+    if _prepared:
+        return
+    _prepared = True
+    if torch.cuda.is_available():
+        import os
+
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return
+    _replace_cuda_functions()
+    _redirect_factories()
+    _redirect_tensor_methods()
+    _redirect_megatron_rng()
+
+
+class _Stream:
+    """A stream of a device that has none: everything has already happened."""
+
+    device = CPU
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, *_: Any) -> None: ...
+    def wait_event(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Event:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.time = time.perf_counter()
+
+    def record(self, *_: Any) -> None:
+        self.time = time.perf_counter()
+
+    def wait(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Event) -> float:
+        return (other.time - self.time) * 1e3
+
+
+def _returns(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
+
+
+def _replace_cuda_functions() -> None:
+    stream = _Stream()
+    replacements: dict[str, Any] = {
+        "current_device": _returns(CPU),
+        "synchronize": _returns(None),
+        "set_device": _returns(None),
+        "empty_cache": _returns(None),
+        "current_stream": _returns(stream),
+        "default_stream": _returns(stream),
+        "stream": lambda *_, **__: contextlib.nullcontext(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "manual_seed": _returns(None),
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+        "memory_allocated": _returns(0),
+        "max_memory_allocated": _returns(0),
+        "memory_reserved": _returns(0),
+        "memory_stats": lambda *_, **__: defaultdict(int),
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+    torch.cuda.nvtx.range_push = _returns(None)  # type: ignore[assignment]
+    torch.cuda.nvtx.range_pop = _returns(None)  # type: ignore[assignment]
+
+
+def _is_cuda(where: Any) -> bool:
+    if isinstance(where, str):
+        return where.startswith("cuda")
+    return isinstance(where, torch.device) and where.type == "cuda"
+
+
+def _redirect_factories() -> None:
+    # `with torch.device(...)` knows the factories by identity and collects them at its first use: it must see the originals.
+    from torch.utils import _device
+
+    _device._device_constructors()
+
+    def redirected(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+            return original(*args, **kwargs)
+
+        return factory
+
+    for name in _FACTORIES:
+        setattr(torch, name, redirected(getattr(torch, name)))
+
+
+def _redirect_tensor_methods() -> None:
+    original_to, original_type = torch.Tensor.to, torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if args and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        return original_to(self, *args, **kwargs)
+
+    def kind(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original_type(self, *args, **kwargs)
+        name = original_type(self)
+        # Megatron sorts its parameters by "torch.cuda.FloatTensor" and the like.
+        return name.replace("torch.", "torch.cuda.") if self.device.type == "cpu" and name.count(".") == 1 else name
+
+    torch.Tensor.to = to  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = kind  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+
+
+def _redirect_megatron_rng() -> None:
+    """Megatron's tracker keeps CUDA generator states; here they are the CPU generator's."""
+    from megatron.core import jit
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def add(self: Any, name: str, seed: int) -> None:
+        self._is_initialized = True
+        if seed in self.seeds_ or name in self.states_:
+            raise ValueError(f"random state {name!r} or seed {seed} exists already")
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    megatron_random.CudaRNGStatesTracker.add = add
+    # fork() compares the CPU state before and after and warns that it changed: here it is meant to.
+    logging.getLogger(megatron_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+    jit.disable_jit_fuser()  # fusing by torch.compile needs a C++ compiler and minutes

@@ -1,0 +1,106 @@
+"""A parallel layout and its process groups."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from asd_megatron.distributed import device
+from asd_megatron.errors import UserError
+
+SEED = 1234  # of Megatron's own random state (dropout), which our models do not use
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of every kind of parallelism; their product is the number of ranks."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    context: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's process groups. `dp` has one rank for each share of the batch; `dp_cp` are all ranks that hold the same weights."""
+
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    world: dist.ProcessGroup
+
+
+def init(layout: Layout, *, timeout_minutes: float = 60.0) -> Groups:
+    """Join the other ranks (torchrun's environment; alone without it) and make the layout's groups. Collective.
+
+    `timeout_minutes` bounds every wait in a collective. Raises UserError when the number of ranks is not the layout's.
+    """
+    from megatron.core import parallel_state
+
+    device.prepare()
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(device.backend(), timeout=timeout)
+        else:
+            dist.init_process_group(device.backend(), timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    if dist.get_world_size() != layout.world_size:
+        raise UserError(
+            f"the layout needs {layout.world_size} ranks and there are {dist.get_world_size()}: start as many, or change "
+            "the parallelism section"
+        )
+    shutdown_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=int(timeout_minutes),
+    )
+    _seed()
+    world = dist.group.WORLD
+    assert world is not None
+    return Groups(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        world=world,
+    )
+
+
+def _seed() -> None:
+    import torch
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
+
+    torch.manual_seed(SEED)
+    initialize_rng_tracker(force_reset=True)
+    model_parallel_cuda_manual_seed(SEED)
+
+
+def shutdown_model_parallel() -> None:
+    """Forget the layout's groups; the ranks stay joined, another layout can follow."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Leave the other ranks. Safe to call twice."""
+    if dist.is_initialized():
+        shutdown_model_parallel()
+        dist.destroy_process_group()

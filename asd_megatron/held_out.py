@@ -1,0 +1,112 @@
+"""Held-out evaluation on the embedded engine, for both stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from asd_megatron.config import AnyRecipe
+from asd_megatron.models.port import ModelPort
+from asd_megatron.records import SamplingParams
+from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.embedded.engine import EmbeddedEngine
+from asd_megatron.session import Session
+from asd_megatron.sources import ProblemSource, is_puzzle
+
+
+class Weights:
+    """The live weights as a stream that can be read again (every reading is a collective of all ranks)."""
+
+    def __init__(self, port: ModelPort) -> None:
+        self.port = port
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.port.export())
+
+
+def stop_ids(session: Session) -> tuple[int, ...]:
+    given = session.recipe.sampling.stop_token_ids
+    return tuple(session.end_ids if given is None else given)
+
+
+def embedded_engine(session: Session, max_batch_size: int) -> EmbeddedEngine:
+    return EmbeddedEngine(
+        session.port, session.groups, session.tokenizer, seed=session.recipe.run.seed, max_batch_size=max_batch_size
+    )
+
+
+class HeldOut:
+    """Answers the problems of `data.test` and keeps the first and the last result.
+
+    `verifier` lives on global rank 0 (None elsewhere) and stays the caller's to close.
+    """
+
+    def __init__(
+        self, session: Session, engine: EmbeddedEngine, problems: ProblemSource, renderer: Any, verifier: Any
+    ) -> None:
+        recipe: AnyRecipe = session.recipe
+        self.session, self.engine, self.problems = session, engine, problems
+        self.weights = Weights(session.port)
+        e, s = recipe.evaluation, recipe.sampling
+        self.params = SamplingParams(
+            temperature=e.temperature,
+            top_p=e.top_p,
+            top_k=e.top_k,
+            max_new_tokens=s.max_response_tokens,
+            stop_token_ids=stop_ids(session),
+            stop=tuple(s.stop),
+            n=e.samples,
+        )
+        self.collector = Collector(
+            engine, verifier, problems, renderer, session.groups, params=self.params, problems_per_step=1, seed=recipe.run.seed
+        )
+        self.puzzle = puzzle_metrics(recipe.data.test, session.tokenizer)
+        self.first: dict[str, float] | None = None
+        self.last: dict[str, float] | None = None
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Metrics `evaluation/*` of the weights after `step` steps on global rank 0, {} elsewhere. Collective."""
+        with self.session.clock.phase("evaluate"):
+            self.engine.load_weights(self.weights, version=step)
+            found = self.collector.evaluate(
+                self.problems, self.params, step=step, problems=self.session.recipe.evaluation.problems
+            )
+        if found is None:
+            return {}
+        metrics = {
+            "evaluation/accuracy": found.accuracy,
+            "evaluation/length_mean": found.length_mean,
+            "evaluation/truncated": found.truncated,
+        }
+        if self.puzzle is not None:
+            rollouts = [r for g in found.groups for r in g.rollouts]
+            metrics |= self.puzzle.of_evaluation(rollouts, [x for g in found.groups for x in g.rewards])
+        self.first = self.first or metrics
+        self.last = metrics
+        self.session.progress.note(
+            f"held-out accuracy after {step} steps: {found.accuracy:.3f}, response length {found.length_mean:.1f}"
+        )
+        return metrics
+
+    def evaluate_before_start(self) -> None:
+        """The line of step 0, when the recipe asks for it and the run is a fresh one."""
+        if self.session.recipe.evaluation.at_start and self.session.resumed is None:
+            found = self.evaluate(0)
+            self.session.clock.take()
+            if self.session.writer is not None:
+                self.session.writer.write(0, found)
+
+    def evaluate_if_due(self, step: int) -> dict[str, float]:
+        settings = self.session.recipe.evaluation
+        return self.evaluate(step) if self.session.is_due(step, settings.every, at_end=settings.at_end) else {}
+
+
+def puzzle_metrics(name: str | None, tokenizer: Any) -> Any:
+    """The built-in puzzle's own metrics for its own problem sets; None for any other."""
+    if not is_puzzle(name):
+        return None
+    from asd_megatron.puzzle.metrics import PuzzleMetrics
+
+    return PuzzleMetrics(tokenizer)

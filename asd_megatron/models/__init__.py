@@ -1,0 +1,1 @@
+"""From a Hugging Face config to Megatron-Core model chunks, and back."""

@@ -1,0 +1,164 @@
+"""Core attention without Transformer Engine: packed (THD) sequences, context parallelism, and the cache while sampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_PADDING = 1.25
+"""Sequences of a pack share one attention call while padding them to the longest costs at most this factor in tokens."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of similar length that attend in one padded call. `gather` int64 [n, L]: token of the pack (0 in the padding);
+    `valid` bool [n, L]."""
+
+    gather: Tensor
+    valid: Tensor
+
+
+def plan_buckets(cu_seqlens: list[int], device: torch.device) -> list[Bucket]:
+    """Group a pack's sequences by length."""
+    spans = sorted(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True), key=lambda s: s[0] - s[1])
+    groups: list[list[tuple[int, int]]] = []
+    for span in spans:
+        tokens = sum(e - a for a, e in groups[-1]) + span[1] - span[0] if groups else 0
+        longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
+        if groups and longest * (len(groups[-1]) + 1) <= MAX_PADDING * tokens:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    buckets = []
+    for group in groups:
+        longest = group[0][1] - group[0][0]
+        at = torch.arange(longest)
+        starts = torch.tensor([a for a, _ in group])[:, None]
+        lengths = torch.tensor([e - a for a, e in group])[:, None]
+        valid = at < lengths
+        buckets.append(Bucket(((starts + at) * valid).to(device), valid.to(device)))
+    return buckets
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """query [n, h, s, d], key and value [n, hkv, t, d]; causal, or by `mask` (True: attend)."""
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1:
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+
+class SDPACoreAttention(torch.nn.Module):
+    """Megatron's core attention by PyTorch's scaled_dot_product_attention, for packed causal sequences.
+
+    Called by Megatron's SelfAttention with query [T, h, d], key and value [T, hkv, d] after RoPE and the pack's boundaries; returns
+    [T, 1, h * d]. Under context parallelism T is this rank's share and keys are gathered over the group.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        if packed_seq_params is None:
+            raise ValueError("this attention takes packed sequences only")
+        if self.cp_group is not None:
+            out = _context_parallel(query, key, value, packed_seq_params.cu_seqlens_q.tolist(), self.scale, self.cp_group)
+        else:
+            out = self._packed(query, key, value, packed_seq_params)
+        return out.reshape(len(query), 1, -1)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
+        buckets = getattr(packed, "buckets", None)
+        if buckets is None:  # every layer of the micro-batch shares the plan
+            buckets = packed.buckets = plan_buckets(packed.cu_seqlens_q.tolist(), query.device)
+        rows, values = [], []
+        for bucket in buckets:
+            q, k, v = (x[bucket.gather].transpose(1, 2) for x in (query, key, value))
+            out = _causal(q, k, v, self.scale).transpose(1, 2)
+            rows.append(bucket.gather[bucket.valid])
+            values.append(out[bucket.valid])
+        # Back to the pack's order by gathering: the inverse permutation.
+        return torch.cat(values)[torch.cat(rows).argsort()]
+
+
+class _GatherContext(torch.autograd.Function):
+    """[T, ...] of every context-parallel rank: [cp, T, ...]. Backward sums over the ranks and keeps this rank's share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = x.new_empty((group.size(), *x.shape))
+        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[ctx.group.rank()].contiguous(), None
+
+
+def zigzag(length: int, size: int, rank: int) -> Tensor:
+    """Positions of one sequence that context-parallel rank `rank` holds: chunks `rank` and `2 * size - 1 - rank`."""
+    chunk = length // (2 * size)
+    return torch.cat([torch.arange(c * chunk, (c + 1) * chunk) for c in (rank, 2 * size - 1 - rank)])
+
+
+def _context_parallel(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: list[int], scale: float, group: dist.ProcessGroup
+) -> Tensor:
+    size, rank = group.size(), group.rank()
+    both = _GatherContext.apply(torch.stack([key, value], 1), group)  # [cp, T, 2, hkv, d]
+    outputs, start = [], 0
+    for a, e in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        length = e - a
+        local = length // size
+        span = slice(start, start + local)
+        order = torch.cat([zigzag(length, size, r) for r in range(size)]).argsort().to(query.device)
+        keys = both[:, span].flatten(0, 1)[order].permute(1, 2, 0, 3)[:, None]  # [2, 1, hkv, L, d]
+        at = zigzag(length, size, rank).to(query.device)
+        mask = torch.arange(length, device=query.device)[None] <= at[:, None]
+        q = query[span].transpose(0, 1)[None]
+        outputs.append(_causal(q, keys[0], keys[1], scale, mask)[0].transpose(0, 1))
+        start += local
+    return torch.cat(outputs)
+
+
+class CachedAttention(torch.nn.Module):
+    """Stands in for a layer's core attention while the embedded engine samples. `holder.cache` is the engine's cache."""
+
+    def __init__(self, holder: Any, layer_number: int, softmax_scale: float | None) -> None:
+        super().__init__()
+        self.__dict__["holder"] = holder  # not a submodule, not state
+        self.layer_number, self.softmax_scale = layer_number, softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return self.holder.cache.attend(self.layer_number, query, key, value, self.softmax_scale)

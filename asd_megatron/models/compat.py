@@ -1,0 +1,47 @@
+"""The few differences between Megatron-Core releases (0.16.1 and 0.19.2), and importing it without Transformer Engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+
+from asd_megatron.errors import UserError
+
+
+@cache
+def has_transformer_engine() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def resolve_layers(asked: str) -> str:
+    """`te` or `local`, from a recipe's auto, te or local."""
+    if asked == "auto":
+        return "te" if has_transformer_engine() else "local"
+    if asked == "te" and not has_transformer_engine():
+        raise UserError("model.layers te needs Transformer Engine and CUDA; install the gpu extra, or choose auto")
+    return asked
+
+
+def config_arguments(config_class: type, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that this release's config class knows; those it does not know must be at their no-op value."""
+    known = inspect.signature(config_class).parameters
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+def hidden_state_model(gpt_class: type) -> type:
+    """GPTModel whose last stage returns hidden states after the final norm: the head is fused with the loss, outside.
+
+    Both releases end their forward in `_postprocess`, handed the decoder's output by keyword.
+    """
+    if not hasattr(gpt_class, "_postprocess"):
+        raise UserError("this release of megatron-core has no GPTModel._postprocess; install 0.16.1 or 0.19.2")
+
+    class HiddenStateModel(gpt_class):  # type: ignore[misc,valid-type]
+        def _postprocess(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
+            return hidden_states
+
+    return HiddenStateModel

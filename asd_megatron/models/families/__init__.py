@@ -1,0 +1,27 @@
+"""Model families: one declarative file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from asd_megatron.errors import UserError
+from asd_megatron.models.families.family import Family, ModelShape
+from asd_megatron.models.families.llama import LLAMA
+from asd_megatron.models.families.qwen3 import QWEN3
+
+FAMILIES: tuple[Family, ...] = (QWEN3, LLAMA)
+
+__all__ = ["FAMILIES", "Family", "ModelShape", "family_of"]
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """The family of a Hugging Face config, by its `architectures`. Raises UserError, listing what is supported."""
+    found = tuple(hf_config.get("architectures") or ())
+    for family in FAMILIES:
+        if set(found) & set(family.architectures):
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    raise UserError(
+        f"config.json names the architecture {', '.join(found) or '(none)'}, which is not supported; supported are {known}"
+    )

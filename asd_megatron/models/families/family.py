@@ -1,0 +1,121 @@
+"""What a family declares, and the parts that decoder-only families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asd_megatron.errors import UserError
+from asd_megatron.models.rope import RotarySettings
+from asd_megatron.models.weights import QKV, Copy, GateUp, Row, Rule, Vocabulary
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Hugging Face config, translated: everything that the Megatron model is built from."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    norm_epsilon: float
+    qk_norm: bool
+    tied: bool
+    rotary: RotarySettings
+    initializer_range: float = 0.02
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models. `translate` refuses (UserError) what its Megatron model cannot represent."""
+
+    name: str
+    architectures: tuple[str, ...]
+    translate: Callable[[Mapping[str, Any]], ModelShape]
+    rules: tuple[Rule, ...]
+    activation: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.silu
+
+
+def required(config: Mapping[str, Any], key: str) -> Any:
+    if config.get(key) is None:
+        raise UserError(f"config.json has no `{key}`: the model folder is incomplete, or of another architecture")
+    return config[key]
+
+
+def refuse_unless(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...], why: str) -> None:
+    if config.get(key, allowed[0]) not in allowed:
+        raise UserError(f"config.json: {key} is {config[key]!r}; {why}")
+
+
+def translate_decoder(config: Mapping[str, Any], *, qk_norm: bool, tied_by_default: bool) -> ModelShape:
+    """A pre-norm decoder with grouped-query attention, RoPE, RMSNorm and SwiGLU, without biases."""
+    refuse_unless(config, "hidden_act", ("silu",), "only silu (SwiGLU) is supported")
+    refuse_unless(config, "attention_bias", (False, None), "projections with a bias are not supported")
+    refuse_unless(config, "mlp_bias", (False, None), "projections with a bias are not supported")
+    refuse_unless(config, "use_sliding_window", (False, None), "sliding-window attention is not supported for this family")
+    heads, hidden = int(required(config, "num_attention_heads")), int(required(config, "hidden_size"))
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    positions = int(required(config, "max_position_embeddings"))
+    return ModelShape(
+        layers=int(required(config, "num_hidden_layers")),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        ffn=int(required(config, "intermediate_size")),
+        vocab=int(required(config, "vocab_size")),
+        max_positions=positions,
+        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        qk_norm=qk_norm,
+        tied=bool(config.get("tie_word_embeddings", tied_by_default)),
+        rotary=RotarySettings.from_config(config, head_dim),
+        initializer_range=float(config.get("initializer_range", 0.02)),
+    )
+
+
+def decoder_rules(*, qk_norm: bool) -> tuple[Rule, ...]:
+    """The tensors of such a decoder, in the order of the forward pass."""
+    mega, hf = "decoder.layers.{layer}.", "model.layers.{layer}."
+
+    def layer(megatron: tuple[str, ...], names: tuple[str, ...], operation: Any) -> Rule:
+        return Rule(tuple(mega + m for m in megatron), tuple(hf + n for n in names), operation)
+
+    attention, mlp = "self_attention.", "mlp."
+    rules = [
+        Rule(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), Vocabulary()),
+        layer(
+            ("input_layernorm.weight", attention + "linear_qkv.layer_norm_weight"),
+            ("input_layernorm.weight",),
+            Copy(("hidden",)),
+        ),
+        layer(
+            (attention + "linear_qkv.weight",),
+            ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+            QKV(),
+        ),
+    ]
+    if qk_norm:
+        rules += [
+            layer((attention + f"{x}_layernorm.weight",), (f"self_attn.{x}_norm.weight",), Copy(("head_dim",)))
+            for x in ("q", "k")
+        ]
+    rules += [
+        layer((attention + "linear_proj.weight",), ("self_attn.o_proj.weight",), Row("attention")),
+        layer(
+            ("pre_mlp_layernorm.weight", mlp + "linear_fc1.layer_norm_weight"),
+            ("post_attention_layernorm.weight",),
+            Copy(("hidden",)),
+        ),
+        layer((mlp + "linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp()),
+        layer((mlp + "linear_fc2.weight",), ("mlp.down_proj.weight",), Row("ffn")),
+        Rule(("decoder.final_layernorm.weight",), ("model.norm.weight",), Copy(("hidden",))),
+        Rule(("output_layer.weight",), ("lm_head.weight",), Vocabulary()),
+    ]
+    return tuple(rules)

@@ -1,0 +1,350 @@
+"""The model as everybody else sees it: built from a Hugging Face config, loaded, run, sampled from, exported.
+
+Nobody outside this room names GPTModel, a Megatron parameter or a layout of weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asd_megatron.distributed import device
+from asd_megatron.distributed.layout import Groups, Layout
+from asd_megatron.distributed.objects import broadcast_object, gather_objects
+from asd_megatron.errors import UserError
+from asd_megatron.models import gpt
+from asd_megatron.models.attention import CachedAttention
+from asd_megatron.models.compat import resolve_layers
+from asd_megatron.models.families import Family, ModelShape, family_of
+from asd_megatron.models.rope import angles
+from asd_megatron.models.weights import Rule, Shapes
+from asd_megatron.ops.vocab_head import VocabShard
+from asd_megatron.records import PackedTokens
+
+SEQUENCE_PARALLEL_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+class TensorReader(Protocol):
+    """A source of full tensors by Hugging Face name (a model folder, a dictionary)."""
+
+    def keys(self) -> set[str]: ...
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor; raises UserError, naming where it looked, if it is missing or of another shape."""
+        ...
+
+
+class ModelPort:
+    """This rank's share of one model.
+
+    Attributes: `chunks` (wrapped in Megatron's DDP after `wrap_ddp`; one, or one for each virtual stage), `config` (Megatron's),
+    `vocab_size`, `padded_vocab_size` (a multiple of the tensor-parallel size), `max_positions`, `dtype`, `device`, `tied`,
+    `is_first_stage`, `is_last_stage` (of the pipeline: the embedding, the head is here).
+    """
+
+    def __init__(self, family: Family, shape: ModelShape, groups: Groups, layout: Layout, config: Any, chunks: list[Any]):
+        self.family, self.shape, self.groups, self.layout = family, shape, groups, layout
+        self.config, self.chunks = config, chunks
+        self.vocab_size, self.padded_vocab_size = shape.vocab, _padded(shape.vocab, layout.tensor)
+        self.max_positions, self.tied, self.dtype = shape.max_positions, shape.tied, config.params_dtype
+        self.device = device.device()
+        self.is_first_stage = any(chunk.pre_process for chunk in chunks)
+        self.is_last_stage = any(chunk.post_process for chunk in chunks)
+        self._shapes = Shapes(
+            shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab, self.padded_vocab_size
+        )
+        self._holder = SimpleNamespace(cache=None)
+        self._owners: dict[tuple[int, int | None], int] | None = None
+        self._inverse_frequencies = shape.rotary.inverse_frequencies().to(self.device)
+
+    @classmethod
+    def build(
+        cls,
+        hf_config: Mapping[str, Any],
+        groups: Groups,
+        layout: Layout,
+        *,
+        dtype: torch.dtype = torch.float32,
+        layers: str = "auto",
+        recompute: str = "none",
+    ) -> ModelPort:
+        """An unloaded model in `layout`. Raises UserError for what the family or the layout cannot represent."""
+        family = family_of(hf_config)
+        shape = family.translate(hf_config)
+        _check_layout(shape, layout)
+        layers = resolve_layers(layers)
+        config = gpt.transformer_config(family, shape, layout, dtype=dtype, layers=layers, recompute=recompute)
+        chunks = gpt.build_chunks(
+            config, shape, layout, layers=layers, padded_vocab=_padded(shape.vocab, layout.tensor)
+        )
+        return cls(family, shape, groups, layout, config, chunks)
+
+    # ---------------------------------------------------------------- training
+
+    def wrap_ddp(self, *, distributed_optimizer: bool, overlap_grad_reduce: bool) -> None:
+        """Wrap the chunks in Megatron's DDP: gradients accumulate in float32 `main_grad` buffers and are *summed* over data and
+        context parallel ranks; nothing is averaged or divided by token counts, because the losses hold global denominators."""
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap_grad_reduce,
+            use_distributed_optimizer=distributed_optimizer,
+            check_for_nan_in_grad=False,  # the guard decides what a non-finite gradient means
+            average_in_collective=False,
+        )
+        self.chunks = [
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=i > 0)
+            for i, chunk in enumerate(self.chunks)
+        ]
+
+        def finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+            finalize_model_grads(model, None, **kwargs)
+
+        self.config.finalize_model_grads_func = finalize
+        self.config.grad_scale_func = None
+        if overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def forward(self, chunk: torch.nn.Module, packed: PackedTokens) -> Tensor:
+        """One chunk over one micro-batch: hidden states after the final norm on the last stage, else what the next stage takes.
+
+        [T, 1, H], or [T / tp, 1, H] under sequence parallelism. Megatron's schedules hand the previous stage's output over.
+        """
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        params = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=packed.cu_seqlens,
+            cu_seqlens_kv=packed.cu_seqlens,
+            cu_seqlens_q_padded=packed.cu_seqlens,
+            cu_seqlens_kv_padded=packed.cu_seqlens,
+            max_seqlen_q=packed.max_seqlen,
+            max_seqlen_kv=packed.max_seqlen,
+        )
+        return chunk(packed.input_ids[None], packed.position_ids[None], None, packed_seq_params=params)
+
+    def head_weight(self) -> Tensor:
+        """The head's weight on the last stage: [padded_vocab / tp, H], the live parameter (tied: this stage's embedding)."""
+        last = next(c for c in map(_bare, self.chunks) if c.post_process)
+        weight = last.shared_embedding_or_output_weight() if self.tied else last.output_layer.weight
+        return weight
+
+    def head_shard(self) -> VocabShard:
+        """How `head_weight` is cut over the tensor-parallel group."""
+        group = self.groups.tp if self.groups.tp.size() > 1 else None
+        rows = self.padded_vocab_size // self.layout.tensor
+        return VocabShard.of(self.vocab_size, rows, group, self.config.sequence_parallel)
+
+    # ---------------------------------------------------------------- weights
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the model by Hugging Face name, with its full shape, in export order."""
+        out: dict[str, tuple[int, ...]] = {}
+        for rule, layer in self._entries():
+            out.update(zip(rule.names(layer), rule.operation.shapes(self._shapes), strict=True))
+        return out
+
+    def _entries(self) -> Iterator[tuple[Rule, int | None]]:
+        """All (rule, layer) pairs in the order of the forward pass; the head of a tied model is left out."""
+        rules = self.family.rules
+        per_layer = [r for r in rules if r.per_layer]
+        first = next(i for i, r in enumerate(rules) if r.per_layer)
+        for rule in rules[:first]:
+            yield rule, None
+        for layer in range(self.shape.layers):
+            for rule in per_layer:
+                yield rule, layer
+        for rule in rules[first + len(per_layer) :]:
+            if not (self.tied and rule.huggingface == ("lm_head.weight",)):
+                yield rule, None
+
+    def _local(self) -> dict[tuple[int, int | None], Tensor]:
+        """This rank's parameters by (rule number, layer). A tied head on the last stage has the embedding's rule."""
+        found: dict[tuple[int, int | None], Tensor] = {}
+        for chunk in map(_bare, self.chunks):
+            for name, parameter in chunk.named_parameters():
+                found.setdefault(self._identify(chunk, name), parameter)
+        return found
+
+    def _identify(self, chunk: Any, name: str) -> tuple[int, int | None]:
+        layer = None
+        match = re.match(r"decoder\.layers\.(\d+)\.", name)
+        if match:
+            layer = chunk.decoder.layers[int(match[1])].layer_number - 1
+            name = f"decoder.layers.{{layer}}.{name[match.end() :]}"
+        if self.tied and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
+        for number, rule in enumerate(self.family.rules):
+            if name in rule.megatron:
+                return number, layer
+        raise RuntimeError(f"family {self.family.name} has no rule for the parameter {name}")
+
+    def load(self, reader: TensorReader) -> None:
+        """Fill every parameter from full tensors. Strict: raises UserError for missing, misshapen and unknown tensors."""
+        expected = self.expected()
+        ignored = {"lm_head.weight"} if self.tied else set()
+        unknown = sorted(n for n in reader.keys() - set(expected) - ignored if not n.endswith("rotary_emb.inv_freq"))
+        if unknown:
+            raise UserError(
+                f"the model folder holds tensors that a {self.family.name} model does not have: {', '.join(unknown[:5])}"
+                f"{' ...' if len(unknown) > 5 else ''}; is its config.json of another model?"
+            )
+        with torch.no_grad():
+            for chunk in map(_bare, self.chunks):
+                for name, parameter in chunk.named_parameters():
+                    number, layer = self._identify(chunk, name)
+                    rule = self.family.rules[number]
+                    full = [reader.get(n, expected[n]) for n in rule.names(layer)]
+                    full = [t.to(parameter.device, parameter.dtype) for t in full]
+                    shard = rule.operation.shard(full, self.groups.tp.rank(), self.layout.tensor, self._shapes)
+                    parameter.copy_(shard)
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor exactly once, whole, by Hugging Face name, on every rank; copies, never the live parameters.
+
+        Collective over the tensor- and pipeline-parallel groups: all their ranks must exhaust it.
+        """
+        return self._whole(lambda parameter: parameter.detach())
+
+    def export_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The same of the accumulated float32 gradients, between the backward pass and the optimizer step. Not with the distributed
+        optimizer, which leaves each rank a shard of them."""
+        return self._whole(lambda parameter: parameter.main_grad)
+
+    def _whole(self, of: Callable[[Any], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        local = self._local()
+        owners = self._stage_owners(local)
+        numbers = {id(rule): n for n, rule in enumerate(self.family.rules)}
+        pp, tp = self.groups.pp, self.groups.tp
+        for rule, layer in self._entries():
+            key = (numbers[id(rule)], layer)
+            shapes = rule.operation.shapes(self._shapes)
+            full: tuple[Tensor, ...]
+            if owners[key] == pp.rank():
+                full = rule.operation.unshard(self._gather(of(local[key]), tp), self._shapes)
+                full = tuple(t.clone() if tp.size() == 1 else t.contiguous() for t in full)
+                kind = full[0].dtype
+            else:
+                kind = torch.float32 if of is not None else self.dtype
+                full = ()
+            if pp.size() > 1:
+                source = owners[key]
+                kind = broadcast_object(kind if full else None, source, pp)
+                if not full:
+                    full = tuple(torch.empty(s, dtype=kind, device=self.device) for s in shapes)
+                for tensor in full:
+                    dist.broadcast(tensor, group=pp, group_src=source)
+            yield from zip(rule.names(layer), full, strict=True)
+
+    def _gather(self, shard: Tensor, tp: dist.ProcessGroup) -> list[Tensor]:
+        if tp.size() == 1:
+            return [shard]
+        shard = shard.contiguous()
+        shards = [torch.empty_like(shard) for _ in range(tp.size())]
+        dist.all_gather(shards, shard, group=tp)
+        return shards
+
+    def _stage_owners(self, local: Mapping[tuple[int, int | None], Tensor]) -> dict[tuple[int, int | None], int]:
+        """The first pipeline stage that holds each parameter. Collective the first time."""
+        if self._owners is None:
+            pp = self.groups.pp
+            held = broadcast_object(gather_objects(list(local), 0, pp), 0, pp)
+            owners: dict[tuple[int, int | None], int] = {}
+            for stage, keys in enumerate(held):
+                for key in keys:
+                    owners.setdefault(key, stage)
+            self._owners = owners
+        return self._owners
+
+    # ---------------------------------------------------------------- sampling
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """The model as a sampler: evaluation mode, the engine's cache in place of core attention, no sequence parallelism (a token
+        cannot be cut). Everything is as before afterwards. Refuses virtual stages and context parallelism."""
+        if len(self.chunks) > 1 or self.layout.context > 1:
+            raise UserError("sampling on the training model needs one chunk a stage and no context parallelism")
+        chunk = _bare(self.chunks[0])
+        saved: list[tuple[Any, str, Any]] = [(self.config, "sequence_parallel", self.config.sequence_parallel)]
+        saved.append((self.config, "apply_rope_fusion", self.config.apply_rope_fusion))
+        for module in chunk.modules():
+            saved += [(module, f, True) for f in SEQUENCE_PARALLEL_FLAGS if getattr(module, f, False) is True]
+        attentions = [layer.self_attention for layer in chunk.decoder.layers]
+        cores = [a.core_attention for a in attentions]
+        training = [(m, m.training) for m in chunk.modules()]
+        try:
+            for owner, name, _ in saved:
+                setattr(owner, name, False)
+            chunk.eval()
+            scale = gpt.softmax_scale(self.config)
+            for attention in attentions:
+                attention.core_attention = CachedAttention(self._holder, attention.layer_number, scale)
+            yield
+        finally:
+            for attention, core in zip(attentions, cores, strict=True):
+                attention.core_attention = core
+            for owner, name, value in saved:
+                setattr(owner, name, value)
+            for module, mode in training:
+                module.training = mode
+            self._holder.cache = None
+
+    @torch.no_grad()
+    def decode(self, input_ids: Tensor, position_ids: Tensor, cache: Any) -> Tensor | None:
+        """One forward of the whole pipeline inside `sampling`: ids and positions int64 [B, s].
+
+        Returns float32 logits of each row's newest token [B, 1, vocab] on the last stage (equal on its tensor-parallel ranks), None
+        on others. `cache` attends (`attend`) and says which hidden states are newest (`newest`).
+        """
+        self._holder.cache = cache
+        chunk = _bare(self.chunks[0])
+        pp = self.groups.pp
+        rows, steps = input_ids.shape
+        hidden = None
+        if chunk.pre_process:
+            hidden = chunk.embedding(input_ids=input_ids, position_ids=position_ids)
+        else:
+            received = torch.empty(steps, rows, self.shape.hidden, dtype=self.dtype, device=self.device)
+            dist.recv(received, group=pp, group_src=pp.rank() - 1)
+            chunk.decoder.set_input_tensor(received)
+        rotary = angles(position_ids.transpose(0, 1), self._inverse_frequencies)
+        hidden = chunk.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+        if not chunk.post_process:
+            dist.send(hidden.contiguous(), group=pp, group_dst=pp.rank() + 1)
+            return None
+        newest = cache.newest(hidden)[0]
+        shard = VocabShard(self.head_shard().group, 0, 0)
+        logits = shard.gather_ranks((newest @ self.head_weight().t()).float())
+        return logits.transpose(0, 1).reshape(rows, 1, -1)[..., : self.vocab_size]
+
+
+def _bare(chunk: Any) -> Any:
+    """The model inside Megatron's DDP wrapper."""
+    return chunk.module if hasattr(chunk, "module") and hasattr(chunk, "ddp_config") else chunk
+
+
+def _padded(vocab: int, tensor: int) -> int:
+    return -(-vocab // tensor) * tensor
+
+
+def _check_layout(shape: ModelShape, layout: Layout) -> None:
+    """What cannot be cut is refused here too, for those who build a port without a recipe."""
+    for size, name in ((shape.heads, "attention heads"), (shape.kv_heads, "key/value heads"), (shape.ffn, "ffn size")):
+        if size % layout.tensor:
+            raise UserError(f"tensor parallelism {layout.tensor} does not divide the model's {name} ({size})")
+    stages = layout.pipeline * (layout.virtual_pipeline or 1)
+    if shape.layers % stages:
+        raise UserError(f"{stages} pipeline stages do not divide the model's {shape.layers} layers")

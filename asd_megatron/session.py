@@ -1,0 +1,261 @@
+"""What both stages share: ranks, model, optimizer, tokenizer, run folder, checkpoints. Opened from a recipe, closed at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from asd_megatron.checkpoint import training
+from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write_folder
+from asd_megatron.config import AnyRecipe, check_devices, check_model, check_world, dump_recipe
+from asd_megatron.data.tokenizer import check_vocabulary, end_token_ids, load_tokenizer
+from asd_megatron.distributed import device
+from asd_megatron.distributed import layout as layouts
+from asd_megatron.distributed.layout import Groups, Layout
+from asd_megatron.distributed.objects import broadcast_object
+from asd_megatron.errors import UserError
+from asd_megatron.files import atomic_write
+from asd_megatron.models.port import ModelPort
+from asd_megatron.observe.progress import Progress
+from asd_megatron.observe.writer import RunWriter
+from asd_megatron.sources import model_folder
+from asd_megatron.trainer.batch import PackLayout
+from asd_megatron.trainer.optimizer import Optimizer
+
+T = TypeVar("T")
+log = logging.getLogger("asd_megatron")
+
+
+class Clock:
+    """Seconds of each phase of the step in hand."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """The step's phases and its `total`; starts the next step."""
+        now = time.perf_counter()
+        times, self.times = {**self.times, "total": now - self._started}, {}
+        self._started = now
+        return times
+
+
+class Session:
+    """One program on every rank. Attributes are the same everywhere unless stated; `writer` exists on global rank 0 only.
+
+    `first_step` is the first step still to be made (1, or the one after the checkpoint that the run resumed from), `resumed` the run
+    state of that checkpoint, None for a fresh run.
+    """
+
+    def __init__(self, recipe: AnyRecipe) -> None:
+        self.recipe = recipe
+        device.prepare()
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        data = check_world(recipe, world)
+        check_devices(recipe)
+        self.layout = _layout(recipe, data)
+        self.groups: Groups = layouts.init(self.layout)
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        log.setLevel(recipe.logging.level.upper() if self.is_root else "ERROR")
+
+        self.source = model_folder(recipe.model.path)
+        self.hf_config: dict[str, Any] = read_config(self.source)
+        check_model(recipe, self.hf_config)
+        self.tokenizer = load_tokenizer(self.source)
+        check_vocabulary(self.tokenizer, int(self.hf_config["vocab_size"]))
+        self.end_ids = end_token_ids(self.source, self.tokenizer)
+
+        self.folder = recipe.run.path
+        self.checkpoints = self.folder / "checkpoints"
+        resume = self.on_root(self._resume_folder)
+        self.on_root(lambda: self._prepare_folder(resume is not None))
+
+        self.port = ModelPort.build(
+            self.hf_config,
+            self.groups,
+            self.layout,
+            dtype=_dtype(recipe.model.dtype),
+            layers=recipe.model.layers,
+            recompute=recipe.model.recompute,
+        )
+        self.port.load(FolderReader(self.source))
+        self.port.wrap_ddp(
+            distributed_optimizer=recipe.parallelism.distributed_optimizer,
+            overlap_grad_reduce=recipe.parallelism.overlap_grad_reduce,
+        )
+        self.optimizer = Optimizer(
+            self.port,
+            **recipe.optimizer.model_dump(),
+            total_steps=recipe.run.steps * updates_per_step(recipe),
+            distributed=recipe.parallelism.distributed_optimizer,
+        )
+        self.pack_layout = _pack_layout(self.layout, self.groups, self.tokenizer, self.port.device)
+        self.resumed: dict[str, Any] | None = None
+        if resume is not None:
+            self.resumed = training.load(Path(resume), self.port, self.optimizer.megatron, self.optimizer.scheduler)
+        self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
+        self.clock = Clock()
+        self.writer: RunWriter | None = None
+        self.progress = Progress(
+            recipe.run.steps, done=self.first_step - 1, enabled=self.is_root and recipe.logging.progress
+        )
+        if self.is_root:
+            done = None if self.resumed is None else self.first_step - 1
+            self.writer = RunWriter(self.folder, tensorboard=recipe.logging.tensorboard, resume_step=done)
+            self.writer.text("recipe", dump_recipe(recipe))
+
+    # ---------------------------------------------------------------- ranks
+
+    @property
+    def is_root(self) -> bool:
+        return self.groups.world.rank() == 0
+
+    def on_root(self, action: Callable[[], T]) -> T:
+        """Run `action` on global rank 0 and give its result to every rank; its UserError is raised on every rank. Collective."""
+        result: Any = None
+        refusal: str | None = None
+        error: Exception | None = None
+        if self.is_root:
+            try:
+                result = action()
+            except Exception as e:
+                error, refusal = e, str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+        result, refusal = broadcast_object((result, refusal), 0, self.groups.world)
+        if error is not None:
+            raise error
+        if refusal is not None:
+            raise UserError(refusal)
+        return result
+
+    def only_root(self, action: Callable[[], T]) -> T | None:
+        """Run `action` on global rank 0 alone, None elsewhere (the result stays there); its UserError is raised on every rank."""
+        kept: list[T] = []
+        self.on_root(lambda: kept.append(action()))
+        return kept[0] if kept else None
+
+    # ---------------------------------------------------------------- run folder
+
+    def _resume_folder(self) -> str | None:
+        asked = self.recipe.checkpoint.resume
+        if asked == "never":
+            return None
+        if asked == "auto":
+            found = training.latest(self.checkpoints)
+            return None if found is None else str(found)
+        if not Path(asked).is_dir():
+            raise UserError(f"checkpoint.resume: {asked} is not a folder; give a checkpoint's folder, auto or never")
+        return asked
+
+    def _prepare_folder(self, resuming: bool) -> None:
+        folder = self.folder
+        if folder.is_dir() and any(folder.iterdir()) and not resuming:
+            if not self.recipe.run.overwrite:
+                raise UserError(
+                    f"the run folder {folder} is not empty: choose another run.name or run.folder, or set run.overwrite true"
+                )
+            if not (folder / "recipe.yaml").is_file():
+                raise UserError(f"run.overwrite: {folder} holds no recipe.yaml, so it is no run folder; it is left alone")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "recipe.yaml", dump_recipe(self.recipe))
+
+    # ---------------------------------------------------------------- steps
+
+    def steps(self) -> range:
+        """The steps still to be made."""
+        return range(self.first_step, self.recipe.run.steps + 1)
+
+    def is_due(self, step: int, every: int, *, at_end: bool = False) -> bool:
+        return bool(every) and step % every == 0 or at_end and step == self.recipe.run.steps
+
+    def save(self, step: int, run_state: Mapping[str, Any]) -> None:
+        """A training checkpoint; the newest `checkpoint.keep` stay. Collective."""
+        with self.clock.phase("checkpoint"):
+            training.save(
+                self.checkpoints,
+                step,
+                self.port,
+                self.optimizer.megatron,
+                self.optimizer.scheduler,
+                {**run_state, "step": step},
+                keep=self.recipe.checkpoint.keep,
+            )
+
+    def export(self, step: int) -> Path:
+        """RUN/hf/step_NNNNNN, a complete Hugging Face folder. Collective."""
+        target = self.folder / "hf" / f"step_{step:06d}"
+        with self.clock.phase("checkpoint"):
+            write_folder(self.port, self.source, target)
+        return target
+
+    def checkpoint_if_due(self, step: int, run_state: Mapping[str, Any]) -> None:
+        settings = self.recipe.checkpoint
+        if self.is_due(step, settings.every):
+            self.save(step, run_state)
+        if self.is_due(step, settings.export_every, at_end=settings.export_at_end):
+            self.export(step)
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.writer is not None:
+            self.writer.close()
+        layouts.shutdown()
+
+
+def updates_per_step(recipe: AnyRecipe) -> int:
+    algorithm = getattr(recipe, "algorithm", None)
+    return 1 if algorithm is None else algorithm.updates_per_batch * algorithm.epochs
+
+
+def _layout(recipe: AnyRecipe, data: int) -> Layout:
+    p = recipe.parallelism
+    return Layout(
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        virtual_pipeline=p.virtual_pipeline,
+        context=p.context,
+        data=data,
+        sequence_parallel=p.sequence_parallel,
+    )
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _pack_layout(layout: Layout, groups: Groups, tokenizer: Any, where: torch.device) -> PackLayout:
+    return PackLayout(
+        context=layout.context,
+        context_rank=groups.cp.rank(),
+        tensor=layout.tensor,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline=layout.pipeline,
+        virtual_pipeline=layout.virtual_pipeline is not None,
+        pad_id=tokenizer.pad_token_id or 0,
+        device=where,
+    )
+
+
+def barrier(groups: Groups) -> None:
+    if groups.world.size() > 1:
+        dist.barrier(group=groups.world)

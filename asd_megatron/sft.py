@@ -1,0 +1,140 @@
+"""The supervised stage: `torchrun --nproc-per-node N -m asd_megatron.sft RECIPE [--section.key value ...]`.
+
+Weighted cross-entropy on given responses, through the same model, head, packs, schedules and checkpoints as the RL stage.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from asd_megatron.cli.guard import guarded
+from asd_megatron.config import SftRecipe, load_recipe
+from asd_megatron.errors import UserError
+from asd_megatron.files import write_json
+from asd_megatron.held_out import HeldOut, embedded_engine
+from asd_megatron.observe.metrics import supervised_metrics
+from asd_megatron.reward.base import Verifier
+from asd_megatron.reward.factory import make_verifier
+from asd_megatron.session import Session
+from asd_megatron.sources import problem_source, supervised_source
+from asd_megatron.startup import announce
+from asd_megatron.trainer.sft import supervised_update
+from asd_megatron.training import make_renderer
+
+
+class SupervisedRun:
+    """A supervised run from its recipe; every rank has one."""
+
+    def __init__(self, recipe: SftRecipe) -> None:
+        self.recipe = recipe
+        self.session = session = Session(recipe)
+        renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
+        if not session.end_ids:
+            raise UserError(f"the tokenizer of {session.source} has no end token: set eos_token_id in generation_config.json")
+        self.examples = supervised_source(
+            recipe.data.train,
+            renderer,
+            session.tokenizer,
+            steps=recipe.run.steps,
+            end_token_id=session.end_ids[0],
+            max_tokens=session.port.max_positions,
+            shuffle=recipe.data.shuffle,
+        )
+        self.held_out: HeldOut | None = None
+        self.verifier: Verifier | None = None
+        if recipe.evaluates and recipe.reward is not None and recipe.data.test is not None:
+            reward = recipe.reward
+            self.verifier = session.only_root(lambda: make_verifier(**reward.model_dump()))
+            engine = embedded_engine(session, max_batch_size=256)
+            self.held_out = HeldOut(session, engine, problem_source(recipe.data.test), renderer, self.verifier)
+
+    def step(self, step: int) -> dict[str, float]:
+        recipe, session = self.recipe, self.session
+        examples = self.examples.batch(step, recipe.sft.sequences_per_step, recipe.run.seed)
+        with session.clock.phase("update"):
+            stats = supervised_update(
+                session.port,
+                session.groups,
+                session.optimizer,
+                examples,
+                layout=session.pack_layout,
+                tokens_per_microbatch=recipe.batching.tokens_per_microbatch,
+            )
+        evaluation = {} if self.held_out is None else self.held_out.evaluate_if_due(step)
+        metrics = supervised_metrics(
+            loss=stats.loss,
+            tokens=stats.tokens,
+            learning_rate=session.optimizer.learning_rate,
+            grad_norm=stats.grad_norm,
+            times=session.clock.take(),
+            skipped_updates=int(not stats.applied),
+        )
+        return {**metrics, **evaluation}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Examples are a function of (seed, step): nothing but the step has to be kept."""
+        return {"step": step, "seed": self.recipe.run.seed, "stage": "sft"}
+
+    def close(self) -> None:
+        if self.verifier is not None:
+            self.verifier.close()
+        self.session.close()
+
+
+def train(run: SupervisedRun) -> None:
+    recipe, session = run.recipe, run.session
+    announce(
+        session,
+        {
+            "examples": f"{recipe.data.train}, {recipe.sft.sequences_per_step} a step",
+            "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens",
+            "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
+        },
+        passes=("one forward and backward: cross-entropy on the given responses (3 forwards' worth)",),
+    )
+    if run.held_out is not None:
+        run.held_out.evaluate_before_start()
+    session.clock.take()
+    metrics: dict[str, float] = {}
+    for step in session.steps():
+        metrics = run.step(step)
+        if session.writer is not None:
+            session.writer.write(step, metrics)
+        session.progress.update(step, metrics)
+        session.checkpoint_if_due(step, run.state(step))
+    if session.is_root:
+        first, last = (run.held_out.first, run.held_out.last) if run.held_out else (None, None)
+        write_json(
+            session.folder / "summary.json",
+            {
+                "name": recipe.run.name,
+                "stage": "sft",
+                "steps": recipe.run.steps,
+                "loss": metrics.get("sft/loss"),
+                "evaluation_before": first,
+                "evaluation_after": last,
+            },
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a supervised recipe on the ranks that torchrun started (one without it); returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+
+    def program() -> int:
+        if not arguments or arguments[0].startswith("-"):
+            raise UserError("give a recipe first: python -m asd_megatron.sft RECIPE [--section.key value ...]")
+        run = SupervisedRun(load_recipe(arguments[0], arguments[1:], kind="sft"))
+        try:
+            train(run)
+        finally:
+            run.close()
+        return 0
+
+    return guarded(program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The start-up report of a run: what it will do, on what, supplied by whom."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from asd_megatron.observe.startup import environment, gate_text, startup_report, suppliers, write_environment
+from asd_megatron.session import Session
+
+if TYPE_CHECKING:
+    from asd_megatron.training import TrainingRun
+
+
+def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
+    """Print the report, show it in TensorBoard, write RUN/environment.json. Global rank 0 only."""
+    if not session.is_root or session.writer is None:
+        return
+    found = environment()
+    parts = suppliers(session.port.chunks, session.optimizer)
+    weights = sum(p.numel() for chunk in session.port.chunks for p in chunk.parameters())
+    model = {
+        "source": os.fspath(session.source),
+        "family": session.hf_config.get("model_type", "?"),
+        "layers": session.hf_config.get("num_hidden_layers", "?"),
+        "parameters": f"{weights:,} on this rank",
+        "dtype": session.port.dtype,
+        "vocabulary": f"{session.port.vocab_size:,} (padded to {session.port.padded_vocab_size:,})",
+        "recompute": session.recipe.model.recompute,
+    }
+    report = startup_report(
+        name=session.recipe.run.name,
+        run_folder=session.folder,
+        environment=found,
+        layout=session.layout,
+        suppliers=parts,
+        model=model,
+        batch=batch,
+        **method,
+    )
+    print(report, flush=True)
+    session.writer.text("start-up report", report)
+    write_environment(session.folder, found, layout=session.layout, suppliers=parts)
+    if session.resumed is not None:
+        session.progress.note(f"resumed after step {session.first_step - 1}")
+
+
+def announce_training(run: TrainingRun) -> None:
+    recipe, gate = run.recipe, run.gate
+    s, e = recipe.sampling, recipe.evaluation
+    evaluation = "none"
+    if recipe.evaluates:
+        when = [f"every {e.every} steps"] * bool(e.every) + ["at the start"] * e.at_start + ["at the end"] * e.at_end
+        evaluation = f"{recipe.data.test}, {', '.join(when)}, temperature {e.temperature:g}"
+    announce(
+        run.session,
+        {
+            "problems": f"{recipe.data.train}, {s.problems_per_step} a step",
+            "rollouts": f"{s.rollouts_per_problem} a problem, at most {s.max_response_tokens} tokens, "
+            f"temperature {s.temperature:g}, from the {recipe.rollout.engine} engine",
+            "reward": recipe.reward.name,
+            "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens",
+            "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
+            "evaluation": evaluation,
+        },
+        condition=run.condition,
+        gate=gate_text(
+            run.condition,
+            lambda_max=gate.lambda_max,
+            warmup_steps=gate.warmup_steps,
+            tau_down=gate.tau_down,
+            tau_up=gate.tau_up,
+            h_warm=recipe.gate.h_warm,
+        ),
+        passes=run.plan.reasons,
+    )

@@ -1,0 +1,56 @@
+"""AntiSD training: `torchrun --nproc-per-node N -m asd_megatron.train RECIPE [--section.key value ...]`.
+
+The loop below is Algorithm 1; `training.py` holds what its lines do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from asd_megatron.cli.guard import guarded
+from asd_megatron.config import Recipe, load_recipe
+from asd_megatron.training import TrainingRun
+
+
+def train(run: TrainingRun) -> None:
+    run.start()
+    for step in run.steps():
+        run.engine.load_weights(run.weights, version=step - 1)  # first: resuming must never sample from stale weights
+        groups = run.collect(step)  # problems, G responses each, token ids, log-probs, rewards
+        batch = run.build_batch(groups, step)  # student sequences and privileged teacher sequences
+        teacher = run.score_teacher(batch)  # t_t and full-vocabulary entropy, no gradient
+        student = run.score_student(batch)  # only when the pass plan says so
+        lam = run.gate_step(batch, teacher, student)  # exact median entropy over all ranks, Schmitt trigger
+        stats = run.update(batch, teacher, student, lam)  # s_t, u_t, phi, clipped policy gradient, optimizer
+        run.observe(step, batch, teacher, stats)
+        run.checkpoint_if_due(step)
+    run.finish()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a recipe on the ranks that torchrun started (one without it); returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+
+    def program() -> int:
+        recipe: Recipe = load_recipe(*_recipe_and_overrides(arguments))
+        run = TrainingRun(recipe)
+        try:
+            train(run)
+        finally:
+            run.close()
+        return 0
+
+    return guarded(program)
+
+
+def _recipe_and_overrides(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    from asd_megatron.errors import UserError
+
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("give a recipe first: python -m asd_megatron.train RECIPE [--section.key value ...]")
+    return arguments[0], list(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

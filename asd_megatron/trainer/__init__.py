@@ -1,0 +1,1 @@
+"""The update: records to packed micro-batches, scoring, the policy-gradient step, the supervised stage."""

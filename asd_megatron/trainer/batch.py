@@ -1,0 +1,176 @@
+"""From ragged sequences to balanced, packed (THD) micro-batches.
+
+Three deterministic steps that every rank repeats for itself, so that nothing has to be communicated: sequences are assigned to
+data-parallel ranks, each rank's share is cut into packs by a token budget, and each pack is laid out for this rank's slice of the
+context-parallel group. Nothing here knows what the sequences mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asd_megatron.records import PackedTokens
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One prompt + response. Response token j (id `ids[prompt_length + j]`) owns row `first_row + j` of the batch's token table."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    first_row: int
+
+    @property
+    def response_length(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One micro-batch: packed tokens and the response rows that the head scores.
+
+    `rows` int64 [N] index this rank's local token dimension (the position whose hidden state predicts the target; with sequence
+    parallelism the gathered dimension), `targets` int64 [N] are the response ids, `flat` int64 [N] the rows of the token table. A context-parallel
+    rank holds only its own share of the rows; the shares are disjoint and complete.
+    """
+
+    tokens: PackedTokens
+    rows: Tensor
+    targets: Tensor
+    flat: Tensor
+    real_tokens: int  # of the whole pack, without padding
+
+    @property
+    def padded_tokens(self) -> int:
+        return int(self.tokens.cu_seqlens[-1])
+
+
+def assign(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Items to ranks, longest first onto the least loaded rank (ties: the lower rank). Returns sorted item indices per rank."""
+    loads = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = min(range(ranks), key=lambda r: (loads[r], r))
+        loads[rank] += costs[item]
+        shares[rank].append(item)
+    return [sorted(share) for share in shares]
+
+
+def fill_bins(lengths: Sequence[int], budget: int, at_least: int = 1) -> list[list[int]]:
+    """Items into bins of at most `budget` tokens (a longer item gets a bin of its own), first fit decreasing.
+
+    With `at_least` bins asked for and enough items, they are spread evenly instead, when that respects the budget.
+    """
+    if len(lengths) >= at_least > 1:
+        spread = assign(lengths, at_least)
+        if all(len(b) == 1 or sum(lengths[i] for i in b) <= budget for b in spread):
+            return spread
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for b, load in enumerate(loads):
+            if load + lengths[item] <= budget:
+                bins[b].append(item)
+                loads[b] += lengths[item]
+                break
+        else:
+            bins.append([item])
+            loads.append(lengths[item])
+    return [sorted(b) for b in bins]
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """What the parallel layout asks of a pack: padding multiples, this rank's context-parallel slice, how many packs there must be."""
+
+    context: int = 1
+    context_rank: int = 0
+    tensor: int = 1
+    sequence_parallel: bool = False
+    pipeline: int = 1
+    virtual_pipeline: bool = False
+    pad_id: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def sequence_multiple(self) -> int:
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def pack_multiple(self) -> int:
+        return self.sequence_multiple * (self.tensor if self.sequence_parallel else 1)
+
+    def count(self, needed: int) -> int:
+        """Packs per rank: interleaved schedules need whole rounds of the pipeline."""
+        needed = max(needed, 1)
+        return _round_up(needed, self.pipeline) if self.virtual_pipeline else needed
+
+    def padded_length(self, length: int) -> int:
+        return _round_up(length, self.sequence_multiple)
+
+
+def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout) -> Pack:
+    """Concatenate sequences, pad each to the context-parallel multiple and the whole to the sequence-parallel one, take this
+    rank's slice. With no sequences: the smallest legal pack, without response rows (a zero-weight micro-batch)."""
+    lengths = [layout.padded_length(len(s.ids)) for s in sequences] or [layout.pack_multiple]
+    lengths[-1] += _round_up(sum(lengths), layout.pack_multiple) - sum(lengths)
+    cu = [0]
+    for n in lengths:
+        cu.append(cu[-1] + n)
+    ids = torch.full((cu[-1],), layout.pad_id, dtype=torch.int64)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    rows, targets, flat = [], [], []
+    for start, s in zip(cu, sequences, strict=False):
+        tokens = torch.tensor(s.ids, dtype=torch.int64)
+        ids[start : start + len(s.ids)] = tokens
+        rows.append(start + torch.arange(s.prompt_length - 1, len(s.ids) - 1))
+        targets.append(tokens[s.prompt_length :])
+        flat.append(s.first_row + torch.arange(s.response_length))
+    empty = torch.zeros(0, dtype=torch.int64)
+    row, target, flat_row = (torch.cat([empty, *t]) for t in (rows, targets, flat))
+    if layout.context > 1:
+        local = _context_slice(cu, layout)
+        where = torch.full((cu[-1],), -1, dtype=torch.int64)
+        where[local] = torch.arange(len(local))
+        ids, positions = ids[local], positions[local]
+        mine = where[row] >= 0
+        row, target, flat_row = where[row][mine], target[mine], flat_row[mine]
+    device = layout.device
+    packed = PackedTokens(
+        input_ids=ids.to(device),
+        position_ids=positions.to(device),
+        cu_seqlens=torch.tensor(cu, dtype=torch.int32, device=device),
+        max_seqlen=max(lengths),
+    )
+    real = sum(len(s.ids) for s in sequences)
+    return Pack(packed, row.to(device), target.to(device), flat_row.to(device), real)
+
+
+def _context_slice(cu: Sequence[int], layout: PackLayout) -> Tensor:
+    """Positions of the whole pack that this rank holds: chunks r and 2 * CP - 1 - r of every sequence, in that order."""
+    pieces = []
+    for start, end in zip(cu[:-1], cu[1:], strict=True):
+        chunk = (end - start) // (2 * layout.context)
+        for c in (layout.context_rank, 2 * layout.context - 1 - layout.context_rank):
+            pieces.append(torch.arange(start + c * chunk, start + (c + 1) * chunk))
+    return torch.cat(pieces)
+
+
+def build_packs(
+    shares: Sequence[Sequence[TokenSequence]], rank: int, budget: int, layout: PackLayout
+) -> list[Pack]:
+    """This data-parallel rank's packs. `shares[r]` are rank r's sequences: all ranks' counts are needed, because every rank must
+    run equally many micro-batches; a rank that has fewer gets zero-weight ones."""
+    at_least = layout.pipeline if layout.pipeline > 1 else 1
+    bins = [fill_bins([layout.padded_length(len(s.ids)) for s in share], budget, at_least) for share in shares]
+    count = layout.count(max(len(b) for b in bins))
+    mine = [build_pack([shares[rank][i] for i in b], layout) for b in bins[rank]]
+    return mine + [build_pack([], layout) for _ in range(count - len(mine))]

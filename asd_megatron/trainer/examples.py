@@ -1,0 +1,100 @@
+"""From rewarded groups to examples: group-relative advantages and each rollout's privileged prompt. Global rank 0 only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from asd_megatron.antisd import choose_demonstrations, feedback, group_advantages
+from asd_megatron.antisd.privileged import Demonstration
+from asd_megatron.records import DemonstrationSource, Example, FinishReason, Group, Problem
+
+
+class TeacherPrompts(Protocol):
+    """What is needed of the prompt renderer: ids of a privileged prompt, or None when there can be none."""
+
+    def teacher(
+        self, problem: Problem, demonstration: str | None, feedback: str | None, response_len: int, limits: Any
+    ) -> tuple[tuple[int, ...], Any] | None: ...
+
+
+class ExampleBuilder:
+    """Turns whole groups into examples.
+
+    Args:
+        renderer, limits: of the privileged prompt. seed: of the draw of demonstrations.
+        privileged: False leaves the teacher out altogether (conditions without a teacher pass).
+        success_threshold, exclude_self, when_no_solution: see `antisd.privileged`.
+        feedback_kind: `binary` or `fraction`, as the verifier says; `tests_of` counts a problem's test cases for the latter.
+    """
+
+    def __init__(
+        self,
+        renderer: TeacherPrompts,
+        limits: Any,
+        *,
+        seed: int,
+        privileged: bool = True,
+        success_threshold: float = 1.0,
+        exclude_self: bool = True,
+        when_no_solution: str = "mask",
+        feedback_kind: str = "binary",
+        tests_of: Any = lambda problem: None,
+    ) -> None:
+        self.renderer, self.limits, self.seed, self.privileged = renderer, limits, seed, privileged
+        self.success_threshold, self.exclude_self = success_threshold, exclude_self
+        self.when_no_solution, self.feedback_kind, self.tests_of = when_no_solution, feedback_kind, tests_of
+
+    def build(self, groups: Sequence[Group], step: int) -> list[Example]:
+        """The step's examples, group after group."""
+        return [example for group in groups for example in self._of_group(group, step)]
+
+    def _of_group(self, group: Group, step: int) -> list[Example]:
+        advantages = group_advantages(torch.tensor(group.rewards, dtype=torch.float64)).tolist()
+        demonstrations = [Demonstration(DemonstrationSource.NONE)] * len(group.rollouts)
+        if self.privileged:
+            demonstrations = choose_demonstrations(
+                group.rewards,
+                key=(self.seed, step, group.problem.prompt_id),
+                success_threshold=self.success_threshold,
+                exclude_self=self.exclude_self,
+                when_no_solution=self.when_no_solution,
+                has_reference=bool(group.problem.solution),
+                has_answer=bool(group.problem.answer),
+                eligible=[r.finish_reason is FinishReason.STOP and bool(r.text.strip()) for r in group.rollouts],
+            )
+        examples = []
+        for i, rollout in enumerate(group.rollouts):
+            chosen = demonstrations[i]
+            teacher_ids = self._teacher_ids(group, i, chosen)
+            if teacher_ids is None:
+                chosen = Demonstration(DemonstrationSource.NONE)
+            examples.append(
+                Example(rollout, group.rewards[i], advantages[i], teacher_ids, chosen.source, chosen.sample)
+            )
+        return examples
+
+    def _teacher_ids(self, group: Group, index: int, chosen: Demonstration) -> tuple[int, ...] | None:
+        if chosen.source is DemonstrationSource.NONE:
+            return None
+        problem = group.problem
+        text: str | None
+        if chosen.sample >= 0:
+            text = group.rollouts[chosen.sample].text
+        elif chosen.source is DemonstrationSource.REFERENCE:
+            text = problem.solution
+        elif chosen.source is DemonstrationSource.REFERENCE_ANSWER:
+            text = f"The final answer is: {problem.answer}"
+        else:
+            text = None
+        assessment = feedback(
+            group.rewards[index],
+            self.feedback_kind,
+            success_threshold=self.success_threshold,
+            tests=self.tests_of(problem),
+        )
+        response = group.rollouts[index].response_ids
+        rendered = self.renderer.teacher(problem, text, assessment, len(response), self.limits)
+        return None if rendered is None else rendered[0]

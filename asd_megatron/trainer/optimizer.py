@@ -1,0 +1,105 @@
+"""Megatron's AdamW with its learning-rate schedule and gradient clipping, behind three plain functions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`applied` is False when the gradient norm was not finite: weights and optimizer state are then untouched."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Optimizer:
+    """Megatron's (chained) optimizer and scheduler over a port's DDP-wrapped chunks.
+
+    The steps are Megatron's own; they are called one by one because Megatron's `step` would apply a non-finite gradient in float32.
+    """
+
+    def __init__(
+        self,
+        port: Any,
+        *,
+        learning_rate: float,
+        min_learning_rate: float,
+        schedule: str,
+        warmup_steps: int,
+        total_steps: int,
+        weight_decay: float,
+        beta1: float,
+        beta2: float,
+        epsilon: float,
+        clip_grad: float,
+        distributed: bool,
+    ) -> None:
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        half = port.dtype is not torch.float32
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=learning_rate,
+            min_lr=min_learning_rate,
+            weight_decay=weight_decay,
+            adam_beta1=beta1,
+            adam_beta2=beta2,
+            adam_eps=epsilon,
+            clip_grad=clip_grad,
+            use_distributed_optimizer=distributed,
+            bf16=half,
+            params_dtype=port.dtype,
+            log_num_zeros_in_grad=False,
+        )
+        self.port = port
+        self.clip_grad = clip_grad
+        self.megatron = get_megatron_optimizer(config, port.chunks, use_gloo_process_groups=False)
+        self.scheduler = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=0.0 if warmup_steps else learning_rate,
+            max_lr=learning_rate,
+            min_lr=min_learning_rate,
+            lr_warmup_steps=warmup_steps,
+            lr_decay_steps=max(total_steps, warmup_steps + 1),
+            lr_decay_style=schedule,
+            start_wd=weight_decay,
+            end_wd=weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        # The scheduler starts at step 0 of the warm-up, whose rate is 0: the first update uses step 1's.
+        if warmup_steps:
+            self.scheduler.step(1)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.megatron.param_groups[0]["lr"])
+
+    def zero_grad(self) -> None:
+        for chunk in self.port.chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> StepResult:
+        """Clip to the global gradient norm and update, then advance the schedule. Collective over all ranks."""
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        found_inf = self.megatron.prepare_grads()
+        norm = float("nan") if found_inf else float(self.megatron.get_grad_norm())
+        applied = math.isfinite(norm)
+        if applied:
+            if self.clip_grad > 0:
+                for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
+                    parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+                    if parameters:
+                        clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
+            self.megatron.step_with_ready_grads()
+        self.scheduler.step(1)
+        return StepResult(norm, applied)

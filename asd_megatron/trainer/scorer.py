@@ -1,0 +1,46 @@
+"""Scoring passes: log-probability and full-vocabulary entropy of every response token, no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asd_megatron.ops.vocab_head import linear_logprob
+from asd_megatron.trainer import schedule
+from asd_megatron.trainer.align import TokenColumns
+from asd_megatron.trainer.batch import Pack
+
+
+def score(
+    port: Any, groups: Any, packs: Sequence[Pack], tokens: int, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Score `packs` under the live weights. Collective over the model-parallel group.
+
+    Returns (log-probs [tokens], entropies [tokens]), float32 nats at `temperature`, the same on every rank of the model-parallel
+    group; rows that no pack covers (rollouts without privileged context) are 0.
+    """
+    columns = TokenColumns(("logprobs", "entropy"), tokens, port.device)
+
+    def visit(pack: Pack, hidden: Tensor) -> None:
+        logprobs, entropy = linear_logprob(
+            hidden, port.head_weight(), pack.targets, port.head_shard(), rows=pack.rows, temperature=temperature
+        )
+        columns.put(pack.flat, {"logprobs": logprobs, "entropy": entropy})
+
+    training = [chunk.training for chunk in port.chunks]
+    try:
+        for chunk in port.chunks:
+            chunk.eval()
+        schedule.forward(port, packs, visit)
+    finally:
+        for chunk, mode in zip(port.chunks, training, strict=True):
+            chunk.train(mode)
+    shared = columns.share(cp=groups.cp, pp=groups.pp)
+    return shared["logprobs"], shared["entropy"]
+
+
+def is_finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())

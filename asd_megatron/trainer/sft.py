@@ -1,0 +1,92 @@
+"""The supervised stage: weighted cross-entropy on given responses, through the same head, packs and schedules as the RL update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asd_megatron.ops.vocab_head import linear_token_loss
+from asd_megatron.trainer import schedule
+from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, build_packs
+
+
+class SupervisedExample(Protocol):
+    """`loss_weights[t]` scales the cross-entropy of response token t; 0 leaves it out."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    loss_weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SupervisedStats:
+    """`loss` is the weighted mean cross-entropy in nats per unit of weight, over the global batch."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    tokens: int
+
+
+def supervised_update(
+    port: Any,
+    groups: Any,
+    optimizer: Any,
+    examples: Sequence[SupervisedExample],
+    *,
+    layout: PackLayout,
+    tokens_per_microbatch: int,
+) -> SupervisedStats:
+    """One optimizer step on `examples` (the same list on every rank). Collective over all ranks.
+
+    The loss is sum(weight * -log p) / sum(weight) with both sums over the global batch, whatever the layout.
+    """
+    lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
+    shares = assign(lengths, groups.dp.size())
+    rank = groups.dp.rank()
+    sequences, weights = [], torch.zeros(0)
+    for r, share in enumerate(shares):
+        row, rank_sequences = 0, []
+        for i in share:
+            e = examples[i]
+            rank_sequences.append(TokenSequence(tuple(e.prompt_ids) + tuple(e.response_ids), len(e.prompt_ids), row))
+            row += len(e.response_ids)
+        sequences.append(rank_sequences)
+        if r == rank:
+            weights = torch.tensor([w for i in share for w in examples[i].loss_weights], dtype=torch.float32)
+    total = sum(sum(e.loss_weights) for e in examples)
+    if not total > 0:
+        raise ValueError("no response token of this batch has a positive loss weight: nothing to learn from")
+    weights = (weights / total).to(port.device)
+    packs = build_packs(sequences, rank, tokens_per_microbatch, layout)
+
+    def loss(pack: Pack, hidden: Tensor) -> Tensor:
+        w = weights[pack.flat]
+
+        def token_loss(logprobs: Tensor, entropy: Tensor, block: slice) -> Tensor:
+            return -(logprobs * w[block]).sum()
+
+        return linear_token_loss(hidden, port.head_weight(), pack.targets, token_loss, port.head_shard(), rows=pack.rows)[0]
+
+    optimizer.zero_grad()
+    losses = schedule.forward_backward(port, packs, loss)
+    value = sum_over_ranks(losses, groups, port.device)
+    result = optimizer.step()
+    tokens = sum(len(e.response_ids) for e in examples)
+    return SupervisedStats(value, result.grad_norm, result.applied, tokens)
+
+
+def sum_over_ranks(losses: Sequence[Tensor], groups: Any, device: torch.device) -> float:
+    """The global loss from the packs' shares: summed over data and context parallel ranks, known to every pipeline stage."""
+    total = torch.stack(list(losses)).sum() if losses else torch.zeros((), device=device)
+    total = total.to(torch.float64).reshape(1)
+    if groups.dp_cp.size() > 1:
+        dist.all_reduce(total, group=groups.dp_cp)
+    if groups.pp.size() > 1:
+        dist.broadcast(total, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+    return float(total)

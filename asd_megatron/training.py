@@ -1,0 +1,335 @@
+"""What the lines of the training loop do: a recipe's parts put together, one method a line of `train.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from asd_megatron.antisd import Gate, condition
+from asd_megatron.config import Recipe, recipe_hash
+from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
+from asd_megatron.files import write_json
+from asd_megatron.held_out import HeldOut, Weights, embedded_engine, puzzle_metrics, stop_ids
+from asd_megatron.observe.dumps import dump_path, write_dump
+from asd_megatron.observe.metrics import GateReading, step_metrics
+from asd_megatron.records import Group, SamplingParams, TokenTable
+from asd_megatron.reward.base import tests_of
+from asd_megatron.reward.factory import make_verifier
+from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.engine import RolloutEngine
+from asd_megatron.rollout.replay import ReplayEngine
+from asd_megatron.session import Session
+from asd_megatron.sources import problem_source
+from asd_megatron.startup import announce_training
+from asd_megatron.trainer import passes, token_method
+from asd_megatron.trainer.align import gather_table
+from asd_megatron.trainer.examples import ExampleBuilder
+from asd_megatron.trainer.local_batch import LocalBatch
+from asd_megatron.trainer.pass_plan import plan
+from asd_megatron.trainer.updater import UpdateStats, update
+
+
+class Batch:
+    """A step's examples as this rank holds them, with the columns that need no model."""
+
+    def __init__(self, local: LocalBatch, inputs: dict[str, Tensor]) -> None:
+        self.local, self.inputs = local, inputs
+
+
+class TrainingRun:
+    """A training run from its recipe; every rank has one. Methods are collective unless they only read."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.condition = condition(recipe.algorithm.name)
+        self.session = session = Session(recipe)
+        self.groups, self.port, self.clock = session.groups, session.port, session.clock
+        algorithm = recipe.algorithm
+        self.method = token_method.Method(
+            condition=self.condition,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            aggregation=algorithm.aggregation,
+            constant_length=algorithm.constant_length,
+            pmi_clip=algorithm.pmi_clip,
+            term_normalization=algorithm.term_normalization,
+            term_clip=algorithm.term_clip,
+            term_max_position=algorithm.term_max_position,
+            importance_cap=algorithm.importance_cap if algorithm.importance_correction == "truncated" else None,
+        )
+        self.plan = plan(
+            self.condition,
+            algorithm.updates_per_batch,
+            algorithm.term_normalization,
+            epochs=algorithm.epochs,
+            log_pmi=algorithm.log_pmi,
+        )
+        self.gate = Gate.for_condition(
+            self.condition,
+            lambda_max=algorithm.lambda_max,
+            warmup_steps=recipe.gate.warmup_steps,
+            tau_down=recipe.gate.tau_down,
+            tau_up=recipe.gate.tau_up,
+            h_warm=recipe.gate.h_warm,
+        )
+        self.reading = GateReading(False, 0.0)
+        self.weights = Weights(self.port)
+        self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
+        train_set = problem_source(recipe.data.train, shuffle=recipe.data.shuffle)
+        test_set = problem_source(recipe.data.test) if recipe.data.test else None
+        for problems in (train_set, test_set):
+            if problems is not None:
+                self.renderer.check(problems.take(None))
+        self.verifier = session.only_root(lambda: make_verifier(**recipe.reward.model_dump()))
+        self.embedded = None
+        if recipe.samples_embedded:
+            self.embedded = embedded_engine(session, recipe.rollout.max_batch_size)
+        self.engine: RolloutEngine = self._engine()
+        self.collector = Collector(
+            self.engine,
+            self.verifier,
+            train_set,
+            self.renderer,
+            self.groups,
+            params=self._sampling(),
+            problems_per_step=recipe.sampling.problems_per_step,
+            seed=recipe.run.seed,
+        )
+        self.held_out = None
+        if recipe.evaluates and self.embedded is not None and test_set is not None:
+            self.held_out = HeldOut(session, self.embedded, test_set, self.renderer, self.verifier)
+        p = recipe.privileged
+        self.builder = ExampleBuilder(
+            self.renderer,
+            TeacherLimits(
+                p.max_solution_tokens,
+                p.min_solution_tokens,
+                p.max_teacher_tokens or self.port.max_positions,
+                p.strip_thinking,
+            ),
+            seed=recipe.run.seed,
+            privileged=self.plan.teacher_scoring,
+            success_threshold=p.success_threshold,
+            exclude_self=p.exclude_self,
+            when_no_solution=p.when_no_solution,
+            feedback_kind=self.verifier.feedback_kind if self.verifier else "binary",
+            tests_of=tests_of,
+        )
+        self.puzzle = puzzle_metrics(recipe.data.train, session.tokenizer)
+        if session.resumed is not None:
+            self._restore(session.resumed)
+
+    # ---------------------------------------------------------------- the loop's lines
+
+    def start(self) -> None:
+        """The start-up report; the evaluation before the first step."""
+        announce_training(self)
+        if self.held_out is not None:
+            self.held_out.evaluate_before_start()
+        self.clock.take()
+
+    def steps(self) -> range:
+        return self.session.steps()
+
+    def collect(self, step: int) -> list[Group]:
+        """The step's rewarded groups on global rank 0, [] elsewhere."""
+        groups = self.collector.next(step)
+        self.clock.times["rollout"] = self.collector.timings.rollout
+        self.clock.times["reward"] = self.collector.timings.reward
+        return groups
+
+    def build_batch(self, groups: Sequence[Group], step: int) -> Batch:
+        """Advantages and privileged prompts of whole groups on rank 0, then every rank takes its share."""
+        examples = self.session.on_root(lambda: self.builder.build(groups, step))
+        algorithm = self.recipe.algorithm
+        local = LocalBatch.build(
+            examples,
+            ranks=self.groups.dp.size(),
+            rank=self.groups.dp.rank(),
+            updates=algorithm.updates_per_batch,
+            layout=self.session.pack_layout,
+            tokens_per_microbatch=self.recipe.batching.tokens_per_microbatch,
+            mask_truncated=algorithm.mask_truncated,
+        )
+        return Batch(local, token_method.token_inputs(local, self.method))
+
+    def score_teacher(self, batch: Batch) -> dict[str, Tensor]:
+        with self.clock.phase("teacher"):
+            temperature = self.recipe.sampling.temperature
+            return passes.score_teacher(self.port, self.groups, batch.local, self.plan, temperature=temperature)
+
+    def score_student(self, batch: Batch) -> dict[str, Tensor] | None:
+        with self.clock.phase("student"):
+            temperature = self.recipe.sampling.temperature
+            return passes.score_student(self.port, self.groups, batch.local, self.plan, temperature=temperature)
+
+    def gate_step(self, batch: Batch, teacher: dict[str, Tensor], student: dict[str, Tensor] | None) -> float:
+        """This step's lambda; the gate's state before and after is what the metrics show."""
+        entropy = passes.gate_entropy(self.groups, batch.inputs, self.method, teacher, student)
+        warming_up = self.gate.warming_up
+        lam = self.gate.update(entropy)
+        thresholds = self.gate.thresholds
+        self.reading = GateReading(
+            open=lam > 0,
+            lam=lam,
+            entropy=entropy,
+            h_warm=self.gate.h_warm,
+            close_below=thresholds[0] if thresholds else None,
+            warming_up=warming_up,
+        )
+        return lam
+
+    def update(
+        self, batch: Batch, teacher: dict[str, Tensor], student: dict[str, Tensor] | None, lam: float
+    ) -> UpdateStats:
+        with self.clock.phase("update"):
+            return update(
+                self.port,
+                self.groups,
+                self.session.optimizer,
+                batch.local,
+                {**batch.inputs, **teacher},
+                method=self.method,
+                plan=self.plan,
+                lam=lam,
+                temperature=self.recipe.sampling.temperature,
+                epochs=self.recipe.algorithm.epochs,
+                scored=student,
+            )
+
+    def observe(self, step: int, batch: Batch, teacher: dict[str, Tensor], stats: UpdateStats) -> None:
+        """Metrics, dump and progress of the step; the evaluation when it is due."""
+        columns = {**teacher, **stats.columns, "loss_mask": batch.inputs["loss_mask"]}
+        columns["has_context"] = batch.inputs["has_context"]
+        if not self.plan.teacher_scoring and self.condition.u_source == "teacher":
+            columns = {k: v for k, v in columns.items() if k not in ("pmi", "term")}
+        table = gather_table(batch.local.table, columns, batch.local.indices, self.groups)
+        if table is not None and self.recipe.run.dump_rollouts:
+            self._dump(step, batch, table)
+        evaluation = {} if self.held_out is None else self.held_out.evaluate_if_due(step)
+        times = self.clock.take()
+        if table is None or self.session.writer is None:
+            return
+        metrics = step_metrics(
+            batch.local.all_examples,
+            table,
+            learning_rate=self.session.optimizer.learning_rate,
+            grad_norm=stats.grad_norm,
+            policy_loss=stats.loss,
+            times=times,
+            gate=self.reading if self.condition.sign else None,
+            skipped_updates=stats.applied.count(False),
+            success_threshold=self.recipe.privileged.success_threshold,
+        )
+        if self.puzzle is not None:
+            metrics |= self.puzzle.of_step(batch.local.all_examples, table)
+        metrics |= evaluation
+        self.session.writer.write(step, metrics)
+        self.session.progress.update(step, metrics)
+
+    def checkpoint_if_due(self, step: int) -> None:
+        self.session.checkpoint_if_due(step, self._state(step))
+
+    def finish(self) -> None:
+        """RUN/summary.json and RUN/curves.png."""
+        if self.session.is_root:
+            from asd_megatron.observe.plots import plot_run
+
+            write_json(self.session.folder / "summary.json", self.summary())
+            plot_run(self.session.folder)
+
+    def summary(self) -> dict[str, Any]:
+        first, last = self._evaluations()
+        return {
+            "name": self.recipe.run.name,
+            "condition": self.condition.name,
+            "steps": self.recipe.run.steps,
+            "accuracy_before": first.get("evaluation/accuracy"),
+            "accuracy_after": last.get("evaluation/accuracy"),
+            "evaluation_before": first,
+            "evaluation_after": last,
+            "gate": {"open": self.gate.is_open, "h_warm": self.gate.h_warm},
+            "recipe_hash": recipe_hash(self.recipe),
+        }
+
+    def close(self) -> None:
+        self.engine.close()
+        if self.verifier is not None:
+            self.verifier.close()
+        self.session.close()
+
+    # ---------------------------------------------------------------- parts
+
+    def _engine(self) -> RolloutEngine:
+        if self.recipe.rollout.engine == "replay":
+            return ReplayEngine(str(self.recipe.rollout.replay_folder), self.groups, self.session.tokenizer)
+        assert self.embedded is not None
+        return self.embedded
+
+    def _sampling(self) -> SamplingParams:
+        s = self.recipe.sampling
+        return SamplingParams(
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            max_new_tokens=s.max_response_tokens,
+            stop_token_ids=stop_ids(self.session),
+            stop=tuple(s.stop),
+            n=s.rollouts_per_problem,
+        )
+
+    def _dump(self, step: int, batch: Batch, table: TokenTable) -> None:
+        write_dump(
+            dump_path(self.session.folder, step),
+            batch.local.all_examples,
+            table,
+            step=step,
+            lam=self.reading.lam,
+            H=self.reading.entropy,
+            h_warm=self.reading.h_warm,
+            temperature=self.recipe.sampling.temperature,
+            recipe_hash=recipe_hash(self.recipe),
+        )
+
+    # ---------------------------------------------------------------- run state
+
+    def _evaluations(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The first and the last held-out evaluation; empty on other ranks than global rank 0."""
+        if self.held_out is None:
+            return {}, {}
+        return self.held_out.first or {}, self.held_out.last or {}
+
+    def _state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint needs beside weights and optimizer. Data order and sampling noise are functions of (seed, step)."""
+        return {
+            "step": step,
+            "weight_version": step,
+            "condition": self.condition.name,
+            "gate": self.gate.state_dict(),
+            "seed": self.recipe.run.seed,
+            "evaluations": self._evaluations(),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if self.condition.gated and state["condition"] == "grpo":
+            self.gate.recalibrate()  # continual AntiSD (section 4.4): H_warm over new warm-up steps
+        else:
+            self.gate.load_state_dict(state["gate"])
+        if self.held_out is not None:
+            self.held_out.first, self.held_out.last = state["evaluations"]
+
+
+def make_renderer(recipe: Any, tokenizer: Any, end_ids: Sequence[int]) -> PromptRenderer:
+    privileged = getattr(recipe, "privileged", None)
+    return PromptRenderer(
+        tokenizer,
+        format=recipe.data.format,
+        system=recipe.data.system,
+        raw_prompt=recipe.data.raw_prompt,
+        raw_template=None if privileged is None else privileged.raw_template,
+        chat_template_kwargs=recipe.data.chat_template_kwargs,
+        max_prompt_tokens=recipe.sampling.max_prompt_tokens,
+        end_token_ids=end_ids,
+    )

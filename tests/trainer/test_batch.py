@@ -1,0 +1,86 @@
+"""Packing: nothing lost, nothing doubled, every response row where its token is."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from asd_megatron.trainer.batch import PackLayout, TokenSequence, assign, build_pack, build_packs, fill_bins
+
+
+def sequences(seed: int, count: int) -> list[TokenSequence]:
+    rng, row, out = random.Random(seed), 0, []
+    for _ in range(count):
+        prompt, response = rng.randint(1, 9), rng.randint(1, 30)
+        out.append(TokenSequence(tuple(rng.randrange(5, 90) for _ in range(prompt + response)), prompt, row))
+        row += response
+    return out
+
+
+def test_assign_is_balanced_and_complete() -> None:
+    costs = [random.Random(1).randint(1, 100) for _ in range(50)]
+    shares = assign(costs, 4)
+    assert sorted(i for s in shares for i in s) == list(range(50))
+    loads = [sum(costs[i] for i in s) for s in shares]
+    assert max(loads) - min(loads) <= max(costs)
+    assert assign([3, 1], 4)[2:] == [[], []]
+
+
+def test_bins_respect_the_budget_except_for_single_long_items() -> None:
+    lengths = [5, 200, 30, 30, 30, 10, 1]
+    bins = fill_bins(lengths, 64)
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    assert all(len(b) == 1 or sum(lengths[i] for i in b) <= 64 for b in bins)
+    assert len(fill_bins([4, 4, 4], 100, at_least=2)) == 2
+    assert fill_bins([], 64) == []
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_rows_of_all_context_ranks_are_the_response_tokens(context: int, tensor: int) -> None:
+    batch = sequences(3, 7)
+    seen: dict[int, int] = {}
+    lengths = set()
+    for rank in range(context):
+        layout = PackLayout(context=context, context_rank=rank, tensor=tensor, sequence_parallel=tensor > 1)
+        pack = build_pack(batch, layout)
+        lengths.add(len(pack.tokens.input_ids))
+        assert len(pack.tokens.input_ids) % tensor == 0
+        steps = pack.tokens.cu_seqlens[1:] - pack.tokens.cu_seqlens[:-1]
+        assert (steps % (2 * context if context > 1 else 1) == 0).all()
+        for row, target, flat in zip(pack.rows.tolist(), pack.targets.tolist(), pack.flat.tolist(), strict=True):
+            owner = next(s for s in batch if s.first_row <= flat < s.first_row + s.response_length)
+            position = owner.prompt_length + flat - owner.first_row
+            assert target == owner.ids[position]
+            assert int(pack.tokens.input_ids[row]) == owner.ids[position - 1]  # the state that predicts it
+            assert int(pack.tokens.position_ids[row]) == position - 1
+            assert flat not in seen
+            seen[flat] = target
+    assert len(lengths) == 1  # every context rank holds equally many tokens
+    assert len(seen) == sum(s.response_length for s in batch)
+
+
+def test_every_rank_gets_equally_many_packs_and_an_empty_rank_gets_zero_weight_ones() -> None:
+    shares = [sequences(5, 9), [], sequences(6, 2)]
+    counts = []
+    for rank in range(3):
+        packs = build_packs(shares, rank, 40, PackLayout())
+        counts.append(len(packs))
+        assert sum(len(p.rows) for p in packs) == sum(s.response_length for s in shares[rank])
+        assert all(len(p.tokens.input_ids) > 0 for p in packs)
+    assert len(set(counts)) == 1 and counts[0] > 1
+
+
+@pytest.mark.parametrize("pipeline", [2, 4])
+def test_interleaved_schedules_get_whole_rounds(pipeline: int) -> None:
+    for count in (1, 3, 9):
+        layout = PackLayout(pipeline=pipeline, virtual_pipeline=True)
+        assert len(build_packs([sequences(1, count)], 0, 40, layout)) % pipeline == 0
+
+
+def test_pad_tokens_never_enter_the_rows() -> None:
+    pack = build_pack([], PackLayout(context=2, tensor=2, sequence_parallel=True, pad_id=3))
+    assert torch.equal(pack.tokens.input_ids, torch.full((4,), 3))
+    assert len(pack.rows) == len(pack.targets) == len(pack.flat) == 0
