@@ -45,9 +45,9 @@ def save(
 ) -> Path:
     """Write `folder`/step_NNNNNN, name it in `folder`/latest, then remove all but the newest `keep` checkpoints.
 
-    `port` is a ModelPort wrapped in Megatron's DDP, `optimizer` and `scheduler` are Megatron's. `run_state`
-    holds numbers, strings, lists and string-keyed dicts (else ValueError); rank 0's is stored. Readers see a whole checkpoint or
-    none: it is written aside and renamed. An error on any rank is raised on all.
+    `port` is a ModelPort wrapped in Megatron's DDP, `optimizer` and `scheduler` are Megatron's. `run_state` holds
+    numbers, strings, lists and string-keyed dicts (else ValueError); rank 0's is stored. Readers see a whole checkpoint
+    or none: it is written aside and renamed. An error on any rank is raised on all.
     """
     text = _run_state_text(step, optimizer, run_state)
     folder = Path(folder)
@@ -80,6 +80,7 @@ def load(path: str | Path, port: Any, optimizer: Any, scheduler: Any) -> dict[st
     belongs to another model.
     """
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException
 
     path = Path(path)
     stored = _read_run_state(path)
@@ -93,7 +94,7 @@ def load(path: str | Path, port: Any, optimizer: Any, scheduler: Any) -> dict[st
     try:
         with weights_only():
             loaded = dist_checkpointing.load(state, str(path), strict="raise_all")
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
         raise UserError(f"{path} does not fit this model and optimizer, or is damaged: {error}") from error
     for key, chunk in _chunks(port).items():
         result = chunk.load_state_dict(loaded[key], strict=False)
