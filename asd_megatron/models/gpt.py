@@ -57,7 +57,6 @@ def transformer_config(
         "sequence_parallel": layout.sequence_parallel,
         "variable_seq_lengths": layout.pipeline > 1,  # packs differ in length
         "moe_token_dispatcher_type": "alltoall",  # the only one that Megatron allows with it, experts or not
-        "moe_token_dispatcher_type": "alltoall",  # the default is refused together with varying lengths, experts or not
         # Freed outputs are still being sent under interleaving (use after free in 0.16 and 0.17).
         "deallocate_pipeline_outputs": False,
         "overlap_p2p_comm": virtual is not None,
