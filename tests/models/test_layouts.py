@@ -1,0 +1,171 @@
+"""Every layout computes what `transformers` does (hidden states, logits, gradients) and exports what it read, bit for bit."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed.harness import run_ranks
+from tests.models.oracle import as_plain, oracle, pack, relative
+from tests.models.tiny import tiny_llama, tiny_qwen3
+
+MODELS = {
+    "qwen3": (tiny_qwen3, {}),
+    "qwen3_tied": (tiny_qwen3, {"tie_word_embeddings": True}),
+    "llama": (tiny_llama, {}),
+    "llama_tied": (tiny_llama, {"tie_word_embeddings": True}),
+}
+FORWARD, BACKWARD = 2e-5, 2e-5
+Case = tuple[str, dict[str, Any], dict[str, Any]]
+"""A model's name, a layout, further arguments of `ModelPort.build`."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, (make, over) in MODELS.items():
+        make(root / name, **over)
+        torch.save(as_plain(oracle(root / name)), root / f"{name}.pt")
+    return root
+
+
+def _compare(rank: int, root: str, model: str, layout: dict[str, Any], build: dict[str, Any]) -> dict[str, float]:
+    """The largest relative errors of one layout against `transformers`."""
+    from asd_megatron.checkpoint.huggingface import FolderReader, read_config
+    from asd_megatron.distributed.layout import Layout, init
+    from asd_megatron.models.port import ModelPort
+
+    truth = torch.load(Path(root) / f"{model}.pt")
+    sizes = Layout(**layout)
+    groups = init(sizes)
+    folder = Path(root) / model
+    port = ModelPort.build(read_config(folder), groups, sizes, dtype=torch.float32, layers="local", **build)
+    with FolderReader(folder) as reader:
+        port.load(reader)
+        exported = dict(port.export())
+        assert set(exported) == reader.keys() == set(port.expected())
+        for name, tensor in exported.items():
+            assert torch.equal(tensor, reader.get(name, tuple(tensor.shape))), name
+    storage = {p.data_ptr() for chunk in port.chunks for p in chunk.parameters()}
+    assert not storage & {t.data_ptr() for t in exported.values()}
+
+    port.wrap_ddp(distributed_optimizer=False, overlap_grad_reduce=False)
+    multiple = sizes.tensor if sizes.sequence_parallel else 1
+    micros = [pack(ids, context=sizes.context, rank=groups.cp.rank(), multiple=multiple) for ids in truth["ids"]]
+    micros = micros[groups.dp.rank() :: groups.dp.size()]
+    truth = {k: v[groups.dp.rank() :: groups.dp.size()] if k != "gradients" else v for k, v in truth.items()}
+    errors = {"hidden": 0.0, "logits": 0.0}
+
+    def check(number: int, hidden: Tensor) -> None:
+        shard, micro = port.head_shard(), micros[number]
+        hidden = shard.gather_tokens(hidden.detach().squeeze(1))
+        logits = shard.gather_ranks(hidden @ port.head_weight().t()).transpose(0, 1).flatten(1)[:, : port.vocab_size]
+        real = micro.source >= 0
+        for name, found in (("hidden", hidden), ("logits", logits)):
+            expected = torch.cat(truth[name][number])[micro.source[real]]
+            if len(expected):
+                errors[name] = max(errors[name], relative(found[real], expected))
+
+    _run(port, micros, check)
+    gradients = dict(port.export_gradients())
+    assert set(gradients) == set(truth["gradients"])
+    errors["gradients"] = max(relative(gradients[n], g) for n, g in truth["gradients"].items())
+    _sampling_changes_nothing(port, micros, gradients)
+    return errors
+
+
+def _run(port: Any, micros: list[Any], check: Any) -> None:
+    """All micro-batches through Megatron's schedule, forward and backward of sum(-log p(next token))."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from asd_megatron.ops.vocab_head import linear_logprob
+
+    for chunk in port.chunks:
+        chunk.zero_grad_buffer()
+
+    def loss(number: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        check(number, hidden)
+        rows = (micros[number].targets >= 0).nonzero()[:, 0]
+        target = micros[number].targets[rows]
+        logprobs, _ = linear_logprob(hidden.squeeze(1), port.head_weight(), target, port.head_shard(), rows=rows)
+        total = -logprobs.sum()
+        return total, torch.ones((), dtype=torch.int32), total.detach()
+
+    def step(numbers: Any, chunk: Any) -> Any:
+        number = next(numbers)
+        return port.forward(chunk, micros[number].tokens), functools.partial(loss, number)
+
+    numbers = [iter(range(len(micros))) for _ in port.chunks]
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=numbers if len(numbers) > 1 else numbers[0],
+        model=port.chunks if len(numbers) > 1 else port.chunks[0],
+        num_microbatches=len(micros),
+        seq_length=max(len(m.tokens.input_ids) for m in micros),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+
+
+def _sampling_changes_nothing(port: Any, micros: list[Any], gradients: dict[str, Tensor]) -> None:
+    """After `sampling` the same backward gives the same bits: sequence parallelism and core attention are back."""
+    if port.layout.context > 1 or len(port.chunks) > 1:
+        return
+    with port.sampling():
+        assert not port.config.sequence_parallel and not port.chunks[0].module.decoder.training
+    assert port.config.sequence_parallel == port.layout.sequence_parallel
+    assert all(c.training for c in port.chunks[0].modules())
+    _run(port, micros, lambda *_: None)
+    for name, gradient in port.export_gradients():
+        assert torch.equal(gradient, gradients[name]), name
+
+
+def _compare_all(rank: int, root: str, cases: list[Case]) -> list[dict[str, float]]:
+    found = [_compare(rank, root, *case) for case in cases]
+    dist.barrier()
+    return found
+
+
+def _assert_close(root: Path, world: int, cases: list[Case]) -> None:
+    by_rank = run_ranks(_compare_all, world, str(root), cases, timeout=240)
+    for case, errors in zip(cases, zip(*by_rank, strict=True), strict=True):
+        for error in errors:
+            assert error["hidden"] < FORWARD and error["logits"] < FORWARD, (case, error)
+            assert error["gradients"] < BACKWARD, (case, error)
+        assert any(error["logits"] > 0 for error in errors), case  # somebody compared
+
+
+def test_one_rank(folders: Path) -> None:
+    cases: list[Any] = [(model, {}, {}) for model in MODELS]
+    cases += [("qwen3", {}, {"recompute": kind}) for kind in ("selective", "full")]
+    _assert_close(folders, 1, cases)
+
+
+def test_two_ranks(folders: Path) -> None:
+    layouts: list[dict[str, Any]] = [
+        {"tensor": 2},
+        {"tensor": 2, "sequence_parallel": True},
+        {"pipeline": 2},
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"context": 2},
+    ]
+    cases: list[Any] = [(model, layout, {}) for layout in layouts for model in MODELS]
+    cases += [("qwen3_tied", {"data": 2}, {}), ("llama", layouts[1], {"recompute": "full"})]
+    _assert_close(folders, 2, cases)
+
+
+def test_four_ranks(folders: Path) -> None:
+    layouts: list[dict[str, Any]] = [
+        {"tensor": 2, "pipeline": 2},
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence_parallel": True},
+        {"tensor": 2, "context": 2, "sequence_parallel": True},
+        {"pipeline": 2, "context": 2},
+    ]
+    models = ("qwen3_tied", "llama")
+    _assert_close(folders, 4, [(model, layout, {}) for layout in layouts for model in models])
