@@ -1,4 +1,4 @@
-"""Every layout computes what `transformers` does (hidden states, logits, gradients) and exports what it read, bit for bit."""
+"""Every layout computes what `transformers` does, and exports what it read, bit for bit."""
 
 from __future__ import annotations
 
