@@ -1,11 +1,16 @@
 """Megatron's optimizers in a checkpoint: what `torch.optim.Adam` under them needs, and who owns the hyper-parameters.
 
-With Transformer Engine's or Apex's Adam none of this changes anything. With PyTorch's (no GPU), Megatron's
-distributed optimizer
+With Transformer Engine's or Apex's Adam the first two change nothing. With PyTorch's (no GPU), Megatron's distributed
+optimizer
 
-* reads its Adam state, `step` included, before that exists, and
+* reads its Adam state, `step` included, before that exists;
 * loads no `step` of its own but insists on one, then lets all parameters share one tensor, so that every parameter's
   update advances the step of all (a wrong bias correction, silently).
+
+With any Adam, up to Megatron-Core 0.19,
+
+* it cuts parameters out of its gathered state by offsets that count the padding between buckets, which the gathered
+  state does not have: what follows a padded bucket is saved shifted, silently.
 """
 
 from __future__ import annotations
@@ -43,6 +48,53 @@ def fill(optimizer: Any) -> None:
                     adam.state[p].update(
                         step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
                     )
+
+
+@contextmanager
+def gathering(optimizer: Any) -> Iterator[None]:
+    """Around `optimizer.sharded_state_dict`: the gathered state has the padding that its offsets count."""
+    with ExitStack() as stack:
+        if _drops_padding():
+            for part in parts(optimizer):
+                if hasattr(part, "get_parameter_state_dp_zero"):
+                    stack.enter_context(_padded(part))
+        yield
+
+
+def _drops_padding() -> bool:
+    from megatron.core.package_info import MAJOR, MINOR
+
+    return (MAJOR, MINOR) < (0, 20)
+
+
+@contextmanager
+def _padded(part: Any) -> Iterator[None]:
+    original = part.get_parameter_state_dp_zero
+
+    def padded(*args: Any, **kwargs: Any) -> Any:
+        state = original(*args, **kwargs)
+        for index, buffer in enumerate(part.buffers if state is not None else ()):
+            for gathered in state[index].values():
+                for key, dense in gathered.items():
+                    if isinstance(dense, torch.Tensor):
+                        gathered[key] = _spread(dense, buffer)
+        return state
+
+    part.get_parameter_state_dp_zero = padded
+    try:
+        yield
+    finally:
+        del part.get_parameter_state_dp_zero
+
+
+def _spread(dense: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """A buffer's state without padding [numel_unpadded] to one with it [numel]."""
+    wide = dense.new_zeros(buffer.numel)
+    start = 0
+    for bucket in buffer.buckets:
+        wide[bucket.offset : bucket.offset + bucket.numel_unpadded] = dense[start : start + bucket.numel_unpadded]
+        start += bucket.numel_unpadded
+    return wide
 
 
 @contextmanager

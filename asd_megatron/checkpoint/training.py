@@ -145,7 +145,8 @@ def _state(port: Any, optimizer: Any, scheduler: Any, *, loading: bool) -> dict[
     model = {key: chunk.sharded_state_dict(metadata=dict(metadata)) for key, chunk in _chunks(port).items()}
     optimizer_state.fill(optimizer)
     # The optimizer finds its parameters' shards in the nested dict: chunks share key names, a flat one would lose some.
-    sharded = optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=dict(metadata))
+    with optimizer_state.gathering(optimizer):
+        sharded = optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=dict(metadata))
     return {**model, "optimizer": sharded, "scheduler": {"num_steps": scheduler.num_steps}}
 
 

@@ -14,7 +14,10 @@ VOCABULARY = 99  # not a multiple of any tensor-parallel size: padded rows are p
 
 
 def write_tiny_model(folder: Path, *, tied: bool, seed: int = 3) -> None:
-    """A random four-layer Qwen3 as a Hugging Face folder (float32), with weights large enough that logits differ by several nats."""
+    """A random four-layer Qwen3 as a Hugging Face folder (float32), with weights large enough that logits differ by several nats.
+
+    Norm weights lie around 0.4: near 1, float32 resolves a weight to 6e-8 only, 1e-4 of what two Adam steps change.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
@@ -28,7 +31,7 @@ def write_tiny_model(folder: Path, *, tied: bool, seed: int = 3) -> None:
         head_dim=16,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
-        initializer_range=0.15,
+        initializer_range=0.25,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         bos_token_id=None,
         eos_token_id=1,
@@ -38,7 +41,7 @@ def write_tiny_model(folder: Path, *, tied: bool, seed: int = 3) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.mul_(0.4).add_(0.03 * torch.randn_like(parameter))
     model.save_pretrained(folder)
 
 

@@ -29,6 +29,8 @@ from asd_megatron.trainer.updater import UpdateStats, update
 
 TEMPERATURE = 0.7
 LEARNING_RATE = 1e-3
+ADAM_EPSILON = 1e-4
+"""Large on purpose: an entry whose gradient is far below this is rounding noise, and Adam would blow it up to a whole step."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ def build(folder: Path, cell: Cell) -> Trained:
         weight_decay=0.01,
         beta1=0.9,
         beta2=0.95,
-        epsilon=1e-5,
+        epsilon=ADAM_EPSILON,
         clip_grad=1.0,
         distributed=cell.distributed_optimizer,
     )

@@ -1,7 +1,8 @@
 """The device the program runs on, and what Megatron-Core needs to run on one without CUDA.
 
-Megatron-Core calls `torch.cuda` unguarded in many places. `prepare` replaces exactly those entry points by CPU equivalents,
-once, before the first Megatron object is built; with CUDA present it does nothing. No other module touches them.
+Megatron-Core calls `torch.cuda` unguarded in many places. `prepare` replaces exactly those entry points by CPU
+equivalents, once, before the first Megatron object is built; with CUDA present it only picks this rank's device. No
+other module touches them.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _is_cuda(where: Any) -> bool:
 
 
 def _redirect_factories() -> None:
-    # `with torch.device(...)` knows the factories by identity and collects them at its first use: it must see the originals.
+    # `with torch.device(...)` knows factories by identity and collects them at its first use: show it the originals.
     from torch.utils import _device
 
     _device._device_constructors()

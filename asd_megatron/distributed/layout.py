@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +17,7 @@ SEED = 1234  # of Megatron's own random state (dropout), which our models do not
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of every kind of parallelism; their product is the number of ranks."""
+    """Sizes of every kind of parallelism; their product is the number of ranks. Impossible ones raise UserError."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -25,6 +26,17 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
 
+    def __post_init__(self) -> None:
+        if min(self.tensor, self.pipeline, self.context, self.data) < 1:
+            raise UserError(f"every size of a layout must be at least 1: {self}")
+        if self.virtual_pipeline is not None and (self.pipeline == 1 or self.virtual_pipeline < 2):
+            raise UserError(
+                "a virtual pipeline interleaves at least 2 chunks a stage, of at least 2 stages: raise "
+                "parallelism.virtual_pipeline and parallelism.pipeline, or set the former to null"
+            )
+        if self.sequence_parallel and self.tensor == 1:
+            raise UserError("sequence parallelism needs tensor parallelism: set parallelism.tensor above 1")
+
     @property
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
@@ -32,7 +44,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's process groups. `dp` has one rank for each share of the batch; `dp_cp` are all ranks that hold the same weights."""
+    """This rank's process groups.
+
+    `dp` has one rank for each share of the batch; `dp_cp` are all ranks that hold the same weights.
+    """
 
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
@@ -58,8 +73,8 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> Groups:
             dist.init_process_group(device.backend(), timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     if dist.get_world_size() != layout.world_size:
         raise UserError(
-            f"the layout needs {layout.world_size} ranks and there are {dist.get_world_size()}: start as many, or change "
-            "the parallelism section"
+            f"the layout needs {layout.world_size} ranks and there are {dist.get_world_size()}: start as many, "
+            "or change the parallelism section"
         )
     shutdown_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -68,7 +83,7 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> Groups:
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=int(timeout_minutes),
+        distributed_timeout_minutes=max(1, math.ceil(timeout_minutes)),
     )
     _seed()
     world = dist.group.WORLD

@@ -1,4 +1,4 @@
-"""Core attention without Transformer Engine: packed (THD) sequences, context parallelism, and the cache while sampling."""
+"""Core attention without Transformer Engine: packed (THD) sequences, context parallelism, the cache while sampling."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_PADDING = 1.25
-"""Sequences of a pack share one attention call while padding them to the longest costs at most this factor in tokens."""
+"""Sequences of a pack share one attention call while padding to the longest costs at most this factor in tokens."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length that attend in one padded call. `gather` int64 [n, L]: token of the pack (0 in the padding);
-    `valid` bool [n, L]."""
+    """Sequences of similar length that attend in one padded call.
+
+    `gather` int64 [n, L]: token of the pack (0 in the padding); `valid` bool [n, L].
+    """
 
     gather: Tensor
     valid: Tensor
@@ -57,8 +59,9 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tenso
 class SDPACoreAttention(torch.nn.Module):
     """Megatron's core attention by PyTorch's scaled_dot_product_attention, for packed causal sequences.
 
-    Called by Megatron's SelfAttention with query [T, h, d], key and value [T, hkv, d] after RoPE and the pack's boundaries; returns
-    [T, 1, h * d]. Under context parallelism T is this rank's share and keys are gathered over the group.
+    Called by Megatron's SelfAttention with query [T, h, d], key and value [T, hkv, d] after RoPE and the pack's
+    boundaries; returns [T, 1, h * d]. Under context parallelism T is this rank's share (`zigzag` of every sequence) and
+    keys are gathered over the group.
     """
 
     def __init__(
@@ -90,7 +93,8 @@ class SDPACoreAttention(torch.nn.Module):
         if packed_seq_params is None:
             raise ValueError("this attention takes packed sequences only")
         if self.cp_group is not None:
-            out = _context_parallel(query, key, value, packed_seq_params.cu_seqlens_q.tolist(), self.scale, self.cp_group)
+            cu_seqlens = packed_seq_params.cu_seqlens_q.tolist()
+            out = _context_parallel(query, key, value, cu_seqlens, self.scale, self.cp_group)
         else:
             out = self._packed(query, key, value, packed_seq_params)
         return out.reshape(len(query), 1, -1)
@@ -110,7 +114,7 @@ class SDPACoreAttention(torch.nn.Module):
 
 
 class _GatherContext(torch.autograd.Function):
-    """[T, ...] of every context-parallel rank: [cp, T, ...]. Backward sums over the ranks and keeps this rank's share."""
+    """[T, ...] of every context-parallel rank: [cp, T, ...]. Backward sums over the ranks, keeps this rank's share."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -153,7 +157,9 @@ def _context_parallel(
 
 
 class CachedAttention(torch.nn.Module):
-    """Stands in for a layer's core attention while the embedded engine samples. `holder.cache` is the engine's cache."""
+    """Stands in for a layer's core attention while the embedded engine samples; `holder.cache` is the engine's."""
+
+    holder: Any
 
     def __init__(self, holder: Any, layer_number: int, softmax_scale: float | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The few differences between Megatron-Core releases (0.16.1 and 0.19.2), and importing it without Transformer Engine."""
+"""What differs between Megatron-Core releases (0.16.1 and 0.19.2), and whether Transformer Engine is there."""
 
 from __future__ import annotations
 

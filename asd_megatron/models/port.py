@@ -6,7 +6,7 @@ Nobody outside this room names GPTModel, a Megatron parameter or a layout of wei
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -24,8 +24,9 @@ from asd_megatron.models.attention import CachedAttention
 from asd_megatron.models.compat import resolve_layers
 from asd_megatron.models.families import Family, ModelShape, family_of
 from asd_megatron.models.rope import angles
-from asd_megatron.models.weights import Rule, Shapes
-from asd_megatron.ops.vocab_head import VocabShard
+from asd_megatron.models.weights import Copy, Row, Rule, Shapes
+from asd_megatron.ops import gemm
+from asd_megatron.ops.vocab_shard import VocabShard
 from asd_megatron.records import PackedTokens
 
 SEQUENCE_PARALLEL_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
@@ -44,12 +45,15 @@ class TensorReader(Protocol):
 class ModelPort:
     """This rank's share of one model.
 
-    Attributes: `chunks` (wrapped in Megatron's DDP after `wrap_ddp`; one, or one for each virtual stage), `config` (Megatron's),
-    `vocab_size`, `padded_vocab_size` (a multiple of the tensor-parallel size), `max_positions`, `dtype`, `device`, `tied`,
-    `is_first_stage`, `is_last_stage` (of the pipeline: the embedding, the head is here).
+    Attributes: `chunks` (wrapped in Megatron's DDP after `wrap_ddp`; one, or one for each virtual stage), `config`
+    (Megatron's), `vocab_size`, `padded_vocab_size` (a multiple of the tensor-parallel size), `max_positions`, `dtype`
+    (of all parameters), `device`, `tied`, `is_first_stage`, `is_last_stage` (of the pipeline: the embedding, the head
+    is here).
     """
 
-    def __init__(self, family: Family, shape: ModelShape, groups: Groups, layout: Layout, config: Any, chunks: list[Any]):
+    def __init__(
+        self, family: Family, shape: ModelShape, groups: Groups, layout: Layout, config: Any, chunks: list[Any]
+    ) -> None:
         self.family, self.shape, self.groups, self.layout = family, shape, groups, layout
         self.config, self.chunks = config, chunks
         self.vocab_size, self.padded_vocab_size = shape.vocab, _padded(shape.vocab, layout.tensor)
@@ -63,6 +67,20 @@ class ModelPort:
         self._holder = SimpleNamespace(cache=None)
         self._owners: dict[tuple[int, int | None], int] | None = None
         self._inverse_frequencies = shape.rotary.inverse_frequencies().to(self.device)
+        self._mark_sharded()
+
+    def _mark_sharded(self) -> None:
+        """Tell Megatron which parameters differ between tensor-parallel ranks: the gradient norm counts others once.
+
+        Its own initialization would, but is skipped (every weight is loaded).
+        """
+        from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+        for chunk in self.chunks:
+            for name, parameter in chunk.named_parameters():
+                operation = self.family.rules[self._identify(chunk, name)[0]].operation
+                if not isinstance(operation, Copy) and not hasattr(parameter, "tensor_model_parallel"):
+                    set_tensor_model_parallel_attributes(parameter, True, int(isinstance(operation, Row)), 1)
 
     @classmethod
     def build(
@@ -77,7 +95,10 @@ class ModelPort:
     ) -> ModelPort:
         """An unloaded model in `layout`. Raises UserError for what the family or the layout cannot represent."""
         family = family_of(hf_config)
-        shape = family.translate(hf_config)
+        try:
+            shape = family.translate(hf_config)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"config.json holds a value of the wrong kind: {error}") from None
         _check_layout(shape, layout)
         layers = resolve_layers(layers)
         config = gpt.transformer_config(family, shape, layout, dtype=dtype, layers=layers, recompute=recompute)
@@ -89,8 +110,9 @@ class ModelPort:
     # ---------------------------------------------------------------- training
 
     def wrap_ddp(self, *, distributed_optimizer: bool, overlap_grad_reduce: bool) -> None:
-        """Wrap the chunks in Megatron's DDP: gradients accumulate in float32 `main_grad` buffers and are *summed* over data and
-        context parallel ranks; nothing is averaged or divided by token counts, because the losses hold global denominators."""
+        """Wrap the chunks in Megatron's DDP: gradients accumulate in float32 `main_grad` buffers and are *summed* over
+        data and context parallel ranks; nothing is averaged or divided by token counts, because the losses hold global
+        denominators."""
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -119,9 +141,10 @@ class ModelPort:
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def forward(self, chunk: torch.nn.Module, packed: PackedTokens) -> Tensor:
-        """One chunk over one micro-batch: hidden states after the final norm on the last stage, else what the next stage takes.
+        """One chunk over one micro-batch: hidden states after the final norm on the last stage, else the stage's output.
 
-        [T, 1, H], or [T / tp, 1, H] under sequence parallelism. Megatron's schedules hand the previous stage's output over.
+        [T, 1, H], or [T / tp, 1, H] under sequence parallelism (T a multiple of tp). Megatron's schedules hand the
+        previous stage's output over.
         """
         from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -137,10 +160,9 @@ class ModelPort:
         return chunk(packed.input_ids[None], packed.position_ids[None], None, packed_seq_params=params)
 
     def head_weight(self) -> Tensor:
-        """The head's weight on the last stage: [padded_vocab / tp, H], the live parameter (tied: this stage's embedding)."""
+        """The head's weight on the last stage: [padded_vocab / tp, H], the live parameter (tied: this stage's copy)."""
         last = next(c for c in map(_bare, self.chunks) if c.post_process)
-        weight = last.shared_embedding_or_output_weight() if self.tied else last.output_layer.weight
-        return weight
+        return last.shared_embedding_or_output_weight() if self.tied else last.output_layer.weight
 
     def head_shard(self) -> VocabShard:
         """How `head_weight` is cut over the tensor-parallel group."""
@@ -193,68 +215,69 @@ class ModelPort:
         raise RuntimeError(f"family {self.family.name} has no rule for the parameter {name}")
 
     def load(self, reader: TensorReader) -> None:
-        """Fill every parameter from full tensors. Strict: raises UserError for missing, misshapen and unknown tensors."""
+        """Fill every parameter from full tensors. Strict: raises UserError for missing, unknown (both on every rank),
+        misshapen and quantized ones."""
         expected = self.expected()
+        found = reader.keys()
+        missing = [n for n in expected if n not in found]
+        if missing:
+            raise UserError(
+                f"the model folder is incomplete: it has no tensor {_some(missing)}; download the model again"
+            )
         ignored = {"lm_head.weight"} if self.tied else set()
-        unknown = sorted(n for n in reader.keys() - set(expected) - ignored if not n.endswith("rotary_emb.inv_freq"))
+        unknown = sorted(n for n in found - set(expected) - ignored if not n.endswith("rotary_emb.inv_freq"))
         if unknown:
             raise UserError(
-                f"the model folder holds tensors that a {self.family.name} model does not have: {', '.join(unknown[:5])}"
-                f"{' ...' if len(unknown) > 5 else ''}; is its config.json of another model?"
+                f"the model folder holds tensors that a {self.family.name} model of its config.json does not have: "
+                f"{_some(unknown)}; is that config.json of another model?"
             )
         with torch.no_grad():
             for chunk in map(_bare, self.chunks):
                 for name, parameter in chunk.named_parameters():
                     number, layer = self._identify(chunk, name)
                     rule = self.family.rules[number]
-                    full = [reader.get(n, expected[n]) for n in rule.names(layer)]
-                    full = [t.to(parameter.device, parameter.dtype) for t in full]
-                    shard = rule.operation.shard(full, self.groups.tp.rank(), self.layout.tensor, self._shapes)
-                    parameter.copy_(shard)
+                    full = [_float(reader.get(n, expected[n]), n) for n in rule.names(layer)]
+                    parameter.copy_(rule.operation.shard(full, self.groups.tp.rank(), self.layout.tensor, self._shapes))
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor exactly once, whole, by Hugging Face name, on every rank; copies, never the live parameters.
 
         Collective over the tensor- and pipeline-parallel groups: all their ranks must exhaust it.
         """
-        return self._whole(lambda parameter: parameter.detach())
+        return self._whole(lambda parameter: parameter.detach(), self.dtype)
 
     def export_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The same of the accumulated float32 gradients, between the backward pass and the optimizer step. Not with the distributed
-        optimizer, which leaves each rank a shard of them."""
-        return self._whole(lambda parameter: parameter.main_grad)
+        """The same of the accumulated float32 gradients, between the backward pass and the optimizer step. Not with the
+        distributed optimizer, which leaves each rank a shard of them."""
+        return self._whole(lambda parameter: parameter.main_grad, torch.float32)
 
-    def _whole(self, of: Callable[[Any], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _whole(self, of: Callable[[Any], Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """`of` each parameter, a tensor of its shape and of `dtype`, gathered from the ranks that hold its parts."""
         local = self._local()
         owners = self._stage_owners(local)
         numbers = {id(rule): n for n, rule in enumerate(self.family.rules)}
-        pp, tp = self.groups.pp, self.groups.tp
+        pp = self.groups.pp
         for rule, layer in self._entries():
             key = (numbers[id(rule)], layer)
-            shapes = rule.operation.shapes(self._shapes)
-            full: tuple[Tensor, ...]
             if owners[key] == pp.rank():
-                full = rule.operation.unshard(self._gather(of(local[key]), tp), self._shapes)
-                full = tuple(t.clone() if tp.size() == 1 else t.contiguous() for t in full)
-                kind = full[0].dtype
+                full = rule.operation.unshard(self._gather(of(local[key])), self._shapes)
             else:
-                kind = torch.float32 if of is not None else self.dtype
-                full = ()
-            if pp.size() > 1:
-                source = owners[key]
-                kind = broadcast_object(kind if full else None, source, pp)
-                if not full:
-                    full = tuple(torch.empty(s, dtype=kind, device=self.device) for s in shapes)
-                for tensor in full:
-                    dist.broadcast(tensor, group=pp, group_src=source)
-            yield from zip(rule.names(layer), full, strict=True)
+                shapes = rule.operation.shapes(self._shapes)
+                full = tuple(torch.empty(s, dtype=dtype, device=self.device) for s in shapes)
+            for name, tensor in zip(rule.names(layer), full, strict=True):
+                tensor = tensor.contiguous()
+                if pp.size() > 1:
+                    dist.broadcast(tensor, group=pp, group_src=owners[key])
+                yield name, tensor
 
-    def _gather(self, shard: Tensor, tp: dist.ProcessGroup) -> list[Tensor]:
-        if tp.size() == 1:
-            return [shard]
-        shard = shard.contiguous()
-        shards = [torch.empty_like(shard) for _ in range(tp.size())]
-        dist.all_gather(shards, shard, group=tp)
+    def _gather(self, shard: Tensor) -> list[Tensor]:
+        """The shard of every tensor-parallel rank, copied."""
+        tp = self.groups.tp
+        shards = [torch.empty(shard.shape, dtype=shard.dtype, device=shard.device) for _ in range(tp.size())]
+        if tp.size() > 1:
+            dist.all_gather(shards, shard.contiguous(), group=tp)
+        else:
+            shards[0].copy_(shard)
         return shards
 
     def _stage_owners(self, local: Mapping[tuple[int, int | None], Tensor]) -> dict[tuple[int, int | None], int]:
@@ -273,8 +296,11 @@ class ModelPort:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """The model as a sampler: evaluation mode, the engine's cache in place of core attention, no sequence parallelism (a token
-        cannot be cut). Everything is as before afterwards. Refuses virtual stages and context parallelism."""
+        """The model as a sampler: evaluation mode, the engine's cache in place of core attention, no sequence
+        parallelism (a token cannot be cut). Everything is as before afterwards.
+
+        Refuses virtual stages and context parallelism.
+        """
         if len(self.chunks) > 1 or self.layout.context > 1:
             raise UserError("sampling on the training model needs one chunk a stage and no context parallelism")
         chunk = _bare(self.chunks[0])
@@ -300,14 +326,15 @@ class ModelPort:
                 setattr(owner, name, value)
             for module, mode in training:
                 module.training = mode
+            chunk.decoder.set_input_tensor(None)
             self._holder.cache = None
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, position_ids: Tensor, cache: Any) -> Tensor | None:
         """One forward of the whole pipeline inside `sampling`: ids and positions int64 [B, s].
 
-        Returns float32 logits of each row's newest token [B, 1, vocab] on the last stage (equal on its tensor-parallel ranks), None
-        on others. `cache` attends (`attend`) and says which hidden states are newest (`newest`).
+        Returns float32 logits of each row's newest token [B, 1, vocab] on the last stage (equal on its tensor-parallel
+        ranks), None on others. `cache` attends (`attend`) and says which hidden states are newest (`newest`).
         """
         self._holder.cache = cache
         chunk = _bare(self.chunks[0])
@@ -325,15 +352,28 @@ class ModelPort:
         if not chunk.post_process:
             dist.send(hidden.contiguous(), group=pp, group_dst=pp.rank() + 1)
             return None
-        newest = cache.newest(hidden)[0]
-        shard = VocabShard(self.head_shard().group, 0, 0)
-        logits = shard.gather_ranks((newest @ self.head_weight().t()).float())
+        logits = gemm.product(gemm.operand(cache.newest(hidden)[0]), gemm.operand(self.head_weight()).t())
+        logits = self.head_shard().gather_ranks(logits)
         return logits.transpose(0, 1).reshape(rows, 1, -1)[..., : self.vocab_size]
 
 
 def _bare(chunk: Any) -> Any:
     """The model inside Megatron's DDP wrapper."""
     return chunk.module if hasattr(chunk, "module") and hasattr(chunk, "ddp_config") else chunk
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _float(tensor: Tensor, name: str) -> Tensor:
+    """The tensor, if it holds numbers that are not quantized. Copying others would succeed and give nonsense."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise UserError(
+            f"tensor {name} of the model folder has type {tensor.dtype}: quantized weights cannot be trained, use the "
+            "unquantized model"
+        )
+    return tensor
 
 
 def _padded(vocab: int, tensor: int) -> int:

@@ -33,7 +33,10 @@ class RotarySettings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], head_dim: int) -> RotarySettings:
-        """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4). Raises UserError for other kinds of RoPE."""
+        """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
+
+        Raises UserError for other kinds of RoPE.
+        """
         parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = float(parameters.get("rope_theta") or config.get("rope_theta") or DEFAULT_THETA)
         kind = parameters.get("rope_type") or parameters.get("type") or "default"

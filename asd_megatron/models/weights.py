@@ -1,7 +1,7 @@
 """How one Megatron parameter corresponds to Hugging Face tensors, and how it is cut over tensor-parallel ranks.
 
-A rule is declarative; an operation converts in both directions between full Hugging Face tensors and one rank's shard. Nothing here
-communicates: the port gathers shards and hands them over.
+A rule is declarative; an operation converts in both directions between full Hugging Face tensors and one rank's shard.
+Nothing here communicates: the port gathers shards and hands them over.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class QKV:
-    """q, k and v projections, interleaved by key/value head: for each, its query heads, its key head, its value head."""
+    """q, k and v projections, interleaved: for each key/value head its query heads, its key head, its value head."""
 
     def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
         return (
@@ -132,8 +132,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Rule:
-    """`megatron`: parameter names that the rule covers (local layers and Transformer Engine name norms differently); `{layer}`
-    stands for the global layer number in all names."""
+    """`megatron`: parameter names that the rule covers (local layers and Transformer Engine name norms differently).
+
+    `{layer}` stands for the global layer number in all names.
+    """
 
     megatron: tuple[str, ...]
     huggingface: tuple[str, ...]

@@ -23,5 +23,6 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise UserError(
-        f"config.json names the architecture {', '.join(found) or '(none)'}, which is not supported; supported are {known}"
+        f"config.json names the architecture {', '.join(found) or '(none)'}, which is not supported; "
+        f"supported are {known}"
     )

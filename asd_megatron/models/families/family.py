@@ -54,12 +54,18 @@ def refuse_unless(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...],
         raise UserError(f"config.json: {key} is {config[key]!r}; {why}")
 
 
-def translate_decoder(config: Mapping[str, Any], *, qk_norm: bool, tied_by_default: bool) -> ModelShape:
-    """A pre-norm decoder with grouped-query attention, RoPE, RMSNorm and SwiGLU, without biases."""
+def translate_decoder(config: Mapping[str, Any], *, qk_norm: bool, explicit: tuple[str, ...] = ()) -> ModelShape:
+    """A pre-norm decoder with grouped-query attention, RoPE, RMSNorm and SwiGLU, without biases.
+
+    `explicit` are optional keys that this family requires, since `transformers` gives them other defaults than ours.
+    """
+    for key in explicit:
+        required(config, key)
+    refuse_unless(config, "quantization_config", (None,), "quantized weights cannot be trained; use a model without")
     refuse_unless(config, "hidden_act", ("silu",), "only silu (SwiGLU) is supported")
     refuse_unless(config, "attention_bias", (False, None), "projections with a bias are not supported")
     refuse_unless(config, "mlp_bias", (False, None), "projections with a bias are not supported")
-    refuse_unless(config, "use_sliding_window", (False, None), "sliding-window attention is not supported for this family")
+    refuse_unless(config, "use_sliding_window", (False, None), "sliding-window attention is not supported")
     heads, hidden = int(required(config, "num_attention_heads")), int(required(config, "hidden_size"))
     head_dim = int(config.get("head_dim") or hidden // heads)
     positions = int(required(config, "max_position_embeddings"))
@@ -74,7 +80,7 @@ def translate_decoder(config: Mapping[str, Any], *, qk_norm: bool, tied_by_defau
         max_positions=positions,
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
         qk_norm=qk_norm,
-        tied=bool(config.get("tie_word_embeddings", tied_by_default)),
+        tied=bool(config.get("tie_word_embeddings", False)),
         rotary=RotarySettings.from_config(config, head_dim),
         initializer_range=float(config.get("initializer_range", 0.02)),
     )

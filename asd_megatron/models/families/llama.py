@@ -9,6 +9,6 @@ from asd_megatron.models.families.family import Family, decoder_rules, translate
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
-    translate=partial(translate_decoder, qk_norm=False, tied_by_default=False),
+    translate=partial(translate_decoder, qk_norm=False),
     rules=decoder_rules(qk_norm=False),
 )

@@ -9,6 +9,6 @@ from asd_megatron.models.families.family import Family, decoder_rules, translate
 QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
-    translate=partial(translate_decoder, qk_norm=True, tied_by_default=False),
+    translate=partial(translate_decoder, qk_norm=True, explicit=("head_dim", "num_key_value_heads")),
     rules=decoder_rules(qk_norm=True),
 )

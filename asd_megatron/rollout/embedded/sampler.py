@@ -135,7 +135,7 @@ class StopCheck:
 
         Earlier tokens were checked when they were the newest.
         """
-        ended = np.isin(responses[:, -1], self._ids)
+        ended = (responses[:, -1:] == self._ids).any(axis=1)
         if self._strings and self._decode is not None:
             for row in np.flatnonzero(~ended):
                 text = self._decode(responses[row].tolist())
