@@ -141,7 +141,7 @@ class ModelPort:
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def forward(self, chunk: torch.nn.Module, packed: PackedTokens) -> Tensor:
-        """One chunk over one micro-batch: hidden states after the final norm on the last stage, else the stage's output.
+        """One chunk over one micro-batch: hidden states, on the last stage those after the final norm.
 
         [T, 1, H], or [T / tp, 1, H] under sequence parallelism (T a multiple of tp). Megatron's schedules hand the
         previous stage's output over.
