@@ -167,31 +167,24 @@ def test_rewards_must_be_finite(groups: Any) -> None:
         _collector(groups, ScriptedEngine(), Verifier(float("nan"))).next(1)
 
 
-def _reward_fails_on_rank_0(rank: int, error: Exception) -> str:
-    engine = ScriptedEngine(root=rank == 0)
-    collector = _collector(one_process_groups(), engine, Verifier(error) if rank == 0 else None)
-    try:
-        collector.next(1)
-    except Exception as e:
-        assert engine.pending == 0
-        return f"{type(e).__name__}: {e}"
-    return "nothing"
-
-
-def test_an_error_of_rank_0_is_raised_on_every_rank() -> None:
-    assert run_ranks(_reward_fails_on_rank_0, 2, UserError("bad reward"), timeout=60) == ["UserError: bad reward"] * 2
-    bug = run_ranks(_reward_fails_on_rank_0, 2, KeyError("x"), timeout=60)
-    assert bug == ["KeyError: 'x'", "UserError: KeyError('x')"]
-
-
-def _two_ranks(rank: int) -> tuple[str, bool]:
+def _two_ranks(rank: int) -> tuple[str, bool, list[str]]:
+    groups = one_process_groups()
     engine = ScriptedEngine({"b": 1}, root=rank == 0)
-    collector = _collector(one_process_groups(), engine, None if rank else Verifier())
+    collector = _collector(groups, engine, None if rank else Verifier())
     found = collector.next(1)
     evaluation = collector.evaluate(Problems("xy"), PARAMS, step=1)
     assert engine.asked == [("abc", 1), ("b", 1), ("xy", -2)]
-    return "".join(g.problem.prompt_id for g in found), evaluation is None
+    raised = []
+    for error in (UserError("bad reward"), KeyError("x")):
+        try:
+            _collector(groups, engine, None if rank else Verifier(error)).next(1)
+        except Exception as e:
+            assert engine.pending == 0
+            raised.append(f"{type(e).__name__}: {e}")
+    return "".join(g.problem.prompt_id for g in found), evaluation is None, raised
 
 
-def test_every_rank_makes_the_same_calls() -> None:
-    assert run_ranks(_two_ranks, 2, timeout=60) == [("abc", False), ("", True)]
+def test_every_rank_makes_the_same_calls_and_hears_of_rank_0s_error() -> None:
+    first, second = run_ranks(_two_ranks, 2, timeout=60)
+    assert first == ("abc", False, ["UserError: bad reward", "KeyError: 'x'"])
+    assert second == ("", True, ["UserError: bad reward", "UserError: KeyError('x')"])

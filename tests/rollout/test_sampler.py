@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_filters_equal_a_full_stable_sort() -> None:
         ("stop", ("",)),
     ],
 )
-def test_meaningless_parameters_are_refused(field: str, value: object) -> None:
+def test_meaningless_parameters_are_refused(field: str, value: Any) -> None:
     check_params(SamplingParams())
     with pytest.raises(UserError, match=field):
         check_params(dataclasses.replace(SamplingParams(), **{field: value}))
