@@ -1,0 +1,35 @@
+"""Python objects between ranks, whatever group they are sent over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from asd_megatron.distributed.objects import broadcast_object, gather_objects
+from tests.distributed.harness import run_ranks
+
+
+def _exchange(rank: int) -> dict[str, Any]:
+    world = dist.group.WORLD
+    assert world is not None
+    pairs = [dist.new_group([0]), dist.new_group([1, 2])]
+    mine = pairs[min(rank, 1)]
+    return {
+        "broadcast": broadcast_object({"rank": rank, "values": (1.5, None)} if rank == 1 else None, 1, world),
+        "gathered": gather_objects(["x"] * rank, 2, world),
+        # Ranks count within the group: its rank 1 is the world's rank 2.
+        "in_group": broadcast_object(rank, mine.size() - 1, mine),
+        "gathered_in_group": gather_objects(rank, mine.size() - 1, mine),
+    }
+
+
+def test_objects_arrive_by_group_rank() -> None:
+    first, second, third = run_ranks(_exchange, 3)
+    for found in (first, second, third):
+        assert found["broadcast"] == {"rank": 1, "values": (1.5, None)}
+    assert first["gathered"] is None and second["gathered"] is None
+    assert third["gathered"] == [[], ["x"], ["x", "x"]]
+    assert (first["in_group"], second["in_group"], third["in_group"]) == (0, 2, 2)
+    assert first["gathered_in_group"] == [0]
+    assert second["gathered_in_group"] is None and third["gathered_in_group"] == [1, 2]
