@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from asd_megatron.distributed.objects import broadcast_object
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, to_json
 from asd_megatron.models.port import ModelPort
@@ -23,6 +23,9 @@ from asd_megatron.models.port import ModelPort
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 4 << 30
+OTHER_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # configs, tokenizers of every kind, chat template
+OTHER_NAMES = ("LICENSE", "NOTICE")
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -56,21 +59,22 @@ class FolderReader:
                 raise UserError(f"{path} is missing, though {INDEX} names it: download the model again") from None
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is not a readable safetensors file ({error}): download it again") from None
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
                 self._where[name] = (handle, path)
 
     def _paths(self) -> list[Path]:
         index = self.folder / INDEX
+        if (self.folder / SINGLE).is_file():  # first, as transformers does
+            return [self.folder / SINGLE]
         if index.is_file():
             try:
                 files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             except (json.JSONDecodeError, KeyError, AttributeError) as error:
                 raise UserError(f"{index} is damaged ({error!r}): download it again") from None
             return [self.folder / name for name in sorted(files)]
-        if (self.folder / SINGLE).is_file():
-            return [self.folder / SINGLE]
         raise UserError(
-            f"{self.folder} holds neither {SINGLE} nor {INDEX}: convert the model to safetensors (pickled weights are not read)"
+            f"{self.folder} holds neither {SINGLE} nor {INDEX}: convert the model to safetensors "
+            "(pickled weights are not read)"
         )
 
     def keys(self) -> set[str]:
@@ -102,29 +106,40 @@ def write_folder(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Export the port's weights as a complete folder: weights in safetensors, and everything of `source` that is not weights
-    (config, generation config, tokenizer, chat template). Atomic: `target` is whole or absent; an older one is replaced.
+    """Export the port's weights as a complete folder: safetensors files of at most `max_shard_bytes` (a larger tensor
+    gets a file of its own) and `source`'s config, generation config, tokenizer, chat templates and licence.
 
-    Collective over all ranks; global rank 0 writes.
+    Atomic: `target` is whole or absent; an older one is replaced. Collective over all ranks; global rank 0 writes. When
+    it cannot (disk full, no permission), UserError on every rank.
     """
     target = Path(target)
-    if dist.get_rank() != 0:
-        for _ in port.export():
+    tensors = port.export()
+    failure: str | None = None
+    try:
+        if port.groups.world.rank() == 0:
+            with atomic_folder(target, replace=True) as folder:
+                _copy_others(Path(source), folder, port.dtype)
+                _write_weights(tensors, folder, max_shard_bytes)
+    except (OSError, SafetensorError) as error:
+        failure = f"the model cannot be exported to {target}: {error}; free space there, or choose another run.folder"
+    except UserError as error:
+        failure = str(error)
+    finally:
+        for _ in tensors:  # every rank takes part in all of its collectives
             pass
-        dist.barrier()
-        return target
-    with atomic_folder(target, replace=True) as folder:
-        _copy_others(Path(source), folder, port.dtype)
-        _write_weights(port.export(), folder, max_shard_bytes)
-    dist.barrier()
+    failure = broadcast_object(failure, 0, port.groups.world)
+    if failure is not None:
+        raise UserError(failure)
     return target
 
 
 def _copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:
     for path in source.iterdir():
-        weights = path.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf"))
-        if path.is_file() and not weights and path.name != "config.json":
+        wanted = path.suffix in OTHER_SUFFIXES or path.name.startswith(OTHER_NAMES)
+        if path.is_file() and wanted and path.name != "config.json" and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, folder / CHAT_TEMPLATES)
     config = read_config(source)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -231,6 +231,8 @@ class ModelPort:
                 f"the model folder holds tensors that a {self.family.name} model of its config.json does not have: "
                 f"{_some(unknown)}; is that config.json of another model?"
             )
+        if "lm_head.weight" in found & ignored:
+            self._refuse_other_head(reader)
         with torch.no_grad():
             for chunk in map(_bare, self.chunks):
                 for name, parameter in chunk.named_parameters():
@@ -238,6 +240,15 @@ class ModelPort:
                     rule = self.family.rules[number]
                     full = [_float(reader.get(n, expected[n]), n) for n in rule.names(layer)]
                     parameter.copy_(rule.operation.shard(full, self.groups.tp.rank(), self.layout.tensor, self._shapes))
+
+    def _refuse_other_head(self, reader: TensorReader) -> None:
+        """A tied model's folder may repeat the embedding as its head; `transformers` unties a head that differs."""
+        shape = (self.vocab_size, self.shape.hidden)
+        if not torch.equal(reader.get("lm_head.weight", shape), reader.get("model.embed_tokens.weight", shape)):
+            raise UserError(
+                "config.json ties the embedding to the head (tie_word_embeddings), but the model folder holds an "
+                "lm_head.weight that differs from model.embed_tokens.weight: set tie_word_embeddings to false there"
+            )
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor exactly once, whole, by Hugging Face name, on every rank; copies, never the live parameters.

@@ -66,6 +66,8 @@ def translate_decoder(config: Mapping[str, Any], *, qk_norm: bool, explicit: tup
     refuse_unless(config, "attention_bias", (False, None), "projections with a bias are not supported")
     refuse_unless(config, "mlp_bias", (False, None), "projections with a bias are not supported")
     refuse_unless(config, "use_sliding_window", (False, None), "sliding-window attention is not supported")
+    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise UserError("config.json: layer_types asks for other layers than full_attention, which are not supported")
     heads, hidden = int(required(config, "num_attention_heads")), int(required(config, "hidden_size"))
     head_dim = int(config.get("head_dim") or hidden // heads)
     positions = int(required(config, "max_position_embeddings"))

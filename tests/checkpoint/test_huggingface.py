@@ -1,0 +1,207 @@
+"""Hugging Face folders: what is written, `transformers` reads; what is damaged, is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from asd_megatron.checkpoint.huggingface import FolderReader, read_config
+from asd_megatron.errors import UserError
+from tests.distributed.harness import run_ranks
+from tests.models.tiny import tiny_llama, tiny_qwen3
+
+IDS = torch.arange(3, 20)[None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tiny_qwen3(tmp_path_factory.mktemp("hf") / "model", tie_word_embeddings=True)
+    (made / "LICENSE").write_text("free\n")
+    (made / "optimizer.pt").write_bytes(b"not ours")
+    (made / "additional_chat_templates").mkdir()
+    (made / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    return made
+
+
+def _port(folder: Path, layout: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    from asd_megatron.distributed.layout import Layout, init
+    from asd_megatron.models.port import ModelPort
+
+    sizes = Layout(**layout)
+    port = ModelPort.build(read_config(folder), init(sizes), sizes, dtype=dtype, layers="local")
+    with FolderReader(folder) as reader:
+        port.load(reader)
+    return port
+
+
+def _round_trips(rank: int, source: str, root: str) -> None:
+    """Exports in several layouts and sizes; the test reads them. Ends with one that cannot be written."""
+    from asd_megatron.checkpoint.huggingface import write_folder
+
+    folder, target = Path(source), Path(root)
+    assert write_folder(_port(folder, {"tensor": 2}), folder, target / "tp2") == target / "tp2"
+    pp2 = _port(folder, {"pipeline": 2})
+    with torch.no_grad():
+        for chunk in pp2.chunks:
+            for parameter in chunk.parameters():
+                parameter.mul_(1.5)
+    write_folder(pp2, folder, target / "sharded", max_shard_bytes=6000)
+    write_folder(pp2, folder, target / "tp2b")
+    write_folder(_port(folder, {"tensor": 2}), folder, target / "tp2b")  # replaces
+    write_folder(_port(folder, {"data": 2}, torch.bfloat16), folder, target / "half")
+    (target / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be exported to .*file/below"):
+        write_folder(pp2, folder, target / "file" / "below")
+    dist.barrier()  # every rank is in step after the failure
+
+
+def test_round_trips(folder: Path, tmp_path: Path) -> None:
+    run_ranks(_round_trips, 2, str(folder), str(tmp_path))
+    source = AutoModelForCausalLM.from_pretrained(folder)
+    original = load_file(folder / "model.safetensors")
+    for name in ("tp2", "tp2b"):
+        assert _names(tmp_path / name) == _names(folder) - {"optimizer.pt"}
+        written = load_file(tmp_path / name / "model.safetensors")
+        assert written.keys() == original.keys() and all(torch.equal(written[k], original[k]) for k in original)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.equal(again(IDS).logits, source(IDS).logits)
+    assert (tmp_path / "tp2" / "additional_chat_templates" / "rag.jinja").is_file()
+    assert GenerationConfig.from_pretrained(tmp_path / "tp2").temperature == 0.6
+    chat = [{"role": "user", "content": "w1 w2"}]
+    for name in ("tp2", "sharded", "half"):
+        tokenizer, theirs = AutoTokenizer.from_pretrained(tmp_path / name), AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert ids == theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+    sharded = tmp_path / "sharded"
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    files = sorted(sharded.glob("model-*.safetensors"))
+    assert len(files) > 3 and index["weight_map"].keys() == original.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in original.values())
+    largest = max(t.nbytes for t in original.values())
+    for file in files:
+        tensors = load_file(file)
+        assert all(index["weight_map"][n] == file.name for n in tensors)
+        assert sum(t.nbytes for t in tensors.values()) <= max(6000, largest)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(sharded, output_loading_info=True)
+    model, info = loaded
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(model.model.norm.weight, 1.5 * source.model.norm.weight)
+    with FolderReader(sharded) as reader:
+        assert reader.keys() == original.keys()
+        weight = reader.get("model.norm.weight", (32,))
+        assert torch.equal(weight, 1.5 * original["model.norm.weight"])
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    assert read_config(tmp_path / "half")["dtype"] == "bfloat16"
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def _names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def _drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.2.self_attn.k_norm.weight"]
+
+
+def _reshape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.3.mlp.up_proj.weight"] = torch.zeros(40, 32)
+
+
+def _add(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(48)
+
+
+def _fewer_rows(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:60].clone()
+
+
+def _integers(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.3.mlp.up_proj.weight"] = torch.zeros(48, 32, dtype=torch.int8)
+
+
+def _ignorable(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def _untied(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+
+DAMAGE: list[tuple[Callable[[dict[str, torch.Tensor]], None], tuple[str, ...]]] = [
+    (_drop, ("no tensor", "model.layers.2.self_attn.k_norm.weight")),
+    (_reshape, ("model.safetensors", "model.layers.3.mlp.up_proj.weight", "(40, 32)", "(48, 32)")),
+    (_add, ("model.layers.0.self_attn.q_proj.bias",)),
+    (_fewer_rows, ("model.embed_tokens.weight", "(60, 32)", "(61, 32)")),
+    (_integers, ("model.layers.3.mlp.up_proj.weight", "int8")),
+    (_untied, ("lm_head.weight", "tie_word_embeddings")),
+]
+
+
+def _load_damaged(rank: int, folders: list[str]) -> list[str]:
+    """The error of each folder, empty when it loads."""
+    found = []
+    for folder in folders:
+        try:
+            _port(Path(folder), {})
+            found.append("")
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_the_gate_is_strict(folder: Path, tmp_path: Path) -> None:
+    folders = []
+    for number, change in enumerate([*(change for change, _ in DAMAGE), _ignorable]):
+        damaged = tmp_path / str(number)
+        damaged.mkdir()
+        shutil.copyfile(folder / "config.json", damaged / "config.json")
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, damaged / "model.safetensors")
+        folders.append(str(damaged))
+    untied = tiny_llama(tmp_path / "untied")
+    tensors = load_file(untied / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, untied / "model.safetensors")
+    *errors, fine, headless = run_ranks(_load_damaged, 1, [*folders, str(untied)])[0]
+    for (_, words), error in zip(DAMAGE, errors, strict=True):
+        assert all(word in error for word in words), error
+    assert fine == ""
+    assert "lm_head.weight" in headless
+
+
+def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist.*model.path"):
+        read_config(tmp_path / "none")
+    with pytest.raises(UserError, match="no config.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="JSON object"):
+        read_config(tmp_path)
+    with pytest.raises(UserError, match="neither.*pickled weights are not read"):
+        FolderReader(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(UserError, match="index.json is damaged"):
+        FolderReader(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    with pytest.raises(UserError, match="model-00001-of-00001.safetensors is missing"):
+        FolderReader(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"GGUF" * 10)
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        FolderReader(tmp_path)
