@@ -227,10 +227,11 @@ def _on_first_rank(action: Callable[[], T]) -> T:
             outcome[0] = action()
         except Exception as e:
             error = e
-            outcome[1] = f"{type(e).__name__}: {e}"
+            outcome[1] = (isinstance(e, UserError), f"{type(e).__name__}: {e}")
     dist.broadcast_object_list(outcome, src=0)
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise RuntimeError(f"rank 0 failed: {outcome[1]}")
+        users, text = outcome[1]
+        raise (UserError if users else RuntimeError)(f"rank 0 failed: {text}")
     return outcome[0]
