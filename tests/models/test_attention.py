@@ -1,0 +1,115 @@
+"""Attention over packs: each sequence sees itself alone, whatever calls it shares and whichever ranks hold it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asd_megatron.models.attention import MAX_PADDING, SDPACoreAttention, plan_buckets, zigzag
+from tests.distributed.harness import run_ranks
+
+PACKS = ([5], [1, 1, 1], [7, 2, 9, 2, 8, 1, 30], [64, 3, 3, 60, 4, 61], [16, 1])
+HEADS, KV_HEADS, DIM = 4, 2, 6
+
+
+def _boundaries(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """Softmax over every earlier position of the same sequence, one sequence and one head at a time: [T, h * d]."""
+    rows = []
+    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        causal = torch.ones(len(q), len(q), dtype=torch.bool).tril()
+        heads = []
+        for head in range(HEADS):
+            group = head // (HEADS // KV_HEADS)
+            scores = (q[:, head] @ k[:, group].T * scale).masked_fill(~causal, -torch.inf)
+            heads.append(scores.softmax(-1) @ v[:, group])
+        rows.append(torch.stack(heads, 1).flatten(1))
+    return torch.cat(rows)
+
+
+def _inputs(tokens: int, seed: int = 0) -> list[Tensor]:
+    """query [T, h, d], key and value [T, hkv, d] and the gradient of the output [T, h * d], float64."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((tokens, HEADS, DIM), (tokens, KV_HEADS, DIM), (tokens, KV_HEADS, DIM), (tokens, HEADS * DIM))
+    return [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
+
+
+def _attention(context: int = 1, group: Any = None, **over: Any) -> SDPACoreAttention:
+    config = SimpleNamespace(kv_channels=DIM, context_parallel_size=context)
+    return SDPACoreAttention(config, 1, None, "self", pg_collection=SimpleNamespace(cp=group), **over)
+
+
+def _differentiate(function: Any, qkv: list[Tensor], gradient: Tensor) -> list[Tensor]:
+    """The output and the gradients of query, key and value."""
+    inputs = [x.clone().requires_grad_() for x in qkv]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, gradient)]
+
+
+@pytest.mark.parametrize("lengths", PACKS, ids=str)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_packs_against_dense_attention(lengths: list[int], scale: float | None) -> None:
+    *qkv, gradient = _inputs(sum(lengths))
+    attention = _attention(softmax_scale=scale)
+    packed = SimpleNamespace(cu_seqlens_q=_boundaries(lengths))
+    found = _differentiate(lambda *x: attention(*x, packed_seq_params=packed).squeeze(1), qkv, gradient)
+    expected = _differentiate(lambda q, k, v: _dense(q, k, v, lengths, scale or DIM**-0.5), qkv, gradient)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    plan = packed.buckets
+    attention(*qkv, packed_seq_params=packed)
+    assert packed.buckets is plan  # the next layer uses it again
+
+
+@pytest.mark.parametrize("lengths", PACKS, ids=str)
+def test_buckets_hold_every_token_once_and_little_padding(lengths: list[int]) -> None:
+    buckets = plan_buckets(_boundaries(lengths).tolist(), torch.device("cpu"))
+    tokens = torch.cat([b.gather[b.valid] for b in buckets])
+    assert tokens.sort().values.tolist() == list(range(sum(lengths)))
+    for bucket in buckets:
+        assert bucket.valid.numel() <= MAX_PADDING * bucket.valid.sum()
+    assert len(buckets) <= len(set(lengths))  # equally long sequences always share a call
+
+
+def test_other_calls_are_refused() -> None:
+    *qkv, _ = _inputs(3)
+    with pytest.raises(ValueError, match="packed sequences only"):
+        _attention()(*qkv)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_zigzag_gives_every_position_to_one_rank(size: int) -> None:
+    length = 4 * size
+    held = [zigzag(length, size, rank) for rank in range(size)]
+    assert torch.cat(held).sort().values.tolist() == list(range(length))
+    # Work under a causal mask is the same on every rank.
+    assert len({int((positions + 1).sum()) for positions in held}) == 1
+
+
+def _shared(rank: int, lengths: list[int]) -> list[list[Tensor]]:
+    """This rank's share of the output and of the gradients, found and expected."""
+    size = dist.get_world_size()
+    start = _boundaries(lengths).tolist()
+    mine = torch.cat([a + zigzag(n, size, rank) for a, n in zip(start, lengths, strict=False)])
+    *qkv, gradient = _inputs(sum(lengths))
+    attention = _attention(size, dist.group.WORLD)
+    packed = SimpleNamespace(cu_seqlens_q=_boundaries(lengths))
+    found = _differentiate(
+        lambda *x: attention(*x, packed_seq_params=packed).squeeze(1), [x[mine] for x in qkv], gradient[mine]
+    )
+    expected = _differentiate(lambda q, k, v: _dense(q, k, v, lengths, DIM**-0.5), qkv, gradient)
+    return [found, [x[mine] for x in expected]]
+
+
+def test_context_parallel_against_dense_attention() -> None:
+    for found, expected in run_ranks(_shared, 2, [8, 4, 20, 4, 12]):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
