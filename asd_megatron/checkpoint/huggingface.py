@@ -60,6 +60,8 @@ class FolderReader:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is not a readable safetensors file ({error}): download it again") from None
             for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
+                if name in self._where:
+                    raise UserError(f"tensor {name} is in {path} and in {self._where[name][1]}: download them again")
                 self._where[name] = (handle, path)
 
     def _paths(self) -> list[Path]:
@@ -69,7 +71,9 @@ class FolderReader:
         if index.is_file():
             try:
                 files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+                if any(Path(name).name != name for name in files):
+                    raise ValueError("weight_map names files outside the folder")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{index} is damaged ({error!r}): download it again") from None
             return [self.folder / name for name in sorted(files)]
         raise UserError(
@@ -81,6 +85,7 @@ class FolderReader:
         return set(self._where)
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor, in the file's dtype. Raises UserError if it is missing or of another shape."""
         if name not in self._where:
             raise UserError(f"{self.folder} has no tensor {name}: the model folder is incomplete")
         handle, path = self._where[name]
@@ -141,8 +146,8 @@ def _copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:
     if (source / CHAT_TEMPLATES).is_dir():
         shutil.copytree(source / CHAT_TEMPLATES, folder / CHAT_TEMPLATES)
     config = read_config(source)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    # Readers that know only transformers 4's name of the key keep finding it.
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
 
 

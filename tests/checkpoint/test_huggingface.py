@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from asd_megatron.checkpoint.huggingface import FolderReader, read_config
+from asd_megatron.checkpoint.huggingface import FolderReader, _copy_others, read_config
 from asd_megatron.errors import UserError
 from tests.distributed.harness import run_ranks
 from tests.models.tiny import tiny_llama, tiny_qwen3
@@ -104,6 +104,18 @@ def test_round_trips(folder: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
     assert read_config(tmp_path / "half")["dtype"] == "bfloat16"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_the_spelling_of_the_dtype_stays(folder: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    config = read_config(old)
+    config["torch_dtype"] = config.pop("dtype")
+    (old / "config.json").write_text(json.dumps(config))
+    (tmp_path / "new").mkdir()
+    _copy_others(old, tmp_path / "new", torch.bfloat16)
+    assert read_config(tmp_path / "new") == {**config, "torch_dtype": "bfloat16"}
+    assert AutoConfig.from_pretrained(tmp_path / "new").dtype == torch.bfloat16
 
 
 def _names(folder: Path) -> set[str]:
@@ -196,11 +208,17 @@ def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither.*pickled weights are not read"):
         FolderReader(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text("{}")
-    with pytest.raises(UserError, match="index.json is damaged"):
-        FolderReader(tmp_path)
+    for text in ("{}", "[]", "{", '{"weight_map": 1}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../b"}}'):
+        index.write_text(text)
+        with pytest.raises(UserError, match="index.json is damaged"):
+            FolderReader(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
     with pytest.raises(UserError, match="model-00001-of-00001.safetensors is missing"):
+        FolderReader(tmp_path)
+    for name in ("one.safetensors", "two.safetensors"):
+        save_file({"a": torch.zeros(1)}, tmp_path / name)
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    with pytest.raises(UserError, match="tensor a is in .*two.safetensors and in .*one.safetensors"):
         FolderReader(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"GGUF" * 10)
     with pytest.raises(UserError, match="not a readable safetensors file"):
