@@ -60,7 +60,14 @@ class HeldOut:
             n=e.samples,
         )
         self.collector = Collector(
-            engine, verifier, problems, renderer, session.groups, params=self.params, problems_per_step=1, seed=recipe.run.seed
+            engine,
+            verifier,
+            problems,
+            renderer,
+            session.groups,
+            params=self.params,
+            problems_per_step=1,
+            seed=recipe.run.seed,
         )
         self.puzzle = puzzle_metrics(recipe.data.test, session.tokenizer)
         self.first: dict[str, float] | None = None

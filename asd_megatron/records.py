@@ -77,7 +77,8 @@ class SamplingParams:
 class Rollout:
     """One sampled response.
 
-    `logprobs[t]` is the engine's log-probability of `response_ids[t]` at the sampling temperature, before top-p / top-k.
+    `logprobs[t]` is the engine's log-probability of `response_ids[t]` at the sampling temperature, before top-p /
+    top-k.
     `loss_mask[t]` is False for response tokens that were not sampled by the policy (tool output, forced tokens).
     """
 
@@ -134,8 +135,9 @@ class Example:
 class PackedTokens:
     """One packed (THD) micro-batch as one context-parallel rank holds it.
 
-    Shapes: `input_ids`, `position_ids` int64 [T_local]; `cu_seqlens` int32 [sequences + 1], the padded boundaries of the whole
-    pack before the context-parallel split (every length is a multiple of 2 * CP); `max_seqlen` the longest of them.
+    Shapes: `input_ids`, `position_ids` int64 [T_local]; `cu_seqlens` int32 [sequences + 1], the padded boundaries of
+    the whole pack before the context-parallel split (every length is a multiple of 2 * CP); `max_seqlen` the longest of
+    them.
     Each rank holds chunks r and 2 * CP - 1 - r of every sequence (the load-balanced layout of Transformer Engine).
     """
 
@@ -149,10 +151,10 @@ class PackedTokens:
 class TokenTable:
     """Per-token numbers of a list of rollouts, flat over their response tokens.
 
-    Rollout i owns the flat positions offsets[i]:offsets[i+1]. Columns are [N] tensors on CPU (float32, masks bool); a column that
-    was not computed in this step is absent. Usual columns: `student_logprobs`, `teacher_logprobs`, `engine_logprobs`,
-    `student_entropy`, `teacher_entropy`, `pmi` (u), `term` (the per-token quantity that lambda multiplies), `advantage`,
-    `loss_mask`, `has_context`, `clipped`.
+    Rollout i owns the flat positions offsets[i]:offsets[i+1]. Columns are [N] tensors on CPU (float32, masks bool); a
+    column that was not computed in this step is absent. Usual columns: `student_logprobs`, `teacher_logprobs`,
+    `engine_logprobs`, `student_entropy`, `teacher_entropy`, `pmi` (u), `term` (the per-token quantity that lambda
+    multiplies), `advantage`, `loss_mask`, `has_context`, `clipped`.
     """
 
     offsets: Tensor

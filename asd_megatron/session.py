@@ -1,4 +1,5 @@
-"""What both stages share: ranks, model, optimizer, tokenizer, run folder, checkpoints. Opened from a recipe, closed at the end."""
+"""What both stages share: ranks, model, optimizer, tokenizer, run folder, checkpoints. Opened from a recipe, closed at
+the end."""
 
 from __future__ import annotations
 
@@ -59,10 +60,11 @@ class Clock:
 
 
 class Session:
-    """One program on every rank. Attributes are the same everywhere unless stated; `writer` exists on global rank 0 only.
+    """One program on every rank. Attributes are the same everywhere unless stated; `writer` exists on global rank 0
+    only.
 
-    `first_step` is the first step still to be made (1, or the one after the checkpoint that the run resumed from), `resumed` the run
-    state of that checkpoint, None for a fresh run.
+    `first_step` is the first step still to be made (1, or the one after the checkpoint that the run resumed from),
+    `resumed` the run state of that checkpoint, None for a fresh run.
     """
 
     def __init__(self, recipe: AnyRecipe) -> None:
@@ -129,7 +131,8 @@ class Session:
         return self.groups.world.rank() == 0
 
     def on_root(self, action: Callable[[], T]) -> T:
-        """Run `action` on global rank 0 and give its result to every rank; its UserError is raised on every rank. Collective."""
+        """Run `action` on global rank 0 and give its result to every rank; its UserError is raised on every rank.
+        Collective."""
         result: Any = None
         refusal: str | None = None
         error: Exception | None = None
@@ -146,7 +149,8 @@ class Session:
         return result
 
     def only_root(self, action: Callable[[], T]) -> T | None:
-        """Run `action` on global rank 0 alone, None elsewhere (the result stays there); its UserError is raised on every rank."""
+        """Run `action` on global rank 0 alone, None elsewhere (the result stays there); its UserError is raised on
+        every rank."""
         kept: list[T] = []
         self.on_root(lambda: kept.append(action()))
         return kept[0] if kept else None
@@ -169,10 +173,13 @@ class Session:
         if folder.is_dir() and any(folder.iterdir()) and not resuming:
             if not self.recipe.run.overwrite:
                 raise UserError(
-                    f"the run folder {folder} is not empty: choose another run.name or run.folder, or set run.overwrite true"
+                    f"the run folder {folder} is not empty: choose another run.name or run.folder, or set "
+                    "run.overwrite true"
                 )
             if not (folder / "recipe.yaml").is_file():
-                raise UserError(f"run.overwrite: {folder} holds no recipe.yaml, so it is no run folder; it is left alone")
+                raise UserError(
+                    f"run.overwrite: {folder} holds no recipe.yaml, so it is no run folder; it is left alone"
+                )
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "recipe.yaml", dump_recipe(self.recipe))

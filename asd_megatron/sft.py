@@ -1,6 +1,7 @@
 """The supervised stage: `torchrun --nproc-per-node N -m asd_megatron.sft RECIPE [--section.key value ...]`.
 
-Weighted cross-entropy on given responses, through the same model, head, packs, schedules and checkpoints as the RL stage.
+Weighted cross-entropy on given responses, through the same model, head, packs, schedules and checkpoints as the RL
+stage.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class SupervisedRun:
         self.session = session = Session(recipe)
         renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         if not session.end_ids:
-            raise UserError(f"the tokenizer of {session.source} has no end token: set eos_token_id in generation_config.json")
+            raise UserError(
+                f"the tokenizer of {session.source} has no end token: set eos_token_id in generation_config.json"
+            )
         self.examples = supervised_source(
             recipe.data.train,
             renderer,

@@ -18,7 +18,8 @@ WARM_START = "puzzle:warm_start"
 
 
 class ProblemSource(Protocol):
-    """A problem set: a step's problems are a pure function of (step, n, seed), so that resuming needs no other state."""
+    """A problem set: a step's problems are a pure function of (step, n, seed), so that resuming needs no other
+    state."""
 
     def batch(self, step: int, n: int, seed: int) -> list[Problem]: ...
 
@@ -78,7 +79,8 @@ class SupervisedFile:
 def supervised_source(
     name: str, renderer: Any, tokenizer: Any, *, steps: int, end_token_id: int, max_tokens: int, shuffle: bool = True
 ) -> SupervisedSource:
-    """`puzzle:corpus` (the puzzle's warm start, its two stages divided over `steps` as 2 : 1) or a JSONL file of given responses."""
+    """`puzzle:corpus` (the puzzle's warm start, its two stages divided over `steps` as 2 : 1) or a JSONL file of given
+    responses."""
     if name == "puzzle:corpus":
         from asd_megatron.puzzle.corpus import Corpus, CorpusOptions
 

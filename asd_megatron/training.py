@@ -302,7 +302,8 @@ class TrainingRun:
         return self.held_out.first or {}, self.held_out.last or {}
 
     def _state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint needs beside weights and optimizer. Data order and sampling noise are functions of (seed, step)."""
+        """What a checkpoint needs beside weights and optimizer. Data order and sampling noise are functions of (seed,
+        step)."""
         return {
             "step": step,
             "weight_version": step,

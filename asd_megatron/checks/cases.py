@@ -14,7 +14,8 @@ VOCABULARY = 99  # not a multiple of any tensor-parallel size: padded rows are p
 
 
 def write_tiny_model(folder: Path, *, tied: bool, seed: int = 3) -> None:
-    """A random four-layer Qwen3 as a Hugging Face folder (float32), with weights large enough that logits differ by several nats.
+    """A random four-layer Qwen3 as a Hugging Face folder (float32), with weights large enough that logits differ by
+    several nats.
 
     Norm weights lie around 0.4: near 1, float32 resolves a weight to 6e-8 only, 1e-4 of what two Adam steps change.
     """
@@ -37,7 +38,7 @@ def write_tiny_model(folder: Path, *, tied: bool, seed: int = 3) -> None:
         eos_token_id=1,
         pad_token_id=0,
     )
-    model = Qwen3ForCausalLM(config).to(torch.float32)
+    model = Qwen3ForCausalLM(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -46,7 +47,8 @@ def write_tiny_model(folder: Path, *, tied: bool, seed: int = 3) -> None:
 
 
 def hard_batch(seed: int, groups: int = 4, size: int = 3) -> list[Example]:
-    """Rollouts of very unequal lengths, one without privileged context, one with unsampled tokens inside, a group of equal rewards."""
+    """Rollouts of very unequal lengths, one without privileged context, one with unsampled tokens inside, a group of
+    equal rewards."""
     rng = random.Random(seed)
     lengths = [1, 2, 40, 7, 3, 19, 5, 33, 1, 11, 2, 6]
     ids = lambda n: tuple(rng.randrange(2, VOCABULARY) for _ in range(n))  # noqa: E731

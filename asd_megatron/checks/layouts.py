@@ -9,7 +9,8 @@ from asd_megatron.distributed.layout import Layout
 
 @dataclass(frozen=True)
 class Cell:
-    """One layout and the settings it is tried with. `tokens_per_microbatch` small: many micro-batches of uneven size."""
+    """One layout and the settings it is tried with. `tokens_per_microbatch` small: many micro-batches of uneven
+    size."""
 
     name: str
     layout: Layout = field(default_factory=Layout)
@@ -48,8 +49,13 @@ def _cells() -> dict[str, Cell]:
         Cell("dp2_overlap_tied", Layout(data=2), tied=True, overlap=True, tokens_per_microbatch=64),
         Cell("tp2_pp2", Layout(tensor=2, pipeline=2, sequence_parallel=True), tokens_per_microbatch=64),
         Cell("tp2_cp2", Layout(tensor=2, context=2, sequence_parallel=True), tokens_per_microbatch=96),
-        Cell("pp2_vpp2_dp2", Layout(pipeline=2, virtual_pipeline=2, data=2), tied=True, distributed_optimizer=True,
-             tokens_per_microbatch=64),
+        Cell(
+            "pp2_vpp2_dp2",
+            Layout(pipeline=2, virtual_pipeline=2, data=2),
+            tied=True,
+            distributed_optimizer=True,
+            tokens_per_microbatch=64,
+        ),
         Cell("cp2_dp2", Layout(context=2, data=2), distributed_optimizer=True, tokens_per_microbatch=96),
     ]
     return {c.name: c for c in cells}

@@ -1,4 +1,5 @@
-"""Is an AntiSD update the same in every layout? Each cell against one process: loss, every gradient, every weight change."""
+"""Is an AntiSD update the same in every layout? Each cell against one process: loss, every gradient, every weight
+change."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ TOLERANCE = 1e-5
 UPDATE_TOLERANCE = 1e-4
 """Weight changes after two Adam steps: Adam divides by the square root of second moments that can be tiny."""
 LONG_TOLERANCE = 1e-3
-"""Weight changes after eleven Adam steps, eight of them with active clipping: rounding errors feed back into the next step's loss."""
+"""Weight changes after eleven Adam steps, eight of them with active clipping: rounding errors feed back into the next
+step's loss."""
 
 
 class ParityError(UserError):
@@ -93,8 +95,11 @@ def compare(cell: Cell, found: dict[str, Any], expected: dict[str, Any]) -> Cell
     )
 
 
-def run(names: Sequence[str], folder: Path, *, timeout: float = 900, say: Callable[[str], None] = print) -> list[CellResult]:
-    """Run cells (and the single-process references they need) in `folder` and compare. One torchrun a number of ranks."""
+def run(
+    names: Sequence[str], folder: Path, *, timeout: float = 900, say: Callable[[str], None] = print
+) -> list[CellResult]:
+    """Run cells (and the single-process references they need) in `folder` and compare. One torchrun a number of
+    ranks."""
     unknown = [n for n in names if n not in CELLS]
     if unknown:
         raise UserError(f"no such parity layout: {', '.join(unknown)}; there are {', '.join(CELLS)}")
@@ -118,7 +123,12 @@ def _launch(ranks: int, folder: Path, cells: Sequence[str], timeout: float) -> N
     with log.open("w") as out:
         try:
             code = subprocess.run(
-                command, env=worker_environment(ranks), stdout=out, stderr=subprocess.STDOUT, timeout=timeout, check=False
+                command,
+                env=worker_environment(ranks),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=False,
             ).returncode
         except subprocess.TimeoutExpired:
             raise ParityError(f"the cells {', '.join(cells)} did not finish within {timeout:.0f} s") from None

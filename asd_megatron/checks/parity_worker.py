@@ -1,7 +1,8 @@
 """The ranks of the parity check: `python -m asd_megatron.checks.parity_worker FOLDER CELL...` under torchrun.
 
-Runs the product's own path (packs, teacher pass, gate, update, Megatron's schedules and optimizer) in each cell's layout and leaves
-`FOLDER/CELL.pt`: losses, gradients of the first update and weight changes, as full tensors by Hugging Face name.
+Runs the product's own path (packs, teacher pass, gate, update, Megatron's schedules and optimizer) in each cell's
+layout and leaves `FOLDER/CELL.pt`: losses, gradients of the first update and weight changes, as full tensors by Hugging
+Face name.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from asd_megatron.trainer.updater import UpdateStats, update
 TEMPERATURE = 0.7
 LEARNING_RATE = 1e-3
 ADAM_EPSILON = 1e-4
-"""Large on purpose: an entry whose gradient is far below this is rounding noise, and Adam would blow it up to a whole step."""
+"""Large on purpose: an entry whose gradient is far below this is rounding noise, and Adam would blow it up to a whole
+step."""
 
 
 @dataclass
@@ -86,7 +88,9 @@ def pack_layout(groups: Any, cell: Cell, port: Any) -> PackLayout:
     )
 
 
-def run_step(t: Trained, examples: list[Example], gate: Gate, *, name: str, updates: int = 1, epochs: int = 1) -> UpdateStats:
+def run_step(
+    t: Trained, examples: list[Example], gate: Gate, *, name: str, updates: int = 1, epochs: int = 1
+) -> UpdateStats:
     """Teacher pass, gate, update: what one training step does after the rollouts."""
     method = token_method.Method(condition(name))
     passes_needed = plan(method.condition, updates, epochs=epochs)
@@ -122,7 +126,8 @@ def snapshot(tensors: Any) -> dict[str, Tensor]:
 
 
 def run_cell(folder: Path, cell: Cell) -> None:
-    """Two on-policy updates, then a batch with two clipped updates over two epochs, then a batch smaller than the data-parallel size."""
+    """Two on-policy updates, then a batch with two clipped updates over two epochs, then a batch smaller than the
+    data-parallel size."""
     t = build(folder, cell)
     result: dict[str, Any] = {}
     before = snapshot(t.port.export())
@@ -155,7 +160,8 @@ class _gradients_of_first_step:
     """Captures full gradients between the backward pass and the optimizer's clipping."""
 
     def __init__(self, t: Trained) -> None:
-        self.t, self.found = t, {}
+        self.t = t
+        self.found: dict[str, Tensor] = {}
 
     def __enter__(self) -> dict[str, Tensor]:
         self.step = self.t.optimizer.step

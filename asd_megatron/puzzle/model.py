@@ -77,3 +77,16 @@ def write_initial_model(folder: str | os.PathLike[str], seed: int = 0, layers: i
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
     return write_tokenizer(path)
+
+
+def main() -> None:
+    """`python -m asd_megatron.puzzle.model FOLDER [SEED]`"""
+    import sys
+
+    if not 2 <= len(sys.argv) <= 3:
+        raise SystemExit("usage: python -m asd_megatron.puzzle.model FOLDER [SEED]")
+    print(write_initial_model(sys.argv[1], seed=int(sys.argv[2]) if len(sys.argv) > 2 else 0))
+
+
+if __name__ == "__main__":
+    main()

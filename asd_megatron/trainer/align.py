@@ -1,8 +1,8 @@
 """Per-token numbers that stay with their token: (rollout, response position) wherever it was computed.
 
-Student and teacher sequences of a rollout are packed separately, may lie in different packs and are cut differently by context
-parallelism; every row of every pack therefore carries its row of the data-parallel rank's token table (`Pack.flat`), and results come
-home through it.
+Student and teacher sequences of a rollout are packed separately, may lie in different packs and are cut differently by
+context parallelism; every row of every pack therefore carries its row of the data-parallel rank's token table
+(`Pack.flat`), and results come home through it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from asd_megatron.trainer.batch import Pack
 
 
 class TokenColumns:
-    """Float32 columns [K, N] over a data-parallel rank's response tokens, filled pack by pack on the last pipeline stage."""
+    """Float32 columns [K, N] over a data-parallel rank's response tokens, filled pack by pack on the last pipeline
+    stage."""
 
     def __init__(self, names: tuple[str, ...], tokens: int, device: torch.device) -> None:
         self.names = names
@@ -32,8 +33,8 @@ class TokenColumns:
                 self.values[k, flat] = values[name].to(torch.float32)
 
     def share(self, *, cp: dist.ProcessGroup, pp: dist.ProcessGroup) -> dict[str, Tensor]:
-        """Every rank of the model-parallel group gets whole columns: summed over the context-parallel slices (disjoint), then
-        broadcast from the last pipeline stage. Collective on `cp` and `pp`."""
+        """Every rank of the model-parallel group gets whole columns: summed over the context-parallel slices
+        (disjoint), then broadcast from the last pipeline stage. Collective on `cp` and `pp`."""
         if cp.size() > 1:
             dist.all_reduce(self.values, group=cp)
         if pp.size() > 1:
@@ -51,8 +52,9 @@ def gather_table(
 ) -> TokenTable | None:
     """The global batch's token table on global rank 0, its rollouts in the order of the examples; None elsewhere.
 
-    `table` holds this data-parallel rank's rows, `columns` [N] what is known of them (whole on every rank of the model-parallel group),
-    `indices` the global number of each of its rollouts. Collective over rank 0's data-parallel group.
+    `table` holds this data-parallel rank's rows, `columns` [N] what is known of them (whole on every rank of the
+    model-parallel group), `indices` the global number of each of its rollouts. Collective over rank 0's data-parallel
+    group.
     """
     root = dist.get_global_rank(groups.dp, 0)
     if groups.dp.size() > 1 and root != 0:

@@ -1,8 +1,8 @@
 """From ragged sequences to balanced, packed (THD) micro-batches.
 
-Three deterministic steps that every rank repeats for itself, so that nothing has to be communicated: sequences are assigned to
-data-parallel ranks, each rank's share is cut into packs by a token budget, and each pack is laid out for this rank's slice of the
-context-parallel group. Nothing here knows what the sequences mean.
+Three deterministic steps that every rank repeats for itself, so that nothing has to be communicated: sequences are
+assigned to data-parallel ranks, each rank's share is cut into packs by a token budget, and each pack is laid out for
+this rank's slice of the context-parallel group. Nothing here knows what the sequences mean.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from asd_megatron.records import PackedTokens
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One prompt + response. Response token j (id `ids[prompt_length + j]`) owns row `first_row + j` of the batch's token table."""
+    """One prompt + response. Response token j (id `ids[prompt_length + j]`) owns row `first_row + j` of the batch's
+    token table."""
 
     ids: tuple[int, ...]
     prompt_length: int
@@ -33,9 +34,9 @@ class TokenSequence:
 class Pack:
     """One micro-batch: packed tokens and the response rows that the head scores.
 
-    `rows` int64 [N] index this rank's local token dimension (the position whose hidden state predicts the target; with sequence
-    parallelism the gathered dimension), `targets` int64 [N] are the response ids, `flat` int64 [N] the rows of the token table. A context-parallel
-    rank holds only its own share of the rows; the shares are disjoint and complete.
+    `rows` int64 [N] index this rank's local token dimension (the position whose hidden state predicts the target; with
+    sequence parallelism the gathered dimension), `targets` int64 [N] are the response ids, `flat` int64 [N] the rows of
+    the token table. A context-parallel rank holds only its own share of the rows; the shares are disjoint and complete.
     """
 
     tokens: PackedTokens
@@ -50,7 +51,8 @@ class Pack:
 
 
 def assign(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Items to ranks, longest first onto the least loaded rank (ties: the lower rank). Returns sorted item indices per rank."""
+    """Items to ranks, longest first onto the least loaded rank (ties: the lower rank). Returns sorted item indices per
+    rank."""
     loads = [0] * ranks
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -89,7 +91,8 @@ def _round_up(n: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class PackLayout:
-    """What the parallel layout asks of a pack: padding multiples, this rank's context-parallel slice, how many packs there must be."""
+    """What the parallel layout asks of a pack: padding multiples, this rank's context-parallel slice, how many packs
+    there must be."""
 
     context: int = 1
     context_rank: int = 0
@@ -118,8 +121,8 @@ class PackLayout:
 
 
 def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout) -> Pack:
-    """Concatenate sequences, pad each to the context-parallel multiple and the whole to the sequence-parallel one, take this
-    rank's slice. With no sequences: the smallest legal pack, without response rows (a zero-weight micro-batch)."""
+    """Concatenate sequences, pad each to the context-parallel multiple and the whole to the sequence-parallel one, take
+    this rank's slice. With no sequences: the smallest legal pack, without response rows (a zero-weight micro-batch)."""
     lengths = [layout.padded_length(len(s.ids)) for s in sequences] or [layout.pack_multiple]
     lengths[-1] += _round_up(sum(lengths), layout.pack_multiple) - sum(lengths)
     cu = [0]
@@ -155,7 +158,8 @@ def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout) -> Pack:
 
 
 def _context_slice(cu: Sequence[int], layout: PackLayout) -> Tensor:
-    """Positions of the whole pack that this rank holds: chunks r and 2 * CP - 1 - r of every sequence, in that order."""
+    """Positions of the whole pack that this rank holds: chunks r and 2 * CP - 1 - r of every sequence, in that
+    order."""
     pieces = []
     for start, end in zip(cu[:-1], cu[1:], strict=True):
         chunk = (end - start) // (2 * layout.context)
@@ -164,11 +168,9 @@ def _context_slice(cu: Sequence[int], layout: PackLayout) -> Tensor:
     return torch.cat(pieces)
 
 
-def build_packs(
-    shares: Sequence[Sequence[TokenSequence]], rank: int, budget: int, layout: PackLayout
-) -> list[Pack]:
-    """This data-parallel rank's packs. `shares[r]` are rank r's sequences: all ranks' counts are needed, because every rank must
-    run equally many micro-batches; a rank that has fewer gets zero-weight ones."""
+def build_packs(shares: Sequence[Sequence[TokenSequence]], rank: int, budget: int, layout: PackLayout) -> list[Pack]:
+    """This data-parallel rank's packs. `shares[r]` are rank r's sequences: all ranks' counts are needed, because every
+    rank must run equally many micro-batches; a rank that has fewer gets zero-weight ones."""
     at_least = layout.pipeline if layout.pipeline > 1 else 1
     bins = [fill_bins([layout.padded_length(len(s.ids)) for s in share], budget, at_least) for share in shares]
     count = layout.count(max(len(b) for b in bins))

@@ -1,4 +1,5 @@
-"""From rewarded groups to examples: group-relative advantages and each rollout's privileged prompt. Global rank 0 only."""
+"""From rewarded groups to examples: group-relative advantages and each rollout's privileged prompt. Global rank 0
+only."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class ExampleBuilder:
         renderer, limits: of the privileged prompt. seed: of the draw of demonstrations.
         privileged: False leaves the teacher out altogether (conditions without a teacher pass).
         success_threshold, exclude_self, when_no_solution: see `antisd.privileged`.
-        feedback_kind: `binary` or `fraction`, as the verifier says; `tests_of` counts a problem's test cases for the latter.
+        feedback_kind: `binary` or `fraction`, as the verifier says; `tests_of` counts a problem's test cases for the
+        latter.
     """
 
     def __init__(

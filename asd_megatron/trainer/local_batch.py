@@ -13,14 +13,16 @@ from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, 
 
 
 def split_mini_batches(count: int, updates: int) -> list[range]:
-    """`count` examples into `updates` contiguous, disjoint mini-batches of equal size (the remainder goes to the first ones)."""
+    """`count` examples into `updates` contiguous, disjoint mini-batches of equal size (the remainder goes to the first
+    ones)."""
     size, extra = divmod(count, updates)
     starts = [k * size + min(k, extra) for k in range(updates + 1)]
     return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
 
 
 def sampled_mask(example: Example, *, mask_truncated: bool) -> tuple[bool, ...]:
-    """Which response tokens the loss sees: the sampled ones, none of a truncated response when the recipe masks those."""
+    """Which response tokens the loss sees: the sampled ones, none of a truncated response when the recipe masks
+    those."""
     if mask_truncated and example.rollout.truncated:
         return (False,) * len(example.rollout.response_ids)
     return example.rollout.loss_mask
@@ -38,8 +40,9 @@ class GlobalCounts:
 class LocalBatch:
     """This data-parallel rank's share of a step's examples.
 
-    `shares[m][r]` are the global indices that rank r trains in mini-batch m. The token table's rows follow this rank's examples, mini-batch after
-    mini-batch. Every rank builds all shares itself from the same (broadcast) examples; nothing depends on placement but the rows' order.
+    `shares[m][r]` are the global indices that rank r trains in mini-batch m. The token table's rows follow this rank's
+    examples, mini-batch after mini-batch. Every rank builds all shares itself from the same (broadcast) examples;
+    nothing depends on placement but the rows' order.
     """
 
     all_examples: Sequence[Example]
@@ -79,7 +82,9 @@ class LocalBatch:
 
     # ---------------------------------------------------------------- packs
 
-    def _packs(self, shares: Sequence[Sequence[int]], prompt: Callable[[Example], tuple[int, ...] | None]) -> list[Pack]:
+    def _packs(
+        self, shares: Sequence[Sequence[int]], prompt: Callable[[Example], tuple[int, ...] | None]
+    ) -> list[Pack]:
         sequences: list[list[TokenSequence]] = []
         for share in shares:
             rank_sequences = []

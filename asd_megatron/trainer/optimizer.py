@@ -20,7 +20,8 @@ class StepResult:
 class Optimizer:
     """Megatron's (chained) optimizer and scheduler over a port's DDP-wrapped chunks.
 
-    The steps are Megatron's own; they are called one by one because Megatron's `step` would apply a non-finite gradient in float32.
+    The steps are Megatron's own; they are called one by one because Megatron's `step` would apply a non-finite gradient
+    in float32.
     """
 
     def __init__(

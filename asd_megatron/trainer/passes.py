@@ -15,8 +15,11 @@ from asd_megatron.trainer.scorer import score
 from asd_megatron.trainer.token_method import Columns, Method
 
 
-def score_teacher(port: Any, groups: Any, batch: LocalBatch, plan: PassPlan, *, temperature: float) -> dict[str, Tensor]:
-    """`teacher_logprobs`, `teacher_entropy` [N] of the privileged sequences under the live weights ({} when the plan has no such pass)."""
+def score_teacher(
+    port: Any, groups: Any, batch: LocalBatch, plan: PassPlan, *, temperature: float
+) -> dict[str, Tensor]:
+    """`teacher_logprobs`, `teacher_entropy` [N] of the privileged sequences under the live weights ({} when the plan
+    has no such pass)."""
     if not plan.teacher_scoring:
         return {}
     logprobs, entropy = score(port, groups, batch.teacher_packs(), batch.table.tokens, temperature=temperature)
@@ -33,9 +36,11 @@ def score_student(
     return {"student_logprobs": logprobs, "student_entropy": entropy}
 
 
-def gate_entropy(groups: Any, inputs: Columns, method: Method, teacher: Columns, student: Columns | None) -> float | None:
-    """H: the exact lower median of the entropy that the condition's gate listens to, over the counting tokens of the global batch
-    (nats). None when no token counts or nothing was scored. Collective over the data-parallel group."""
+def gate_entropy(
+    groups: Any, inputs: Columns, method: Method, teacher: Columns, student: Columns | None
+) -> float | None:
+    """H: the exact lower median of the entropy that the condition's gate listens to, over the counting tokens of the
+    global batch (nats). None when no token counts or nothing was scored. Collective over the data-parallel group."""
     listens_to_student = method.condition.gate_entropy == "student"
     entropy = (student or {}).get("student_entropy") if listens_to_student else teacher.get("teacher_entropy")
     if entropy is None:

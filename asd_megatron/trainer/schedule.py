@@ -63,8 +63,9 @@ def forward_backward(
 ) -> list[Tensor]:
     """Forward and backward of every pack, gradients reduced over data and context parallel ranks by sum.
 
-    `loss(pack, hidden [T, H])` returns the pack's share of the loss, already divided by its global denominator: nothing is rescaled
-    afterwards, so the gradient cannot depend on how the batch was split. Returns the packs' detached losses on the last stage ([] elsewhere).
+    `loss(pack, hidden [T, H])` returns the pack's share of the loss, already divided by its global denominator: nothing
+    is rescaled afterwards, so the gradient cannot depend on how the batch was split. Returns the packs' detached losses
+    on the last stage ([] elsewhere).
     """
 
     def with_count(pack: Pack, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

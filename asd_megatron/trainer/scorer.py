@@ -14,13 +14,11 @@ from asd_megatron.trainer.align import TokenColumns
 from asd_megatron.trainer.batch import Pack
 
 
-def score(
-    port: Any, groups: Any, packs: Sequence[Pack], tokens: int, *, temperature: float
-) -> tuple[Tensor, Tensor]:
+def score(port: Any, groups: Any, packs: Sequence[Pack], tokens: int, *, temperature: float) -> tuple[Tensor, Tensor]:
     """Score `packs` under the live weights. Collective over the model-parallel group.
 
-    Returns (log-probs [tokens], entropies [tokens]), float32 nats at `temperature`, the same on every rank of the model-parallel
-    group; rows that no pack covers (rollouts without privileged context) are 0.
+    Returns (log-probs [tokens], entropies [tokens]), float32 nats at `temperature`, the same on every rank of the
+    model-parallel group; rows that no pack covers (rollouts without privileged context) are 0.
     """
     columns = TokenColumns(("logprobs", "entropy"), tokens, port.device)
 

@@ -1,4 +1,5 @@
-"""The supervised stage: weighted cross-entropy on given responses, through the same head, packs and schedules as the RL update."""
+"""The supervised stage: weighted cross-entropy on given responses, through the same head, packs and schedules as the RL
+update."""
 
 from __future__ import annotations
 
@@ -18,9 +19,12 @@ from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, 
 class SupervisedExample(Protocol):
     """`loss_weights[t]` scales the cross-entropy of response token t; 0 leaves it out."""
 
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    loss_weights: tuple[float, ...]
+    @property
+    def prompt_ids(self) -> tuple[int, ...]: ...
+    @property
+    def response_ids(self) -> tuple[int, ...]: ...
+    @property
+    def loss_weights(self) -> tuple[float, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ def supervised_update(
         def token_loss(logprobs: Tensor, entropy: Tensor, block: slice) -> Tensor:
             return -(logprobs * w[block]).sum()
 
-        return linear_token_loss(hidden, port.head_weight(), pack.targets, token_loss, port.head_shard(), rows=pack.rows)[0]
+        return linear_token_loss(
+            hidden, port.head_weight(), pack.targets, token_loss, port.head_shard(), rows=pack.rows
+        )[0]
 
     optimizer.zero_grad()
     losses = schedule.forward_backward(port, packs, loss)
@@ -82,7 +88,8 @@ def supervised_update(
 
 
 def sum_over_ranks(losses: Sequence[Tensor], groups: Any, device: torch.device) -> float:
-    """The global loss from the packs' shares: summed over data and context parallel ranks, known to every pipeline stage."""
+    """The global loss from the packs' shares: summed over data and context parallel ranks, known to every pipeline
+    stage."""
     total = torch.stack(list(losses)).sum() if losses else torch.zeros((), device=device)
     total = total.to(torch.float64).reshape(1)
     if groups.dp_cp.size() > 1:

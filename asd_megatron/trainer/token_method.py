@@ -27,7 +27,8 @@ from asd_megatron.trainer.local_batch import LocalBatch
 
 @dataclass(frozen=True)
 class Method:
-    """What the recipe says of the algorithm, as plain values. `importance_cap` None: no correction of off-policy rollouts."""
+    """What the recipe says of the algorithm, as plain values. `importance_cap` None: no correction of off-policy
+    rollouts."""
 
     condition: Condition
     clip_low: float = 0.2
@@ -45,8 +46,9 @@ Columns = Mapping[str, Tensor]
 
 
 def token_inputs(batch: LocalBatch, method: Method) -> dict[str, Tensor]:
-    """The columns [N] that do not depend on any forward pass: `group_advantage`, `weight` (global denominators of each row's
-    mini-batch inside), `term_mask`, `has_context`, `loss_mask`, `engine_logprobs`, `segment` (local rollout number)."""
+    """The columns [N] that do not depend on any forward pass: `group_advantage`, `weight` (global denominators of each
+    row's mini-batch inside), `term_mask`, `has_context`, `loss_mask`, `engine_logprobs`, `segment` (local rollout
+    number)."""
     sampled = batch.column(batch.sampled, torch.bool)
     has_context = batch.per_rollout(lambda e: e.has_context, torch.bool)
     segment, positions = batch.segments(), batch.positions()
@@ -84,8 +86,9 @@ def raw_term(columns: Columns, student: Tensor, method: Method) -> tuple[Tensor,
 def advantages(
     columns: Columns, student: Tensor, method: Method, lam: float, *, statistics: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """`pmi`, `term`, `advantage` [N] under the scoring log-probs `student`. `statistics`: of the whole rollout or batch, when the term is
-    normalised; one row means the whole batch, otherwise rows are indexed by the `segment` column."""
+    """`pmi`, `term`, `advantage` [N] under the scoring log-probs `student`. `statistics`: of the whole rollout or
+    batch, when the term is normalised; one row means the whole batch, otherwise rows are indexed by the `segment`
+    column."""
     u, q = raw_term(columns, student, method)
     segment = columns["segment"] if statistics is not None and method.term_normalization == "sequence" else None
     q = finish_term(q, columns["term_mask"], statistics=statistics, segment=segment, clip=method.term_clip)
@@ -93,7 +96,8 @@ def advantages(
 
 
 def local_statistics(columns: Columns, student: Tensor, method: Method, rollouts: int) -> Tensor | None:
-    """This rank's sums for the recipe's normalisation (None: it has none), to be added over the ranks that share the segments."""
+    """This rank's sums for the recipe's normalisation (None: it has none), to be added over the ranks that share the
+    segments."""
     if method.term_normalization == "none" or not method.condition.sign:
         return None
     _, q = raw_term(columns, student, method)
@@ -106,15 +110,18 @@ def local_statistics(columns: Columns, student: Tensor, method: Method, rollouts
 def frozen_advantages(
     columns: Columns, student: Tensor, method: Method, lam: float, rollouts: int, dp: Any
 ) -> dict[str, Tensor]:
-    """Advantages of the whole local table from a scoring pass of the student, before the first update. Collective over `dp`
-    when the term is normalised over the batch. Columns are whole on every context-parallel rank, so no other sum is due."""
+    """Advantages of the whole local table from a scoring pass of the student, before the first update. Collective over
+    `dp` when the term is normalised over the batch. Columns are whole on every context-parallel rank, so no other sum
+    is due."""
     statistics = local_statistics(columns, student, method, rollouts)
     if statistics is not None and method.term_normalization == "batch" and dp.size() > 1:
         dist.all_reduce(statistics, group=dp)
     return advantages(columns, student, method, lam, statistics=statistics)
 
 
-def policy_loss(columns: Columns, logprobs: Tensor, old: Tensor, advantage: Tensor, method: Method) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    columns: Columns, logprobs: Tensor, old: Tensor, advantage: Tensor, method: Method
+) -> tuple[Tensor, Tensor]:
     """The tokens' share of the loss (denominators inside) and the mask of clipped tokens."""
     importance = None
     if method.importance_cap is not None:

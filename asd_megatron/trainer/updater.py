@@ -1,4 +1,5 @@
-"""The student's update: one forward-backward yields s_t, u_t, the advantage, the loss and the gradient (Algorithm 1, line 11)."""
+"""The student's update: one forward-backward yields s_t, u_t, the advantage, the loss and the gradient (Algorithm 1,
+line 11)."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ ON_POLICY = ("student_logprobs", "student_entropy", "pmi", "term", "advantage", 
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Of all optimizer steps of one batch. `columns` are whole on every rank of the model-parallel group; the numbers in them are
-    those under the weights before the first update (`clipped`: in any of the updates)."""
+    """Of all optimizer steps of one batch. `columns` are whole on every rank of the model-parallel group; the numbers
+    in them are those under the weights before the first update (`clipped`: in any of the updates)."""
 
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
@@ -59,7 +60,8 @@ def update(
     Args:
         inputs: of `token_inputs`, plus `teacher_logprobs` [N] when the teacher was scored.
         lam: this step's lambda.
-        scored: `student_logprobs` and `student_entropy` [N] of a scoring pass, when the plan has one: u, the term and the advantage are
+        scored: `student_logprobs` and `student_entropy` [N] of a scoring pass, when the plan has one: u, the term and
+        the advantage are
             then frozen before the first update.
     """
     frozen: dict[str, Tensor] = {}
@@ -104,10 +106,11 @@ class _PackLoss:
 
     def __call__(self, pack: Pack, hidden: Tensor) -> Tensor:
         rows = gather_rows(self.columns, pack)
-        common = {"rows": pack.rows, "temperature": self.temperature}
         weight, shard = self.port.head_weight(), self.port.head_shard()
         if self.head == "two_phase":
-            logprobs, entropy = linear_logprob(hidden, weight, pack.targets, shard, **common)
+            logprobs, entropy = linear_logprob(
+                hidden, weight, pack.targets, shard, rows=pack.rows, temperature=self.temperature
+            )
             statistics = self._statistics(rows, logprobs)
             return self._loss(rows, pack.flat, logprobs, entropy, statistics)
 
@@ -115,7 +118,9 @@ class _PackLoss:
             part = {name: column[block] for name, column in rows.items()}
             return self._loss(part, pack.flat[block], logprobs, entropy, None)
 
-        return linear_token_loss(hidden, weight, pack.targets, token_loss, shard, **common)[0]
+        return linear_token_loss(
+            hidden, weight, pack.targets, token_loss, shard, rows=pack.rows, temperature=self.temperature
+        )[0]
 
     def _statistics(self, rows: Columns, logprobs: Tensor) -> Tensor | None:
         statistics = token_method.local_statistics(rows, logprobs.detach(), self.method, self.rollouts)
@@ -123,7 +128,9 @@ class _PackLoss:
             dist.all_reduce(statistics, group=self.groups.cp)  # a rollout's rows lie on several context-parallel ranks
         return statistics
 
-    def _loss(self, rows: Columns, flat: Tensor, logprobs: Tensor, entropy: Tensor, statistics: Tensor | None) -> Tensor:
+    def _loss(
+        self, rows: Columns, flat: Tensor, logprobs: Tensor, entropy: Tensor, statistics: Tensor | None
+    ) -> Tensor:
         old = rows["student_logprobs"] if "student_logprobs" in rows else logprobs.detach()
         found: dict[str, Tensor]
         if "advantage" in rows:
