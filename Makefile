@@ -57,6 +57,7 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(PY) -m asd_megatron.cli.main recipes --write docs/recipes.md
+	$(PY) -m asd_megatron.observe.names > docs/metrics.md
 
 clean:
 	rm -rf .venv .venv-py312 .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -112,11 +112,14 @@ def table(summary: Mapping[str, Any]) -> str:
         u = summary["u_by_class"][name]
         lines.append(f"{label:38s} {_number(u['first_steps'])} {_number(u['last_steps'])}")
     gate = summary["gate"]
+    h_warm, h_first, h_last, open_share = (
+        _number(gate[name]).strip()
+        for name in ("h_warm", "entropy_first_steps", "entropy_last_steps", "open_share_after_warmup")
+    )
     lines += [
         "",
-        f"gate: H_warm {_number(gate['h_warm']).strip()}, open in {100 * (gate['open_share_after_warmup'] or 0):.0f}% of "
-        f"the steps after the warm-up, teacher's median entropy {_number(gate['entropy_first_steps']).strip()} -> "
-        f"{_number(gate['entropy_last_steps']).strip()} nats",
+        f"gate: H_warm {h_warm}, open in {open_share} of the steps after the warm-up, "
+        f"teacher's median entropy {h_first} -> {h_last} nats",
         f"engine against trainer log-probs: max |difference| {summary['engine_mismatch_max_abs']:.1e}",
     ]
     return "\n".join(lines)
