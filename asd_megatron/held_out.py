@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +38,7 @@ def embedded_engine(session: Session, max_batch_size: int) -> EmbeddedEngine:
 
 
 class HeldOut:
-    """Answers the problems of `data.test` and keeps the first and the last result.
+    """Answers the problems of `data.test` and keeps two results: before the first step (`first`) and the `last`.
 
     `verifier` lives on global rank 0 (None elsewhere) and stays the caller's to close.
     """
@@ -90,12 +90,19 @@ class HeldOut:
         if self.puzzle is not None:
             rollouts = [r for g in found.groups for r in g.rollouts]
             metrics |= self.puzzle.of_evaluation(rollouts, [x for g in found.groups for x in g.rewards])
-        self.first = self.first or metrics
+        self.first = metrics if step == 0 else self.first
         self.last = metrics
         self.session.progress.note(
             f"held-out accuracy after {step} steps: {found.accuracy:.3f}, response length {found.length_mean:.1f}"
         )
         return metrics
+
+    def state(self) -> list[dict[str, float] | None]:
+        """For a checkpoint; only global rank 0 has numbers."""
+        return [self.first, self.last]
+
+    def restore(self, state: Sequence[dict[str, float] | None]) -> None:
+        self.first, self.last = state
 
     def evaluate_before_start(self) -> None:
         """The line of step 0, when the recipe asks for it and the run is a fresh one."""

@@ -1,5 +1,9 @@
 """What both stages share: ranks, model, optimizer, tokenizer, run folder, checkpoints. Opened from a recipe, closed at
-the end."""
+the end.
+
+    with open_session(recipe) as session:
+        train(TrainingRun(recipe, session))
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +21,7 @@ import torch.distributed as dist
 
 from asd_megatron.checkpoint import training
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write_folder
-from asd_megatron.config import AnyRecipe, check_devices, check_model, check_world, dump_recipe
+from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_model, check_world, dump_recipe
 from asd_megatron.data.tokenizer import check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed import device
 from asd_megatron.distributed import layout as layouts
@@ -59,21 +63,33 @@ class Clock:
         return times
 
 
+@contextmanager
+def open_session(recipe: AnyRecipe) -> Iterator[Session]:
+    """Join the other ranks and open the recipe's session. On leaving, whatever was opened is closed, last first, and
+    the ranks part; another session may follow in the same process."""
+    with ExitStack() as closing:
+        yield Session(recipe, closing)
+
+
 class Session:
-    """One program on every rank. Attributes are the same everywhere unless stated; `writer` exists on global rank 0
-    only.
+    """One program on every rank, from `open_session`. Attributes are the same everywhere unless stated; `writer` exists
+    on global rank 0 only, after `begin`.
+
+    Opening reads and checks and leaves nothing behind: a recipe that is refused, mended and started again finds the run
+    folder as it was. `begin` makes the folder. `closing` takes what has to be closed at the end.
 
     `first_step` is the first step still to be made (1, or the one after the checkpoint that the run resumed from),
     `resumed` the run state of that checkpoint, None for a fresh run.
     """
 
-    def __init__(self, recipe: AnyRecipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: AnyRecipe, closing: ExitStack) -> None:
+        self.recipe, self.closing = recipe, closing
         device.prepare()
         world = int(os.environ.get("WORLD_SIZE", "1"))
         data = check_world(recipe, world)
         check_devices(recipe)
         self.layout = _layout(recipe, data)
+        closing.callback(layouts.shutdown)
         self.groups: Groups = layouts.init(self.layout)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         log.setLevel(recipe.logging.level.upper() if self.is_root else "ERROR")
@@ -88,7 +104,8 @@ class Session:
         self.folder = recipe.run.path
         self.checkpoints = self.folder / "checkpoints"
         resume = self.on_root(self._resume_folder)
-        self.on_root(lambda: self._prepare_folder(resume is not None))
+        self.goes_on = resume is not None and Path(resume).resolve().parent == self.checkpoints.resolve()
+        self.on_root(self._check_folder)
 
         self.port = ModelPort.build(
             self.hf_config,
@@ -113,18 +130,33 @@ class Session:
         self.resumed: dict[str, Any] | None = None
         if resume is not None:
             self.resumed = training.load(Path(resume), self.port, self.optimizer.megatron, self.optimizer.scheduler)
+            self._check_resumed(resume, self.resumed)
         self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
         self.clock = Clock()
         self.writer: RunWriter | None = None
+        self.progress = Progress(recipe.run.steps, enabled=False)
+
+    def begin(self) -> None:
+        """Make the run folder, or go on in it, and open its metrics. Collective."""
+        self.on_root(self._prepare_folder)
         self.progress = Progress(
-            recipe.run.steps, done=self.first_step - 1, enabled=self.is_root and recipe.logging.progress
+            self.recipe.run.steps,
+            done=self.first_step - 1,
+            enabled=self.is_root and self.recipe.logging.progress,
         )
+        self.closing.callback(self.progress.close)
         if self.is_root:
             done = None if self.resumed is None else self.first_step - 1
-            self.writer = RunWriter(self.folder, tensorboard=recipe.logging.tensorboard, resume_step=done)
-            self.writer.text("recipe", dump_recipe(recipe))
+            self.writer = RunWriter(self.folder, tensorboard=self.recipe.logging.tensorboard, resume_step=done)
+            self.closing.callback(self.writer.close)
+            self.writer.text("recipe", dump_recipe(self.recipe))
 
     # ---------------------------------------------------------------- ranks
+
+    @property
+    def stage(self) -> str:
+        """Which program this is: `train` or `sft`."""
+        return "train" if isinstance(self.recipe, Recipe) else "sft"
 
     @property
     def is_root(self) -> bool:
@@ -168,21 +200,41 @@ class Session:
             raise UserError(f"checkpoint.resume: {asked} is not a folder; give a checkpoint's folder, auto or never")
         return asked
 
-    def _prepare_folder(self, resuming: bool) -> None:
+    def _check_resumed(self, path: str, state: Mapping[str, Any]) -> None:
+        step, steps = int(state["step"]), self.recipe.run.steps
+        if state["stage"] != self.stage:
+            raise UserError(
+                f"checkpoint.resume: {path} was made by `asd-megatron {state['stage']}`: to go on from there, give the "
+                "Hugging Face folder that it exported (RUN/hf/step_NNNNNN) as model.path"
+            )
+        if step > steps or step == steps and not self.goes_on:
+            raise UserError(
+                f"checkpoint.resume: {path} is the state after step {step} and run.steps is {steps}, so there is no "
+                f"step left: set run.steps above {step}, or checkpoint.resume never and another run.name"
+            )
+
+    def _check_folder(self) -> None:
+        """Refuse a run folder that holds something else, before any work is done."""
         folder = self.folder
-        if folder.is_dir() and any(folder.iterdir()) and not resuming:
-            if not self.recipe.run.overwrite:
-                raise UserError(
-                    f"the run folder {folder} is not empty: choose another run.name or run.folder, or set "
-                    "run.overwrite true"
-                )
-            if not (folder / "recipe.yaml").is_file():
-                raise UserError(
-                    f"run.overwrite: {folder} holds no recipe.yaml, so it is no run folder; it is left alone"
-                )
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / "recipe.yaml", dump_recipe(self.recipe))
+        if self.goes_on or not (folder.is_dir() and any(folder.iterdir())):
+            return
+        if not self.recipe.run.overwrite:
+            raise UserError(
+                f"the run folder {folder} is not empty: choose another run.name or run.folder, or set "
+                "run.overwrite true"
+            )
+        if not (folder / "recipe.yaml").is_file():
+            raise UserError(f"run.overwrite: {folder} holds no recipe.yaml, so it is no run folder; it is left alone")
+        for key, path in _inputs(self.recipe).items():
+            if Path(path).resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"run.overwrite would remove {folder} with {key} {path} in it: choose another run.name")
+
+    def _prepare_folder(self) -> None:
+        self._check_folder()
+        if self.folder.is_dir() and not self.goes_on:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.folder / "recipe.yaml", dump_recipe(self.recipe))
 
     # ---------------------------------------------------------------- steps
 
@@ -202,29 +254,43 @@ class Session:
                 self.port,
                 self.optimizer.megatron,
                 self.optimizer.scheduler,
-                {**run_state, "step": step},
+                {**run_state, "step": step, "stage": self.stage},
                 keep=self.recipe.checkpoint.keep,
             )
 
     def export(self, step: int) -> Path:
         """RUN/hf/step_NNNNNN, a complete Hugging Face folder. Collective."""
-        target = self.folder / "hf" / f"step_{step:06d}"
         with self.clock.phase("checkpoint"):
-            write_folder(self.port, self.source, target)
-        return target
+            return write_folder(self.port, self.source, self._hf(step))
 
     def checkpoint_if_due(self, step: int, run_state: Mapping[str, Any]) -> None:
         settings = self.recipe.checkpoint
-        if self.is_due(step, settings.every):
+        if self.is_due(step, settings.every, at_end=settings.every > 0):
             self.save(step, run_state)
         if self.is_due(step, settings.export_every, at_end=settings.export_at_end):
             self.export(step)
 
-    def close(self) -> None:
-        self.progress.close()
-        if self.writer is not None:
-            self.writer.close()
-        layouts.shutdown()
+    def export_if_missing(self) -> None:
+        """The export after the last step, when a run was stopped between that step's checkpoint and it. Collective."""
+        last = self.recipe.run.steps
+        if self.first_step > last and self.recipe.checkpoint.export_at_end and not self.on_root(self._hf(last).is_dir):
+            self.export(last)
+
+    def _hf(self, step: int) -> Path:
+        return self.folder / "hf" / f"step_{step:06d}"
+
+
+def _inputs(recipe: AnyRecipe) -> dict[str, str]:
+    """What the recipe reads, by key: files and folders (built-in names are none, and are never inside a run folder)."""
+    found: dict[str, str | None] = {
+        "model.path": recipe.model.path,
+        "data.train": recipe.data.train,
+        "data.test": recipe.data.test,
+        "checkpoint.resume": recipe.checkpoint.resume,
+    }
+    if isinstance(recipe, Recipe):
+        found["rollout.replay_folder"] = recipe.rollout.replay_folder
+    return {key: path for key, path in found.items() if path is not None}
 
 
 def updates_per_step(recipe: AnyRecipe) -> int:

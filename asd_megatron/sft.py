@@ -16,9 +16,8 @@ from asd_megatron.errors import UserError
 from asd_megatron.files import write_json
 from asd_megatron.held_out import HeldOut, embedded_engine
 from asd_megatron.observe.metrics import supervised_metrics
-from asd_megatron.reward.base import Verifier
 from asd_megatron.reward.factory import make_verifier
-from asd_megatron.session import Session
+from asd_megatron.session import Session, open_session
 from asd_megatron.sources import problem_source, supervised_source
 from asd_megatron.startup import announce
 from asd_megatron.trainer.sft import supervised_update
@@ -28,9 +27,8 @@ from asd_megatron.training import make_renderer
 class SupervisedRun:
     """A supervised run from its recipe; every rank has one."""
 
-    def __init__(self, recipe: SftRecipe) -> None:
-        self.recipe = recipe
-        self.session = session = Session(recipe)
+    def __init__(self, recipe: SftRecipe, session: Session) -> None:
+        self.recipe, self.session = recipe, session
         renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         if not session.end_ids:
             raise UserError(
@@ -46,12 +44,15 @@ class SupervisedRun:
             shuffle=recipe.data.shuffle,
         )
         self.held_out: HeldOut | None = None
-        self.verifier: Verifier | None = None
         if recipe.evaluates and recipe.reward is not None and recipe.data.test is not None:
             reward = recipe.reward
-            self.verifier = session.only_root(lambda: make_verifier(**reward.model_dump()))
+            verifier = session.only_root(lambda: make_verifier(**reward.model_dump()))
+            if verifier is not None:
+                session.closing.callback(verifier.close)
             engine = embedded_engine(session, max_batch_size=256)
-            self.held_out = HeldOut(session, engine, problem_source(recipe.data.test), renderer, self.verifier)
+            self.held_out = HeldOut(session, engine, problem_source(recipe.data.test), renderer, verifier)
+        if session.resumed is not None and session.resumed["evaluations"] is not None and self.held_out is not None:
+            self.held_out.restore(session.resumed["evaluations"])
 
     def step(self, step: int) -> dict[str, float]:
         recipe, session = self.recipe, self.session
@@ -77,17 +78,14 @@ class SupervisedRun:
         return {**metrics, **evaluation}
 
     def state(self, step: int) -> dict[str, Any]:
-        """Examples are a function of (seed, step): nothing but the step has to be kept."""
-        return {"step": step, "seed": self.recipe.run.seed, "stage": "sft"}
-
-    def close(self) -> None:
-        if self.verifier is not None:
-            self.verifier.close()
-        self.session.close()
+        """Examples are a function of (seed, step): the step alone says where to go on."""
+        evaluations = None if self.held_out is None else self.held_out.state()
+        return {"step": step, "seed": self.recipe.run.seed, "evaluations": evaluations}
 
 
 def train(run: SupervisedRun) -> None:
     recipe, session = run.recipe, run.session
+    session.begin()
     announce(
         session,
         {
@@ -107,8 +105,12 @@ def train(run: SupervisedRun) -> None:
             session.writer.write(step, metrics)
         session.progress.update(step, metrics)
         session.checkpoint_if_due(step, run.state(step))
+    session.export_if_missing()
     if session.is_root:
+        from asd_megatron.observe.plots import plot_run
+
         first, last = (run.held_out.first, run.held_out.last) if run.held_out else (None, None)
+        plot_run(session.folder)
         write_json(
             session.folder / "summary.json",
             {
@@ -129,11 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def program() -> int:
         if not arguments or arguments[0].startswith("-"):
             raise UserError("give a recipe first: python -m asd_megatron.sft RECIPE [--section.key value ...]")
-        run = SupervisedRun(load_recipe(arguments[0], arguments[1:], kind="sft"))
-        try:
-            train(run)
-        finally:
-            run.close()
+        recipe = load_recipe(arguments[0], arguments[1:], kind="sft")
+        with open_session(recipe) as session:
+            train(SupervisedRun(recipe, session))
         return 0
 
     return guarded(program)

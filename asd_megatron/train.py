@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from asd_megatron.cli.guard import guarded
 from asd_megatron.config import Recipe, load_recipe
+from asd_megatron.session import open_session
 from asd_megatron.training import TrainingRun
 
 
@@ -34,11 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> int:
         recipe: Recipe = load_recipe(*_recipe_and_overrides(arguments))
-        run = TrainingRun(recipe)
-        try:
-            train(run)
-        finally:
-            run.close()
+        with open_session(recipe) as session:
+            train(TrainingRun(recipe, session))
         return 0
 
     return guarded(program)

@@ -41,10 +41,9 @@ class Batch:
 class TrainingRun:
     """A training run from its recipe; every rank has one. Methods are collective unless they only read."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, session: Session) -> None:
+        self.recipe, self.session = recipe, session
         self.condition = condition(recipe.algorithm.name)
-        self.session = session = Session(recipe)
         self.groups, self.port, self.clock = session.groups, session.port, session.clock
         algorithm = recipe.algorithm
         self.method = token_method.Method(
@@ -83,10 +82,13 @@ class TrainingRun:
             if problems is not None:
                 self.renderer.check(problems.take(None))
         self.verifier = session.only_root(lambda: make_verifier(**recipe.reward.model_dump()))
+        if self.verifier is not None:
+            session.closing.callback(self.verifier.close)
         self.embedded = None
         if recipe.samples_embedded:
             self.embedded = embedded_engine(session, recipe.rollout.max_batch_size)
         self.engine: RolloutEngine = self._engine()
+        session.closing.callback(self.engine.close)
         self.collector = Collector(
             self.engine,
             self.verifier,
@@ -124,7 +126,8 @@ class TrainingRun:
     # ---------------------------------------------------------------- the loop's lines
 
     def start(self) -> None:
-        """The start-up report; the evaluation before the first step."""
+        """The run folder, the start-up report, the evaluation before the first step."""
+        self.session.begin()
         announce_training(self)
         if self.held_out is not None:
             self.held_out.evaluate_before_start()
@@ -234,6 +237,7 @@ class TrainingRun:
 
     def finish(self) -> None:
         """RUN/summary.json and RUN/curves.png."""
+        self.session.export_if_missing()
         if self.session.is_root:
             from asd_megatron.observe.plots import plot_run
 
@@ -241,7 +245,7 @@ class TrainingRun:
             plot_run(self.session.folder)
 
     def summary(self) -> dict[str, Any]:
-        first, last = self._evaluations()
+        first, last = (self.held_out.first or {}, self.held_out.last or {}) if self.held_out else ({}, {})
         return {
             "name": self.recipe.run.name,
             "condition": self.condition.name,
@@ -253,12 +257,6 @@ class TrainingRun:
             "gate": {"open": self.gate.is_open, "h_warm": self.gate.h_warm},
             "recipe_hash": recipe_hash(self.recipe),
         }
-
-    def close(self) -> None:
-        self.engine.close()
-        if self.verifier is not None:
-            self.verifier.close()
-        self.session.close()
 
     # ---------------------------------------------------------------- parts
 
@@ -295,12 +293,6 @@ class TrainingRun:
 
     # ---------------------------------------------------------------- run state
 
-    def _evaluations(self) -> tuple[dict[str, float], dict[str, float]]:
-        """The first and the last held-out evaluation; empty on other ranks than global rank 0."""
-        if self.held_out is None:
-            return {}, {}
-        return self.held_out.first or {}, self.held_out.last or {}
-
     def _state(self, step: int) -> dict[str, Any]:
         """What a checkpoint needs beside weights and optimizer. Data order and sampling noise are functions of (seed,
         step)."""
@@ -310,7 +302,7 @@ class TrainingRun:
             "condition": self.condition.name,
             "gate": self.gate.state_dict(),
             "seed": self.recipe.run.seed,
-            "evaluations": self._evaluations(),
+            "evaluations": None if self.held_out is None else self.held_out.state(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -318,8 +310,8 @@ class TrainingRun:
             self.gate.recalibrate()  # continual AntiSD (section 4.4): H_warm over new warm-up steps
         else:
             self.gate.load_state_dict(state["gate"])
-        if self.held_out is not None:
-            self.held_out.first, self.held_out.last = state["evaluations"]
+        if self.held_out is not None and state["evaluations"] is not None:
+            self.held_out.restore(state["evaluations"])
 
 
 def make_renderer(recipe: Any, tokenizer: Any, end_ids: Sequence[int]) -> PromptRenderer:

@@ -24,7 +24,8 @@ class RunBase(Section):
     overwrite: bool = Field(
         False,
         description=(
-            "Replace what a non-empty run folder holds. Without it such a folder is refused, unless the run resumes."
+            "Replace what a non-empty run folder holds; without it such a folder is refused. A run that goes on from"
+            " its own checkpoint (`checkpoint.resume`) keeps its folder either way."
         ),
     )
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from asd_megatron.distributed import device
 from asd_megatron.errors import UserError
 
+_joined = False  # whether `init` joined the ranks; who calls it in a job of theirs stays in it
 SEED = 1234  # of Megatron's own random state (dropout), which our models do not use
 
 
@@ -64,8 +65,10 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> Groups:
     """
     from megatron.core import parallel_state
 
+    global _joined
     device.prepare()
     if not dist.is_initialized():
+        _joined = True
         timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ:
             dist.init_process_group(device.backend(), timeout=timeout)
@@ -115,7 +118,11 @@ def shutdown_model_parallel() -> None:
 
 
 def shutdown() -> None:
-    """Leave the other ranks. Safe to call twice."""
+    """Leave what `init` joined: the layout's groups, and the other ranks unless they were joined before. Safe to call
+    twice."""
+    global _joined
     if dist.is_initialized():
         shutdown_model_parallel()
-        dist.destroy_process_group()
+        if _joined:
+            dist.destroy_process_group()
+    _joined = False
