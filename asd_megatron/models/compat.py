@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from functools import cache
 from typing import Any
 
@@ -24,12 +23,6 @@ def resolve_layers(asked: str) -> str:
     if asked == "te" and not has_transformer_engine():
         raise UserError("model.layers te needs Transformer Engine and CUDA; install the gpu extra, or choose auto")
     return asked
-
-
-def config_arguments(config_class: type, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that this release's config class knows; those it does not know must be at their no-op value."""
-    known = inspect.signature(config_class).parameters
-    return {name: value for name, value in wanted.items() if name in known}
 
 
 def hidden_state_model(gpt_class: type) -> type:
