@@ -56,7 +56,8 @@ def build(folder: Path, cell: Cell) -> Trained:
     port = ModelPort.build(
         read_config(source), groups, cell.layout, dtype=torch.float32, layers="local", recompute=cell.recompute
     )
-    port.load(FolderReader(source))
+    with FolderReader(source) as tensors:
+        port.load(tensors)
     port.wrap_ddp(distributed_optimizer=cell.distributed_optimizer, overlap_grad_reduce=cell.overlap)
     optimizer = Optimizer(
         port,
