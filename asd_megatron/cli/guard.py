@@ -11,7 +11,7 @@ from asd_megatron.errors import UserError
 
 USER_ERROR = 2  # exit status
 INTERRUPTED = 130  # exit status: 128 + SIGINT
-OTHER_RANKS_WAIT = 3.0  # seconds
+OTHER_RANKS_WAIT = 10.0  # seconds; a busy machine takes some to end rank 0
 
 
 def guarded(program: Callable[[], int]) -> int:

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 
-from asd_megatron.config import Kind, check_devices, check_world, load_recipe, render_help
+from asd_megatron.config import AnyRecipe, Kind, check_devices, check_model, check_world, load_recipe, render_help
 from asd_megatron.errors import UserError
 
 
@@ -43,9 +43,17 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
     ranks = recipe.parallelism.ranks
     check_world(recipe, ranks)
     check_devices(recipe)
+    _check_model(recipe)
     _enough_gpus(ranks)
     set_threads(ranks, os.environ)
     return run_ranks(module, argv, ranks)
+
+
+def _check_model(recipe: AnyRecipe) -> None:
+    from asd_megatron.checkpoint.huggingface import read_config  # torch and more: not for --help
+    from asd_megatron.sources import model_folder
+
+    check_model(recipe, read_config(model_folder(recipe.model.path)))
 
 
 def refuse_torchrun(kind: Kind, module: str, environment: Mapping[str, str]) -> None:

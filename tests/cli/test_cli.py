@@ -48,8 +48,10 @@ def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe(folder: Path, text: str = "") -> str:
-    path = folder / "recipe.yaml"
-    path.write_text("model: {path: m}\ndata: {train: t}\n" + text)
+    path, model = folder / "recipe.yaml", folder / "m"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text("{}")
+    path.write_text(f"model: {{path: {model}}}\ndata: {{train: t}}\n{text}")
     return str(path)
 
 
