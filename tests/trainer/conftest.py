@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from asd_megatron.checks.cases import write_tiny_model
+from asd_megatron.distributed import layout as layouts
+from tests.trainer.product import Product
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parity check's random four-layer Qwen3 as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder, tied=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def product(tiny_folder: Path) -> Iterator[Product]:
+    """That model in this process, alone."""
+    yield Product(tiny_folder)
+    layouts.shutdown()

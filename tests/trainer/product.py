@@ -1,0 +1,173 @@
+"""The product's update under the dense reference's settings: what one training step does after the rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asd_megatron.antisd import Gate, condition
+from asd_megatron.checkpoint.huggingface import FolderReader, read_config
+from asd_megatron.distributed import layout as layouts
+from asd_megatron.distributed.layout import Groups, Layout
+from asd_megatron.models.port import ModelPort
+from asd_megatron.records import Example, TokenTable
+from asd_megatron.trainer import passes, token_method
+from asd_megatron.trainer.align import gather_table
+from asd_megatron.trainer.batch import PackLayout
+from asd_megatron.trainer.local_batch import LocalBatch
+from asd_megatron.trainer.optimizer import Optimizer, StepResult
+from asd_megatron.trainer.pass_plan import PassPlan, plan
+from asd_megatron.trainer.updater import UpdateStats, update
+from tests.reference.dense import DenseRecipe
+
+
+ALONE = Layout()
+
+
+def method_of(recipe: DenseRecipe) -> token_method.Method:
+    limit = recipe.term_max_position
+    return token_method.Method(
+        condition=condition(recipe.condition),
+        clip_low=recipe.clip_low,
+        clip_high=recipe.clip_high,
+        aggregation=recipe.aggregation,
+        constant_length=recipe.constant_length,
+        pmi_clip=None if recipe.pmi_clip == math.inf else recipe.pmi_clip,
+        term_normalization=recipe.term_normalization,
+        term_clip=None if recipe.term_clip == math.inf else recipe.term_clip,
+        term_max_position=None if limit == math.inf else int(limit),
+        importance_cap=recipe.importance_cap,
+    )
+
+
+def gate_of(recipe: DenseRecipe, h_warm: float | None = None) -> Gate:
+    return Gate.for_condition(
+        recipe.condition,
+        lambda_max=recipe.lambda_max,
+        warmup_steps=recipe.warmup_steps,
+        tau_down=recipe.tau_down,
+        tau_up=recipe.tau_up,
+        h_warm=h_warm,
+    )
+
+
+@dataclass
+class Step:
+    """What one step of the product came to. `table`: the global batch's, on global rank 0 (None elsewhere)."""
+
+    plan: PassPlan
+    median_entropy: float | None
+    lam: float
+    stats: UpdateStats
+    table: TokenTable | None
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)  # of each update, before clipping
+    weights: list[dict[str, Tensor]] = field(default_factory=list)  # after each update
+
+
+class RecordingOptimizer:
+    """Megatron's optimizer, keeping every update's gradients and weights. Without a learning rate the weights stay."""
+
+    def __init__(self, port: ModelPort, recipe: DenseRecipe, *, distributed: bool = False) -> None:
+        self.port, self.frozen = port, recipe.learning_rate is None
+        self.gradients: list[dict[str, Tensor]] = []
+        self.weights: list[dict[str, Tensor]] = []
+        self.inner = Optimizer(
+            port,
+            learning_rate=recipe.learning_rate or 1.0,
+            min_learning_rate=0.0,
+            schedule="constant",
+            warmup_steps=0,
+            total_steps=10,
+            weight_decay=recipe.weight_decay,
+            beta1=recipe.beta1,
+            beta2=recipe.beta2,
+            epsilon=recipe.epsilon,
+            clip_grad=recipe.clip_grad,
+            distributed=distributed,
+        )
+
+    def zero_grad(self) -> None:
+        self.inner.zero_grad()
+
+    def step(self, **arguments: Any) -> StepResult:
+        self.gradients.append(snapshot(self.port.export_gradients()))
+        if self.frozen:
+            norm = math.sqrt(sum(float((g * g).sum()) for g in self.gradients[-1].values()))
+            return StepResult(norm, True)
+        result = self.inner.step(**arguments)
+        self.weights.append(snapshot(self.port.export()))
+        return result
+
+
+def snapshot(tensors: Any) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors}
+
+
+class Product:
+    """A model folder on this rank, in a layout. Collective where its parts are."""
+
+    def __init__(self, folder: Path, layout: Layout = ALONE) -> None:
+        self.groups: Groups = layouts.init(layout)
+        self.reader = FolderReader(folder)
+        self.port = ModelPort.build(read_config(folder), self.groups, layout, dtype=torch.float32, layers="local")
+        self.port.load(self.reader)
+        self.port.wrap_ddp(distributed_optimizer=False, overlap_grad_reduce=False)
+        self.pack_layout = PackLayout(
+            context=layout.context,
+            context_rank=self.groups.cp.rank(),
+            tensor=layout.tensor,
+            sequence_parallel=layout.sequence_parallel,
+            pipeline=layout.pipeline,
+            virtual_pipeline=layout.virtual_pipeline is not None,
+            device=self.port.device,
+        )
+
+    def reload(self) -> None:
+        self.port.load(self.reader)
+
+    def batch(self, examples: Sequence[Example], recipe: DenseRecipe, tokens_per_microbatch: int) -> LocalBatch:
+        return LocalBatch.build(
+            examples,
+            ranks=self.groups.dp.size(),
+            rank=self.groups.dp.rank(),
+            updates=recipe.updates,
+            layout=self.pack_layout,
+            tokens_per_microbatch=tokens_per_microbatch,
+            mask_truncated=recipe.mask_truncated,
+        )
+
+    def step(
+        self, examples: Sequence[Example], recipe: DenseRecipe, gate: Gate, *, tokens_per_microbatch: int = 100
+    ) -> Step:
+        """The lines of `train.train` from `build_batch` on."""
+        method = method_of(recipe)
+        needed = plan(method.condition, recipe.updates, recipe.term_normalization, epochs=recipe.epochs)
+        batch = self.batch(examples, recipe, tokens_per_microbatch)
+        inputs = token_method.token_inputs(batch, method)
+        teacher = passes.score_teacher(self.port, self.groups, batch, needed, temperature=recipe.temperature)
+        student = passes.score_student(self.port, self.groups, batch, needed, temperature=recipe.temperature)
+        entropy = passes.gate_entropy(self.groups, inputs, method, teacher, student)
+        lam = gate.update(entropy)
+        optimizer = RecordingOptimizer(self.port, recipe)
+        stats = update(
+            self.port,
+            self.groups,
+            optimizer,
+            batch,
+            {**inputs, **teacher},
+            method=method,
+            plan=needed,
+            lam=lam,
+            temperature=recipe.temperature,
+            epochs=recipe.epochs,
+            scored=student,
+        )
+        columns = {**teacher, **stats.columns, "loss_mask": inputs["loss_mask"]}
+        table = gather_table(batch.table, columns, batch.indices, self.groups)
+        return Step(needed, entropy, lam, stats, table, optimizer.gradients, optimizer.weights)
