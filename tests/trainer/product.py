@@ -26,7 +26,6 @@ from asd_megatron.trainer.pass_plan import PassPlan, plan
 from asd_megatron.trainer.updater import UpdateStats, update
 from tests.reference.dense import DenseRecipe
 
-
 ALONE = Layout()
 
 
