@@ -167,10 +167,10 @@ class _gradients_of_first_step:
     def __enter__(self) -> dict[str, Tensor]:
         self.step = self.t.optimizer.step
 
-        def step() -> Any:
+        def step(*, loss: float = 0.0) -> Any:
             if not self.t.cell.distributed_optimizer:
                 self.found.update(snapshot(self.t.port.export_gradients()))
-            return self.step()
+            return self.step(loss=loss)
 
         self.t.optimizer.step = step  # type: ignore[method-assign]
         return self.found

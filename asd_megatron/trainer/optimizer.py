@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class StepResult:
-    """`applied` is False when the gradient norm was not finite: weights and optimizer state are then untouched."""
+    """`applied` is False for an update that was left out: weights and optimizer state are untouched then."""
 
     grad_norm: float
     applied: bool
@@ -22,6 +22,10 @@ class Optimizer:
 
     The steps are Megatron's own; they are called one by one because Megatron's `step` would apply a non-finite gradient
     in float32.
+
+    The learning rate of update n (from 1): n / warmup_steps of `learning_rate` during the warm-up, all of it at its end
+    (without a warm-up: at update 1), from there down to `min_learning_rate`, which the update after `total_steps` would
+    have. An update that is left out takes its place in the schedule.
     """
 
     def __init__(
@@ -67,14 +71,14 @@ class Optimizer:
             max_lr=learning_rate,
             min_lr=min_learning_rate,
             lr_warmup_steps=warmup_steps,
-            lr_decay_steps=max(total_steps, warmup_steps + 1),
+            lr_decay_steps=max(total_steps, warmup_steps) + (1 if warmup_steps else 0),
             lr_decay_style=schedule,
             start_wd=weight_decay,
             end_wd=weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
-        # The scheduler starts at step 0 of the warm-up, whose rate is 0: the first update uses step 1's.
+        # Megatron's scheduler starts at step 0 of the warm-up, whose rate is 0: the first update has step 1's.
         if warmup_steps:
             self.scheduler.step(1)
 
@@ -88,13 +92,16 @@ class Optimizer:
         self.megatron.zero_grad()
 
     @torch.no_grad()
-    def step(self) -> StepResult:
-        """Clip to the global gradient norm and update, then advance the schedule. Collective over all ranks."""
+    def step(self, *, loss: float = 0.0) -> StepResult:
+        """Clip to the global gradient norm and update, then advance the schedule. Collective over all ranks.
+
+        The update is left out when the gradient norm or `loss`, the same on every rank, is not finite.
+        """
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
         found_inf = self.megatron.prepare_grads()
         norm = float("nan") if found_inf else float(self.megatron.get_grad_norm())
-        applied = math.isfinite(norm)
+        applied = math.isfinite(norm) and math.isfinite(loss)
         if applied:
             if self.clip_grad > 0:
                 for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):

@@ -58,7 +58,7 @@ def supervised_update(
         row, rank_sequences = 0, []
         for i in share:
             e = examples[i]
-            rank_sequences.append(TokenSequence(tuple(e.prompt_ids) + tuple(e.response_ids), len(e.prompt_ids), row))
+            rank_sequences.append(TokenSequence((*e.prompt_ids, *e.response_ids), len(e.prompt_ids), row))
             row += len(e.response_ids)
         sequences.append(rank_sequences)
         if r == rank:
@@ -82,7 +82,7 @@ def supervised_update(
     optimizer.zero_grad()
     losses = schedule.forward_backward(port, packs, loss)
     value = sum_over_ranks(losses, groups, port.device)
-    result = optimizer.step()
+    result = optimizer.step(loss=value)
     tokens = sum(len(e.response_ids) for e in examples)
     return SupervisedStats(value, result.grad_norm, result.applied, tokens)
 

@@ -81,7 +81,7 @@ def update(
             optimizer.zero_grad()
             shares = schedule.forward_backward(port, batch.student_packs(m), loss)
             losses.append(sum_over_ranks(shares, groups, port.device))
-            result = optimizer.step()
+            result = optimizer.step(loss=losses[-1])
             norms.append(result.grad_norm)
             applied.append(result.applied)
             clipped_ever = torch.maximum(clipped_ever, out.values[ON_POLICY.index("clipped")])
