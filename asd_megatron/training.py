@@ -10,11 +10,12 @@ from torch import Tensor
 from asd_megatron.antisd import Gate, condition
 from asd_megatron.config import Recipe, recipe_hash
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
+from asd_megatron.distributed.objects import first_message
 from asd_megatron.files import write_json
 from asd_megatron.held_out import HeldOut, Weights, embedded_engine, puzzle_metrics, stop_ids
 from asd_megatron.observe.dumps import dump_path, write_dump
-from asd_megatron.observe.metrics import GateReading, step_metrics
-from asd_megatron.records import Group, SamplingParams, TokenTable
+from asd_megatron.observe.metrics import GateReading, Increments, step_metrics
+from asd_megatron.records import Example, Group, SamplingParams, TokenTable
 from asd_megatron.reward.base import tests_of
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.rollout.collector import Collector
@@ -26,6 +27,7 @@ from asd_megatron.startup import announce_training
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.examples import ExampleBuilder
+from asd_megatron.trainer.guard import Guard, NotFinite, check_rollouts, check_scores
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.pass_plan import plan
 from asd_megatron.trainer.updater import UpdateStats, update
@@ -34,8 +36,8 @@ from asd_megatron.trainer.updater import UpdateStats, update
 class Batch:
     """A step's examples as this rank holds them, with the columns that need no model."""
 
-    def __init__(self, local: LocalBatch, inputs: dict[str, Tensor]) -> None:
-        self.local, self.inputs = local, inputs
+    def __init__(self, step: int, local: LocalBatch, inputs: dict[str, Tensor]) -> None:
+        self.step, self.local, self.inputs = step, local, inputs
 
 
 class TrainingRun:
@@ -74,6 +76,7 @@ class TrainingRun:
             h_warm=recipe.gate.h_warm,
         )
         self.reading = GateReading(False, 0.0)
+        self.guard, self.increments = Guard(), Increments()
         self.weights = Weights(self.port)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         train_set = problem_source(recipe.data.train, shuffle=recipe.data.shuffle)
@@ -146,7 +149,7 @@ class TrainingRun:
 
     def build_batch(self, groups: Sequence[Group], step: int) -> Batch:
         """Advantages and privileged prompts of whole groups on rank 0, then every rank takes its share."""
-        examples = self.session.on_root(lambda: self.builder.build(groups, step))
+        examples = self.session.on_root(lambda: self._examples(groups, step))
         algorithm = self.recipe.algorithm
         local = LocalBatch.build(
             examples,
@@ -157,22 +160,25 @@ class TrainingRun:
             tokens_per_microbatch=self.recipe.batching.tokens_per_microbatch,
             mask_truncated=algorithm.mask_truncated,
         )
-        return Batch(local, token_method.token_inputs(local, self.method))
+        return Batch(step, local, token_method.token_inputs(local, self.method))
 
     def score_teacher(self, batch: Batch) -> dict[str, Tensor]:
         with self.clock.phase("teacher"):
             temperature = self.recipe.sampling.temperature
-            return passes.score_teacher(self.port, self.groups, batch.local, self.plan, temperature=temperature)
+            scores = passes.score_teacher(self.port, self.groups, batch.local, self.plan, temperature=temperature)
+            self._check_scores("teacher scoring", batch, scores)
+        return scores
 
     def score_student(self, batch: Batch) -> dict[str, Tensor] | None:
         with self.clock.phase("student"):
             temperature = self.recipe.sampling.temperature
-            return passes.score_student(self.port, self.groups, batch.local, self.plan, temperature=temperature)
+            scores = passes.score_student(self.port, self.groups, batch.local, self.plan, temperature=temperature)
+            self._check_scores("student scoring", batch, scores or {})
+        return scores
 
     def gate_step(self, batch: Batch, teacher: dict[str, Tensor], student: dict[str, Tensor] | None) -> float:
-        """This step's lambda; the gate's state before and after is what the metrics show."""
+        """This step's lambda, by the gate's state after this step's entropy."""
         entropy = passes.gate_entropy(self.groups, batch.inputs, self.method, teacher, student)
-        warming_up = self.gate.warming_up
         lam = self.gate.update(entropy)
         thresholds = self.gate.thresholds
         self.reading = GateReading(
@@ -181,7 +187,7 @@ class TrainingRun:
             entropy=entropy,
             h_warm=self.gate.h_warm,
             close_below=thresholds[0] if thresholds else None,
-            warming_up=warming_up,
+            warming_up=self.gate.warming_up,
         )
         return lam
 
@@ -189,7 +195,7 @@ class TrainingRun:
         self, batch: Batch, teacher: dict[str, Tensor], student: dict[str, Tensor] | None, lam: float
     ) -> UpdateStats:
         with self.clock.phase("update"):
-            return update(
+            stats = update(
                 self.port,
                 self.groups,
                 self.session.optimizer,
@@ -202,6 +208,12 @@ class TrainingRun:
                 epochs=self.recipe.algorithm.epochs,
                 scored=student,
             )
+            if student is None:
+                scores = {name: stats.columns[name] for name in ("student_logprobs", "student_entropy")}
+                self._check_scores("update", batch, scores)
+        for loss, grad_norm in zip(stats.losses, stats.grad_norms, strict=True):
+            self.guard.check_update(loss, grad_norm, batch.step)
+        return stats
 
     def observe(self, step: int, batch: Batch, teacher: dict[str, Tensor], stats: UpdateStats) -> None:
         """Metrics, dump and progress of the step; the evaluation when it is due."""
@@ -229,7 +241,7 @@ class TrainingRun:
         )
         if self.puzzle is not None:
             metrics |= self.puzzle.of_step(batch.local.all_examples, table)
-        metrics |= evaluation
+        metrics |= evaluation | self._counters()
         self.session.writer.write(step, metrics)
         self.session.progress.update(step, metrics)
 
@@ -292,6 +304,39 @@ class TrainingRun:
             recipe_hash=recipe_hash(self.recipe),
         )
 
+    def _examples(self, groups: Sequence[Group], step: int) -> list[Example]:
+        check_rollouts((rollout for group in groups for rollout in group.rollouts), step)
+        return self.builder.build(groups, step)
+
+    def _check_scores(self, phase: str, batch: Batch, scores: dict[str, Tensor]) -> None:
+        """Raises NotFinite on every rank when any of them scored something that is not finite. Collective."""
+        if not scores:
+            return
+        table = TokenTable(batch.local.table.offsets, scores)
+        found: str | None = None
+        try:
+            check_scores(phase, batch.local.examples, table, scores, batch.step)
+        except NotFinite as e:
+            found = str(e)
+        message = first_message(found, self.groups.world)
+        if message is not None:
+            raise NotFinite(message)
+
+    def _counters(self) -> dict[str, float]:
+        """What the counters of the step's prompts, rollouts and rewards grew by. Global rank 0."""
+        counts, prompts = self.collector.counts, self.renderer.counters
+        found = {
+            "demonstration/shortened": prompts["demonstration_shortened"],
+            "demonstration/empty": prompts["demonstration_empty"],
+            "demonstration/too_long": prompts["teacher_too_long"],
+            "rollouts/aborted": counts.aborted_rollouts,
+            "rollouts/redrawn_groups": counts.redrawn_groups,
+            "rollouts/dropped_groups": counts.dropped_groups,
+        }
+        if self.verifier is not None:
+            found |= {f"reward/{name}": count for name, count in self.verifier.counters.items()}
+        return self.increments.of(found)
+
     # ---------------------------------------------------------------- run state
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -302,6 +347,7 @@ class TrainingRun:
             "weight_version": step,
             "condition": self.condition.name,
             "gate": self.gate.state_dict(),
+            "guard": self.guard.state_dict(),
             "seed": self.recipe.run.seed,
             "evaluations": None if self.held_out is None else self.held_out.state(),
         }
@@ -311,6 +357,7 @@ class TrainingRun:
             self.gate.recalibrate()  # continual AntiSD (section 4.4): H_warm over new warm-up steps
         else:
             self.gate.load_state_dict(state["gate"])
+        self.guard.load_state_dict(state["guard"])
         if self.held_out is not None and state["evaluations"] is not None:
             self.held_out.restore(state["evaluations"])
 

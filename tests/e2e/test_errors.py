@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from asd_megatron import train
 from asd_megatron.cli import main as cli
-from tests.e2e.world import World, call, make_world, start, write_lines
+from tests.e2e.world import World, call, make_world, refusal, start, write_lines
 from tests.models.tiny import tokenizer
 
 Sections = dict[str, dict[str, Any]]
@@ -22,17 +22,6 @@ Sections = dict[str, dict[str, Any]]
 @pytest.fixture
 def fresh(tmp_path: Path) -> World:
     return make_world(tmp_path)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], main: Any, argv: list[str]) -> str:
-    """The message of a program that refuses."""
-    capsys.readouterr()
-    assert call(main, argv) == 2
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if line.startswith("error")]
-    assert len(lines) == 1, err
-    return err[err.index("error: ") :]
 
 
 def refused(capsys: pytest.CaptureFixture[str], world: World, *overrides: str, **sections: dict[str, Any]) -> str:

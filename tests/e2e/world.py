@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from asd_megatron import sft, train
@@ -123,6 +124,17 @@ def supervised(world: World, name: str, recipe: Path, *overrides: str, expect: i
     status = call(sft.main, [str(recipe), "--run.name", name, *overrides])
     assert status == expect, f"exit status {status}"
     return world.run_folder(name)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], main: Any, argv: list[str]) -> str:
+    """The message of a program that refuses."""
+    capsys.readouterr()
+    assert call(main, argv) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1, err
+    return err[err.index("error: ") :]
 
 
 def start(module: str, *arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:

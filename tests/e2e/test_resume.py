@@ -1,0 +1,111 @@
+"""A run that stops and goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asd_megatron import train
+from asd_megatron.observe.writer import read_metrics
+from tests.e2e.world import World, dump, metrics, refusal, responses, steps
+
+# H_warm is known after step 2, so the state of step 3 holds a calibrated gate.
+ANTISD: dict[str, dict[str, Any]] = {
+    "run": {"dump_rollouts": True, "steps": 6},
+    "algorithm": {"name": "antisd"},
+    "gate": {"warmup_steps": 2, "tau_down": 0.99},
+    "data": {},
+    "optimizer": {"schedule": "cosine", "warmup_steps": 2},
+    "evaluation": {"every": 2, "problems": 4},
+}
+
+
+def test_straight_and_interrupted(world: World) -> None:
+    options = {**ANTISD, "data": {"test": str(world.problems)}, "checkpoint": {"every": 3}}
+    straight = world.train("straight", **options)
+    # the same run, killed in step 6: after the checkpoint of step 3, with metrics and dumps of later steps
+    stopped = world.run_folder("stopped")
+    shutil.copytree(straight, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step_000006")
+    (stopped / "checkpoints" / "latest").write_text("step_000003\n")
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:40])
+    (stopped / "summary.json").unlink()
+    resumed = world.train("stopped", **options)
+
+    assert steps(resumed) == [0, 1, 2, 3, 4, 5, 6]  # no hole, nothing twice
+    assert metrics(straight) == metrics(resumed)
+    for step in range(4, 7):
+        assert responses(straight, step) == responses(resumed, step)
+        assert dump(straight, step).info.h_warm == dump(resumed, step).info.h_warm
+        assert {e.rollout.weight_version for e in dump(resumed, step).examples} == {step - 1}
+    assert sorted(p.name for p in (resumed / "checkpoints").iterdir()) == ["latest", "step_000003", "step_000006"]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (straight, resumed)]
+    for one in summaries:
+        del one["name"], one["recipe_hash"]
+    assert summaries[0] == summaries[1]
+    assert summaries[0]["accuracy_before"] == read_metrics(straight)[0]["evaluation/accuracy"]
+
+
+def test_a_finished_run_changes_nothing_when_started_again(world: World) -> None:
+    options = {"checkpoint": {"every": 2, "export_at_end": True}}
+    folder = world.train("finished", **options)
+    before = metrics(folder)
+    (folder / "hf" / "step_000002" / "config.json").unlink()
+    world.train("finished", **options)
+    assert metrics(folder) == before
+    assert not (folder / "hf" / "step_000002" / "config.json").exists()  # it is there, so it was not made again
+    (folder / "hf" / "step_000002").rename(folder / "hf" / "gone")  # stopped before the export
+    world.train("finished", **options)
+    assert (folder / "hf" / "step_000002" / "config.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def grpo(world: World) -> Path:
+    """Checkpoint of another run after step 3."""
+    options = {"run": {"steps": 3}, "algorithm": {"name": "grpo"}, "checkpoint": {"every": 3}}
+    return world.train("grpo", **options) / "checkpoints" / "step_000003"
+
+
+def test_continual_antisd_from_a_grpo_checkpoint(world: World, grpo: Path) -> None:
+    options = {**ANTISD, "gate": {"warmup_steps": 2}, "evaluation": {"every": 0}}
+    folder = world.train("continual", "--checkpoint.resume", str(grpo), **options)
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == [4, 5, 6]
+    assert [row["gate/warming_up"] for row in rows] == [1, 1, 0]  # H_warm anew, over the new warm-up steps
+    assert rows[2]["gate/h_warm"] == min(row["gate/entropy"] for row in rows[:2])
+    assert [row["gate/lambda"] for row in rows[:2]] == [0, 0]
+    assert {e.rollout.weight_version for e in dump(folder, 4).examples} == {3}
+
+
+def test_the_weights_and_moments_of_another_run(world: World, grpo: Path) -> None:
+    """Going on elsewhere is going on: the same steps as in the run's own folder."""
+    own = world.train("grpo_longer", "--run.steps", "5", algorithm={"name": "grpo"})
+    other = world.train(
+        "grpo_elsewhere", "--run.steps", "5", "--checkpoint.resume", str(grpo), algorithm={"name": "grpo"}
+    )
+    assert metrics(own)[3:] == metrics(other)
+
+
+def test_checkpoints_that_cannot_be_used(
+    world: World, grpo: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def refused(*overrides: str) -> str:
+        argv = [str(world.recipe(algorithm={"name": "grpo"})), "--run.name", "refused", *overrides]
+        message = refusal(capsys, train.main, argv)
+        assert not world.run_folder("refused").exists()
+        return message
+
+    message = refused("--checkpoint.resume", str(grpo), "--run.steps", "3")
+    assert "after step 3 and run.steps is 3" in message and "set run.steps above 3" in message
+    assert "is not a folder" in refused("--checkpoint.resume", str(grpo / "none"))
+    message = refused("--checkpoint.resume", str(tmp_path))
+    assert "is no training checkpoint" in message and "give a folder checkpoints/step_NNNNNN" in message
+    message = refused(
+        "--checkpoint.resume", str(grpo), "--parallelism.distributed_optimizer", "true", "--run.steps", "9"
+    )
+    assert "set parallelism.distributed_optimizer as it was" in message
