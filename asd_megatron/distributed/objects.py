@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+
+from asd_megatron.distributed.device import device
 
 T = TypeVar("T")
 
@@ -24,3 +27,15 @@ def gather_objects(obj: T, dst: int, group: dist.ProcessGroup) -> list[T] | None
     found: list[Any] | None = [None] * group.size() if group.rank() == dst else None
     dist.gather_object(obj, found, group=group, group_dst=dst)
     return found
+
+
+def first_message(message: str | None, group: dist.ProcessGroup) -> str | None:
+    """The message of the lowest rank that has one, on every rank; None when none has. Collective: one number unless
+    there is something to say."""
+    if group.size() == 1:
+        return message
+    mine = group.size() if message is None else group.rank()
+    first = torch.tensor(mine, dtype=torch.int64, device=device())
+    dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
+    speaker = int(first)
+    return None if speaker == group.size() else broadcast_object(message, speaker, group)
