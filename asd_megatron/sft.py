@@ -20,6 +20,7 @@ from asd_megatron.reward.factory import make_verifier
 from asd_megatron.session import Session, open_session
 from asd_megatron.sources import problem_source, supervised_source
 from asd_megatron.startup import announce
+from asd_megatron.trainer.guard import Guard
 from asd_megatron.trainer.sft import supervised_update
 from asd_megatron.training import make_renderer
 
@@ -43,6 +44,7 @@ class SupervisedRun:
             max_tokens=session.port.max_positions,
             shuffle=recipe.data.shuffle,
         )
+        self.guard = Guard()
         self.held_out: HeldOut | None = None
         if recipe.evaluates and recipe.reward is not None and recipe.data.test is not None:
             reward = recipe.reward
@@ -51,8 +53,10 @@ class SupervisedRun:
                 session.closing.callback(verifier.close)
             engine = embedded_engine(session, max_batch_size=256)
             self.held_out = HeldOut(session, engine, problem_source(recipe.data.test), renderer, verifier)
-        if session.resumed is not None and session.resumed["evaluations"] is not None and self.held_out is not None:
-            self.held_out.restore(session.resumed["evaluations"])
+        if session.resumed is not None:
+            self.guard.load_state_dict(session.resumed["guard"])
+            if session.resumed["evaluations"] is not None and self.held_out is not None:
+                self.held_out.restore(session.resumed["evaluations"])
 
     def step(self, step: int) -> dict[str, float]:
         recipe, session = self.recipe, self.session
@@ -66,6 +70,7 @@ class SupervisedRun:
                 layout=session.pack_layout,
                 tokens_per_microbatch=recipe.batching.tokens_per_microbatch,
             )
+        self.guard.check_update(stats.loss, stats.grad_norm, step)
         evaluation = {} if self.held_out is None else self.held_out.evaluate_if_due(step)
         metrics = supervised_metrics(
             loss=stats.loss,
@@ -80,7 +85,8 @@ class SupervisedRun:
     def state(self, step: int) -> dict[str, Any]:
         """Examples are a function of (seed, step): the step alone says where to go on."""
         evaluations = None if self.held_out is None else self.held_out.state()
-        return {"step": step, "seed": self.recipe.run.seed, "evaluations": evaluations}
+        state = {"step": step, "seed": self.recipe.run.seed, "evaluations": evaluations}
+        return {**state, "guard": self.guard.state_dict()}
 
 
 def train(run: SupervisedRun) -> None:

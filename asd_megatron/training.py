@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -323,19 +324,10 @@ class TrainingRun:
             raise NotFinite(message)
 
     def _counters(self) -> dict[str, float]:
-        """What the counters of the step's prompts, rollouts and rewards grew by. Global rank 0."""
-        counts, prompts = self.collector.counts, self.renderer.counters
-        found = {
-            "demonstration/shortened": prompts["demonstration_shortened"],
-            "demonstration/empty": prompts["demonstration_empty"],
-            "demonstration/too_long": prompts["teacher_too_long"],
-            "rollouts/aborted": counts.aborted_rollouts,
-            "rollouts/redrawn_groups": counts.redrawn_groups,
-            "rollouts/dropped_groups": counts.dropped_groups,
-        }
-        if self.verifier is not None:
-            found |= {f"reward/{name}": count for name, count in self.verifier.counters.items()}
-        return self.increments.of(found)
+        assert self.verifier is not None  # global rank 0 has one
+        return self.increments.of(
+            prompts=self.renderer.counters, rollouts=asdict(self.collector.counts), rewards=self.verifier.counters
+        )
 
     # ---------------------------------------------------------------- run state
 

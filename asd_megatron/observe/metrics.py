@@ -16,6 +16,7 @@ from asd_megatron.records import DemonstrationSource, Example, TokenTable
 
 __all__ = [
     "GateReading",
+    "Increments",
     "context_mask",
     "reference_page",
     "sampled_mask",
@@ -40,6 +41,36 @@ class GateReading:
     h_warm: float | None = None
     close_below: float | None = None
     warming_up: bool = False
+
+
+PROMPT_COUNTERS = {
+    "demonstration_shortened": "demonstration/shortened",
+    "demonstration_empty": "demonstration/empty",
+    "teacher_too_long": "demonstration/too_long",
+}
+ROLLOUT_COUNTERS = {
+    "aborted_rollouts": "rollouts/aborted",
+    "redrawn_groups": "rollouts/redrawn_groups",
+    "dropped_groups": "rollouts/dropped_groups",
+}
+REWARD_COUNTERS = {name: f"reward/{name}" for name in ("timeouts", "errors", "restarts")}
+
+
+class Increments:
+    """What the counters of the prompt renderer, the collector and the verifier grew by since the last look."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    def of(
+        self, *, prompts: Mapping[str, int], rollouts: Mapping[str, int], rewards: Mapping[str, int]
+    ) -> dict[str, float]:
+        """Metrics `demonstration/*`, `rollouts/*` and `reward/*`; a counter that is absent has not counted."""
+        sources = ((PROMPT_COUNTERS, prompts), (ROLLOUT_COUNTERS, rollouts), (REWARD_COUNTERS, rewards))
+        now = {metric: counts.get(name, 0) for names, counts in sources for name, metric in names.items()}
+        grown = {metric: float(count - self._seen.get(metric, 0)) for metric, count in now.items()}
+        self._seen = now
+        return grown
 
 
 def sampled_mask(examples: Sequence[Example]) -> Tensor:

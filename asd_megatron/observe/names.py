@@ -63,6 +63,9 @@ SECTIONS = (
             Metric("reward/mean", "reward", "mean reward of the step's rollouts"),
             Metric("reward/pass_rate", "share of rollouts", "rewards of at least `privileged.success_threshold`"),
             Metric("reward/mixed_groups", "share of groups", "groups with unequal rewards; others have advantage 0"),
+            Metric("reward/timeouts", "answers", "judging took too long: reward 0 (held-out answers of the step too)"),
+            Metric("reward/errors", "answers", "judging failed: reward 0 (held-out answers of the step too)"),
+            Metric("reward/restarts", "workers", "reward workers that died or were ended, and replaced"),
         ),
     ),
     Section(
@@ -74,6 +77,9 @@ SECTIONS = (
             Metric("response/truncated", "share of rollouts", "responses that the token budget cut off"),
             Metric("rollouts/total", "rollouts", "rollouts of the step, over all ranks"),
             Metric("rollouts/masked", "rollouts", "rollouts without privileged context: their u is 0 in the loss"),
+            Metric("rollouts/aborted", "rollouts", "rollouts that the engine gave up"),
+            Metric("rollouts/redrawn_groups", "groups", "groups that were asked for again because of that"),
+            Metric("rollouts/dropped_groups", "groups", "groups that are missing in the step for the same reason"),
         ),
     ),
     Section(
@@ -86,6 +92,9 @@ SECTIONS = (
             Metric("demonstration/reference_answer", "rollouts", "only the problem's final answer"),
             Metric("demonstration/feedback_only", "rollouts", "no solution, the assessment line alone"),
             Metric("demonstration/none", "rollouts", "no privileged context"),
+            Metric("demonstration/shortened", "rollouts", "solutions cut to `privileged.max_*_tokens`"),
+            Metric("demonstration/empty", "rollouts", "no context: nothing was left of the solution's text"),
+            Metric("demonstration/too_long", "rollouts", "no context: the teacher's sequence would be too long"),
         ),
     ),
     Section(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,19 @@ import torch
 
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.observe import names
-from asd_megatron.observe.metrics import GateReading, step_metrics, supervised_metrics
+from asd_megatron.observe.metrics import (
+    ROLLOUT_COUNTERS,
+    GateReading,
+    Increments,
+    step_metrics,
+    supervised_metrics,
+)
 from asd_megatron.observe.names import METRICS, PHASES, reference_page, undocumented
 from asd_megatron.puzzle.metrics import PuzzleMetrics
 from asd_megatron.puzzle.tokenizer import write_tokenizer
 from asd_megatron.records import Example, FinishReason, Rollout, TokenTable
+from asd_megatron.reward.base import new_counters
+from asd_megatron.rollout.collector import Counts
 from tests.observe.batch import make_examples, make_table
 
 GATE = GateReading(open=True, lam=0.5, entropy=2.0, h_warm=1.5, close_below=1.395)
@@ -114,10 +124,28 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *(f"evaluation/{name}" for name in ("accuracy", "length_mean", "truncated")),
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),
+        *Increments().of(prompts={}, rollouts={}, rewards={}),
     }
     assert undocumented(emitted) == []
     assert [m.name for m in METRICS if not any(m.matches(name) for name in emitted)] == []
     assert len({m.name for m in METRICS}) == len(METRICS)
+
+
+def test_counters_are_shown_by_step() -> None:
+    increments = Increments()
+    prompts, rewards = Counter({"teacher_too_long": 2}), {"timeouts": 1, "errors": 0, "restarts": 1}
+    rollouts = asdict(Counts(dropped_groups=1))
+    first = increments.of(prompts=prompts, rollouts=rollouts, rewards=rewards)
+    assert {name for name, value in first.items() if value} == {
+        "demonstration/too_long",
+        "rollouts/dropped_groups",
+        "reward/timeouts",
+        "reward/restarts",
+    }
+    prompts["teacher_too_long"] += 3
+    second = increments.of(prompts=prompts, rollouts=rollouts, rewards=rewards)
+    assert {name: value for name, value in second.items() if value} == {"demonstration/too_long": 3.0}
+    assert set(rewards) == set(new_counters()) and asdict(Counts()).keys() == ROLLOUT_COUNTERS.keys()
 
 
 def test_undocumented_names_are_found() -> None:
