@@ -115,7 +115,8 @@ class Session:
             layers=recipe.model.layers,
             recompute=recipe.model.recompute,
         )
-        self.port.load(FolderReader(self.source))
+        with FolderReader(self.source) as tensors:
+            self.port.load(tensors)
         self.port.wrap_ddp(
             distributed_optimizer=recipe.parallelism.distributed_optimizer,
             overlap_grad_reduce=recipe.parallelism.overlap_grad_reduce,
