@@ -158,7 +158,9 @@ def _write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shar
     total = size = 0
 
     def flush() -> None:
-        save_file(pending, str(folder / f"shard-{len(shards):05d}.safetensors"), metadata={"format": "pt"})
+        path = folder / f"shard-{len(shards):05d}.safetensors"
+        save_file(pending, str(path), metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", path)  # safetensors writes for the owner alone
         shards.append(list(pending))
         pending.clear()
 
