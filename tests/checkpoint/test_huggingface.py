@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from asd_megatron.checkpoint.huggingface import FolderReader, _copy_others, read_config
 from asd_megatron.errors import UserError
@@ -66,6 +65,8 @@ def _round_trips(rank: int, source: str, root: str) -> None:
 
 def test_round_trips(folder: Path, tmp_path: Path) -> None:
     run_ranks(_round_trips, 2, str(folder), str(tmp_path))
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # not on every rank: it is slow
+
     source = AutoModelForCausalLM.from_pretrained(folder)
     original = load_file(folder / "model.safetensors")
     for name in ("tp2", "tp2b"):
@@ -107,6 +108,8 @@ def test_round_trips(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_spelling_of_the_dtype_stays(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
     old = tmp_path / "old"
     shutil.copytree(folder, old)
     config = read_config(old)

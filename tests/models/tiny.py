@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+
+if TYPE_CHECKING:  # importing it takes seconds, and every rank of a test imports this module
+    from transformers import PreTrainedTokenizerFast
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -54,17 +47,23 @@ CHAT_TEMPLATE = (
 
 def tiny_qwen3(folder: str | os.PathLike[str], *, seed: int = 0, **over: Any) -> Path:
     """A Qwen3 folder; `over` replaces config values."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     settings = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, **over}
     return _write(Qwen3ForCausalLM, Qwen3Config(**settings), Path(folder), seed)
 
 
 def tiny_llama(folder: str | os.PathLike[str], *, seed: int = 0, **over: Any) -> Path:
     """A Llama folder with Llama-3 RoPE scaling; `over` replaces config values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     settings = {**SIZES, "rope_parameters": dict(LLAMA3_ROPE), **over}
     return _write(LlamaForCausalLM, LlamaConfig(**settings), Path(folder), seed)
 
 
 def _write(model_class: Any, config: Any, folder: Path, seed: int) -> Path:
+    from transformers import GenerationConfig
+
     torch.manual_seed(seed)
     model = model_class(config).float()
     with torch.no_grad():
@@ -79,6 +78,10 @@ def _write(model_class: Any, config: Any, folder: Path, seed: int) -> Path:
 
 def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Words w0, w1, ... after the special tokens; `vocab_size` tokens in all."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
     words = [*SPECIAL, *(f"w{i}" for i in range(vocab_size - len(SPECIAL)))]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unknown>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
