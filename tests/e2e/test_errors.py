@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from asd_megatron import train
 from asd_megatron.cli import main as cli
-from tests.e2e.world import World, call, make_world, refusal, start, write_lines
+from tests.e2e.world import World, call, change_weights, make_world, refusal, start, write_lines
 from tests.models.tiny import tokenizer
 
 Sections = dict[str, dict[str, Any]]
@@ -125,20 +124,13 @@ def test_a_missing_problem_file(fresh: World, capsys: pytest.CaptureFixture[str]
 # -------------------------------------------------------------------- the model folder
 
 
-def _weights(world: World, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    path = world.model / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 def _drop(world: World) -> None:
-    _weights(world, lambda tensors: tensors.__delitem__("model.layers.1.mlp.up_proj.weight"))
+    change_weights(world.model, lambda tensors: tensors.__delitem__("model.layers.1.mlp.up_proj.weight"))
 
 
 def _reshape(world: World) -> None:
     name = "model.layers.0.self_attn.q_norm.weight"
-    _weights(world, lambda tensors: tensors.__setitem__(name, torch.ones(5)))
+    change_weights(world.model, lambda tensors: tensors.__setitem__(name, torch.ones(5)))
 
 
 def _more_words(world: World) -> None:

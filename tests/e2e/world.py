@@ -8,13 +8,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from asd_megatron import sft, train
 from asd_megatron.observe.dumps import Dump, dump_path, read_dump
@@ -89,6 +91,7 @@ def make_world(folder: Path, *, layers: int = 2, seed: int = 3, **config: Any) -
     """A world with a new Qwen3 of 61 words; `config` replaces values of its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny_qwen3(folder / "model", seed=seed, num_hidden_layers=layers, **config)
+    change_weights(model, _fill_padding_row)
     (folder / "reward.py").write_text(REWARD)
     lines = [
         {"id": f"p{i}", "prompt": f"w{i} w{i + 1} w{(7 * i) % 50}", "answer": f"w{i}", "solution": f"w{i + 2} w{i}"}
@@ -96,6 +99,20 @@ def make_world(folder: Path, *, layers: int = 2, seed: int = 3, **config: Any) -
     ]
     write_lines(folder / "problems.jsonl", lines)
     return World(folder, model, layers)
+
+
+def change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite a model folder's safetensors file after `change` has worked on its tensors."""
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _fill_padding_row(tensors: dict[str, torch.Tensor]) -> None:
+    """transformers makes it 0, where the gradient of a norm explodes: here the model samples that token."""
+    row = tensors["model.embed_tokens.weight"]
+    row[0] = row[1].flip(0)
 
 
 def write_lines(path: Path, lines: Sequence[Any]) -> Path:
