@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,18 +14,11 @@ from torch import Tensor
 from asd_megatron.antisd import CONDITIONS, condition
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.records import Example, FinishReason
-from tests.reference.dense import DenseGate, DenseRecipe, DenseResult, dense_update, exact, score_batch
+from tests.reference.dense import DenseGate, DenseRecipe, DenseResult, dense_update, score_batch
 from tests.trainer.product import Product, Step, gate_of
 
 H_WARM = 0.5  # nats; the tiny model's median entropies lie above 4: the gate is open
 COLUMNS = ("student_logprobs", "student_entropy", "pmi", "term", "advantage")
-
-
-@pytest.fixture(scope="module")
-def dense(tiny_folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return exact(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")

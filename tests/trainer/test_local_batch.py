@@ -1,0 +1,119 @@
+"""A rank's share of a batch: shares, mini-batches, columns and denominators."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from asd_megatron.checks.cases import hard_batch
+from asd_megatron.records import Example, FinishReason
+from asd_megatron.trainer.batch import PackLayout
+from asd_megatron.trainer.local_batch import GlobalCounts, LocalBatch, sampled_mask, split_mini_batches
+
+
+def build(examples: list[Example], ranks: int = 1, rank: int = 0, updates: int = 1, **how: Any) -> LocalBatch:
+    return LocalBatch.build(
+        examples, ranks=ranks, rank=rank, updates=updates, layout=PackLayout(), tokens_per_microbatch=64, **how
+    )
+
+
+def length(e: Example) -> int:
+    return len(e.rollout.response_ids)
+
+
+@pytest.mark.parametrize(("count", "updates"), [(12, 1), (12, 4), (13, 4), (3, 5), (0, 2)])
+def test_mini_batches_are_contiguous_disjoint_and_even(count: int, updates: int) -> None:
+    parts = split_mini_batches(count, updates)
+    assert [i for part in parts for i in part] == list(range(count))
+    assert len(parts) == updates and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 5, 20])
+def test_every_example_belongs_to_one_rank(ranks: int, updates: int) -> None:
+    examples = hard_batch(1)
+    batches = [build(examples, ranks, rank, updates) for rank in range(ranks)]
+    assert sorted(i for b in batches for i in b.indices) == list(range(len(examples)))
+    assert all(b.shares == batches[0].shares for b in batches)  # every rank works them out alike
+    for mini_batch, part in zip(batches[0].shares, split_mini_batches(len(examples), updates), strict=True):
+        assert sorted(i for share in mini_batch for i in share) == list(part)
+    for b in batches:
+        assert [b.all_examples[i] for i in b.indices] == list(b.examples)
+        assert b.table.tokens == sum(map(length, b.examples))
+
+
+def test_work_is_spread_by_tokens_of_both_passes() -> None:
+    examples = hard_batch(1)
+
+    def cost(e: Example) -> int:
+        teacher = len(e.teacher_prompt_ids) + length(e) if e.teacher_prompt_ids is not None else 0
+        return len(e.rollout.prompt_ids) + length(e) + teacher
+
+    loads = [sum(cost(e) for e in build(examples, 2, rank).examples) for rank in range(2)]
+    assert abs(loads[0] - loads[1]) <= max(map(cost, examples)) / 2
+
+
+def test_rows_follow_the_rollouts() -> None:
+    examples = hard_batch(1)
+    batch = build(examples, ranks=2, rank=1, updates=2)
+    positions, segments = batch.positions().tolist(), batch.segments().tolist()
+    expected = [(k, t) for k, e in enumerate(batch.examples) for t in range(length(e))]
+    assert list(zip(segments, positions, strict=True)) == expected
+    ids = batch.column(lambda e: e.rollout.response_ids, torch.int64).tolist()
+    assert ids == [batch.examples[k].rollout.response_ids[t] for k, t in expected]
+    rewards = batch.per_rollout(lambda e: e.reward).tolist()
+    assert rewards == [batch.examples[k].reward for k, _ in expected]
+    first, second = batch.mini_batch_rows(0), batch.mini_batch_rows(1)
+    assert (first.start, first.stop, second.stop) == (0, second.start, batch.table.tokens)
+    in_first = {i for share in batch.shares[0] for i in share}
+    owners = [batch.indices[k] for k, _ in expected]
+    assert [i in in_first for i in owners] == [r < first.stop for r in range(batch.table.tokens)]
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_denominators_are_of_all_ranks(mask_truncated: bool) -> None:
+    examples = [
+        replace(e, rollout=replace(e.rollout, finish_reason=FinishReason.LENGTH)) if i % 3 == 0 else e
+        for i, e in enumerate(hard_batch(1))
+    ]
+    examples[1] = replace(examples[1], rollout=replace(examples[1].rollout, loss_mask=(False, False)))
+    masks = [sampled_mask(e, mask_truncated=mask_truncated) for e in examples]
+    for m, part in enumerate(split_mini_batches(len(examples), 2)):
+        wanted = GlobalCounts(sum(sum(masks[i]) for i in part), sum(any(masks[i]) for i in part))
+        for rank in range(3):
+            assert build(examples, 3, rank, 2, mask_truncated=mask_truncated).counts(m) == wanted
+    assert any(masks[0]) != mask_truncated and not any(masks[1])
+
+
+def test_packs_leave_out_what_has_no_tokens() -> None:
+    examples = hard_batch(1)
+    silent = replace(examples[3].rollout, response_ids=(), logprobs=(), loss_mask=())
+    examples[3] = replace(examples[3], rollout=silent)
+    batch = build(examples)
+    student = [int(f) for p in batch.student_packs() for f in p.flat]
+    teacher = [int(f) for p in batch.teacher_packs() for f in p.flat]
+    assert sorted(student) == list(range(batch.table.tokens))
+    context = batch.per_rollout(lambda e: e.has_context, torch.bool)
+    assert sorted(teacher) == context.nonzero().flatten().tolist() != student
+    assert sum(p.real_tokens for p in batch.student_packs()) == sum(
+        len(e.rollout.prompt_ids) + length(e) for e in examples if length(e)
+    )
+
+
+def test_a_mini_batch_trains_its_own_rollouts() -> None:
+    batch = build(hard_batch(1), ranks=2, rank=0, updates=3)
+    for m in range(3):
+        rows = batch.mini_batch_rows(m)
+        assert sorted(int(f) for p in batch.student_packs(m) for f in p.flat) == list(range(rows.start, rows.stop))
+
+
+def test_every_rank_runs_equally_many_packs() -> None:
+    """One long rollout and a short one on two ranks; a rank without any."""
+    examples = hard_batch(1)[2:4]
+    for chosen in (examples, examples[:1]):
+        packs = [build(chosen, 2, rank).student_packs() for rank in range(2)]
+        assert len(packs[0]) == len(packs[1])
+    assert all(len(p.rows) == 0 for p in packs[1])
