@@ -67,12 +67,12 @@ class World:
             "checkpoint": {"export_at_end": False},
         }
 
-    def recipe(self, **sections: dict[str, Any]) -> Path:
+    def recipe(self, file: str = "recipe.yaml", **sections: dict[str, Any]) -> Path:
         """A recipe file: the world's sections, with those given put in key by key."""
         merged = self.sections()
         for name, keys in sections.items():
             merged[name] = {**merged.get(name, {}), **keys}
-        path = self.folder / "recipe.yaml"
+        path = self.folder / file
         path.write_text(yaml.safe_dump(merged))
         return path
 

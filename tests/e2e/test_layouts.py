@@ -1,0 +1,89 @@
+"""The same run in every layout of two ranks: same samples, same numbers, same weights at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.harness import run_ranks
+from tests.e2e.world import World, assert_close, make_world, metrics, responses
+
+STEPS = 3
+SAMPLED = {
+    "dp2": {"data": 2},
+    "dp2_distopt": {"data": 2, "distributed_optimizer": True, "overlap_grad_reduce": True},
+    "pp2": {"pipeline": 2},
+    "tp2_sp": {"tensor": 2, "sequence_parallel": True},
+}
+REPLAYED = {"pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2}, "cp2": {"context": 2}}
+RESUMED = "resumed_tp2"
+
+
+def overrides(name: str, parallelism: dict[str, Any]) -> list[str]:
+    keys = [f"--parallelism.{key}={str(value).lower()}" for key, value in parallelism.items()]
+    return ["--run.name", name, *keys]
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = make_world(tmp_path_factory.mktemp("layouts"), layers=4)
+    recipe = {
+        "run": {"steps": STEPS, "dump_rollouts": True},
+        "data": {"test": str(world.problems)},
+        "evaluation": {"every": 2, "problems": 4},
+        "checkpoint": {"every": 2, "export_at_end": True},
+    }
+    alone = world.train("alone", **recipe)
+    replay = {"engine": "replay", "replay_folder": str(alone)}
+    rollouts = [[str(world.recipe(**recipe)), *overrides(name, layout)] for name, layout in SAMPLED.items()]
+    resume = ["--checkpoint.resume", str(alone / "checkpoints" / "step_000002")]
+    rollouts.append([rollouts[0][0], *overrides(RESUMED, {"tensor": 2}), *resume])
+    dumps = world.recipe("replay.yaml", **{**recipe, "rollout": replay, "data": {}, "evaluation": {"every": 0}})
+    replays = [[str(dumps), *overrides(name, layout)] for name, layout in REPLAYED.items()]
+    assert run_ranks(_train, 2, [*rollouts, *replays], timeout=200) == [[0] * (len(rollouts) + len(replays))] * 2
+    return world
+
+
+def _train(rank: int, runs: list[list[str]]) -> list[int]:
+    from asd_megatron import train
+
+    return [train.main(argv) for argv in runs]
+
+
+@pytest.mark.parametrize("layout", SAMPLED)
+def test_sampled(four_layers: World, layout: str) -> None:
+    alone, found = four_layers.run_folder("alone"), four_layers.run_folder(layout)
+    assert [row["step"] for row in metrics(found)] == [0, 1, 2, 3]
+    for step in range(1, STEPS + 1):
+        assert responses(found, step) == responses(alone, step)
+    assert_close(metrics(found), metrics(alone), 1e-4)
+
+
+@pytest.mark.parametrize("layout", REPLAYED)
+def test_replayed(four_layers: World, layout: str) -> None:
+    """Layouts that cannot sample train from dumps."""
+    alone = metrics(four_layers.run_folder("alone"))[1:]
+    trained = [{k: v for k, v in row.items() if not k.startswith("evaluation/")} for row in alone]
+    assert_close(metrics(four_layers.run_folder(layout)), trained, 1e-4)
+
+
+def test_resumed_in_another_layout(four_layers: World) -> None:
+    assert_close(metrics(four_layers.run_folder(RESUMED)), metrics(four_layers.run_folder("alone"))[3:], 1e-4)
+
+
+@pytest.mark.parametrize("layout", [*SAMPLED, *REPLAYED, RESUMED])
+def test_exports(four_layers: World, layout: str) -> None:
+    names = [Path("hf") / "step_000003" / "model.safetensors", Path("hf") / "step_000003" / "config.json"]
+    alone, found = four_layers.run_folder("alone"), four_layers.run_folder(layout)
+    start, expected, trained = (
+        load_file(f) for f in (four_layers.model / names[0].name, alone / names[0], found / names[0])
+    )
+    assert trained.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=3e-5)
+        assert not torch.equal(trained[name], start[name])
+    assert (found / names[1]).read_text() == (alone / names[1]).read_text()
