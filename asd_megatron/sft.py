@@ -75,7 +75,7 @@ class SupervisedRun:
         metrics = supervised_metrics(
             loss=stats.loss,
             tokens=stats.tokens,
-            learning_rate=session.optimizer.learning_rate,
+            learning_rate=session.optimizer.last_learning_rate,
             grad_norm=stats.grad_norm,
             times=session.clock.take(),
             skipped_updates=int(not stats.applied),

@@ -232,7 +232,7 @@ class TrainingRun:
         metrics = step_metrics(
             batch.local.all_examples,
             table,
-            learning_rate=self.session.optimizer.learning_rate,
+            learning_rate=self.session.optimizer.last_learning_rate,
             grad_norm=stats.grad_norm,
             policy_loss=stats.loss,
             times=times,

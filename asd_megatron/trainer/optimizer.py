@@ -81,9 +81,11 @@ class Optimizer:
         # Megatron's scheduler starts at step 0 of the warm-up, whose rate is 0: the first update has step 1's.
         if warmup_steps:
             self.scheduler.step(1)
+        self.last_learning_rate = self.learning_rate
 
     @property
     def learning_rate(self) -> float:
+        """Of the update to come; `last_learning_rate` is that of the update just made."""
         return float(self.megatron.param_groups[0]["lr"])
 
     def zero_grad(self) -> None:
@@ -99,6 +101,7 @@ class Optimizer:
         """
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+        self.last_learning_rate = self.learning_rate
         found_inf = self.megatron.prepare_grads()
         norm = float("nan") if found_inf else float(self.megatron.get_grad_norm())
         applied = math.isfinite(norm) and math.isfinite(loss)
