@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asd_megatron.antisd import Gate, condition
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config
+from asd_megatron.data.sft import SftExample
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Groups, Layout
 from asd_megatron.models.port import ModelPort
@@ -23,6 +24,7 @@ from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.optimizer import Optimizer, StepResult
 from asd_megatron.trainer.pass_plan import PassPlan, plan
+from asd_megatron.trainer.sft import SupervisedStats, supervised_update
 from asd_megatron.trainer.updater import UpdateStats, update
 from tests.reference.dense import DenseRecipe
 
@@ -111,12 +113,12 @@ def snapshot(tensors: Any) -> dict[str, Tensor]:
 class Product:
     """A model folder on this rank, in a layout. Collective where its parts are."""
 
-    def __init__(self, folder: Path, layout: Layout = ALONE) -> None:
+    def __init__(self, folder: Path, layout: Layout = ALONE, *, distributed_optimizer: bool = False) -> None:
         self.groups: Groups = layouts.init(layout)
         self.reader = FolderReader(folder)
         self.port = ModelPort.build(read_config(folder), self.groups, layout, dtype=torch.float32, layers="local")
         self.port.load(self.reader)
-        self.port.wrap_ddp(distributed_optimizer=False, overlap_grad_reduce=False)
+        self.port.wrap_ddp(distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False)
         self.pack_layout = PackLayout(
             context=layout.context,
             context_rank=self.groups.cp.rank(),
@@ -170,3 +172,15 @@ class Product:
         columns = {**teacher, **stats.columns, "loss_mask": inputs["loss_mask"]}
         table = gather_table(batch.table, columns, batch.indices, self.groups)
         return Step(needed, entropy, lam, stats, table, optimizer.gradients, optimizer.weights)
+
+    def supervised_step(
+        self, examples: Sequence[SftExample], optimizer: RecordingOptimizer, *, tokens_per_microbatch: int = 64
+    ) -> SupervisedStats:
+        return supervised_update(
+            self.port,
+            self.groups,
+            optimizer,
+            examples,
+            layout=self.pack_layout,
+            tokens_per_microbatch=tokens_per_microbatch,
+        )

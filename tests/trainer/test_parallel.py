@@ -1,7 +1,9 @@
-"""A normalised term and the token table in several layouts: equal to one process."""
+"""Normalised terms, the token table and the supervised stage in several layouts: equal to one process. Ranks that leave
+an update out do so together."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from asd_megatron.checks.cases import hard_batch
 from asd_megatron.distributed.layout import Layout
 from tests.distributed.harness import run_ranks
 from tests.reference.dense import DenseRecipe
-from tests.trainer.product import Product, gate_of
+from tests.trainer.product import Product, RecordingOptimizer, gate_of, snapshot
+from tests.trainer.test_sft import examples as supervised_examples
 
 LAYOUTS = {
     "cp2": Layout(context=2),
@@ -43,12 +46,33 @@ def _steps(product: Product) -> Found:
             "table": table,
             "gradients": step.gradients,
         }
+    optimizer = RecordingOptimizer(product.port, DenseRecipe())
+    stats = product.supervised_step(supervised_examples(1), optimizer)
+    found["supervised"] = {"losses": [stats.loss], "gradients": optimizer.gradients}
     return found
 
 
+def _update_with_a_bad_number(product: Product, *, distributed: bool = False) -> dict[str, Any]:
+    """A gradient that is not finite in the last rank's part alone."""
+    recipe = DenseRecipe(learning_rate=1e-2)
+    optimizer = RecordingOptimizer(product.port, recipe, distributed=distributed).inner
+    before = snapshot(product.port.export())
+    optimizer.zero_grad()
+    if product.groups.world.rank() == product.groups.world.size() - 1:
+        buffer = product.port.chunks[0].buffers[0].grad_data
+        buffer[len(buffer) // 2 if distributed else 0] = math.nan  # the second half is this rank's own shard
+    result = optimizer.step()
+    after = snapshot(product.port.export())
+    return {"applied": result.applied, "untouched": all(torch.equal(after[n], w) for n, w in before.items())}
+
+
 def _on_rank(rank: int, folder: Path) -> dict[str, Found]:
-    torch.set_num_threads(1)
-    return {name: _steps(Product(folder, layout)) for name, layout in LAYOUTS.items()}
+    found = {name: _steps(Product(folder, layout)) for name, layout in LAYOUTS.items()}
+    bad: dict[str, Any] = {"pipeline": _update_with_a_bad_number(Product(folder, Layout(pipeline=2)))}
+    sharded = Product(folder, Layout(data=2), distributed_optimizer=True)
+    bad["sharded"] = _update_with_a_bad_number(sharded, distributed=True)
+    found["bad"] = bad
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +85,14 @@ def alone(product: Product) -> Found:
     return _steps(product)
 
 
+def check_update(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+    for gradients, wanted in zip(found["gradients"], expected["gradients"], strict=True):
+        assert set(gradients) == set(wanted)
+        for key, gradient in wanted.items():
+            assert (gradients[key] - gradient).abs().max() < 1e-5 * gradient.abs().max(), key
+
+
 @pytest.mark.parametrize("name", list(RECIPES))
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_two_ranks_equal_one(layout: str, name: str, ranks: list[dict[str, Found]], alone: Found) -> None:
@@ -69,11 +101,7 @@ def test_two_ranks_equal_one(layout: str, name: str, ranks: list[dict[str, Found
         found = rank[layout][name]
         assert found["lambda"] == expected["lambda"] == 0.5
         assert found["entropy"] == pytest.approx(expected["entropy"], rel=1e-6)
-        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
-        for gradients, wanted in zip(found["gradients"], expected["gradients"], strict=True):
-            assert set(gradients) == set(wanted)
-            for key, gradient in wanted.items():
-                assert (gradients[key] - gradient).abs().max() < 1e-5 * gradient.abs().max(), key
+        check_update(found, expected)
     table = ranks[0][layout][name]["table"]
     assert ranks[1][layout][name]["table"] == {}  # the table goes to global rank 0 alone
     assert set(table) == set(expected["table"])
@@ -82,3 +110,14 @@ def test_two_ranks_equal_one(layout: str, name: str, ranks: list[dict[str, Found
             assert (table[key] - column).abs().max() < 1e-5 * column.abs().max() + 1e-9, key
         else:
             assert torch.equal(table[key], column), key
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_supervised(layout: str, ranks: list[dict[str, Found]], alone: Found) -> None:
+    for rank in ranks:
+        check_update(rank[layout]["supervised"], alone["supervised"])
+
+
+@pytest.mark.parametrize("where", ["pipeline", "sharded"])
+def test_ranks_leave_an_update_out_together(where: str, ranks: list[dict[str, Found]]) -> None:
+    assert [rank["bad"][where] for rank in ranks] == [{"applied": False, "untouched": True}] * 2

@@ -1,4 +1,4 @@
-"""The supervised stage: weighted cross-entropy, whatever the split."""
+"""The supervised stage: weighted cross-entropy, whatever the micro-batches (other layouts: test_parallel)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from asd_megatron.checks.cases import VOCABULARY
 from asd_megatron.data.sft import SftExample
-from asd_megatron.trainer.sft import SupervisedStats, supervised_update
+from asd_megatron.trainer.sft import SupervisedStats
 from tests.reference.dense import DenseRecipe, score
 from tests.trainer.product import Product, RecordingOptimizer
 
@@ -33,14 +33,7 @@ def step(
     product: Product, batch: list[SftExample], tokens_per_microbatch: int = 64
 ) -> tuple[SupervisedStats, dict[str, torch.Tensor]]:
     optimizer = RecordingOptimizer(product.port, DenseRecipe())
-    stats = supervised_update(
-        product.port,
-        product.groups,
-        optimizer,
-        batch,
-        layout=product.pack_layout,
-        tokens_per_microbatch=tokens_per_microbatch,
-    )
+    stats = product.supervised_step(batch, optimizer, tokens_per_microbatch=tokens_per_microbatch)
     return stats, optimizer.gradients[0]
 
 
@@ -86,16 +79,6 @@ def test_it_learns(product: Product) -> None:
     product.reload()
     recipe = DenseRecipe(learning_rate=1e-2, epsilon=1e-6, weight_decay=0.0)
     optimizer = RecordingOptimizer(product.port, recipe)
-    losses = [
-        supervised_update(
-            product.port,
-            product.groups,
-            optimizer,
-            batch,
-            layout=product.pack_layout,
-            tokens_per_microbatch=64,
-        ).loss
-        for _ in range(8)
-    ]
+    losses = [product.supervised_step(batch, optimizer).loss for _ in range(8)]
     product.reload()
     assert losses[-1] < 0.5 * losses[0]
