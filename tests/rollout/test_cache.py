@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from asd_megatron.models.attention import SDPACoreAttention
 from asd_megatron.rollout.embedded.cache import KVCache
 
 HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 8, 2
@@ -101,3 +104,32 @@ def test_only_gaps_are_copied_when_rows_leave() -> None:
     cache.keep(torch.tensor([0, 3, 2]))
     assert cache._store[1] is store
     assert store[0, :, 0, 0, 0].tolist() == [0.0, 6.0, 4.0, 6.0]
+
+
+def test_a_token_attends_alike_in_the_cache_and_in_a_pack() -> None:
+    """The same float32 numbers, bit for bit, whatever its neighbours: so the engine's log-probs are the trainer's."""
+    heads, kv_heads, dim, prompts, decoded = 9, 3, 64, (70, 41), 60
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        [torch.randn(n + decoded, h, dim, generator=generator) for h in (heads, kv_heads, kv_heads)] for n in prompts
+    ]
+    config = SimpleNamespace(kv_channels=dim, context_parallel_size=1)
+    lengths = torch.tensor([0, *(n + decoded for n in prompts)])
+    packed = SDPACoreAttention(config, 1, None, "self")(
+        *(torch.cat([row[i] for row in rows]) for i in range(3)),
+        packed_seq_params=SimpleNamespace(cu_seqlens_q=lengths.cumsum(0)),
+    ).squeeze(1)
+
+    cache = KVCache(len(rows), max(prompts))
+    cache.prefill(0, torch.tensor(prompts))
+    heads_of = [[row[i][:n] for row, n in zip(rows, prompts, strict=True)] for i in range(3)]
+    prompt = cache.attend(1, *(torch.nn.utils.rnn.pad_sequence(x) for x in heads_of))
+    cache.expand(torch.arange(len(rows)))
+    steps = []
+    for t in range(decoded):
+        cache.decode()
+        newest = [torch.stack([row[i][n + t] for row, n in zip(rows, prompts, strict=True)])[None] for i in range(3)]
+        steps.append(cache.attend(1, *newest)[0])
+    for r, (n, expected) in enumerate(zip(prompts, packed.split([n + decoded for n in prompts]), strict=True)):
+        assert torch.equal(prompt[:n, r], expected[:n])
+        assert torch.equal(torch.stack(steps)[:, r], expected[n:])

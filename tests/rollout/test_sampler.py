@@ -97,11 +97,20 @@ def test_logprobs_are_before_the_filters_and_at_the_temperature() -> None:
     noise = torch.rand(4, dtype=torch.float64)
     params = SamplingParams(temperature=0.5, top_k=2, top_p=0.9)
     tokens, logprobs = draw(logits, noise, params)
-    assert torch.equal(logprobs, torch.log_softmax(logits / 0.5, -1)[torch.arange(4), tokens])
+    expected = torch.log_softmax(logits / 0.5, -1)[torch.arange(4), tokens]
+    torch.testing.assert_close(logprobs, expected, atol=1e-6, rtol=0)
     assert logprobs.dtype == torch.float32
     tokens, logprobs = draw(logits, None, dataclasses.replace(params, temperature=0.0))
     assert torch.equal(tokens, logits.argmax(-1))
-    assert torch.equal(logprobs, torch.log_softmax(logits, -1).max(-1).values)
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1).max(-1).values, atol=1e-6, rtol=0)
+
+
+def test_logprobs_count_the_long_tail_of_a_large_vocabulary() -> None:
+    logits = torch.full((1, 49_152), -12.0)  # each too small to change a float32 sum that already holds the first
+    logits[0, 0] = 0.0
+    _, logprobs = draw(logits, None, SamplingParams(temperature=0.0))
+    expected = torch.log_softmax(logits.double(), -1)[:, 0]
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-6, rtol=0)
 
 
 def test_top_k() -> None:

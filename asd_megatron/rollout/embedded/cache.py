@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from asd_megatron.models.attention import operand
+
 
 class KVCache:
     """Keys and values of every layer of one pipeline stage, for a batch of rows.
@@ -21,7 +23,8 @@ class KVCache:
     `attend` is called by the model, once per layer and forward.
 
     rows: prompts in the batch. width: the longest prompt. block: slots by which the cache grows.
-    Storage per layer: [2, rows, kv heads of this tensor-parallel rank, slots, head_dim] in the dtype of the keys.
+    Storage per layer: [2, rows, kv heads of this tensor-parallel rank, slots, head_dim] in the dtype that attention
+    takes (`models.attention.operand`).
     """
 
     def __init__(self, rows: int, width: int, *, block: int = 256) -> None:
@@ -60,6 +63,7 @@ class KVCache:
         if self._span is not None:
             return self._attend_prompt(layer_number, query, key, value, softmax_scale)
         _, rows, heads, dim = query.shape
+        wide = operand(query)
         store = self._store[layer_number]
         if rows != self.rows:
             raise RuntimeError(f"{rows} rows came to a cache of {self.rows}")
@@ -69,13 +73,13 @@ class KVCache:
         kv_heads = key.shape[2]
         # The query heads of one key head become query positions of it: no key is ever repeated.
         out = F.scaled_dot_product_attention(
-            query[0].reshape(rows, kv_heads, heads // kv_heads, dim),
+            wide[0].reshape(rows, kv_heads, heads // kv_heads, dim),
             store[0, :rows, :, : self.filled],
             store[1, :rows, :, : self.filled],
-            attn_mask=self._mask(query),
+            attn_mask=self._mask(wide),
             scale=softmax_scale,
         )
-        return out.reshape(1, rows, heads * dim)
+        return out.reshape(1, rows, heads * dim).to(query.dtype)
 
     def newest(self, hidden: Tensor) -> Tensor:
         """Hidden states of each row's newest token in the current forward: [s, B, H] -> [1, B, H]. Only these need
@@ -111,7 +115,8 @@ class KVCache:
         assert self._span is not None
         start, stop = self._span
         steps, rows, heads, dim = query.shape
-        kv_heads = key.shape[2]
+        dtype, kv_heads = query.dtype, key.shape[2]
+        query, key, value = operand(query), operand(key), operand(value)
         if layer not in self._store:
             self._store[layer] = key.new_zeros(2, self.rows, kv_heads, self._capacity, dim)
         store = self._store[layer]
@@ -122,7 +127,7 @@ class KVCache:
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=heads != kv_heads
         )
-        return out.permute(2, 0, 1, 3).reshape(steps, rows, heads * dim)
+        return out.permute(2, 0, 1, 3).reshape(steps, rows, heads * dim).to(dtype)
 
     def _mask(self, query: Tensor) -> Tensor | None:
         """Additive mask [rows, 1, 1, filled]: -inf in the padding between a shorter prompt and the decoded tokens."""

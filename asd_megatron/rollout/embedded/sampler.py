@@ -50,7 +50,9 @@ def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     logits = logits.float()
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
-    return torch.log_softmax(logits, dim=-1)
+    # As the trainer's head does it: `log_softmax` on a CPU keeps too few partial sums and loses a large vocabulary's tail.
+    shifted = logits - logits.amax(-1, keepdim=True)
+    return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
 
 def filter_probabilities(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
