@@ -110,7 +110,7 @@ def test_logprobs_count_the_long_tail_of_a_large_vocabulary() -> None:
     logits[0, 0] = 0.0
     _, logprobs = draw(logits, None, SamplingParams(temperature=0.0))
     expected = torch.log_softmax(logits.double(), -1)[:, 0]
-    torch.testing.assert_close(logprobs.double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logprobs.double(), expected, atol=3e-6, rtol=0)
 
 
 def test_top_k() -> None:

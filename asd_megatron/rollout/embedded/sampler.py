@@ -50,7 +50,7 @@ def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     logits = logits.float()
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
-    # As the trainer's head does it: `log_softmax` on a CPU keeps too few partial sums and loses a large vocabulary's tail.
+    # As the trainer's head does it: `log_softmax` on a CPU loses the tail of a large vocabulary in its few partial sums.
     shifted = logits - logits.amax(-1, keepdim=True)
     return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
