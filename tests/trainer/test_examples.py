@@ -174,9 +174,16 @@ def puzzle() -> Iterator[Product]:
     layouts.shutdown()
 
 
+def trace(question: str) -> str:
+    """Test the first candidate of `Problem: x ... *m addb ...` and announce it, as the puzzle's model would."""
+    words = question.split()
+    x, m, b = int(words[1]), int(words[-5][1:]), int(words[-4][3:])
+    return f"Let {x} ={m * x % 17} +{(m * x + b) % 17} no So {x} <|end|>"
+
+
 def test_an_empty_context_gives_equal_ids_and_no_pmi(puzzle: Product) -> None:
     """Through the ordinary chat template and the trained puzzle model: u is exactly 0 when both sequences are scored in
-    the same pack, and within 1e-6 otherwise (one float32 step of a log-prob below -8)."""
+    the same pack, and within 1e-6 otherwise."""
     folder = model_folder(WARM_START)
     tokenizer = load_tokenizer(folder)
     renderer = PromptRenderer(tokenizer)
@@ -185,8 +192,7 @@ def test_an_empty_context_gives_equal_ids_and_no_pmi(puzzle: Product) -> None:
         prompt = renderer.student(problem)
         empty = renderer.teacher(problem, None, None, 9, TeacherLimits())
         assert empty is not None and empty[0] == prompt.ids
-        words = [f"{problem.solution} <|end|>", "So 5 <|end|>"][k % 2]
-        ids = tuple(tokenizer(words, add_special_tokens=False)["input_ids"])
+        ids = tuple(tokenizer(trace(problem.question), add_special_tokens=False)["input_ids"])
         rollout = Rollout(problem.prompt_id, k, prompt.ids, ids, (0.0,) * len(ids), FinishReason.STOP, 0)
         examples.append(Example(rollout, 1.0, 0.5, empty[0], DemonstrationSource.REFERENCE))
     recipe = DenseRecipe("no_gate")
@@ -198,7 +204,6 @@ def test_an_empty_context_gives_equal_ids_and_no_pmi(puzzle: Product) -> None:
     other = [replace(examples[0], teacher_prompt_ids=informed[0]), *examples[1:]]
     found = puzzle.step(other, recipe, gate_of(recipe), tokens_per_microbatch=60)
     assert found.table is not None
-    pmi, logprobs = found.table.rows("pmi"), found.table.rows("student_logprobs")
-    assert pmi[0].abs().max() > 0.1
-    for u, s in zip(pmi[1:], logprobs[1:], strict=True):
-        assert (u.abs() <= (s.abs() * 2.0**-23).clamp(min=1e-6)).all()
+    rows = found.table.rows("pmi")
+    assert rows[0].abs().max() > 0.1
+    assert max(float(row.abs().max()) for row in rows[1:]) <= 1e-6
