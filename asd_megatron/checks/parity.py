@@ -4,6 +4,7 @@ change."""
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ UPDATE_TOLERANCE = 1e-4
 LONG_TOLERANCE = 1e-3
 """Weight changes after eleven Adam steps, eight of them with active clipping: rounding errors feed back into the next
 step's loss."""
+
+LAUNCHER_GRACE_SECONDS = 40  # torchrun gives its ranks 30
 
 
 class ParityError(UserError):
@@ -49,7 +52,12 @@ class CellResult:
     @property
     def max_relative_error(self) -> float:
         """The larger of the loss' and the gradients' (the updates have a bound of their own)."""
-        return max(self.loss_error, self.gradient_error or 0.0)
+        return _largest([self.loss_error, self.gradient_error or 0.0])
+
+
+def _largest(errors: Sequence[float]) -> float:
+    """The maximum; NaN counts as the largest."""
+    return next((e for e in errors if math.isnan(e)), max(errors))
 
 
 def _worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -59,7 +67,9 @@ def _worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     for name, reference in expected.items():
         scale = float(reference.abs().max())
         error = float((found[name] - reference).abs().max()) / scale if scale else float(found[name].abs().max())
-        if not error <= worst:  # NaN counts as worst
+        if math.isnan(error):
+            return error, name
+        if error > worst:
             worst, where = error, name
     return worst, where
 
@@ -68,9 +78,9 @@ def compare(cell: Cell, found: dict[str, Any], expected: dict[str, Any]) -> Cell
     scale = expected["advantage_scale"]
     pairs = list(zip(found["losses"], expected["losses"], strict=True))
     pairs += list(zip(found["losses_clipped"], expected["losses_clipped"], strict=True))
-    loss = max(abs(a - b) for a, b in pairs) / scale
+    loss = _largest([abs(a - b) for a, b in pairs]) / scale
     gradient, worst_gradient = None, ""
-    if found["gradients"]:
+    if not cell.distributed_optimizer:  # its gradients are sharded: the updates show them
         gradient, worst_gradient = _worst(found["gradients"], expected["gradients"])
     update, worst_update = _worst(found["updates"], expected["updates"])
     long_run, _ = _worst(found["updates_all"], expected["updates_all"])
@@ -121,20 +131,27 @@ def _launch(ranks: int, folder: Path, cells: Sequence[str], timeout: float) -> N
     command = torchrun_command(ranks, "asd_megatron.checks.parity_worker", [str(folder), *cells])
     log = folder / f"ranks{ranks}.log"
     with log.open("w") as out:
+        process = subprocess.Popen(command, env=worker_environment(ranks), stdout=out, stderr=subprocess.STDOUT)
         try:
-            code = subprocess.run(
-                command,
-                env=worker_environment(ranks),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-                check=False,
-            ).returncode
+            code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise ParityError(f"the cells {', '.join(cells)} did not finish within {timeout:.0f} s") from None
+        finally:
+            _end(process)
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
         raise ParityError(f"the cells {', '.join(cells)} failed on {ranks} ranks (exit {code}):\n{tail}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a launcher that still runs; asked politely first, because only it can end its ranks."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(LAUNCHER_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def table(results: Sequence[CellResult]) -> str:
@@ -147,6 +164,11 @@ def table(results: Sequence[CellResult]) -> str:
     return "\n".join(lines)
 
 
+def _as_json(cell: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: null."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in cell.items()}
+
+
 def main(names: Sequence[str], json_file: Path | None) -> int:
     """Exit status: 0 when every cell passes, 1 otherwise."""
     names = list(names) or [n for n in CELLS if n not in ("single", "single_tied")]
@@ -154,7 +176,7 @@ def main(names: Sequence[str], json_file: Path | None) -> int:
         results = run(names, Path(folder), say=lambda s: print(s, file=sys.stderr, flush=True))
     print(table(results))
     if json_file is not None:
-        cells = [{**asdict(r), "max_relative_error": r.max_relative_error} for r in results]
+        cells = [_as_json({**asdict(r), "max_relative_error": r.max_relative_error}) for r in results]
         report = {"tolerance": TOLERANCE, "update_tolerance": UPDATE_TOLERANCE, "cells": cells}
         atomic_write(json_file, json.dumps(report, indent=1) + "\n")
     failed = [r.layout for r in results if not r.passed]
