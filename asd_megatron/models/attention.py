@@ -171,7 +171,10 @@ def _context_parallel(
 
 
 class CachedAttention(torch.nn.Module):
-    """Stands in for a layer's core attention while the embedded engine samples; `holder.cache` is the engine's."""
+    """Stands in for a layer's core attention while the embedded engine samples.
+
+    `holder.cache` is the engine's; it knows of the first `holder.rows` rows, others only fill the batch up.
+    """
 
     holder: Any
 
@@ -181,4 +184,16 @@ class CachedAttention(torch.nn.Module):
         self.layer_number, self.softmax_scale = layer_number, softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        return self.holder.cache.attend(self.layer_number, query, key, value, self.softmax_scale)
+        filled = query.shape[1]
+        query, key, value = (x[:, : self.holder.rows] for x in (query, key, value))
+        out = self.holder.cache.attend(self.layer_number, query, key, value, self.softmax_scale)
+        return fill_rows(out, filled, dim=1)
+
+
+def fill_rows(x: Tensor, rows: int, dim: int = 0) -> Tensor:
+    """`x` with its last row repeated until there are `rows` along `dim`; `x` itself when there are."""
+    missing = rows - x.shape[dim]
+    if missing <= 0:
+        return x
+    last = x.narrow(dim, x.shape[dim] - 1, 1)
+    return torch.cat([x, *[last] * missing], dim)

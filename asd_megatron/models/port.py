@@ -20,7 +20,7 @@ from asd_megatron.distributed.layout import Groups, Layout
 from asd_megatron.distributed.objects import broadcast_object, gather_objects
 from asd_megatron.errors import UserError
 from asd_megatron.models import gpt
-from asd_megatron.models.attention import CachedAttention
+from asd_megatron.models.attention import CachedAttention, fill_rows
 from asd_megatron.models.compat import resolve_layers
 from asd_megatron.models.families import Family, ModelShape, family_of
 from asd_megatron.models.rope import angles
@@ -30,6 +30,7 @@ from asd_megatron.ops.vocab_shard import VocabShard
 from asd_megatron.records import PackedTokens
 
 SEQUENCE_PARALLEL_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+MIN_ROWS = 4  # a CPU's BLAS multiplies fewer rows by other kernels, in another order: a sample would see its company
 
 
 class TensorReader(Protocol):
@@ -64,7 +65,7 @@ class ModelPort:
         self._shapes = Shapes(
             shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab, self.padded_vocab_size
         )
-        self._holder = SimpleNamespace(cache=None)
+        self._holder = SimpleNamespace(cache=None, rows=0)
         self._owners: dict[tuple[int, int | None], int] | None = None
         self._inverse_frequencies = shape.rotary.inverse_frequencies().to(self.device)
         self._mark_sharded()
@@ -351,11 +352,14 @@ class ModelPort:
         chunk = _bare(self.chunks[0])
         pp = self.groups.pp
         rows, steps = input_ids.shape
+        self._holder.rows = rows
+        filled = max(rows, -(-MIN_ROWS // steps))
+        input_ids, position_ids = fill_rows(input_ids, filled), fill_rows(position_ids, filled)
         hidden = None
         if chunk.pre_process:
             hidden = chunk.embedding(input_ids=input_ids, position_ids=position_ids)
         else:
-            received = torch.empty(steps, rows, self.shape.hidden, dtype=self.dtype, device=self.device)
+            received = torch.empty(steps, filled, self.shape.hidden, dtype=self.dtype, device=self.device)
             dist.recv(received, group=pp, group_src=pp.rank() - 1)
             chunk.decoder.set_input_tensor(received)
         rotary = angles(position_ids.transpose(0, 1), self._inverse_frequencies)
@@ -363,7 +367,8 @@ class ModelPort:
         if not chunk.post_process:
             dist.send(hidden.contiguous(), group=pp, group_dst=pp.rank() + 1)
             return None
-        logits = gemm.product(gemm.operand(cache.newest(hidden)[0]), gemm.operand(self.head_weight()).t())
+        newest = fill_rows(cache.newest(hidden[:, :rows])[0], MIN_ROWS)
+        logits = gemm.product(gemm.operand(newest), gemm.operand(self.head_weight()).t())[:rows]
         logits = self.head_shard().gather_ranks(logits)
         return logits.transpose(0, 1).reshape(rows, 1, -1)[..., : self.vocab_size]
 

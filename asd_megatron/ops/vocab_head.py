@@ -143,8 +143,10 @@ class _Tiles:
         self.dtype = accumulation_dtype(hidden.dtype)
 
     def blocks(self) -> Iterator[slice]:
-        for start in range(0, self.count, self.block):
-            yield slice(start, min(start + self.block, self.count))
+        """As few as fit, of nearly equal length: a tile of a few rows costs almost as much as a full one."""
+        tiles = -(-self.count // self.block)
+        for tile in range(tiles):
+            yield slice(tile * self.count // tiles, (tile + 1) * self.count // tiles)
 
     def hidden(self, block: slice) -> Tensor:
         return operand(self.whole[block] if self.rows is None else self.whole[self.rows[block]])

@@ -49,8 +49,8 @@ def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     """log_softmax(logits / temperature) over the last dimension, float32; temperature 0 (greedy) counts as 1."""
     logits = logits.float()
     if temperature not in (0.0, 1.0):
-        logits = logits / temperature
-    # As the trainer's head does it: `log_softmax` on a CPU loses the tail of a large vocabulary in its few partial sums.
+        logits = logits * (1.0 / temperature)
+    # As the trainer's head does it. On a CPU, `log_softmax` loses the tail of a large vocabulary in few partial sums.
     shifted = logits - logits.amax(-1, keepdim=True)
     return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
