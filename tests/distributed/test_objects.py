@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from asd_megatron.distributed.objects import broadcast_object, gather_objects
+from asd_megatron.distributed.objects import broadcast_object, first_message, gather_objects
 from tests.distributed.harness import run_ranks
 
 
@@ -21,6 +21,9 @@ def _exchange(rank: int) -> dict[str, Any]:
         # Ranks count within the group: its rank 1 is the world's rank 2.
         "in_group": broadcast_object(rank, mine.size() - 1, mine),
         "gathered_in_group": gather_objects(rank, mine.size() - 1, mine),
+        "silent": first_message(None, world),
+        "message": first_message(f"rank {rank} speaks" if rank else None, world),
+        "message_in_group": first_message("here" if rank == 2 else None, mine),
     }
 
 
@@ -32,4 +35,6 @@ def test_objects_arrive_by_group_rank() -> None:
     assert third["gathered"] == [[], ["x"], ["x", "x"]]
     assert (first["in_group"], second["in_group"], third["in_group"]) == (0, 2, 2)
     assert first["gathered_in_group"] == [0]
+    assert all(found["silent"] is None and found["message"] == "rank 1 speaks" for found in (first, second, third))
+    assert [found["message_in_group"] for found in (first, second, third)] == [None, "here", "here"]
     assert second["gathered_in_group"] is None and third["gathered_in_group"] == [1, 2]

@@ -130,7 +130,7 @@ def _shares(rank: int) -> list[float]:
     assert world is not None
     columns = TokenColumns(("a",), 4, torch.device("cpu"))
     columns.put(torch.tensor([0, 2] if rank == 0 else [1, 3]), {"a": torch.tensor([1.0, 2.0]) + 10 * rank})
-    alone = SimpleNamespace(size=lambda: 1)
+    alone: Any = SimpleNamespace(size=lambda: 1)
     summed = columns.share(cp=world, pp=alone)["a"].tolist()
     last = TokenColumns(("a",), 2, torch.device("cpu"))
     last.put(torch.arange(2), {"a": torch.tensor([5.0, 6.0]) if rank == 1 else torch.zeros(2)})

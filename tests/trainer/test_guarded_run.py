@@ -1,0 +1,155 @@
+"""A training run that meets numbers that are not finite: where it stops, what it leaves out, what it remembers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from asd_megatron import train
+from asd_megatron.config import load_recipe
+from asd_megatron.observe.writer import read_metrics
+from asd_megatron.records import Group
+from asd_megatron.session import open_session
+from asd_megatron.trainer import passes
+from asd_megatron.trainer.guard import NotFinite
+from asd_megatron.training import TrainingRun
+from tests.e2e.world import call, without_torchrun
+
+
+def recipe_file(folder: Path, **algorithm: Any) -> Path:
+    sections: dict[str, dict[str, Any]] = {
+        "run": {"folder": str(folder / "run"), "steps": 6},
+        "model": {"path": "puzzle:warm_start"},
+        "algorithm": {"name": "no_gate", **algorithm},
+        "sampling": {
+            "problems_per_step": 2,
+            "rollouts_per_problem": 3,
+            "max_prompt_tokens": 64,
+            "max_response_tokens": 16,
+        },
+        "data": {"train": "puzzle:train"},
+        "reward": {"name": "puzzle"},
+        "checkpoint": {"every": 1, "export_at_end": False},
+        "logging": {"progress": False, "tensorboard": False},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[TrainingRun]:
+    recipe = load_recipe(str(recipe_file(tmp_path)))
+    with without_torchrun(), open_session(recipe) as session:
+        run = TrainingRun(recipe, session)
+        run.start()
+        run.engine.load_weights(run.weights, version=0)
+        yield run
+
+
+def bad_weights(run: TrainingRun) -> None:
+    with torch.no_grad():
+        next(iter(run.port.chunks[0].parameters())).fill_(math.nan)
+
+
+def test_an_engine_that_reports_no_number(run: TrainingRun) -> None:
+    first, *others = run.collect(1)
+    rollout = first.rollouts[1]
+    bad = replace(rollout, logprobs=(*rollout.logprobs[:-1], math.nan))
+    groups = [Group(first.problem, (first.rollouts[0], bad, *first.rollouts[2:]), first.rewards), *others]
+    place = f"{rollout.prompt_id}/1 at response position {len(rollout.response_ids) - 1}"
+    with pytest.raises(NotFinite, match=f"step 1, rollout: the engine's log-prob is not finite for 1 token .*{place}"):
+        run.build_batch(groups, 1)
+
+
+def test_a_teacher_pass_without_numbers(run: TrainingRun) -> None:
+    batch = run.build_batch(run.collect(1), 1)
+    bad_weights(run)
+    with pytest.raises(NotFinite, match="step 1, teacher scoring: teacher_logprobs is not finite"):
+        run.score_teacher(batch)
+
+
+def test_an_update_whose_forward_pass_has_no_numbers(run: TrainingRun) -> None:
+    batch = run.build_batch(run.collect(1), 1)
+    teacher = run.score_teacher(batch)
+    lam = run.gate_step(batch, teacher, None)
+    bad_weights(run)
+    with pytest.raises(NotFinite, match="step 1, update: student_logprobs is not finite"):
+        run.update(batch, teacher, None, lam)
+
+
+def test_a_student_pass_without_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the program: one line, exit status 2, and the checkpoint of the step before is there."""
+    original, passed = passes.score_student, 0
+
+    def score(*arguments: Any, **how: Any) -> dict[str, torch.Tensor] | None:
+        nonlocal passed
+        passed += 1
+        found = original(*arguments, **how)
+        if found is not None and passed == 2:
+            found["student_entropy"][0] = math.inf
+        return found
+
+    monkeypatch.setattr(passes, "score_student", score)
+    assert call(train.main, [str(recipe_file(tmp_path, updates_per_batch=2))]) == 2
+    assert "error: step 2, student scoring: student_entropy is not finite for 1 token" in capsys.readouterr().err
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1]
+    assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
+
+
+@pytest.fixture
+def overflowing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Gradient norms of the optimizer's steps by number (from 1) that overflow."""
+    from asd_megatron.trainer.optimizer import Optimizer, StepResult
+
+    original, steps, chosen = Optimizer.step, [0], set[int]()
+
+    def step(self: Optimizer, *, loss: float = 0.0) -> StepResult:
+        steps[0] += 1
+        if steps[0] in chosen:
+            next(iter(self.port.chunks[0].parameters())).main_grad.view(-1)[0] = math.inf
+        return original(self, loss=loss)
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    return chosen
+
+
+def test_a_single_overflow_is_left_out_and_counted(tmp_path: Path, overflowing: set[int]) -> None:
+    overflowing |= {2, 4, 5}
+    assert call(train.main, [str(recipe_file(tmp_path))]) == 0
+    rows = read_metrics(tmp_path / "run")
+    assert [row["optimizer/skipped"] for row in rows] == [0, 1, 0, 1, 1, 0]
+    assert [row["optimizer/grad_norm"] is None for row in rows] == [False, True, False, True, True, False]
+
+
+def test_a_row_of_overflows_stops_also_across_a_resumption(
+    tmp_path: Path, overflowing: set[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two in a row, then the run ends; it goes on with the count it had."""
+    overflowing |= {2, 3, 4, 5}
+    recipe = str(recipe_file(tmp_path))
+    assert call(train.main, [recipe, "--run.steps", "3"]) == 0
+    assert call(train.main, [recipe]) == 2
+    assert "error: step 5, update: " in (err := capsys.readouterr().err) and "4. update in a row" in err
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_counters_are_metrics(tmp_path: Path) -> None:
+    """Teacher sequences that cannot fit are counted step by step."""
+    recipe = recipe_file(tmp_path)
+    arguments = ["--run.steps", "2", "--privileged.max_teacher_tokens", "30", "--checkpoint.every", "0"]
+    assert call(train.main, [str(recipe), *arguments]) == 0
+    for row in read_metrics(tmp_path / "run"):
+        assert row["demonstration/too_long"] == row["rollouts/masked"] == row["demonstration/none"] == 6
+        assert row["demonstration/shortened"] == row["demonstration/empty"] == 0
+        assert row["reward/timeouts"] == row["reward/errors"] == row["reward/restarts"] == 0
+        assert row["rollouts/aborted"] == row["rollouts/redrawn_groups"] == row["rollouts/dropped_groups"] == 0
