@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -41,15 +43,26 @@ def prepare() -> None:
     if _prepared:
         return
     _prepared = True
+    _quieten()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps communication by issue order
     if torch.cuda.is_available():
-        import os
-
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return
     _replace_cuda_functions()
     _redirect_factories()
     _redirect_tensor_methods()
     _redirect_megatron_rng()
+
+
+def _quieten() -> None:
+    """Leave out what every rank would say again: the start-up report names missing packages and who stands in."""
+    for message in (
+        r".*Apex (is|are) not installed",
+        r".*CUDA_DEVICE_MAX_CONNECTIONS",
+        r"full scope is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 class _Stream:

@@ -182,7 +182,7 @@ SECTIONS = (
         "Held-out evaluation",
         "At the steps that the recipe's `evaluation` section names (step 0 is before training).",
         (
-            Metric("evaluation/accuracy", "share of responses", "rewards of at least `privileged.success_threshold`"),
+            Metric("evaluation/accuracy", "reward", "mean reward: of rewards 0 and 1, the share of right answers"),
             Metric("evaluation/length_mean", "tokens", "mean response length"),
             Metric("evaluation/truncated", "share of responses", "responses that the token budget cut off"),
         ),
