@@ -103,7 +103,7 @@ class Session:
 
         self.folder = recipe.run.path
         self.checkpoints = self.folder / "checkpoints"
-        resume = self.on_root(self._resume_folder)
+        self._resume = resume = self.on_root(self._resume_folder)
         self.goes_on = resume is not None and Path(resume).resolve().parent == self.checkpoints.resolve()
         self.on_root(self._check_folder)
 
@@ -235,6 +235,8 @@ class Session:
         if self.folder.is_dir() and not self.goes_on:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.goes_on and self._resume is not None:  # it may be an older one: from now on this is the run's newest
+            training.name_latest(self.checkpoints, Path(self._resume).resolve().name)
         atomic_write(self.folder / "recipe.yaml", dump_recipe(self.recipe))
 
     # ---------------------------------------------------------------- steps

@@ -5,7 +5,8 @@
     CHECKPOINTS/latest         the name of the newest whole one
 
 Tensors are stored in their model's shape, so that another layout (or data-parallel size) can load them. `CHECKPOINTS`
-must be on a file system that all ranks share. Every function here but `latest` is collective over all ranks.
+must be on a file system that all ranks share. Every function here is collective over all ranks, but for `latest` and
+`name_latest`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def save(
         def finish() -> None:
             (Path(partial) / RUN_STATE).write_text(text)
             written.close()
-            atomic_write(folder / LATEST, name(step) + "\n")
+            name_latest(folder, name(step))
             _prune(folder, step, keep)
 
         _on_first_rank(finish)
@@ -121,6 +122,11 @@ def latest(folder: str | Path) -> Path | None:
             "write the name of one that is into it, or remove it to start anew"
         )
     return folder / named
+
+
+def name_latest(folder: str | Path, checkpoint: str) -> None:
+    """Make `checkpoint` the one that `latest` finds in a run's `checkpoints` folder. Not collective."""
+    atomic_write(Path(folder) / LATEST, checkpoint + "\n")
 
 
 def name(step: int) -> str:

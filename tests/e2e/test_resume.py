@@ -13,29 +13,30 @@ from asd_megatron import train
 from asd_megatron.observe.writer import read_metrics
 from tests.e2e.world import World, dump, metrics, refusal, responses, steps
 
-# H_warm is known after step 2, so the state of step 3 holds a calibrated gate.
 ANTISD: dict[str, dict[str, Any]] = {
     "run": {"dump_rollouts": True, "steps": 6},
     "algorithm": {"name": "antisd"},
-    "gate": {"warmup_steps": 2, "tau_down": 0.99},
     "data": {},
     "optimizer": {"schedule": "cosine", "warmup_steps": 2},
     "evaluation": {"every": 2, "problems": 4},
 }
 
 
-def test_straight_and_interrupted(world: World) -> None:
+@pytest.mark.parametrize("warmup_steps", [2, 4])
+def test_straight_and_interrupted(world: World, warmup_steps: int) -> None:
+    """The checkpoint is that of step 3: of a calibrated gate, and of one in its warm-up."""
     options = {**ANTISD, "data": {"test": str(world.problems)}, "checkpoint": {"every": 3}}
-    straight = world.train("straight", **options)
+    options["gate"] = {"warmup_steps": warmup_steps, "tau_down": 0.99}
+    straight = world.train(f"straight_{warmup_steps}", **options)
     # the same run, killed in step 6: after the checkpoint of step 3, with metrics and dumps of later steps
-    stopped = world.run_folder("stopped")
+    stopped = world.run_folder(f"stopped_{warmup_steps}")
     shutil.copytree(straight, stopped)
     shutil.rmtree(stopped / "checkpoints" / "step_000006")
     (stopped / "checkpoints" / "latest").write_text("step_000003\n")
     lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
     (stopped / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:40])
     (stopped / "summary.json").unlink()
-    resumed = world.train("stopped", **options)
+    resumed = world.train(stopped.name, **options)
 
     assert steps(resumed) == [0, 1, 2, 3, 4, 5, 6]  # no hole, nothing twice
     assert metrics(straight) == metrics(resumed)
@@ -49,6 +50,22 @@ def test_straight_and_interrupted(world: World) -> None:
         del one["name"], one["recipe_hash"]
     assert summaries[0] == summaries[1]
     assert summaries[0]["accuracy_before"] == read_metrics(straight)[0]["evaluation/accuracy"]
+
+
+def test_back_to_an_older_checkpoint(world: World) -> None:
+    """Of the run's own folder, by its path: later lines and dumps are made again."""
+    options = {"run": {"steps": 4}, "checkpoint": {"every": 2}}
+    folder = world.train("back", **options)
+    before = metrics(folder)
+    world.train("back", "--checkpoint.resume", str(folder / "checkpoints" / "step_000002"), **options)
+    assert metrics(folder) == before
+
+    # stopped before it made step 4 again: it goes on from step 2, not from the step 4 of before
+    again = ["--checkpoint.resume", str(folder / "checkpoints" / "step_000002")]
+    world.train("back", *again, "--run.steps", "3", "--checkpoint.every", "0", **options)
+    assert steps(folder) == [1, 2, 3]
+    world.train("back", "--run.steps", "6", **options)  # and a finished run can be made longer
+    assert metrics(folder)[:4] == before and steps(folder) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_finished_run_changes_nothing_when_started_again(world: World) -> None:
