@@ -87,3 +87,14 @@ def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no rollout dumps" in capsys.readouterr().err
     assert inspect_pmi.main([str(tmp_path / "run"), "--tokenizer", "nowhere"]) == 2
     assert "tokenizer folder nowhere does not exist" in capsys.readouterr().err
+
+
+def test_tool_finds_the_runs_own_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    dump(dump_path(run, 1), make_table())
+    assert inspect_pmi.main([str(run), "--min-count", "2"]) == 2
+    assert "give the model's folder with --tokenizer" in capsys.readouterr().err
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    (run / "recipe.yaml").write_text(f"model:\n  path: {folder}\ndata:\n  train: problems.jsonl\n")
+    assert inspect_pmi.main([str(run), "--min-count", "2"]) == 0
+    assert "|w7|" in capsys.readouterr().out
