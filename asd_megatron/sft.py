@@ -13,7 +13,6 @@ from typing import Any
 from asd_megatron.cli.guard import guarded
 from asd_megatron.config import SftRecipe, load_recipe
 from asd_megatron.errors import UserError
-from asd_megatron.files import write_json
 from asd_megatron.held_out import HeldOut, embedded_engine
 from asd_megatron.observe.metrics import supervised_metrics
 from asd_megatron.reward.factory import make_verifier
@@ -113,12 +112,12 @@ def train(run: SupervisedRun) -> None:
         session.checkpoint_if_due(step, run.state(step))
     session.export_if_missing()
     if session.is_root:
-        from asd_megatron.observe.plots import plot_run
+        from asd_megatron.observe.plots import plot_run, write_summary
 
         first, last = (run.held_out.first, run.held_out.last) if run.held_out else (None, None)
         plot_run(session.folder)
-        write_json(
-            session.folder / "summary.json",
+        write_summary(
+            session.folder,
             {
                 "name": recipe.run.name,
                 "stage": "sft",

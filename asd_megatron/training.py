@@ -12,7 +12,6 @@ from asd_megatron.antisd import Gate, condition
 from asd_megatron.config import Recipe, recipe_hash
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.distributed.objects import first_message
-from asd_megatron.files import write_json
 from asd_megatron.held_out import HeldOut, Weights, embedded_engine, puzzle_metrics, stop_ids
 from asd_megatron.observe.dumps import dump_path, write_dump
 from asd_megatron.observe.metrics import GateReading, Increments, step_metrics
@@ -253,9 +252,9 @@ class TrainingRun:
         """RUN/summary.json and RUN/curves.png."""
         self.session.export_if_missing()
         if self.session.is_root:
-            from asd_megatron.observe.plots import plot_run
+            from asd_megatron.observe.plots import plot_run, write_summary
 
-            write_json(self.session.folder / "summary.json", self.summary())
+            write_summary(self.session.folder, self.summary())
             plot_run(self.session.folder)
 
     def summary(self) -> dict[str, Any]:

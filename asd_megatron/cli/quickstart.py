@@ -15,7 +15,7 @@ from typing import Any
 import asd_megatron
 from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
-from asd_megatron.files import write_json
+from asd_megatron.observe.plots import write_summary
 from asd_megatron.observe.writer import read_metrics
 
 RECIPE = Path("examples") / "puzzle" / "quickstart.yaml"
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if status:
         return status
     summary = summarize(folder)
-    write_json(folder / "summary.json", summary)
+    write_summary(folder, summary)
     print(table(summary))
     print(f"\n{folder}: curves.png, summary.json, hf/ (a Hugging Face model), metrics.jsonl, tensorboard/")
     return 0

@@ -45,10 +45,6 @@ class Pack:
     flat: Tensor
     real_tokens: int  # of the whole pack, without padding
 
-    @property
-    def padded_tokens(self) -> int:
-        return int(self.tokens.cu_seqlens[-1])
-
 
 def assign(costs: Sequence[int], ranks: int) -> list[list[int]]:
     """Items to ranks, longest first onto the least loaded rank (ties: the lower rank). Returns sorted item indices per

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from asd_megatron.ops.vocab_head import linear_logprob
@@ -38,7 +37,3 @@ def score(port: Any, groups: Any, packs: Sequence[Pack], tokens: int, *, tempera
             chunk.train(mode)
     shared = columns.share(cp=groups.cp, pp=groups.pp)
     return shared["logprobs"], shared["entropy"]
-
-
-def is_finite(values: Tensor) -> bool:
-    return bool(torch.isfinite(values).all())
