@@ -14,6 +14,9 @@ from torch import Tensor
 MAX_PADDING = 1.25
 """Sequences of a pack share one attention call while padding to the longest costs at most this factor in tokens."""
 
+MIN_ROWS = 4
+"""A CPU's BLAS multiplies fewer rows by other kernels, which add in another order: a sample would see its company."""
+
 
 @dataclass(frozen=True)
 class Bucket:

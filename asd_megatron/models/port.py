@@ -20,7 +20,7 @@ from asd_megatron.distributed.layout import Groups, Layout
 from asd_megatron.distributed.objects import broadcast_object, gather_objects
 from asd_megatron.errors import UserError
 from asd_megatron.models import gpt
-from asd_megatron.models.attention import CachedAttention, fill_rows
+from asd_megatron.models.attention import MIN_ROWS, CachedAttention, fill_rows
 from asd_megatron.models.compat import resolve_layers
 from asd_megatron.models.families import Family, ModelShape, family_of
 from asd_megatron.models.rope import angles
@@ -30,7 +30,6 @@ from asd_megatron.ops.vocab_shard import VocabShard
 from asd_megatron.records import PackedTokens
 
 SEQUENCE_PARALLEL_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-MIN_ROWS = 4  # a CPU's BLAS multiplies fewer rows by other kernels, in another order: a sample would see its company
 
 
 class TensorReader(Protocol):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asd_megatron.models.attention import operand
+from asd_megatron.models.attention import MIN_ROWS, fill_rows, operand
 
 
 class KVCache:
@@ -71,15 +71,16 @@ class KVCache:
         store[0, :rows, :, slot] = key[0]
         store[1, :rows, :, slot] = value[0]
         kv_heads = key.shape[2]
+        group = heads // kv_heads
         # The query heads of one key head become query positions of it: no key is ever repeated.
         out = F.scaled_dot_product_attention(
-            wide[0].reshape(rows, kv_heads, heads // kv_heads, dim),
+            fill_rows(wide[0].reshape(rows, kv_heads, group, dim), MIN_ROWS, dim=2),
             store[0, :rows, :, : self.filled],
             store[1, :rows, :, : self.filled],
             attn_mask=self._mask(wide),
             scale=softmax_scale,
         )
-        return out.reshape(1, rows, heads * dim).to(query.dtype)
+        return out[:, :, :group].reshape(1, rows, heads * dim).to(query.dtype)
 
     def newest(self, hidden: Tensor) -> Tensor:
         """Hidden states of each row's newest token in the current forward: [s, B, H] -> [1, B, H]. Only these need
