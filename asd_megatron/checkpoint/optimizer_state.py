@@ -15,11 +15,14 @@ With any Adam, up to Megatron-Core 0.19,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+
+KIND_OF_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+RATES_OF_GROUP = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
 def parts(optimizer: Any) -> list[Any]:
@@ -98,9 +101,10 @@ def _spread(dense: torch.Tensor, buffer: Any) -> torch.Tensor:
 
 
 @contextmanager
-def loading(optimizer: Any) -> Iterator[None]:
-    """Around `optimizer.load_state_dict`: state is loaded, hyper-parameters stay those of the recipe at hand."""
+def loading(optimizer: Any, state: Any) -> Iterator[None]:
+    """Around `optimizer.load_state_dict(state)`: state is loaded, hyper-parameters stay those of the recipe at hand."""
     hyper = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
+    _rename_groups(state, hyper)
     with ExitStack() as stack:
         for part in parts(optimizer):
             if hasattr(part, "_set_main_param_and_optimizer_states"):
@@ -111,6 +115,25 @@ def loading(optimizer: Any) -> Iterator[None]:
             state["step"] = state["step"].clone()
     for group, values in zip(optimizer.param_groups, hyper, strict=True):
         group.update(values)
+
+
+def _rename_groups(state: Any, hyper: Sequence[Mapping[str, Any]]) -> None:
+    """Give the saved parameter groups the rates of the groups at hand.
+
+    From 0.18 on, Megatron tells groups apart by them too, and a recipe may have changed its learning rate since.
+    """
+    if isinstance(state, dict):
+        for key, value in state.items():
+            if key != "param_groups":
+                _rename_groups(value, hyper)
+                continue
+            for saved in value:
+                same = [g for g in hyper if all(saved.get(k) == g.get(k) for k in KIND_OF_GROUP)]
+                if len(same) == 1:
+                    saved.update({k: same[0][k] for k in RATES_OF_GROUP if k in saved and k in same[0]})
+    elif isinstance(state, list | tuple):
+        for part in state:
+            _rename_groups(part, hyper)
 
 
 @contextmanager

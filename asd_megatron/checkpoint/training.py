@@ -102,7 +102,7 @@ def load(path: str | Path, port: Any, optimizer: Any, scheduler: Any) -> dict[st
         wrong = [k for k in (*result.missing_keys, *result.unexpected_keys) if not k.endswith("_extra_state")]
         if wrong:
             raise UserError(f"{path} does not fit this model: {', '.join(sorted(wrong))}")
-    with optimizer_state.loading(optimizer):
+    with optimizer_state.loading(optimizer, loaded["optimizer"]):
         optimizer.load_state_dict(loaded["optimizer"])
     scheduler.num_steps = loaded["scheduler"]["num_steps"]
     scheduler.step(0)

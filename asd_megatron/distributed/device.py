@@ -60,6 +60,7 @@ def _quieten() -> None:
         r".*Apex (is|are) not installed",
         r".*CUDA_DEVICE_MAX_CONNECTIONS",
         r"full scope is deprecated",
+        r"\w+ is experimental and still under active development",
     ):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
