@@ -19,7 +19,7 @@ from asd_megatron.errors import UserError
 ROOT = Path(__file__).parents[2]
 # Says what a rank sees, then ends as OUTCOME says.
 PROGRAM = """
-import os, sys, time
+import os, pathlib, sys, time
 from asd_megatron.cli.guard import guarded
 from asd_megatron.errors import UserError
 
@@ -27,6 +27,12 @@ def program():
     rank, outcome = os.environ["RANK"], os.environ["OUTCOME"]
     words = [rank, os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"], *sys.argv[1:]]
     os.write(1, (" ".join(words) + "\\n").encode())  # one write: ranks share the pipe
+    pathlib.Path(__file__).with_name("spoken" + rank).touch()
+    if outcome in ("exit", "kill") and rank == "1":  # a failing rank ends the others, perhaps before they speak
+        for _ in range(500):
+            if pathlib.Path(__file__).with_name("spoken0").exists():
+                break
+            time.sleep(0.1)
     if outcome == "refuse":
         raise UserError("the corpus is empty")
     if outcome == "exit" and rank == "1":
