@@ -13,6 +13,7 @@ import contextlib
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -143,6 +144,9 @@ def _rank(
             dist.barrier()
             dist.destroy_process_group()
         (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # a normal exit may abort in the destructor of a group that something still refers to
     except BaseException:
         failed = time.time()
         (Path(folder) / f"{rank}.failure").write_bytes(pickle.dumps((failed, traceback.format_exc())))
