@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from asd_megatron.checkpoint import training
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write_folder
@@ -127,7 +126,9 @@ class Session:
             total_steps=recipe.run.steps * updates_per_step(recipe),
             distributed=recipe.parallelism.distributed_optimizer,
         )
-        self.pack_layout = _pack_layout(self.layout, self.groups, self.tokenizer, self.port.device)
+        self.pack_layout = PackLayout.of(
+            self.layout, self.groups, self.port.device, pad_id=self.tokenizer.pad_token_id or 0
+        )
         self.resumed: dict[str, Any] | None = None
         if resume is not None:
             self.resumed = training.load(Path(resume), self.port, self.optimizer.megatron, self.optimizer.scheduler)
@@ -317,21 +318,3 @@ def _dtype(name: str) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if torch.cuda.is_available() else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _pack_layout(layout: Layout, groups: Groups, tokenizer: Any, where: torch.device) -> PackLayout:
-    return PackLayout(
-        context=layout.context,
-        context_rank=groups.cp.rank(),
-        tensor=layout.tensor,
-        sequence_parallel=layout.sequence_parallel,
-        pipeline=layout.pipeline,
-        virtual_pipeline=layout.virtual_pipeline is not None,
-        pad_id=tokenizer.pad_token_id or 0,
-        device=where,
-    )
-
-
-def barrier(groups: Groups) -> None:
-    if groups.world.size() > 1:
-        dist.barrier(group=groups.world)

@@ -73,20 +73,7 @@ def build(folder: Path, cell: Cell) -> Trained:
         clip_grad=1.0,
         distributed=cell.distributed_optimizer,
     )
-    return Trained(port, groups, optimizer, pack_layout(groups, cell, port), cell)
-
-
-def pack_layout(groups: Any, cell: Cell, port: Any) -> PackLayout:
-    parallel = cell.layout
-    return PackLayout(
-        context=parallel.context,
-        context_rank=groups.cp.rank(),
-        tensor=parallel.tensor,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline is not None,
-        device=port.device,
-    )
+    return Trained(port, groups, optimizer, PackLayout.of(cell.layout, groups, port.device), cell)
 
 
 def run_step(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asd_megatron.distributed.layout import Groups, Layout
 from asd_megatron.records import PackedTokens
 
 
@@ -98,6 +99,20 @@ class PackLayout:
     virtual_pipeline: bool = False
     pad_id: int = 0
     device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def of(cls, layout: Layout, groups: Groups, device: torch.device, pad_id: int = 0) -> PackLayout:
+        """This rank's, in a parallel layout."""
+        return cls(
+            context=layout.context,
+            context_rank=groups.cp.rank(),
+            tensor=layout.tensor,
+            sequence_parallel=layout.sequence_parallel,
+            pipeline=layout.pipeline,
+            virtual_pipeline=layout.virtual_pipeline is not None,
+            pad_id=pad_id,
+            device=device,
+        )
 
     @property
     def sequence_multiple(self) -> int:

@@ -119,15 +119,7 @@ class Product:
         self.port = ModelPort.build(read_config(folder), self.groups, layout, dtype=torch.float32, layers="local")
         self.port.load(self.reader)
         self.port.wrap_ddp(distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False)
-        self.pack_layout = PackLayout(
-            context=layout.context,
-            context_rank=self.groups.cp.rank(),
-            tensor=layout.tensor,
-            sequence_parallel=layout.sequence_parallel,
-            pipeline=layout.pipeline,
-            virtual_pipeline=layout.virtual_pipeline is not None,
-            device=self.port.device,
-        )
+        self.pack_layout = PackLayout.of(layout, self.groups, self.port.device)
 
     def reload(self) -> None:
         self.port.load(self.reader)
