@@ -80,6 +80,8 @@ class Rollout:
     `logprobs[t]` is the engine's log-probability of `response_ids[t]` at the sampling temperature, before top-p /
     top-k.
     `loss_mask[t]` is False for response tokens that were not sampled by the policy (tool output, forced tokens).
+    `weight_version` is that of the weights that sampled the first token; `version_changes` are (position, version) pairs:
+    from that response position on, newer weights did.
     """
 
     prompt_id: str
@@ -91,6 +93,7 @@ class Rollout:
     weight_version: int
     loss_mask: tuple[bool, ...] = ()
     text: str = ""
+    version_changes: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.loss_mask:
@@ -104,6 +107,11 @@ class Rollout:
     @property
     def truncated(self) -> bool:
         return self.finish_reason is FinishReason.LENGTH
+
+    @property
+    def across_versions(self) -> bool:
+        """Whether more than one version of the weights sampled it."""
+        return bool(self.version_changes)
 
 
 @dataclass(frozen=True)
