@@ -1,0 +1,237 @@
+"""What an SGLang server is started with: options, its command line, its Python environment.
+
+SGLang lives in an environment of its own (`tools/sglang_env/create.sh`) and is never imported here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import random
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from asd_megatron.errors import UserError
+
+OLDEST = (0, 5, 10)  # earlier ones can be taken over through ports on all interfaces (CVE-2026-3059, CVE-2026-3060)
+MODULE = "sglang.launch_server"
+HOW_TO_MAKE = "make it with `tools/sglang_env/create.sh gpu FOLDER` (or cpu) and name FOLDER/bin/python"
+OWNED = {  # SGLang's argument -> how it is set here
+    "host": "the host option",
+    "port": "the port option",
+    "model-path": "the model",
+    "model": "the model",
+    "api-key": "the generation key",
+    "admin-api-key": "the administration key",
+    "tensor-parallel-size": "the tensor-parallel option",
+    "tp-size": "the tensor-parallel option",
+    "tp": "the tensor-parallel option",
+    "weight-version": "weight synchronisation",
+    "config": "the recipe",
+    "dtype": "the dtype option",
+    "context-length": "the context-length option",
+}
+ONE_ONLY = ("data-parallel-size", "dp-size", "dp", "pipeline-parallel-size", "pp-size", "pp", "nnodes")
+CPU_ARGUMENTS: dict[str, Any] = {
+    "device": "cpu",
+    "attention-backend": "torch_native",
+    "disable-overlap-schedule": True,
+    "mem-fraction-static": 0.2,
+    "max-total-tokens": 8192,
+    "max-running-requests": 16,
+}
+CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0"}
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """One server. `arguments` are SGLang's own, names without the dashes: {"mem-fraction-static": 0.8}; True: a flag
+    without a value, None or False: left out, a list: several values. `devices` is CUDA_VISIBLE_DEVICES ("" means none),
+    `port` 0 a free one, `dtype` "auto" SGLang's choice on GPUs and float32 without.
+    """
+
+    python: Path
+    model: Path
+    tensor_parallel: int = 1
+    devices: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    api_key: str = field(default="", repr=False)
+    admin_key: str = field(default="", repr=False)
+    dtype: str = "auto"
+    context_length: int | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the server computes on the CPU: asked for, or no CUDA device is visible to it."""
+        device = pass_through(self).get("device")
+        return device == "cpu" if device else self.devices == "" or not _has_cuda()
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What an SGLang environment holds; `nccl` is None in one for CPUs."""
+
+    sglang: str
+    torch: str
+    nccl: str | None
+
+
+def command(options: ServerOptions) -> list[str]:
+    """The command line of a server, without its keys (`secret_arguments`), for a port that is decided already.
+
+    Raises UserError for arguments that are set otherwise (`OWNED`) or that the weight update cannot serve (`ONE_ONLY`).
+    """
+    arguments: dict[str, Any] = {
+        "model-path": str(options.model),
+        "host": options.host,
+        "port": options.port,
+        "tp-size": options.tensor_parallel,
+        "dtype": "float32" if options.dtype == "auto" and options.on_cpu else options.dtype,
+        "context-length": options.context_length,
+        "weight-version": "default",
+        **(CPU_ARGUMENTS if options.on_cpu else {}),
+        **pass_through(options),
+    }
+    return [str(options.python), "-m", MODULE, *_flags(arguments)]
+
+
+def secret_arguments(options: ServerOptions) -> list[str]:
+    """The keys' arguments, which travel through a pipe."""
+    return _flags({"api-key": options.api_key or None, "admin-api-key": options.admin_key or None})
+
+
+def pass_through(options: ServerOptions) -> dict[str, Any]:
+    """SGLang's own arguments as given, by their long names: nobody here checks what they mean."""
+    given = {name.lstrip("-").replace("_", "-"): value for name, value in options.arguments.items()}
+    for name in given:
+        if name in OWNED:
+            raise UserError(f"SGLang's argument --{name} is set by {OWNED[name]}: remove it from the server arguments")
+        if name in ONE_ONLY and str(given[name]) != "1":
+            raise UserError(
+                f"SGLang's argument --{name} above 1 is not supported, because weights go to tensor-parallel ranks only:"
+                " start more servers instead"
+            )
+    return given
+
+
+def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a server's process: `base` without what belongs to the trainer's ranks and environment."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+    dropped = re.compile(rf"(TORCHELASTIC_.*|PYTHONPATH|PYTHONHOME|VIRTUAL_ENV|{'|'.join(ours)})")
+    environment = {name: value for name, value in base.items() if not dropped.fullmatch(name)}
+    if options.on_cpu:
+        environment |= CPU_ENVIRONMENT
+    if options.devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = options.devices
+    return environment | {"PYTHONUNBUFFERED": "1"} | dict(options.environment)
+
+
+def check_host(host: str) -> str:
+    """`host` if servers may listen there: loopback or one interface's address. Raises UserError otherwise."""
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError as error:
+        raise UserError(f"server host {host!r} is not an address: give the IP address of one interface") from error
+    if address.is_unspecified:
+        raise UserError(
+            f"server host {host} would offer the servers on every interface, and who reaches them can replace their"
+            " weights: give the address of the cluster's own interface, or leave it at 127.0.0.1"
+        )
+    return host
+
+
+def check_environment(python: Path) -> Versions:
+    """Versions in the environment of interpreter `python`. Raises UserError if it, or a new enough SGLang, is missing.
+
+    Reads package metadata only: a fraction of a second.
+    """
+    found = _metadata(python)
+    if found["sglang"] is None:
+        raise UserError(f"SGLang is not installed in the environment of {python}: {HOW_TO_MAKE}")
+    if _release(found["sglang"]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise UserError(
+            f"SGLang {found['sglang']} in the environment of {python} is older than {oldest} and open to CVE-2026-3059"
+            f" and CVE-2026-3060: {HOW_TO_MAKE}"
+        )
+    if found["torch"] is None:
+        raise UserError(f"torch is not installed in the environment of {python}: {HOW_TO_MAKE}")
+    return Versions(found["sglang"], found["torch"], found["nccl"])
+
+
+_LIST_VERSIONS = """
+import importlib.metadata as m, json
+def version(*names):
+    for name in names:
+        try: return m.version(name)
+        except m.PackageNotFoundError: pass
+nccl = version(*(f"nvidia-nccl-cu{n}" for n in (13, 12, 11)))
+print(json.dumps({"sglang": version("sglang"), "torch": version("torch"), "nccl": nccl}))
+"""
+
+
+def _metadata(python: Path) -> dict[str, Any]:
+    try:
+        done = subprocess.run(
+            [str(python), "-I", "-c", _LIST_VERSIONS], capture_output=True, text=True, timeout=60, check=True
+        )
+        return dict(json.loads(done.stdout))
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"no SGLang environment: {python} is no Python that can be started: {HOW_TO_MAKE}") from error
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise UserError(f"{python} does not answer as a Python does ({error}): {HOW_TO_MAKE}") from error
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Numbers of a version; a pre-release counts as its release."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _has_cuda() -> bool:
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
+
+
+def _flags(arguments: Mapping[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in arguments.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, list | tuple) else [value]
+        flags += [f"--{name}", *(json.dumps(v) if isinstance(v, Mapping) else str(v) for v in values)]
+    return flags
+
+
+def free_port(host: str, taken: frozenset[int] | set[int] = frozenset()) -> int:
+    """A port of `host` on which nobody listens, below those that the system gives to outgoing connections: the server
+    binds it only after a while, and one of those could be taken meanwhile.
+    """
+    try:
+        ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError):
+        ephemeral = 32768
+    draw = random.SystemRandom()
+    for _ in range(100):
+        port = draw.randrange(max(ephemeral - 10_000, 10_000), max(ephemeral, 10_100))
+        if port not in taken and can_listen(host, port):
+            return port
+    raise UserError(f"no free port on {host}: give one with --port")
+
+
+def can_listen(host: str, port: int) -> bool:
+    """Whether a server could listen there now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

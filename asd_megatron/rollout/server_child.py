@@ -1,0 +1,65 @@
+"""Runs inside the server's own Python environment: `python server_child.py PARENT_PID MODULE ARGUMENT...`.
+
+Becomes `python -m MODULE ARGUMENT...` with two differences. Further arguments, the secret ones, are read as a JSON list
+from standard input, so that no process list shows them. And a small watcher process, made before anything is imported,
+ends the whole process group as soon as the parent is gone, however it went, or the server itself died and left children
+behind. (PR_SET_PDEATHSIG alone would not do: it follows the thread that started the child, and not the grandchildren.)
+
+Standard library only, any Python 3.10 or later: nothing of this package can be imported here.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+
+POLL_SECONDS = 0.5
+
+
+def parent_of(pid: int) -> int:
+    """The parent of process `pid`; 0 if that has ended (a zombie has)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, parent = file.read().rpartition(b")")[2].split()[:2]
+    except OSError:
+        return 0
+    return 0 if state in (b"Z", b"X") else int(parent)
+
+
+def watch(server: int, parent: int) -> None:
+    """Wait until process `server` has ended or is no child of `parent` any more, then kill this process group."""
+    while parent_of(server) == parent:
+        time.sleep(POLL_SECONDS)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def start_watcher(parent: int) -> None:
+    """Fork the watcher twice, so that it is no child of the server, which ends its children on its own account."""
+    server = os.getpid()
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    if os.fork():
+        os._exit(0)
+    for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(ending, signal.SIG_IGN)  # the server ends in good order first
+    os.close(0)
+    watch(server, parent)
+
+
+def main() -> None:
+    """See the top of the file."""
+    parent, module, *arguments = sys.argv[1:]
+    start_watcher(int(parent))
+    secret = json.loads(sys.stdin.readline() or "[]")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    del sys.path[0]  # this file's folder, whose modules are none of the server's business
+    sys.argv = [module, *arguments, *secret]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""One server process: started in its own process group, watched, waited for and ended, with its log in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from asd_megatron.errors import UserError
+
+CHILD = Path(__file__).with_name("server_child.py")
+POLL_SECONDS = 0.25
+HEALTH_SECONDS = 5.0  # for one answer: SGLang generates a token first and looks once a second
+TAIL_LINES = 15
+CAUSES = (  # what a log says -> what to do; the first that fits
+    ("address already in use", "another program uses its port: choose another one, or 0 for a free one"),
+    ("Port is already in use", "another program uses a port next to its own: choose another one, or 0 for a free one"),
+    ("unrecognized arguments", "this SGLang does not know one of the server arguments"),
+    (
+        "out of memory",
+        "the device has too little free memory: lower mem-fraction-static or raise tensor parallelism",
+    ),
+    (
+        "Not enough memory",
+        "the device has too little free memory: raise mem-fraction-static or tensor parallelism",
+    ),
+    ("No module named", "its environment is incomplete: make it anew with tools/sglang_env/create.sh"),
+    ("CUDA driver", "the environment's torch does not fit this machine's CUDA driver"),
+    ("No such file or directory", "a file is missing, probably in the model's folder"),
+    ("is not a local folder and is not a valid model identifier", "the model's folder does not exist"),
+    ("Unrecognized model in", "the model's folder has no config.json that SGLang knows"),
+)
+
+
+class ServerProcess:
+    """A process that answers `GET {url}{health}`: the command `[python, "-m", module, *arguments]`.
+
+    `secret` arguments reach it through a pipe. It ends with this process, however this one ends, and so do its
+    children; ending it touches its own process group alone. `name` is for people.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        url: str,
+        log: Path,
+        secret: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        health: str = "/health",
+    ) -> None:
+        self.name, self.command, self.url, self.log = name, list(command), url, log
+        self._secret, self._environment, self._health = list(secret), environment, health
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The server's main process, the leader of its group; None before the first start."""
+        return self._process.pid if self._process else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the main process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def status(self) -> str:
+        """How it is or ended, for people."""
+        code = self._process.poll() if self._process else None
+        if self._process is None or code is None:
+            return "running" if self._process else "not started"
+        return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+    def start(self) -> None:
+        """Start it, a second time too when it has ended. Raises UserError if its Python cannot be started."""
+        assert not self.alive, f"{self.name} runs already"
+        self._end_group()
+        python, _, module, *arguments = self.command
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # SGLang logs its keys
+        try:
+            os.write(handle, f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(self.command)}\n".encode())
+            self._process = subprocess.Popen(
+                [python, str(CHILD), str(os.getpid()), module, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                env=None if self._environment is None else dict(self._environment),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise UserError(f"{self.name}: {python} cannot be started ({error})") from error
+        finally:
+            os.close(handle)
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError), self._process.stdin as pipe:
+            pipe.write(json.dumps(self._secret).encode() + b"\n")
+
+    def healthy(self, timeout: float = HEALTH_SECONDS) -> bool:
+        """Whether it answers as healthy within `timeout` seconds."""
+        if not self.alive:
+            return False
+        try:
+            with urllib.request.urlopen(self.url + self._health, timeout=timeout) as answer:
+                return bool(answer.status == 200)
+        except (OSError, urllib.error.URLError, ValueError):
+            return False
+
+    def wait_ready(self, deadline: float) -> None:
+        """Return when it is healthy. Raises UserError if it ends or `time.monotonic()` passes `deadline` first."""
+        while not self.healthy():
+            if not self.alive:
+                raise UserError(f"{self.name} ended with {self.status} before it was ready{self.explain()}")
+            if time.monotonic() > deadline:
+                raise UserError(f"{self.name} was not ready in time{self.explain()}")
+            time.sleep(POLL_SECONDS)
+
+    def stop(self, grace: float = 10.0) -> None:
+        """End it and its children: SIGTERM to the main process, after `grace` seconds SIGKILL to its group."""
+        if self._process is None:
+            return
+        if self.alive and grace > 0:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace)
+        self._end_group()
+
+    def _end_group(self) -> None:
+        """Kill what is left of its process group, and take note of the main process's end."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError, PermissionError):  # the group lives on while one of its processes does
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel, in a driver
+            self._process.wait(10.0)
+
+    def tail(self, lines: int = TAIL_LINES) -> list[str]:
+        """The last lines of this start's log."""
+        try:
+            text = self.log.read_bytes()[-200_000:].decode(errors="replace")
+        except OSError:
+            return []
+        return [line for line in text.rpartition("\n=== ")[2].splitlines()[1:] if line.strip()][-lines:]
+
+    def explain(self) -> str:
+        """`: likely cause`, the log's last lines and where the whole of it is, to follow a sentence."""
+        whole = "\n".join(self.tail(400)).lower()
+        cause = next((advice for words, advice in CAUSES if words.lower() in whole), "")
+        said = "\n".join(f"    {line[:300]}" for line in self.tail()) or "    (nothing)"
+        return f"{f': {cause}' if cause else ''}\n  the last lines of {self.log}:\n{said}"
