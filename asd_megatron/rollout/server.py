@@ -116,7 +116,7 @@ def pass_through(options: ServerOptions) -> dict[str, Any]:
             raise UserError(f"SGLang's argument --{name} is set by {OWNED[name]}: remove it from the server arguments")
         if name in ONE_ONLY and str(given[name]) != "1":
             raise UserError(
-                f"SGLang's argument --{name} above 1 is not supported, because weights go to tensor-parallel ranks only:"
+                f"SGLang's argument --{name} above 1 is not supported (weights go to tensor-parallel ranks only):"
                 " start more servers instead"
             )
     return given

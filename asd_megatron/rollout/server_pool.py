@@ -185,9 +185,7 @@ class ServerPool:
     def __enter__(self) -> Self:
         return self if self._watcher is not None else self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 
