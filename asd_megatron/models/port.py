@@ -17,11 +17,11 @@ from torch import Tensor
 
 from asd_megatron.distributed import device
 from asd_megatron.distributed.layout import Groups, Layout
-from asd_megatron.distributed.objects import broadcast_object, gather_objects
 from asd_megatron.errors import UserError
 from asd_megatron.models import gpt
 from asd_megatron.models.attention import MIN_ROWS, CachedAttention, fill_rows
 from asd_megatron.models.compat import resolve_layers
+from asd_megatron.models.export import BUCKET_BYTES, Key, Part, WholeTensors, first_stages
 from asd_megatron.models.families import Family, ModelShape, family_of
 from asd_megatron.models.rope import angles
 from asd_megatron.models.weights import Copy, Row, Rule, Shapes
@@ -65,7 +65,7 @@ class ModelPort:
             shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab, self.padded_vocab_size
         )
         self._holder = SimpleNamespace(cache=None, rows=0)
-        self._owners: dict[tuple[int, int | None], int] | None = None
+        self._stages: dict[Key, int] | None = None  # for the export; worked out together, the first time
         self._inverse_frequencies = shape.rotary.inverse_frequencies().to(self.device)
         self._mark_sharded()
 
@@ -78,7 +78,7 @@ class ModelPort:
 
         for chunk in self.chunks:
             for name, parameter in chunk.named_parameters():
-                operation = self.family.rules[self._identify(chunk, name)[0]].operation
+                operation = self._rule(self._identify(chunk, name)).operation
                 if not isinstance(operation, Copy) and not hasattr(parameter, "tensor_model_parallel"):
                     set_tensor_model_parallel_attributes(parameter, True, int(isinstance(operation, Row)), 1)
 
@@ -175,33 +175,36 @@ class ModelPort:
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the model by Hugging Face name, with its full shape, in export order."""
         out: dict[str, tuple[int, ...]] = {}
-        for rule, layer in self._entries():
-            out.update(zip(rule.names(layer), rule.operation.shapes(self._shapes), strict=True))
+        for key in self._keys():
+            rule = self._rule(key)
+            out.update(zip(rule.names(key[1]), rule.operation.shapes(self._shapes), strict=True))
         return out
 
-    def _entries(self) -> Iterator[tuple[Rule, int | None]]:
-        """All (rule, layer) pairs in the order of the forward pass; the head of a tied model is left out."""
-        rules = self.family.rules
-        per_layer = [r for r in rules if r.per_layer]
-        first = next(i for i, r in enumerate(rules) if r.per_layer)
-        for rule in rules[:first]:
-            yield rule, None
-        for layer in range(self.shape.layers):
-            for rule in per_layer:
-                yield rule, layer
-        for rule in rules[first + len(per_layer) :]:
-            if not (self.tied and rule.huggingface == ("lm_head.weight",)):
-                yield rule, None
+    def _rule(self, key: Key) -> Rule:
+        return self.family.rules[key[0]]
 
-    def _local(self) -> dict[tuple[int, int | None], Tensor]:
-        """This rank's parameters by (rule number, layer). A tied head on the last stage has the embedding's rule."""
-        found: dict[tuple[int, int | None], Tensor] = {}
+    def _keys(self) -> Iterator[Key]:
+        """All parameters in the order of the forward pass; the head of a tied model is left out."""
+        rules = self.family.rules
+        per_layer = [number for number, rule in enumerate(rules) if rule.per_layer]
+        for number in range(per_layer[0]):
+            yield number, None
+        for layer in range(self.shape.layers):
+            for number in per_layer:
+                yield number, layer
+        for number in range(per_layer[-1] + 1, len(rules)):
+            if not (self.tied and rules[number].huggingface == ("lm_head.weight",)):
+                yield number, None
+
+    def _local(self) -> dict[Key, Tensor]:
+        """This rank's parameters. A tied head on the last stage has the embedding's key."""
+        found: dict[Key, Tensor] = {}
         for chunk in map(_bare, self.chunks):
             for name, parameter in chunk.named_parameters():
                 found.setdefault(self._identify(chunk, name), parameter)
         return found
 
-    def _identify(self, chunk: Any, name: str) -> tuple[int, int | None]:
+    def _identify(self, chunk: Any, name: str) -> Key:
         layer = None
         match = re.match(r"decoder\.layers\.(\d+)\.", name)
         if match:
@@ -236,9 +239,9 @@ class ModelPort:
         with torch.no_grad():
             for chunk in map(_bare, self.chunks):
                 for name, parameter in chunk.named_parameters():
-                    number, layer = self._identify(chunk, name)
-                    rule = self.family.rules[number]
-                    full = [_float(reader.get(n, expected[n]), n) for n in rule.names(layer)]
+                    key = self._identify(chunk, name)
+                    rule = self._rule(key)
+                    full = [_float(reader.get(n, expected[n]), n) for n in rule.names(key[1])]
                     parameter.copy_(rule.operation.shard(full, self.groups.tp.rank(), self.layout.tensor, self._shapes))
 
     def _refuse_other_head(self, reader: TensorReader) -> None:
@@ -250,58 +253,38 @@ class ModelPort:
                 "lm_head.weight that differs from model.embed_tokens.weight: set tie_word_embeddings to false there"
             )
 
-    def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor exactly once, whole, by Hugging Face name, on every rank; copies, never the live parameters.
+    def export(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor exactly once, whole, by Hugging Face name, on global rank 0 alone; copies, never the live
+        parameters, with memory of their own.
 
-        Collective over the tensor- and pipeline-parallel groups: all their ranks must exhaust it.
+        Collective over one replica, the ranks that are first of `dp_cp`: all of them must exhaust the iterator (it is
+        empty but on rank 0); for the others it ends at once. The next bucket of at most `bucket_bytes` is on its way
+        while the present one is handed out: about two are alive at a time. Parameters must not change meanwhile.
+        A reader that is slow keeps the replica waiting, no longer than a group's timeout for each bucket. One that
+        stops early must close the iterator, which then receives the rest and drops it. When a rank fails, the others
+        raise, at the latest after the timeout.
         """
-        return self._whole(lambda parameter: parameter.detach(), self.dtype)
+        return self._stream(lambda parameter: parameter, self.dtype, bucket_bytes)
 
-    def export_gradients(self) -> Iterator[tuple[str, Tensor]]:
+    def export_gradients(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
         """The same of the accumulated float32 gradients, between the backward pass and the optimizer step. Not with the
         distributed optimizer, which leaves each rank a shard of them."""
-        return self._whole(lambda parameter: parameter.main_grad, torch.float32)
+        return self._stream(lambda parameter: parameter.main_grad, torch.float32, bucket_bytes)
 
-    def _whole(self, of: Callable[[Any], Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """`of` each parameter, a tensor of its shape and of `dtype`, gathered from the ranks that hold its parts."""
+    def _stream(
+        self, of: Callable[[Any], Tensor], dtype: torch.dtype, bucket_bytes: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        """`of` each parameter, a tensor of its shape and of `dtype`."""
+        if self.groups.dp_cp.rank() != 0:
+            return  # another replica
         local = self._local()
-        owners = self._stage_owners(local)
-        numbers = {id(rule): n for n, rule in enumerate(self.family.rules)}
-        pp = self.groups.pp
-        for rule, layer in self._entries():
-            key = (numbers[id(rule)], layer)
-            if owners[key] == pp.rank():
-                full = rule.operation.unshard(self._gather(of(local[key])), self._shapes)
-            else:
-                shapes = rule.operation.shapes(self._shapes)
-                full = tuple(torch.empty(s, dtype=dtype, device=self.device) for s in shapes)
-            for name, tensor in zip(rule.names(layer), full, strict=True):
-                tensor = tensor.contiguous()
-                if pp.size() > 1:
-                    dist.broadcast(tensor, group=pp, group_src=owners[key])
-                yield name, tensor
-
-    def _gather(self, shard: Tensor) -> list[Tensor]:
-        """The shard of every tensor-parallel rank, copied."""
-        tp = self.groups.tp
-        shards = [torch.empty(shard.shape, dtype=shard.dtype, device=shard.device) for _ in range(tp.size())]
-        if tp.size() > 1:
-            dist.all_gather(shards, shard.contiguous(), group=tp)
-        else:
-            shards[0].copy_(shard)
-        return shards
-
-    def _stage_owners(self, local: Mapping[tuple[int, int | None], Tensor]) -> dict[tuple[int, int | None], int]:
-        """The first pipeline stage that holds each parameter. Collective the first time."""
-        if self._owners is None:
-            pp = self.groups.pp
-            held = broadcast_object(gather_objects(list(local), 0, pp), 0, pp)
-            owners: dict[tuple[int, int | None], int] = {}
-            for stage, keys in enumerate(held):
-                for key in keys:
-                    owners.setdefault(key, stage)
-            self._owners = owners
-        return self._owners
+        if self._stages is None:
+            self._stages = first_stages(local, self.groups.pp)
+        parts = []
+        for key in self._keys():
+            rule, layer = self._rule(key), key[1]
+            parts.append(Part(rule, layer, self._stages[key], of(local[key]) if key in local else None))
+        yield from WholeTensors(self.groups, self._shapes, dtype, self.device).stream(parts, bucket_bytes)
 
     # ---------------------------------------------------------------- sampling
 

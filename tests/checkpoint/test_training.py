@@ -16,6 +16,7 @@ from torch import Tensor
 from asd_megatron.checkpoint import training
 from asd_megatron.errors import UserError
 from tests.distributed.harness import run_ranks
+from tests.models import everywhere
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -113,7 +114,7 @@ class _Trainer:
         return training.load(path, self.port, self.optimizer, self.scheduler)
 
     def weights(self) -> dict[str, Tensor]:
-        return dict(self.port.export())
+        return everywhere.weights(self.port)
 
     @property
     def learning_rate(self) -> float:

@@ -16,6 +16,7 @@ from asd_megatron.records import Group, PackedTokens, Rollout, SamplingParams
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
 from asd_megatron.rollout.engine import RolloutError
 from tests.distributed.harness import run_ranks
+from tests.models import everywhere
 from tests.rollout.model import hugging_face_model, port_of
 from tests.rollout.toy import ToyTokenizer, prompt
 
@@ -111,7 +112,7 @@ def _gradients(port: ModelPort, groups: Groups) -> dict[str, Tensor]:
     logprobs, _ = linear_logprob(hidden.squeeze(1), port.head_weight(), ids.roll(-1), port.head_shard())
     logprobs.sum().backward()
     port.config.finalize_model_grads_func(port.chunks)
-    return dict(port.export_gradients())
+    return everywhere.gradients(port)
 
 
 def _in_layout(rank: int, layout: Layout) -> Sampled:

@@ -26,6 +26,7 @@ from asd_megatron.trainer.optimizer import Optimizer, StepResult
 from asd_megatron.trainer.pass_plan import PassPlan, plan
 from asd_megatron.trainer.sft import SupervisedStats, supervised_update
 from asd_megatron.trainer.updater import UpdateStats, update
+from tests.models import everywhere
 from tests.reference.dense import DenseRecipe
 
 ALONE = Layout()
@@ -97,12 +98,12 @@ class RecordingOptimizer:
         self.inner.zero_grad()
 
     def step(self, **arguments: Any) -> StepResult:
-        self.gradients.append(snapshot(self.port.export_gradients()))
+        self.gradients.append(snapshot(everywhere.gradients(self.port).items()))
         if self.frozen:
             norm = math.sqrt(sum(float((g * g).sum()) for g in self.gradients[-1].values()))
             return StepResult(norm, True)
         result = self.inner.step(**arguments)
-        self.weights.append(snapshot(self.port.export()))
+        self.weights.append(snapshot(everywhere.weights(self.port).items()))
         return result
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.distributed.layout import Layout
 from tests.distributed.harness import run_ranks
+from tests.models import everywhere
 from tests.reference.dense import DenseRecipe
 from tests.trainer.product import Product, RecordingOptimizer, gate_of, snapshot
 from tests.trainer.test_sft import examples as supervised_examples
@@ -56,13 +57,13 @@ def _update_with_a_bad_number(product: Product, *, distributed: bool = False) ->
     """A gradient that is not finite in the last rank's part alone."""
     recipe = DenseRecipe(learning_rate=1e-2)
     optimizer = RecordingOptimizer(product.port, recipe, distributed=distributed).inner
-    before = snapshot(product.port.export())
+    before = snapshot(everywhere.weights(product.port).items())
     optimizer.zero_grad()
     if product.groups.world.rank() == product.groups.world.size() - 1:
         buffer = product.port.chunks[0].buffers[0].grad_data
         buffer[len(buffer) // 2 if distributed else 0] = math.nan  # the second half is this rank's own shard
     result = optimizer.step()
-    after = snapshot(product.port.export())
+    after = snapshot(everywhere.weights(product.port).items())
     return {"applied": result.applied, "untouched": all(torch.equal(after[n], w) for n, w in before.items())}
 
 

@@ -1,0 +1,160 @@
+"""The tensors of a model that is cut over ranks, whole again, as a stream on one rank.
+
+Parameters travel in buckets: gathered on tensor-parallel rank 0 of their pipeline stage, sent from there to the first
+stage, made whole and handed out one by one. The next bucket is on its way while the present one is handed out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asd_megatron.distributed.layout import Groups
+from asd_megatron.distributed.objects import broadcast_object, gather_objects
+from asd_megatron.models.weights import Rule, Shapes
+
+BUCKET_BYTES = 256 * 2**20
+Key = tuple[int, int | None]
+"""A parameter of the whole model: the number of its rule among the family's, its global layer (None: no layer's)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter of the model. `stage` is the first pipeline stage that has it, `shard` this rank's part, if any."""
+
+    rule: Rule
+    layer: int | None
+    stage: int
+    shard: Tensor | None
+
+
+@dataclass
+class _Bucket:
+    """Consecutive parameters of one stage; `numel` counts the elements of one rank's shards of them."""
+
+    stage: int
+    parts: list[Part]
+    numel: int
+
+
+@dataclass
+class _Flight:
+    """A bucket on its way. `gathered` [tp, numel], on the ranks that it passes, is whole after `work`."""
+
+    bucket: _Bucket
+    gathered: Tensor | None
+    work: dist.Work | None
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+        self.work = None  # with it goes the copy of this rank's shards
+
+
+def first_stages(keys: Iterable[Key], pp: dist.ProcessGroup) -> dict[Key, int]:
+    """The first pipeline stage that holds each parameter, from the `keys` of every stage. Collective over `pp`."""
+    first: dict[Key, int] = {}
+    for stage, held in enumerate(broadcast_object(gather_objects(list(keys), 0, pp), 0, pp) or []):
+        for key in held:
+            first.setdefault(key, stage)
+    return first
+
+
+@dataclass(frozen=True)
+class WholeTensors:
+    """How one replica's parameters are made whole: its groups, the model's sizes, what `Part.shard` is made of."""
+
+    groups: Groups
+    shapes: Shapes
+    dtype: torch.dtype
+    device: torch.device
+
+    def stream(self, parts: Sequence[Part], bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        """Each part's tensors by Hugging Face name, whole, in the order of `parts`, on the first rank of `pp` and `tp`;
+        nothing on the others, which take part until the iterator is exhausted.
+
+        Every tensor has memory of its own. No more than two buckets are alive at a time, beside what is being handed
+        out; a parameter above `bucket_bytes` is a bucket of its own.
+        """
+        pp, tp = self.groups.pp.rank(), self.groups.tp.rank()
+        is_root = pp == tp == 0
+        flights = (self._start(b) for b in self._buckets(parts, bucket_bytes) if is_root or b.stage == pp)
+        flight = next(flights, None)
+        following = None
+        try:
+            while flight is not None:
+                following = next(flights, None)
+                flight.wait()
+                if is_root:
+                    yield from self._hand_out(flight)
+                elif tp == 0 and flight.gathered is not None:
+                    dist.send(flight.gathered, group=self.groups.pp, group_dst=0)
+                flight = following
+        except GeneratorExit:  # whoever reads stops early; the others send all the same
+            while following is not None:
+                following.wait()
+                following = next(flights, None)
+            raise
+
+    def _buckets(self, parts: Sequence[Part], bucket_bytes: int) -> list[_Bucket]:
+        """The same on every rank. Bytes are those of the shards of all tensor-parallel ranks."""
+        size = self.groups.tp.size()
+        limit = bucket_bytes // (size * self.dtype.itemsize)
+        buckets: list[_Bucket] = []
+        for part in parts:
+            numel = _cut(part.rule, self.shapes, size).numel()
+            if not buckets or buckets[-1].stage != part.stage or buckets[-1].numel + numel > limit:
+                buckets.append(_Bucket(part.stage, [], 0))
+            buckets[-1].parts.append(part)
+            buckets[-1].numel += numel
+        return buckets
+
+    def _start(self, bucket: _Bucket) -> _Flight:
+        """Begin what brings the bucket to this rank, or takes this rank's shards out of it."""
+        tp, pp = self.groups.tp, self.groups.pp
+        if bucket.stage != pp.rank():
+            gathered = self._empty(tp.size(), bucket.numel)
+            return _Flight(bucket, gathered, dist.irecv(gathered, group=pp, group_src=bucket.stage))
+        mine = self._empty(1, bucket.numel)
+        for part, shard in self._shards(bucket, mine):
+            assert part.shard is not None, part.rule
+            shard[0].copy_(part.shard.detach())
+        if tp.size() == 1:
+            return _Flight(bucket, mine, None)
+        if tp.rank() != 0:
+            return _Flight(bucket, None, dist.gather(mine[0], group=tp, group_dst=0, async_op=True))
+        gathered = self._empty(tp.size(), bucket.numel)
+        return _Flight(bucket, gathered, dist.gather(mine[0], list(gathered), group=tp, group_dst=0, async_op=True))
+
+    def _hand_out(self, flight: _Flight) -> Iterator[tuple[str, Tensor]]:
+        assert flight.gathered is not None
+        storage = flight.gathered.untyped_storage().data_ptr()
+        for part, shards in self._shards(flight.bucket, flight.gathered):
+            whole = part.rule.operation.unshard(shards, self.shapes)
+            for name, tensor in zip(part.rule.names(part.layer), whole, strict=True):
+                # One that is kept must not keep the bucket.
+                yield name, tensor.clone() if tensor.untyped_storage().data_ptr() == storage else tensor.contiguous()
+
+    def _shards(self, bucket: _Bucket, flat: Tensor) -> Iterator[tuple[Part, list[Tensor]]]:
+        """Views of `flat` [n, numel]: each part's shards, of the n ranks whose rows these are."""
+        start = 0
+        for part in bucket.parts:
+            shape = _cut(part.rule, self.shapes, self.groups.tp.size())
+            end = start + shape.numel()
+            yield part, [row[start:end].view(shape) for row in flat]
+            start = end
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+@cache
+def _cut(rule: Rule, shapes: Shapes, size: int) -> torch.Size:
+    """The shape of one of `size` ranks' shards, which all have the same."""
+    full = [torch.empty(shape, device="meta") for shape in rule.operation.shapes(shapes)]
+    return rule.operation.shard(full, 0, size, shapes).shape
