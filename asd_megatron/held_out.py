@@ -1,4 +1,4 @@
-"""Held-out evaluation on the embedded engine, for both stages."""
+"""Held-out evaluation, for both stages."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from torch import Tensor
 from asd_megatron.config import AnyRecipe
 from asd_megatron.models.port import ModelPort
 from asd_megatron.records import SamplingParams
+from asd_megatron.reward.base import Verifier
 from asd_megatron.rollout.collector import Collector
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
+from asd_megatron.rollout.engine import RolloutEngine
 from asd_megatron.session import Session
 from asd_megatron.sources import ProblemSource, is_puzzle
 
 
 class Weights:
-    """The live weights as a stream that can be read again (every reading is a collective of all ranks)."""
+    """The live weights as a `WeightSource`; who updates them sets `version`."""
 
-    def __init__(self, port: ModelPort) -> None:
-        self.port = port
+    def __init__(self, port: ModelPort, version: int = 0) -> None:
+        self.port, self.version = port, version
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self.port.export())
@@ -37,49 +39,59 @@ def embedded_engine(session: Session, max_batch_size: int) -> EmbeddedEngine:
     )
 
 
+def evaluation_params(session: Session) -> SamplingParams:
+    e, s = session.recipe.evaluation, session.recipe.sampling
+    return SamplingParams(
+        temperature=e.temperature,
+        top_p=e.top_p,
+        top_k=e.top_k,
+        max_new_tokens=s.max_response_tokens,
+        stop_token_ids=stop_ids(session),
+        stop=tuple(s.stop),
+        n=e.samples,
+    )
+
+
+def evaluation_collector(
+    session: Session,
+    engine: RolloutEngine,
+    weights: Weights,
+    problems: ProblemSource,
+    renderer: Any,
+    verifier: Verifier | None,
+) -> Collector:
+    """A collector for evaluations alone."""
+    return Collector(
+        engine,
+        weights,
+        verifier,
+        problems,
+        renderer,
+        session.groups,
+        params=evaluation_params(session),
+        problems_per_step=1,
+        seed=session.recipe.run.seed,
+    )
+
+
 class HeldOut:
-    """Answers the problems of `data.test` and keeps two results: before the first step (`first`) and the `last`.
+    """Answers the problems of `data.test` and keeps two results: before the first step (`first`) and the `last`."""
 
-    `verifier` lives on global rank 0 (None elsewhere) and stays the caller's to close.
-    """
-
-    def __init__(
-        self, session: Session, engine: EmbeddedEngine, problems: ProblemSource, renderer: Any, verifier: Any
-    ) -> None:
+    def __init__(self, session: Session, collector: Collector, problems: ProblemSource) -> None:
         recipe: AnyRecipe = session.recipe
-        self.session, self.engine, self.problems = session, engine, problems
-        self.weights = Weights(session.port)
-        e, s = recipe.evaluation, recipe.sampling
-        self.params = SamplingParams(
-            temperature=e.temperature,
-            top_p=e.top_p,
-            top_k=e.top_k,
-            max_new_tokens=s.max_response_tokens,
-            stop_token_ids=stop_ids(session),
-            stop=tuple(s.stop),
-            n=e.samples,
-        )
-        self.collector = Collector(
-            engine,
-            verifier,
-            problems,
-            renderer,
-            session.groups,
-            params=self.params,
-            problems_per_step=1,
-            seed=recipe.run.seed,
-        )
+        self.session, self.collector, self.problems = session, collector, problems
+        self.params = evaluation_params(session)
         self.puzzle = puzzle_metrics(recipe.data.test, session.tokenizer)
         self.first: dict[str, float] | None = None
         self.last: dict[str, float] | None = None
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics `evaluation/*` of the weights after `step` steps on global rank 0, {} elsewhere. Collective."""
-        with self.session.clock.phase("evaluate"):
-            self.engine.load_weights(self.weights, version=step)
+        with self.session.clock.phase("evaluate"), self.session.generating():
             found = self.collector.evaluate(
                 self.problems, self.params, step=step, problems=self.session.recipe.evaluation.problems
             )
+            self.collector.take_timings()
         if found is None:
             return {}
         metrics = {

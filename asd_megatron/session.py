@@ -242,6 +242,18 @@ class Session:
 
     # ---------------------------------------------------------------- steps
 
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """While rollouts are made on the trainer's own devices, the optimizer's state may wait in host memory."""
+        if not (isinstance(self.recipe, Recipe) and self.recipe.rollout.offload_optimizer):
+            yield
+            return
+        self.optimizer.offload()
+        try:
+            yield
+        finally:
+            self.optimizer.reload()
+
     def steps(self) -> range:
         """The steps still to be made."""
         return range(self.first_step, self.recipe.run.steps + 1)

@@ -13,7 +13,7 @@ from typing import Any
 from asd_megatron.cli.guard import guarded
 from asd_megatron.config import SftRecipe, load_recipe
 from asd_megatron.errors import UserError
-from asd_megatron.held_out import HeldOut, embedded_engine
+from asd_megatron.held_out import HeldOut, Weights, embedded_engine, evaluation_collector
 from asd_megatron.observe.metrics import supervised_metrics
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.session import Session, open_session
@@ -44,14 +44,17 @@ class SupervisedRun:
             shuffle=recipe.data.shuffle,
         )
         self.guard = Guard()
+        self.weights = Weights(session.port, session.first_step - 1)
         self.held_out: HeldOut | None = None
         if recipe.evaluates and recipe.reward is not None and recipe.data.test is not None:
             reward = recipe.reward
             verifier = session.only_root(lambda: make_verifier(**reward.model_dump()))
             if verifier is not None:
                 session.closing.callback(verifier.close)
+            problems = problem_source(recipe.data.test)
             engine = embedded_engine(session, max_batch_size=256)
-            self.held_out = HeldOut(session, engine, problem_source(recipe.data.test), renderer, verifier)
+            collector = evaluation_collector(session, engine, self.weights, problems, renderer, verifier)
+            self.held_out = HeldOut(session, collector, problems)
         if session.resumed is not None:
             self.guard.load_state_dict(session.resumed["guard"])
             if session.resumed["evaluations"] is not None and self.held_out is not None:
@@ -69,6 +72,7 @@ class SupervisedRun:
                 layout=session.pack_layout,
                 tokens_per_microbatch=recipe.batching.tokens_per_microbatch,
             )
+        self.weights.version = step
         self.guard.check_update(stats.loss, stats.grad_norm, step)
         evaluation = {} if self.held_out is None else self.held_out.evaluate_if_due(step)
         metrics = supervised_metrics(

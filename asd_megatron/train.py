@@ -17,8 +17,7 @@ from asd_megatron.training import TrainingRun
 def train(run: TrainingRun) -> None:
     run.start()
     for step in run.steps():
-        run.engine.load_weights(run.weights, version=step - 1)  # first: resuming must never sample from stale weights
-        groups = run.collect(step)  # problems, G responses each, token ids, log-probs, rewards
+        groups = run.collect(step)  # newest weights to the engine first; problems, G responses each, rewards
         batch = run.build_batch(groups, step)  # student sequences and privileged teacher sequences
         teacher = run.score_teacher(batch)  # t_t and full-vocabulary entropy, no gradient
         student = run.score_student(batch)  # only when the pass plan says so

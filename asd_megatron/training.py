@@ -12,17 +12,24 @@ from asd_megatron.antisd import Gate, condition
 from asd_megatron.config import Recipe, recipe_hash
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.distributed.objects import first_message
-from asd_megatron.held_out import HeldOut, Weights, embedded_engine, puzzle_metrics, stop_ids
+from asd_megatron.held_out import (
+    HeldOut,
+    Weights,
+    embedded_engine,
+    evaluation_collector,
+    puzzle_metrics,
+    stop_ids,
+)
 from asd_megatron.observe.dumps import dump_path, write_dump
 from asd_megatron.observe.metrics import GateReading, Increments, step_metrics
 from asd_megatron.records import Example, Group, SamplingParams, TokenTable
 from asd_megatron.reward.base import tests_of
 from asd_megatron.reward.factory import make_verifier
-from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.collector import Collector, Plan
 from asd_megatron.rollout.engine import RolloutEngine
 from asd_megatron.rollout.replay import ReplayEngine
 from asd_megatron.session import Session
-from asd_megatron.sources import problem_source
+from asd_megatron.sources import ProblemSource, problem_source
 from asd_megatron.startup import announce_training
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
@@ -77,7 +84,7 @@ class TrainingRun:
         )
         self.reading = GateReading(False, 0.0)
         self.guard, self.increments = Guard(), Increments()
-        self.weights = Weights(self.port)
+        self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         train_set = problem_source(recipe.data.train, shuffle=recipe.data.shuffle)
         test_set = problem_source(recipe.data.test) if recipe.data.test else None
@@ -88,13 +95,11 @@ class TrainingRun:
         self.verifier = session.only_root(lambda: make_verifier(**recipe.reward.model_dump()))
         if self.verifier is not None:
             session.closing.callback(self.verifier.close)
-        self.embedded = None
-        if recipe.samples_embedded:
-            self.embedded = embedded_engine(session, recipe.rollout.max_batch_size)
         self.engine: RolloutEngine = self._engine()
         session.closing.callback(self.engine.close)
         self.collector = Collector(
             self.engine,
+            self.weights,
             self.verifier,
             train_set,
             self.renderer,
@@ -102,10 +107,11 @@ class TrainingRun:
             params=self._sampling(),
             problems_per_step=recipe.sampling.problems_per_step,
             seed=recipe.run.seed,
+            plan=self._rollout_plan(),
         )
         self.held_out = None
-        if recipe.evaluates and self.embedded is not None and test_set is not None:
-            self.held_out = HeldOut(session, self.embedded, test_set, self.renderer, self.verifier)
+        if recipe.evaluates and test_set is not None:
+            self.held_out = HeldOut(session, self._evaluation_collector(test_set), test_set)
         p = recipe.privileged
         self.builder = ExampleBuilder(
             self.renderer,
@@ -142,9 +148,9 @@ class TrainingRun:
 
     def collect(self, step: int) -> list[Group]:
         """The step's rewarded groups on global rank 0, [] elsewhere."""
-        groups = self.collector.next(step)
-        self.clock.times["rollout"] = self.collector.timings.rollout
-        self.clock.times["reward"] = self.collector.timings.reward
+        with self.session.generating():
+            groups = self.collector.next(step)
+        self.clock.times |= asdict(self.collector.take_timings())
         return groups
 
     def build_batch(self, groups: Sequence[Group], step: int) -> Batch:
@@ -211,6 +217,7 @@ class TrainingRun:
             if student is None:
                 scores = {name: stats.columns[name] for name in ("student_logprobs", "student_entropy")}
                 self._check_scores("update", batch, scores)
+        self.weights.version = batch.step
         for loss, grad_norm in zip(stats.losses, stats.grad_norms, strict=True):
             self.guard.check_update(loss, grad_norm, batch.step)
         return stats
@@ -241,7 +248,7 @@ class TrainingRun:
         )
         if self.puzzle is not None:
             metrics |= self.puzzle.of_step(batch.local.all_examples, table)
-        metrics |= evaluation | self._counters()
+        metrics |= evaluation | self._counters() | self.engine.metrics()
         self.session.writer.write(step, metrics)
         self.session.progress.update(step, metrics)
 
@@ -274,10 +281,33 @@ class TrainingRun:
     # ---------------------------------------------------------------- parts
 
     def _engine(self) -> RolloutEngine:
-        if self.recipe.rollout.engine == "replay":
-            return ReplayEngine(str(self.recipe.rollout.replay_folder), self.groups, self.session.tokenizer)
-        assert self.embedded is not None
-        return self.embedded
+        rollout = self.recipe.rollout
+        if rollout.engine == "replay":
+            return ReplayEngine(str(rollout.replay_folder), self.groups, self.session.tokenizer)
+        if rollout.engine == "sglang":
+            from asd_megatron.serving import sglang_engine  # its HTTP client is nobody else's
+
+            return sglang_engine(self.session)
+        return embedded_engine(self.session, rollout.max_batch_size)
+
+    def _evaluation_collector(self, problems: ProblemSource) -> Collector:
+        """The run's own, except that a replay has no held-out responses: they are sampled on the training model."""
+        if self.recipe.rollout.engine != "replay":
+            return self.collector
+        engine = embedded_engine(self.session, self.recipe.rollout.max_batch_size)
+        return evaluation_collector(self.session, engine, self.weights, problems, self.renderer, self.verifier)
+
+    def _rollout_plan(self) -> Plan:
+        rollout = self.recipe.rollout
+        if rollout.engine != "sglang":
+            return Plan()
+        return Plan(
+            overlap=rollout.overlap,
+            oversampling=rollout.oversampling,
+            carry=rollout.partial_rollouts,
+            max_staleness=rollout.max_staleness,
+            last_step=self.recipe.run.steps,
+        )
 
     def _sampling(self) -> SamplingParams:
         s = self.recipe.sampling

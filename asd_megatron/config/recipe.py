@@ -69,8 +69,8 @@ class Recipe(Section):
 
     @property
     def samples_embedded(self) -> bool:
-        """Whether the embedded engine is needed: for rollouts or for the evaluation."""
-        return self.rollout.engine == "embedded" or self.evaluates
+        """Whether the embedded engine is needed: for rollouts, or for the evaluation of a replay."""
+        return self.rollout.engine == "embedded" or self.rollout.engine == "replay" and self.evaluates
 
 
 class SftRecipe(Section):

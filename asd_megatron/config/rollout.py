@@ -2,19 +2,138 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from asd_megatron.config.base import Section, Text
+from asd_megatron.config.base import Section, Text, TextList
 
 
 class Rollout(Section):
     """The rollout engine."""
 
-    engine: Literal["embedded", "replay"] = Field(
+    engine: Literal["embedded", "sglang", "replay"] = Field(
         "embedded",
-        description="`embedded`: sample on the training model itself; `replay`: read the dumps of an earlier run.",
+        description=(
+            "`embedded`: sample on the training model itself; `sglang`: SGLang servers (docs/sglang.md); `replay`: read"
+            " the dumps of an earlier run."
+        ),
     )
     replay_folder: Text | None = Field(None, description="The folder of dumps that `replay` reads: a run's `rollouts`.")
-    max_batch_size: int = Field(256, ge=1, description="Responses that a model-parallel group samples at once.")
+    max_batch_size: int = Field(
+        256, ge=1, description="`embedded`: responses that a model-parallel group samples at once."
+    )
+
+    overlap: bool = Field(
+        False,
+        description="`sglang`: generate step k + 1 while step k trains. Rollouts are then one step off-policy.",
+    )
+    oversampling: float = Field(
+        1.0,
+        ge=1,
+        description=(
+            "`sglang`: problems asked for over problems trained on; the groups that finish last are cut, so short"
+            " responses are preferred."
+        ),
+    )
+    partial_rollouts: bool = Field(
+        False,
+        description=(
+            "`sglang` with `oversampling`: keep what the cut groups have, and let them go on in the next step under its"
+            " weights."
+        ),
+    )
+    max_staleness: int = Field(
+        1,
+        ge=0,
+        description=(
+            "`sglang`: a group with a response that was begun more than this many weight versions ago is drawn again."
+        ),
+    )
+
+    servers: int = Field(1, ge=1, description="`sglang`: servers that the run starts on this machine.")
+    server_urls: TextList = Field(
+        (),
+        description=(
+            "`sglang`: use these running servers instead of starting any (`asd-megatron serve`). Keys: environment"
+            " variables ASD_MEGATRON_API_KEY and ASD_MEGATRON_ADMIN_KEY."
+        ),
+    )
+    server_python: Text = Field(
+        ".venv-sglang/bin/python",
+        description="`sglang`: the Python of SGLang's own environment (`tools/sglang_env/create.sh`).",
+    )
+    server_devices: TextList = Field(
+        (), description='`sglang`: CUDA devices of each server that is started, for instance ["4,5", "6,7"].'
+    )
+    server_tensor_parallel: int = Field(1, ge=1, description="`sglang`: tensor-parallel size of each server.")
+    server_args: dict[str, Any] = Field(
+        {}, description="`sglang`: further arguments of the servers that are started, as SGLang names them."
+    )
+    server_start_timeout: float = Field(
+        900.0, gt=0, description="`sglang`: seconds within which a server has to be ready."
+    )
+    server_wait_timeout: float = Field(
+        900.0, gt=0, description="`sglang`: seconds without any server after which the run saves its state and stops."
+    )
+    router: Text | None = Field(
+        None,
+        description=(
+            "`sglang`: `start` starts a sglang-router before the servers and generates through it; a URL uses a running"
+            " one; null spreads the requests over the servers without one."
+        ),
+    )
+    max_concurrent_requests: int = Field(
+        256, ge=1, description="`sglang`: responses in the making on one server; the others wait."
+    )
+    request_timeout: float = Field(
+        3600.0, gt=0, description="`sglang`: seconds for one response, after which it is made again elsewhere."
+    )
+    max_retries: int = Field(
+        3, ge=0, description="`sglang`: times a failed response is made again before its group is given up."
+    )
+    placement: Literal["disaggregated", "colocated"] = Field(
+        "disaggregated",
+        description=(
+            "`sglang`: `disaggregated`: the servers have devices of their own; `colocated`: they share the trainer's"
+            " devices, and give their memory back while it trains."
+        ),
+    )
+    offload_optimizer: bool = Field(
+        False, description="`colocated`: keep the optimizer's state in host memory while rollouts are made."
+    )
+    weight_sync: Literal["distributed", "cuda_ipc", "disk"] = Field(
+        "distributed",
+        description=(
+            "`sglang`: how weights reach the servers (docs/weight_sync.md). `distributed`: broadcast, NCCL or gloo;"
+            " `cuda_ipc`: shared device memory, for `colocated`; `disk`: a folder that the servers read too."
+        ),
+    )
+    weight_sync_folder: Text | None = Field(
+        None, description="The folder of `weight_sync: disk`; null: `weights` in the run folder."
+    )
+    weight_sync_bucket_mib: int = Field(
+        512, ge=1, description="`sglang`: weights are sent in buckets of at most this many MiB."
+    )
+    weight_sync_timeout: float = Field(
+        900.0, gt=0, description="`sglang`: seconds for one bucket, or for the servers to read a folder."
+    )
+    weight_sync_address: Text = Field(
+        "127.0.0.1",
+        description=(
+            "`weight_sync: distributed`: the trainer's address that the servers meet it at. On several machines: the"
+            " address of a cluster interface."
+        ),
+    )
+    receipt: bool = Field(
+        True,
+        description=(
+            "`sglang`: after every weight update compare the servers' checksum of each tensor, and their log-probs of a"
+            " fixed sequence, with the trainer's; a difference stops the run."
+        ),
+    )
+    receipt_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="Largest mean difference of those log-probs (nats); null: 1e-3 in float32, 0.1 in bfloat16.",
+    )

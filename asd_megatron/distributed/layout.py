@@ -47,7 +47,8 @@ class Layout:
 class Groups:
     """This rank's process groups.
 
-    `dp` has one rank for each share of the batch; `dp_cp` are all ranks that hold the same weights.
+    `dp` has one rank for each share of the batch; `dp_cp` are all ranks that hold the same weights. `host` are all
+    ranks on gloo: for objects, and for waits that may be long.
     """
 
     tp: dist.ProcessGroup
@@ -56,6 +57,7 @@ class Groups:
     dp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
     world: dist.ProcessGroup
+    host: dist.ProcessGroup
 
 
 def init(layout: Layout, *, timeout_minutes: float = 60.0) -> Groups:
@@ -67,13 +69,13 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> Groups:
 
     global _joined
     device.prepare()
+    wait = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         _joined = True
-        timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ:
-            dist.init_process_group(device.backend(), timeout=timeout)
+            dist.init_process_group(device.backend(), timeout=wait)
         else:
-            dist.init_process_group(device.backend(), timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(device.backend(), timeout=wait, store=dist.HashStore(), rank=0, world_size=1)
     if dist.get_world_size() != layout.world_size:
         raise UserError(
             f"the layout needs {layout.world_size} ranks and there are {dist.get_world_size()}: start as many, "
@@ -91,6 +93,7 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> Groups:
     _seed()
     world = dist.group.WORLD
     assert world is not None
+    host = world if device.backend() == "gloo" else dist.new_group(backend="gloo", timeout=wait)
     return Groups(
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
@@ -98,6 +101,7 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> Groups:
         dp=parallel_state.get_data_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         world=world,
+        host=host,
     )
 
 

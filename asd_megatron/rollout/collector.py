@@ -14,7 +14,7 @@ from asd_megatron.distributed.objects import broadcast_object
 from asd_megatron.errors import UserError
 from asd_megatron.records import FinishReason, Group, Problem, Prompt, SamplingParams
 from asd_megatron.reward.base import Verifier
-from asd_megatron.rollout.engine import RolloutEngine, RolloutError
+from asd_megatron.rollout.engine import RolloutEngine, RolloutError, WeightSource
 
 
 class Problems(Protocol):
@@ -33,9 +33,10 @@ class StudentPrompts(Protocol):
 
 @dataclass
 class Timings:
-    """Seconds spent by the last call in each phase, on this rank (rewards are computed on global rank 0)."""
+    """Seconds spent in each phase since the last reading, on this rank (rewards are computed on global rank 0)."""
 
     rollout: float = 0.0
+    weight_sync: float = 0.0
     reward: float = 0.0
 
 
@@ -46,6 +47,26 @@ class Counts:
     aborted_rollouts: int = 0
     redrawn_groups: int = 0
     dropped_groups: int = 0
+    stale_groups: int = 0
+    cut_groups: int = 0  # asked for beyond the need (over-sampling), not finished in time, thrown away
+    carried_groups: int = 0  # the same, but kept for the next step (partial rollouts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rollouts and training take turns.
+
+    overlap: step k + 1 is generated while step k trains (one step off-policy). oversampling: problems asked for over
+    problems needed; the groups that finish last are cut, or carried to the next step with `carry`. max_staleness: a
+    group with a rollout whose first token was sampled more than this many versions before the step's weights is drawn
+    again.
+    """
+
+    overlap: bool = False
+    oversampling: float = 1.0
+    carry: bool = False
+    max_staleness: int | None = None
+    last_step: int | None = None  # None: there is always a next step
 
 
 @dataclass(frozen=True)
@@ -76,19 +97,56 @@ class Evaluation:
         return sum(flags) / len(flags)
 
 
+@dataclass
+class Draw:
+    """The groups of a step in the making. `found` lives on global rank 0, in order of completion; `missing` (numbers of
+    prompts) is agreed on all ranks."""
+
+    step: int
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    wanted: int
+    found: dict[int, Group] = field(default_factory=dict)
+    missing: set[int] = field(init=False)
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.missing = set(range(len(self.prompts)))
+
+    @property
+    def enough(self) -> bool:
+        return len(self.prompts) - len(self.missing) >= self.wanted
+
+    def place(self, group: Group) -> int:
+        """The number of the group's prompt."""
+        name = group.problem.prompt_id
+        return next(i for i, p in enumerate(self.prompts) if p.problem.prompt_id == name and i not in self.found)
+
+    def first_groups(self) -> list[Group]:
+        """The `wanted` groups that were finished first, in the order of the prompts."""
+        return [self.found[i] for i in sorted(list(self.found)[: self.wanted])]
+
+    def spare(self) -> list[int]:
+        """The numbers of those finished beyond that."""
+        return list(self.found)[self.wanted :]
+
+
 class Collector:
-    """Delivers the rewarded groups of a training step, and evaluates.
+    """Delivers the rewarded groups of a training step, and evaluates: from problems, an engine and a verifier.
 
     Collective: every rank calls the same methods in the same order. Results come on global rank 0; an error that only
     rank 0 can see (a reward that raises) is raised on every rank.
 
-    A group with an aborted rollout is asked for again, at most `redraws` times, then dropped whole and counted; a group
-    is never delivered in part. timeout: seconds within which the engine must deliver something, per wait.
+    The engine gets the newest weights before it is asked for anything. A group with an aborted or stale rollout is
+    asked for again, at most `redraws` times, then dropped whole and counted; a group is never delivered in part.
+    Finished groups are rewarded while the engine makes the others. timeout: seconds within which the engine must
+    deliver something, per wait.
     """
 
     def __init__(
         self,
         engine: RolloutEngine,
+        weights: WeightSource,
         verifier: Verifier | None,
         problem_set: Problems,
         renderer: StudentPrompts,
@@ -97,118 +155,218 @@ class Collector:
         params: SamplingParams,
         problems_per_step: int,
         seed: int,
+        plan: Plan = Plan(),
         timeout: float = 3600.0,
         redraws: int = 1,
     ) -> None:
-        """render: a problem to the student's prompt (`PromptRenderer.student`). params: how training rollouts are
+        """weights: what the engine is given; its version counts optimizer steps. params: how training rollouts are
         sampled."""
         self.timings = Timings()
         self.counts = Counts()
         self._engine = engine
+        self._weights = weights
         self._verifier = verifier
         self._problem_set = problem_set
         self._render = renderer.student
         self._groups = groups
         self._params = params
-        self._problems_per_step = problems_per_step
+        self._wanted = problems_per_step
         self._seed = seed
+        self._plan = plan
         self._timeout = timeout
         self._redraws = redraws
+        self._draw: Draw | None = None  # the step in the making, between a submit and its collect
+        self._carried: list[Prompt] = []  # suspended in the engine, for the next step
+        self._restart: list[Prompt] = []  # carried ones that had to make room: asked for again
+        self._spare: list[Prompt] = []  # finished beyond the need, for the next step; their groups on global rank 0
+        self._spare_groups: list[Group] = []
+        self._tails = plan.oversampling > 1
+        self._asleep = False
         self._evaluated: tuple[Problems, int | None, list[Prompt]] | None = None
+
+    def take_timings(self) -> Timings:
+        """Seconds since the last call."""
+        timings, self.timings = self.timings, Timings()
+        return timings
 
     def next(self, step: int) -> list[Group]:
         """Step `step`'s groups (from 1) in the problem set's order; [] on other ranks than global rank 0.
 
         Raises RolloutError when every group was aborted.
         """
-        problems = self._problem_set.batch(step, self._problems_per_step, self._seed)
-        found, missing = self._draw([self._render(problem) for problem in problems], self._params, step)
-        if missing == len(problems):
+        if self._draw is None:
+            self._load()
+            self._draw = self._begin(step)
+        draw, self._draw = self._draw, None
+        missing = self._finish(draw)
+        if missing >= draw.wanted:
             raise RolloutError(
                 f"step {step}: the engine aborted every group, {self._redraws + 1} times; see its log or the server's"
             )
         self.counts.dropped_groups += missing
-        return found
+        self._stop_tail(draw)
+        if self._plan.overlap and step != self._plan.last_step:
+            self._load()
+            self._draw = self._begin(step + 1)
+        else:
+            self._rest()
+        return draw.first_groups()
 
     def evaluate(
         self, problem_set: Problems, params: SamplingParams, *, step: int, problems: int | None = None
     ) -> Evaluation | None:
-        """Score `params.n` samples of the set's first `problems` problems (None: all), on the weights the engine has.
+        """Sample every problem of `problem_set` (its first `problems`) with `params` from the newest weights, reward
+        all.
 
-        step: training steps done; the noise differs between evaluations and from training's. None on other ranks than
-        0. Raises RolloutError when a problem's samples cannot be had: an evaluation is complete or not at all.
+        step: the training step after which this happens (0 before the first); the noise differs between evaluations and
+        from training's. None on other ranks than 0. Raises RolloutError when a problem's samples cannot be had: an
+        evaluation is complete or not at all.
         """
         if self._evaluated is None or self._evaluated[0] is not problem_set or self._evaluated[1] != problems:
             self._evaluated = (problem_set, problems, [self._render(p) for p in problem_set.take(problems)])
-        found, missing = self._draw(self._evaluated[2], params, -1 - step)
+        self._settle()
+        self._load()
+        draw = Draw(-1 - step, self._evaluated[2], params, wanted=len(self._evaluated[2]))
+        self._engine.submit(draw.prompts, params, draw.step)
+        missing = self._finish(draw)
+        if self._draw is None:
+            self._rest()
         if missing:
             raise RolloutError(
                 f"evaluation after step {step}: the engine aborted {missing} problem(s), {self._redraws + 1} times; "
                 "see its log or the server's"
             )
-        return Evaluation(tuple(found)) if self._is_root else None
+        return Evaluation(tuple(draw.first_groups())) if self._is_root else None
+
+    # ---------------------------------------------------------------- the engine's turns
 
     @property
     def _is_root(self) -> bool:
         return self._groups.world.rank() == 0
 
-    def _draw(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> tuple[list[Group], int]:
-        """(rewarded groups in the order of `prompts` on rank 0, number of prompts without one on every rank)."""
-        self.timings = Timings()
-        found: dict[int, Group] = {}
-        error: Exception | None = None
-        missing = list(range(len(prompts)))
-        for attempt in range(self._redraws + 1):
-            asked = missing
-            self.counts.redrawn_groups += len(asked) if attempt else 0
-            self._engine.submit([prompts[i] for i in asked], params, step)
-            while self._engine.pending:
-                started = time.perf_counter()
-                groups = self._engine.collect(self._timeout)
-                self.timings.rollout += time.perf_counter() - started
-                if groups and error is None:
-                    try:
-                        self._take(groups, prompts, asked, found)
-                    except Exception as e:  # the other ranks must hear of it before anyone stops
-                        error = e
-            missing = [i for i in asked if i not in found]
-            missing = self._agree(missing, error)
-            if not missing:
-                break
-        return [found[i] for i in sorted(found)], len(missing)
+    def _load(self) -> None:
+        started = time.perf_counter()
+        if self._asleep:
+            self._engine.resume()
+            self._asleep = False
+        self._engine.load_weights(self._weights)
+        self.timings.weight_sync += time.perf_counter() - started
 
-    def _agree(self, missing: list[int], error: Exception | None) -> list[int]:
-        """Rank 0's list on every rank; raises rank 0's error on every rank."""
+    def _rest(self) -> None:
+        """Give the engine's memory to the trainer."""
+        self._engine.release()
+        self._asleep = True
+
+    def _begin(self, step: int) -> Draw:
+        """Ask for a step's groups: what the last step left over counts first, the rest are new problems."""
+        asked = math.ceil(self._wanted * self._plan.oversampling)
+        spare, self._spare = self._spare, []
+        carried, self._carried = self._carried, []
+        restarted, self._restart = self._restart, []
+        old = [*spare, *carried, *restarted]
+        names = {prompt.problem.prompt_id for prompt in old}
+        problems = [p for p in self._problem_set.batch(step, asked, self._seed) if p.prompt_id not in names]
+        new = [*restarted, *(self._render(problem) for problem in problems[: max(0, asked - len(old))])]
+        prompts = [*spare, *carried, *new]
+        draw = Draw(step, prompts, self._params, wanted=min(self._wanted, len(prompts)))
+        draw.missing -= set(range(len(spare)))
+        draw.found = dict(enumerate(self._spare_groups))
+        self._spare_groups = []
+        self._engine.submit(new, self._params, step)
+        return draw
+
+    def _finish(self, draw: Draw) -> int:
+        """Collect until the draw has enough groups, asking again for what was given up; returns how many it lacks in
+        the end."""
+        for attempt in range(self._redraws + 1):
+            if attempt:
+                again = [draw.prompts[i] for i in sorted(draw.missing)]
+                self.counts.redrawn_groups += len(again)
+                self._engine.submit(again, draw.params, draw.step)
+            self._collect(draw, all_of_it=draw.wanted == len(draw.prompts))
+            if draw.enough:
+                return 0
+        return draw.wanted - (len(draw.prompts) - len(draw.missing))
+
+    def _collect(self, draw: Draw, *, all_of_it: bool) -> None:
+        """Take what the engine finishes until it has nothing pending or, unless all of it is asked for, the draw has
+        enough groups."""
+        while self._engine.pending and (all_of_it or not draw.enough):
+            started = time.perf_counter()
+            groups = self._engine.collect(self._timeout)
+            self.timings.rollout += time.perf_counter() - started
+            if groups and draw.error is None:
+                try:
+                    self._take(groups, draw)
+                except Exception as e:  # the other ranks must hear of it before anyone stops
+                    draw.error = e
+            if not all_of_it:
+                self._agree(draw)
+        self._agree(draw)
+
+    def _agree(self, draw: Draw) -> None:
+        """Rank 0's missing groups on every rank; raises rank 0's error on every rank."""
+        error = draw.error
         message = None if error is None else str(error) if isinstance(error, UserError) else repr(error)
-        missing, message = broadcast_object((missing, message) if self._is_root else None, 0, self._groups.world)
+        told = (sorted(draw.missing - set(draw.found)), message) if self._is_root else None
+        missing, message = broadcast_object(told, 0, self._groups.host)
         if error is not None:
             raise error
         if message is not None:
             raise UserError(message)
-        return missing
+        draw.missing = set(missing)
 
-    def _take(
-        self, groups: Iterable[Group], prompts: Sequence[Prompt], asked: Sequence[int], found: dict[int, Group]
-    ) -> None:
-        """Reward the whole groups among `groups` into `found`, by the number of their prompt."""
-        whole: list[tuple[int, Group]] = []
-        open_places = {prompts[i].problem.prompt_id: i for i in asked if i not in found}
+    def _stop_tail(self, draw: Draw) -> None:
+        """Cut or carry the groups that were asked for beyond the need."""
+        unfinished = [draw.prompts[i] for i in sorted(draw.missing)] if self._engine.pending else []
+        spare = broadcast_object(draw.spare() if self._is_root else None, 0, self._groups.host) if self._tails else []
+        prompts, groups = [draw.prompts[i] for i in spare], [draw.found[i] for i in spare if self._is_root]
+        if self._plan.carry:
+            if unfinished:
+                self._engine.suspend()
+            self._carried, self._spare, self._spare_groups = unfinished, prompts, groups
+            self.counts.carried_groups += len(unfinished) + len(spare)
+        else:
+            if unfinished:
+                self._engine.abort()
+            self.counts.cut_groups += len(unfinished) + len(spare)
+
+    def _settle(self) -> None:
+        """Finish or give up what is in the making, so that an evaluation is alone in the engine."""
+        if self._draw is not None:
+            self._collect(self._draw, all_of_it=True)
+        if self._carried:
+            self._engine.abort()
+            self.counts.cut_groups += len(self._carried)
+            self._restart, self._carried = [*self._restart, *self._carried], []
+
+    def _take(self, groups: Iterable[Group], draw: Draw) -> None:
+        """Reward the whole groups among `groups` into `draw.found`."""
+        whole: list[Group] = []
         for group in groups:
             aborted = sum(r.finish_reason is FinishReason.ABORT for r in group.rollouts)
             self.counts.aborted_rollouts += aborted
-            if not aborted:
-                whole.append((open_places[group.problem.prompt_id], group))
+            stale = not aborted and self._is_stale(group)
+            self.counts.stale_groups += stale
+            if not aborted and not stale:
+                whole.append(group)
         if self._verifier is None:
             raise ValueError("global rank 0 has no verifier")
         started = time.perf_counter()
-        items = [(group.problem, rollout.text) for _, group in whole for rollout in group.rollouts]
+        items = [(group.problem, rollout.text) for group in whole for rollout in group.rollouts]
         rewards = iter(self._verifier.score(items)) if items else iter(())
-        for place, group in whole:
+        for group in whole:
             scores = tuple(float(next(rewards)) for _ in group.rollouts)
             if not all(math.isfinite(score) for score in scores):
                 raise UserError(
                     f"the rewards of problem {group.problem.prompt_id} are not all finite ({scores}); a reward "
                     "function returns a finite number for every response"
                 )
-            found[place] = dataclasses.replace(group, rewards=scores)
+            draw.found[draw.place(group)] = dataclasses.replace(group, rewards=scores)
         self.timings.reward += time.perf_counter() - started
+
+    def _is_stale(self, group: Group) -> bool:
+        if self._plan.max_staleness is None:
+            return False
+        oldest = min(rollout.weight_version for rollout in group.rollouts)
+        return oldest < self._weights.version - self._plan.max_staleness

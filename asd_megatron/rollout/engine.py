@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -15,14 +15,30 @@ class RolloutError(UserError):
     """Rollouts cannot be had: no server is left, the time limit passed, the model returned non-finite numbers."""
 
 
+class WeightSource(Protocol):
+    """The trainer's weights as they are now.
+
+    Iterating yields (Hugging Face name, whole tensor), each exactly once, on global rank 0 and nothing elsewhere. It is
+    a collective: every rank reads it to its end. It can be read again, and then yields the weights of that moment.
+    """
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps that these weights have seen. Never decreases."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
 class RolloutEngine(Protocol):
     """Turns prompts into whole groups of responses.
 
     **Lifecycle.** `load_weights` once, then any number of `submit` ... `collect` until `pending` is 0, `load_weights`
     again when the weights have changed, `close` at the end. `submit` may be called again while groups are still
-    pending, and `load_weights` between a `submit` and its `collect` (training overlapped with generation); an engine
-    that cannot do this raises. `release` gives the engine's accelerator memory to the trainer, `resume` takes it back
-    before the next `submit`; an engine that holds none ignores both.
+    pending, and `load_weights` while they are: responses in the making go on under the new weights and say so.
+    `suspend` stops generation but keeps what is unfinished; it goes on at the next `submit`. `release` gives the
+    engine's accelerator memory to the trainer, `resume` takes it back before the next `load_weights`; an engine that
+    holds none ignores both.
 
     **All ranks.** The program is the same on every rank: every rank calls every method in the same order with the same
     arguments. Groups come back on global rank 0 and `[]` on all other ranks. `pending` and every exception are the same
@@ -33,8 +49,9 @@ class RolloutEngine(Protocol):
     rollout that the engine had to give up is in its group with `FinishReason.ABORT`: the caller decides what happens to
     the group, and never trains on it.
 
-    **Weights.** Each rollout carries the `weight_version` under which its first token was sampled: the number last
-    given to `load_weights` (0 before the first). `logprobs` are those of the sampled distribution before top-p and
+    **Weights.** Each rollout carries the `weight_version` under which its first token was sampled, and in
+    `version_changes` where newer weights took over: versions are those of the sources given to `load_weights` (0 before
+    the first). `logprobs` are those of the sampled distribution before top-p and
     top-k filtering; at temperature 0 they are taken at temperature 1.
 
     **Failures.** When a server dies, what it had not delivered is made again elsewhere, each sample exactly once; a
@@ -74,21 +91,30 @@ class RolloutEngine(Protocol):
         """Give up everything pending: none of it is delivered later."""
         ...
 
+    def suspend(self) -> None:
+        """Stop generating. What is unfinished stays pending with the tokens it has and goes on at the next `submit`
+        (of no prompts, if there are none), under the weights of then."""
+        ...
+
     def release(self) -> None:
-        """Free the engine's accelerator memory until `resume`. Nothing may be pending."""
+        """Free the engine's accelerator memory until `resume`. What is pending must be suspended before."""
         ...
 
     def resume(self) -> None:
-        """Take the memory back; the weights must be loaded again if the engine gave them up."""
+        """Take the memory back; `load_weights` must follow, since the engine may have given its weights up."""
         ...
 
-    def load_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Serve the given weights from now on, as `version` (never decreasing).
+    def load_weights(self, weights: WeightSource) -> None:
+        """Serve these weights from now on, as `weights.version`.
 
-        `stream` yields (Hugging Face name, full tensor), each exactly once, and is a collective of all ranks while it
-        is read (`ModelPort.export`). An engine that shares the trainer's weights does not read it; one that has to send
-        twice, to a server that restarted, iterates again: hand it an iterable, not a spent generator.
+        An engine that shares the trainer's weights does not read the source. One that has to send again, to a server
+        that comes back while it waits in `collect`, reads it again.
         """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to tell of the last step beside the rollouts, by metric name, since the last call. Global rank
+        0; {} elsewhere."""
         ...
 
     def close(self) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from asd_megatron.distributed.layout import Groups
 from asd_megatron.distributed.objects import broadcast_object
 from asd_megatron.errors import UserError
 from asd_megatron.observe.dumps import dump_path, read_dump
 from asd_megatron.records import Group, Prompt, Rollout, SamplingParams
+from asd_megatron.rollout.engine import WeightSource
 
 
 class ReplayEngine:
@@ -73,15 +72,21 @@ class ReplayEngine:
     def abort(self) -> None:
         self._queue.clear()
 
+    def suspend(self) -> None:
+        """Nothing is generated."""
+
     def release(self) -> None:
         """Holds no accelerator memory."""
 
     def resume(self) -> None:
         """Nothing to take back."""
 
-    def load_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(self, weights: WeightSource) -> None:
         """Record the version; recorded rollouts keep their own."""
-        self._version = version
+        self._version = weights.version
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
         self.abort()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +84,7 @@ class Optimizer:
         if warmup_steps:
             self.scheduler.step(1)
         self.last_learning_rate = self.learning_rate
+        self._homes: list[torch.device] = []  # where offloaded tensors came from
 
     @property
     def learning_rate(self) -> float:
@@ -92,6 +95,37 @@ class Optimizer:
         for chunk in self.port.chunks:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
+
+    def offload(self) -> None:
+        """Move the optimizer's own tensors to host memory: its moments and, where they are not the model's weights
+        themselves, the float32 master weights. `reload` must follow before anything else is done with it."""
+        self._homes = self._move(itertools.repeat(torch.device("cpu")))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Move them back to where they were."""
+        self._move(iter(self._homes))
+        self._homes = []
+
+    def _move(self, targets: Iterator[torch.device]) -> list[torch.device]:
+        """Each tensor to the next device of `targets`; returns where they were."""
+        homes = []
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            homes.append(tensor.device)
+            return tensor.to(next(targets))
+
+        for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
+            if getattr(part, "is_stub_optimizer", False):
+                continue
+            for state in part.optimizer.state.values():
+                state.update({k: moved(v) for k, v in state.items() if isinstance(v, torch.Tensor)})
+            if self.port.dtype is not torch.float32:
+                for group in part.optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.data = moved(parameter.data)
+        return homes
 
     @torch.no_grad()
     def step(self, *, loss: float = 0.0) -> StepResult:

@@ -12,7 +12,7 @@ from asd_megatron.records import FinishReason, Group, Problem, Prompt, Rollout, 
 from asd_megatron.rollout.collector import Collector, Evaluation
 from asd_megatron.rollout.engine import RolloutError
 from tests.distributed.harness import run_ranks
-from tests.rollout.toy import one_process_groups
+from tests.rollout.toy import Versioned, one_process_groups
 
 PARAMS = SamplingParams(n=2)
 
@@ -52,6 +52,13 @@ class ScriptedEngine:
     def pending(self) -> int:
         return len(self.queue)
 
+    def load_weights(self, weights: Any) -> None:
+        self.weight_version = weights.version
+
+    def release(self) -> None: ...
+
+    def resume(self) -> None: ...
+
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> None:
         self.asked.append(("".join(p.problem.prompt_id for p in prompts), step))
         self.queue += [(p, params) for p in prompts]
@@ -90,6 +97,7 @@ class Verifier:
 def _collector(groups: Any, engine: ScriptedEngine, verifier: Any = None, **kwargs: Any) -> Collector:
     return Collector(
         engine,  # type: ignore[arg-type]
+        Versioned(0),
         verifier or Verifier(),
         Problems("abcdef"),
         Renderer(),

@@ -13,7 +13,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.records import FinishReason, Group, SamplingParams
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine, Piece, compact, plan_chunks
 from asd_megatron.rollout.engine import RolloutEngine, RolloutError
-from tests.rollout.toy import VOCAB, ToyPort, ToyTokenizer, prompt
+from tests.rollout.toy import VOCAB, ToyPort, ToyTokenizer, Versioned, prompt
 
 PROMPTS = [prompt(f"p{i}", [(7 * i + j) % (VOCAB - 1) + 1 for j in range(1 + 3 * (i % 4))]) for i in range(6)]
 PARAMS = SamplingParams(n=3, max_new_tokens=12, stop_token_ids=(0, 5, 6, 7))
@@ -37,7 +37,7 @@ def _tokens(found: list[Group]) -> dict[tuple[str, int], tuple[int, ...]]:
 
 def test_groups_are_whole_and_in_submitted_order(groups: Any) -> None:
     engine = _engine(groups)
-    engine.load_weights(iter(()), 4)
+    engine.load_weights(Versioned(4))
     found = _run(engine)
     assert [g.problem for g in found] == [p.problem for p in PROMPTS]
     for group, asked in zip(found, PROMPTS, strict=True):
@@ -164,9 +164,9 @@ def test_refusals(groups: Any) -> None:
         _engine(groups, port)
     with pytest.raises(UserError, match="max_batch_size"):
         _engine(groups, rows=0)
-    engine.load_weights((), 3)
+    engine.load_weights(Versioned(3))
     with pytest.raises(ValueError, match="never decrease"):
-        engine.load_weights((), 2)
+        engine.load_weights(Versioned(2))
 
 
 def test_context_parallelism_is_refused(groups: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,10 +74,20 @@ class ToyTokenizer:
         return "".join(chr(96 + i) if i else ("" if skip_special_tokens else "<end>") for i in ids)
 
 
+@dataclass
+class Versioned:
+    """A weight source that nobody reads."""
+
+    version: int
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        raise AssertionError("the weights are the trainer's own: there is nothing to read")
+
+
 def one_process_groups() -> Any:
     """All groups of one rank; `dist` must be initialised with world size 1."""
     world = dist.group.WORLD
-    return SimpleNamespace(tp=world, pp=world, cp=world, dp=world, dp_cp=world, world=world)
+    return SimpleNamespace(tp=world, pp=world, cp=world, dp=world, dp_cp=world, world=world, host=world)
 
 
 def prompt(name: str, ids: Sequence[int]) -> Prompt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from asd_megatron.models.port import ModelPort
 from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
 from asd_megatron.rollout.embedded.cache import KVCache
 from asd_megatron.rollout.embedded.sampler import StopCheck, check_params, draw, uniforms
-from asd_megatron.rollout.engine import RolloutError
+from asd_megatron.rollout.engine import RolloutError, WeightSource
 
 PREFILL_TOKENS = 16384  # padded prompt tokens in one forward: bounds its activations, not the batch
 NOISE_BLOCK = 64  # positions of noise drawn at once; a multiple of 4
@@ -161,17 +161,23 @@ class EmbeddedEngine:
     def abort(self) -> None:
         self._queue.clear()
 
+    def suspend(self) -> None:
+        """Nothing is generated outside `collect`."""
+
     def release(self) -> None:
         """Nothing to free: the cache lives only inside `collect`."""
 
     def resume(self) -> None:
         """Nothing to take back."""
 
-    def load_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Record the version; the stream is not read, the weights are the trainer's own."""
-        if version < self._version:
-            raise ValueError(f"weight version {version} after {self._version}: versions never decrease")
-        self._version = version
+    def load_weights(self, weights: WeightSource) -> None:
+        """Record the version; the source is not read, the weights are the trainer's own."""
+        if weights.version < self._version:
+            raise ValueError(f"weight version {weights.version} after {self._version}: versions never decrease")
+        self._version = weights.version
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
         self.abort()
