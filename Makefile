@@ -3,16 +3,19 @@ PYTHON ?= python3.11
 PYTHON_FALLBACK ?= python3
 PYTHON312 ?= python3.12
 VENV ?= .venv
+SGLANG_VENV ?= .venv-sglang
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
+# Tests start real SGLang servers: on the interpreter that the environment names already, else on one made here.
+SGLANG_INSTALLED := $(if $(ASD_MEGATRON_SGLANG_PYTHON),,$(SGLANG_VENV)/.installed)
 
 export NO_COLOR := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install quickstart smollm2 test test-py312 lint docs clean
+.PHONY: help install sglang quickstart smollm2 test test-py312 lint docs clean
 
 help:
 	@echo "make quickstart   watch a tiny model learn to search with AntiSD (2 CPU cores, about 10 minutes)"
@@ -21,6 +24,7 @@ help:
 	@echo "make test-py312   the same on Python 3.12 with its own megatron-core release"
 	@echo "make lint         linter and types alone"
 	@echo "make docs         write the generated pages anew"
+	@echo "make sglang       create $(SGLANG_VENV), the environment of SGLang servers on CPUs"
 	@echo "make install      create $(VENV) and install the package with its development tools"
 
 install: $(INSTALLED)
@@ -31,6 +35,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (the first time takes some minutes)"
 	@$(PIP) -e '.[dev]'
 	@touch $@
+
+sglang: $(SGLANG_VENV)/.installed
+
+$(SGLANG_VENV)/.installed: $(wildcard tools/sglang_env/*)
+	@tools/sglang_env/create.sh cpu $(SGLANG_VENV)
 
 quickstart: $(INSTALLED)
 	$(PY) -m asd_megatron.cli.main quickstart
@@ -44,7 +53,7 @@ smollm2: $(INSTALLED)
 	$(PY) -m asd_megatron.cli.main train examples/smollm2/no_gate.yaml --run.overwrite true
 	$(PY) tools/inspect_pmi.py runs/smollm2
 
-test: lint
+test: lint $(SGLANG_INSTALLED)
 	$(PY) -m asd_megatron.cli.main recipes --check docs/recipes.md
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no $(PYTEST_ARGS)
 
@@ -60,4 +69,4 @@ docs: $(INSTALLED)
 	$(PY) -m asd_megatron.observe.names > docs/metrics.md
 
 clean:
-	rm -rf .venv .venv-py312 .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-py312 $(SGLANG_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
