@@ -15,8 +15,9 @@ from asd_megatron.antisd.divergence import (
     term_mask,
 )
 from asd_megatron.antisd.gate import Gate, GateError
+from asd_megatron.antisd.importance import importance_weights, ratio_statistics
 from asd_megatron.antisd.normalization import finish_term, moments, normalize_term, term_statistics
-from asd_megatron.antisd.policy_loss import AggregationError, clipped_policy_loss, importance_weights, token_weights
+from asd_megatron.antisd.policy_loss import AggregationError, clipped_policy_loss, token_weights
 from asd_megatron.antisd.privileged import Demonstration, PrivilegedContextError, choose_demonstrations, feedback
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "normalize_term",
     "phi",
     "pmi",
+    "ratio_statistics",
     "signal",
     "term",
     "term_mask",

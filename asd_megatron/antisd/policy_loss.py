@@ -95,12 +95,3 @@ def clipped_policy_loss(
     ratio = torch.where(clipped, value.clamp(1 - clip_low, 1 + clip_high), ratio)
     scale = weights.detach() if importance is None else weights.detach() * importance.detach()
     return -torch.where(used, scale * a * ratio, 0.0).sum(), clipped
-
-
-def importance_weights(scoring_logprobs: Tensor, behaviour_logprobs: Tensor, cap: float) -> Tensor:
-    """min(exp(scoring - behaviour), cap) [N], detached: truncated importance sampling.
-
-    `behaviour` is what made the rollout (an engine, older weights), `scoring` the trainer's weights before the first
-    update.
-    """
-    return (scoring_logprobs.detach() - behaviour_logprobs.detach()).exp().clamp(max=cap)

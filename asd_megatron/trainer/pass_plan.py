@@ -7,6 +7,7 @@ from typing import Literal
 
 from asd_megatron.antisd.divergence import Condition
 from asd_megatron.antisd.divergence import condition as condition_named
+from asd_megatron.antisd.importance import Level
 
 BACKWARD_COST = 2  # a backward pass in forwards
 
@@ -40,12 +41,14 @@ def plan(
     *,
     epochs: int = 1,
     log_pmi: bool = False,
+    importance_level: Level = "token",
 ) -> PassPlan:
     """Derive the passes from the recipe.
 
     Args:
         condition: of the algorithm. updates: mini-batches a batch is cut into. epochs: times all of them are trained.
         term_normalization: none, sequence or batch. log_pmi: score the teacher even where nothing but the log needs it.
+        importance_level: of the correction of off-policy rollouts; "token" where there is none.
     """
     c = condition_named(condition) if isinstance(condition, str) else condition
     if updates < 1 or epochs < 1:
@@ -80,13 +83,17 @@ def plan(
         reasons.append("no student scoring pass: with one update a batch its own log-probs are the old ones")
 
     head: Literal["fused", "two_phase"] = "fused"
-    if normalization == "sequence" and not student:
+    over_rollouts = [f"term_normalization {normalization}"] if normalization == "sequence" else []
+    over_rollouts += [f"importance_level {importance_level}"] if importance_level != "token" else []
+    if student:
+        known = "advantages" if importance_level == "token" else "advantages and importance weights"
+        reasons.append(f"fused head (6 T H V): {known} are known before the update")
+    elif over_rollouts:
         head = "two_phase"
+        need = "needs" if len(over_rollouts) == 1 else "need"
         reasons.append(
-            "two-phase head (8 T H V): term_normalization sequence needs a rollout's log-probs before its loss"
+            f"two-phase head (8 T H V): {' and '.join(over_rollouts)} {need} a rollout's log-probs before its loss"
         )
-    elif student:
-        reasons.append("fused head (6 T H V): advantages are known before the update")
     else:
         reasons.append("fused head (6 T H V): every token's weight depends on that token alone")
 

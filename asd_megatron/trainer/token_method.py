@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,19 +16,21 @@ from asd_megatron.antisd import (
     compose,
     finish_term,
     importance_weights,
+    ratio_statistics,
     signal,
     term,
     term_mask,
     term_statistics,
     token_weights,
 )
+from asd_megatron.antisd.importance import Level
 from asd_megatron.trainer.local_batch import LocalBatch
 
 
 @dataclass(frozen=True)
 class Method:
     """What the recipe says of the algorithm, as plain values. `importance_cap` None: no correction of off-policy
-    rollouts."""
+    rollouts; `importance_floor` None: it truncates, a number: it masks."""
 
     condition: Condition
     clip_low: float = 0.2
@@ -40,9 +42,23 @@ class Method:
     term_clip: float | None = None
     term_max_position: int | None = None
     importance_cap: float | None = None
+    importance_floor: float | None = None
+    importance_level: Level = "token"
 
 
 Columns = Mapping[str, Tensor]
+IMPORTANCE = ("importance", "importance_affected")
+
+
+class Sums(NamedTuple):
+    """Local sums that the recipe needs before any of their tokens' loss, to be added over the ranks that share the
+    segments. None: not needed. `term`: of `term_statistics`; `ratio`: of `ratio_statistics`."""
+
+    term: Tensor | None = None
+    ratio: Tensor | None = None
+
+
+NO_SUMS = Sums()
 
 
 def token_inputs(batch: LocalBatch, method: Method) -> dict[str, Tensor]:
@@ -95,37 +111,63 @@ def advantages(
     return {"pmi": u, "term": q, "advantage": compose(method.condition, columns["group_advantage"], q, lam)}
 
 
-def local_statistics(columns: Columns, student: Tensor, method: Method, rollouts: int) -> Tensor | None:
-    """This rank's sums for the recipe's normalisation (None: it has none), to be added over the ranks that share the
-    segments."""
-    if method.term_normalization == "none" or not method.condition.sign:
-        return None
-    _, q = raw_term(columns, student, method)
-    by_rollout = method.term_normalization == "sequence"
-    return term_statistics(
-        q, columns["term_mask"], columns["segment"] if by_rollout else None, max(rollouts, 1) if by_rollout else 1
+def importance(columns: Columns, scoring: Tensor, method: Method, ratio: Tensor | None = None) -> dict[str, Tensor]:
+    """`importance` (constant weights) and `importance_affected` (1 where a weight was cut or set to 0) [N]; {} without
+    a correction. `ratio`: of the whole responses, for the levels above the token."""
+    if method.importance_cap is None:
+        return {}
+    weights, affected = importance_weights(
+        scoring,
+        columns["engine_logprobs"],
+        method.importance_cap,
+        method.importance_floor,
+        level=method.importance_level,
+        statistics=ratio,
+        segment=columns["segment"],
     )
+    return dict(zip(IMPORTANCE, (weights, affected.to(weights.dtype)), strict=True))
 
 
-def frozen_advantages(
+def local_sums(columns: Columns, student: Tensor, method: Method, rollouts: int) -> Sums:
+    """This rank's sums over its tokens, under the scoring log-probs `student`."""
+    term = ratio = None
+    if method.term_normalization != "none" and method.condition.sign:
+        _, q = raw_term(columns, student, method)
+        by_rollout = method.term_normalization == "sequence"
+        term = term_statistics(
+            q, columns["term_mask"], columns["segment"] if by_rollout else None, max(rollouts, 1) if by_rollout else 1
+        )
+    if method.importance_cap is not None and method.importance_level != "token":
+        ratio = ratio_statistics(
+            student, columns["engine_logprobs"], columns["loss_mask"], columns["segment"], max(rollouts, 1)
+        )
+    return Sums(term, ratio)
+
+
+def frozen_columns(
     columns: Columns, student: Tensor, method: Method, lam: float, rollouts: int, dp: Any
 ) -> dict[str, Tensor]:
-    """Advantages of the whole local table from a scoring pass of the student, before the first update. Collective over
-    `dp` when the term is normalised over the batch. Columns are whole on every context-parallel rank, so no other sum
-    is due."""
-    statistics = local_statistics(columns, student, method, rollouts)
-    if statistics is not None and method.term_normalization == "batch" and dp.size() > 1:
-        dist.all_reduce(statistics, group=dp)
-    return advantages(columns, student, method, lam, statistics=statistics)
+    """Advantages and importance weights of the whole local table from a scoring pass of the student, before the first
+    update. Collective over `dp` when the term is normalised over the batch. Columns are whole on every context-parallel
+    rank, so no other sum is due."""
+    sums = local_sums(columns, student, method, rollouts)
+    if sums.term is not None and method.term_normalization == "batch" and dp.size() > 1:
+        dist.all_reduce(sums.term, group=dp)
+    found = advantages(columns, student, method, lam, statistics=sums.term)
+    return found | importance(columns, student, method, sums.ratio)
 
 
 def policy_loss(
-    columns: Columns, logprobs: Tensor, old: Tensor, advantage: Tensor, method: Method
+    columns: Columns, logprobs: Tensor, old: Tensor, constants: Columns, method: Method
 ) -> tuple[Tensor, Tensor]:
-    """The tokens' share of the loss (denominators inside) and the mask of clipped tokens."""
-    importance = None
-    if method.importance_cap is not None:
-        importance = importance_weights(old, columns["engine_logprobs"], method.importance_cap)
+    """The tokens' share of the loss (denominators inside) and the mask of clipped tokens. `constants`: the tokens'
+    `advantage` and, with a correction, `importance`."""
     return clipped_policy_loss(
-        logprobs, old, advantage, columns["weight"], method.clip_low, method.clip_high, importance
+        logprobs,
+        old,
+        constants["advantage"],
+        columns["weight"],
+        method.clip_low,
+        method.clip_high,
+        constants.get("importance"),
     )

@@ -17,7 +17,7 @@ from asd_megatron.trainer.batch import Pack
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.pass_plan import PassPlan
 from asd_megatron.trainer.sft import sum_over_ranks
-from asd_megatron.trainer.token_method import Columns, Method
+from asd_megatron.trainer.token_method import Columns, Method, Sums
 
 ON_POLICY = ("student_logprobs", "student_entropy", "pmi", "term", "advantage", "clipped")
 
@@ -60,19 +60,19 @@ def update(
     Args:
         inputs: of `token_inputs`, plus `teacher_logprobs` [N] when the teacher was scored.
         lam: this step's lambda.
-        scored: `student_logprobs` and `student_entropy` [N] of a scoring pass, when the plan has one: u, the term and
-        the advantage are
-            then frozen before the first update.
+        scored: `student_logprobs` and `student_entropy` [N] of a scoring pass, when the plan has one: u, the term, the
+            advantage and the importance weights are then frozen before the first update.
     """
     frozen: dict[str, Tensor] = {}
     if scored is not None:
         student = scored["student_logprobs"]
-        frozen = token_method.frozen_advantages(inputs, student, method, lam, batch.table.rollouts, groups.dp)
+        frozen = token_method.frozen_columns(inputs, student, method, lam, batch.table.rollouts, groups.dp)
         frozen |= dict(scored)
     elif len(batch.shares) > 1 or epochs > 1:
         raise ValueError("several updates of one batch need a scoring pass of the student first (see pass_plan)")
     columns = {**inputs, **frozen}
-    out = TokenColumns(ON_POLICY, batch.table.tokens, port.device)
+    names = ON_POLICY if method.importance_cap is None else ON_POLICY + token_method.IMPORTANCE
+    out = TokenColumns(names, batch.table.tokens, port.device)
     losses, norms, applied = [], [], []
     clipped_ever = torch.zeros(batch.table.tokens, device=port.device)
     for _ in range(epochs):
@@ -111,33 +111,32 @@ class _PackLoss:
             logprobs, entropy = linear_logprob(
                 hidden, weight, pack.targets, shard, rows=pack.rows, temperature=self.temperature
             )
-            statistics = self._statistics(rows, logprobs)
-            return self._loss(rows, pack.flat, logprobs, entropy, statistics)
+            return self._loss(rows, pack.flat, logprobs, entropy, self._sums(rows, logprobs))
 
         def token_loss(logprobs: Tensor, entropy: Tensor, block: slice) -> Tensor:
             part = {name: column[block] for name, column in rows.items()}
-            return self._loss(part, pack.flat[block], logprobs, entropy, None)
+            return self._loss(part, pack.flat[block], logprobs, entropy, token_method.NO_SUMS)
 
         return linear_token_loss(
             hidden, weight, pack.targets, token_loss, shard, rows=pack.rows, temperature=self.temperature
         )[0]
 
-    def _statistics(self, rows: Columns, logprobs: Tensor) -> Tensor | None:
-        statistics = token_method.local_statistics(rows, logprobs.detach(), self.method, self.rollouts)
-        if statistics is not None and self.groups.cp.size() > 1:
-            dist.all_reduce(statistics, group=self.groups.cp)  # a rollout's rows lie on several context-parallel ranks
-        return statistics
+    def _sums(self, rows: Columns, logprobs: Tensor) -> Sums:
+        sums = token_method.local_sums(rows, logprobs.detach(), self.method, self.rollouts)
+        for part in sums:
+            if part is not None and self.groups.cp.size() > 1:
+                dist.all_reduce(part, group=self.groups.cp)  # a rollout's rows lie on several context-parallel ranks
+        return sums
 
-    def _loss(
-        self, rows: Columns, flat: Tensor, logprobs: Tensor, entropy: Tensor, statistics: Tensor | None
-    ) -> Tensor:
+    def _loss(self, rows: Columns, flat: Tensor, logprobs: Tensor, entropy: Tensor, sums: Sums) -> Tensor:
         old = rows["student_logprobs"] if "student_logprobs" in rows else logprobs.detach()
         found: dict[str, Tensor]
         if "advantage" in rows:
-            found = {"advantage": rows["advantage"]}
+            found = {name: rows[name] for name in ("advantage", *token_method.IMPORTANCE) if name in rows}
         else:
-            found = token_method.advantages(rows, old, self.method, self.lam, statistics=statistics)
-        loss, clipped = token_method.policy_loss(rows, logprobs, old, found["advantage"], self.method)
+            found = token_method.advantages(rows, old, self.method, self.lam, statistics=sums.term)
+            found |= token_method.importance(rows, old, self.method, sums.ratio)
+        loss, clipped = token_method.policy_loss(rows, logprobs, old, found, self.method)
         self.out.put(
             flat, {"student_logprobs": old, "student_entropy": entropy.detach(), "clipped": clipped.float(), **found}
         )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asd_megatron.antisd import AggregationError, clipped_policy_loss, importance_weights, token_weights
+from asd_megatron.antisd import AggregationError, clipped_policy_loss, token_weights
 from asd_megatron.errors import UserError
 
 LENGTHS = [3, 11, 1, 0, 6, 9]
@@ -153,12 +153,11 @@ def test_an_empty_micro_batch_still_has_a_graph() -> None:
     assert loss.item() == 0 and clipped.shape == (0,)
 
 
-def test_importance_weights_are_truncated_constants() -> None:
-    scoring = torch.tensor([-1.0, -1.0, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
-    behaviour = torch.tensor([-1.0, -2.0, -0.5, -800.0], dtype=torch.float64)
-    w = importance_weights(scoring, behaviour, 2.0)
-    assert w.tolist() == pytest.approx([1.0, 2.0, math.exp(-0.5), 2.0])
-    assert w.max() == 2.0 and not w.requires_grad
+def test_importance_is_a_constant_factor() -> None:
     new = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    loss, _ = clipped_policy_loss(new, new, torch.ones(4), torch.ones(4), 0.2, 0.2, w)
-    torch.testing.assert_close(loss, -w.sum())
+    w = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    loss, _ = clipped_policy_loss(new, new, torch.ones(4), torch.full((4,), 0.25), 0.2, 0.2, w)
+    loss.backward()
+    torch.testing.assert_close(loss, -w.sum() / 4)
+    torch.testing.assert_close(new.grad, -w.detach() / 4)
+    assert w.grad is None

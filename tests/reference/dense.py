@@ -41,7 +41,10 @@ class DenseRecipe:
     term_normalization: str = "none"
     term_clip: float = math.inf
     term_max_position: float = math.inf
-    importance_cap: float | None = None  # None: no importance correction
+    importance: str = "none"  # truncated, masked
+    importance_level: str = "token"  # sequence, geometric
+    importance_cap: float = 2.0
+    importance_floor: float = 0.5
     mask_truncated: bool = False
     learning_rate: float | None = None
     beta1: float = 0.9
@@ -81,6 +84,7 @@ class DenseResult:
     pmi: list[Tensor]
     term: list[Tensor]
     advantage: list[Tensor]
+    importance: list[Tensor]
     median_entropy: float | None
     lam: float
     losses: list[float] = field(default_factory=list)
@@ -173,6 +177,24 @@ def advantage(condition: str, a: float, q: Tensor, lam: float) -> Tensor:
     return a - lam * q
 
 
+def importance(recipe: DenseRecipe, scoring: Tensor, behaviour: Tensor, counts: Tensor) -> Tensor:
+    """What a response's tokens are worth in the loss, [T]: how much likelier they were than to whatever sampled them.
+    `counts`: tokens that the loss sees."""
+    if recipe.importance == "none":
+        return torch.ones_like(scoring)
+    ratios = scoring.exp() / behaviour.exp()
+    if recipe.importance_level != "token":
+        n = int(counts.sum())
+        product = math.prod(ratios[counts].tolist())
+        ratios = torch.full_like(
+            ratios, product if recipe.importance_level == "sequence" else product ** (1 / (n or 1))
+        )
+    if recipe.importance == "truncated":
+        return scoring.new_tensor([min(w, recipe.importance_cap) for w in ratios.tolist()])
+    kept = [w if recipe.importance_floor <= w <= recipe.importance_cap else 0.0 for w in ratios.tolist()]
+    return scoring.new_tensor(kept)
+
+
 def dense_update(
     model: Any,
     examples: Sequence[Example],
@@ -250,6 +272,10 @@ def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, ga
         pmi=pmi,
         term=term,
         advantage=[advantage(recipe.condition, e.group_advantage, q, lam) for e, q in zip(examples, term, strict=True)],
+        importance=[
+            importance(recipe, s[0], torch.tensor(e.rollout.logprobs, dtype=torch.float64), loss_tokens(e, recipe))
+            for e, s in zip(examples, student, strict=True)
+        ],
         median_entropy=h,
         lam=lam,
     )
@@ -279,10 +305,7 @@ def _one_update(
         ratio = (now - old).exp()
         plain = ratio * a
         bounded = ratio.clamp(1 - recipe.clip_low, 1 + recipe.clip_high) * a
-        objective = torch.where(bounded < plain, bounded, plain)
-        if recipe.importance_cap is not None:
-            behaviour = torch.tensor(rollout.logprobs, dtype=torch.float64)
-            objective = objective * (old - behaviour).exp().clamp(max=recipe.importance_cap)
+        objective = torch.where(bounded < plain, bounded, plain) * result.importance[i]
         denominator = {
             "token_mean": tokens,
             "sequence_mean": int(mask.sum()) * sequences,

@@ -21,6 +21,7 @@ from asd_megatron.antisd import (
     finish_term,
     group_advantages,
     importance_weights,
+    ratio_statistics,
     signal,
     term,
     term_mask,
@@ -147,12 +148,29 @@ class Product:
             constant_length=recipe.constant_length,
             dtype=torch.float64,
         )
-        importance = None
-        if recipe.importance_cap is not None:
-            importance = importance_weights(self.student, self.behaviour, recipe.importance_cap)
         return clipped_policy_loss(
-            logprobs, self.student, self.advantage(lam), weights, recipe.clip_low, recipe.clip_high, importance
+            logprobs,
+            self.student,
+            self.advantage(lam),
+            weights,
+            recipe.clip_low,
+            recipe.clip_high,
+            self.importance(recipe),
         )
+
+    def importance(self, recipe: DenseRecipe) -> Tensor | None:
+        if recipe.importance == "none":
+            return None
+        sums = ratio_statistics(self.student, self.behaviour, self.sampled, self.segment, self.table.rollouts)
+        return importance_weights(
+            self.student,
+            self.behaviour,
+            recipe.importance_cap,
+            recipe.importance_floor if recipe.importance == "masked" else None,
+            level=recipe.importance_level,  # type: ignore[arg-type]
+            statistics=sums,
+            segment=self.segment,
+        )[0]
 
 
 def live_logprobs(model: Any, examples: list[Example], temperature: float) -> Tensor:
@@ -216,10 +234,10 @@ def test_gate_decisions(name: str, model: Any, examples: list[Example]) -> None:
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant_length"])
-@pytest.mark.parametrize("cap", [None, 1.5])
-def test_loss_and_gradient(aggregation: str, cap: float | None, model: Any, examples: list[Example]) -> None:
+@pytest.mark.parametrize("importance", ["none", "truncated", "masked"])
+def test_loss_and_gradient(aggregation: str, importance: str, model: Any, examples: list[Example]) -> None:
     recipe = DenseRecipe(
-        condition="no_gate", temperature=0.7, aggregation=aggregation, constant_length=20, importance_cap=cap
+        condition="no_gate", temperature=0.7, aggregation=aggregation, constant_length=20, importance=importance
     )
     result = dense_update(model, examples, recipe)
     product = Product(examples, recipe, result)
@@ -234,6 +252,41 @@ def test_loss_and_gradient(aggregation: str, cap: float | None, model: Any, exam
         assert p.grad is not None
         same(result.gradients[0][name], p.grad)
     assert result.weights == []
+
+
+@pytest.mark.parametrize(("level", "cap"), [("token", 1.5), ("sequence", 2.0), ("geometric", 1.25)])
+@pytest.mark.parametrize("kind", ["truncated", "masked"])
+def test_importance(kind: str, level: str, cap: float, model: Any, examples: list[Example]) -> None:
+    """Weights of every kind: some cut, some not; the hole in a mask and truncated responses count nowhere."""
+    recipe = DenseRecipe(
+        condition="grpo",
+        importance=kind,
+        importance_level=level,
+        importance_cap=cap,
+        importance_floor=1 / cap,
+        mask_truncated=True,
+    )
+    scored = score_batch(model, examples, DenseRecipe(condition="grpo"), DenseGate())
+    g = torch.Generator().manual_seed(3)
+    close = []
+    for k, (e, s) in enumerate(zip(examples, scored.student_logprobs, strict=True)):
+        engine = s + 0.3 * torch.randn(len(s), generator=g, dtype=torch.float64) + (k - 4) * 0.15
+        close.append(replace(e, rollout=replace(e.rollout, logprobs=tuple(engine.tolist()))))
+    scored = score_batch(model, close, recipe, DenseGate())
+    product = Product(close, recipe, scored)
+    weights = product.importance(recipe)
+    assert weights is not None
+    same(weights, torch.cat(scored.importance))
+    used = weights[product.sampled]
+    cut = used == (0.0 if kind == "masked" else recipe.importance_cap)
+    assert 0 < cut.sum() < len(cut)
+    rows = torch.split(weights, [len(e.rollout.response_ids) for e in close])
+    assert any(len(row.unique()) > 1 for row in rows) == (level == "token")
+    assert not product.sampled.all()
+    product.behaviour[~product.sampled] = 5.0
+    moved = product.importance(recipe)
+    assert moved is not None
+    same(moved[product.sampled], used)
 
 
 def test_several_updates_with_active_clipping(model: Any, examples: list[Example]) -> None:

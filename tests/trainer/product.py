@@ -44,7 +44,9 @@ def method_of(recipe: DenseRecipe) -> token_method.Method:
         term_normalization=recipe.term_normalization,
         term_clip=None if recipe.term_clip == math.inf else recipe.term_clip,
         term_max_position=None if limit == math.inf else int(limit),
-        importance_cap=recipe.importance_cap,
+        importance_cap=None if recipe.importance == "none" else recipe.importance_cap,
+        importance_floor=recipe.importance_floor if recipe.importance == "masked" else None,
+        importance_level=recipe.importance_level,  # type: ignore[arg-type]
     )
 
 
@@ -141,7 +143,13 @@ class Product:
     ) -> Step:
         """The lines of `train.train` from `build_batch` on."""
         method = method_of(recipe)
-        needed = plan(method.condition, recipe.updates, recipe.term_normalization, epochs=recipe.epochs)
+        needed = plan(
+            method.condition,
+            recipe.updates,
+            recipe.term_normalization,
+            epochs=recipe.epochs,
+            importance_level=method.importance_level,
+        )
         batch = self.batch(examples, recipe, tokens_per_microbatch)
         inputs = token_method.token_inputs(batch, method)
         teacher = passes.score_teacher(self.port, self.groups, batch, needed, temperature=recipe.temperature)

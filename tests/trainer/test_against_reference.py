@@ -127,9 +127,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "max_position_sequence": {"term_max_position": 6, "term_normalization": "sequence"},
     "mask_truncated": {"mask_truncated": True},
     "mask_truncated_batch": {"mask_truncated": True, "term_normalization": "batch", "aggregation": "sequence_mean"},
-    "importance": {"importance_cap": 2.0},
-    "importance_sequence": {"importance_cap": 1.2, "term_normalization": "sequence", "temperature": 0.7},
-    "importance_masked": {"importance_cap": 2.0, "mask_truncated": True, "aggregation": "constant_length"},
+    "importance": {"importance": "truncated"},
+    "importance_normalized": {
+        "importance": "truncated",
+        "importance_cap": 1.2,
+        "term_normalization": "sequence",
+        "temperature": 0.7,
+    },
+    "importance_truncated_left_out": {
+        "importance": "truncated",
+        "mask_truncated": True,
+        "aggregation": "constant_length",
+    },
 }
 
 
@@ -156,6 +165,42 @@ def test_normalization_meets_the_other_compositions(
     check(product, dense, examples, settings(name, term_normalization=normalization, temperature=0.7))
 
 
+# Caps and floors between this batch's ratios, so that some weights are cut and some are not.
+BOUNDS = {"token": (1.4, 0.6), "sequence": (3.0, 0.2), "geometric": (1.1, 0.9)}
+
+
+def corrected(kind: str, level: str, **options: Any) -> dict[str, Any]:
+    cap, floor = BOUNDS[level]
+    return {"importance": kind, "importance_level": level, "importance_cap": cap, "importance_floor": floor, **options}
+
+
+def check_importance(found: Step, expected: DenseResult, recipe: DenseRecipe) -> None:
+    assert found.table is not None
+    weights, affected = found.table["importance"].double(), found.table["importance_affected"].bool()
+    assert relative(weights, torch.cat(expected.importance)) < 1e-5
+    cut = recipe.importance_cap if recipe.importance == "truncated" else 0.0
+    assert torch.equal(affected, (weights - cut).abs() < 1e-6)
+    counts = found.table["loss_mask"]
+    assert 0.05 < float(affected[counts].double().mean()) < 0.95
+
+
+@pytest.mark.parametrize("normalization", ["none", "sequence", "batch"])
+@pytest.mark.parametrize("level", list(BOUNDS))
+@pytest.mark.parametrize("kind", ["truncated", "masked"])
+def test_importance(
+    kind: str, level: str, normalization: str, product: Product, dense: Any, examples: list[Example]
+) -> None:
+    options = {"mask_truncated": True} if normalization == "batch" else {"temperature": 0.9}
+    recipe = settings("no_gate", **corrected(kind, level, term_normalization=normalization, **options))
+    found, expected = run_both(product, dense, examples, recipe)
+    check_scores(found, expected)
+    check_update(found, expected)
+    check_importance(found, expected, recipe)
+    needs_rollouts = level != "token" or normalization == "sequence"
+    assert found.plan.student_scoring == (normalization == "batch")
+    assert found.plan.head == ("two_phase" if needs_rollouts and normalization != "batch" else "fused")
+
+
 def test_options_change_the_update(product: Product, examples: list[Example]) -> None:
     """Each option does something on this batch: the comparisons above are not between two no-ops."""
     plain = product.step(examples, settings("no_gate"), gate_of(settings("no_gate")))
@@ -174,6 +219,24 @@ def test_micro_batches_do_not_matter(
 ) -> None:
     recipe = settings("no_gate", term_normalization=normalization, temperature=0.7)
     check(product, dense, examples, recipe, tokens_per_microbatch=tokens_per_microbatch)
+
+
+@pytest.mark.parametrize("tokens_per_microbatch", [1, 64, 10_000])
+@pytest.mark.parametrize("level", list(BOUNDS))
+def test_importance_in_any_micro_batches(
+    tokens_per_microbatch: int, level: str, product: Product, dense: Any, examples: list[Example]
+) -> None:
+    recipe = settings("no_gate", **corrected("masked", level))
+    found, expected = run_both(product, dense, examples, recipe, tokens_per_microbatch=tokens_per_microbatch)
+    check_update(found, expected)
+    check_importance(found, expected, recipe)
+
+
+def test_a_batch_that_is_masked_wholly_teaches_nothing(product: Product, examples: list[Example]) -> None:
+    recipe = settings("no_gate", importance="masked", importance_cap=1e-7, importance_floor=0.0)
+    found = product.step(examples, recipe, gate_of(recipe))
+    assert found.stats.losses == (0.0,) and found.stats.grad_norms == (0.0,)
+    assert found.table is not None and found.table["importance_affected"].all()
 
 
 def test_rollouts_without_context_keep_their_group_advantage(product: Product, examples: list[Example]) -> None:
@@ -226,6 +289,13 @@ def test_gate_decisions_over_steps(product: Product, dense: Any) -> None:
             assert lams[0] == lams[1] == 0.0 and {0.0, 0.5} <= set(lams[3:])
 
 
+IMPORTANCE_OF = {
+    "none": corrected("truncated", "token"),
+    "sequence": corrected("masked", "geometric"),
+    "batch": corrected("truncated", "sequence") | {"importance_cap": 0.3},
+}  # by normalization
+
+
 @pytest.mark.parametrize("normalization", ["none", "sequence", "batch"])
 @pytest.mark.parametrize(
     ("updates", "epochs"), [(2, 1), (1, 2), (3, 2)], ids=["two_updates", "two_epochs", "three_updates_two_epochs"]
@@ -242,7 +312,7 @@ def test_several_updates_with_frozen_scores(
         temperature=0.7,
         clip_low=0.05,
         clip_high=0.1,
-        importance_cap=2.0,
+        **IMPORTANCE_OF[normalization],
         learning_rate=5e-3,
         weight_decay=0.1,
         beta2=0.95,
@@ -255,6 +325,7 @@ def test_several_updates_with_frozen_scores(
     product.reload()
     check_scores(found, expected)
     check_update(found, expected, tolerance=1e-4)
+    check_importance(found, expected, recipe)
     assert found.plan.student_scoring and found.plan.head == "fused"
     assert len(found.weights) == len(expected.weights) == updates * epochs
     for k, wanted in enumerate(expected.weights):

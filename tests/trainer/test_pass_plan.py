@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from asd_megatron.antisd import CONDITIONS, condition
+from asd_megatron.antisd.importance import Level
 from asd_megatron.trainer.pass_plan import plan
 
 TEACHER = [c.name for c in CONDITIONS.values() if c.uses_teacher]
@@ -52,6 +53,19 @@ def test_term_normalization() -> None:
         assert not p.student_scoring and p.head == "fused"
 
 
+@pytest.mark.parametrize("level", ["sequence", "geometric"])
+def test_importance_of_whole_responses(level: Level) -> None:
+    """A response's log-probs are needed before its loss: from the first phase of the head, or a scoring pass."""
+    for name in CONDITIONS:
+        p = plan(name, importance_level=level)
+        assert p.head == ("fused" if p.student_scoring else "two_phase")
+        assert p.forwards_per_step == plan(name).forwards_per_step
+    several = plan("antisd", 2, importance_level=level)
+    assert several.student_scoring and several.head == "fused"
+    assert plan("antisd", term_normalization="batch", importance_level=level).head == "fused"
+    assert plan("antisd", importance_level="token") == plan("antisd")
+
+
 def test_log_pmi_scores_the_teacher_for_the_log_only() -> None:
     p = plan("grpo", log_pmi=True)
     assert p.teacher_scoring and p.forwards_per_step == 4
@@ -71,6 +85,11 @@ def test_reasons_name_what_decided() -> None:
     assert "term_normalization batch" in told("antisd", term_normalization="batch")
     assert "two-phase head" in told("antisd", term_normalization="sequence")
     assert "4 a step in all" in told("antisd")
+    assert "importance_level geometric needs a rollout's log-probs" in told("grpo", importance_level="geometric")
+    both = told("antisd", term_normalization="sequence", importance_level="sequence")
+    assert "term_normalization sequence and importance_level sequence need a rollout's log-probs" in both
+    assert "advantages and importance weights are known" in told("antisd", 2, importance_level="sequence")
+    assert "importance" not in told("antisd", 2)
 
 
 def test_refusals() -> None:
