@@ -12,6 +12,7 @@ ConditionName = Literal[
     "grpo", "sd", "antisd", "reverse_kl_ascent", "no_gate", "multiplicative", "student_entropy_gate", "no_teacher"
 ]
 GATED: tuple[str, ...] = ("antisd", "reverse_kl_ascent", "multiplicative", "student_entropy_gate", "no_teacher")
+DEFAULT_FLOOR = 0.5  # of masked importance weights
 
 
 class Algorithm(Section):
@@ -59,17 +60,35 @@ class Algorithm(Section):
     term_max_position: int | None = Field(
         None, ge=1, description="No term from this response position on (tokens, counted from 0); null: everywhere."
     )
-    importance_correction: Literal["none", "truncated"] = Field(
+    importance_correction: Literal["none", "truncated", "masked"] = Field(
         "none",
         description=(
-            "Weight each token by exp(log-prob under the scoring weights - the engine's), cut at `importance_cap`."
+            "Weight each token by the ratio exp(log-prob under the scoring weights - the engine's). `truncated`: at"
+            " most `importance_cap`; `masked`: 0 outside `importance_floor` to `importance_cap`."
         ),
     )
-    importance_cap: float = Field(2.0, gt=0, description="Upper bound of the importance weight.")
+    importance_level: Literal["token", "sequence", "geometric"] = Field(
+        "token",
+        description=(
+            "The ratio of the token itself, of its whole response (product over the sampled tokens), or the geometric"
+            " mean of those."
+        ),
+    )
+    importance_cap: float = Field(2.0, gt=0, description="Largest importance weight.")
+    importance_floor: float | None = Field(
+        None, ge=0, description="Smallest importance weight that `masked` keeps; null: 0.5."
+    )
     mask_truncated: bool = Field(False, description="Leave responses that hit the token limit out of the loss.")
     log_pmi: bool = Field(
         False, description="Score the teacher although the condition does not need it (`grpo`), to log u."
     )
+
+    @property
+    def mask_below(self) -> float | None:
+        """The smallest importance weight that is kept; None where the correction does not mask."""
+        if self.importance_correction != "masked":
+            return None
+        return DEFAULT_FLOOR if self.importance_floor is None else self.importance_floor
 
     @property
     def gated(self) -> bool:

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from asd_megatron.config.algorithm import Algorithm
 from asd_megatron.config.parallelism import Parallelism
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 from asd_megatron.errors import UserError
@@ -152,6 +153,7 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
             f"algorithm.constant_length {a.constant_length} is read only with algorithm.aggregation constant_length:"
             " set that, or leave algorithm.constant_length out"
         )
+    yield from _importance(a)
     if a.gated and recipe.gate_warmup_steps == 0 and gate.h_warm is None:
         yield (
             f"gate.warmup_steps 0 leaves the gate of algorithm.name {a.name} without a calibrated entropy: set"
@@ -161,6 +163,25 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
         yield (
             f"gate.tau_down {gate.tau_down} is above gate.tau_up {gate.tau_up}: the gate would close and open at once;"
             " lower it"
+        )
+
+
+def _importance(a: Algorithm) -> Iterator[str]:
+    if a.importance_level != "token" and a.importance_correction == "none":
+        yield (
+            f"algorithm.importance_level {a.importance_level} is read only with a correction: set"
+            " algorithm.importance_correction truncated or masked, or leave algorithm.importance_level out"
+        )
+    if a.importance_floor is not None and a.importance_correction != "masked":
+        yield (
+            f"algorithm.importance_floor {a.importance_floor} is read only with algorithm.importance_correction masked:"
+            " set that, or leave algorithm.importance_floor out"
+        )
+    if a.mask_below is not None and a.mask_below >= a.importance_cap:
+        default = " (its default)" if a.importance_floor is None else ""
+        yield (
+            f"algorithm.importance_floor {a.mask_below}{default} is not below algorithm.importance_cap"
+            f" {a.importance_cap}: no weight would be left; lower the first or raise the second"
         )
 
 

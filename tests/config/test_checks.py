@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from asd_megatron.antisd.divergence import CONDITIONS
+from asd_megatron.antisd.importance import Level
 from asd_megatron.config import check_devices, check_model, check_world, make_recipe
-from asd_megatron.config.algorithm import GATED, ConditionName
+from asd_megatron.config.algorithm import GATED, Algorithm, ConditionName
 from asd_megatron.errors import UserError
 
 MINIMAL: dict[str, Any] = {"model": {"path": "model"}, "data": {"train": "problems.jsonl"}}
@@ -73,6 +74,17 @@ def refusal(text: str, kind: Any = "train") -> str:
          "algorithm.aggregation=constant_length algorithm.constant_length=1024"),
         ("algorithm.constant_length=9", "read only with algorithm.aggregation constant_length", ""),
         ("algorithm.updates_per_batch=3", "does not divide the 256 rollouts", "algorithm.updates_per_batch=4"),
+        ("algorithm.importance_level=sequence", "set algorithm.importance_correction truncated or masked",
+         "algorithm.importance_level=sequence algorithm.importance_correction=truncated"),
+        ("algorithm.importance_floor=0.2 algorithm.importance_correction=truncated",
+         "read only with algorithm.importance_correction masked",
+         "algorithm.importance_floor=0.2 algorithm.importance_correction=masked"),
+        ("algorithm.importance_floor=2 algorithm.importance_correction=masked",
+         "importance_floor 2.0 is not below algorithm.importance_cap 2.0",
+         "algorithm.importance_floor=2 algorithm.importance_cap=2.1 algorithm.importance_correction=masked"),
+        ("algorithm.importance_cap=0.4 algorithm.importance_correction=masked",
+         "importance_floor 0.5 (its default) is not below",
+         "algorithm.importance_cap=0.4 algorithm.importance_correction=truncated"),
         ("privileged.min_solution_tokens=9000", "privileged.max_solution_tokens", "privileged.min_solution_tokens=64"),
         ("privileged.max_teacher_tokens=1024", "leaves no room for a prompt", "privileged.max_teacher_tokens=4096"),
         ("privileged.raw_template={prompt}{solution}", "set data.format raw",
@@ -121,6 +133,18 @@ def test_every_condition_is_one_line(name: str) -> None:
     assert recipe.gate_warmup_steps == (5 if CONDITIONS[name].gated else 0)
     assert make(f"algorithm.name={name} gate.h_warm=0.7").gate_warmup_steps == 0
     assert make(f"algorithm.name={name} gate.warmup_steps=3").gate_warmup_steps == 3
+
+
+def test_only_masked_importance_has_a_floor() -> None:
+    masked = "algorithm.importance_correction=masked"
+    assert make(masked).algorithm.mask_below == 0.5
+    assert make(f"{masked} algorithm.importance_floor=0").algorithm.mask_below == 0.0
+    assert make("algorithm.importance_correction=truncated").algorithm.mask_below is None
+    assert make().algorithm.mask_below is None
+
+
+def test_the_levels_of_importance_are_those_of_the_method() -> None:
+    assert Algorithm.model_fields["importance_level"].annotation == Level
 
 
 def test_the_conditions_are_those_of_the_method() -> None:
