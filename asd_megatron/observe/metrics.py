@@ -52,6 +52,9 @@ ROLLOUT_COUNTERS = {
     "aborted_rollouts": "rollouts/aborted",
     "redrawn_groups": "rollouts/redrawn_groups",
     "dropped_groups": "rollouts/dropped_groups",
+    "stale_groups": "rollouts/stale_groups",
+    "cut_groups": "rollouts/cut_groups",
+    "carried_groups": "rollouts/carried_groups",
 }
 REWARD_COUNTERS = {name: f"reward/{name}" for name in ("timeouts", "errors", "restarts")}
 
@@ -156,11 +159,11 @@ def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple
         yield "advantage/abs_mean", float(np.abs(advantage).mean()) if advantage.size else NAN
     if "clipped" in table:
         yield "loss/clip_fraction", _mean(table["clipped"].cpu()[loss_mask])
+    if "importance" in table:
+        yield "importance/mean", _mean(table["importance"].cpu()[loss_mask])
+        yield "importance/affected", _mean(table["importance_affected"].cpu()[loss_mask])
     if "student_logprobs" in table:
-        engine = torch.tensor([x for e in examples for x in e.rollout.logprobs], dtype=torch.float64)
-        difference = _finite((engine - table["student_logprobs"].cpu().to(torch.float64)).abs()[sampled])
-        yield "mismatch/max_abs", float(difference.max()) if difference.size else NAN
-        yield "mismatch/mean_abs", float(difference.mean()) if difference.size else NAN
+        yield from _mismatch(examples, table, loss_mask)
 
     prompt = sum(len(e.rollout.prompt_ids) for e in examples)
     teacher_sequences = [(e.teacher_prompt_ids, e.rollout.response_ids) for e in examples if e.has_context]
@@ -170,6 +173,38 @@ def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple
     yield "tokens/teacher", float(teacher_tokens if "teacher_logprobs" in table else 0)
     yield "tokens/trained", float(loss_mask.sum())
     yield "tokens/not_finite", float(_not_finite(table, sampled, with_context))
+
+
+def _mismatch(examples: Sequence[Example], table: TokenTable, loss_mask: Tensor) -> Iterator[tuple[str, float]]:
+    """The engine's log-probs against the trainer's (d = trainer - engine), over the tokens that the loss sees."""
+    engine = torch.tensor([x for e in examples for x in e.rollout.logprobs], dtype=torch.float64)
+    d = table["student_logprobs"].cpu().to(torch.float64) - engine
+    counts = loss_mask & torch.isfinite(d)
+    by_rollout = torch.zeros(table.rollouts, dtype=torch.float64)
+    owner = table.spread(torch.arange(table.rollouts))[counts]
+    by_rollout.index_add_(0, owner, d[counts])
+    found = d[counts].numpy()
+    yield "mismatch/max_abs", float(np.abs(found).max()) if found.size else NAN
+    yield "mismatch/mean_abs", float(np.abs(found).mean()) if found.size else NAN
+    with np.errstate(over="ignore"):
+        yield "mismatch/k3", float((np.expm1(found) - found).mean()) if found.size else NAN
+    yield "mismatch/ess", _effective_share(found)
+    yield "mismatch/ess_sequence", _effective_share(by_rollout[owner.unique()].numpy())
+
+
+def _effective_share(log_weights: np.ndarray) -> float:
+    """(sum w)^2 / (n * sum w^2), in (0, 1]: the share of n samples that as many equal weights would come to."""
+    if not log_weights.size:
+        return NAN
+    w = np.exp(log_weights - log_weights.max())  # the scale cancels: no overflow
+    return min(1.0, float(w.sum() ** 2 / (w.size * np.square(w).sum())))  # rounding may lie above
+
+
+def _of_versions(examples: Sequence[Example], step: int) -> Iterator[tuple[str, float]]:
+    behind = [step - 1 - e.rollout.weight_version for e in examples]
+    yield "rollouts/stale", _average(behind)
+    yield "rollouts/stale_max", float(max(behind, default=0))
+    yield "rollouts/across_versions", float(sum(e.rollout.across_versions for e in examples))
 
 
 def _not_finite(table: TokenTable, sampled: Tensor, with_context: Tensor) -> int:
@@ -210,6 +245,7 @@ def step_metrics(
     policy_loss: float,
     times: Mapping[str, float],
     gate: GateReading | None = None,
+    step: int | None = None,
     skipped_updates: int = 0,
     success_threshold: float = 1.0,
 ) -> dict[str, float]:
@@ -217,8 +253,9 @@ def step_metrics(
     both).
 
     `gate` None leaves the gate's metrics out (conditions without a per-token term). Columns that were not computed
-    leave theirs out. `times` are seconds by phase; `total` is their sum unless given. A statistic over no tokens, and
-    any statistic's non-finite inputs, come out as NaN and as `tokens/not_finite`: the writer turns NaN into null.
+    leave theirs out, and so does `step` None with the age of the rollouts (step s trains weights of version s - 1).
+    `times` are seconds by phase; `total` is their sum unless given. A statistic over no tokens, and any statistic's
+    non-finite inputs, come out as NaN and as `tokens/not_finite`: the writer turns NaN into null.
     Raises ValueError if the table's rows are not the examples' tokens, or for an undeclared phase.
     """
     lengths = [len(e.rollout.response_ids) for e in examples]
@@ -226,6 +263,8 @@ def step_metrics(
         raise ValueError(f"the token table holds {table.rollouts} rollouts, {table.tokens} tokens; the examples differ")
     out: dict[str, float] = {}
     out.update(_of_rollouts(examples, success_threshold))
+    if step is not None:
+        out.update(_of_versions(examples, step))
     if "teacher_logprobs" in table:
         out.update(_of_contexts(examples))
     out.update(_of_tokens(examples, table))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.50, "q75": 0.75, "q95": 0.95, "q99": 0.99}
 PHASES = {
-    "rollout": "sampling responses, with the engine's weight update",
+    "weight_sync": "giving the newest weights to the engine",
+    "rollout": "waiting for responses",
     "reward": "waiting for the verifiers",
     "teacher": "scoring the privileged sequences",
     "student": "the student's scoring pass, in recipes that need one",
@@ -77,9 +78,15 @@ SECTIONS = (
             Metric("response/truncated", "share of rollouts", "responses that the token budget cut off"),
             Metric("rollouts/total", "rollouts", "rollouts of the step, over all ranks"),
             Metric("rollouts/masked", "rollouts", "rollouts without privileged context: their u is 0 in the loss"),
+            Metric("rollouts/stale", "versions", "mean age of the weights that rollouts began with; 0: present ones"),
+            Metric("rollouts/stale_max", "versions", "the oldest rollout's"),
+            Metric("rollouts/across_versions", "rollouts", "rollouts that several versions of the weights sampled"),
             Metric("rollouts/aborted", "rollouts", "rollouts that the engine gave up"),
-            Metric("rollouts/redrawn_groups", "groups", "groups that were asked for again because of that"),
-            Metric("rollouts/dropped_groups", "groups", "groups that are missing in the step for the same reason"),
+            Metric("rollouts/stale_groups", "groups", "groups that were given up because their weights were too old"),
+            Metric("rollouts/redrawn_groups", "groups", "groups that were asked for again because of either"),
+            Metric("rollouts/dropped_groups", "groups", "groups that are missing in the step for the same reasons"),
+            Metric("rollouts/cut_groups", "groups", "groups asked for beyond the need and thrown away unfinished"),
+            Metric("rollouts/carried_groups", "groups", "such groups that the next step goes on with"),
         ),
     ),
     Section(
@@ -155,10 +162,22 @@ SECTIONS = (
     ),
     Section(
         "Engine mismatch",
-        "When the student was scored: |engine's log-prob - trainer's log-prob| of the sampled tokens.",
+        "Every step of reinforcement learning, over the tokens that the loss sees. d = trainer's log-prob (before the "
+        "step's update) - engine's log-prob.",
         (
-            Metric("mismatch/max_abs", "nats", "largest difference"),
-            Metric("mismatch/mean_abs", "nats", "mean difference"),
+            Metric("mismatch/max_abs", "nats", "largest absolute d"),
+            Metric("mismatch/mean_abs", "nats", "mean absolute d"),
+            Metric("mismatch/k3", "nats", "mean of exp(d) - 1 - d: estimates KL(engine, trainer) of a token"),
+            Metric("mismatch/ess", "share of tokens", "effective sample size of weights exp(d); 1: all are equal"),
+            Metric("mismatch/ess_sequence", "share of rollouts", "the same of one weight a rollout, exp(sum of its d)"),
+        ),
+    ),
+    Section(
+        "Importance correction",
+        "With `algorithm.importance_correction`; over the tokens that the loss sees.",
+        (
+            Metric("importance/mean", "1", "mean weight"),
+            Metric("importance/affected", "share of tokens", "tokens whose weight was cut or set to 0"),
         ),
     ),
     Section(

@@ -43,6 +43,8 @@ def make_table(*, teacher: bool = True) -> TokenTable:
         table["pmi"] = torch.tensor([-1.0, 0.5, -0.25, 0.0, 2.0, nan, 1e9, 0, 0])
         table["term"] = torch.tensor([-0.3, 0.2, -0.1, 0.0, 1.0, 0, 0, 0, 0])
     table["advantage"] = torch.tensor([1.0, 0.5, 0.75, -0.75, 8.0, 0, 0, 0, 0])
+    table["importance"] = torch.tensor([1.0, 2.0, 0.5, 0.25, 0.0, 2.0, 1.0, 1.0, 0.25])
+    table["importance_affected"] = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0])
     table["loss_mask"] = torch.tensor([True, True, True, True, False, True, True, True, True])
     table["clipped"] = torch.tensor([True, False, False, True, True, False, False, False, False])
     return table

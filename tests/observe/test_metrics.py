@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,7 @@ def step(examples: list[Example] | None = None, table: TokenTable | None = None,
         "times": TIMES,
         "gate": GATE,
         "skipped_updates": 2,
+        "step": 6,
     }
     values.update(over)
     return step_metrics(
@@ -87,13 +89,23 @@ def test_values_by_hand() -> None:
         "loss/policy": -0.01,
         "mismatch/max_abs": 0.5,
         "mismatch/mean_abs": 0.5 / 8,
+        # d is 0.5 at one sampled token, -0.5 at the forced one
+        "mismatch/k3": (math.exp(0.5) - 1.5) / 8,
+        "mismatch/ess": (7 + math.exp(0.5)) ** 2 / (8 * (7 + math.exp(1.0))),
+        "mismatch/ess_sequence": (2 + math.exp(0.5)) ** 2 / (3 * (2 + math.exp(1.0))),
+        "importance/mean": 1.0,
+        "importance/affected": 0.25,
+        # before update 6 the weights have version 5, the rollouts began with 4
+        "rollouts/stale": 1,
+        "rollouts/stale_max": 1,
+        "rollouts/across_versions": 0,
         "tokens/prompt": 10,
         "tokens/response": 9,
         "tokens/teacher": 3 * 4 + 5,
         "tokens/trained": 8,
         "tokens/not_finite": 0,
-        "time/total": 7.0,
-        "tokens/per_second": 9 / 7,
+        "time/total": len(TIMES),
+        "tokens/per_second": 9 / len(TIMES),
         "optimizer/skipped": 2,
         "gate/open": 1,
         "gate/lambda": 0.5,
@@ -161,6 +173,79 @@ def test_page_is_current() -> None:
     assert page.read_text() == reference_page(), "run: python -m asd_megatron.observe.names > docs/metrics.md"
 
 
+def random_batch(seed: int, noise: float) -> tuple[list[Example], TokenTable]:
+    g = np.random.default_rng(seed)
+    examples, trainer = [], []
+    for sample in range(20):
+        n = int(g.integers(1, 40))
+        engine = -3 * g.random(n)
+        trainer.append(engine + noise * g.standard_normal(n))
+        mask = tuple(bool(x) for x in g.random(n) < (0.8 if sample else 0.0))  # one without any trained token
+        version, changes = int(g.integers(0, 4)), ((1, 4),) if sample % 3 == 0 else ()
+        rollout = Rollout(
+            "p", sample, (1,), (5,) * n, tuple(engine), FinishReason.STOP, version, mask, version_changes=changes
+        )
+        examples.append(Example(rollout, 0.0, 0.0))
+    table = TokenTable.for_lengths([len(x) for x in trainer])
+    table["student_logprobs"] = torch.tensor(np.concatenate(trainer))
+    table["loss_mask"] = torch.tensor([m for e in examples for m in e.rollout.loss_mask])
+    return examples, table
+
+
+@pytest.mark.parametrize("noise", [1e-5, 0.3, 2.0])
+def test_mismatch_against_numpy(noise: float) -> None:
+    examples, table = random_batch(0, noise)
+    m = step(examples, table, step=5)
+    ratios = [
+        (np.exp(row.numpy()) / np.exp(np.array(e.rollout.logprobs)))[list(e.rollout.loss_mask)]
+        for e, row in zip(examples, table.rows("student_logprobs"), strict=True)
+    ]
+    w, products = np.concatenate(ratios), np.array([r.prod() for r in ratios if len(r)])
+    assert len(products) == len(examples) - 1
+    expected = {
+        "mismatch/mean_abs": np.abs(np.log(w)).mean(),
+        "mismatch/max_abs": np.abs(np.log(w)).max(),
+        "mismatch/k3": (w - 1 - np.log(w)).mean(),
+        "mismatch/ess": w.sum() ** 2 / (len(w) * (w * w).sum()),
+        "mismatch/ess_sequence": products.sum() ** 2 / (len(products) * (products**2).sum()),
+        "rollouts/stale": np.mean([4 - e.rollout.weight_version for e in examples]),
+        "rollouts/stale_max": 4 - min(e.rollout.weight_version for e in examples),
+        "rollouts/across_versions": 7,
+    }
+    for name, value in expected.items():
+        assert m[name] == pytest.approx(value, rel=1e-5 if name == "mismatch/k3" else 1e-9), name
+    assert 0 < m["mismatch/ess_sequence"] <= m["mismatch/ess"] <= 1
+
+
+def test_k3_estimates_the_divergence() -> None:
+    """Its mean over tokens that the engine drew is KL(engine, trainer)."""
+    g = np.random.default_rng(1)
+    engine, trainer = g.dirichlet(np.ones(8)), g.dirichlet(np.ones(8))
+    drawn = g.choice(8, size=20_000, p=engine)
+    rollout = Rollout("p", 0, (1,), (5,) * len(drawn), tuple(np.log(engine)[drawn]), FinishReason.STOP, 0)
+    table = TokenTable.for_lengths([len(drawn)])
+    table["student_logprobs"] = torch.tensor(np.log(trainer)[drawn])
+    k3 = step([Example(rollout, 0.0, 0.0)], table)["mismatch/k3"]
+    assert k3 == pytest.approx(float((engine * np.log(engine / trainer)).sum()), rel=0.1)
+
+
+def test_an_engine_far_off_overflows_nothing() -> None:
+    rollout = Rollout("p", 0, (1,), (5, 6), (-2000.0, -1.0), FinishReason.STOP, 0)
+    table = TokenTable.for_lengths([2])
+    table["student_logprobs"] = torch.tensor([-1.0, -1.0])
+    m = step([Example(rollout, 0.0, 0.0)], table)
+    assert m["mismatch/ess"] == 0.5 and m["mismatch/ess_sequence"] == 1.0
+    assert m["mismatch/max_abs"] == 1999.0 and m["mismatch/k3"] == math.inf
+
+
+def test_without_correction_or_step_number_theirs_are_left_out() -> None:
+    table = make_table()
+    del table.columns["importance"], table.columns["importance_affected"]
+    m = step(table=table, step=None)
+    assert not [name for name in m if name.startswith(("importance/", "rollouts/stale", "rollouts/across"))]
+    assert m["mismatch/k3"] > 0
+
+
 def test_without_teacher_there_is_no_context_to_miss() -> None:
     m = step(table=make_table(teacher=False), gate=None)
     for prefix in ("pmi/", "term/", "demonstration/", "entropy/teacher", "gate/", "rollouts/masked"):
@@ -180,7 +265,7 @@ def test_student_only_signal_counts_every_rollout() -> None:
 def test_no_token_gives_nan_not_an_error() -> None:
     empty = step(examples=[], table=TokenTable.for_lengths([]), times={})
     assert math.isnan(empty["reward/mean"])
-    assert math.isnan(empty["tokens/per_second"])
+    assert math.isnan(empty["tokens/per_second"]) and math.isnan(empty["rollouts/stale"])
     rollout = Rollout("p", 0, (1,), (5,), (-1.0,), FinishReason.STOP, 0)
     table = TokenTable.for_lengths([1])
     for name in ("student_logprobs", "teacher_logprobs", "teacher_entropy", "pmi", "advantage"):
@@ -188,6 +273,10 @@ def test_no_token_gives_nan_not_an_error() -> None:
     m = step(examples=[Example(rollout, 0.0, 0.0)], table=table)
     assert math.isnan(m["pmi/mean"]) and math.isnan(m["pmi/q50"]) and math.isnan(m["entropy/teacher_median"])
     assert m["pmi/coverage"] == 0
+    table["loss_mask"] = torch.tensor([False])
+    m = step(examples=[Example(rollout, 0.0, 0.0)], table=table)
+    for name in ("mean_abs", "max_abs", "k3", "ess", "ess_sequence"):
+        assert math.isnan(m[f"mismatch/{name}"]), name
 
 
 def test_non_finite_tokens_are_counted_and_left_out() -> None:
@@ -217,7 +306,7 @@ def test_quantiles_of_many_tokens_are_exact_order_statistics() -> None:
 def test_misuse_is_refused() -> None:
     with pytest.raises(ValueError, match="the examples differ"):
         step(table=TokenTable.for_lengths([3, 2, 4, 1]))
-    with pytest.raises(ValueError, match=r"undeclared phases sampling; .* declares rollout"):
+    with pytest.raises(ValueError, match=r"undeclared phases sampling; .* declares .*rollout"):
         step(times={"sampling": 1.0})
 
 
