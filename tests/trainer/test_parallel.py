@@ -1,9 +1,10 @@
-"""Normalised terms, the token table and the supervised stage in several layouts: equal to one process. Ranks that leave
-an update out do so together."""
+"""Normalised terms, importance weights of whole responses, the token table and the supervised stage in several layouts:
+equal to one process. Ranks that leave an update out do so together."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.distributed.layout import Layout
+from asd_megatron.records import Example
 from tests.distributed.harness import run_ranks
 from tests.models import everywhere
 from tests.reference.dense import DenseRecipe
@@ -29,16 +31,50 @@ RECIPES = {
     "sequence": DenseRecipe("no_gate", 0.7, term_normalization="sequence", term_clip=1.5),
     "batch": DenseRecipe("no_gate", 0.7, term_normalization="batch", aggregation="sequence_mean"),
     "student_sequence": DenseRecipe("no_teacher", term_normalization="sequence", warmup_steps=0),
-    "two_updates": DenseRecipe("antisd", term_normalization="batch", warmup_steps=0, updates=2),
+    "two_updates": DenseRecipe(
+        "antisd",
+        0.7,
+        term_normalization="batch",
+        warmup_steps=0,
+        updates=2,
+        importance="truncated",
+        importance_level="sequence",
+        importance_cap=3.0,
+    ),
+    "truncated": DenseRecipe(
+        "no_gate", 0.7, importance="truncated", importance_level="sequence", importance_cap=3.0, mask_truncated=True
+    ),
+    "masked": DenseRecipe(
+        "no_gate",
+        0.7,
+        term_normalization="sequence",
+        importance="masked",
+        importance_level="geometric",
+        importance_cap=1.1,
+        importance_floor=0.9,
+    ),
 }
 Found = dict[str, dict[str, Any]]
 
 
-def _steps(product: Product) -> Found:
+def _with_an_engine(product: Product) -> list[Example]:
+    """The hard batch, its log-probs those of an engine that differs from this model by half a nat a token."""
+    recipe = DenseRecipe("grpo", 0.7)
+    table = product.step(hard_batch(1), recipe, gate_of(recipe)).table
+    assert table is not None
+    noise = torch.Generator().manual_seed(2)
+    out = []
+    for e, s in zip(hard_batch(1), table.rows("student_logprobs"), strict=True):
+        engine = s + 0.5 * torch.randn(len(s), generator=noise)
+        out.append(replace(e, rollout=replace(e.rollout, logprobs=tuple(engine.tolist()))))
+    return out
+
+
+def _steps(product: Product, examples: list[Example]) -> Found:
     found: Found = {}
     for name, recipe in RECIPES.items():
         gate = gate_of(recipe, 0.5 if recipe.warmup_steps == 0 else None)
-        step = product.step(hard_batch(1), recipe, gate, tokens_per_microbatch=96)
+        step = product.step(examples, recipe, gate, tokens_per_microbatch=96)
         table: dict[str, Tensor] = {} if step.table is None else {**step.table.columns, "offsets": step.table.offsets}
         found[name] = {
             "losses": step.stats.losses,
@@ -67,8 +103,8 @@ def _update_with_a_bad_number(product: Product, *, distributed: bool = False) ->
     return {"applied": result.applied, "untouched": all(torch.equal(after[n], w) for n, w in before.items())}
 
 
-def _on_rank(rank: int, folder: Path) -> dict[str, Found]:
-    found = {name: _steps(Product(folder, layout)) for name, layout in LAYOUTS.items()}
+def _on_rank(rank: int, folder: Path, examples: list[Example]) -> dict[str, Found]:
+    found = {name: _steps(Product(folder, layout), examples) for name, layout in LAYOUTS.items()}
     bad: dict[str, Any] = {"pipeline": _update_with_a_bad_number(Product(folder, Layout(pipeline=2)))}
     sharded = Product(folder, Layout(data=2), distributed_optimizer=True)
     bad["sharded"] = _update_with_a_bad_number(sharded, distributed=True)
@@ -77,17 +113,22 @@ def _on_rank(rank: int, folder: Path) -> dict[str, Found]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tiny_folder: Path) -> list[dict[str, Found]]:
-    return run_ranks(_on_rank, 2, tiny_folder, timeout=200, init=False)
+def examples(product: Product) -> list[Example]:
+    return _with_an_engine(product)
 
 
 @pytest.fixture(scope="module")
-def alone(product: Product) -> Found:
-    return _steps(product)
+def ranks(tiny_folder: Path, examples: list[Example]) -> list[dict[str, Found]]:
+    return run_ranks(_on_rank, 2, tiny_folder, examples, timeout=200, init=False)
+
+
+@pytest.fixture(scope="module")
+def alone(product: Product, examples: list[Example]) -> Found:
+    return _steps(product, examples)
 
 
 def check_update(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=1e-6)
     for gradients, wanted in zip(found["gradients"], expected["gradients"], strict=True):
         assert set(gradients) == set(wanted)
         for key, gradient in wanted.items():
@@ -111,6 +152,13 @@ def test_two_ranks_equal_one(layout: str, name: str, ranks: list[dict[str, Found
             assert (table[key] - column).abs().max() < 1e-5 * column.abs().max() + 1e-9, key
         else:
             assert torch.equal(table[key], column), key
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.importance != "none"])
+def test_some_importance_weights_are_cut(name: str, alone: Found) -> None:
+    table = alone[name]["table"]
+    affected = table["importance_affected"][table["loss_mask"]]
+    assert 0.05 < affected.mean() < 0.95
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
