@@ -13,6 +13,7 @@ from typing import Any
 from asd_megatron.config.algorithm import Algorithm
 from asd_megatron.config.parallelism import Parallelism
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
+from asd_megatron.config.rollout_checks import device_findings, rollout_findings
 from asd_megatron.errors import UserError
 
 CORPUS = "puzzle:corpus"
@@ -124,6 +125,7 @@ def _train(recipe: Recipe) -> Iterator[str]:
             "rollout.replay_folder is read only with rollout.engine replay: set rollout.engine replay, or leave the"
             " folder out"
         )
+    yield from rollout_findings(recipe)
     if data.train.startswith("puzzle:") and data.train not in PUZZLES:
         yield (
             f"data.train {data.train!r} is not a puzzle set: use puzzle:train (puzzle:corpus is for `asd-megatron sft`)"
@@ -223,6 +225,8 @@ def check_devices(recipe: AnyRecipe, *, cuda: bool | None = None, transformer_en
                 "model.dtype bfloat16: this GPU has no bfloat16 arithmetic; set model.dtype float32, or use an Ampere"
                 " or newer GPU"
             )
+    if cuda and isinstance(recipe, Recipe):
+        _refuse(list(device_findings(recipe.rollout)))
     if recipe.model.layers == "te":
         if not cuda:
             raise UserError(

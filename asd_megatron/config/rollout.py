@@ -135,5 +135,5 @@ class Rollout(Section):
     receipt_tolerance: float | None = Field(
         None,
         gt=0,
-        description="Largest mean difference of those log-probs (nats); null: 1e-3 in float32, 0.1 in bfloat16.",
+        description="Largest difference of those log-probs (nats); null: 1e-3 in float32, 0.5 in bfloat16.",
     )

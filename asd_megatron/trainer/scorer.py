@@ -10,7 +10,7 @@ from torch import Tensor
 from asd_megatron.ops.vocab_head import linear_logprob
 from asd_megatron.trainer import schedule
 from asd_megatron.trainer.align import TokenColumns
-from asd_megatron.trainer.batch import Pack
+from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, build_packs
 
 
 def score(port: Any, groups: Any, packs: Sequence[Pack], tokens: int, *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -37,3 +37,13 @@ def score(port: Any, groups: Any, packs: Sequence[Pack], tokens: int, *, tempera
             chunk.train(mode)
     shared = columns.share(cp=groups.cp, pp=groups.pp)
     return shared["logprobs"], shared["entropy"]
+
+
+def score_sequence(port: Any, groups: Any, ids: Sequence[int], layout: PackLayout) -> list[float]:
+    """log p(ids[t] | ids[:t]) for t from 1, at temperature 1 under the live weights. Collective over all ranks, the
+    same on each."""
+    sequence = TokenSequence(tuple(ids), 1, 0)
+    replicas = groups.dp.size()
+    packs = build_packs([[sequence]] * replicas, groups.dp.rank(), len(ids), layout)
+    logprobs, _ = score(port, groups, packs, len(ids) - 1, temperature=1.0)
+    return [float(value) for value in logprobs]
