@@ -256,6 +256,7 @@ class Fleet:
         if self._closed:
             return
         self._closed = True
+        self._pending.clear()
 
         async def shut() -> None:
             others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

@@ -1,0 +1,169 @@
+"""A server that speaks the part of SGLang's HTTP interface that the client uses, and fails when told to."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+
+API_KEY, ADMIN_KEY = "generation", "administration"
+
+
+def made_from(input_ids: list[int], tokens: int) -> list[int]:
+    """What the fake answers: a function of the prompt."""
+    return [(sum(input_ids) * 7 + position) % 1000 for position in range(tokens)]
+
+
+class FakeSGLang:
+    """One server in a thread of its own. Its attributes may be changed while it runs.
+
+    faults: what befalls the next `/generate` requests, one each: hang, reset, slow, label, abort, malformed, nan,
+    mixed, or an HTTP status. always: the same for all when `faults` is empty. delay: seconds a sample takes.
+    """
+
+    def __init__(self, *, label: str = "default", delay: float = 0.0, version: str = "0.5.23") -> None:
+        self.label = label
+        self.delay = delay
+        self.version = version
+        self.faults: deque[str] = deque()
+        self.always = ""
+        self.healthy = True
+        self.paused = False
+        self.dead = False
+        self.hung = False
+        self.life = 0  # another one after each restart
+        self.spans: Callable[[int], list[dict[str, Any]]] | None = None
+        self.prompts: list[list[int]] = []
+        self.posts: list[str] = []
+        self.running = self.most_running = self.cancelled = 0
+        self._open: set[asyncio.Transport] = set()
+        self._aborts = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._runner, self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+
+    async def _start(self) -> tuple[web.AppRunner, str]:
+        app = web.Application(middlewares=[self._front])
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/server_info", self._server_info)
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/{tail:.*}", self._admin)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+    # what happens to it
+
+    def die(self) -> None:
+        """As kill -9 does: every connection breaks, none is accepted."""
+        self.dead = True
+        self._loop.call_soon_threadsafe(lambda: [transport.abort() for transport in self._open])
+
+    def restart(self) -> None:
+        """A new process: other weights, nothing paused."""
+        self.dead = self.paused = self.hung = False
+        self.label, self.life = "default", self.life + 1
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+    # what it answers
+
+    @web.middleware
+    async def _front(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        transport = request.transport
+        assert transport is not None
+        self._open.add(transport)
+        try:
+            if self.dead:
+                transport.abort()
+            while self.hung:
+                await asyncio.sleep(0.02)
+            public = request.path == "/health"
+            admin = request.path not in ("/generate", "/model_info", "/server_info")
+            key = ADMIN_KEY if admin else API_KEY
+            if not public and request.headers.get("Authorization") != f"Bearer {key}":
+                return web.json_response({"error": "Unauthorized"}, status=401)
+            return await handler(request)
+        finally:
+            self._open.discard(transport)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=200 if self.healthy and not self.paused else 503)
+
+    async def _model_info(self, _: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.label, "architectures": ["Fake"]})
+
+    async def _server_info(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": self.version, "tp_size": 2, "startup_time": {"life": self.life}})
+
+    async def _admin(self, request: web.Request) -> web.Response:
+        self.posts.append(request.path)
+        body = await request.json()
+        if request.path == "/abort_request":
+            self._aborts += bool(body["abort_all"])
+        elif request.path in ("/pause_generation", "/continue_generation"):
+            self.paused = request.path == "/pause_generation"
+        elif request.path == "/fails":
+            return web.json_response({"success": False, "message": "it failed"}, status=400)
+        elif request.path == "/text":
+            return web.Response(text="Cache flushed.")
+        elif request.path == "/list":
+            return web.json_response([body])
+        return web.json_response({"success": True})
+
+    async def _generate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.prompts.append(body["input_ids"])
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            return await self._sample(request, body, self.faults.popleft() if self.faults else self.always)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def _sample(self, request: web.Request, body: dict[str, Any], fault: str) -> web.Response:
+        if fault.isdigit():
+            return web.json_response({"error": {"message": f"status {fault}"}}, status=int(fault))
+        if fault == "reset" and request.transport:
+            request.transport.abort()
+        aborts = self._aborts
+        wanted = body["sampling_params"]["max_new_tokens"]
+        seconds = 3600.0 if fault == "hang" else 0.5 if fault == "slow" else self.delay
+        done = 0
+        for step in itertools.count():
+            done = wanted if seconds == 0 else min(wanted, int(wanted * step * 0.01 / seconds))
+            if (done == wanted and not self.paused) or self._aborts > aborts:
+                break
+            await asyncio.sleep(0.01)
+        reason = "abort" if self._aborts > aborts or fault == "abort" else "length"
+        return web.json_response(self._answer(made_from(body["input_ids"], done), reason, fault))
+
+    def _answer(self, ids: list[int], reason: str, fault: str) -> dict[str, Any]:
+        label = "other" if fault == "label" else self.label
+        spans = self.spans(len(ids)) if self.spans else [{"version": label, "start": 0, "end": len(ids)}]
+        if fault == "mixed":
+            spans = [{"version": "other", "start": 0, "end": 1}, {"version": label, "start": 1, "end": len(ids)}]
+        return {
+            "output_ids": ids[:-1] if fault == "malformed" else ids,
+            "meta_info": {
+                "finish_reason": {"type": reason},
+                "weight_version": label,
+                "weight_versions": spans,
+                "output_token_logprobs": [[None if fault == "nan" else -0.5, token, None] for token in ids],
+            },
+        }
