@@ -1,6 +1,6 @@
 """Rollout dumps: one Parquet file a step, one row a rollout, every number that the step was made of.
 
-Schema version 1. Step N's dump holds numbers under the weights before update N: whoever has those weights as a Hugging
+Schema version 2. Step N's dump holds numbers under the weights before update N: whoever has those weights as a Hugging
 Face folder can recompute all of them. Lists are per response token, float32. A list is null where the number does not
 exist: the teacher's and u for rollouts without privileged context, columns that the recipe does not compute.
 `loss_mask` is the rollout's own: the tokens that the policy sampled.
@@ -24,7 +24,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_file
 from asd_megatron.records import DemonstrationSource, Example, FinishReason, Rollout, TokenTable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TABLE_COLUMNS = (
     "student_logprobs",
     "teacher_logprobs",
@@ -36,6 +36,7 @@ TABLE_COLUMNS = (
 )
 NEED_CONTEXT = ("teacher_logprobs", "teacher_entropy", "pmi")
 _IDS, _NUMBERS = pa.list_(pa.int32()), pa.list_(pa.float32())
+_CHANGES = pa.list_(pa.list_(pa.int64(), 2))  # (response position, version)
 SCHEMA = pa.schema(
     [
         pa.field("step", pa.int64(), nullable=False),
@@ -52,6 +53,7 @@ SCHEMA = pa.schema(
         *(pa.field(name, _NUMBERS) for name in TABLE_COLUMNS),
         pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
         pa.field("weight_version", pa.int64(), nullable=False),
+        pa.field("version_changes", _CHANGES, nullable=False),
     ]
 )
 
@@ -133,6 +135,7 @@ def write_dump(
         **{name: _column(name, table, has_context) for name in TABLE_COLUMNS},
         "loss_mask": [r.loss_mask for r in rollouts],
         "weight_version": [r.weight_version for r in rollouts],
+        "version_changes": [[list(change) for change in r.version_changes] for r in rollouts],
     }
     if "engine_logprobs" not in table:
         arrays["engine_logprobs"] = [r.logprobs for r in rollouts]
@@ -231,6 +234,7 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
                 logprobs=tuple(engine[i]),
                 finish_reason=FinishReason(c["finish_reason"][i]),
                 weight_version=c["weight_version"][i],
+                version_changes=tuple((position, version) for position, version in c["version_changes"][i]),
                 loss_mask=tuple(c["loss_mask"][i]),
             )
             examples.append(

@@ -13,7 +13,16 @@ def make_examples() -> list[Example]:
     rollouts = [
         Rollout("p1", 0, (1, 2, 3), (7, 8, 9), (-0.5, -1.0, -1.5), FinishReason.STOP, 4),
         Rollout("p1", 1, (1, 2, 3), (7, 5), (-0.25, -2.0), FinishReason.LENGTH, 4, loss_mask=(True, False)),
-        Rollout("p2", 0, (4, 5), (6, 6, 7, 8), (-0.1, -0.2, -0.3, -0.4), FinishReason.STOP, 4),
+        Rollout(
+            "p2",
+            0,
+            (4, 5),
+            (6, 6, 7, 8),
+            (-0.1, -0.2, -0.3, -0.4),
+            FinishReason.STOP,
+            4,
+            version_changes=((1, 5), (3, 6)),
+        ),
         Rollout("p2", 1, (4, 5), (), (), FinishReason.STOP, 4),
     ]
     sources = (

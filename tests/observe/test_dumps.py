@@ -38,13 +38,13 @@ def test_schema_and_metadata(tmp_path: Path) -> None:
     assert " ".join(schema.names) == (
         "step prompt_id sample prompt_ids response_ids finish_reason reward group_advantage demonstration_source "
         "demonstration_sample teacher_prompt_ids student_logprobs teacher_logprobs engine_logprobs student_entropy "
-        "teacher_entropy pmi advantage loss_mask weight_version"
+        "teacher_entropy pmi advantage loss_mask weight_version version_changes"
     )
     assert schema.field("response_ids").type.value_type == pa.int32()
     assert schema.field("pmi").type.value_type == pa.float32()
     assert schema.field("loss_mask").type.value_type == pa.bool_()
     assert {key.decode(): value.decode() for key, value in schema.metadata.items() if key != b"ARROW:schema"} == {
-        "schema_version": "1",
+        "schema_version": "2",
         "step": "7",
         "lambda": "0.5",
         "H": "0.31",
@@ -88,6 +88,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (dump.info.step, dump.info.lam, dump.info.H, dump.info.h_warm) == (7, 0.5, 0.31, None)
     assert (dump.info.temperature, dump.info.recipe_hash) == (0.7, "abc123")
     assert read_dump_info(path) == dump.info
+    assert [e.rollout.version_changes for e in dump.examples] == [(), (), ((1, 5), (3, 6)), ()]
     table = make_table()
     for got, expected in zip(dump.examples, make_examples(), strict=True):
         assert got.rollout.logprobs == pytest.approx(expected.rollout.logprobs)
@@ -138,9 +139,9 @@ def rewrite(path: Path, **change: object) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, r"schema version 2; this version of asd_megatron reads 1: read it with the version"),
+        ({"version": 1}, r"schema version 1; this version of asd_megatron reads 2: read it with the version"),
         ({"metadata": None}, "no rollout dump: it has no schema_version"),
-        ({"metadata": {"schema_version": "1", "step": "3"}}, "lacks lambda, H, H_warm, temperature, recipe_hash"),
+        ({"metadata": {"schema_version": "2", "step": "3"}}, "lacks lambda, H, H_warm, temperature, recipe_hash"),
         ({"without": "pmi"}, r"lacks the column\(s\) pmi"),
         ({"responses": [[1], [1], [1], []]}, "a row is damaged"),
     ],

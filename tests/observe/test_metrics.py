@@ -98,7 +98,7 @@ def test_values_by_hand() -> None:
         # before update 6 the weights have version 5, the rollouts began with 4
         "rollouts/stale": 1,
         "rollouts/stale_max": 1,
-        "rollouts/across_versions": 0,
+        "rollouts/across_versions": 1,
         "tokens/prompt": 10,
         "tokens/response": 9,
         "tokens/teacher": 3 * 4 + 5,
