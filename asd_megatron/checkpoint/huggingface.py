@@ -123,8 +123,8 @@ def write_folder(
     try:
         if port.groups.world.rank() == 0:
             with atomic_folder(target, replace=True) as folder:
-                _copy_others(Path(source), folder, port.dtype)
-                _write_weights(tensors, folder, max_shard_bytes)
+                copy_others(Path(source), folder, port.dtype)
+                write_weights(tensors, folder, max_shard_bytes)
     except (OSError, SafetensorError) as error:
         failure = f"the model cannot be exported to {target}: {error}; free space there, or choose another run.folder"
     except UserError as error:
@@ -138,7 +138,8 @@ def write_folder(
     return target
 
 
-def _copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:
+def copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Everything of a model folder but its weights; the config names `dtype`, which the weights will have."""
     for path in source.iterdir():
         wanted = path.suffix in OTHER_SUFFIXES or path.name.startswith(OTHER_NAMES)
         if path.is_file() and wanted and path.name != "config.json" and not path.name.endswith(".index.json"):
@@ -151,7 +152,7 @@ def _copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
+def write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
     """Safetensors of bounded size; one file without an index when that is enough."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from asd_megatron.checkpoint.huggingface import FolderReader, _copy_others, read_config
+from asd_megatron.checkpoint.huggingface import FolderReader, copy_others, read_config
 from asd_megatron.errors import UserError
 from tests.distributed.harness import run_ranks
 from tests.models.tiny import tiny_llama, tiny_qwen3
@@ -116,7 +116,7 @@ def test_the_spelling_of_the_dtype_stays(folder: Path, tmp_path: Path) -> None:
     config["torch_dtype"] = config.pop("dtype")
     (old / "config.json").write_text(json.dumps(config))
     (tmp_path / "new").mkdir()
-    _copy_others(old, tmp_path / "new", torch.bfloat16)
+    copy_others(old, tmp_path / "new", torch.bfloat16)
     assert read_config(tmp_path / "new") == {**config, "torch_dtype": "bfloat16"}
     assert AutoConfig.from_pretrained(tmp_path / "new").dtype == torch.bfloat16
 
