@@ -28,8 +28,8 @@ class Bucket:
         return {"names": self.names, "dtypes": dtypes, "shapes": [list(shape) for shape in self.shapes]}
 
 
-def pack(tensors: NamedTensors, bucket_bytes: int, device: torch.device) -> Iterator[Bucket]:
-    """Buckets of at most `bucket_bytes` on `device`; a larger tensor is a bucket of its own.
+def pack(tensors: NamedTensors, bucket_bytes: int, device: torch.device | None = None) -> Iterator[Bucket]:
+    """Buckets of at most `bucket_bytes` on `device` (None: the tensors'); a larger tensor is a bucket of its own.
 
     A bucket's memory is filled anew when the next but one is asked for: two buckets are alive at a time.
     """
@@ -46,7 +46,7 @@ def pack(tensors: NamedTensors, bucket_bytes: int, device: torch.device) -> Iter
             slot = slots[number % 2]
             if slot is None or slot.numel() < size:
                 slots[number % 2] = None  # its memory first
-                slot = torch.empty(max(bucket_bytes, size), dtype=torch.uint8, device=device)
+                slot = torch.empty(max(bucket_bytes, size), dtype=torch.uint8, device=device or tensor.device)
             slots[number % 2] = slot if slot.numel() <= bucket_bytes else None
             bucket, used = Bucket(slot), 0
         target = bucket.data[used : used + size].view(tensor.dtype).view(tensor.shape)

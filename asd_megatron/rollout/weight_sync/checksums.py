@@ -43,9 +43,9 @@ def server_pieces(config: Mapping[str, Any]) -> dict[str, Piece]:
     architecture = next((a for a in config.get("architectures") or () if a in QK_NORM), None)
     if architecture is None:
         raise UserError(
-            f"how SGLang lays out {', '.join(config.get('architectures') or ['(no architecture)'])} is not known, so its "
-            f"weights cannot be checked after a transfer (known: {', '.join(QK_NORM)}): switch the receipt of the weight "
-            "synchronisation off"
+            f"how SGLang lays out {', '.join(config.get('architectures') or ['(no architecture)'])} is not known, so "
+            f"its weights cannot be checked after a transfer (known: {', '.join(QK_NORM)}): switch the receipt of the "
+            "weight synchronisation off"
         )
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
@@ -101,8 +101,8 @@ class ServerChecksums:
         piece = self._pieces.get(name)
         if piece is None:
             raise UserError(
-                f"how SGLang stores the tensor {name} is not known, so it cannot be checked after a transfer: switch the "
-                "receipt of the weight synchronisation off"
+                f"how SGLang stores the tensor {name} is not known, so it cannot be checked after a transfer: switch "
+                "the receipt of the weight synchronisation off"
             )
         if self._next.get(piece.target, 0) != piece.part:
             raise RuntimeError(f"{name} came twice or out of order: {piece.target} is hashed as its parts arrive")

@@ -39,16 +39,14 @@ class CudaIpcTransport:
 
     needs_session = True
 
-    def __init__(
-        self, device: torch.device, *, server_torch: str, bucket_bytes: int = BUCKET_BYTES, timeout: float = 120.0
-    ) -> None:
+    def __init__(self, server_torch: str, *, bucket_bytes: int = BUCKET_BYTES, timeout: float = 120.0) -> None:
         ours, theirs = (version.split("+")[0] for version in (str(torch.__version__), server_torch))
         if ours != theirs:
             raise UserError(
                 f"memory cannot be shared between torch {ours} (trainer) and torch {theirs} (SGLang): install the same "
                 "version on both sides, or use the distributed transport"
             )
-        self._device, self._bucket_bytes, self._timeout = device, bucket_bytes, timeout
+        self._bucket_bytes, self._timeout = bucket_bytes, timeout
 
     def send(self, receivers: Sequence[Receiver], tensors: NamedTensors, label: str) -> dict[str, str]:
         tensors = iter(tensors)
@@ -70,7 +68,7 @@ class CudaIpcTransport:
     ) -> None:
         flight: dict[str, Future[dict[str, Any]]] = {}
         with ThreadPoolExecutor(len(receivers), thread_name_prefix="weight-sync") as pool:
-            for bucket in pack(tensors, self._bucket_bytes, self._device):
+            for bucket in pack(tensors, self._bucket_bytes):
                 _land(flight, failures)
                 whole = [receiver for receiver in receivers if receiver.url not in failures]
                 flight = {r.url: pool.submit(self._post, r, payloads(bucket, r.tensor_parallel)) for r in whole}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from asd_megatron.checkpoint.huggingface import MAX_SHARD_BYTES, copy_others, write_weights
@@ -19,11 +19,11 @@ from asd_megatron.rollout.weight_sync.protocol import NamedTensors, Receiver, as
 class DiskTransport:
     """`Transport` over safetensors files and SGLang's `/update_weights_from_disk`.
 
-    Each version is a complete model folder of its own, `folder`/LABEL, which appears whole; this object's older ones are
-    removed once the servers have read the new one. `folder` must be on a file system that every server sees under that path.
+    Each version is a complete model folder of its own, `folder`/LABEL, which appears whole; this object's older ones
+    are removed once the servers have read the new one. `folder` must be on a file system that every server sees under
+    that path.
 
-    source: the model folder whose config and tokenizer go along. dtype: of the tensors. timeout: seconds for a server
-    to load the model.
+    source: the model folder whose config and tokenizer go along. timeout: seconds for a server to load the model.
     """
 
     needs_session = False
@@ -32,30 +32,31 @@ class DiskTransport:
         self,
         folder: str | os.PathLike[str],
         source: str | os.PathLike[str],
-        dtype: torch.dtype,
         *,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         timeout: float = 600.0,
     ) -> None:
-        self._folder, self._source, self._dtype = Path(folder).resolve(), Path(source), dtype
+        self._folder, self._source = Path(folder).resolve(), Path(source)
         self._max_shard_bytes, self._timeout = max_shard_bytes, timeout
         self._written: set[Path] = set()
 
     def send(self, receivers: Sequence[Receiver], tensors: NamedTensors, label: str) -> dict[str, str]:
         tensors = iter(tensors)
-        if not receivers:
+        first = next(tensors, None)
+        if not receivers or first is None:
             drain(tensors)
             return {}
         target = self._folder / label
         self._written.add(target)
         try:
             with atomic_folder(target, replace=True) as folder:
-                copy_others(self._source, folder, self._dtype)
-                write_weights(tensors, folder, self._max_shard_bytes)
+                copy_others(self._source, folder, first[1].dtype)
+                write_weights(chain([first], tensors), folder, self._max_shard_bytes)
         except (OSError, SafetensorError) as error:
             drain(tensors)
             raise UserError(
-                f"weights for the servers cannot be written to {target}: {error}; free space there, or name another folder"
+                f"weights for the servers cannot be written to {target}: {error}; free space there, or name another "
+                "folder"
             ) from error
         body = {"model_path": str(target), "flush_cache": True}
         _, failures = ask_all(receivers, lambda r: ask(r, "/update_weights_from_disk", body, self._timeout))

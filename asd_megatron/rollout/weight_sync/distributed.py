@@ -126,7 +126,7 @@ class DistributedTransport:
         A server that was restarted since the group was made is not in it any more: the first bucket is then sent once
         more, in a new group.
         """
-        futures = [flight.broadcast, *flight.answers.values()]
+        futures: list[Future[Any]] = [flight.broadcast, *flight.answers.values()]
         done, late = wait(futures, max(0.0, flight.deadline - time.monotonic()), FIRST_EXCEPTION)
         if not late and not any(future.exception() for future in done):
             return

@@ -67,6 +67,7 @@ def synchronise(
     label: str,
     *,
     receipt: Receipt | None = None,
+    before_generating: Callable[[Receiver], None] | None = None,
     timeout: float = ANSWER_SECONDS,
     progress: Callable[[str], None] | None = None,
 ) -> SyncReport:
@@ -76,6 +77,9 @@ def synchronise(
     the tensors, and checked against `receipt`; only then is it labelled `label` and generates on. One that fails on the
     way stays paused and incomplete and is named in the report: it never answers under a good label, and takes
     everything anew the next time. `tensors` is read to its end in any case but one: what reading it raises.
+
+    before_generating: called for each server that has the weights, before it generates on, in parallel (memory to be
+    taken back); what it raises is that server's failure.
 
     Raises ReceiptError if a server holds other weights than it was sent or computes other log-probs, UserError for
     tensors that `receipt` has no rule for. `timeout`: seconds for each request that moves no weights.
@@ -96,6 +100,8 @@ def synchronise(
         checksums, failures = ask_all(course.whole, lambda r: receipt.check(r, max(timeout, ANSWER_SECONDS)))
         checked = sum(checksums.values())
         course.drop(failures)
+    if before_generating is not None:
+        course.drop(ask_all(course.whole, before_generating)[1])
     course.drop(ask_all(course.whole, lambda r: _release(r, label, timeout))[1])
     worst: float | None = None
     if receipt is not None and receipt.probe is not None:

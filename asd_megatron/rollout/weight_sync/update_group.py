@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import socket
 import time
@@ -95,9 +96,8 @@ class UpdateGroup:
             return ours.result()
         if error is None:
             _leave(ours.result(), self._device)
-        raise NotWhole(
-            not_whole(self._receivers, failures, f"the update group was not made: {error and reason(error)}")
-        )
+        others = "the update group was not made" + (f": {reason(error)}" if error is not None else "")
+        raise NotWhole(not_whole(self._receivers, failures, others))
 
     def _invitations(self, address: str, port: int) -> dict[str, dict[str, Any]]:
         """Each server's request to join, by URL. Its ranks follow those of the servers before it."""
@@ -120,7 +120,7 @@ class UpdateGroup:
         (`init_custom_process_group`): both must name their keys in the store alike, and no public function makes a
         group outside the default one.
         """
-        from torch.distributed import distributed_c10d as c10d
+        c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
 
         size = 1 + sum(receiver.tensor_parallel for receiver in self._receivers)
         client = dist.TCPStore(address, port, None, False, timedelta(seconds=seconds))
