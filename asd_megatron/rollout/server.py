@@ -41,6 +41,7 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "device": "cpu",
     "attention-backend": "torch_native",
     "disable-overlap-schedule": True,
+    "sleep-on-idle": True,  # else an idle server keeps half a core busy
     "mem-fraction-static": 0.2,
     "max-total-tokens": 8192,
     "max-running-requests": 16,
