@@ -1,19 +1,22 @@
 """Runs inside the server's own Python environment: `python server_child.py PARENT_PID MODULE ARGUMENT...`.
 
-Becomes `python -m MODULE ARGUMENT...` with two differences. Further arguments, the secret ones, are read as a JSON list
-from standard input, so that no process list shows them. And a small watcher process, made before anything is imported,
-ends the whole process group as soon as the parent is gone, however it went, or the server itself died and left children
-behind. (PR_SET_PDEATHSIG alone would not do: it follows the thread that started the child, and not the grandchildren.)
+Becomes `python -m MODULE ARGUMENT...` with three differences. Further arguments, the secret ones, are read as a JSON
+list from standard input, so that no process list shows them. What the server tells about itself leaves them out. And a
+small watcher process, made before anything is imported, ends the whole process group as soon as the parent is gone,
+however it went, or the server itself died and left children behind. (PR_SET_PDEATHSIG alone would not do: it follows
+the thread that started the child, and does not reach the grandchildren.)
 
 Standard library only, any Python 3.10 or later: nothing of this package can be imported here.
 """
 
+import importlib
 import json
 import os
 import runpy
 import signal
 import sys
 import time
+from typing import Any
 
 POLL_SECONDS = 0.5
 
@@ -50,6 +53,33 @@ def start_watcher(parent: int) -> None:
     watch(server, parent)
 
 
+def hide_keys(keys: "list[str]") -> None:
+    """Take `keys` out of `GET /server_info`, where SGLang 0.5.23 tells both to everybody who may generate, and the log.
+
+    SGLang hides other secrets there already, with a function that is given everything before it is shown.
+    """
+    try:
+        core = importlib.import_module("sglang.srt.sampling.watermarking.core")
+        redact = core.redact_watermark_secrets
+    except (ImportError, AttributeError):  # another version of SGLang
+        print("warning: this SGLang may show its administration key to everybody who has the other one", flush=True)
+        return
+
+    def without_keys(value: Any, **options: Any) -> Any:
+        return hidden(redact(value, **options))
+
+    def hidden(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: hidden(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [hidden(item) for item in value]
+        for key in keys if isinstance(value, str) else ():
+            value = value.replace(key, "(hidden)")
+        return value
+
+    vars(core)["redact_watermark_secrets"] = without_keys
+
+
 def main() -> None:
     """See the top of the file."""
     parent, module, *arguments = sys.argv[1:]
@@ -57,6 +87,8 @@ def main() -> None:
     secret = json.loads(sys.stdin.readline() or "[]")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     del sys.path[0]  # this file's folder, whose modules are none of the server's business
+    if module.startswith("sglang."):
+        hide_keys([word for word in secret if not word.startswith("--")])
     sys.argv = [module, *arguments, *secret]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

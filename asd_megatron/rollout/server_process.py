@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +17,7 @@ from pathlib import Path
 from asd_megatron.errors import UserError
 
 CHILD = Path(__file__).with_name("server_child.py")
+RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 POLL_SECONDS = 0.25
 HEALTH_SECONDS = 5.0  # for one answer: SGLang generates a token first and looks once a second
 TAIL_LINES = 15
@@ -54,12 +56,13 @@ class ServerProcess:
         url: str,
         log: Path,
         secret: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] = os.environ,
         health: str = "/health",
     ) -> None:
         self.name, self.command, self.url, self.log = name, list(command), url, log
         self._secret, self._environment, self._health = list(secret), environment, health
         self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -84,6 +87,9 @@ class ServerProcess:
         assert not self.alive, f"{self.name} runs already"
         self._end_group()
         python, _, module, *arguments = self.command
+        self._scratch = tempfile.TemporaryDirectory(prefix="sglang_server_", ignore_cleanup_errors=True)
+        # Its ranks meet in a file: over TCP one of them would listen on every interface.
+        environment = {RENDEZVOUS: f"file://{self._scratch.name}/ranks"} | dict(self._environment)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # SGLang logs its keys
         try:
@@ -93,7 +99,7 @@ class ServerProcess:
                 stdin=subprocess.PIPE,
                 stdout=handle,
                 stderr=subprocess.STDOUT,
-                env=None if self._environment is None else dict(self._environment),
+                env=environment,
                 start_new_session=True,
             )
         except OSError as error:
@@ -141,6 +147,8 @@ class ServerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel, in a driver
             self._process.wait(10.0)
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def tail(self, lines: int = TAIL_LINES) -> list[str]:
         """The last lines of this start's log."""
