@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from asd_megatron.errors import UserError
-from asd_megatron.rollout.weight_sync.hashes import TensorHash
+from asd_megatron.rollout.weight_sync.hashes import TensorHash, for_device
 from asd_megatron.rollout.weight_sync.protocol import NamedTensors
 
 VOCABULARY_MULTIPLE = 64  # SGLang's DEFAULT_VOCAB_PADDING_SIZE
+CPU_FFN_MULTIPLE = 32  # a server on the CPU pads so many columns a rank (adjust_config_with_unaligned_cpu_tp)
 QK_NORM = {"Qwen3ForCausalLM": True, "LlamaForCausalLM": False}
 Cut = Callable[[Tensor, int, int], Tensor]
 """(whole tensor, rank, ranks) -> what that rank of a server holds of it."""
@@ -35,8 +36,8 @@ class Piece:
     cut: Cut
 
 
-def server_pieces(config: Mapping[str, Any]) -> dict[str, Piece]:
-    """Every tensor of the model by Hugging Face name. `config` is its config.json.
+def server_pieces(config: Mapping[str, Any], device: str) -> dict[str, Piece]:
+    """Every tensor of the model by Hugging Face name. `config` is its config.json, `device` the servers'.
 
     Raises UserError for an architecture whose server-side layout is not known here.
     """
@@ -47,15 +48,15 @@ def server_pieces(config: Mapping[str, Any]) -> dict[str, Piece]:
             f"its weights cannot be checked after a transfer (known: {', '.join(QK_NORM)}): switch the receipt of the "
             "weight synchronisation off"
         )
-    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    kv = _heads(kv_heads, int(config.get("head_dim") or hidden // heads))
+    attention, key_value, ffn = _cuts(config, on_cpu=device == "cpu")
     pieces = {"model.embed_tokens.weight": Piece("model.embed_tokens.weight", 0, 1, _vocabulary)}
     for layer in range(int(config["num_hidden_layers"])):
         at = f"model.layers.{layer}."
-        pieces |= _stacked(at + "self_attn.qkv_proj", (("q_proj", _rows), ("k_proj", kv), ("v_proj", kv)))
-        pieces |= _stacked(at + "mlp.gate_up_proj", (("gate_proj", _rows), ("up_proj", _rows)))
-        pieces |= {at + n: Piece(at + n, 0, 1, _columns) for n in ("self_attn.o_proj.weight", "mlp.down_proj.weight")}
+        qkv = (("q_proj", attention), ("k_proj", key_value), ("v_proj", key_value))
+        pieces |= _stacked(at + "self_attn.qkv_proj", qkv)
+        pieces |= _stacked(at + "mlp.gate_up_proj", (("gate_proj", ffn), ("up_proj", ffn)))
+        for name, cut in (("self_attn.o_proj.weight", attention), ("mlp.down_proj.weight", ffn)):
+            pieces[at + name] = Piece(at + name, 0, 1, _of_columns(cut))
         norms = ["input_layernorm", "post_attention_layernorm"]
         norms += ["self_attn.q_norm", "self_attn.k_norm"] if QK_NORM[architecture] else []
         pieces |= {f"{at}{n}.weight": Piece(f"{at}{n}.weight", 0, 1, _whole) for n in norms}
@@ -68,14 +69,12 @@ def server_pieces(config: Mapping[str, Any]) -> dict[str, Piece]:
 class ServerChecksums:
     """Checksums of one set of weights, for servers with the given numbers of tensor-parallel ranks.
 
-    `dtype` is the server's, `hash_type` what its device hashes with (`hashes.for_device`).
+    `dtype` and `device` ("cpu" or "cuda") are the servers'.
     """
 
-    def __init__(
-        self, config: Mapping[str, Any], ranks: Iterable[int], dtype: torch.dtype, hash_type: type[TensorHash]
-    ) -> None:
-        self._pieces = server_pieces(config)
-        self._dtype, self._hash_type = dtype, hash_type
+    def __init__(self, config: Mapping[str, Any], ranks: Iterable[int], dtype: torch.dtype, device: str) -> None:
+        self._pieces = server_pieces(config, device)
+        self._dtype, self._hash_type = dtype, for_device(device)
         self._layouts = sorted(set(ranks))
         self._open: dict[tuple[int, int, str], TensorHash] = {}
         self._done: dict[tuple[int, int], dict[str, str]] = {(n, r): {} for n in self._layouts for r in range(n)}
@@ -118,6 +117,20 @@ class ServerChecksums:
                 self._done[ranks, rank][piece.target] = hasher.hexdigest()
 
 
+def _cuts(config: Mapping[str, Any], *, on_cpu: bool) -> tuple[Cut, Cut, Cut]:
+    """How rows of query heads, of key or value heads and of the MLP are cut.
+
+    On CUDA ranks must divide them, but for key and value heads: one of those may go to several ranks. On the CPU
+    whatever does not come out even is filled up with zeros.
+    """
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    size = int(config.get("head_dim") or hidden // heads)
+    if on_cpu:
+        return _filled(heads // kv_heads * size), _filled(size), _filled(CPU_FFN_MULTIPLE)
+    return _even, _shared(kv_heads, size), _even
+
+
 def _stacked(target: str, sources: tuple[tuple[str, Cut], ...]) -> dict[str, Piece]:
     prefix = target.rpartition(".")[0]
     return {
@@ -130,38 +143,41 @@ def _whole(tensor: Tensor, rank: int, ranks: int) -> Tensor:
     return tensor
 
 
-def _rows(tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    return tensor[_share(tensor.shape[0], rank, ranks)]
+def _even(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    if len(tensor) % ranks:
+        raise UserError(f"a server with {ranks} tensor-parallel ranks cannot cut {len(tensor)} rows or columns evenly")
+    return _rows(tensor, rank, len(tensor) // ranks)
 
 
-def _columns(tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    return tensor[:, _share(tensor.shape[1], rank, ranks)]
+def _filled(unit: int) -> Cut:
+    """Every rank has as many whole units of rows; zeros make up for what is missing."""
+    return lambda tensor, rank, ranks: _rows(tensor, rank, -(-len(tensor) // (unit * ranks)) * unit)
 
 
-def _heads(number: int, size: int) -> Cut:
-    """Key or value heads: cut like rows, or, with more ranks than heads, one head for several ranks."""
+def _shared(heads: int, size: int) -> Cut:
+    """Like `_even`, or, with more ranks than heads, one head of `size` rows for several ranks."""
 
     def cut(tensor: Tensor, rank: int, ranks: int) -> Tensor:
-        if ranks <= number:
-            return _rows(tensor, rank, ranks)
-        head = rank // (ranks // number)
-        return tensor[head * size : (head + 1) * size]
+        return _even(tensor, rank, ranks) if ranks <= heads else _rows(tensor, rank // (ranks // heads), size)
 
     return cut
 
 
 def _vocabulary(tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    """Rows, after padding with zeros to a multiple of 64, or of 64 a rank if the ranks do not divide that."""
-    multiple = VOCABULARY_MULTIPLE
-    if -(-tensor.shape[0] // multiple) * multiple % ranks:
-        multiple *= ranks
-    size = -(-tensor.shape[0] // multiple) * multiple // ranks
-    part = tensor[rank * size : (rank + 1) * size]
-    return part if len(part) == size else torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
+    """Filled up to a multiple of 64, or of 64 a rank if the ranks do not divide that."""
+    padded = -(-len(tensor) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if padded % ranks:
+        return _filled(VOCABULARY_MULTIPLE)(tensor, rank, ranks)
+    return _rows(tensor, rank, padded // ranks)
 
 
-def _share(length: int, rank: int, ranks: int) -> slice:
-    if length % ranks:
-        raise UserError(f"a server with {ranks} tensor-parallel ranks cannot cut {length} rows or columns evenly")
-    size = length // ranks
-    return slice(rank * size, (rank + 1) * size)
+def _of_columns(cut: Cut) -> Cut:
+    return lambda tensor, rank, ranks: cut(tensor.t(), rank, ranks).t()
+
+
+def _rows(tensor: Tensor, number: int, size: int) -> Tensor:
+    """Block `number` of `size` rows, with zeros after the last row."""
+    block = tensor[number * size : (number + 1) * size]
+    if len(block) == size:
+        return block
+    return torch.cat([block, block.new_zeros(size - len(block), *block.shape[1:])])
