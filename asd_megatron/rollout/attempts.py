@@ -103,8 +103,7 @@ class Attempts:
         self._running: dict[Ticket, Attempt] = {}
         self._put_off: dict[Ticket, asyncio.TimerHandle] = {}
         self._early: list[tuple[Attempt, Generation]] = []  # answers under the announced label, before it is admitted
-        self._announced: str | None = None
-        self._held = False
+        self._updates: list[str] = []  # labels of the updates under way, one within the other
         self._refused = False
         self._called_off: dict[Ticket, SampleResult] | None = None  # partial results, while an abort is under way
 
@@ -166,10 +165,14 @@ class Attempts:
 
     # ------------------------------------------------------------------ a weight update
 
-    def hold(self, announced: str | None) -> None:
-        """Weights are about to change: nothing is sent, no time limit runs. Answers under the label `announced` wait
-        until their server is admitted with it."""
-        self._held, self._announced = True, announced
+    @property
+    def _announced(self) -> str | None:
+        return self._updates[-1] if self._updates else None
+
+    def hold(self, label: str) -> None:
+        """Weights are about to change: nothing is sent, no time limit runs. Answers under `label` wait until their
+        server is admitted with it. Holds may be nested."""
+        self._updates.append(label)
         now = asyncio.get_running_loop().time()
         for attempt in self._running.values():
             if attempt.deadline is not None and (when := attempt.deadline.when()) and not attempt.deadline.expired():
@@ -177,10 +180,10 @@ class Attempts:
                 attempt.deadline.reschedule(None)
 
     def release(self) -> None:
-        self._held, self._announced = False, None
+        self._updates.pop()
         now = asyncio.get_running_loop().time()
         for attempt in self._running.values():
-            if attempt.deadline is not None and attempt.deadline.when() is None:
+            if not self._updates and attempt.deadline is not None and attempt.deadline.when() is None:
                 attempt.deadline.reschedule(now + (self._timeout if attempt.left is None else attempt.left))
         self._judge_early()
         self._advance()
@@ -194,7 +197,7 @@ class Attempts:
             if self.router.open and not (serving and self.router.healthy):
                 self._schedule.close(self.router)
             self.router.open = bool(serving) and self.router.healthy
-        while not self._held and not self._refused and self._called_off is None and (move := self._schedule.next()):
+        while not self._updates and not self._refused and self._called_off is None and (move := self._schedule.next()):
             self._send(*move)
         waiting = bool(self._unfinished) and not any(member.open for member in self.members)
         self.stranded_since = (self.stranded_since or time.monotonic()) if waiting else None
@@ -211,7 +214,7 @@ class Attempts:
     async def _make(self, attempt: Attempt) -> None:
         request = attempt.ticket.request
         try:
-            async with asyncio.timeout(None if self._held else self._timeout) as attempt.deadline:
+            async with asyncio.timeout(None if self._updates else self._timeout) as attempt.deadline:
                 answer = await attempt.member.server.generate(request.input_ids, request.sampling)
         except TimeoutError:
             self.counters.deadline += 1

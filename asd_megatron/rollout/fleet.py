@@ -145,7 +145,8 @@ class Fleet:
         """Around a change of the servers' weights to `label`: no server is probed, no sample sent, no time limit runs.
 
         Samples under way go on when their server does. Answers made under `label` before their server is admitted with
-        it wait for that; those of a server that is not admitted by the end are thrown away.
+        it wait for that; those of a server that is not admitted by the end are thrown away. May be entered again
+        inside.
         """
 
         async def hold() -> None:
@@ -163,7 +164,8 @@ class Fleet:
             self._do(release())
 
     def call(self, url: str, path: str, body: Mapping[str, Any] | None = None, timeout: float = 60.0) -> dict[str, Any]:
-        """An administrative POST to one server; its JSON object. Raises a `sglang_api.ServerError`; any thread."""
+        """A POST to one server with the key that its path needs; its JSON object. Any thread may call it. Raises a
+        `sglang_api.ServerError`."""
         return self._do(self._member(url).server.post(path, body, timeout))
 
     def model_info(self, url: str, timeout: float = 20.0) -> dict[str, Any]:
@@ -171,7 +173,7 @@ class Fleet:
         return self._do(self._member(url).server.model_info(timeout))
 
     def server_info(self, url: str, timeout: float = 20.0) -> dict[str, Any]:
-        """What the server at `url` runs with, keys included. Raises a `sglang_api.ServerError`."""
+        """What the server at `url` runs with. Raises a `sglang_api.ServerError`."""
         return self._do(self._member(url).server.server_info(timeout))
 
     @property

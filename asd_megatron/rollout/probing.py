@@ -30,6 +30,7 @@ class Prober:
         self._allowed = asyncio.Event()
         self._allowed.set()
         self._epoch = 0
+        self._holds = 0
         self._watches: list[asyncio.Task[None]] = []
 
     @property
@@ -63,12 +64,15 @@ class Prober:
             task.result()
 
     def hold(self) -> None:
-        """No probe counts until `release`: a server whose weights are replaced generates nothing."""
+        """No probe counts until as many calls of `release`: a server whose weights are replaced generates nothing."""
         self._epoch += 1
+        self._holds += 1
         self._allowed.clear()
 
     def release(self) -> None:
-        self._allowed.set()
+        self._holds -= 1
+        if not self._holds:
+            self._allowed.set()
 
     def stop(self) -> None:
         for watch in self._watches:

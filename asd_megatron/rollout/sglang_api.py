@@ -120,17 +120,18 @@ class SGLangServer:
         return await self._ask("GET", "/model_info", None, timeout)
 
     async def server_info(self, timeout: float) -> dict[str, Any]:
-        """`/server_info`: `version`, `tp_size` and the other arguments that it runs with, its keys among them: never
-        print it. Its scheduler takes part in the answer, also while generation is paused.
+        """`/server_info`: `version`, `tp_size` and its other arguments. The scheduler takes part in the answer, also while
+        generation is paused.
         """
         return await self._ask("GET", "/server_info", None, timeout)
 
     async def post(self, path: str, body: Mapping[str, Any] | None, timeout: float) -> dict[str, Any]:
-        """An administrative request. Returns its JSON object; another answer comes as {"text": ...} or {"value": ...}.
+        """A request with the administration key (`/generate`: the generation key). Returns its JSON object; another
+        answer comes as {"text": ...} or {"value": ...}.
 
         SGLang answers 400 to one that it could not carry out: ServerRefused, with its reason.
         """
-        return await self._ask("POST", path, dict(body or {}), timeout, admin=True)
+        return await self._ask("POST", path, dict(body or {}), timeout, admin=path != "/generate")
 
     async def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float | None, admin: bool = False

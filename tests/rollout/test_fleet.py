@@ -70,7 +70,7 @@ def gather(fleet: Fleet, seconds: float = 10.0) -> list[SampleResult]:
     return results
 
 
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not come true"
@@ -289,7 +289,7 @@ def test_withdrawn_servers_serve_no_more(pair: Any, make: Make) -> None:
 
 
 def test_a_withdrawn_server_may_be_paused_and_is_alive_all_the_same(pair: Any, make: Make) -> None:
-    fleet = make(*pair)
+    fleet = make(*pair, probe_timeout=0.5)
     fleet.withdraw(pair[0].url, "half of the weights arrived")
     pair[0].paused = True
     time.sleep(0.4)
@@ -350,6 +350,21 @@ def test_an_update_holds_what_waits_and_keeps_what_runs(pair: Any, make: Make) -
     results = gather(fleet)
     assert {r.spans for r in results} == {((0, "tag-2"),)}
     assert fleet.counters.retried == fleet.counters.stale_answers == 0
+
+
+def test_updates_within_updates(pair: Any, make: Make) -> None:
+    fleet = make(pair[0])
+    with fleet.updating("asleep"):
+        with fleet.updating("tag-2"):
+            pair[0].label = "tag-2"
+            fleet.admit(pair[0].url, "tag-2")
+        pair[0].paused = True
+        fleet.submit(requests(1, 2))
+        assert fleet.wait(0.5) == []
+        assert fleet.servers()[0].healthy
+        assert pair[0].prompts == []
+        pair[0].paused = False
+    assert {r.spans for r in gather(fleet)} == {((0, "tag-2"),)}
 
 
 def test_answers_of_a_server_that_the_update_failed_are_thrown_away(pair: Any, make: Make) -> None:
@@ -492,6 +507,8 @@ def test_administration(pair: Any, make: Make) -> None:
         fleet.call(pair[0].url, "/fails", timeout=5.0)
     assert fleet.model_info(pair[0].url)["weight_version"] == LABEL
     assert fleet.server_info(pair[0].url)["tp_size"] == 2
+    body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
+    assert fleet.call(pair[0].url, "/generate", body)["output_ids"] == made_from([1], 1)  # with the other key
 
 
 def test_closing_drops_what_is_pending(pair: Any, make: Make) -> None:
