@@ -120,7 +120,7 @@ class SGLangServer:
         return await self._ask("GET", "/model_info", None, timeout)
 
     async def server_info(self, timeout: float) -> dict[str, Any]:
-        """`/server_info`: `version`, `tp_size` and its other arguments. The scheduler takes part in the answer, also while
+        """`/server_info`: `version`, `tp_size` and its other arguments. The scheduler has a part in the answer, even while
         generation is paused.
         """
         return await self._ask("GET", "/server_info", None, timeout)
