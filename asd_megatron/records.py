@@ -80,8 +80,8 @@ class Rollout:
     `logprobs[t]` is the engine's log-probability of `response_ids[t]` at the sampling temperature, before top-p /
     top-k.
     `loss_mask[t]` is False for response tokens that were not sampled by the policy (tool output, forced tokens).
-    `weight_version` is that of the weights that sampled the first token; `version_changes` are (position, version) pairs:
-    from that response position on, newer weights did.
+    `weight_version` is that of the weights that sampled the first token; `version_changes` are (position, version)
+    pairs: from that response position on, newer weights did.
     """
 
     prompt_id: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -65,7 +65,9 @@ class TrainingRun:
             term_normalization=algorithm.term_normalization,
             term_clip=algorithm.term_clip,
             term_max_position=algorithm.term_max_position,
-            importance_cap=algorithm.importance_cap if algorithm.importance_correction == "truncated" else None,
+            importance_cap=None if algorithm.importance_correction == "none" else algorithm.importance_cap,
+            importance_floor=algorithm.mask_below,
+            importance_level=algorithm.importance_level,
         )
         self.plan = plan(
             self.condition,
@@ -73,6 +75,7 @@ class TrainingRun:
             algorithm.term_normalization,
             epochs=algorithm.epochs,
             log_pmi=algorithm.log_pmi,
+            importance_level=algorithm.importance_level,
         )
         self.gate = Gate.for_condition(
             self.condition,
@@ -139,6 +142,7 @@ class TrainingRun:
         """The run folder, the start-up report, the evaluation before the first step."""
         self.session.begin()
         announce_training(self)
+        self._start_engine()
         if self.held_out is not None:
             self.held_out.evaluate_before_start()
         self.clock.take()
@@ -245,6 +249,7 @@ class TrainingRun:
             gate=self.reading if self.condition.sign else None,
             skipped_updates=stats.applied.count(False),
             success_threshold=self.recipe.privileged.success_threshold,
+            step=step,
         )
         if self.puzzle is not None:
             metrics |= self.puzzle.of_step(batch.local.all_examples, table)
@@ -281,13 +286,17 @@ class TrainingRun:
     # ---------------------------------------------------------------- parts
 
     def _engine(self) -> RolloutEngine:
+        """The recipe's; `_start_engine` is what it needs before its first use, once the run folder is there."""
+        self._start_engine: Callable[[], None] = lambda: None
         rollout = self.recipe.rollout
         if rollout.engine == "replay":
             return ReplayEngine(str(rollout.replay_folder), self.groups, self.session.tokenizer)
         if rollout.engine == "sglang":
             from asd_megatron.serving import sglang_engine  # its HTTP client is nobody else's
 
-            return sglang_engine(self.session)
+            engine = sglang_engine(self.session)
+            self._start_engine = engine.start
+            return engine
         return embedded_engine(self.session, rollout.max_batch_size)
 
     def _evaluation_collector(self, problems: ProblemSource) -> Collector:

@@ -173,6 +173,34 @@ SECTIONS = (
         ),
     ),
     Section(
+        "Weight updates",
+        "With `rollout.engine: sglang`. What an update did, in steps that had one; what was compared, of the weights "
+        "being served.",
+        (
+            Metric("weight_sync/seconds", "s", "from pausing the servers to their generating on"),
+            Metric("weight_sync/megabytes", "MB", "weights sent, counted once for all servers"),
+            Metric("weight_sync/gb_per_second", "GB/s", "the same over those seconds"),
+            Metric("weight_sync/failures", "servers", "servers that did not get them whole"),
+            Metric("weight_sync/receipt_ok", "0 or 1", "every checksum equals the trainer's; otherwise the run stops"),
+            Metric("weight_sync/checked", "tensors", "checksums compared, over all servers and their ranks"),
+            Metric("weight_sync/probe_max_abs", "nats", "largest difference of a fixed sequence's log-probs"),
+        ),
+    ),
+    Section(
+        "Servers",
+        "With `rollout.engine: sglang`; counted since the step before, except `servers/serving`.",
+        (
+            Metric("servers/serving", "servers", "servers that have current weights and may be asked, now"),
+            Metric("servers/retried", "samples", "samples that were made again"),
+            Metric("servers/given_up", "samples", "samples that failed too often"),
+            Metric("servers/deadline", "samples", "attempts that took longer than `rollout.request_timeout`"),
+            Metric("servers/stale_answers", "samples", "answers thrown away because other weights had made them"),
+            Metric("servers/ejected", "servers", "servers that stopped working"),
+            Metric("servers/returned", "servers", "servers that came back"),
+            Metric("servers/restarts", "servers", "servers that were started again"),
+        ),
+    ),
+    Section(
         "Importance correction",
         "With `algorithm.importance_correction`; over the tokens that the loss sees.",
         (
