@@ -11,8 +11,8 @@ import random
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from asd_megatron.errors import UserError
 
 OLDEST = (0, 5, 10)  # earlier ones can be taken over through ports on all interfaces (CVE-2026-3059, CVE-2026-3060)
 MODULE = "sglang.launch_server"
+ROUTER_MODULE = "sglang_router.launch_router"
 HOW_TO_MAKE = "make it with `tools/sglang_env/create.sh gpu FOLDER` (or cpu) and name FOLDER/bin/python"
 OWNED = {  # SGLang's argument -> how it is set here
     "host": "the host option",
@@ -47,6 +48,10 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "max-running-requests": 16,
 }
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0"}
+OURS = re.compile(
+    "TORCHELASTIC_.*|ASD_MEGATRON_.*|PYTHONPATH|PYTHONHOME|VIRTUAL_ENV|OMP_NUM_THREADS|CUDA_DEVICE_MAX_CONNECTIONS"
+    "|RANK|LOCAL_RANK|GROUP_RANK|ROLE_.*|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
+)
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,11 @@ class ServerOptions:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the server computes on the CPU: asked for, or no CUDA device is visible to it."""
+        """Whether the server computes on the CPU: because that was asked for, or for want of a GPU."""
         device = pass_through(self).get("device")
-        return device == "cpu" if device else self.devices == "" or not _has_cuda()
+        if device:
+            return bool(device == "cpu")
+        return not (_has_cuda() if self.devices is None else self.devices)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,22 @@ def command(options: ServerOptions) -> list[str]:
     return [str(options.python), "-m", MODULE, *_flags(arguments)]
 
 
+def router_command(at: ServerOptions, urls: Sequence[str], metrics_port: int, start_timeout: float) -> list[str]:
+    """The command line of a router at `at`'s address before servers at `urls`. Its client tries again, not it."""
+    arguments = {
+        "worker-urls": list(urls),
+        "policy": "cache_aware",
+        "host": at.host,
+        "port": at.port,
+        "prometheus-host": "127.0.0.1",
+        "prometheus-port": metrics_port,
+        "worker-startup-timeout-secs": int(start_timeout),
+        "disable-retries": True,
+        "log-level": "warn",
+    }
+    return [str(at.python), "-m", ROUTER_MODULE, *_flags(arguments)]
+
+
 def secret_arguments(options: ServerOptions) -> list[str]:
     """The keys' arguments, which travel through a pipe."""
     return _flags({"api-key": options.api_key or None, "admin-api-key": options.admin_key or None})
@@ -125,9 +148,7 @@ def pass_through(options: ServerOptions) -> dict[str, Any]:
 
 def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[str, str]:
     """The variables of a server's process: `base` without what belongs to the trainer's ranks and environment."""
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-    dropped = re.compile(rf"(TORCHELASTIC_.*|PYTHONPATH|PYTHONHOME|VIRTUAL_ENV|{'|'.join(ours)})")
-    environment = {name: value for name, value in base.items() if not dropped.fullmatch(name)}
+    environment = {name: value for name, value in base.items() if not OURS.fullmatch(name)}
     if options.on_cpu:
         environment |= CPU_ENVIRONMENT
     if options.devices is not None:
@@ -135,10 +156,46 @@ def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[
     return environment | {"PYTHONUNBUFFERED": "1"} | dict(options.environment)
 
 
-def check_host(host: str) -> str:
-    """`host` if servers may listen there: loopback or one interface's address. Raises UserError otherwise."""
+def parse_arguments(words: Sequence[str]) -> dict[str, Any]:
+    """SGLang's own arguments as on its command line, `--name value`, `--name=value` or `--flag`, as a mapping."""
+    found: dict[str, Any] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, given, value = word.removeprefix("--").partition("=")
+            found[name] = value if given else True
+        elif not name:
+            raise UserError(f"{word!r} stands before the first of SGLang's arguments: they start with --name")
+        else:
+            before = found[name]
+            found[name] = word if before is True else [*(before if isinstance(before, list) else [before]), word]
+    return found
+
+
+def devices_of_servers(devices: Sequence[str], servers: int, tensor_parallel: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each server from what was given, `["4,5", "6,7"]`; None for all if nothing was.
+
+    Raises UserError if that is not one entry a server with a device a rank, or nothing for several servers on GPUs.
+    """
+    if not devices:
+        if servers > 1 and _has_cuda():
+            raise UserError(f"{servers} servers would share the same GPUs: name the devices of each one")
+        return [None] * servers
+    if len(devices) != servers:
+        raise UserError(f"devices are given for {len(devices)} servers, and there are {servers}: one entry a server")
+    for entry in devices:
+        if len(entry.split(",")) != tensor_parallel:
+            raise UserError(f"a server of tensor-parallel size {tensor_parallel} needs as many devices, not {entry!r}")
+    return list(devices)
+
+
+def check_listening(options: ServerOptions) -> None:
+    """Raises UserError unless a server may and can listen where `options` say: loopback, or with both keys on one
+    interface of this machine, on a port that is free.
+    """
+    host = options.host
     try:
-        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        address = ipaddress.ip_address(host)
     except ValueError as error:
         raise UserError(f"server host {host!r} is not an address: give the IP address of one interface") from error
     if address.is_unspecified:
@@ -146,7 +203,27 @@ def check_host(host: str) -> str:
             f"server host {host} would offer the servers on every interface, and who reaches them can replace their"
             " weights: give the address of the cluster's own interface, or leave it at 127.0.0.1"
         )
-    return host
+    if not address.is_loopback and not (options.api_key and options.admin_key):
+        raise UserError(f"a server at {host} can be reached by others and needs both keys: set them")
+    if not can_listen(host, options.port):
+        if options.port and can_listen(host, 0):
+            raise UserError(f"port {options.port} of {host} is in use: choose another one, or 0 for a free one")
+        raise UserError(f"no interface of this machine has the address {host}: give one that `ip address` shows")
+
+
+def url_of(options: ServerOptions) -> str:
+    """The address of a server whose port is decided."""
+    return f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
+
+
+def pick_ports(options: Sequence[ServerOptions]) -> list[ServerOptions]:
+    """`options` with free ports, different ones, in the place of 0."""
+    taken = {given.port for given in options if given.port}
+    chosen = []
+    for given in options:
+        chosen.append(given if given.port else replace(given, port=free_port(given.host, taken)))
+        taken.add(chosen[-1].port)
+    return chosen
 
 
 def check_environment(python: Path) -> Versions:

@@ -1,4 +1,4 @@
-"""Several servers of this machine: started at once, started again when one dies, ended together."""
+"""Several servers of this machine, and a router if wanted: started at once, again when one dies, ended together."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from asd_megatron.errors import UserError
 from asd_megatron.rollout.server import (
     ServerOptions,
     check_environment,
-    check_host,
+    check_listening,
     command,
     free_port,
+    pick_ports,
+    router_command,
     secret_arguments,
     server_environment,
+    url_of,
 )
 from asd_megatron.rollout.server_process import ServerProcess
 
@@ -47,8 +50,9 @@ class ServerPool:
     """The servers of `options`, with their logs in `log_folder`. Bounded in time: `start_timeout` seconds a start.
 
     A server that dies is started again on the same URL after a pause, `backoff[0]` seconds at first and doubled up to
-    `backoff[1]`; after `max_restarts` without having been healthy for two minutes in between it is given up.
-    `counters`: deaths, restarts, gave_up.
+    `backoff[1]`; after `max_restarts` without having been healthy for two minutes in between it is given up. A router
+    is one more such process; it admits generation with the servers' generation key. `counters`: deaths, restarts,
+    gave_up. `say` gets a sentence whenever something has happened.
     """
 
     def __init__(
@@ -57,52 +61,42 @@ class ServerPool:
         log_folder: Path,
         *,
         start_timeout: float = 600.0,
+        router: bool = False,
         restart: bool = True,
         max_restarts: int = 5,
         backoff: tuple[float, float] = (1.0, 60.0),
         say: Callable[[str], None] = log.info,
     ) -> None:
-        self.start_timeout, self.restart, self.max_restarts, self.backoff = (
-            start_timeout,
-            restart,
-            max_restarts,
-            backoff,
-        )
+        self.start_timeout, self.restart = start_timeout, restart
+        self.max_restarts, self.backoff = max_restarts, backoff
         self.counters = {"deaths": 0, "restarts": 0, "gave_up": 0}
         self._say = say
-        self._servers = _processes(options, log_folder)
+        self.processes, router_process = _processes(options, log_folder, router, start_timeout)
+        self.urls = [process.url for process in self.processes]
+        self.router_url = router_process.url if router_process else None
+        self._watched = [_Watched(process) for process in (*self.processes, *filter(None, [router_process]))]
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
         self._pid = os.getpid()
 
     @property
-    def urls(self) -> list[str]:
-        """The servers' addresses, in the order of the options: they never change."""
-        return [server.process.url for server in self._servers]
-
-    @property
-    def processes(self) -> list[ServerProcess]:
-        """The servers' processes, in the order of the options."""
-        return [server.process for server in self._servers]
-
-    @property
     def states(self) -> list[str]:
-        """How each server is: new, starting, healthy, dead, waiting (to be started again) or given up."""
-        dead = [server.state in ("starting", "healthy") and not server.process.alive for server in self._servers]
-        return ["dead" if gone else server.state for gone, server in zip(dead, self._servers, strict=True)]
+        """How each server (then the router) is: new, starting, healthy, dead, waiting (for its restart) or given up."""
+        dead = [server.state in ("starting", "healthy") and not server.process.alive for server in self._watched]
+        return ["dead" if gone else server.state for gone, server in zip(dead, self._watched, strict=True)]
 
     def start(self) -> Self:
         """Start all servers and return when all are healthy. Raises UserError, with nothing left running, otherwise."""
         atexit.register(self.close)
         try:
             deadline = time.monotonic() + self.start_timeout
-            for server in self._servers:
+            for server in self._watched:
                 server.process.start()
             self._wait(deadline)
         except BaseException:
             self.close()
             raise
-        for server in self._servers:
+        for server in self._watched:
             server.state, server.since = "healthy", time.monotonic()
         self._watcher = threading.Thread(target=self._watch, name="sglang-servers", daemon=True)
         self._watcher.start()
@@ -110,7 +104,7 @@ class ServerPool:
 
     def _wait(self, deadline: float) -> None:
         begin = said = time.monotonic()
-        waiting = self.processes
+        waiting = [server.process for server in self._watched]
         while waiting := [process for process in waiting if not process.healthy()]:
             dead = next((process for process in waiting if not process.alive), None)
             if dead is not None:
@@ -129,7 +123,7 @@ class ServerPool:
     def _watch(self) -> None:
         """Until the pool closes: see to every server, again and again."""
         while not self._closing.wait(WATCH_SECONDS):
-            for server in self._servers:
+            for server in self._watched:
                 if not self._closing.is_set():
                     self._attend(server, time.monotonic())
 
@@ -160,7 +154,7 @@ class ServerPool:
             return
         pause = min(self.backoff[0] * 2**server.restarts, self.backoff[1])
         server.state, server.since = "waiting", now + pause
-        self._say(f"{server.process.name} {how}: starting again in {pause:.0f} s ({server.process.log})")
+        self._say(f"{server.process.name} {how}: starting again in {pause:.3g} s ({server.process.log})")
 
     def _start_again(self, server: _Watched, now: float) -> None:
         server.restarts += 1
@@ -178,8 +172,8 @@ class ServerPool:
         self._closing.set()
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join(STOP_SECONDS)
-        with ThreadPoolExecutor(max(1, len(self._servers))) as threads:
-            list(threads.map(lambda process: process.stop(STOP_SECONDS), self.processes))
+        with ThreadPoolExecutor(max(1, len(self._watched))) as threads:
+            list(threads.map(lambda server: server.process.stop(STOP_SECONDS), self._watched))
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
@@ -189,24 +183,39 @@ class ServerPool:
         self.close()
 
 
-def _processes(options: Sequence[ServerOptions], log_folder: Path) -> list[_Watched]:
-    """The processes of `options`, their environments checked and their ports decided."""
-    for python in {o.python for o in options}:
+def _processes(
+    options: Sequence[ServerOptions], log_folder: Path, router: bool, start_timeout: float
+) -> tuple[list[ServerProcess], ServerProcess | None]:
+    """The processes of `options`, and of a router, not started yet: environments checked, ports decided."""
+    for python in {given.python for given in options}:
         check_environment(python)
-    ports = {o.port for o in options if o.port}
-    servers = []
-    for index, given in enumerate(options):
-        check_host(given.host)
-        chosen = dataclasses.replace(given, port=given.port or free_port(given.host, ports))
-        ports.add(chosen.port)
-        host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
-        process = ServerProcess(
-            f"SGLang server {index} ({host}:{chosen.port})",
-            command(chosen),
-            url=f"http://{host}:{chosen.port}",
+    for given in options:
+        check_listening(given)
+    chosen = pick_ports(options)
+    servers = [
+        ServerProcess(
+            f"SGLang server {index} ({url_of(server).removeprefix('http://')})",
+            command(server),
+            url=url_of(server),
             log=log_folder / f"server_{index}.log",
-            secret=secret_arguments(chosen),
-            environment=server_environment(chosen, os.environ),
+            secret=secret_arguments(server),
+            environment=server_environment(server, os.environ),
         )
-        servers.append(_Watched(process))
-    return servers
+        for index, server in enumerate(chosen)
+    ]
+    if not router:
+        return servers, None
+    first = chosen[0]
+    ports = {server.port for server in chosen}
+    at = dataclasses.replace(first, port=free_port(first.host, ports), admin_key="")
+    metrics = free_port("127.0.0.1", ports | {at.port})
+    process = ServerProcess(
+        f"sglang-router ({url_of(at).removeprefix('http://')})",
+        router_command(at, [server.url for server in servers], metrics, start_timeout),
+        url=url_of(at),
+        log=log_folder / "router.log",
+        secret=secret_arguments(at),
+        environment=server_environment(at, os.environ),
+        health="/readiness",
+    )
+    return servers, process

@@ -1,4 +1,4 @@
-"""One server process: started in its own process group, watched, waited for and ended, with its log in a file."""
+"""One server process: started in its own process group, watched and ended, with its log in a file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from asd_megatron.errors import UserError
 
 CHILD = Path(__file__).with_name("server_child.py")
 RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
-POLL_SECONDS = 0.25
 HEALTH_SECONDS = 5.0  # for one answer: SGLang generates a token first and looks once a second
+END_SECONDS = 10.0
 TAIL_LINES = 15
 CAUSES = (  # what a log says -> what to do; the first that fits
     ("address already in use", "another program uses its port: choose another one, or 0 for a free one"),
@@ -120,15 +120,6 @@ class ServerProcess:
         except (OSError, urllib.error.URLError, ValueError):
             return False
 
-    def wait_ready(self, deadline: float) -> None:
-        """Return when it is healthy. Raises UserError if it ends or `time.monotonic()` passes `deadline` first."""
-        while not self.healthy():
-            if not self.alive:
-                raise UserError(f"{self.name} ended with {self.status} before it was ready{self.explain()}")
-            if time.monotonic() > deadline:
-                raise UserError(f"{self.name} was not ready in time{self.explain()}")
-            time.sleep(POLL_SECONDS)
-
     def stop(self, grace: float = 10.0) -> None:
         """End it and its children: SIGTERM to the main process, after `grace` seconds SIGKILL to its group."""
         if self._process is None:
@@ -140,13 +131,18 @@ class ServerProcess:
         self._end_group()
 
     def _end_group(self) -> None:
-        """Kill what is left of its process group, and take note of the main process's end."""
+        """Kill what is left of its process group and wait, ten seconds at most, until nothing runs any more: devices
+        are free then.
+        """
         if self._process is None:
             return
         with suppress(ProcessLookupError, PermissionError):  # the group lives on while one of its processes does
             os.killpg(self._process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel, in a driver
-            self._process.wait(10.0)
+        deadline = time.monotonic() + END_SECONDS  # one may hang in the kernel, in a driver
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+        while _group_runs(self._process.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -164,3 +160,13 @@ class ServerProcess:
         cause = next((advice for words, advice in CAUSES if words.lower() in whole), "")
         said = "\n".join(f"    {line[:300]}" for line in self.tail()) or "    (nothing)"
         return f"{f': {cause}' if cause else ''}\n  the last lines of {self.log}:\n{said}"
+
+
+def _group_runs(group: int) -> bool:
+    """Whether a process of process group `group` runs; zombies, which nobody may collect in a container, do not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = path.read_bytes().rpartition(b")")[2].split()[:3]
+            if int(its_group) == group and state not in (b"Z", b"X"):
+                return True
+    return False

@@ -1,0 +1,133 @@
+"""`asd-megatron serve`: start SGLang servers of a model on this machine, and keep them running."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from asd_megatron.errors import UserError
+from asd_megatron.files import atomic_file
+from asd_megatron.rollout.server import ServerOptions, devices_of_servers, parse_arguments, pass_through
+from asd_megatron.rollout.server_pool import ServerPool
+from asd_megatron.rollout.sglang_api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+
+LOOK_SECONDS = 0.5
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="asd-megatron serve",
+        usage="asd-megatron serve MODEL [--option value ...] [-- SGLang's own arguments]",
+        description="Start SGLang servers of a model on this machine and keep them running until Ctrl-C."
+        " A run uses them with `rollout.server_urls`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a Hugging Face folder")
+    parser.add_argument("--servers", type=int, metavar="N", help="how many [one for each entry of --devices, else 1]")
+    parser.add_argument(
+        "--devices", nargs="+", default=[], metavar="IDS", help="CUDA devices of each server: --devices 0,1 2,3"
+    )
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of one server [1]")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="the address of the one interface to listen on [127.0.0.1: this machine only]",
+    )
+    parser.add_argument("--port", type=int, default=0, help="of the first server, the others follow [0: free ones]")
+    parser.add_argument("--dtype", default="auto", help="as SGLang names it [auto: the model's; float32 without GPUs]")
+    parser.add_argument("--context-length", type=int, metavar="TOKENS", help="prompt and response [the model's limit]")
+    parser.add_argument(
+        "--python", type=Path, default=Path(".venv-sglang/bin/python"), help="of SGLang's environment [%(default)s]"
+    )
+    parser.add_argument("--log-folder", type=Path, default=Path("runs/servers"), help="[%(default)s]")
+    parser.add_argument("--router", action="store_true", help="start a sglang-router before the servers too")
+    parser.add_argument("--start-timeout", type=float, default=900.0, metavar="SECONDS", help="[%(default)s]")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns 0 after Ctrl-C or SIGTERM, 1 when every server has been given up."""
+    words = list(argv)
+    split = words.index("--") if "--" in words else len(words)
+    given = _parser().parse_args(words[:split])
+    api_key, admin_key, where = keys(os.environ, given.log_folder)
+    options = server_options(given, parse_arguments(words[split + 1 :]), api_key, admin_key)
+    signal.signal(signal.SIGTERM, _interrupt)
+    for name in pass_through(options[0]):
+        print(f"handed on to SGLang unchecked: --{name}")
+    print(
+        f"starting {len(options)} SGLang server{'s' * (len(options) > 1)} of {given.model}, logs in {given.log_folder}"
+    )
+    pool = ServerPool(options, given.log_folder, start_timeout=given.start_timeout, router=given.router, say=_say)
+    try:
+        with pool:
+            print("\n".join([*pool.urls, *([f"{pool.router_url}  (router)"] if pool.router_url else [])]))
+            print(f"keys: {where}\nready; Ctrl-C ends the servers", flush=True)
+            while set(pool.states) != {"given up"}:
+                time.sleep(LOOK_SECONDS)
+        print("error: every server has been given up", flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("the servers have ended", flush=True)
+        return 0
+
+
+def server_options(
+    given: argparse.Namespace, arguments: Mapping[str, object], api_key: str, admin_key: str
+) -> list[ServerOptions]:
+    """Options of every server. Raises UserError for a model that is no folder and for numbers that cannot be."""
+    if not (given.model / "config.json").is_file():
+        raise UserError(f"{given.model} is no Hugging Face model folder: it has no config.json")
+    servers = len(given.devices) or 1 if given.servers is None else given.servers
+    if servers < 1 or given.tensor_parallel < 1:
+        raise UserError("--servers and --tensor-parallel are at least 1")
+    devices = devices_of_servers(given.devices, servers, given.tensor_parallel)
+    return [
+        ServerOptions(
+            python=given.python,
+            model=given.model,
+            tensor_parallel=given.tensor_parallel,
+            devices=devices[index],
+            host=given.host,
+            port=given.port + index if given.port else 0,
+            api_key=api_key,
+            admin_key=admin_key,
+            dtype=given.dtype,
+            context_length=given.context_length,
+            arguments=arguments,
+        )
+        for index in range(servers)
+    ]
+
+
+def keys(environment: Mapping[str, str], folder: Path) -> tuple[str, str, str]:
+    """(generation key, administration key, where they are): the environment's, else new ones in a file of `folder` that
+    its owner alone can read. Raises UserError if the environment has one without the other, or the same twice.
+    """
+    given = [environment.get(name, "") for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE)]
+    if all(given):
+        if given[0] == given[1]:
+            raise UserError(f"{API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE} are the same: who generates could administer")
+        return given[0], given[1], f"those of {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE}"
+    if any(given):
+        raise UserError(f"set both {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE}, or none of them")
+    made = [secrets.token_urlsafe(32) for _ in range(2)]
+    path = folder / "keys.env"
+    with atomic_file(path) as partial:
+        partial.touch(mode=0o600)
+        partial.write_text(f"export {API_KEY_VARIABLE}={made[0]}\nexport {ADMIN_KEY_VARIABLE}={made[1]}\n")
+    return made[0], made[1], f"in {path} (before you start a run: . {path})"
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,72 @@
+"""A Python environment whose SGLang is twenty lines of HTTP server: what a pool does with processes, in seconds.
+
+Its server answers `/health`, has a child process, and misbehaves as its arguments say: `--fail` (says why and ends),
+`--never-healthy`, `--stubborn` (ignores SIGTERM).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+SERVER = """
+import http.server, pathlib, signal, subprocess, sys, time
+
+arguments = sys.argv[1:]
+value = lambda name: arguments[arguments.index(name) + 1]
+print("arguments", arguments, flush=True)
+if "--fail" in arguments:
+    sys.exit("RuntimeError: CUDA out of memory. Tried to allocate 7 GiB")
+if "--stubborn" in arguments:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path(value("--model-path"), "child_" + value("--port")).write_text(str(child.pid))
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(503 if "--never-healthy" in arguments else 200)
+        self.end_headers()
+    def log_message(self, *arguments):
+        pass
+
+http.server.HTTPServer((value("--host"), int(value("--port"))), Handler).serve_forever()
+"""
+INTERPRETER = """#!/bin/sh
+case "$1" in
+    -I) echo '{{"sglang": "{version}", "torch": "2.13.0+cpu", "nccl": null}}' ;;
+    *) PYTHONPATH={folder} exec {python} "$@" ;;
+esac
+"""
+
+
+def fake_python(folder: Path, version: str = "0.5.23") -> Path:
+    """An interpreter in `folder` that finds the fake SGLang, of that version, and is this one otherwise."""
+    package = folder / "sglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "launch_server.py").write_text(SERVER)
+    path = folder / "python"
+    path.write_text(INTERPRETER.format(version=version, folder=folder, python=sys.executable))
+    path.chmod(0o755)
+    return path
+
+
+def alive(pid: int) -> bool:
+    """Whether process `pid` runs: a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def group_members(group: int) -> list[int]:
+    """The processes of process group `group` that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(path.name)) == group and alive(int(path.name)):
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
