@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from asd_megatron.config import AnyRecipe
 from asd_megatron.models.port import ModelPort
-from asd_megatron.records import SamplingParams
-from asd_megatron.reward.base import Verifier
+from asd_megatron.parts import evaluation_params, puzzle_metrics
 from asd_megatron.rollout.collector import Collector
-from asd_megatron.rollout.embedded.engine import EmbeddedEngine
-from asd_megatron.rollout.engine import RolloutEngine
 from asd_megatron.session import Session
-from asd_megatron.sources import ProblemSource, is_puzzle
+from asd_megatron.sources import ProblemSource
 
 
 class Weights:
@@ -26,52 +22,6 @@ class Weights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self.port.export())
-
-
-def stop_ids(session: Session) -> tuple[int, ...]:
-    given = session.recipe.sampling.stop_token_ids
-    return tuple(session.end_ids if given is None else given)
-
-
-def embedded_engine(session: Session, max_batch_size: int) -> EmbeddedEngine:
-    return EmbeddedEngine(
-        session.port, session.groups, session.tokenizer, seed=session.recipe.run.seed, max_batch_size=max_batch_size
-    )
-
-
-def evaluation_params(session: Session) -> SamplingParams:
-    e, s = session.recipe.evaluation, session.recipe.sampling
-    return SamplingParams(
-        temperature=e.temperature,
-        top_p=e.top_p,
-        top_k=e.top_k,
-        max_new_tokens=s.max_response_tokens,
-        stop_token_ids=stop_ids(session),
-        stop=tuple(s.stop),
-        n=e.samples,
-    )
-
-
-def evaluation_collector(
-    session: Session,
-    engine: RolloutEngine,
-    weights: Weights,
-    problems: ProblemSource,
-    renderer: Any,
-    verifier: Verifier | None,
-) -> Collector:
-    """A collector for evaluations alone."""
-    return Collector(
-        engine,
-        weights,
-        verifier,
-        problems,
-        renderer,
-        session.groups,
-        params=evaluation_params(session),
-        problems_per_step=1,
-        seed=session.recipe.run.seed,
-    )
 
 
 class HeldOut:
@@ -127,12 +77,3 @@ class HeldOut:
     def evaluate_if_due(self, step: int) -> dict[str, float]:
         settings = self.session.recipe.evaluation
         return self.evaluate(step) if self.session.is_due(step, settings.every, at_end=settings.at_end) else {}
-
-
-def puzzle_metrics(name: str | None, tokenizer: Any) -> Any:
-    """The built-in puzzle's own metrics for its own problem sets; None for any other."""
-    if not is_puzzle(name):
-        return None
-    from asd_megatron.puzzle.metrics import PuzzleMetrics
-
-    return PuzzleMetrics(tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,24 +10,26 @@ from torch import Tensor
 
 from asd_megatron.antisd import Gate, condition
 from asd_megatron.config import Recipe, recipe_hash
-from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
+from asd_megatron.data.prompts import TeacherLimits
 from asd_megatron.distributed.objects import first_message
-from asd_megatron.held_out import (
-    HeldOut,
-    Weights,
-    embedded_engine,
-    evaluation_collector,
-    puzzle_metrics,
-    stop_ids,
-)
+from asd_megatron.held_out import HeldOut, Weights
 from asd_megatron.observe.dumps import dump_path, write_dump
 from asd_megatron.observe.metrics import GateReading, Increments, step_metrics
-from asd_megatron.records import Example, Group, SamplingParams, TokenTable
+from asd_megatron.parts import (
+    embedded_engine,
+    evaluation_collector,
+    make_method,
+    make_renderer,
+    puzzle_metrics,
+    rollout_engine,
+    rollout_plan,
+    training_params,
+)
+from asd_megatron.records import Example, Group, TokenTable
 from asd_megatron.reward.base import tests_of
 from asd_megatron.reward.factory import make_verifier
-from asd_megatron.rollout.collector import Collector, Plan
-from asd_megatron.rollout.engine import RolloutEngine
-from asd_megatron.rollout.replay import ReplayEngine
+from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.session import Session
 from asd_megatron.sources import ProblemSource, problem_source
 from asd_megatron.startup import announce_training
@@ -55,20 +57,7 @@ class TrainingRun:
         self.condition = condition(recipe.algorithm.name)
         self.groups, self.port, self.clock = session.groups, session.port, session.clock
         algorithm = recipe.algorithm
-        self.method = token_method.Method(
-            condition=self.condition,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            aggregation=algorithm.aggregation,
-            constant_length=algorithm.constant_length,
-            pmi_clip=algorithm.pmi_clip,
-            term_normalization=algorithm.term_normalization,
-            term_clip=algorithm.term_clip,
-            term_max_position=algorithm.term_max_position,
-            importance_cap=None if algorithm.importance_correction == "none" else algorithm.importance_cap,
-            importance_floor=algorithm.mask_below,
-            importance_level=algorithm.importance_level,
-        )
+        self.method = make_method(recipe)
         self.plan = plan(
             self.condition,
             algorithm.updates_per_batch,
@@ -98,7 +87,7 @@ class TrainingRun:
         self.verifier = session.only_root(lambda: make_verifier(**recipe.reward.model_dump()))
         if self.verifier is not None:
             session.closing.callback(self.verifier.close)
-        self.engine: RolloutEngine = self._engine()
+        self.engine, self._start_engine = rollout_engine(recipe, session)
         session.closing.callback(self.engine.close)
         self.collector = Collector(
             self.engine,
@@ -107,14 +96,14 @@ class TrainingRun:
             train_set,
             self.renderer,
             self.groups,
-            params=self._sampling(),
+            params=training_params(recipe, session),
             problems_per_step=recipe.sampling.problems_per_step,
             seed=recipe.run.seed,
-            plan=self._rollout_plan(),
+            plan=rollout_plan(recipe),
         )
         self.held_out = None
         if recipe.evaluates and test_set is not None:
-            self.held_out = HeldOut(session, self._evaluation_collector(test_set), test_set)
+            self.held_out = HeldOut(session, self._evaluator(test_set), test_set)
         p = recipe.privileged
         self.builder = ExampleBuilder(
             self.renderer,
@@ -152,8 +141,11 @@ class TrainingRun:
 
     def collect(self, step: int) -> list[Group]:
         """The step's rewarded groups on global rank 0, [] elsewhere."""
-        with self.session.generating():
-            groups = self.collector.next(step)
+        try:
+            with self.session.generating():
+                groups = self.collector.next(step)
+        except RolloutError as error:
+            raise self._stopped(step - 1, error) from error
         self.clock.times |= asdict(self.collector.take_timings())
         return groups
 
@@ -235,8 +227,36 @@ class TrainingRun:
         table = gather_table(batch.local.table, columns, batch.local.indices, self.groups)
         if table is not None and self.recipe.run.dump_rollouts:
             self._dump(step, batch, table)
-        evaluation = {} if self.held_out is None else self.held_out.evaluate_if_due(step)
+        evaluation, failure = self._evaluation(step)
         times = self.clock.take()
+        self._report(step, batch, table, stats, times, evaluation)
+        if failure is not None:
+            raise self._stopped(step, failure) from failure
+
+    def _evaluation(self, step: int) -> tuple[dict[str, float], RolloutError | None]:
+        """Held-out metrics when they are due; why there are none, when the engine failed: the step itself is done."""
+        try:
+            return {} if self.held_out is None else self.held_out.evaluate_if_due(step), None
+        except RolloutError as error:
+            return {}, error
+
+    def _stopped(self, step: int, error: RolloutError) -> RolloutError:
+        """The error of a run that ends after `step` because there are no rollouts; saves the state. Collective."""
+        if step < self.session.first_step:  # nothing has been learned since the start
+            return error
+        self.session.save(step, self._state(step))
+        return RolloutError(f"{error}. The state after step {step} is saved: start the same command again to go on")
+
+    def _report(
+        self,
+        step: int,
+        batch: Batch,
+        table: TokenTable | None,
+        stats: UpdateStats,
+        times: dict[str, float],
+        evaluation: dict[str, float],
+    ) -> None:
+        """The step's line in metrics.jsonl and TensorBoard, from global rank 0."""
         if table is None or self.session.writer is None:
             return
         metrics = step_metrics(
@@ -285,50 +305,12 @@ class TrainingRun:
 
     # ---------------------------------------------------------------- parts
 
-    def _engine(self) -> RolloutEngine:
-        """The recipe's; `_start_engine` is what it needs before its first use, once the run folder is there."""
-        self._start_engine: Callable[[], None] = lambda: None
-        rollout = self.recipe.rollout
-        if rollout.engine == "replay":
-            return ReplayEngine(str(rollout.replay_folder), self.groups, self.session.tokenizer)
-        if rollout.engine == "sglang":
-            from asd_megatron.serving import sglang_engine  # its HTTP client is nobody else's
-
-            engine = sglang_engine(self.session)
-            self._start_engine = engine.start
-            return engine
-        return embedded_engine(self.session, rollout.max_batch_size)
-
-    def _evaluation_collector(self, problems: ProblemSource) -> Collector:
-        """The run's own, except that a replay has no held-out responses: they are sampled on the training model."""
+    def _evaluator(self, problems: ProblemSource) -> Collector:
+        """The run's own collector, except that a replay has no held-out responses: the training model makes them."""
         if self.recipe.rollout.engine != "replay":
             return self.collector
         engine = embedded_engine(self.session, self.recipe.rollout.max_batch_size)
         return evaluation_collector(self.session, engine, self.weights, problems, self.renderer, self.verifier)
-
-    def _rollout_plan(self) -> Plan:
-        rollout = self.recipe.rollout
-        if rollout.engine != "sglang":
-            return Plan()
-        return Plan(
-            overlap=rollout.overlap,
-            oversampling=rollout.oversampling,
-            carry=rollout.partial_rollouts,
-            max_staleness=rollout.max_staleness,
-            last_step=self.recipe.run.steps,
-        )
-
-    def _sampling(self) -> SamplingParams:
-        s = self.recipe.sampling
-        return SamplingParams(
-            temperature=s.temperature,
-            top_p=s.top_p,
-            top_k=s.top_k,
-            max_new_tokens=s.max_response_tokens,
-            stop_token_ids=stop_ids(self.session),
-            stop=tuple(s.stop),
-            n=s.rollouts_per_problem,
-        )
 
     def _dump(self, step: int, batch: Batch, table: TokenTable) -> None:
         write_dump(
@@ -390,17 +372,3 @@ class TrainingRun:
         self.guard.load_state_dict(state["guard"])
         if self.held_out is not None and state["evaluations"] is not None:
             self.held_out.restore(state["evaluations"])
-
-
-def make_renderer(recipe: Any, tokenizer: Any, end_ids: Sequence[int]) -> PromptRenderer:
-    privileged = getattr(recipe, "privileged", None)
-    return PromptRenderer(
-        tokenizer,
-        format=recipe.data.format,
-        system=recipe.data.system,
-        raw_prompt=recipe.data.raw_prompt,
-        raw_template=None if privileged is None else privileged.raw_template,
-        chat_template_kwargs=recipe.data.chat_template_kwargs,
-        max_prompt_tokens=recipe.sampling.max_prompt_tokens,
-        end_token_ids=end_ids,
-    )
