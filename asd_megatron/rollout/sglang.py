@@ -89,11 +89,11 @@ class SGLangEngine:
             if news.problem is not None:
                 self._pending = 0
                 raise RolloutError(news.problem)
+            if news.send and self._transmit(self._weights):
+                self._version = self._weights.version
             if news.delivered:
                 self._pending -= news.delivered
                 return groups
-            if news.send:
-                self._send(self._weights)
 
     def abort(self) -> None:
         self._on_root(lambda backend: backend.abort())
@@ -112,7 +112,14 @@ class SGLangEngine:
         if weights.version < self._version:
             raise ValueError(f"weight version {weights.version} after {self._version}: versions never decrease")
         self._weights = weights
-        self._send(weights)
+        for _ in range(SEND_ATTEMPTS):
+            if not self._on_root(lambda backend: backend.needs(weights.version)) or self._transmit(weights):
+                self._version = weights.version
+                return
+        raise RolloutError(
+            f"the weights of version {weights.version} reached no server in {SEND_ATTEMPTS} attempts: "
+            f"{self._on_root(lambda backend: backend.complaints())}"
+        )
 
     def metrics(self) -> dict[str, float]:
         return {} if self._backend is None else self._backend.metrics()
@@ -123,32 +130,16 @@ class SGLangEngine:
 
     # ---------------------------------------------------------------- together
 
-    def _send(self, weights: WeightSource) -> None:
-        """Give the weights to every reachable server that lacks them. Collective."""
-        version = weights.version
-        expected = None
-        for _ in range(SEND_ATTEMPTS):
-            if not self._on_root(lambda backend: backend.needs(version)):
-                break
-            if self._probe is not None and expected is None:
-                expected = self._probe()
-            if self._transmit(weights, version, expected):
-                break
-        else:
-            raise RolloutError(
-                f"the weights of version {version} reached no server in {SEND_ATTEMPTS} attempts: "
-                f"{self._on_root(lambda backend: backend.complaints())}"
-            )
-        self._version = version
-
-    def _transmit(self, weights: WeightSource, version: int, expected: list[float] | None) -> bool:
-        """One transmission; whether some server has the weights now. Every rank reads the source to its end."""
+    def _transmit(self, weights: WeightSource) -> bool:
+        """Give the weights to every reachable server that lacks them; whether one has got them. Collective: every rank
+        reads the source to its end."""
+        expected = None if self._probe is None else self._probe()
         tensors = iter(weights)
         sent = False
         error: Exception | None = None
         if self._backend is not None:
             try:
-                sent = self._backend.send(tensors, version, expected)
+                sent = self._backend.send(tensors, weights.version, expected)
             except Exception as e:  # the others must hear of it
                 error = e
         for _ in tensors:
@@ -163,8 +154,7 @@ class SGLangEngine:
         if self._backend is not None:
             try:
                 groups = self._backend.collect(TICK_SECONDS)
-                found = _News(delivered=len(groups))
-                news = found if groups else self._look(self._backend, deadline, timeout, moved)
+                news = self._look(self._backend, groups, moved, None if time.monotonic() < deadline else timeout)
             except Exception as e:
                 error = e
         if error is not None and not isinstance(error, UserError):
@@ -178,15 +168,15 @@ class SGLangEngine:
             raise error
         return groups, news
 
-    def _look(self, backend: Backend, deadline: float, timeout: float, moved: bool) -> _News:
-        """What there is to do while nothing is finished."""
+    def _look(self, backend: Backend, groups: Sequence[Group], moved: bool, late: float | None) -> _News:
+        """What has come, and what there is to do. `late`: the seconds within which something should have come."""
         assert self._weights is not None
-        problem = backend.problem()
-        if problem is None and time.monotonic() > deadline:
+        problem = None if groups else backend.problem()
+        if problem is None and not groups and late is not None:
             problem = (
-                f"no group was finished within {timeout:.0f} s: raise the limit, or lower sampling.max_response_tokens"
+                f"no group was finished within {late:.0f} s: raise the limit, or lower sampling.max_response_tokens"
             )
-        return _News(send=backend.returned(self._weights.version, moved=moved), problem=problem)
+        return _News(len(groups), send=backend.returned(self._weights.version, moved=moved), problem=problem)
 
     def _on_root(self, action: Callable[[Backend], T]) -> T:
         """Rank 0's result, or its error, on every rank."""

@@ -51,6 +51,7 @@ class FakeSGLang:
     async def _start(self) -> tuple[web.AppRunner, str]:
         app = web.Application(middlewares=[self._front])
         app.router.add_get("/health", self._health)
+        app.router.add_get("/readiness", self._health)  # as sglang-router has it
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/server_info", self._server_info)
         app.router.add_post("/generate", self._generate)
@@ -90,7 +91,7 @@ class FakeSGLang:
                 transport.abort()
             while self.hung:
                 await asyncio.sleep(0.02)
-            public = request.path == "/health"
+            public = request.path in ("/health", "/readiness")
             admin = request.path not in ("/generate", "/model_info", "/server_info")
             key = ADMIN_KEY if admin else API_KEY
             if not public and request.headers.get("Authorization") != f"Bearer {key}":
@@ -115,6 +116,8 @@ class FakeSGLang:
             self._aborts += bool(body["abort_all"])
         elif request.path in ("/pause_generation", "/continue_generation"):
             self.paused = request.path == "/pause_generation"
+        elif request.path == "/update_weight_version":
+            self.label = body["new_version"]
         elif request.path == "/fails":
             return web.json_response({"success": False, "message": "it failed"}, status=400)
         elif request.path == "/text":
