@@ -1,5 +1,14 @@
 """Fixtures of every room."""
 
-from tests.rollout.sglang_world import sglang_pair, sglang_world
+import pytest
+
+from tests.rollout.sglang_world import START_SECONDS, sglang_pair, sglang_world
 
 __all__ = ["sglang_pair", "sglang_world"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that may be the one to wait for servers has the time for it."""
+    for item in items:
+        if item.get_closest_marker("sglang") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(2 * START_SECONDS))

@@ -36,6 +36,7 @@ CAUSES = (  # what a log says -> what to do; the first that fits
     ("No module named", "its environment is incomplete: make it anew with tools/sglang_env/create.sh"),
     ("CUDA driver", "the environment's torch does not fit this machine's CUDA driver"),
     ("No such file or directory", "a file is missing, probably in the model's folder"),
+    ("Repo id must be in the form", "the model's folder does not exist"),
     ("is not a local folder and is not a valid model identifier", "the model's folder does not exist"),
     ("Unrecognized model in", "the model's folder has no config.json that SGLang knows"),
 )

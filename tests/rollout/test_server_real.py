@@ -1,4 +1,4 @@
-"""The real SGLang under a pool: its keys, its death and return, its end with the trainer, what it says when it fails."""
+"""The real SGLang under a pool: its keys, its death and return, its end with the trainer, why it cannot start."""
 
 from __future__ import annotations
 
