@@ -130,12 +130,15 @@ class DistributedTransport:
         done, late = wait(futures, max(0.0, flight.deadline - time.monotonic()), FIRST_EXCEPTION)
         if not late and not any(future.exception() for future in done):
             return
-        if flight.may_repeat and time.monotonic() < flight.deadline:
-            self.close()
+        in_time = time.monotonic() < flight.deadline
+        assert self._group is not None
+        self._group.abort()
+        wait([flight.broadcast], max(0.0, flight.deadline - time.monotonic()) + SLACK_SECONDS)
+        self.close()  # who waited for us waits no longer, and says so
+        if flight.may_repeat and in_time:
             self._connect(receivers)
             self._land(self._launch(flight.bucket, receivers, may_repeat=False), receivers)
             return
-        self.close()  # the others wait no longer, and say so
         wait(flight.answers.values(), SLACK_SECONDS)
         failures = {}
         for url, future in flight.answers.items():

@@ -22,7 +22,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.rollout.weight_sync.protocol import NotWhole, Receiver, ask, ask_all, not_whole, reason
 
 JOIN_SECONDS = 60.0
-LEAVE_SECONDS = 20.0
+LEAVE_SECONDS = 10.0
 SLACK_SECONDS = 5.0  # for a server to tell that its side gave up
 POLL_SECONDS = 0.002
 
@@ -56,16 +56,28 @@ class UpdateGroup:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # this may be another thread than the one that packed
         work = self._group.broadcast([data], options)
-        while self._device.type == "cuda" and not work.is_completed():  # its `wait` would only order streams
-            time.sleep(POLL_SECONDS)
-        work.wait()
+        failure = ""
+        try:
+            while self._device.type == "cuda" and not work.is_completed():  # its `wait` would only order streams
+                time.sleep(POLL_SECONDS)
+            work.wait()
+        except RuntimeError as error:
+            failure = reason(error)
+        del work  # it holds the connections, and a traceback would hold it
+        if failure:
+            raise RuntimeError(failure)
+
+    def abort(self) -> None:
+        """End a broadcast that hangs, where that can be done: gloo's ends by itself after `timeout`."""
+        if self._device.type == "cuda" and self._group is not None:
+            self._group.abort()
 
     def close(self) -> None:
         """Leave, and have the servers leave: whoever waits in one of its broadcasts is set free."""
         group, self._group, self._daemon = self._group, None, None
         if group is None:
             return
-        _leave(group, self._device)
+        _leave(group)
         del group  # with the last reference its connections close
         path, body = "/destroy_weights_update_group", {"group_name": self.name}
         ask_all(self._receivers, lambda receiver: ask(receiver, path, body, LEAVE_SECONDS))
@@ -95,7 +107,7 @@ class UpdateGroup:
             self._daemon = daemon
             return ours.result()
         if error is None:
-            _leave(ours.result(), self._device)
+            _leave(ours.result())
         others = "the update group was not made" + (f": {reason(error)}" if error is not None else "")
         raise NotWhole(not_whole(self._receivers, failures, others))
 
@@ -169,8 +181,6 @@ def _listen(address: str, seconds: float) -> dist.TCPStore:
     )
 
 
-def _leave(group: Any, device: torch.device) -> None:
+def _leave(group: Any) -> None:
     with suppress(RuntimeError, ValueError):  # ValueError: the default group has taken it along
-        if device.type == "cuda":
-            group.abort()  # ends a broadcast that hangs
         dist.destroy_process_group(group)
