@@ -104,7 +104,10 @@ class Prober:
     async def _probe(self, member: Member) -> None:
         epoch = self._epoch
         try:
-            await (self._ask_router if member is self._attempts.router else self._ask)(member)
+            if member is self._attempts.router:
+                await member.server.routing(self._timeout)
+            else:
+                await self._ask(member)
         except ServerError as error:
             if epoch == self._epoch:
                 self._attempts.eject(member, error.what)
@@ -113,9 +116,6 @@ class Prober:
         else:
             if epoch == self._epoch:
                 self._attempts.welcome(member)
-
-    async def _ask_router(self, member: Member) -> None:
-        await member.server.healthy(self._timeout)
 
     async def _ask(self, member: Member) -> None:
         """Raises a ServerError unless the server works and has the weights that it was admitted with."""

@@ -115,14 +115,16 @@ class SGLangServer:
         """
         await self._ask("GET", "/health", None, timeout)
 
+    async def routing(self, timeout: float) -> None:
+        """Returns if this is an sglang-router with a server behind it that works."""
+        await self._ask("GET", "/readiness", None, timeout)
+
     async def model_info(self, timeout: float) -> dict[str, Any]:
         """`/model_info`: `weight_version`, `model_path`, `architectures` and more."""
         return await self._ask("GET", "/model_info", None, timeout)
 
     async def server_info(self, timeout: float) -> dict[str, Any]:
-        """`/server_info`: `version`, `tp_size` and its other arguments. The scheduler has a part in the answer, even while
-        generation is paused.
-        """
+        """`/server_info`: `version`, `tp_size` and its other arguments. Paused or not, its scheduler takes part."""
         return await self._ask("GET", "/server_info", None, timeout)
 
     async def post(self, path: str, body: Mapping[str, Any] | None, timeout: float) -> dict[str, Any]:
