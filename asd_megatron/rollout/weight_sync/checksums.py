@@ -45,8 +45,8 @@ def server_pieces(config: Mapping[str, Any], device: str) -> dict[str, Piece]:
     if architecture is None:
         raise UserError(
             f"how SGLang lays out {', '.join(config.get('architectures') or ['(no architecture)'])} is not known, so "
-            f"its weights cannot be checked after a transfer (known: {', '.join(QK_NORM)}): switch the receipt of the "
-            "weight synchronisation off"
+            f"its weights cannot be checked after a transfer (known: {', '.join(QK_NORM)}): set "
+            "rollout.receipt to false"
         )
     attention, key_value, ffn = _cuts(config, on_cpu=device == "cpu")
     pieces = {"model.embed_tokens.weight": Piece("model.embed_tokens.weight", 0, 1, _vocabulary)}
@@ -100,8 +100,8 @@ class ServerChecksums:
         piece = self._pieces.get(name)
         if piece is None:
             raise UserError(
-                f"how SGLang stores the tensor {name} is not known, so it cannot be checked after a transfer: switch "
-                "the receipt of the weight synchronisation off"
+                f"how SGLang stores the tensor {name} is not known, so it cannot be checked after a transfer: set "
+                "rollout.receipt to false"
             )
         if self._next.get(piece.target, 0) != piece.part:
             raise RuntimeError(f"{name} came twice or out of order: {piece.target} is hashed as its parts arrive")

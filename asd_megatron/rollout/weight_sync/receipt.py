@@ -121,7 +121,7 @@ def _by_rank(receiver: Receiver, answer: Mapping[str, Any]) -> dict[int, dict[st
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ReceiptError(
             f"{receiver.url} told its checksums in a form that is not known ({error!r}): is its version supported? If "
-            "so, switch the receipt of the weight synchronisation off"
+            "so, set rollout.receipt to false"
         ) from error
     return found
 
