@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from tests.rollout.fleets import fake_pair, make_fleet
 from tests.rollout.toy import one_process_groups
+
+__all__ = ["fake_pair", "make_fleet"]
 
 
 @pytest.fixture

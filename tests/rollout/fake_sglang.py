@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import ssl
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +27,14 @@ class FakeSGLang:
     mixed, or an HTTP status. always: the same for all when `faults` is empty. delay: seconds a sample takes.
     """
 
-    def __init__(self, *, label: str = "default", delay: float = 0.0, version: str = "0.5.23") -> None:
+    def __init__(
+        self,
+        *,
+        label: str = "default",
+        delay: float = 0.0,
+        version: str = "0.5.23",
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.label = label
         self.delay = delay
         self.version = version
@@ -46,9 +54,9 @@ class FakeSGLang:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._runner, self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+        self._runner, self.url = asyncio.run_coroutine_threadsafe(self._start(tls), self._loop).result()
 
-    async def _start(self) -> tuple[web.AppRunner, str]:
+    async def _start(self, tls: ssl.SSLContext | None) -> tuple[web.AppRunner, str]:
         app = web.Application(middlewares=[self._front])
         app.router.add_get("/health", self._health)
         app.router.add_get("/readiness", self._health)  # as sglang-router has it
@@ -58,9 +66,9 @@ class FakeSGLang:
         app.router.add_post("/{tail:.*}", self._admin)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
-        return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
+        return runner, f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
 
     # what happens to it
 

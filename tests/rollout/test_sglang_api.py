@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import shutil
+import ssl
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,10 +35,10 @@ def fake() -> Iterator[FakeSGLang]:
     server.close()
 
 
-def ask(url: str, use: Use, api_key: str = API_KEY, admin_key: str = ADMIN_KEY) -> Any:
+def ask(url: str, use: Use, api_key: str = API_KEY, admin_key: str = ADMIN_KEY, ca_file: str | None = None) -> Any:
     async def run() -> Any:
         async with new_session() as session:
-            return await use(SGLangServer(url, session, api_key, admin_key))
+            return await use(SGLangServer(url, session, api_key, admin_key, ca_file))
 
     return asyncio.run(run())
 
@@ -107,13 +111,29 @@ def test_what_could_not_be_carried_out_says_why(fake: FakeSGLang) -> None:
     assert caught.value.status == 400
 
 
-def test_unusable_certificate_file(tmp_path: Any) -> None:
+def test_unusable_certificate_file(tmp_path: Path) -> None:
     async def run() -> None:
         async with new_session() as session:
             SGLangServer("https://localhost:1", session, ca_file=str(tmp_path / "none.pem"))
 
     with pytest.raises(UserError, match="none.pem"):
         asyncio.run(run())
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_a_server_with_its_own_certificate(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    arguments = f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=fake -keyout {key} -out {certificate}".split()
+    subprocess.run(["openssl", *arguments, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    fake = FakeSGLang(label="tag-1", tls=tls)
+    try:
+        assert ask(fake.url, sample, ca_file=str(certificate)).label == "tag-1"
+        with pytest.raises(ServerDown, match="certificate"):
+            ask(fake.url, sample)
+    finally:
+        fake.close()
 
 
 GOOD = {
