@@ -58,13 +58,13 @@ def main(argv: Sequence[str]) -> int:
     given = _parser().parse_args(words[:split])
     api_key, admin_key, where = keys(os.environ, given.log_folder)
     options = server_options(given, parse_arguments(words[split + 1 :]), api_key, admin_key)
-    signal.signal(signal.SIGTERM, _interrupt)
     for name in pass_through(options[0]):
         print(f"handed on to SGLang unchecked: --{name}")
     print(
         f"starting {len(options)} SGLang server{'s' * (len(options) > 1)} of {given.model}, logs in {given.log_folder}"
     )
     pool = ServerPool(options, given.log_folder, start_timeout=given.start_timeout, router=given.router, say=_say)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         with pool:
             print("\n".join([*pool.urls, *([f"{pool.router_url}  (router)"] if pool.router_url else [])]))

@@ -128,8 +128,9 @@ def router_command(at: ServerOptions, urls: Sequence[str], metrics_port: int, st
 
 
 def secret_arguments(options: ServerOptions) -> list[str]:
-    """The keys' arguments, which travel through a pipe."""
-    return _flags({"api-key": options.api_key or None, "admin-api-key": options.admin_key or None})
+    """The keys' arguments, which travel through a pipe. One word each: a key may start with a dash."""
+    keys = {"--api-key": options.api_key, "--admin-api-key": options.admin_key}
+    return [f"{name}={key}" for name, key in keys.items() if key]
 
 
 def pass_through(options: ServerOptions) -> dict[str, Any]:

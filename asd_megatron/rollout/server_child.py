@@ -88,7 +88,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     del sys.path[0]  # this file's folder, whose modules are none of the server's business
     if module.startswith("sglang."):
-        hide_keys([word for word in secret if not word.startswith("--")])
+        hide_keys([word.partition("=")[2] for word in secret])
     sys.argv = [module, *arguments, *secret]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -71,10 +71,10 @@ class ServerPool:
         self.max_restarts, self.backoff = max_restarts, backoff
         self.counters = {"deaths": 0, "restarts": 0, "gave_up": 0}
         self._say = say
-        self.processes, router_process = _processes(options, log_folder, router, start_timeout)
+        self.processes, self.router = _processes(options, log_folder, router, start_timeout)
         self.urls = [process.url for process in self.processes]
-        self.router_url = router_process.url if router_process else None
-        self._watched = [_Watched(process) for process in (*self.processes, *filter(None, [router_process]))]
+        self.router_url = self.router.url if self.router else None
+        self._watched = [_Watched(process) for process in (*self.processes, *filter(None, [self.router]))]
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
         self._pid = os.getpid()

@@ -1,7 +1,7 @@
 """A Python environment whose SGLang is twenty lines of HTTP server: what a pool does with processes, in seconds.
 
-Its server answers `/health`, has a child process, and misbehaves as its arguments say: `--fail` (says why and ends),
-`--never-healthy`, `--stubborn` (ignores SIGTERM).
+Its server, or router, answers every path, has a child process, and misbehaves as its arguments say: `--fail` (says why
+and ends), `--never-healthy`, `--stubborn` (ignores SIGTERM).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ if "--fail" in arguments:
 if "--stubborn" in arguments:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-pathlib.Path(value("--model-path"), "child_" + value("--port")).write_text(str(child.pid))
+if "--model-path" in arguments:
+    pathlib.Path(value("--model-path"), "child_" + value("--port")).write_text(str(child.pid))
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -42,10 +43,9 @@ esac
 
 def fake_python(folder: Path, version: str = "0.5.23") -> Path:
     """An interpreter in `folder` that finds the fake SGLang, of that version, and is this one otherwise."""
-    package = folder / "sglang"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "launch_server.py").write_text(SERVER)
+    for module in ("sglang/launch_server.py", "sglang_router/launch_router.py"):
+        (folder / module).parent.mkdir(parents=True)
+        (folder / module).write_text(SERVER)
     path = folder / "python"
     path.write_text(INTERPRETER.format(version=version, folder=folder, python=sys.executable))
     path.chmod(0o755)

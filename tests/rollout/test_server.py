@@ -95,7 +95,7 @@ def test_keys_are_in_neither_command_nor_text() -> None:
     given = options()
     assert not {"generate-1", "admin-2"} & set(command(given))
     assert "generate-1" not in repr(given) and "admin-2" not in repr(given)
-    assert secret_arguments(given) == ["--api-key", "generate-1", "--admin-api-key", "admin-2"]
+    assert secret_arguments(given) == ["--api-key=generate-1", "--admin-api-key=admin-2"]
     assert secret_arguments(options(api_key="", admin_key="")) == []
 
 

@@ -59,12 +59,25 @@ def test_start_and_stop(options: ServerOptions) -> None:
         assert all(os.getpgid(child) == group != os.getpgid(0) for child, group in zip(children, groups, strict=True))
         log = pool.processes[0].log
         text = log.read_text()
-        assert "'--api-key', 'generate', '--admin-api-key', 'administer'" in text  # the server has them
+        assert "'--api-key=generate', '--admin-api-key=administer'" in text  # the server has them
         assert b"administer" not in Path(f"/proc/{groups[0]}/cmdline").read_bytes()
         assert "administer" not in text.splitlines()[1]  # the command line that heads the log
         assert log.stat().st_mode & 0o077 == 0
     assert [group_members(group) for group in groups] == [[], []]
     pool.close()
+
+
+def test_a_router_is_kept_like_a_server(options: ServerOptions) -> None:
+    with pool_of(options, 2, router=True) as pool:
+        assert pool.states == ["healthy"] * 3 and pool.router_url not in [None, *pool.urls]
+        text = (options.model.parent / "logs" / "router.log").read_text()
+        assert f"'--worker-urls', '{pool.urls[0]}', '{pool.urls[1]}'" in text
+        assert "'--api-key=generate'" in text and "administer" not in text
+        heads = [line for line in text.splitlines() if line.startswith("=== ")]
+        assert len(heads) == 1 and "generate" not in heads[0]
+        assert pool.router is not None and pool.router.pid is not None
+        os.kill(pool.router.pid, signal.SIGKILL)
+        wait(lambda: pool.counters["restarts"] == 1 and pool.states == ["healthy"] * 3)
 
 
 def test_a_dead_server_comes_back_at_its_address(options: ServerOptions) -> None:

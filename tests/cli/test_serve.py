@@ -1,0 +1,105 @@
+"""`asd-megatron serve`: what it starts, what it says, where the keys are, how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asd_megatron.cli.main import main
+from asd_megatron.cli.serve import keys, server_options
+from asd_megatron.errors import UserError
+from tests.rollout.fake_environment import fake_python, group_members
+from tests.rollout.sglang_world import request
+
+SECONDS = 60.0
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_servers_from_start_to_end(model: Path, tmp_path: Path) -> None:
+    words = [str(model), "--servers", "2", "--python", str(fake_python(tmp_path / "environment")), "--log-folder"]
+    words += [str(tmp_path / "logs"), "--router", "--", "--max-running-requests", "3"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ASD_MEGATRON_")}
+    command = [sys.executable, "-m", "asd_megatron.cli.main", "serve", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as serve:
+        try:
+            assert serve.stdout is not None
+            said = ""
+            while "ready" not in said and (line := serve.stdout.readline()):
+                said += line
+            assert "handed on to SGLang unchecked: --max-running-requests\n" in said
+            urls = re.findall(r"^http://127.0.0.1:\d+", said, re.MULTILINE)
+            assert len(urls) == 3 and [request(url, "/health")[0] for url in urls] == [200] * 3
+            path = tmp_path / "logs" / "keys.env"
+            assert f"keys: in {path}" in said and path.stat().st_mode & 0o077 == 0
+            made = dict(re.findall(r"export (\w+)=(\S{30,})", path.read_text()))
+            log = (tmp_path / "logs" / "server_0.log").read_text()
+            assert f"'--admin-api-key={made['ASD_MEGATRON_ADMIN_KEY']}'" in log
+            assert "'--max-running-requests', '3'" in log
+            groups = [int(pid) for pid in children(serve.pid)]
+            assert len(groups) == 3
+            serve.send_signal(signal.SIGTERM)
+            rest = serve.stdout.read()
+            assert serve.wait(SECONDS) == 0 and "the servers have ended" in rest
+            assert [group_members(group) for group in groups] == [[], [], []]
+        finally:
+            serve.kill()
+
+
+def children(pid: int) -> list[str]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [child for task in tasks for child in (task / "children").read_text().split()]
+
+
+def given(model: Path, **over: Any) -> argparse.Namespace:
+    values = {"servers": None, "devices": [], "tensor_parallel": 1, "host": "127.0.0.1", "port": 0, "dtype": "auto"}
+    return argparse.Namespace(**{**values, "context_length": None, "python": Path("p"), "model": model, **over})
+
+
+def test_ports_and_devices_in_order(model: Path) -> None:
+    options = server_options(given(model, devices=["0,1", "2,3"], tensor_parallel=2, port=30000), {"x": "y"}, "a", "b")
+    assert [(o.devices, o.port) for o in options] == [("0,1", 30000), ("2,3", 30001)]
+    assert {(o.api_key, o.admin_key, o.arguments["x"]) for o in options} == {("a", "b", "y")}
+    assert [o.port for o in server_options(given(model), {}, "a", "b")] == [0]
+
+
+def test_what_cannot_be_served(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    with pytest.raises(UserError, match="at least 1"):
+        server_options(given(model, servers=0), {}, "a", "b")
+    assert main(["serve", str(model / "absent")]) == 2
+    assert "is no Hugging Face model folder" in capsys.readouterr().err
+    assert main(["serve", str(model), "--python", "/no/python"]) == 2
+    assert "create.sh" in capsys.readouterr().err
+
+
+def test_keys_of_the_environment(tmp_path: Path) -> None:
+    both = {"ASD_MEGATRON_API_KEY": "a", "ASD_MEGATRON_ADMIN_KEY": "b"}
+    assert keys(both, tmp_path)[:2] == ("a", "b") and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="set both"):
+        keys({"ASD_MEGATRON_API_KEY": "a"}, tmp_path)
+    with pytest.raises(UserError, match="are the same"):
+        keys(dict.fromkeys(both, "a"), tmp_path)
+
+
+def test_made_keys_are_new_each_time(tmp_path: Path) -> None:
+    first, second = keys({}, tmp_path), keys({}, tmp_path)
+    assert len({*first[:2], *second[:2]}) == 4
+    text = (tmp_path / "keys.env").read_text()
+    assert second[0] in text and second[1] in text and first[0] not in text
