@@ -9,16 +9,19 @@ the thread that started the child, and does not reach the grandchildren.)
 Standard library only, any Python 3.10 or later: nothing of this package can be imported here.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import sys
 import time
 from typing import Any
 
 POLL_SECONDS = 0.5
+TIDY_SECONDS = 1.0  # SGLang's children end with it, and then multiprocessing removes the memory that they shared
 
 
 def parent_of(pid: int) -> int:
@@ -32,9 +35,15 @@ def parent_of(pid: int) -> int:
 
 
 def watch(server: int, parent: int) -> None:
-    """Wait until process `server` has ended or is no child of `parent` any more, then kill this process group."""
+    """Wait until process `server` has ended or is no child of `parent` any more, then end this process group."""
     while parent_of(server) == parent:
         time.sleep(POLL_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(server, signal.SIGKILL)  # its number stays its own as long as its group has members
+    time.sleep(TIDY_SECONDS)
+    folder = os.path.dirname(os.environ.get("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", "").removeprefix("file://"))
+    if os.path.basename(folder).startswith("sglang_server_"):  # made for this start
+        shutil.rmtree(folder, ignore_errors=True)
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 WATCH_SECONDS = 0.5
 PROGRESS_SECONDS = 15.0
 SETTLED_SECONDS = 120.0  # healthy for so long: its earlier deaths no longer count against it
-STOP_SECONDS = 5.0
+STOP_SECONDS = 2.0  # SGLang would drain for five, and has nothing that is worth the wait
 
 
 @dataclasses.dataclass

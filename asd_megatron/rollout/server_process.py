@@ -20,6 +20,7 @@ CHILD = Path(__file__).with_name("server_child.py")
 RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 HEALTH_SECONDS = 5.0  # for one answer: SGLang generates a token first and looks once a second
 END_SECONDS = 10.0
+TIDY_SECONDS = 1.0  # SGLang's children end with it, and then multiprocessing removes the memory that they shared
 TAIL_LINES = 15
 CAUSES = (  # what a log says -> what to do; the first that fits
     ("address already in use", "another program uses its port: choose another one, or 0 for a free one"),
@@ -73,15 +74,29 @@ class ServerProcess:
     @property
     def alive(self) -> bool:
         """Whether the main process runs."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._exit_status() is None
 
     @property
     def status(self) -> str:
         """How it is or ended, for people."""
-        code = self._process.poll() if self._process else None
-        if self._process is None or code is None:
-            return "running" if self._process else "not started"
+        if self._process is None:
+            return "not started"
+        code = self._exit_status()
+        if code is None:
+            return "running"
         return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+    def _exit_status(self) -> int | None:
+        """As `Popen.poll`, without collecting a process that has ended: its number, and so its group's, cannot become
+        somebody else's before the group has been ended.
+        """
+        assert self._process is not None
+        if self._process.returncode is not None:
+            return self._process.returncode
+        found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is None:
+            return None
+        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
     def start(self) -> None:
         """Start it, a second time too when it has ended. Raises UserError if its Python cannot be started."""
@@ -123,29 +138,35 @@ class ServerProcess:
 
     def stop(self, grace: float = 10.0) -> None:
         """End it and its children: SIGTERM to the main process, after `grace` seconds SIGKILL to its group."""
-        if self._process is None:
-            return
         if self.alive and grace > 0:
-            self._process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(grace)
+            self._signal(signal.SIGTERM)
+            deadline = time.monotonic() + grace
+            while self.alive and time.monotonic() < deadline:
+                time.sleep(0.02)
         self._end_group()
 
     def _end_group(self) -> None:
-        """Kill what is left of its process group and wait, ten seconds at most, until nothing runs any more: devices
+        """Kill what is left of its process group and wait, some seconds at most, until nothing runs any more: devices
         are free then.
         """
-        if self._process is None:
+        if self._process is None or self._process.returncode is not None:
             return
-        with suppress(ProcessLookupError, PermissionError):  # the group lives on while one of its processes does
-            os.killpg(self._process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + END_SECONDS  # one may hang in the kernel, in a driver
-        with suppress(subprocess.TimeoutExpired):
+        group = self._process.pid
+        self._signal(signal.SIGKILL)
+        _wait_for_group(group, 1, TIDY_SECONDS)  # the watcher stays
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
+        _wait_for_group(group, 0, END_SECONDS)
+        with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel, in a driver
             self._process.wait(END_SECONDS)
-        while _group_runs(self._process.pid) and time.monotonic() < deadline:
-            time.sleep(0.02)
         if self._scratch is not None:
             self._scratch.cleanup()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the main process alone, which has not been collected."""
+        assert self._process is not None
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def tail(self, lines: int = TAIL_LINES) -> list[str]:
         """The last lines of this start's log."""
@@ -163,11 +184,18 @@ class ServerProcess:
         return f"{f': {cause}' if cause else ''}\n  the last lines of {self.log}:\n{said}"
 
 
-def _group_runs(group: int) -> bool:
-    """Whether a process of process group `group` runs; zombies, which nobody may collect in a container, do not."""
+def _wait_for_group(group: int, left: int, seconds: float) -> None:
+    """Until at most `left` processes of process group `group` run, for at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    while _running(group) > left and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _running(group: int) -> int:
+    """Processes of a group that run; zombies, which nobody may collect in a container, do not."""
+    found = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, _, its_group = path.read_bytes().rpartition(b")")[2].split()[:3]
-            if int(its_group) == group and state not in (b"Z", b"X"):
-                return True
-    return False
+            found += int(its_group) == group and state not in (b"Z", b"X")
+    return found

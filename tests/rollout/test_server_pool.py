@@ -87,7 +87,7 @@ def test_a_dead_server_comes_back_at_its_address(options: ServerOptions) -> None
         orphan = child_of(pool, options)
         os.kill(pids[0] or 0, signal.SIGKILL)
         wait(lambda: pool.counters["deaths"] == 1)
-        assert not alive(orphan)
+        wait(lambda: not alive(orphan))
         wait(lambda: pool.states == ["healthy", "healthy"])
         assert pool.urls == urls and pool.processes[0].healthy()
         assert pool.processes[0].pid != pids[0] and pool.processes[1].pid == pids[1]
