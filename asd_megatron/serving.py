@@ -19,7 +19,7 @@ from asd_megatron.models.port import ModelPort
 from asd_megatron.rollout.assembly import Assembler, Labels
 from asd_megatron.rollout.backend import Backend, ServedModel
 from asd_megatron.rollout.fleet import Fleet
-from asd_megatron.rollout.server import ServerOptions, check_environment
+from asd_megatron.rollout.server import ServerOptions, check_environment, devices_of_servers
 from asd_megatron.rollout.server_pool import ServerPool
 from asd_megatron.rollout.sglang import SGLangEngine
 from asd_megatron.rollout.sglang_api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
@@ -90,6 +90,7 @@ def _backend(session: Session, rollout: Rollout) -> Backend:
             server_options(session, rollout, keys),
             session.folder / "servers",
             start_timeout=rollout.server_start_timeout,
+            router=rollout.router == "start",
             say=session.progress.note,
         )
         closing.callback(pool.close)
@@ -102,7 +103,7 @@ def _backend(session: Session, rollout: Rollout) -> Backend:
         max_concurrent=rollout.max_concurrent_requests,
         request_timeout=rollout.request_timeout,
         retries=rollout.max_retries,
-        router_url=None if rollout.router == "start" else rollout.router,
+        router_url=rollout.router if pool is None else pool.router_url,
     )
     closing.callback(fleet.close)
     receipt = None
@@ -131,7 +132,7 @@ def server_options(session: Session, rollout: Rollout, keys: Keys) -> list[Serve
     arguments = dict(rollout.server_args)
     if rollout.placement == "colocated" and torch.cuda.is_available():
         arguments.setdefault("enable-memory-saver", True)
-    devices = rollout.server_devices or (None,) * rollout.servers
+    devices = devices_of_servers(list(rollout.server_devices), rollout.servers, rollout.server_tensor_parallel)
     return [
         ServerOptions(
             python=Path(rollout.server_python),

@@ -75,6 +75,11 @@ def _servers(rollout: Rollout) -> Iterator[str]:
             f"rollout.server_devices names the devices of {len(rollout.server_devices)} servers and rollout.servers is"
             f" {rollout.servers}: give one text a server"
         )
+    if not rollout.server_urls and rollout.router not in (None, "start"):
+        yield (
+            "rollout.router names a running router, which knows nothing of servers that the run starts: set it to"
+            " `start`, or give rollout.server_urls too"
+        )
     if rollout.router not in (None, "start") and urlsplit(rollout.router).scheme not in ("http", "https"):
         yield f"rollout.router {rollout.router!r} is neither `start` nor a URL like http://127.0.0.1:31000"
 

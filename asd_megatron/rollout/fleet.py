@@ -271,6 +271,8 @@ class Fleet:
             asyncio.run_coroutine_threadsafe(shut(), self._loop).result(CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def __enter__(self) -> Fleet:
         return self

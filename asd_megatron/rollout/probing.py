@@ -60,8 +60,10 @@ class Prober:
         done, late = await asyncio.wait(tasks, timeout=max(deadline - time.monotonic(), 0.0))
         for task in late:
             task.cancel()
-        for task in done:
-            task.result()
+        errors = [task.exception() for task in done]  # all of them: asyncio reports one that nobody looked at
+        for error in errors:
+            if error is not None:
+                raise error
 
     def hold(self) -> None:
         """No probe counts until as many calls of `release`: a server whose weights are replaced generates nothing."""

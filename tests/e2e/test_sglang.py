@@ -1,0 +1,220 @@
+"""Training with real SGLang servers: the rollouts are the trainer's own policy's, and servers may die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asd_megatron import train as program
+from asd_megatron.observe.writer import read_metrics
+from asd_megatron.rollout.sglang import SGLangEngine
+from asd_megatron.training import TrainingRun
+from tests.e2e.world import World, dump, make_world, refusal, start, steps, without_torchrun
+from tests.models.tiny import tiny_llama, tiny_qwen3
+from tests.rollout.sglang_world import SGLangWorld
+
+pytestmark = pytest.mark.sglang
+
+MISMATCH = 1e-4  # float32, on both sides
+ROLLOUTS = 12  # a step: 3 problems, 4 each
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A model of the servers' shape, with other weights."""
+    return make_world(tmp_path_factory.mktemp("sglang_run"), layers=4)
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch, sglang_pair: SGLangWorld) -> SGLangWorld:
+    """The pair, with its keys in the environment."""
+    monkeypatch.setenv("ASD_MEGATRON_API_KEY", sglang_pair.api_key)
+    monkeypatch.setenv("ASD_MEGATRON_ADMIN_KEY", sglang_pair.admin_key)
+    return sglang_pair
+
+
+def rollout(pair: SGLangWorld, **keys: Any) -> dict[str, Any]:
+    return {"engine": "sglang", "server_urls": pair.urls, "server_wait_timeout": 120.0, **keys}
+
+
+def check_steps(folder: Path, number: int) -> list[dict[str, Any]]:
+    """Every step is there, has every sample once, from weights whose receipt is green."""
+    rows = [row for row in read_metrics(folder) if row["step"] > 0]
+    assert [row["step"] for row in rows] == list(range(1, number + 1))
+    for row in rows:
+        assert row["weight_sync/receipt_ok"] == 1 and row["mismatch/max_abs"] < MISMATCH
+        assert row["rollouts/total"] == ROLLOUTS and row["rollouts/aborted"] == row["rollouts/dropped_groups"] == 0
+        rollouts = [example.rollout for example in dump(folder, row["step"]).examples]
+        assert set(Counter((r.prompt_id, r.sample) for r in rollouts).values()) == {1}
+        assert {r.weight_version for r in rollouts} == {row["step"] - 1}
+    return rows
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}], ids=["tp2", "pp2_vpp2"])
+def test_ranks_train_with_two_servers(keys: SGLangWorld, world: World, layout: dict[str, int]) -> None:
+    name = f"servers_{next(iter(layout))}"
+    recipe = world.recipe(
+        file=f"{name}.yaml",
+        run={"folder": str(world.folder / "runs" / "{name}"), "name": name, "steps": 3, "dump_rollouts": True},
+        parallelism=layout,
+        rollout=rollout(keys, weight_sync_bucket_mib=1),
+        data={"train": str(world.problems), "test": str(world.problems)},
+        evaluation={"every": 2, "problems": 4, "at_start": False},
+    )
+    done = start("asd_megatron.cli.main", "train", str(recipe), cwd=world.folder, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = check_steps(world.run_folder(name), 3)
+    assert all(row["servers/serving"] == 2 and row["weight_sync/probe_max_abs"] < 1e-3 for row in rows)
+    assert rows[1]["evaluation/length_mean"] > 0 and "evaluation/accuracy" in rows[2]
+
+
+class Disturbed(TrainingRun):
+    """A run to whose servers something happens in some steps, while they generate. Both are up before."""
+
+    events: dict[int, Callable[[], None]] = {}
+    pair: SGLangWorld
+
+    def collect(self, step: int) -> Any:
+        event = self.events.get(step)
+        if event is None:
+            return super().collect(step)
+        self.pair.wait_healthy()
+        thread = threading.Thread(target=self.disturb, args=(event,))
+        thread.start()
+        try:
+            return super().collect(step)
+        finally:
+            thread.join()
+
+    def disturb(self, event: Callable[[], None]) -> None:
+        assert isinstance(self.engine, SGLangEngine) and self.engine._backend is not None
+        fleet, deadline = self.engine._backend._fleet, time.monotonic() + 60
+        while fleet.pending < ROLLOUTS and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(0.1)  # a third of the time that the responses take
+        event()
+
+
+@pytest.fixture
+def disturbed(monkeypatch: pytest.MonkeyPatch, sglang_pair: SGLangWorld) -> Iterator[dict[int, Callable[[], None]]]:
+    monkeypatch.setattr(Disturbed, "events", {})
+    monkeypatch.setattr(Disturbed, "pair", sglang_pair, raising=False)
+    monkeypatch.setattr(program, "TrainingRun", Disturbed)
+    yield Disturbed.events
+
+
+LONG = {"max_prompt_tokens": 20, "max_response_tokens": 100, "stop_token_ids": []}  # seconds a response
+
+
+def kill(pair: SGLangWorld, index: int) -> None:
+    os.kill(pair.pids[index], signal.SIGKILL)
+
+
+def disturbing_run(world: World, pair: SGLangWorld, name: str, number: int, **keys: Any) -> Path:
+    """A run with long responses, all of them with both servers at once."""
+    return world.train(
+        name,
+        run={"folder": str(world.folder / "runs" / "{name}"), "steps": number, "dump_rollouts": True},
+        sampling={**LONG, "problems_per_step": 3, "rollouts_per_problem": 4},
+        rollout=rollout(pair, **keys),
+    )
+
+
+def test_a_server_dies_in_mid_generation_and_another_later(
+    keys: SGLangWorld, world: World, disturbed: dict[int, Callable[[], None]]
+) -> None:
+    disturbed |= {2: lambda: kill(keys, 0), 5: lambda: kill(keys, 1)}
+    rows = check_steps(disturbing_run(world, keys, "killed", 8), 8)
+    assert rows[1]["servers/retried"] > 0 and rows[4]["servers/retried"] > 0
+    assert sum(row["servers/ejected"] for row in rows) >= 2 and sum(row["servers/returned"] for row in rows) >= 1
+    assert all(row["servers/given_up"] == 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_thirty_steps_with_a_death_every_few(
+    keys: SGLangWorld, world: World, disturbed: dict[int, Callable[[], None]]
+) -> None:
+    disturbed |= {step: partial(kill, keys, number % 2) for number, step in enumerate(range(3, 30, 4))}
+    rows = check_steps(disturbing_run(world, keys, "thirty", 30), 30)
+    trained = sum(row["rollouts/total"] for row in rows)
+    print(
+        f"deaths {len(disturbed)}, samples expected {30 * ROLLOUTS}, trained {trained:.0f}, "
+        f"made again {sum(row['servers/retried'] for row in rows):.0f}"
+    )
+    assert trained == 30 * ROLLOUTS and sum(row["servers/retried"] for row in rows) >= len(disturbed)
+
+
+def test_all_servers_gone_then_resumed(
+    keys: SGLangWorld,
+    world: World,
+    disturbed: dict[int, Callable[[], None]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def both() -> None:
+        for index in (0, 1):
+            kill(keys, index)
+
+    disturbed[3] = both
+    settings: dict[str, Any] = {
+        "run": {"folder": str(world.folder / "runs" / "{name}"), "name": "gone", "steps": 4, "dump_rollouts": True},
+        "sampling": {**LONG, "problems_per_step": 3, "rollouts_per_problem": 4},
+    }
+    recipe = world.recipe(**settings, rollout=rollout(keys, server_wait_timeout=1.0))
+    message = refusal(capsys, program.main, [str(recipe)])
+    assert "no server has been usable for 1 s" in message and all(url in message for url in keys.urls)
+    assert "The state after step 2 is saved: start the same command again" in message
+    folder = world.run_folder("gone")
+    assert steps(folder) == [1, 2] and (folder / "checkpoints" / "step_000002").is_dir()
+    keys.wait_healthy()
+    disturbed.clear()
+    with without_torchrun():
+        assert program.main([str(recipe), "--rollout.server_wait_timeout", "120"]) == 0
+    check_steps(folder, 4)
+
+
+def test_overlap_with_carried_groups_and_importance_correction(keys: SGLangWorld, world: World) -> None:
+    folder = world.train(
+        "ahead",
+        run={"folder": str(world.folder / "runs" / "{name}"), "steps": 5, "dump_rollouts": True},
+        sampling={**LONG, "problems_per_step": 3, "rollouts_per_problem": 4},
+        algorithm={"name": "no_gate", "importance_correction": "truncated"},
+        rollout=rollout(keys, overlap=True, oversampling=1.4, partial_rollouts=True, max_staleness=3),
+    )
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(row["rollouts/total"] == ROLLOUTS and row["rollouts/stale_max"] <= 3 for row in rows)
+    assert rows[0]["rollouts/stale"] == 0 and all(row["rollouts/stale"] > 0 for row in rows[1:])
+    assert sum(row["rollouts/carried_groups"] for row in rows) > 0
+    assert all(0.5 < row["importance/mean"] < 2 for row in rows)
+    assert sum(row["mismatch/max_abs"] for row in rows[1:]) > MISMATCH, "older weights made them"
+
+
+def test_what_is_wrong_with_a_server_is_said_at_the_start(
+    keys: SGLangWorld,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def said(**sections: Any) -> str:
+        recipe = world.recipe(file="wrong.yaml", rollout=rollout(keys), **sections)
+        return refusal(capsys, program.main, [str(recipe), "--run.name", "wrong", "--run.overwrite", "true"])
+
+    llama = tiny_llama(tmp_path / "llama")
+    assert "serves a Qwen3ForCausalLM and the trainer trains a LlamaForCausalLM" in said(model={"path": str(llama)})
+    smaller = tiny_qwen3(tmp_path / "smaller", vocab_size=60)
+    assert "another vocabulary than the trainer's 60 tokens" in said(model={"path": str(smaller)})
+    monkeypatch.setenv("ASD_MEGATRON_ADMIN_KEY", "wrong")
+    assert "refused the administration key" in said()
+    monkeypatch.setenv("ASD_MEGATRON_API_KEY", "wrong")
+    assert "ASD_MEGATRON_API_KEY" in said() or "ASD_MEGATRON_ADMIN_KEY" in said()
