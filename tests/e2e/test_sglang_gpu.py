@@ -1,0 +1,65 @@
+"""What only GPUs can run of training with SGLang servers (docs/gpu_checks.md): NCCL, CUDA IPC, memory given back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asd_megatron.observe.writer import read_metrics
+from tests.e2e.world import World, make_world, start
+from tests.rollout.sglang_world import sglang_python
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sglang]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A tiny model of sizes that GPU kernels take."""
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "max_position_embeddings": 512}
+    return make_world(tmp_path_factory.mktemp("gpu"), **sizes)
+
+
+def trained(world: World, name: str, rollout: dict[str, Any], **sections: Any) -> list[dict[str, Any]]:
+    recipe = world.recipe(
+        file=f"{name}.yaml",
+        run={"folder": str(world.folder / "runs" / "{name}"), "name": name, "steps": STEPS},
+        rollout={"engine": "sglang", "server_python": str(sglang_python()), "server_start_timeout": 600.0, **rollout},
+        **sections,
+    )
+    done = start("asd_megatron.cli.main", "train", str(recipe), cwd=world.folder, timeout=1200)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [row for row in read_metrics(Path(world.run_folder(name))) if row["step"] > 0]
+
+
+def check(rows: list[dict[str, Any]]) -> None:
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["weight_sync/receipt_ok"] == 1 and row["weight_sync/probe_max_abs"] < 0.5 for row in rows)
+    assert all(row["mismatch/mean_abs"] < 0.05 for row in rows), "bfloat16 on both sides"
+
+
+@pytest.mark.timeout(1800)
+def test_colocated_servers_give_their_memory_to_the_trainer(world: World) -> None:
+    rollout = {
+        "placement": "colocated",
+        "offload_optimizer": True,
+        "weight_sync": "cuda_ipc",
+        "server_args": {"mem-fraction-static": 0.3},
+    }
+    check(trained(world, "colocated", rollout))
+
+
+@pytest.mark.timeout(1800)
+def test_servers_on_other_devices_are_sent_weights_over_nccl(world: World) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs: one for the trainer, one for the server")
+    check(trained(world, "disaggregated", {"server_devices": ["1"], "server_args": {"mem-fraction-static": 0.3}}))
+
+
+@pytest.mark.timeout(1800)
+def test_weights_through_a_folder(world: World) -> None:
+    rollout = {"placement": "colocated", "weight_sync": "disk", "server_args": {"mem-fraction-static": 0.3}}
+    check(trained(world, "disk", rollout))
