@@ -58,7 +58,7 @@ class DiskTransport:
                 f"weights for the servers cannot be written to {target}: {error}; free space there, or name another "
                 "folder"
             ) from error
-        body = {"model_path": str(target), "flush_cache": True}
+        body = {"model_path": str(target), "load_format": "auto", "flush_cache": True}
         _, failures = ask_all(receivers, lambda r: ask(r, "/update_weights_from_disk", body, self._timeout))
         self._remove(self._written - {target})
         return failures
