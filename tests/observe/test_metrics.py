@@ -26,7 +26,10 @@ from asd_megatron.puzzle.metrics import PuzzleMetrics
 from asd_megatron.puzzle.tokenizer import write_tokenizer
 from asd_megatron.records import Example, FinishReason, Rollout, TokenTable
 from asd_megatron.reward.base import new_counters
+from asd_megatron.rollout.attempts import Counters as ServerCounters
 from asd_megatron.rollout.collector import Counts
+from asd_megatron.rollout.readings import Readings
+from asd_megatron.rollout.weight_sync.session import SyncReport
 from tests.observe.batch import make_examples, make_table
 
 GATE = GateReading(open=True, lam=0.5, entropy=2.0, h_warm=1.5, close_below=1.395)
@@ -130,6 +133,12 @@ def puzzle_names() -> set[str]:
     return {*puzzle.of_step(examples, table), *puzzle.of_evaluation(rollouts, [0.0, 1.0])}
 
 
+def server_names() -> set[str]:
+    readings = Readings()
+    readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.5, checked=1, probe=0.0))
+    return set(readings.take(ServerCounters(), serving=1, restarts=0))
+
+
 def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     emitted = {
         *step(),
@@ -137,6 +146,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),
         *Increments().of(prompts={}, rollouts={}, rewards={}),
+        *server_names(),
     }
     assert undocumented(emitted) == []
     assert [m.name for m in METRICS if not any(m.matches(name) for name in emitted)] == []
