@@ -54,7 +54,7 @@ def _layout(recipe: AnyRecipe) -> Iterator[str]:
             " set parallelism.data above 1 (or null), or parallelism.overlap_grad_reduce false"
         )
     if recipe.samples_embedded:
-        what, instead = "embedded rollouts sample", "rollout.engine replay"
+        what, instead = "embedded rollouts sample", "rollout.engine sglang"
         if isinstance(recipe, SftRecipe) or recipe.rollout.engine != "embedded":
             what, instead = "the evaluation samples", "no data.test"
         if p.virtual_pipeline is not None and p.pipeline > 1:

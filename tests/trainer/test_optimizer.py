@@ -148,3 +148,36 @@ def check_untouched(product: Product, optimizer: Optimizer, weights: dict[str, T
     after = snapshot(product.port.export())
     assert all(torch.equal(after[name], weight) for name, weight in weights.items())
     assert all(torch.equal(a, b) for a, b in zip(state(optimizer), moments, strict=True))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_state_that_was_offloaded_comes_back_where_it_was(
+    half: bool, product: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host plays the device, `meta` the host: what is moved loses its numbers, so they must not be asked for."""
+    optimizer = make(product)
+    fill_gradients(product, seed=1)
+    assert optimizer.step().applied
+    torch_optimizer = optimizer.megatron.chained_optimizers[0].optimizer
+    weights = snapshot(product.port.export())
+    monkeypatch.setattr(product.port, "dtype", torch.bfloat16 if half else torch.float32)
+    moved: list[tuple[torch.device, torch.device]] = []
+    to = Tensor.to
+
+    def tracked(tensor: Tensor, target: torch.device) -> Tensor:
+        moved.append((tensor.device, target))
+        return to(tensor, target)
+
+    monkeypatch.setattr(Tensor, "to", tracked)
+    moments = [v for state in torch_optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    masters = [p for group in torch_optimizer.param_groups for p in group["params"]]
+    optimizer.offload()
+    assert len(moved) == len(moments) + len(masters) * half
+    optimizer.reload()
+    assert len(moved) == 2 * (len(moments) + len(masters) * half)
+    assert all(target == torch.device("cpu") for _, target in moved)
+    monkeypatch.undo()
+    for name, tensor in snapshot(product.port.export()).items():
+        assert torch.equal(tensor, weights[name]), name
+    fill_gradients(product, seed=2)
+    assert optimizer.step().applied
