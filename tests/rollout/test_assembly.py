@@ -17,9 +17,7 @@ def assembler() -> Assembler:
     return Assembler(ToyTokenizer(), seed=5, labels=LABELS)
 
 
-def answer(
-    request: SampleRequest, ids: tuple[int, ...], reason: str = "stop", *spans: tuple[int, int]
-) -> SampleResult:
+def answer(request: SampleRequest, ids: tuple[int, ...], reason: str = "stop", *spans: tuple[int, int]) -> SampleResult:
     """A result for the request, made under version 3 or under the (start, version) of `spans`."""
     labelled = tuple((start, LABELS.label(version)) for start, version in spans or [(0, 3)])
     return SampleResult(request.key, ids, tuple(-0.5 * i for i in ids), reason, labelled if ids else ())
