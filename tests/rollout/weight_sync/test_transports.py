@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from asd_megatron.rollout.weight_sync import session, update_group
+from asd_megatron.rollout.weight_sync import distributed, session, update_group
 from asd_megatron.rollout.weight_sync.cuda_ipc import CudaIpcTransport
 from asd_megatron.rollout.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.weight_sync.distributed import DistributedTransport
@@ -176,7 +176,8 @@ def test_a_server_that_hangs_is_named_in_time_and_the_other_is_sent_everything_a
     sglang_pair: SGLangWorld, servers: list[HttpReceiver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(update_group, "LEAVE_SECONDS", 3.0)
-    monkeypatch.setattr(session, "ALIVE_SECONDS", 3.0)
+    monkeypatch.setattr(session, "ALIVE_SECONDS", 4.0)
+    monkeypatch.setattr(distributed, "SLACK_SECONDS", 1.0)
     folder, pid = sglang_pair.folder, sglang_pair.pids[0]
     transport = DistributedTransport(CPU, bucket_bytes=SMALL, timeout=4)
     try:
