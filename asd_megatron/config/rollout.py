@@ -118,11 +118,11 @@ class Rollout(Section):
     weight_sync_timeout: float = Field(
         900.0, gt=0, description="`sglang`: seconds for one bucket, or for the servers to read a folder."
     )
-    weight_sync_address: Text = Field(
-        "127.0.0.1",
+    weight_sync_address: Text | None = Field(
+        None,
         description=(
-            "`weight_sync: distributed`: the trainer's address that the servers meet it at. On several machines: the"
-            " address of a cluster interface."
+            "`weight_sync: distributed`: the trainer's address that the servers meet it at; null: that of the interface"
+            " from which they are reached."
         ),
     )
     receipt: bool = Field(

@@ -101,7 +101,7 @@ def _weight_sync(rollout: Rollout) -> Iterator[str]:
                 " name the address of one interface"
             )
         far = [url for url in rollout.server_urls if not _is_loopback(urlsplit(url).hostname or "")]
-        if far and _is_loopback(rollout.weight_sync_address):
+        if far and _is_loopback(rollout.weight_sync_address or ""):
             yield (
                 f"rollout.weight_sync_address {rollout.weight_sync_address} cannot be reached from {far[0]}: name this"
                 " machine's address on the cluster's network"
