@@ -116,7 +116,12 @@ class Rollout(Section):
         512, ge=1, description="`sglang`: weights are sent in buckets of at most this many MiB."
     )
     weight_sync_timeout: float = Field(
-        900.0, gt=0, description="`sglang`: seconds for one bucket, or for the servers to read a folder."
+        180.0,
+        gt=0,
+        description=(
+            "`sglang`: seconds for one bucket, or for the servers to read a folder; a server that hangs is noticed after"
+            " them."
+        ),
     )
     weight_sync_address: Text | None = Field(
         None,
