@@ -119,8 +119,8 @@ class Rollout(Section):
         180.0,
         gt=0,
         description=(
-            "`sglang`: seconds for one bucket, or for the servers to read a folder; a server that hangs is noticed after"
-            " them."
+            "`sglang`: seconds for one bucket, or for the servers to read a folder; a server that hangs is noticed"
+            " after them."
         ),
     )
     weight_sync_address: Text | None = Field(

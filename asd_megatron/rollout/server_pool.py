@@ -105,8 +105,14 @@ class ServerPool:
     def _wait(self, deadline: float) -> None:
         begin = said = time.monotonic()
         waiting = [server.process for server in self._watched]
+        again: set[str] = set()
         while waiting := [process for process in waiting if not process.healthy()]:
             dead = next((process for process in waiting if not process.alive), None)
+            if dead is not None and dead.port_taken and dead.name not in again:
+                again.add(dead.name)  # a port that it chose itself, as another server did at the same moment
+                self._say(f"{dead.name} found a port in use: once more")
+                dead.start()
+                continue
             if dead is not None:
                 raise UserError(f"{dead.name} ended with {dead.status} before it was ready{dead.explain()}")
             now = time.monotonic()

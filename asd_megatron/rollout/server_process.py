@@ -22,6 +22,7 @@ HEALTH_SECONDS = 5.0  # for one answer: SGLang generates a token first and looks
 END_SECONDS = 10.0
 TIDY_SECONDS = 1.0  # SGLang's children end with it, and then multiprocessing removes the memory that they shared
 TAIL_LINES = 15
+HARMLESS = "openai_harmony"  # SGLang says that it is missing and does without
 CAUSES = (  # what a log says -> what to do; the first that fits
     ("address already in use", "another program uses its port: choose another one, or 0 for a free one"),
     ("Port is already in use", "another program uses a port next to its own: choose another one, or 0 for a free one"),
@@ -176,9 +177,14 @@ class ServerProcess:
             return []
         return [line for line in text.rpartition("\n=== ")[2].splitlines()[1:] if line.strip()][-lines:]
 
+    @property
+    def port_taken(self) -> bool:
+        """Whether it says that a port was in use."""
+        return "already in use" in "\n".join(self.tail(400)).lower()
+
     def explain(self) -> str:
         """`: likely cause`, the log's last lines and where the whole of it is, to follow a sentence."""
-        whole = "\n".join(self.tail(400)).lower()
+        whole = "\n".join(line for line in self.tail(400) if HARMLESS not in line).lower()
         cause = next((advice for words, advice in CAUSES if words.lower() in whole), "")
         said = "\n".join(f"    {line[:300]}" for line in self.tail()) or "    (nothing)"
         return f"{f': {cause}' if cause else ''}\n  the last lines of {self.log}:\n{said}"

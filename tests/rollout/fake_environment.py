@@ -1,7 +1,7 @@
 """A Python environment whose SGLang is twenty lines of HTTP server: what a pool does with processes, in seconds.
 
 Its server, or router, answers every path, has a child process, and misbehaves as its arguments say: `--fail` (says why
-and ends), `--never-healthy`, `--stubborn` (ignores SIGTERM).
+and ends), `--port-in-use` (the same, the first time), `--never-healthy`, `--stubborn` (ignores SIGTERM).
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ value = lambda name: arguments[arguments.index(name) + 1]
 print("arguments", arguments, flush=True)
 if "--fail" in arguments:
     sys.exit("RuntimeError: CUDA out of memory. Tried to allocate 7 GiB")
+tried = pathlib.Path(__file__).with_name("tried")
+if "--port-in-use" in arguments and not tried.exists():
+    tried.touch()
+    sys.exit("OSError: [Errno 98] error while attempting to bind on address: address already in use")
 if "--stubborn" in arguments:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

@@ -51,6 +51,12 @@ def child_of(pool: ServerPool, options: ServerOptions, index: int = 0) -> int:
     return int((options.model / f"child_{port}").read_text())
 
 
+def test_a_port_that_two_servers_chose_at_once_is_no_reason_to_give_up(options: ServerOptions) -> None:
+    said: list[str] = []
+    with pool_of(options, 1, "port-in-use", say=said.append) as pool:
+        assert pool.states == ["healthy"] and any("found a port in use: once more" in line for line in said)
+
+
 def test_start_and_stop(options: ServerOptions) -> None:
     with pool_of(options, 2) as pool:
         assert pool.states == ["healthy", "healthy"] and len(set(pool.urls)) == 2
