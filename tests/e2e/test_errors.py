@@ -44,9 +44,9 @@ def refused(capsys: pytest.CaptureFixture[str], world: World, *overrides: str, *
         (["--gate.tau_down", "1.5", "--algorithm.name", "antisd"], ["gate.tau_down 1.5 is above gate.tau_up", "lower"]),
         (
             ["--parallelism.pipeline", "2", "--parallelism.virtual_pipeline", "2"],
-            ["embedded rollouts sample", "stage by stage", "use rollout.engine replay"],
+            ["embedded rollouts sample", "stage by stage", "use rollout.engine sglang"],
         ),
-        (["--parallelism.context", "2"], ["one token at a time", "use rollout.engine replay"]),
+        (["--parallelism.context", "2"], ["one token at a time", "use rollout.engine sglang"]),
         (["--rollout.engine", "replay"], ["needs rollout.replay_folder"]),
     ],
 )

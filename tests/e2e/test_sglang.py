@@ -88,6 +88,7 @@ class Disturbed(TrainingRun):
         if event is None:
             return super().collect(step)
         self.pair.wait_healthy()
+        self.pair.slow(0.01)
         thread = threading.Thread(target=self.disturb, args=(event,))
         thread.start()
         try:
@@ -100,8 +101,9 @@ class Disturbed(TrainingRun):
         fleet, deadline = self.engine._backend._fleet, time.monotonic() + 60
         while fleet.pending < ROLLOUTS and time.monotonic() < deadline:
             time.sleep(0.002)
-        time.sleep(0.1)  # a third of the time that the responses take
+        time.sleep(0.3)  # of more than a second that the responses take
         event()
+        self.pair.slow(None)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,13 @@ class SGLangWorld:
                 pytest.fail(f"servers are {self.pool.states} after {seconds:.0f} s{self.pool.processes[0].explain()}")
             time.sleep(0.2)
 
+    def slow(self, seconds: float | None) -> None:
+        """Make every forward of the servers that live take so much longer, so that there is a middle of a generation;
+        None: no longer. `restore` undoes it too."""
+        for index in range(len(self.urls)):
+            with suppress(OSError):
+                self.admin(index, "/slow_down", {"forward_sleep_time": seconds})
+
     def restore(self) -> None:
         """Both servers running, idle, with the weights of `folder` under the label "default"."""
         for index, process in enumerate(self.pool.processes):
@@ -104,6 +112,7 @@ class SGLangWorld:
                 ("/abort_request", {"abort_all": True}),
                 ("/end_weight_update", {}),  # refused when none is open
                 ("/continue_generation", {}),
+                ("/slow_down", {"forward_sleep_time": None}),
             ):
                 self.admin(index, path, body, timeout=10.0)
             body = {"model_path": str(self.folder), "weight_version": "default"}

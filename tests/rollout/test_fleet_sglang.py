@@ -174,6 +174,7 @@ def test_wrong_keys(sglang_pair: SGLangWorld) -> None:
 def test_generation_goes_on_after_a_pause_with_other_weights(build: Build, sglang_pair: SGLangWorld) -> None:
     """The label alone changes: the spans tell where, and nothing is made again."""
     fleet = build()
+    sglang_pair.slow(0.02)
     asked = requests(2, 4, max_new_tokens=100, ignore_eos=True)
     fleet.submit(asked)
     until(lambda: sum(view.in_flight for view in fleet.servers()) == 8)
@@ -196,8 +197,9 @@ def test_generation_goes_on_after_a_pause_with_other_weights(build: Build, sglan
     assert all(0 < r.spans[1][0] < 100 for r in across)
 
 
-def test_partial_responses_of_an_abort(build: Build, reference: Any) -> None:
+def test_partial_responses_of_an_abort(build: Build, reference: Any, sglang_pair: SGLangWorld) -> None:
     fleet = build(max_concurrent=4)
+    sglang_pair.slow(0.02)
     asked = requests(2, 6, max_new_tokens=110, ignore_eos=True)
     fleet.submit(asked)
     until(lambda: sum(view.in_flight for view in fleet.servers()) == 8)
@@ -216,6 +218,7 @@ def test_partial_responses_of_an_abort(build: Build, reference: Any) -> None:
 
 def test_a_hung_scheduler_is_found_out_and_comes_back(build: Build, sglang_pair: SGLangWorld) -> None:
     fleet = build(probe_timeout=4.0)
+    sglang_pair.slow(0.02)
     asked = requests(4, 4, max_new_tokens=80, ignore_eos=True)
     fleet.submit(asked)
     until(lambda: fleet.servers()[0].in_flight > 0)
@@ -261,6 +264,7 @@ def test_both_behind_a_router(build: Build, reference: Any, sglang_pair: SGLangW
 
 def test_killed_in_mid_generation(build: Build, reference: Any, sglang_pair: SGLangWorld) -> None:
     fleet = build()
+    sglang_pair.slow(0.02)
     asked = requests(6, 4, max_new_tokens=80, ignore_eos=True)
     fleet.submit(asked)
     until(lambda: fleet.servers()[0].in_flight > 0)

@@ -141,6 +141,7 @@ def test_a_running_request_goes_on_under_the_new_weights_and_says_since_when(
                     answers.append(json.loads(text))
                     started.set()
 
+    sglang_pair.slow(0.02)
     thread = threading.Thread(target=generate)
     thread.start()
     assert started.wait(30)
