@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.rollout.fleet import Fleet, ServerView
 from asd_megatron.rollout.readings import Readings
 from asd_megatron.rollout.server_pool import ServerPool
-from asd_megatron.rollout.sglang_api import ServerRefused
+from asd_megatron.rollout.sglang_api import ServerError, ServerRefused
 from asd_megatron.rollout.weight_sync.protocol import Receiver, Transport
 from asd_megatron.rollout.weight_sync.receipt import Probe, Receipt
 from asd_megatron.rollout.weight_sync.session import synchronise
@@ -86,7 +86,7 @@ class Backend:
         self._wait_timeout = wait_timeout
         self._colocated = colocated
         self._closing = closing
-        self._asleep = False
+        self._asleep: dict[str, Any] = {}  # servers whose memory is away, and since when each has been running
         self._awake = ExitStack()  # holds the fleet still while the servers' memory is away
         self._silent: set[str] = set()
         self._readings = Readings()
@@ -196,9 +196,8 @@ class Backend:
                 tensors,
                 label,
                 receipt=self._receipt,
-                before_generating=self._take_memory if self._asleep else None,
+                before_generating=self._take_memory,
             )
-            self._asleep = False
             for receiver in receivers:
                 if (why := report.failures.get(receiver.url)) is None:
                     self._fleet.admit(receiver.url, label)
@@ -230,23 +229,42 @@ class Backend:
     # ---------------------------------------------------------------- memory
 
     def release(self) -> None:
-        if self._colocated and not self._asleep:
-            self._awake.enter_context(self._fleet.updating("asleep"))
-            self._everywhere("/release_memory_occupation", {})
-            self._asleep = True
-
-    def resume(self) -> None:
-        """Take back the memory of the weights; the rest follows when they are there."""
-        if self._asleep:
-            self._everywhere("/resume_memory_occupation", {"tags": ["weights"]})
-
-    def _take_memory(self, receiver: Receiver) -> None:
-        receiver.call("/resume_memory_occupation", {"tags": list(LOADED_LATER)}, ADMIN_SECONDS)
-
-    def _everywhere(self, path: str, body: dict[str, Any]) -> None:
+        if not self._colocated or self._asleep:
+            return
+        self._awake.enter_context(self._fleet.updating("asleep"))
         for view in self._fleet.servers():
             if view.healthy:
-                self._fleet.call(view.url, path, body, ADMIN_SECONDS)
+                with self._or_withdraw(view.url):
+                    self._asleep[view.url] = self._running_since(view.url)
+                    self._fleet.call(view.url, "/release_memory_occupation", {}, ADMIN_SECONDS)
+
+    def resume(self) -> None:
+        """Take back the memory of the weights; the rest follows when they are there. A server that was restarted
+        meanwhile has all of it."""
+        for url, since in list(self._asleep.items()):
+            with self._or_withdraw(url):
+                if self._running_since(url) == since:
+                    self._fleet.call(url, "/resume_memory_occupation", {"tags": ["weights"]}, ADMIN_SECONDS)
+                else:
+                    del self._asleep[url]
+
+    def _take_memory(self, receiver: Receiver) -> None:
+        if receiver.url in self._asleep:
+            receiver.call("/resume_memory_occupation", {"tags": list(LOADED_LATER)}, ADMIN_SECONDS)
+            del self._asleep[receiver.url]
+
+    def _running_since(self, url: str) -> Any:
+        return self._fleet.server_info(url, ADMIN_SECONDS).get("startup_time")
+
+    @contextmanager
+    def _or_withdraw(self, url: str) -> Iterator[None]:
+        """A server that does not do it is out, until it has been sent the weights."""
+        try:
+            yield
+        except ServerError as error:
+            log.warning("memory of %s: %s", url, error.what)
+            self._asleep.pop(url, None)
+            self._fleet.withdraw(url, error.what)
 
     # ---------------------------------------------------------------- the rest
 

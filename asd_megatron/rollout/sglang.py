@@ -157,16 +157,13 @@ class SGLangEngine:
                 news = self._look(self._backend, groups, moved, None if time.monotonic() < deadline else timeout)
             except Exception as e:
                 error = e
-        if error is not None and not isinstance(error, UserError):
-            news = _News(problem=repr(error))
-        elif error is not None:
-            news = _News(problem=str(error))
-        if news.problem is not None and self._backend is not None:
-            self._backend.abort()
-        news = broadcast_object(news, 0, self._groups.host)
-        if error is not None and not isinstance(error, UserError):
-            raise error
-        return groups, news
+            if error is not None or news.problem is not None:
+                self._backend.abort()
+        try:
+            return groups, self._agree(news, error)
+        except Exception:
+            self._pending = 0
+            raise
 
     def _look(self, backend: Backend, groups: Sequence[Group], moved: bool, late: float | None) -> _News:
         """What has come, and what there is to do. `late`: the seconds within which something should have come."""

@@ -292,6 +292,25 @@ def test_memory_goes_away_and_comes_back_around_the_weights(groups: Any, pair: A
     finish(engine)
 
 
+def test_a_colocated_server_that_died_meanwhile_keeps_nobody_waiting(
+    groups: Any, pair: Any, closing: ExitStack
+) -> None:
+    world = World(groups, pair, closing, colocated=True, wait_timeout=20.0)
+    engine = world.engine
+    engine.load_weights(Source(1))
+    engine.release()
+    pair[0].die()
+    pair[0].restart()  # with all of its memory
+    pair[1].die()
+    pair[0].posts.clear()
+    engine.resume()
+    engine.load_weights(Source(2))
+    assert "/resume_memory_occupation" not in pair[0].posts
+    engine.submit([prompt("a", (1,))], PARAMS, step=1)
+    (group,) = finish(engine)
+    assert {r.weight_version for r in group.rollouts} == {2}
+
+
 def test_prompts_and_end_tokens_that_cannot_be_served(groups: Any, pair: Any, closing: ExitStack) -> None:
     engine = World(groups, pair, closing).engine
     engine.load_weights(Source(1))
