@@ -20,7 +20,7 @@ from asd_megatron.rollout.sglang import SGLangEngine
 from asd_megatron.training import TrainingRun
 from tests.e2e.world import World, dump, make_world, refusal, start, steps, without_torchrun
 from tests.models.tiny import tiny_llama, tiny_qwen3
-from tests.rollout.sglang_world import SGLangWorld
+from tests.rollout.sglang_world import SGLangWorld, sglang_python
 
 pytestmark = pytest.mark.sglang
 
@@ -75,6 +75,30 @@ def test_ranks_train_with_two_servers(keys: SGLangWorld, world: World, layout: d
     rows = check_steps(world.run_folder(name), 3)
     assert all(row["servers/serving"] == 2 and row["weight_sync/probe_max_abs"] < 1e-3 for row in rows)
     assert rows[1]["evaluation/length_mean"] > 0 and "evaluation/accuracy" in rows[2]
+
+
+def test_a_run_starts_its_servers_and_a_router_and_shares_its_device_with_them(world: World) -> None:
+    """On the CPU the servers' memory stays where it is, and weights are handed over by shared memory."""
+    rollout = {
+        "engine": "sglang",
+        "servers": 1,
+        "server_python": str(sglang_python()),
+        "server_args": {"max-running-requests": 8},
+        "router": "start",
+        "placement": "colocated",
+        "offload_optimizer": True,
+        "weight_sync": "cuda_ipc",
+    }
+    folder = world.train(
+        "own",
+        run={"folder": str(world.folder / "runs" / "{name}"), "steps": 2, "dump_rollouts": True},
+        rollout=rollout,
+    )
+    check_steps(folder, 2)
+    logs = folder / "servers"
+    assert sorted(path.name for path in logs.iterdir()) == ["router.log", "server_0.log"]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in logs.iterdir()), "they are nobody else's to read"
+    assert "/release_memory_occupation" in (logs / "server_0.log").read_text()
 
 
 class Disturbed(TrainingRun):
