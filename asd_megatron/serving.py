@@ -174,6 +174,6 @@ def _check_nccl(python: Path) -> None:
     if theirs is not None and theirs != ours:
         raise UserError(
             f"rollout.weight_sync distributed: the trainer has NCCL {ours} and the servers' environment has {theirs};"
-            " both sides of a broadcast need the same: install the same nvidia-nccl wheel in one of them, or set"
-            " rollout.weight_sync disk"
+            " both sides of a broadcast need the same: install the trainer with the servers' torch"
+            " (docs/gpu_checks.md), or set rollout.weight_sync disk"
         )
