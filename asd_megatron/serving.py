@@ -91,7 +91,7 @@ def _backend(session: Session, rollout: Rollout) -> Backend:
             session.folder / "servers",
             start_timeout=rollout.server_start_timeout,
             router=rollout.router == "start",
-            say=session.progress.note,
+            say=lambda text: session.progress.note(text),  # `begin` makes the one that shows
         )
         closing.callback(pool.close)
     transport = _transport(session, rollout)
