@@ -83,6 +83,10 @@ def _backend(session: Session, rollout: Rollout) -> Backend:
     """Everything that global rank 0 needs, nothing of it started yet. Raises UserError for an environment that cannot
     serve."""
     port, labels, closing = session.port, Labels(), ExitStack()
+    receipt = None
+    if rollout.receipt:  # refuses an architecture that it does not know
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        receipt = Receipt(session.hf_config, dtype=port.dtype, device=device)
     pool: ServerPool | None = None
     keys = Keys.given() if rollout.server_urls else Keys.new()
     if not rollout.server_urls:
@@ -106,10 +110,6 @@ def _backend(session: Session, rollout: Rollout) -> Backend:
         router_url=rollout.router if pool is None else pool.router_url,
     )
     closing.callback(fleet.close)
-    receipt = None
-    if rollout.receipt:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        receipt = Receipt(session.hf_config, dtype=port.dtype, device=device)
     return Backend(
         fleet,
         transport,

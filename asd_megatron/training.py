@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -83,7 +84,8 @@ class TrainingRun:
         for problems in (train_set, test_set):
             if problems is not None:
                 self.renderer.check(problems.take(None))
-        train_set.batch(1, recipe.sampling.problems_per_step, recipe.run.seed)  # refuses a set that is too small
+        asked = math.ceil(recipe.sampling.problems_per_step * recipe.rollout.oversampling)
+        train_set.batch(1, asked, recipe.run.seed)  # refuses a set that is too small
         self.verifier = session.only_root(lambda: make_verifier(**recipe.reward.model_dump()))
         if self.verifier is not None:
             session.closing.callback(self.verifier.close)
