@@ -53,6 +53,7 @@ class Member(Lane):
     reason: str = "not asked yet"
     withdrawn: bool = False
     failures: int = 0  # in a row
+    missed: int = 0  # probes in a row without an answer
     reported: str = ""
     version: str = ""
     tensor_parallel: int = 1

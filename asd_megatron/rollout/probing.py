@@ -10,9 +10,10 @@ from contextlib import suppress
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.attempts import Attempts, Member
 from asd_megatron.rollout.server import OLDEST
-from asd_megatron.rollout.sglang_api import ServerError, ServerRefused
+from asd_megatron.rollout.sglang_api import ServerBusy, ServerError, ServerLate, ServerRefused
 
 BETWEEN_ROUNDS = 0.5  # seconds, while waiting for the first server
+PATIENCE = 3  # probes in a row that a working server may leave unanswered: it may be busy with a long prompt
 
 
 class Prober:
@@ -111,13 +112,21 @@ class Prober:
             else:
                 await self._ask(member)
         except ServerError as error:
-            if epoch == self._epoch:
+            if epoch == self._epoch and not self._may_be_busy(member, error):
                 self._attempts.eject(member, error.what)
             if isinstance(error, ServerRefused):
                 raise
         else:
+            member.missed = 0
             if epoch == self._epoch:
                 self._attempts.welcome(member)
+
+    def _may_be_busy(self, member: Member, error: ServerError) -> bool:
+        """Whether a server that has worked so far is given another chance."""
+        if not member.healthy or not isinstance(error, ServerLate | ServerBusy):
+            return False
+        member.missed += 1
+        return member.missed < PATIENCE
 
     async def _ask(self, member: Member) -> None:
         """Raises a ServerError unless the server works and has the weights that it was admitted with."""

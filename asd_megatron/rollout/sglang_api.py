@@ -39,6 +39,10 @@ class ServerDown(ServerError):
     """No connection, a connection that broke, no answer in time, or an answer 5xx other than 503."""
 
 
+class ServerLate(ServerDown):
+    """No answer in time: it hangs, or has much to do."""
+
+
 class ServerBusy(ServerError):
     """503 or 429: it lives and cannot take this now. Try again later."""
 
@@ -148,7 +152,7 @@ class SGLangServer:
             async with request as response:
                 status, raw = response.status, await response.read()
         except TimeoutError as error:
-            raise ServerDown(self.url, f"did not answer {path} in time") from error
+            raise ServerLate(self.url, f"did not answer {path} in time") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerDown(self.url, f"cannot be reached: {str(error) or type(error).__name__}") from error
         if status != 200:

@@ -196,6 +196,19 @@ def test_a_hung_server_is_found_out_by_a_probe(fake_pair: Any, make_fleet: Make)
     assert fleet.servers()[0].label is None
 
 
+def test_a_server_that_is_busy_for_a_probe_or_two_goes_on_serving(fake_pair: Any, make_fleet: Make) -> None:
+    fleet = make_fleet(*fake_pair, probe_every=0.2)
+    member = fleet._members[fake_pair[0].url]
+    fake_pair[0].healthy = False  # as SGLang answers after 20 seconds without a token
+    until(lambda: member.missed > 0)
+    fake_pair[0].healthy = True
+    until(lambda: member.missed == 0)
+    assert member.label == LABEL and fleet.counters.ejected == 0
+    fake_pair[0].healthy = False
+    until(lambda: not member.healthy)
+    assert fleet.counters.ejected == 1
+
+
 def test_a_server_with_other_weights_than_admitted_is_found_out_by_a_probe(fake_pair: Any, make_fleet: Make) -> None:
     fleet = make_fleet(*fake_pair)
     fake_pair[0].label = "default"  # died and came back between two probes

@@ -208,7 +208,7 @@ def test_when_training_has_moved_on_it_waits_for_the_next_update(groups: Any, cl
 
 
 def test_nobody_left_but_the_newest_weights_for_who_comes_back(groups: Any, closing: ExitStack) -> None:
-    pair = closing.enter_context(servers(1, delay=0.2))
+    pair = closing.enter_context(servers(1, delay=1.0))
     world = World(groups, pair, closing, wait_timeout=20.0)
     engine, source = world.engine, Source(1)
     engine.load_weights(source)
@@ -220,7 +220,8 @@ def test_nobody_left_but_the_newest_weights_for_who_comes_back(groups: Any, clos
     assert engine.weight_version == 2 and {r.weight_version for r in group.rollouts} == {2}
 
 
-def test_all_servers_gone(groups: Any, pair: Any, closing: ExitStack) -> None:
+def test_all_servers_gone(groups: Any, closing: ExitStack) -> None:
+    pair = closing.enter_context(servers(2, delay=2.0))
     world = World(groups, pair, closing)
     engine = world.engine
     engine.load_weights(Source(1))
@@ -330,7 +331,7 @@ def test_another_model_is_refused(groups: Any, pair: Any, closing: ExitStack) ->
 def _two_ranks(rank: int) -> list[Any]:
     groups = one_process_groups()
     with ExitStack() as closing:
-        made = closing.enter_context(servers(2, delay=0.1)) if rank == 0 else []
+        made = closing.enter_context(servers(2, delay=0.5)) if rank == 0 else []
         world = World(groups, made, closing) if rank == 0 else None
         engine = world.engine if world is not None else engine_of(groups, None)
         source = Source(1, root=rank == 0)
