@@ -44,8 +44,9 @@ class Fleet:
     """SGLang servers behind one thread-safe, synchronous interface; an event loop in a thread of its own does the work.
 
     **Serving.** A server serves between `admit(url, label)` and whatever comes first of `withdraw`, two failures in a
-    row, three probes without an answer, a refused connection. Every sample is made under admitted weights: an answer whose label says otherwise is thrown
-    away. `updating(label)` goes around a change of weights: requests that are under way stay where they are.
+    row, three probes without an answer, a refused connection. Every sample is made under admitted weights: an answer
+    whose label says otherwise is thrown away. `updating(label)` goes around a change of weights: requests that are
+    under way stay where they are.
 
     **Samples.** Each submitted sample is returned once, by `wait` or by `abort`. A failed attempt is made again,
     elsewhere if possible; after `retries` of them the sample is returned as an abort. At most `max_concurrent` samples
