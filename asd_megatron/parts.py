@@ -7,6 +7,8 @@ from typing import Any
 
 from asd_megatron.antisd import condition
 from asd_megatron.config import Recipe
+from asd_megatron.config.evaluation import Evaluation
+from asd_megatron.config.sampling import Sampling
 from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.records import SamplingParams
 from asd_megatron.reward.base import Verifier
@@ -60,28 +62,24 @@ def stop_ids(session: Session) -> tuple[int, ...]:
 
 
 def training_params(recipe: Recipe, session: Session) -> SamplingParams:
-    s = recipe.sampling
-    return SamplingParams(
-        temperature=s.temperature,
-        top_p=s.top_p,
-        top_k=s.top_k,
-        max_new_tokens=s.max_response_tokens,
-        stop_token_ids=stop_ids(session),
-        stop=tuple(s.stop),
-        n=s.rollouts_per_problem,
-    )
+    return _params(session, recipe.sampling, recipe.sampling.rollouts_per_problem)
 
 
 def evaluation_params(session: Session) -> SamplingParams:
-    e, s = session.recipe.evaluation, session.recipe.sampling
+    return _params(session, session.recipe.evaluation, session.recipe.evaluation.samples)
+
+
+def _params(session: Session, filters: Sampling | Evaluation, n: int) -> SamplingParams:
+    """`filters`: what the distribution is sampled with; where a response ends is the same in training and outside."""
+    limits = session.recipe.sampling
     return SamplingParams(
-        temperature=e.temperature,
-        top_p=e.top_p,
-        top_k=e.top_k,
-        max_new_tokens=s.max_response_tokens,
+        temperature=filters.temperature,
+        top_p=filters.top_p,
+        top_k=filters.top_k,
+        max_new_tokens=limits.max_response_tokens,
         stop_token_ids=stop_ids(session),
-        stop=tuple(s.stop),
-        n=e.samples,
+        stop=tuple(limits.stop),
+        n=n,
     )
 
 

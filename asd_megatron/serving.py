@@ -34,7 +34,6 @@ from asd_megatron.trainer.scorer import score_sequence
 MIB = 2**20
 PROBE_TOKENS = 32
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def server_options(session: Session, rollout: Rollout, keys: Keys) -> list[Serve
             devices=devices[index],
             api_key=keys.api,
             admin_key=keys.admin,
-            dtype=DTYPES[session.port.dtype],
+            dtype=str(session.port.dtype).removeprefix("torch."),
             arguments=arguments,
         )
         for index in range(rollout.servers)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from ipaddress import ip_address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from asd_megatron.addresses import is_loopback
 from asd_megatron.config.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def _weight_sync(rollout: Rollout) -> Iterator[str]:
                 f"rollout.weight_sync_address {rollout.weight_sync_address} would let anybody join the weight update:"
                 " name the address of one interface"
             )
-        far = [url for url in rollout.server_urls if not _is_loopback(urlsplit(url).hostname or "")]
-        if far and _is_loopback(rollout.weight_sync_address or ""):
+        far = [url for url in rollout.server_urls if not is_loopback(urlsplit(url).hostname or "")]
+        if far and is_loopback(rollout.weight_sync_address or ""):
             yield (
                 f"rollout.weight_sync_address {rollout.weight_sync_address} cannot be reached from {far[0]}: name this"
                 " machine's address on the cluster's network"
@@ -142,10 +142,3 @@ def _off_policy(recipe: Recipe) -> Iterator[str]:
             "rollout.overlap generates while the trainer works, and colocated servers have given their memory to it by"
             " then: set rollout.placement disaggregated, or rollout.overlap false"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

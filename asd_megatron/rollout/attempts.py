@@ -228,20 +228,20 @@ class Attempts:
             self._stop_at(attempt, error)
         else:
             attempt.deadline = None
-            if self._announced == answer.label and answer.label not in attempt.labels:
-                self._early.append((attempt, answer))
-            else:
-                self._judge(attempt, answer)
+            self._receive(attempt, answer)
 
     # ------------------------------------------------------------------ judging
 
     def _judge_early(self) -> None:
         early, self._early = self._early, []
         for attempt, answer in early:
-            if self._announced == answer.label and answer.label not in attempt.labels:
-                self._early.append((attempt, answer))
-            else:
-                self._judge(attempt, answer)
+            self._receive(attempt, answer)
+
+    def _receive(self, attempt: Attempt, answer: Generation) -> None:
+        if self._announced == answer.label and answer.label not in attempt.labels:
+            self._early.append((attempt, answer))
+        else:
+            self._judge(attempt, answer)
 
     def _judge(self, attempt: Attempt, answer: Generation) -> None:
         if self._running.get(attempt.ticket) is not attempt:

@@ -180,7 +180,6 @@ class Collector:
         self._restart: list[Prompt] = []  # carried ones that had to make room: asked for again
         self._spare: list[Prompt] = []  # finished beyond the need, for the next step; their groups on global rank 0
         self._spare_groups: list[Group] = []
-        self._tails = plan.oversampling > 1
         self._asleep = False
         self._evaluated: tuple[Problems, int | None, list[Prompt]] | None = None
 
@@ -319,7 +318,9 @@ class Collector:
     def _stop_tail(self, draw: Draw) -> None:
         """Cut or carry the groups that were asked for beyond the need."""
         unfinished = [draw.prompts[i] for i in sorted(draw.missing)] if self._engine.pending else []
-        spare = broadcast_object(draw.spare() if self._is_root else None, 0, self._groups.host) if self._tails else []
+        spare: list[int] = []
+        if self._plan.oversampling > 1:
+            spare = broadcast_object(draw.spare() if self._is_root else None, 0, self._groups.host)
         prompts, groups = [draw.prompts[i] for i in spare], [draw.found[i] for i in spare if self._is_root]
         if self._plan.carry:
             if unfinished:

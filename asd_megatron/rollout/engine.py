@@ -15,6 +15,18 @@ class RolloutError(UserError):
     """Rollouts cannot be had: no server is left, the time limit passed, the model returned non-finite numbers."""
 
 
+def check_lengths(prompts: Sequence[Prompt], params: SamplingParams, max_positions: int) -> None:
+    """Raises UserError for a prompt that leaves no room for the response in the model's positions, or is empty."""
+    limit = max_positions - params.max_new_tokens
+    for prompt in prompts:
+        if not 0 < len(prompt.ids) <= limit:
+            raise UserError(
+                f"problem {prompt.problem.prompt_id}: its prompt has {len(prompt.ids)} tokens; with "
+                f"{params.max_new_tokens} response tokens this model (max_position_embeddings {max_positions}) takes 1 "
+                f"to {limit}: shorten the prompt, or lower sampling.max_response_tokens"
+            )
+
+
 class WeightSource(Protocol):
     """The trainer's weights as they are now.
 

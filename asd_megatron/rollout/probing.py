@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from contextlib import suppress
 
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.attempts import Attempts, Member
-from asd_megatron.rollout.server import OLDEST
+from asd_megatron.rollout.server import OLDEST, too_old
 from asd_megatron.rollout.sglang_api import ServerBusy, ServerError, ServerLate, ServerRefused
 
 BETWEEN_ROUNDS = 0.5  # seconds, while waiting for the first server
@@ -138,7 +137,7 @@ class Prober:
         info = await member.server.server_info(self._timeout)
         member.version = str(info.get("version", ""))
         member.tensor_parallel = int(info.get("tp_size") or 1)
-        if _release(member.version) < OLDEST:
+        if too_old(member.version):
             raise ServerRefused(member.url, _too_old(member.version), 0)
         started = info.get("startup_time")
         if started != member.started:
@@ -152,10 +151,6 @@ class Prober:
             f"no rollout server works after {timeout:.0f} s:\n{reasons}\n"
             "Start them (`asd-megatron serve MODEL`), or correct their URLs in the recipe."
         )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
 def _too_old(version: str) -> str:

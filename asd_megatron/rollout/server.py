@@ -235,7 +235,7 @@ def check_environment(python: Path) -> Versions:
     found = _metadata(python)
     if found["sglang"] is None:
         raise UserError(f"SGLang is not installed in the environment of {python}: {HOW_TO_MAKE}")
-    if _release(found["sglang"]) < OLDEST:
+    if too_old(found["sglang"]):
         oldest = ".".join(map(str, OLDEST))
         raise UserError(
             f"SGLang {found['sglang']} in the environment of {python} is older than {oldest} and open to CVE-2026-3059"
@@ -269,9 +269,9 @@ def _metadata(python: Path) -> dict[str, Any]:
         raise UserError(f"{python} does not answer as a Python does ({error}): {HOW_TO_MAKE}") from error
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """Numbers of a version; a pre-release counts as its release."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+def too_old(version: str) -> bool:
+    """Whether an SGLang of this version is refused; a pre-release counts as its release."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3]) < OLDEST
 
 
 def _has_cuda() -> bool:

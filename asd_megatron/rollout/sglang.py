@@ -16,7 +16,7 @@ from asd_megatron.distributed.objects import broadcast_object
 from asd_megatron.errors import UserError
 from asd_megatron.records import Group, Prompt, SamplingParams
 from asd_megatron.rollout.backend import Backend
-from asd_megatron.rollout.engine import RolloutError, WeightSource
+from asd_megatron.rollout.engine import RolloutError, WeightSource, check_lengths
 
 T = TypeVar("T")
 TICK_SECONDS = 2.0  # the ranks hear of each other this often while they wait
@@ -75,7 +75,8 @@ class SGLangEngine:
         return self._pending
 
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> None:
-        self._check(prompts, params)
+        check_lengths(prompts, params, self._max_positions)
+        self._check_ends(params)
         self._on_root(lambda backend: backend.submit(prompts, params, step))
         self._pending += len(prompts)
 
@@ -198,16 +199,7 @@ class SGLangEngine:
             raise RolloutError(message) from error
         raise error or RuntimeError(f"global rank 0 failed: {message}")
 
-    def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        limit = self._max_positions - params.max_new_tokens
-        for prompt in prompts:
-            if not 0 < len(prompt.ids) <= limit:
-                raise UserError(
-                    f"problem {prompt.problem.prompt_id}: its prompt has {len(prompt.ids)} tokens; with "
-                    f"{params.max_new_tokens} response tokens this model (max_position_embeddings "
-                    f"{self._max_positions}) takes 1 to {limit}: shorten the prompt, or lower "
-                    "sampling.max_response_tokens"
-                )
+    def _check_ends(self, params: SamplingParams) -> None:
         unheard = self._end_ids - set(params.stop_token_ids)
         if params.stop_token_ids and unheard:
             raise UserError(

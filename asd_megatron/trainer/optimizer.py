@@ -116,9 +116,7 @@ class Optimizer:
             homes.append(tensor.device)
             return tensor.to(next(targets))
 
-        for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
-            if getattr(part, "is_stub_optimizer", False):
-                continue
+        for part in self._parts():
             for state in part.optimizer.state.values():
                 state.update({k: moved(v) for k, v in state.items() if isinstance(v, torch.Tensor)})
             if self.port.dtype is not torch.float32:
@@ -126,6 +124,11 @@ class Optimizer:
                     for parameter in group["params"]:
                         parameter.data = moved(parameter.data)
         return homes
+
+    def _parts(self) -> list[Any]:
+        """The optimizers of the chain that hold parameters."""
+        chain = getattr(self.megatron, "chained_optimizers", [self.megatron])
+        return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
 
     @torch.no_grad()
     def step(self, *, loss: float = 0.0) -> StepResult:
@@ -141,8 +144,8 @@ class Optimizer:
         applied = math.isfinite(norm) and math.isfinite(loss)
         if applied:
             if self.clip_grad > 0:
-                for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
-                    parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+                for part in self._parts():
+                    parameters = part.get_parameters()
                     if parameters:
                         clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
             self.megatron.step_with_ready_grads()

@@ -75,9 +75,13 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
+def once_each(results: list[SampleResult], asked: list[SampleRequest]) -> None:
+    assert Counter(r.key for r in results) == Counter(r.key for r in asked)
+
+
 def check_whole(results: list[SampleResult], asked: list[SampleRequest]) -> None:
     """Each sample once, with its own answer."""
-    assert Counter(r.key for r in results) == Counter(r.key for r in asked)
+    once_each(results, asked)
     inputs = {r.key: r for r in asked}
     for result in results:
         request = inputs[result.key]

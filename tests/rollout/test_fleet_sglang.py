@@ -19,6 +19,8 @@ from asd_megatron.rollout.fleet import Fleet
 from asd_megatron.rollout.scheduling import SampleRequest, SampleResult
 from asd_megatron.rollout.server import free_port, router_command, secret_arguments, server_environment
 from asd_megatron.rollout.server_process import ServerProcess
+from tests.rollout import fleets
+from tests.rollout.fleets import once_each
 from tests.rollout.sglang_world import SGLangWorld, server_options
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
@@ -39,13 +41,13 @@ def reference(sglang_world: SGLangWorld) -> Any:
 @pytest.fixture
 def build(sglang_pair: SGLangWorld) -> Iterator[Build]:
     """A connected fleet of the pair, both admitted under `LABEL`."""
-    fleets = []
+    made = []
 
     def make(**options: Any) -> Fleet:
         defaults: dict[str, Any] = {"max_concurrent": 8, "request_timeout": 120.0, "probe_every": 1.0}
         keys = {"api_key": sglang_pair.api_key, "admin_key": sglang_pair.admin_key}
         fleet = Fleet(sglang_pair.urls, **{**defaults, **keys, **options})
-        fleets.append(fleet)
+        made.append(fleet)
         fleet.connect(60.0)
         for url in sglang_pair.urls:
             fleet.call(url, "/update_weight_version", {"new_version": LABEL}, 30.0)
@@ -53,7 +55,7 @@ def build(sglang_pair: SGLangWorld) -> Iterator[Build]:
         return fleet
 
     yield make
-    for fleet in fleets:
+    for fleet in made:
         fleet.close()
 
 
@@ -66,23 +68,12 @@ def requests(groups: int, samples: int, **sampling: Any) -> list[SampleRequest]:
     ]
 
 
-def gather(fleet: Fleet, seconds: float = 180.0) -> list[SampleResult]:
-    results, deadline = [], time.monotonic() + seconds
-    while fleet.pending:
-        assert time.monotonic() < deadline, f"{fleet.pending} samples missing, {fleet.servers()}"
-        results += fleet.wait(1.0)
-    return results
+def gather(fleet: Fleet) -> list[SampleResult]:
+    return fleets.gather(fleet, 180.0)
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true"
-        time.sleep(0.05)
-
-
-def once_each(results: list[SampleResult], asked: list[SampleRequest]) -> None:
-    assert Counter(r.key for r in results) == Counter(r.key for r in asked)
+    fleets.until(condition, seconds)
 
 
 def off(reference: Any, results: list[SampleResult], asked: list[SampleRequest], temperature: float = 1.0) -> float:

@@ -21,7 +21,7 @@ from asd_megatron.models.port import ModelPort
 from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
 from asd_megatron.rollout.embedded.cache import KVCache
 from asd_megatron.rollout.embedded.sampler import StopCheck, check_params, draw, uniforms
-from asd_megatron.rollout.engine import RolloutError, WeightSource
+from asd_megatron.rollout.engine import RolloutError, WeightSource, check_lengths
 
 PREFILL_TOKENS = 16384  # padded prompt tokens in one forward: bounds its activations, not the batch
 NOISE_BLOCK = 64  # positions of noise drawn at once; a multiple of 4
@@ -132,15 +132,7 @@ class EmbeddedEngine:
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> None:
         check_params(params)
         StopCheck((), params.stop, _decoder(self._tokenizer))
-        limit = self._port.max_positions - params.max_new_tokens
-        for prompt in prompts:
-            if not 0 < len(prompt.ids) <= limit:
-                raise UserError(
-                    f"problem {prompt.problem.prompt_id}: its prompt has {len(prompt.ids)} tokens; with "
-                    f"{params.max_new_tokens} response tokens this model (max_position_embeddings "
-                    f"{self._port.max_positions}) takes 1 to {limit}: shorten the prompt, or lower "
-                    "sampling.max_response_tokens"
-                )
+        check_lengths(prompts, params, self._port.max_positions)
         if prompts:
             self._queue.append(_Submission(tuple(prompts), params, step))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import ipaddress
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import torch.multiprocessing as torch_multiprocessing
 from torch import Tensor
 from torch.multiprocessing import reductions
 
+from asd_megatron.addresses import is_loopback
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.weight_sync.buckets import BUCKET_BYTES, Bucket, pack
 from asd_megatron.rollout.weight_sync.protocol import NamedTensors, Receiver, ask, drain, reason
@@ -142,12 +142,7 @@ def _land(flight: dict[str, Future[dict[str, Any]]], failures: dict[str, str]) -
 
 
 def _check_local(url: str) -> None:
-    host = urlsplit(url).hostname or ""
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if not local:
+    if not is_loopback(urlsplit(url).hostname or ""):
         raise UserError(
             f"the server {url} is not on this machine's loopback interface, so it cannot map the trainer's memory: use "
             "the distributed transport"
