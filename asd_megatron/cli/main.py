@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "sft": ("asd_megatron.cli.sft", "supervised training on given responses, as a recipe says"),
     "serve": ("asd_megatron.cli.serve", "start SGLang servers of a model and keep them running"),
     "quickstart": ("asd_megatron.cli.quickstart", "train the built-in puzzle and show what came of it"),
+    "study": ("asd_megatron.cli.study", "run many recipes and seeds, resumable, and compare them in one table"),
     "parity": ("asd_megatron.cli.parity", "check that an update is the same in every parallel layout"),
     "recipes": ("asd_megatron.cli.recipes", "print, write or check the reference of every recipe key"),
 }
