@@ -147,12 +147,16 @@ class PackedTokens:
     the whole pack before the context-parallel split (every length is a multiple of 2 * CP); `max_seqlen` the longest of
     them.
     Each rank holds chunks r and 2 * CP - 1 - r of every sequence (the load-balanced layout of Transformer Engine).
+
+    With `parents` the boundaries are those of stretches of a tree: stretch i continues stretch `parents[i]`, which lies
+    before it (-1: it begins a sequence), and its tokens attend to all stretches on the way. () means none do.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    parents: tuple[int, ...] = ()
 
 
 @dataclass

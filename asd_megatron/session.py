@@ -127,7 +127,11 @@ class Session:
             distributed=recipe.parallelism.distributed_optimizer,
         )
         self.pack_layout = PackLayout.of(
-            self.layout, self.groups, self.port.device, pad_id=self.tokenizer.pad_token_id or 0
+            self.layout,
+            self.groups,
+            self.port.device,
+            pad_id=self.tokenizer.pad_token_id or 0,
+            share_prefixes=self._shares_prefixes(),
         )
         self.resumed: dict[str, Any] | None = None
         if resume is not None:
@@ -152,6 +156,15 @@ class Session:
             self.writer = RunWriter(self.folder, tensorboard=self.recipe.logging.tensorboard, resume_step=done)
             self.closing.callback(self.writer.close)
             self.writer.text("recipe", dump_recipe(self.recipe))
+
+    def _shares_prefixes(self) -> bool:
+        asked = self.recipe.batching.share_prefixes
+        if asked and not self.port.shares_prefixes:
+            raise UserError(
+                "batching.share_prefixes true: only our own attention knows shared prefixes, and model.layers auto"
+                " chose Transformer Engine's; set model.layers local, or leave batching.share_prefixes out"
+            )
+        return self.port.shares_prefixes if asked is None else asked
 
     # ---------------------------------------------------------------- ranks
 

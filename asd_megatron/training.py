@@ -38,7 +38,7 @@ from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.examples import ExampleBuilder
 from asd_megatron.trainer.guard import Guard, NotFinite, check_rollouts, check_scores
-from asd_megatron.trainer.local_batch import LocalBatch
+from asd_megatron.trainer.local_batch import Computed, LocalBatch
 from asd_megatron.trainer.pass_plan import plan
 from asd_megatron.trainer.updater import UpdateStats, update
 
@@ -229,9 +229,10 @@ class TrainingRun:
         table = gather_table(batch.local.table, columns, batch.local.indices, self.groups)
         if table is not None and self.recipe.run.dump_rollouts:
             self._dump(step, batch, table)
+        computed = batch.local.computed.over(self.groups.dp, self.port.device)
         evaluation, failure = self._evaluation(step)
         times = self.clock.take()
-        self._report(step, batch, table, stats, times, evaluation)
+        self._report(step, batch, table, stats, computed, times, evaluation)
         if failure is not None:
             raise self._stopped(step, failure) from failure
 
@@ -255,6 +256,7 @@ class TrainingRun:
         batch: Batch,
         table: TokenTable | None,
         stats: UpdateStats,
+        computed: Computed,
         times: dict[str, float],
         evaluation: dict[str, float],
     ) -> None:
@@ -268,6 +270,7 @@ class TrainingRun:
             grad_norm=stats.grad_norm,
             policy_loss=stats.loss,
             times=times,
+            computed=(computed.total, computed.real, computed.sequences),
             gate=self.reading if self.condition.sign else None,
             skipped_updates=stats.applied.count(False),
             success_threshold=self.recipe.privileged.success_threshold,

@@ -48,7 +48,7 @@ def write_tiny_model(folder: Path, *, tied: bool, seed: int = 3) -> None:
 
 def hard_batch(seed: int, groups: int = 4, size: int = 3) -> list[Example]:
     """Rollouts of very unequal lengths, one without privileged context, one with unsampled tokens inside, a group of
-    equal rewards."""
+    equal rewards; some prompts and demonstrations long enough to be shared."""
     rng = random.Random(seed)
     lengths = [1, 2, 40, 7, 3, 19, 5, 33, 1, 11, 2, 6]
     ids = lambda n: tuple(rng.randrange(2, VOCABULARY) for _ in range(n))  # noqa: E731
@@ -60,7 +60,8 @@ def hard_batch(seed: int, groups: int = 4, size: int = 3) -> list[Example]:
         if g == 1:
             rewards[:] = 1.0
         advantages = group_advantages(rewards).tolist()
-        prompt = ids(1 + 4 * g)
+        prompt = ids((1, 37, 9, 18)[g % 4])
+        demonstration = ids((30, 3, 1, 40)[g % 4])
         for sample in range(size):
             number = g * size + sample
             response = ids(lengths[number % len(lengths)])
@@ -81,7 +82,7 @@ def hard_batch(seed: int, groups: int = 4, size: int = 3) -> list[Example]:
                     rollout=rollout,
                     reward=float(rewards[sample]),
                     group_advantage=advantages[sample],
-                    teacher_prompt_ids=prompt + ids(1 + rng.randrange(20)) if context else None,
+                    teacher_prompt_ids=prompt + demonstration + ids(1 + rng.randrange(9)) if context else None,
                     demonstration_source=DemonstrationSource.REFERENCE if context else DemonstrationSource.NONE,
                 )
             )

@@ -18,6 +18,7 @@ class Cell:
     distributed_optimizer: bool = False
     overlap: bool = False
     recompute: str = "none"
+    share_prefixes: bool = False
     tokens_per_microbatch: int = 1 << 20
 
     @property
@@ -34,11 +35,19 @@ def _cells() -> dict[str, Cell]:
         Cell("single"),
         Cell("single_tied", tied=True),
         Cell("micro_batches", tokens_per_microbatch=64),
+        Cell("shared", share_prefixes=True, tokens_per_microbatch=128),
         Cell("recompute_full", recompute="full", tokens_per_microbatch=64),
         Cell("recompute_selective", recompute="selective"),
         Cell("tp2", Layout(tensor=2)),
         Cell("tp2_tied", Layout(tensor=2), tied=True, tokens_per_microbatch=64),
         Cell("tp2_sp", Layout(tensor=2, sequence_parallel=True), tokens_per_microbatch=64),
+        Cell(
+            "tp2_sp_shared",
+            Layout(tensor=2, sequence_parallel=True),
+            tied=True,
+            share_prefixes=True,
+            tokens_per_microbatch=128,
+        ),
         Cell("pp2", Layout(pipeline=2), tokens_per_microbatch=64),
         Cell("pp2_tied", Layout(pipeline=2), tied=True, tokens_per_microbatch=64),
         Cell("pp2_vpp2", Layout(pipeline=2, virtual_pipeline=2), tokens_per_microbatch=64),
@@ -47,6 +56,7 @@ def _cells() -> dict[str, Cell]:
         Cell("dp2_distopt", Layout(data=2), distributed_optimizer=True, tokens_per_microbatch=64),
         Cell("dp2_overlap", Layout(data=2), distributed_optimizer=True, overlap=True, tokens_per_microbatch=64),
         Cell("dp2_overlap_tied", Layout(data=2), tied=True, overlap=True, tokens_per_microbatch=64),
+        Cell("dp2_shared", Layout(data=2), share_prefixes=True, tokens_per_microbatch=128),
         Cell("tp2_pp2", Layout(tensor=2, pipeline=2, sequence_parallel=True), tokens_per_microbatch=64),
         Cell("tp2_cp2", Layout(tensor=2, context=2, sequence_parallel=True), tokens_per_microbatch=96),
         Cell(
@@ -54,6 +64,8 @@ def _cells() -> dict[str, Cell]:
             Layout(pipeline=2, virtual_pipeline=2, data=2),
             tied=True,
             distributed_optimizer=True,
+            share_prefixes=True,
+            recompute="full",
             tokens_per_microbatch=64,
         ),
         Cell("cp2_dp2", Layout(context=2, data=2), distributed_optimizer=True, tokens_per_microbatch=96),

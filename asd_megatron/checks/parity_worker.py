@@ -73,7 +73,8 @@ def build(folder: Path, cell: Cell) -> Trained:
         clip_grad=1.0,
         distributed=cell.distributed_optimizer,
     )
-    return Trained(port, groups, optimizer, PackLayout.of(cell.layout, groups, port.device), cell)
+    packs = PackLayout.of(cell.layout, groups, port.device, share_prefixes=cell.share_prefixes)
+    return Trained(port, groups, optimizer, packs, cell)
 
 
 def run_step(

@@ -15,3 +15,11 @@ class Batching(Section):
         ge=1,
         description="Tokens of packed sequences a micro-batch; a single longer sequence gets a micro-batch of its own.",
     )
+    share_prefixes: bool | None = Field(
+        None,
+        description=(
+            "A prefix that several sequences of a micro-batch share (a group's prompt, worked examples, a "
+            "demonstration) is computed once for all of them; the results are the same. null: wherever it can be, with "
+            "`model.layers` local and `parallelism.context` 1."
+        ),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-MAX_PADDING = 1.25
-"""Sequences of a pack share one attention call while padding to the longest costs at most this factor in tokens."""
+MAX_PADDING = 1.5
+"""Stretches of a pack share one attention call while padding to the longest costs at most this factor in query-key
+pairs."""
 
 MIN_ROWS = 4
 """A CPU's BLAS multiplies fewer rows by other kernels, which add in another order: a sample would see its company."""
@@ -20,35 +23,78 @@ MIN_ROWS = 4
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length that attend in one padded call.
+    """Stretches of similar size that attend in one padded call.
 
-    `gather` int64 [n, L]: token of the pack (0 in the padding); `valid` bool [n, L].
+    `queries` int64 [n, S] and `keys` int64 [n, K] are tokens of the pack (0 in the padding); `valid` bool [n, S]. Each
+    stretch's keys are those before it on its way from the root, then its own. `mask`: bool [n, 1, S, K] (True: attend),
+    torch's lower-right causal bias where all stretches have the same size, or None for whole sequences (causal).
     """
 
-    gather: Tensor
+    queries: Tensor
+    keys: Tensor
     valid: Tensor
+    mask: Any
 
 
-def plan_buckets(cu_seqlens: list[int], device: torch.device) -> list[Bucket]:
-    """Group a pack's sequences by length."""
-    spans = sorted(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True), key=lambda s: s[0] - s[1])
-    groups: list[list[tuple[int, int]]] = []
-    for span in spans:
-        tokens = sum(e - a for a, e in groups[-1]) + span[1] - span[0] if groups else 0
-        longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
-        if groups and longest * (len(groups[-1]) + 1) <= MAX_PADDING * tokens:
-            groups[-1].append(span)
+@dataclass(frozen=True)
+class _Stretch:
+    tokens: range
+    before: Tensor  # int64: the tokens on the way from the root
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(keys, queries)."""
+        return len(self.before) + len(self.tokens), len(self.tokens)
+
+
+def plan_buckets(cu_seqlens: list[int], parents: Sequence[int], device: torch.device) -> list[Bucket]:
+    """Group a pack's stretches by size. `parents` as in `PackedTokens`: () for whole sequences."""
+    stretches: list[_Stretch] = []
+    ways: list[Tensor] = []  # of each stretch, its own tokens included
+    nothing = torch.zeros(0, dtype=torch.int64)
+    for i, (a, e) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+        before = ways[parents[i]] if parents and parents[i] >= 0 else nothing
+        stretches.append(_Stretch(range(a, e), before))
+        if parents:
+            ways.append(torch.cat([before, torch.arange(a, e)]))
+    return [_bucket(group, device) for group in _alike(stretches)]
+
+
+def _alike(stretches: list[_Stretch]) -> list[list[_Stretch]]:
+    groups: list[list[_Stretch]] = []
+    wide = long = used = 0  # of the last group: most keys, most queries, query-key pairs without padding
+    for stretch in sorted(stretches, key=lambda s: s.size, reverse=True):
+        keys, queries = stretch.size
+        together = (len(groups[-1]) + 1) * wide * max(long, queries) if groups else 0
+        if groups and together <= MAX_PADDING * (used + keys * queries):
+            groups[-1].append(stretch)
+            long, used = max(long, queries), used + keys * queries
         else:
-            groups.append([span])
-    buckets = []
-    for group in groups:
-        longest = group[0][1] - group[0][0]
-        at = torch.arange(longest)
-        starts = torch.tensor([a for a, _ in group])[:, None]
-        lengths = torch.tensor([e - a for a, e in group])[:, None]
-        valid = at < lengths
-        buckets.append(Bucket(((starts + at) * valid).to(device), valid.to(device)))
-    return buckets
+            groups.append([stretch])
+            wide, long, used = keys, queries, keys * queries
+    return groups
+
+
+def _bucket(group: list[_Stretch], device: torch.device) -> Bucket:
+    wide, long = max(s.size[0] for s in group), max(s.size[1] for s in group)
+    starts = torch.tensor([s.tokens.start for s in group])[:, None]
+    lengths = torch.tensor([len(s.tokens) for s in group])[:, None]
+    at = torch.arange(long)
+    valid = at < lengths
+    queries = (starts + at) * valid
+    if not any(len(s.before) for s in group):
+        return Bucket(queries.to(device), queries.to(device), valid.to(device), None)
+    keys = torch.zeros(len(group), wide, dtype=torch.int64)
+    for row, stretch in zip(keys, group, strict=True):
+        row[: len(stretch.before)] = stretch.before
+        row[len(stretch.before) : stretch.size[0]] = torch.arange(stretch.tokens.start, stretch.tokens.stop)
+    mask: Any
+    if len({s.size for s in group}) == 1:
+        mask = causal_lower_right(long, wide)
+    else:
+        depths = torch.tensor([len(s.before) for s in group])[:, None]
+        mask = (torch.arange(wide) <= (depths + at)[..., None])[:, None].to(device)
+    return Bucket(queries.to(device), keys.to(device), valid.to(device), mask)
 
 
 def operand(x: Tensor) -> Tensor:
@@ -62,8 +108,9 @@ def operand(x: Tensor) -> Tensor:
     return x.double() if x.dtype is torch.float32 and x.device.type == "cpu" else x
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """query [n, h, s, d], key and value [n, hkv, t, d]; causal, or by `mask` (True: attend)."""
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Any = None) -> Tensor:
+    """query [n, h, s, d], key and value [n, hkv, t, d]; causal, or by `mask` (True: attend; or torch's causal
+    bias)."""
     dtype = query.dtype
     query, key, value = operand(query), operand(key), operand(value)
     repeat = query.shape[1] // key.shape[1]
@@ -119,12 +166,14 @@ class SDPACoreAttention(torch.nn.Module):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
         buckets = getattr(packed, "buckets", None)
         if buckets is None:  # every layer of the micro-batch shares the plan
-            buckets = packed.buckets = plan_buckets(packed.cu_seqlens_q.tolist(), query.device)
+            parents = getattr(packed, "parents", ())
+            buckets = packed.buckets = plan_buckets(packed.cu_seqlens_q.tolist(), parents, query.device)
         rows, values = [], []
         for bucket in buckets:
-            q, k, v = (x[bucket.gather].transpose(1, 2) for x in (query, key, value))
-            out = _causal(q, k, v, self.scale).transpose(1, 2)
-            rows.append(bucket.gather[bucket.valid])
+            q = query[bucket.queries].transpose(1, 2)
+            k, v = (x[bucket.keys].transpose(1, 2) for x in (key, value))
+            out = _causal(q, k, v, self.scale, bucket.mask).transpose(1, 2)
+            rows.append(bucket.queries[bucket.valid])
             values.append(out[bucket.valid])
         # Back to the pack's order by gathering: the inverse permutation.
         return torch.cat(values)[torch.cat(rows).argsort()]

@@ -48,16 +48,25 @@ class ModelPort:
     Attributes: `chunks` (wrapped in Megatron's DDP after `wrap_ddp`; one, or one for each virtual stage), `config`
     (Megatron's), `vocab_size`, `padded_vocab_size` (a multiple of the tensor-parallel size), `max_positions`, `dtype`
     (of all parameters), `device`, `tied`, `is_first_stage`, `is_last_stage` (of the pipeline: the embedding, the head
-    is here).
+    is here), `shares_prefixes` (whether `forward` takes packs with `parents`).
     """
 
     def __init__(
-        self, family: Family, shape: ModelShape, groups: Groups, layout: Layout, config: Any, chunks: list[Any]
+        self,
+        family: Family,
+        shape: ModelShape,
+        groups: Groups,
+        layout: Layout,
+        config: Any,
+        chunks: list[Any],
+        *,
+        layers: str,
     ) -> None:
         self.family, self.shape, self.groups, self.layout = family, shape, groups, layout
         self.config, self.chunks = config, chunks
         self.vocab_size, self.padded_vocab_size = shape.vocab, _padded(shape.vocab, layout.tensor)
         self.max_positions, self.tied, self.dtype = shape.max_positions, shape.tied, config.params_dtype
+        self.shares_prefixes = layers == "local" and layout.context == 1
         self.device = device.device()
         self.is_first_stage = any(chunk.pre_process for chunk in chunks)
         self.is_last_stage = any(chunk.post_process for chunk in chunks)
@@ -105,7 +114,7 @@ class ModelPort:
         chunks = gpt.build_chunks(
             config, shape, layout, layers=layers, padded_vocab=_padded(shape.vocab, layout.tensor)
         )
-        return cls(family, shape, groups, layout, config, chunks)
+        return cls(family, shape, groups, layout, config, chunks, layers=layers)
 
     # ---------------------------------------------------------------- training
 
@@ -157,6 +166,9 @@ class ModelPort:
             max_seqlen_q=packed.max_seqlen,
             max_seqlen_kv=packed.max_seqlen,
         )
+        if packed.parents:  # for our own attention and, as a stretch does not begin at position 0, for RoPE
+            params.parents = packed.parents
+            params.angles = angles(packed.position_ids[:, None], self._inverse_frequencies)
         return chunk(packed.input_ids[None], packed.position_ids[None], None, packed_seq_params=params)
 
     def head_weight(self) -> Tensor:

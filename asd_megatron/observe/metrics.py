@@ -175,6 +175,12 @@ def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple
     yield "tokens/not_finite", float(_not_finite(table, sampled, with_context))
 
 
+def _of_packs(total: int, real: int, sequences: int) -> Iterator[tuple[str, float]]:
+    yield "tokens/computed", float(total)
+    yield "tokens/padding_share", 1 - real / total if total else NAN
+    yield "tokens/shared_share", 1 - real / sequences if sequences else NAN
+
+
 def _mismatch(examples: Sequence[Example], table: TokenTable, loss_mask: Tensor) -> Iterator[tuple[str, float]]:
     """The engine's log-probs against the trainer's (d = trainer - engine), over the tokens that the loss sees."""
     engine = torch.tensor([x for e in examples for x in e.rollout.logprobs], dtype=torch.float64)
@@ -246,6 +252,7 @@ def step_metrics(
     times: Mapping[str, float],
     gate: GateReading | None = None,
     step: int | None = None,
+    computed: tuple[int, int, int] | None = None,
     skipped_updates: int = 0,
     success_threshold: float = 1.0,
 ) -> dict[str, float]:
@@ -254,6 +261,7 @@ def step_metrics(
 
     `gate` None leaves the gate's metrics out (conditions without a per-token term). Columns that were not computed
     leave theirs out, and so does `step` None with the age of the rollouts (step s trains weights of version s - 1).
+    `computed` counts the tokens of all packs of the step: with padding, without, and as if no prefix were shared.
     `times` are seconds by phase; `total` is their sum unless given. A statistic over no tokens, and any statistic's
     non-finite inputs, come out as NaN and as `tokens/not_finite`: the writer turns NaN into null.
     Raises ValueError if the table's rows are not the examples' tokens, or for an undeclared phase.
@@ -268,6 +276,8 @@ def step_metrics(
     if "teacher_logprobs" in table:
         out.update(_of_contexts(examples))
     out.update(_of_tokens(examples, table))
+    if computed is not None:
+        out.update(_of_packs(*computed))
     if gate is not None:
         out.update(_of_gate(gate))
     out["loss/policy"] = policy_loss

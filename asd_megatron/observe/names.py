@@ -216,6 +216,15 @@ SECTIONS = (
             Metric("tokens/response", "tokens", "response tokens of the step's rollouts"),
             Metric("tokens/teacher", "tokens", "tokens of the privileged sequences, responses included"),
             Metric("tokens/trained", "tokens", "tokens that the loss sees"),
+            Metric(
+                "tokens/computed", "tokens", "tokens that go through the model in all passes of the step, padding too"
+            ),
+            Metric("tokens/padding_share", "share of computed", "of these, padding"),
+            Metric(
+                "tokens/shared_share",
+                "share of tokens",
+                "not computed, because they are in a prefix that was (`batching.share_prefixes`)",
+            ),
             Metric("tokens/per_second", "tokens / s", "response tokens over the whole step's time, all ranks together"),
             Metric("tokens/not_finite", "tokens", "tokens with a number that is not finite: anything but 0 is a fault"),
         ),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import Groups, Layout
 from asd_megatron.records import PackedTokens
+from asd_megatron.trainer import prefixes
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Pack:
     rows: Tensor
     targets: Tensor
     flat: Tensor
-    real_tokens: int  # of the whole pack, without padding
+    real_tokens: int  # of the whole pack, without padding; a shared prefix counts once
+    sequence_tokens: int  # the same if nothing were shared
 
 
 def assign(costs: Sequence[int], ranks: int) -> list[list[int]]:
@@ -98,10 +100,17 @@ class PackLayout:
     pipeline: int = 1
     virtual_pipeline: bool = False
     pad_id: int = 0
+    share_prefixes: bool = False
     device: torch.device = torch.device("cpu")
 
+    def __post_init__(self) -> None:
+        if self.share_prefixes and self.context > 1:
+            raise ValueError("sequences that are cut over context-parallel ranks cannot share prefixes")
+
     @classmethod
-    def of(cls, layout: Layout, groups: Groups, device: torch.device, pad_id: int = 0) -> PackLayout:
+    def of(
+        cls, layout: Layout, groups: Groups, device: torch.device, pad_id: int = 0, share_prefixes: bool = False
+    ) -> PackLayout:
         """This rank's, in a parallel layout."""
         return cls(
             context=layout.context,
@@ -111,6 +120,7 @@ class PackLayout:
             pipeline=layout.pipeline,
             virtual_pipeline=layout.virtual_pipeline is not None,
             pad_id=pad_id,
+            share_prefixes=share_prefixes,
             device=device,
         )
 
@@ -132,40 +142,50 @@ class PackLayout:
 
 
 def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout) -> Pack:
-    """Concatenate sequences, pad each to the context-parallel multiple and the whole to the sequence-parallel one, take
-    this rank's slice. With no sequences: the smallest legal pack, without response rows (a zero-weight micro-batch)."""
-    lengths = [layout.padded_length(len(s.ids)) for s in sequences] or [layout.pack_multiple]
-    lengths[-1] += _round_up(sum(lengths), layout.pack_multiple) - sum(lengths)
-    cu = [0]
-    for n in lengths:
-        cu.append(cu[-1] + n)
-    ids = torch.full((cu[-1],), layout.pad_id, dtype=torch.int64)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    rows, targets, flat = [], [], []
-    for start, s in zip(cu, sequences, strict=False):
-        tokens = torch.tensor(s.ids, dtype=torch.int64)
-        ids[start : start + len(s.ids)] = tokens
-        rows.append(start + torch.arange(s.prompt_length - 1, len(s.ids) - 1))
-        targets.append(tokens[s.prompt_length :])
-        flat.append(s.first_row + torch.arange(s.response_length))
+    """Lay sequences out as one micro-batch and take this rank's slice.
+
+    Without shared prefixes each is padded to the context-parallel multiple; the whole is padded to the
+    sequence-parallel one. With no sequences: the smallest legal pack, without response rows (a zero-weight
+    micro-batch).
+    """
+    segments, real = _segments(sequences, layout)
+    ids, positions, cu = segments.ids, segments.positions, segments.cu
     empty = torch.zeros(0, dtype=torch.int64)
-    row, target, flat_row = (torch.cat([empty, *t]) for t in (rows, targets, flat))
+    pairs = list(zip(segments.where, sequences, strict=False))
+    row = torch.cat([empty, *(where[s.prompt_length - 1 : len(s.ids) - 1] for where, s in pairs)])
+    target = torch.cat([empty, *(torch.tensor(s.ids[s.prompt_length :], dtype=torch.int64) for s in sequences)])
+    flat = torch.cat([empty, *(s.first_row + torch.arange(s.response_length) for s in sequences)])
     if layout.context > 1:
         local = _context_slice(cu, layout)
         where = torch.full((cu[-1],), -1, dtype=torch.int64)
         where[local] = torch.arange(len(local))
         ids, positions = ids[local], positions[local]
         mine = where[row] >= 0
-        row, target, flat_row = where[row][mine], target[mine], flat_row[mine]
+        row, target, flat = where[row][mine], target[mine], flat[mine]
     device = layout.device
     packed = PackedTokens(
         input_ids=ids.to(device),
         position_ids=positions.to(device),
         cu_seqlens=torch.tensor(cu, dtype=torch.int32, device=device),
-        max_seqlen=max(lengths),
+        max_seqlen=max(e - a for a, e in zip(cu, cu[1:], strict=False)),
+        parents=segments.parents if any(parent >= 0 for parent in segments.parents) else (),
     )
-    real = sum(len(s.ids) for s in sequences)
-    return Pack(packed, row.to(device), target.to(device), flat_row.to(device), real)
+    tokens = sum(len(s.ids) for s in sequences)
+    return Pack(packed, row.to(device), target.to(device), flat.to(device), real, tokens)
+
+
+def _segments(sequences: Sequence[TokenSequence], layout: PackLayout) -> tuple[prefixes.Segments, int]:
+    """The sequences' tokens, a stretch a sequence or the tree of their prefixes, padded; and how many are no
+    padding."""
+    if layout.share_prefixes and sequences:
+        found = prefixes.tree([s.ids for s in sequences])
+        real = found.cu[-1]
+        return found.padded(_round_up(real, layout.pack_multiple) - real, layout.pad_id), real
+    lengths = [layout.padded_length(len(s.ids)) for s in sequences] or [layout.pack_multiple]
+    lengths[-1] += _round_up(sum(lengths), layout.pack_multiple) - sum(lengths)
+    given: list[tuple[int, ...]] = [s.ids for s in sequences] or [()]
+    padded = [ids + (layout.pad_id,) * (n - len(ids)) for ids, n in zip(given, lengths, strict=True)]
+    return prefixes.separate(padded), sum(map(len, given))
 
 
 def _context_slice(cu: Sequence[int], layout: PackLayout) -> Tensor:
@@ -182,8 +202,17 @@ def _context_slice(cu: Sequence[int], layout: PackLayout) -> Tensor:
 def build_packs(shares: Sequence[Sequence[TokenSequence]], rank: int, budget: int, layout: PackLayout) -> list[Pack]:
     """This data-parallel rank's packs. `shares[r]` are rank r's sequences: all ranks' counts are needed, because every
     rank must run equally many micro-batches; a rank that has fewer gets zero-weight ones."""
-    at_least = layout.pipeline if layout.pipeline > 1 else 1
-    bins = [fill_bins([layout.padded_length(len(s.ids)) for s in share], budget, at_least) for share in shares]
+    bins = [_bins(share, budget, layout) for share in shares]
     count = layout.count(max(len(b) for b in bins))
     mine = [build_pack([shares[rank][i] for i in b], layout) for b in bins[rank]]
     return mine + [build_pack([], layout) for _ in range(count - len(mine))]
+
+
+def _bins(share: Sequence[TokenSequence], budget: int, layout: PackLayout) -> list[list[int]]:
+    at_least = layout.pipeline if layout.pipeline > 1 else 1
+    if not layout.share_prefixes:
+        return fill_bins([layout.padded_length(len(s.ids)) for s in share], budget, at_least)
+    indices, shared = prefixes.order([s.ids for s in share])  # neighbours in this order share most
+    whole = [len(share[i].ids) for i in indices]
+    own = [n - s for n, s in zip(whole, shared, strict=True)]
+    return [[indices[place] for place in places] for places in prefixes.cut(own, whole, budget, at_least)]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from asd_megatron.records import Example, TokenTable
+from asd_megatron.trainer import prefixes
 from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, build_packs
 
 
@@ -28,12 +31,67 @@ def sampled_mask(example: Example, *, mask_truncated: bool) -> tuple[bool, ...]:
     return example.rollout.loss_mask
 
 
+def _tokens(examples: Sequence[Example], *, share_prefixes: bool) -> int:
+    """Student and teacher tokens to compute for these examples."""
+    students = [e.rollout.prompt_ids + e.rollout.response_ids for e in examples]
+    teachers = [e.teacher_prompt_ids + e.rollout.response_ids for e in examples if e.teacher_prompt_ids is not None]
+    if share_prefixes:
+        return prefixes.count(students) + prefixes.count(teachers)
+    return sum(map(len, students)) + sum(map(len, teachers))
+
+
+def _assign(
+    examples: Sequence[Example], mini_batch: Sequence[int], ranks: int, *, share_prefixes: bool
+) -> list[list[int]]:
+    """The mini-batch's examples to ranks, so that the busiest computes few tokens: one by one or, where prefixes are
+    shared, prompt by prompt if that is better."""
+    if ranks == 1:
+        return [list(mini_batch)]
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i in mini_batch:
+        by_prompt.setdefault(examples[i].rollout.prompt_ids, []).append(i)
+
+    def spread(units: Sequence[list[int]], shared: bool) -> list[list[int]]:
+        costs = [_tokens([examples[i] for i in unit], share_prefixes=shared) for unit in units]
+        return [sorted(i for u in share for i in units[u]) for share in assign(costs, ranks)]
+
+    def busiest(shares: list[list[int]]) -> int:
+        return max(_tokens([examples[i] for i in share], share_prefixes=True) for share in shares)
+
+    alone = spread([[i] for i in mini_batch], False)
+    if not share_prefixes:
+        return alone
+    return min(alone, spread(list(by_prompt.values()), True), key=busiest)
+
+
 @dataclass(frozen=True)
 class GlobalCounts:
     """The denominators of one mini-batch over all data-parallel ranks."""
 
     tokens: int
     sequences: int
+
+
+@dataclass
+class Computed:
+    """Tokens of the packs that were built so far, all passes together: `total` with padding, `real` without,
+    `sequences` as if no prefix were shared."""
+
+    total: int = 0
+    real: int = 0
+    sequences: int = 0
+
+    def add(self, packs: Sequence[Pack]) -> None:
+        self.total += sum(int(p.tokens.cu_seqlens[-1]) for p in packs)
+        self.real += sum(p.real_tokens for p in packs)
+        self.sequences += sum(p.sequence_tokens for p in packs)
+
+    def over(self, group: Any, device: torch.device) -> Computed:
+        """Summed over the ranks of `group`. Collective."""
+        counts = torch.tensor([self.total, self.real, self.sequences], device=device)
+        if group.size() > 1:
+            dist.all_reduce(counts, group=group)
+        return Computed(*counts.tolist())
 
 
 @dataclass
@@ -56,6 +114,7 @@ class LocalBatch:
         self.indices = [i for mini_batch in self.shares for i in mini_batch[self.rank]]
         self.examples = [self.all_examples[i] for i in self.indices]
         self.table = TokenTable.for_lengths([len(e.rollout.response_ids) for e in self.examples])
+        self.computed = Computed()
         self._first_row = dict(zip(self.indices, self.table.offsets.tolist(), strict=False))
 
     @classmethod
@@ -70,14 +129,10 @@ class LocalBatch:
         tokens_per_microbatch: int,
         mask_truncated: bool = False,
     ) -> LocalBatch:
-        shares = []
-        for mini_batch in split_mini_batches(len(examples), updates):
-            costs = []
-            for i in mini_batch:
-                rollout, teacher = examples[i].rollout, examples[i].teacher_prompt_ids
-                response = len(rollout.response_ids)
-                costs.append(len(rollout.prompt_ids) + response + (len(teacher) + response if teacher else 0))
-            shares.append([[mini_batch[j] for j in share] for share in assign(costs, ranks)])
+        shares = [
+            _assign(examples, mini_batch, ranks, share_prefixes=layout.share_prefixes)
+            for mini_batch in split_mini_batches(len(examples), updates)
+        ]
         return cls(examples, shares, rank, layout, tokens_per_microbatch, mask_truncated)
 
     # ---------------------------------------------------------------- packs
@@ -95,7 +150,9 @@ class LocalBatch:
                     row = self._first_row.get(i, 0)  # other ranks' sequences only count
                     rank_sequences.append(TokenSequence(ids + example.rollout.response_ids, len(ids), row))
             sequences.append(rank_sequences)
-        return build_packs(sequences, self.rank, self.tokens_per_microbatch, self.layout)
+        packs = build_packs(sequences, self.rank, self.tokens_per_microbatch, self.layout)
+        self.computed.add(packs)
+        return packs
 
     def _every_mini_batch(self) -> list[list[int]]:
         return [[i for mini_batch in self.shares for i in mini_batch[r]] for r in range(len(self.shares[0]))]

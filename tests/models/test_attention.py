@@ -69,13 +69,46 @@ def test_packs_against_dense_attention(lengths: list[int], scale: float | None) 
     assert packed.buckets is plan  # the next layer uses it again
 
 
+TREES = {
+    "a group": ([20, 3, 9, 4], (-1, 0, 0, 0)),
+    "equal stretches": ([6, 5, 5], (-1, 0, 0)),
+    "branches": ([16, 7, 2, 30, 1, 5], (-1, 0, 1, 1, 0, -1)),
+}
+
+
+def _way(stretch: int, parents: tuple[int, ...]) -> list[int]:
+    return [*(_way(parents[stretch], parents) if parents[stretch] >= 0 else []), stretch]
+
+
+def _dense_tree(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], parents: tuple[int, ...], scale: float) -> Tensor:
+    """Each stretch as the end of its own whole sequence: [T, h * d]."""
+    start = _boundaries(lengths).tolist()
+    rows = []
+    for i, length in enumerate(lengths):
+        tokens = torch.cat([torch.arange(start[s], start[s + 1]) for s in _way(i, parents)])
+        rows.append(_dense(q[tokens], k[tokens], v[tokens], [len(tokens)], scale)[-length:])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_shared_prefixes_against_dense_attention(name: str) -> None:
+    lengths, parents = TREES[name]
+    *qkv, gradient = _inputs(sum(lengths))
+    packed = SimpleNamespace(cu_seqlens_q=_boundaries(lengths), parents=parents)
+    found = _differentiate(lambda *x: _attention()(*x, packed_seq_params=packed).squeeze(1), qkv, gradient)
+    expected = _differentiate(lambda q, k, v: _dense_tree(q, k, v, lengths, parents, DIM**-0.5), qkv, gradient)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("lengths", PACKS, ids=str)
 def test_buckets_hold_every_token_once_and_little_padding(lengths: list[int]) -> None:
-    buckets = plan_buckets(_boundaries(lengths).tolist(), torch.device("cpu"))
-    tokens = torch.cat([b.gather[b.valid] for b in buckets])
+    buckets = plan_buckets(_boundaries(lengths).tolist(), (), torch.device("cpu"))
+    tokens = torch.cat([b.queries[b.valid] for b in buckets])
     assert tokens.sort().values.tolist() == list(range(sum(lengths)))
     for bucket in buckets:
-        assert bucket.valid.numel() <= MAX_PADDING * bucket.valid.sum()
+        n, longest = bucket.valid.shape
+        assert n * longest**2 <= MAX_PADDING * bucket.valid.sum(1).square().sum()
     assert len(buckets) <= len(set(lengths))  # equally long sequences always share a call
 
 

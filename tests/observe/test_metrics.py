@@ -45,6 +45,7 @@ def step(examples: list[Example] | None = None, table: TokenTable | None = None,
         "gate": GATE,
         "skipped_updates": 2,
         "step": 6,
+        "computed": (50, 40, 80),
     }
     values.update(over)
     return step_metrics(
@@ -107,6 +108,9 @@ def test_values_by_hand() -> None:
         "tokens/teacher": 3 * 4 + 5,
         "tokens/trained": 8,
         "tokens/not_finite": 0,
+        "tokens/computed": 50,
+        "tokens/padding_share": 0.2,
+        "tokens/shared_share": 0.5,
         "time/total": len(TIMES),
         "tokens/per_second": 9 / len(TIMES),
         "optimizer/skipped": 2,

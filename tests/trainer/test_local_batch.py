@@ -11,7 +11,7 @@ import torch
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.records import Example, FinishReason
 from asd_megatron.trainer.batch import PackLayout
-from asd_megatron.trainer.local_batch import GlobalCounts, LocalBatch, sampled_mask, split_mini_batches
+from asd_megatron.trainer.local_batch import Computed, GlobalCounts, LocalBatch, sampled_mask, split_mini_batches
 
 
 def build(examples: list[Example], ranks: int = 1, rank: int = 0, updates: int = 1, **how: Any) -> LocalBatch:
@@ -117,3 +117,31 @@ def test_every_rank_runs_equally_many_packs() -> None:
         packs = [build(chosen, 2, rank).student_packs() for rank in range(2)]
         assert len(packs[0]) == len(packs[1])
     assert all(len(p.rows) == 0 for p in packs[1])
+
+
+def _sharing(examples: list[Example], ranks: int, share: bool) -> list[LocalBatch]:
+    layout = PackLayout(share_prefixes=share)
+    return [
+        LocalBatch.build(examples, ranks=ranks, rank=r, updates=1, layout=layout, tokens_per_microbatch=128)
+        for r in range(ranks)
+    ]
+
+
+def test_groups_stay_together_where_their_prefixes_are_shared() -> None:
+    examples = [e for seed in (1, 2) for e in hard_batch(seed)]
+    counts: dict[bool, list[Computed]] = {}
+    for share in (False, True):
+        batches = _sharing(examples, 2, share)
+        for batch in batches:
+            batch.student_packs()
+            batch.teacher_packs()
+        counts[share] = [b.computed for b in batches]
+        assert sorted(i for b in batches for i in b.indices) == list(range(len(examples)))
+    assert sum(c.sequences for c in counts[True]) == sum(c.sequences for c in counts[False])
+    assert all(c.real == c.sequences == c.total for c in counts[False])
+    assert max(c.real for c in counts[True]) < 0.8 * max(c.real for c in counts[False])
+
+
+def test_a_lone_group_is_cut_when_that_leaves_the_busiest_rank_less() -> None:
+    group = hard_batch(1)[6:9]  # short prompt, nothing to share: together they would keep one rank waiting
+    assert [len(b.indices) for b in _sharing(group, 2, True)] != [3, 0]
