@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from asd_megatron.config import Recipe
 from asd_megatron.config.rollout import Rollout
 from asd_megatron.observe.startup import environment, gate_text, startup_report, suppliers, write_environment
 from asd_megatron.session import Session
@@ -66,6 +67,13 @@ def _servers(rollout: Rollout) -> dict[str, str]:
     return report
 
 
+def _demonstrations(recipe: Recipe, teacher: bool) -> dict[str, str]:
+    if not teacher:
+        return {}
+    shared = recipe.demonstrations_per_group
+    return {"demonstrations": "drawn by each rollout" if shared is None else f"{shared} shared by a group"}
+
+
 def announce_training(run: TrainingRun) -> None:
     recipe, gate = run.recipe, run.gate
     s, e = recipe.sampling, recipe.evaluation
@@ -81,9 +89,11 @@ def announce_training(run: TrainingRun) -> None:
             f"temperature {s.temperature:g}, from the {recipe.rollout.engine} engine",
             **_servers(recipe.rollout),
             "reward": recipe.reward.name,
-            "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens",
+            "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens"
+            + (", shared prefixes computed once" if run.session.pack_layout.share_prefixes else ""),
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
             "evaluation": evaluation,
+            **_demonstrations(recipe, run.plan.teacher_scoring),
         },
         condition=run.condition,
         gate=gate_text(

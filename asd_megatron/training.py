@@ -119,6 +119,7 @@ class TrainingRun:
             privileged=self.plan.teacher_scoring,
             success_threshold=p.success_threshold,
             exclude_self=p.exclude_self,
+            demonstrations_per_group=recipe.demonstrations_per_group,
             when_no_solution=p.when_no_solution,
             feedback_kind=self.verifier.feedback_kind if self.verifier else "binary",
             tests_of=tests_of,

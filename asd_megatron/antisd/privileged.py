@@ -34,6 +34,7 @@ def choose_demonstrations(
     key: tuple[int, int, str],
     success_threshold: float = 1.0,
     exclude_self: bool = True,
+    per_group: int | None = None,
     when_no_solution: str = "mask",
     has_reference: bool = False,
     has_answer: bool = True,
@@ -48,6 +49,8 @@ def choose_demonstrations(
     masked if that is unknown) or `feedback_only` (no solution block).
 
     Args:
+        per_group: draw from only so many of the group's verified solutions, themselves drawn uniformly, so that teacher
+            prompts are alike; whose own solution is the only one of them gets one more, the same for all. None: all.
         key: (seed, step, prompt_id). The draw is a hash of the key and the rollout's index: the same in every process
             and layout.
         eligible: rollouts that may demonstrate at all (for instance: not aborted, text not empty); None: all.
@@ -67,9 +70,12 @@ def choose_demonstrations(
         otherwise = DemonstrationSource.FEEDBACK_ONLY
     else:
         otherwise = DemonstrationSource.NONE
+    ranked = sorted(successes, key=lambda j: _draw(key, j, "shared"))
+    drawn = set(ranked[:per_group])
     chosen = []
     for i in range(len(rewards)):
-        candidates = [j for j in successes if not (exclude_self and j == i)]
+        others = [j for j in ranked if not (exclude_self and j == i)]
+        candidates = sorted(drawn.intersection(others)) or others[:1]
         if not candidates:
             chosen.append(Demonstration(otherwise))
             continue
@@ -78,9 +84,9 @@ def choose_demonstrations(
     return chosen
 
 
-def _draw(key: tuple[int, int, str], sample: int) -> int:
+def _draw(key: tuple[int, int, str], sample: int, what: str = "demonstration") -> int:
     seed, step, prompt_id = key
-    digest = hashlib.blake2b(repr(("demonstration", seed, step, sample, prompt_id)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((what, seed, step, sample, prompt_id)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 

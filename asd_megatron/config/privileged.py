@@ -40,6 +40,15 @@ class Privileged(Section):
     exclude_self: bool = Field(
         True, description="A rollout is never its own demonstration; false: its own success may be drawn as well."
     )
+    demonstrations_per_group: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "Verified solutions of a group that its rollouts draw from (plus one, for a rollout whose own is the only "
+            "one): few make teacher prompts alike, and `batching.share_prefixes` computes each once. null: 1 when "
+            "`sampling.max_response_tokens` is 4096 or more, else all."
+        ),
+    )
     strip_thinking: bool = Field(False, description="Cut `<think>` blocks from demonstrations.")
     success_threshold: float = Field(1.0, description="A rollout with at least this reward is a verified solution.")
     raw_template: Text | None = Field(

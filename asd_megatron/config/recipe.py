@@ -36,6 +36,10 @@ Kind = Literal["train", "sft"]
 WARMUP_STEPS = 5  # the paper's W
 
 
+LONG_RESPONSES = 4096
+"""Tokens of a response from which on a group shares its demonstration, unless the recipe says otherwise."""
+
+
 class Recipe(Section):
     """Everything a `train` run is."""
 
@@ -61,6 +65,12 @@ class Recipe(Section):
         if self.gate.warmup_steps is not None:
             return self.gate.warmup_steps
         return WARMUP_STEPS if self.algorithm.gated and self.gate.h_warm is None else 0
+
+    @property
+    def demonstrations_per_group(self) -> int | None:
+        """`privileged.demonstrations_per_group` with its default worked out; None: all."""
+        given, long = self.privileged.demonstrations_per_group, self.sampling.max_response_tokens >= LONG_RESPONSES
+        return 1 if given is None and long else given
 
     @property
     def evaluates(self) -> bool:

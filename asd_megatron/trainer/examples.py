@@ -27,7 +27,7 @@ class ExampleBuilder:
     Args:
         renderer, limits: of the privileged prompt. seed: of the draw of demonstrations.
         privileged: False leaves the teacher out altogether (conditions without a teacher pass).
-        success_threshold, exclude_self, when_no_solution: see `antisd.privileged`.
+        success_threshold, exclude_self, demonstrations_per_group, when_no_solution: see `antisd.privileged`.
         feedback_kind: `binary` or `fraction`, as the verifier says; `tests_of` counts a problem's test cases for the
         latter.
     """
@@ -41,12 +41,14 @@ class ExampleBuilder:
         privileged: bool = True,
         success_threshold: float = 1.0,
         exclude_self: bool = True,
+        demonstrations_per_group: int | None = None,
         when_no_solution: str = "mask",
         feedback_kind: str = "binary",
         tests_of: Any = lambda problem: None,
     ) -> None:
         self.renderer, self.limits, self.seed, self.privileged = renderer, limits, seed, privileged
         self.success_threshold, self.exclude_self = success_threshold, exclude_self
+        self.demonstrations_per_group = demonstrations_per_group
         self.when_no_solution, self.feedback_kind, self.tests_of = when_no_solution, feedback_kind, tests_of
 
     def build(self, groups: Sequence[Group], step: int) -> list[Example]:
@@ -62,6 +64,7 @@ class ExampleBuilder:
                 key=(self.seed, step, group.problem.prompt_id),
                 success_threshold=self.success_threshold,
                 exclude_self=self.exclude_self,
+                per_group=self.demonstrations_per_group,
                 when_no_solution=self.when_no_solution,
                 has_reference=bool(group.problem.solution),
                 has_answer=bool(group.problem.answer),

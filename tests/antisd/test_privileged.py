@@ -47,6 +47,25 @@ def test_exclude_self_off_makes_ones_own_a_candidate() -> None:
     assert all(240 < drawn[j] < 360 for j in range(3))
 
 
+@pytest.mark.parametrize("per_group", [1, 2, 3])
+def test_a_group_draws_from_few_demonstrations(per_group: int) -> None:
+    rewards = [1, 0, 1, 1, 0, 1, 1, 0]
+    first: Counter[int] = Counter()
+    for step in range(400):
+        chosen = choose_demonstrations(rewards, key=(0, step, "p"), per_group=per_group)
+        of_others = {d.sample for d in chosen}
+        assert len(of_others) <= per_group + (per_group == 1)  # its author alone needs another
+        assert all(d.sample != i and rewards[d.sample] == 1 and d.source is Source.GROUP for i, d in enumerate(chosen))
+        first[chosen[1].sample] += 1
+    assert set(first) == {0, 2, 3, 5, 6} and all(45 < n < 115 for n in first.values())  # uniform, as without
+
+
+def test_sharing_changes_nothing_where_there_is_nothing_to_choose() -> None:
+    assert sources([1, 0], per_group=1) == [Source.NONE, Source.GROUP]
+    assert sources([0, 0], per_group=1, has_reference=True) == [Source.REFERENCE] * 2
+    assert [d.sample for d in choose_demonstrations([1, 0, 0], key=KEY, per_group=2, exclude_self=False)] == [0, 0, 0]
+
+
 def test_all_wrong() -> None:
     assert sources([0, 0]) == [Source.NONE] * 2
     assert sources([0, 0], has_reference=True, when_no_solution="feedback_only") == [Source.REFERENCE] * 2
