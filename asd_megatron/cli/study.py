@@ -113,5 +113,16 @@ def _state(record: CellRecord | None) -> str:
 
 def _report(study: Study) -> int:
     """Tables and plots of the whole study, from whatever is there."""
-    records = [read_record(cell.folder) for cell in plan_cells(study)]
-    return FAILED if any(record is not None and record.status == "failed" for record in records) else 0
+    from asd_megatron.study.plots import plot_study  # matplotlib and more
+    from asd_megatron.study.report import Findings, write_report
+    from asd_megatron.study.results import finished, write_results
+
+    cells = plan_cells(study)
+    records = {cell.key: read_record(cell.folder) for cell in cells}
+    results = finished((cell.key, cell.run_folder, records[cell.key]) for cell in cells)
+    write_results(study.path, results)
+    findings = Findings(study, records, results)
+    report = write_report(findings, plot_study(findings))
+    failed = [str(key) for key, record in records.items() if record is not None and record.status == "failed"]
+    print(f"{report}: {len(results)} of {len(cells)} cells" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return FAILED if failed else 0

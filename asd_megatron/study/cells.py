@@ -36,6 +36,7 @@ class CellRecord:
     started: str
     ended: str | None = None
     seconds: float | None = None
+    cpu_seconds: float | None = None  # user and system, of the cell's processes
     exit_status: int | None = None
     log_tail: Sequence[str] = ()
 

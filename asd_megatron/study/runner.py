@@ -66,6 +66,16 @@ class _Running:
     record: CellRecord
     process: subprocess.Popen[bytes]
     begun: float
+    cpu_seconds: float | None = None
+
+    def poll(self) -> int | None:
+        """The exit status (-n after signal n) once the process has ended; then its CPU time too."""
+        if self.process.returncode is None:
+            pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)  # instead of Popen.poll: it tells the CPU time
+            if pid:
+                self.process.returncode = os.waitstatus_to_exitcode(status)
+                self.cpu_seconds = round(usage.ru_utime + usage.ru_stime, 3)
+        return self.process.returncode
 
     def seconds(self) -> float:
         return time.monotonic() - self.begun
@@ -141,7 +151,7 @@ class Runner:
 
     def _ended(self, running: _Running) -> Status | None:
         """Record a child that has ended, or that has run for too long; None while it runs."""
-        code = running.process.poll()
+        code = running.poll()
         late = code is None and running.seconds() > self.timeout
         if code is None and not late:
             return None
@@ -170,6 +180,7 @@ class Runner:
             status=status,
             ended=_now(),
             seconds=round(running.seconds(), 3),
+            cpu_seconds=running.cpu_seconds,
             exit_status=running.process.returncode,
             log_tail=tail,
         )

@@ -1,0 +1,184 @@
+"""FOLDER/plots/*.png: what the arms' cells did, mean and spread, by step and by training seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asd_megatron.files import atomic_file
+from asd_megatron.observe.plots import CLASSES, smooth, spread_out
+from asd_megatron.study.markdown import count
+from asd_megatron.study.report import Findings
+from asd_megatron.study.results import EVALUATION, CellResult
+from asd_megatron.study.statistics import Floats, is_number, mean_and_sd, resample
+
+POINTS = 200  # of a curve
+SMOOTHING = 20  # a step's metric is averaged over about 1 / SMOOTHING of the steps
+AXES = {"step": "step", "seconds": "training seconds"}
+PLOTS_FOLDER = "plots"
+
+
+def curve(result: CellResult, metric: str, axis: str) -> tuple[list[float], list[float]]:
+    """The metric of one cell over steps or training seconds: held-out metrics as they are, others as running means."""
+    kept = [i for i, row in enumerate(result.rows) if is_number(row.get(metric))]
+    values = np.asarray([result.rows[i][metric] for i in kept], dtype=np.float64)
+    if not metric.startswith(EVALUATION):
+        values = smooth(values, 2 * (len(values) // (2 * SMOOTHING)) + 1)
+    x = [float(result.rows[i]["step"]) if axis == "step" else result.seconds[i] for i in kept]
+    return x, values.tolist()
+
+
+def arm_curve(results: Sequence[CellResult], metric: str, axis: str) -> tuple[Floats, Floats, Floats] | None:
+    """Grid, mean and sd over those cells that have the metric, as far as all of these reach; None without any."""
+    curves = [(x, y) for x, y in (curve(result, metric, axis) for result in results) if x]
+    if not curves:
+        return None
+    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    if last < first:
+        return None
+    shared = set.intersection(*(set(x) for x, _ in curves))
+    even = np.linspace(first, last, POINTS)
+    grid = np.asarray(sorted(shared)) if axis == "step" and len(shared) > 1 else even
+    return grid, *mean_and_sd([resample(x, list(y), grid) for x, y in curves])
+
+
+def plot_study(findings: Findings) -> list[Path]:
+    """Draw every plotted metric that a finished cell has; returns the paths, an overview of all metrics first."""
+    study = findings.study
+    there = {name for result in findings.results for row in result.rows for name, v in row.items() if is_number(v)}
+    metrics = [metric for metric in study.plot if metric in there]
+    folder = study.path / PLOTS_FOLDER
+    paths = []
+    if len(metrics) > 1:
+        for axis in AXES:
+            paths.append(_overview(findings, metrics, axis, folder / f"overview_by_{axis}.png"))
+    for metric in metrics:
+        paths.append(_metric(findings, metric, folder / f"{metric.replace('/', '_')}.png"))
+    return paths
+
+
+def _overview(findings: Findings, metrics: Sequence[str], axis: str, path: Path) -> Path:
+    """Small multiples, one panel a metric."""
+    columns = min(3, len(metrics))
+    rows = math.ceil(len(metrics) / columns)
+    figure = _figure(4.1 * columns, 2.7 * rows + 0.5)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, metric in zip(axes, metrics, strict=False):
+        _draw(panel, findings, metric, axis)
+        panel.set_title(metric, loc="left", fontsize=10)
+    for panel in axes[len(metrics) :]:
+        panel.remove()
+    _key(figure, findings)
+    return _save(figure, path)
+
+
+def _metric(findings: Findings, metric: str, path: Path) -> Path:
+    """One metric: all arms over steps and over seconds above, then a panel an arm with its single cells."""
+    arms = [arm for arm in findings.arms if arm_curve(findings.of(arm), metric, "step") is not None]
+    columns = min(4, max(2, len(arms)))
+    rows = math.ceil(len(arms) / columns)
+    figure = _figure(3.1 * columns, 3.3 + 2.2 * rows)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[3.3, 2.2 * rows])
+    for axis, panel in zip(AXES, upper.subplots(1, 2, squeeze=False).flat, strict=True):
+        ends = _draw(panel, findings, metric, axis)
+        _label_ends(panel, ends)
+    upper.suptitle(metric, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    panels = list(lower.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for arm, panel in zip(arms, panels, strict=False):
+        _arm(panel, findings, arm, metric)
+    for panel in panels[len(arms) :]:
+        panel.remove()
+    return _save(figure, path)
+
+
+def _draw(panel: Any, findings: Findings, metric: str, axis: str) -> list[tuple[str, str, float, float]]:
+    """Every arm's mean with its band; returns (arm, colour, x, y) of the curves' ends."""
+    _dress(panel, AXES[axis])
+    ends = []
+    for arm in findings.arms:
+        found = arm_curve(findings.of(arm), metric, axis)
+        if found is None:
+            continue
+        grid, mean, sd = found
+        color = _color(findings, arm)
+        panel.fill_between(grid, mean - sd, mean + sd, color=color, alpha=0.13, linewidth=0)
+        panel.plot(grid, mean, color=color, linewidth=1.6, marker="." if len(grid) < 3 else None)
+        ends.append((arm, color, float(grid[-1]), float(mean[-1])))
+    return ends
+
+
+def _arm(panel: Any, findings: Findings, arm: str, metric: str) -> None:
+    """One arm's cells, thin, with their mean, and the mean of the baseline's cells of the same starts and seeds."""
+    _dress(panel, AXES["step"])
+    color, baseline, cells = _color(findings, arm), findings.study.baseline_arm, findings.of(arm)
+    for result in cells:
+        x, y = curve(result, metric, "step")
+        panel.plot(x, y, color=color, linewidth=0.7, alpha=0.45)
+    pairs = {(result.key.start, result.key.seed) for result in cells}
+    matched = [result for result in findings.of(baseline) if (result.key.start, result.key.seed) in pairs]
+    for results, style in (
+        (matched, {"color": "black", "linewidth": 1.0, "linestyle": ":"}),
+        (cells, {"color": color}),
+    ):
+        found = arm_curve(results, metric, "step")
+        if found is not None:
+            panel.plot(found[0], found[1], **{"linewidth": 1.8, **style})
+    beside = "" if arm == baseline else f" (dotted: {baseline})"
+    panel.set_title(f"{arm}, {count(len(cells), 'cell')}{beside}", loc="left", fontsize=8)
+
+
+def _color(findings: Findings, arm: str) -> str:
+    return CLASSES[list(findings.study.arms).index(arm) % len(CLASSES)]
+
+
+def _label_ends(panel: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
+    """The arms' names right of their curves' ends."""
+    if not ends:
+        return
+    low, high = panel.get_ylim()
+    left, right = panel.get_xlim()
+    ticks = [tick for tick in panel.get_xticks() if left <= tick <= right]
+    panel.set_xlim(left, right + 0.42 * (right - left))
+    panel.set_xticks(ticks)
+    ordered = sorted(ends, key=lambda end: end[3])
+    places = spread_out([y for _, _, _, y in ordered], 0.065 * (high - low))
+    at = right + 0.03 * (right - left)
+    for (name, color, x, y), place in zip(ordered, places, strict=True):
+        panel.plot([x, at], [y, place], color=color, linewidth=0.6)
+        panel.text(at, place, f" {name}", color=color, fontsize=8, va="center")
+    panel.set_ylim(min(low, *places), max(high, *places))
+
+
+def _key(figure: Any, findings: Findings) -> None:
+    """The arms' colours, above the panels."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=_color(findings, arm), linewidth=2, label=arm) for arm in findings.arms]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(8, len(handles)), frameon=False, fontsize=9)
+
+
+def _dress(panel: Any, label: str) -> None:
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="y", color="#e5e7eb", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.tick_params(labelsize=8, length=3)
+    panel.set_xlabel(label, fontsize=8)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> Path:
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")
+    return path
