@@ -48,8 +48,9 @@ def fill(optimizer: Any) -> None:
         for group in adam.param_groups:
             for p in group["params"]:
                 if not adam.state[p]:
+                    where = p.device if group["fused"] else None
                     adam.state[p].update(
-                        step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                        step=torch.zeros((), device=where), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
                     )
 
 

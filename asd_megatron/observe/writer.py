@@ -39,6 +39,14 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def _summary(metrics: Mapping[str, float]) -> Any:
+    """All scalars in one record: one call each would take longer than a small model's update."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    finite = ((name, value) for name, value in metrics.items() if math.isfinite(value))
+    return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in finite])
+
+
 class RunWriter:
     """Appends one line a step to RUN/metrics.jsonl, flushed, and the same numbers to TensorBoard.
 
@@ -79,9 +87,7 @@ class RunWriter:
         self._lines.write(to_json(line) + "\n")
         self._lines.flush()
         if self._board is not None:
-            for name, value in metrics.items():
-                if math.isfinite(value):
-                    self._board.add_scalar(name, value, step)
+            self._board.file_writer.add_summary(_summary(metrics), step)
             self._board.flush()
 
     def text(self, name: str, text: str, step: int = 0) -> None:

@@ -67,6 +67,8 @@ class Optimizer:
         self.port = port
         self.clip_grad = clip_grad
         self.megatron = get_megatron_optimizer(config, port.chunks, use_gloo_process_groups=False)
+        for part in self._parts():
+            _one_pass(part.optimizer)
         self.scheduler = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0 if warmup_steps else learning_rate,
@@ -151,3 +153,11 @@ class Optimizer:
             self.megatron.step_with_ready_grads()
         self.scheduler.step(1)
         return StepResult(norm, applied)
+
+
+def _one_pass(optimizer: Any) -> None:
+    """Let torch's own Adam (there where Transformer Engine and Apex are not) update each tensor in one pass over memory;
+    Megatron does not ask for it, and the default makes ten."""
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        for group in (optimizer.defaults, *optimizer.param_groups):
+            group["fused"] = True
