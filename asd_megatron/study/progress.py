@@ -43,7 +43,7 @@ class StudyProgress:
         if self._stream.isatty():
             from tqdm import tqdm
 
-            form = "cell {n_fmt}/{total_fmt} |{bar}| {elapsed} {desc}"
+            form = "cell {n_fmt}/{total_fmt} |{bar:24}| {elapsed}{desc}"
             self._bar = tqdm(total=total, initial=done, file=self._stream, bar_format=form)
 
     def started(self, name: str) -> None:
@@ -86,7 +86,7 @@ class StudyProgress:
         failed = f", {self.failed} failed" if self.failed else ""
         left = seconds_left(self._durations, self.total - self.done, self.parallel)
         about = "" if left is None else f"<{clock_text(left)}"
-        self._bar.set_description_str(f"{about} running {', '.join(self._running) or 'nothing'}{failed}")
+        self._bar.set_description_str(f"{about}, running {', '.join(self._running) or 'nothing'}{failed}")
 
     def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
