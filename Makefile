@@ -81,6 +81,7 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(PY) -m asd_megatron.cli.main recipes --write docs/recipes.md
 	$(PY) -m asd_megatron.observe.names > docs/metrics.md
+	$(PY) -m asd_megatron.gym.page > docs/reasoning_gym_tasks.md
 
 clean:
 	rm -rf .venv .venv-py312 $(SGLANG_VENV) $(SGLANG_VENV)-gpu $(VENV)-gpu .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

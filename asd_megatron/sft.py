@@ -18,7 +18,7 @@ from asd_megatron.observe.metrics import supervised_metrics
 from asd_megatron.parts import embedded_engine, evaluation_collector, make_renderer
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.session import Session, open_session
-from asd_megatron.sources import problem_source, supervised_source
+from asd_megatron.sources import held_out_problems, supervised_source
 from asd_megatron.startup import announce
 from asd_megatron.trainer.guard import Guard
 from asd_megatron.trainer.sft import supervised_update
@@ -46,12 +46,12 @@ class SupervisedRun:
         self.guard = Guard()
         self.weights = Weights(session.port, session.first_step - 1)
         self.held_out: HeldOut | None = None
-        if recipe.evaluates and recipe.reward is not None and recipe.data.test is not None:
+        problems = held_out_problems(recipe.data)
+        if recipe.evaluates and recipe.reward is not None and problems is not None:
             reward = recipe.reward
             verifier = session.only_root(lambda: make_verifier(**reward.model_dump()))
             if verifier is not None:
                 session.closing.callback(verifier.close)
-            problems = problem_source(recipe.data.test)
             engine = embedded_engine(session, max_batch_size=256)
             collector = evaluation_collector(session, engine, self.weights, problems, renderer, verifier)
             self.held_out = HeldOut(session, collector, problems)

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from asd_megatron.config.data import Data
 from asd_megatron.data.problems import load_problems
 from asd_megatron.data.prompts import TeacherLimits
 from asd_megatron.data.sft import SftExample, load_sft
 from asd_megatron.errors import UserError
+from asd_megatron.gym.stream import HeldOutList, Task, TrainingStream
+from asd_megatron.gym.tasks import task_of
 from asd_megatron.records import Problem
 
 PUZZLE = "puzzle:"
@@ -39,8 +42,26 @@ def model_folder(path: str) -> Path:
     return Path(path)
 
 
-def problem_source(name: str, *, shuffle: bool = True) -> ProblemSource:
-    """`puzzle:train`, `puzzle:test` or a JSONL file of problems."""
+def training_problems(data: Data) -> ProblemSource:
+    """The problem set of `data.train`: `puzzle:train`, a task `reasoning_gym:NAME`, or a JSONL file."""
+    task = _task(data, data.train)
+    return _named(data.train, data.shuffle) if task is None else TrainingStream(task)
+
+
+def held_out_problems(data: Data) -> ProblemSource | None:
+    """The problem set of `data.test`, likewise; None if there is none."""
+    if data.test is None:
+        return None
+    task = _task(data, data.test)
+    return _named(data.test) if task is None else HeldOutList(task)
+
+
+def _task(data: Data, name: str) -> Task | None:
+    task = task_of(name)
+    return None if task is None else Task(task, data.reasoning_gym, data.test_problems)
+
+
+def _named(name: str, shuffle: bool = True) -> ProblemSource:
     if name.startswith(PUZZLE):
         from asd_megatron.puzzle.task import load_puzzle_problems
 

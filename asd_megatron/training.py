@@ -32,7 +32,7 @@ from asd_megatron.reward.factory import make_verifier
 from asd_megatron.rollout.collector import Collector
 from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.session import Session
-from asd_megatron.sources import ProblemSource, problem_source
+from asd_megatron.sources import ProblemSource, held_out_problems, training_problems
 from asd_megatron.startup import announce_training
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
@@ -79,8 +79,7 @@ class TrainingRun:
         self.guard, self.increments = Guard(), Increments()
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
-        train_set = problem_source(recipe.data.train, shuffle=recipe.data.shuffle)
-        test_set = problem_source(recipe.data.test) if recipe.data.test else None
+        train_set, test_set = training_problems(recipe.data), held_out_problems(recipe.data)
         for problems in (train_set, test_set):
             if problems is not None:
                 self.renderer.check(problems.take(None))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from asd_megatron.config.algorithm import Algorithm
+from asd_megatron.config.gym_checks import gym_findings
 from asd_megatron.config.parallelism import Parallelism
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 from asd_megatron.config.rollout_checks import device_findings, rollout_findings
@@ -99,6 +100,7 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
         yield "data.raw_prompt is read only with data.format raw: set data.format raw, or leave data.raw_prompt out"
     if data.test is not None and data.test.startswith("puzzle:") and data.test not in PUZZLES:
         yield f"data.test {data.test!r} is not a puzzle set: use puzzle:test"
+    yield from gym_findings(recipe)
 
 
 def _train(recipe: Recipe) -> Iterator[str]:

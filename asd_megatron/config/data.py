@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from asd_megatron.config.base import Section, Text
+from asd_megatron.gym.tasks import MOST_TEST_PROBLEMS
 
 
 class Data(Section):
@@ -14,12 +15,25 @@ class Data(Section):
 
     train: Text = Field(
         description=(
-            "JSONL file of problems, or `puzzle:train`; for the supervised stage a JSONL file of given responses, or "
-            "`puzzle:corpus`."
+            "JSONL file of problems, `puzzle:train`, or `reasoning_gym:TASK` (docs/reasoning_gym.md); for the"
+            " supervised stage a JSONL file of given responses, or `puzzle:corpus`."
         )
     )
     test: Text | None = Field(
-        None, description="JSONL file of held-out problems, or `puzzle:test`; null: no evaluation."
+        None,
+        description=(
+            "JSONL file of held-out problems, `puzzle:test`, or `reasoning_gym:TASK` (the name that `data.train` has,"
+            " never its problems); null: no evaluation."
+        ),
+    )
+    reasoning_gym: dict[str, Any] = Field(
+        {}, description="Parameters of the reasoning_gym task, such as `{min_terms: 2, max_terms: 4}`."
+    )
+    test_problems: int = Field(
+        500,
+        ge=1,
+        le=MOST_TEST_PROBLEMS,
+        description="How many problems of a reasoning_gym task are held out, whatever `data.test` is.",
     )
     format: Literal["chat", "raw"] = Field(
         "chat", description="`chat`: prompts go through the tokenizer's chat template; `raw`: through `raw_prompt`."

@@ -14,12 +14,15 @@ class Reward(Section):
 
     name: Annotated[
         str,
-        StringConstraints(pattern=r"^(math|exact|puzzle|([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:\n]+\.py):[A-Za-z_]\w*)$"),
+        StringConstraints(
+            pattern=r"^(math|exact|puzzle|reasoning_gym|([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:\n]+\.py):[A-Za-z_]\w*)$"
+        ),
     ] = Field(
         "math",
         description=(
-            "`math`: math-verify on the final answer; `exact`: equal text; `puzzle`: the search puzzle; or your own "
-            "function as `package.module:function` or `path/to/file.py:function`."
+            "`math`: math-verify on the final answer; `exact`: equal text; `puzzle`: the search puzzle;"
+            " `reasoning_gym`: the reasoning_gym task's own verifier; or your own function as"
+            " `package.module:function` or `path/to/file.py:function`."
         ),
     )
     timeout_seconds: float = Field(5.0, gt=0, description="Longest time (seconds) for one answer; then it scores 0.")

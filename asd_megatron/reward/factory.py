@@ -9,15 +9,17 @@ from asd_megatron.reward.custom import CustomVerifier
 from asd_megatron.reward.exact import ExactVerifier
 from asd_megatron.reward.math import MathVerifier
 from asd_megatron.reward.puzzle import PuzzleVerifier
+from asd_megatron.reward.reasoning_gym import ReasoningGymVerifier
 
-NAMES = ("exact", "math", "puzzle")
+NAMES = ("exact", "math", "puzzle", "reasoning_gym")
 
 
 def make_verifier(name: str, *, timeout_seconds: float = 5.0, workers: int = 2, on_error: str = "stop") -> Verifier:
-    """The verifier `name`: `math`, `exact`, `puzzle`, or a user's `module:function` or `file.py:function`.
+    """The verifier `name`: `math`, `exact`, `puzzle`, `reasoning_gym`, or a user's `module:function` or
+    `file.py:function`.
 
-    `timeout_seconds` bounds one answer of `math`, `workers` is its number of processes; `on_error` is for a user's
-    function.
+    `timeout_seconds` bounds one answer of `math` and `reasoning_gym`, `workers` is their number of processes;
+    `on_error` is for a user's function.
     """
     if name == "math":
         return MathVerifier(timeout_seconds=timeout_seconds, workers=workers)
@@ -25,6 +27,8 @@ def make_verifier(name: str, *, timeout_seconds: float = 5.0, workers: int = 2, 
         return ExactVerifier()
     if name == "puzzle":
         return PuzzleVerifier()
+    if name == "reasoning_gym":
+        return ReasoningGymVerifier(timeout_seconds=timeout_seconds, workers=workers)
     if ":" in name:
         return CustomVerifier(name, on_error=on_error)
     near = difflib.get_close_matches(name, NAMES, n=1)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from asd_megatron.reward.answers import final_answer, gold_answer, quick_verdict
-from asd_megatron.reward.base import Item, RewardError, new_counters
-from asd_megatron.reward.workers import WorkerPool
+from asd_megatron.reward.base import Item, new_counters
+from asd_megatron.reward.workers import judge_pool
 
 log = logging.getLogger(__name__)
 
-WORKER = Path(__file__).with_name("math_worker.py")
-MEMORY_BYTES = 4 << 30  # of one worker's address space: an answer like 10^(10^10) must not take the machine down
-ALARM_SLACK_SECONDS = 5.0
+JUDGE = Path(__file__).with_name("math_worker.py")
 
 
 class MathVerifier:
@@ -34,13 +31,8 @@ class MathVerifier:
     feedback_kind = "binary"
 
     def __init__(self, *, timeout_seconds: float = 5.0, workers: int = 2) -> None:
-        if not timeout_seconds > 0 or workers < 1:
-            raise RewardError("reward.timeout_seconds must be above 0 and reward.workers at least 1")
         self.counters = new_counters()
-        alarm = timeout_seconds + ALARM_SLACK_SECONDS
-        # -P: the folder of this file, where math.py is not the standard library's, stays off the worker's module path
-        command = [sys.executable, "-P", str(WORKER), str(alarm), str(MEMORY_BYTES)]
-        self._pool = WorkerPool(command, workers, timeout_seconds, self.counters)
+        self._pool = judge_pool(JUDGE, workers, timeout_seconds, self.counters)
 
     def score(self, items: Sequence[Item]) -> list[float]:
         keys = [self._key(answer=problem.answer, response=text) for problem, text in items]

@@ -11,12 +11,14 @@ import logging
 import os
 import selectors
 import subprocess
+import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from asd_megatron.reward.base import RewardError
@@ -27,6 +29,9 @@ START_SECONDS = 120.0  # importing, on a machine that is busy
 MAX_FAILED_STARTS = 3
 MAX_DEATHS_IN_A_ROW = 20
 ATTEMPTS = 2  # a request that two workers died of is given up
+PROGRAM = Path(__file__).with_name("worker_program.py")
+MEMORY_BYTES = 4 << 30  # of one worker's address space: an answer like 10^(10^10) must not take the machine down
+ALARM_SLACK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -206,3 +211,13 @@ class WorkerPool:
             self._closed = True
             for worker in self._workers:
                 worker.kill()
+
+
+def judge_pool(judge: Path, size: int, timeout_seconds: float, counters: dict[str, int]) -> WorkerPool:
+    """`size` workers of bounded memory that answer with the judge in a file (see `worker_program`)."""
+    if not timeout_seconds > 0 or size < 1:
+        raise RewardError("reward.timeout_seconds must be above 0 and reward.workers at least 1")
+    alarm = timeout_seconds + ALARM_SLACK_SECONDS
+    # -P: the folder of the program, where math.py is not the standard library's, stays off the worker's module path
+    command = [sys.executable, "-P", str(PROGRAM), str(judge), str(alarm), str(MEMORY_BYTES)]
+    return WorkerPool(command, size, timeout_seconds, counters)

@@ -14,6 +14,7 @@ import pytest
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
 from asd_megatron.reward import math as math_reward
+from asd_megatron.reward import workers
 from asd_megatron.reward.math import MathVerifier
 
 SLOW = r"\boxed{10^{10^{10}} + 1}"  # math-verify would evaluate it
@@ -91,10 +92,11 @@ def test_answers(verifier: MathVerifier) -> None:
 
 
 def test_workers_hold_no_torch_and_import_nothing_of_ours(verifier: MathVerifier) -> None:
-    source = ast.parse(math_reward.WORKER.read_text())
-    names = {a.name for n in ast.walk(source) if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module or "" for n in ast.walk(source) if isinstance(n, ast.ImportFrom)}
-    assert names - {"math_verify"} <= set(sys.stdlib_module_names)
+    for file in (workers.PROGRAM, math_reward.JUDGE):
+        source = ast.parse(file.read_text())
+        names = {a.name for n in ast.walk(source) if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module or "" for n in ast.walk(source) if isinstance(n, ast.ImportFrom)}
+        assert {name.partition(".")[0] for name in names} - {"math_verify"} <= set(sys.stdlib_module_names)
     for pid in pids(verifier):
         assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
 
@@ -147,7 +149,7 @@ def test_a_worker_killed_from_outside_is_replaced(caplog: pytest.LogCaptureFixtu
 def test_memory_of_a_worker_is_bounded(verifier: MathVerifier) -> None:
     for pid in pids(verifier):
         limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
-        assert str(math_reward.MEMORY_BYTES) in next(line for line in limits if line.startswith("Max address space"))
+        assert str(workers.MEMORY_BYTES) in next(line for line in limits if line.startswith("Max address space"))
 
 
 def test_close_ends_the_workers() -> None:

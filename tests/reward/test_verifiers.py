@@ -98,7 +98,10 @@ def test_a_reward_that_fails(rewards: Path, name: str, reason: str, caplog: pyte
         ("{rewards}:constant", "'constant' is a int, not a function"),
         ("{rewards}:odd", "feedback_kind 'stars' does not exist"),
         ("{rewards}:", "write package.module:function"),
-        ("maths", "'maths' does not exist; did you mean 'math'? Choose exact, math, puzzle, or your own"),
+        (
+            "maths",
+            "'maths' does not exist; did you mean 'math'? Choose exact, math, puzzle, reasoning_gym, or your own",
+        ),
     ],
 )
 def test_unusable_names(rewards: Path, name: str, reason: str) -> None:

@@ -1,0 +1,69 @@
+"""What a recipe with `reasoning_gym:` problem sets must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from asd_megatron.config.data import Data
+from asd_megatron.config.recipe import AnyRecipe, SftRecipe
+from asd_megatron.errors import UserError
+from asd_megatron.gym.tasks import PREFIX, check_task, task_of
+
+REWARD = "reasoning_gym"
+
+
+def gym_findings(recipe: AnyRecipe) -> Iterator[str]:
+    """What cannot work, one finding each; imports reasoning-gym only for a recipe that names a task."""
+    data = recipe.data
+    sets = (
+        {"data.test": data.test}
+        if isinstance(recipe, SftRecipe)
+        else {"data.train": data.train, "data.test": data.test}
+    )
+    given = {key: name for key, name in sets.items() if name is not None}
+    tasks = {key: task for key, name in given.items() if (task := task_of(name)) is not None}
+    if isinstance(recipe, SftRecipe) and task_of(data.train) is not None:
+        yield f"data.train {data.train!r} holds problems without responses: the supervised stage takes a JSONL file"
+    yield from _reward(recipe, given, tasks)
+    if not tasks:
+        yield from _unread(data)
+    elif len(set(tasks.values())) > 1 and data.reasoning_gym:
+        yield (
+            f"data.reasoning_gym holds the parameters of one task, and data.train and data.test name two"
+            f" ({' and '.join(tasks.values())}): leave it out, or name one task"
+        )
+    else:
+        for task in sorted(set(tasks.values())):
+            yield from _task(task, data)
+
+
+def _task(task: str, data: Data) -> Iterator[str]:
+    try:
+        check_task(task, data.reasoning_gym)
+    except UserError as error:
+        yield str(error)
+
+
+def _reward(recipe: AnyRecipe, given: dict[str, str], tasks: dict[str, str]) -> Iterator[str]:
+    if recipe.reward is None:
+        return
+    name = recipe.reward.name
+    others = [f"{key} {value!r}" for key, value in given.items() if key not in tasks]
+    if name == REWARD and (others or not given):
+        yield (
+            f"reward.name {REWARD} scores problems of {PREFIX}TASK sets alone"
+            + (f", and {' and '.join(others)} is none" if others else "")
+            + f": set reward.name to another verifier, or name a task ({PREFIX}chain_sum, for instance) as problem set"
+        )
+    if tasks and name != REWARD and ":" not in name:
+        yield (
+            f"reward.name {name} does not know how problems of {' and '.join(tasks)} are judged: set reward.name"
+            f" {REWARD}, the task's own verifier, or a function of your own"
+        )
+
+
+def _unread(data: Data) -> Iterator[str]:
+    fields = type(data).model_fields
+    for key in ("reasoning_gym", "test_problems"):
+        if getattr(data, key) != fields[key].default:
+            yield f"data.{key} is read only with a problem set {PREFIX}TASK: name one, or leave data.{key} out"

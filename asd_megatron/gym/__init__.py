@@ -1,0 +1,1 @@
+"""Problem sets of the reasoning-gym package: its tasks, their streams of problems, their page."""

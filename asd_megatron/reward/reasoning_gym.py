@@ -1,0 +1,89 @@
+"""Problems of reasoning-gym, judged by the task's own verifier in worker processes of bounded time and memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from asd_megatron.records import Problem
+from asd_megatron.reward.base import Item, RewardError, new_counters
+from asd_megatron.reward.workers import Outcome, judge_pool
+from asd_megatron.text import last_boxed, last_hashes
+
+log = logging.getLogger(__name__)
+
+JUDGE = Path(__file__).with_name("reasoning_gym_worker.py")
+OPENING, CLOSING = "<answer>", "</answer>"
+ORIGIN = ("task", "parameters", "seed", "size", "index", "digest")
+
+
+def given_answer(response: str) -> str | None:
+    r"""The text of the last `<answer>...</answer>`, else of the last `\boxed{...}`, else what follows the last `####`
+    on its line; None if the response marks no answer. White space around it is cut."""
+    end = response.rfind(CLOSING)
+    start = response.rfind(OPENING, 0, end) if end >= 0 else -1
+    if start >= 0:
+        return response[start + len(OPENING) : end].strip()
+    box = last_boxed(response)
+    return last_hashes(response) if box is None else box.content
+
+
+class ReasoningGymVerifier:
+    """The task's own score of the response's marked answer, from 0 to 1; 0 for a response that marks none.
+
+    One answer takes at most `timeout_seconds`, making the problem's item anew included: then its worker is killed and
+    replaced, the answer scores 0 and `timeouts` counts it. An answer on which the task's verifier fails, or that two
+    workers died of, scores 0, is logged and counted in `errors`. Raises RewardError for a problem whose item comes out
+    otherwise than it did.
+    """
+
+    feedback_kind = "binary"
+
+    def __init__(self, *, timeout_seconds: float = 5.0, workers: int = 2) -> None:
+        self.counters = new_counters()
+        self._pool = judge_pool(JUDGE, workers, timeout_seconds, self.counters)
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        keys = [(problem.prompt_id, given_answer(text)) for problem, text in items]
+        # equal answers of a group are judged once
+        asked = {key: problem for key, (problem, _) in zip(keys, items, strict=True) if key[1] is not None}
+        requests = [{**_origin(problem), "answer": answer} for (_, answer), problem in asked.items()]
+        outcomes = self._pool.run(requests)
+        scores = {key: self._score(key, outcome) for key, outcome in zip(asked, outcomes, strict=True)}
+        return [scores.get(key, 0.0) for key in keys]
+
+    def _score(self, key: tuple[str, str | None], outcome: Outcome) -> float:
+        answer = outcome.answer or {}
+        if "changed" in answer:
+            raise RewardError(
+                f"problem {key[0]} comes out otherwise in a reward worker than it did in the trainer, so it cannot be"
+                " scored: is another version of reasoning-gym installed than at the start?"
+            )
+        score = answer.get("score", math.nan)
+        if math.isfinite(score):
+            return min(max(score, 0.0), 1.0)
+        name = "timeouts" if outcome.failure == "timeout" else "errors"
+        reason = outcome.reason or answer.get("error") or f"its verifier returned {score}"
+        self.counters[name] += 1
+        log.warning(
+            "answer %r to problem %s counted as 0: %s (%s so far: %d)",
+            (key[1] or "")[-80:],
+            key[0],
+            reason,
+            name,
+            self.counters[name],
+        )
+        return 0.0
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def _origin(problem: Problem) -> dict[str, object]:
+    if not all(name in problem.extra for name in ORIGIN):
+        raise RewardError(
+            f"reward.name reasoning_gym cannot score problem {problem.prompt_id}, which is not of its sets"
+        )
+    return {name: problem.extra[name] for name in ORIGIN}
