@@ -21,7 +21,9 @@ from asd_megatron.puzzle.model import write_initial_model
 
 RECIPE = "examples/puzzle/warm_start.yaml"
 STEPS = 2250
-SEEDS = {"2": 4, "3": 3}  # folder suffix -> seed; the shipped start has seed 0
+# Folder suffix -> seed; the shipped start has seed 0. Seeds 2 and 3 failed the check: the habit steps unlearned to copy
+# the tested candidate after `So` (accuracy of tested answers 0.84 and 0.29).
+SEEDS = {"2": 1, "3": 4}
 SAMPLES = 8  # for each of the 500 held-out puzzles: one response in nine is tested, and the check is about those
 ACCURACY = (0.14, 0.30)  # it gives up early, and guesses
 ACCURACY_TESTED = 0.96  # weak arithmetic would cap what reinforcement can reach
