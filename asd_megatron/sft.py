@@ -46,8 +46,8 @@ class SupervisedRun:
         self.guard = Guard()
         self.weights = Weights(session.port, session.first_step - 1)
         self.held_out: HeldOut | None = None
-        problems = held_out_problems(recipe.data)
-        if recipe.evaluates and recipe.reward is not None and problems is not None:
+        problems = held_out_problems(recipe.data) if recipe.evaluates else None
+        if recipe.reward is not None and problems is not None:
             reward = recipe.reward
             verifier = session.only_root(lambda: make_verifier(**reward.model_dump()))
             if verifier is not None:
