@@ -12,7 +12,7 @@ import pytest
 
 from asd_megatron.data.jsonl import freeze
 from asd_megatron.errors import UserError
-from asd_megatron.gym.stream import Task
+from asd_megatron.gym.stream import Task, item_of
 from asd_megatron.records import Problem
 from asd_megatron.reward.reasoning_gym import ReasoningGymVerifier, given_answer
 from asd_megatron.reward.reasoning_gym_worker import is_arithmetic
@@ -91,6 +91,10 @@ def test_an_answer_is_no_program(verifier: ReasoningGymVerifier, tmp_path: Path)
         scores = verifier.score([(p, marked(text.format(touch=touch))) for text in texts])
         assert max(scores) <= 0.05, task
     assert not touched.exists()
+    integral = problem("simple_integration")
+    asked = item_of(integral)["metadata"]
+    unworked = f"Integral({asked['integrand']}, {asked['variable']})"  # right by definition
+    assert verifier.score([(integral, marked(t)) for t in (unworked, integral.answer)]) == [0.0, 1.0]
     honest = problem("spiral_matrix")
     assert verifier.score([(honest, marked(str([int(n) for n in honest.answer.split()])))]) == [0.1]
 
