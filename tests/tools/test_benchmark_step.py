@@ -66,11 +66,11 @@ def test_padding_of_packs_and_inside_attention() -> None:
     found = _padding([build_pack(sequences, PackLayout(context=2))])  # lengths become multiples of 4
     assert (found["tokens"], found["real"], found["sequences"]) == (12, 10, 10)
     assert found["padding_share"] == pytest.approx(1 - 10 / 12)
-    prompt = tuple(range(40))
-    group = [TokenSequence((*prompt, 50, 51), 40, 0), TokenSequence((*prompt, 52), 40, 2)]
+    prompt = tuple(range(48))  # prefixes are shared in whole blocks
+    group = [TokenSequence((*prompt, 50, 51), 48, 0), TokenSequence((*prompt, 52), 48, 2)]
     shared = _padding([build_pack(group, PackLayout(share_prefixes=True))])
     assert shared["padding_share"] == 0
-    assert (shared["tokens"], shared["sequences"]) == (40 + 2 + 1, 42 + 41)
+    assert (shared["tokens"], shared["sequences"]) == (48 + 2 + 1, 50 + 49)
     assert 0 <= shared["attention_padding_share"] < 1
 
 
