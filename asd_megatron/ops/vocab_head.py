@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from asd_megatron.ops.gemm import accumulation_dtype, add_product_, operand, product
+from asd_megatron.ops import softmax_tile
+from asd_megatron.ops.gemm import accumulation_dtype, add_product_, gradient_operand, operand, product, rounded_product
 from asd_megatron.ops.main_grad import WeightGradient
 from asd_megatron.ops.vocab_shard import VocabShard, merge_softmax
 
@@ -112,9 +113,10 @@ def _checked(
 
 
 def _default_block(weight: Tensor) -> int:
-    """Rows of a tile: 512 MiB of float32 on a GPU, 64 MiB elsewhere. Equal on all ranks, as their weights' length."""
-    elements = 1 << 27 if weight.is_cuda else 1 << 24
-    return max(64, elements // max(weight.shape[0], 1) // 64 * 64)
+    """Rows of a tile: 512 MiB of float32 on a GPU, 32 MiB elsewhere, but not so few that packing the weight for every
+    tile's products is felt. Equal on all ranks, as their weights' length."""
+    elements = 1 << 27 if weight.is_cuda else 1 << 23
+    return max(256, elements // max(weight.shape[0], 1) // 64 * 64)
 
 
 class _Tiles:
@@ -135,42 +137,32 @@ class _Tiles:
         self.rows = rows
         self.shard = shard
         self.temperature = temperature
-        self.block = block
         self.count = target.shape[0]
+        self.tiles = -(-self.count // block)
         local = target - shard.start
         self.owned = (local >= 0) & (local < shard.rows)  # [N]
         self.local = local.clamp(0, max(shard.rows - 1, 0))
         self.dtype = accumulation_dtype(hidden.dtype)
+        longest = -(-self.count // max(self.tiles, 1))
+        self.buffer = torch.empty((longest, shard.rows), dtype=self.dtype, device=hidden.device)
 
     def blocks(self) -> Iterator[slice]:
         """As few as fit, of nearly equal length: a tile of a few rows costs almost as much as a full one."""
-        tiles = -(-self.count // self.block)
-        for tile in range(tiles):
-            yield slice(tile * self.count // tiles, (tile + 1) * self.count // tiles)
+        for tile in range(self.tiles):
+            yield slice(tile * self.count // self.tiles, (tile + 1) * self.count // self.tiles)
 
     def hidden(self, block: slice) -> Tensor:
         return operand(self.whole[block] if self.rows is None else self.whole[self.rows[block]])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits over the temperature [n, v], in the accumulation dtype."""
-        tile = product(hidden, self.weight.t())
+        """Logits over the temperature [n, v], in the accumulation dtype. The next tile takes this one's place."""
+        tile = self.buffer[: hidden.shape[0]]
+        product(tile, hidden, self.weight)
         return tile if self.temperature == 1.0 else tile.mul_(1.0 / self.temperature)
 
     def statistics(self, tile: Tensor, block: slice) -> Tensor:
         """(maximum, total, moment, target's logit) [4, n] of this rank's vocabulary; `tile` becomes z - maximum."""
-        n, v = tile.shape
-        out = torch.zeros(4, n, dtype=tile.dtype, device=tile.device)
-        if v == 0:
-            out[0] = out[3] = -torch.inf
-            return out
-        picked = tile.gather(1, self.local[block, None])[:, 0]
-        out[3] = torch.where(self.owned[block], picked, -torch.inf)
-        out[0] = tile.amax(1)
-        tile.sub_(out[0][:, None])
-        weights = tile.exp()
-        torch.sum(weights, 1, out=out[1])
-        torch.sum(weights.mul_(tile), 1, out=out[2])  # no matrix product: those may be TF32
-        return out
+        return softmax_tile.statistics(tile, self.local[block], self.owned[block])
 
     def reduce(self, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[4, n] of every rank to (logsumexp, log-prob of the target, entropy), each [n]. One collective."""
@@ -187,17 +179,10 @@ class _Tiles:
         `tile` is z plus any per-row constant, `offset` [n] makes it log p. Destroys `tile`.
         """
         g_logprob = g_logprob / self.temperature
-        logp = tile.add_(offset[:, None])
-        if g_entropy is None:
-            gradient = logp.exp_().mul_(-g_logprob[:, None])
-        else:
-            p = logp.exp()
-            g_entropy = g_entropy / self.temperature
-            gradient = logp.add_(entropy[:, None]).mul_(-g_entropy[:, None]).sub_(g_logprob[:, None]).mul_(p)
-        if gradient.shape[1]:
-            row = torch.arange(gradient.shape[0], device=gradient.device)
-            gradient[row, self.local[block]] += torch.where(self.owned[block], g_logprob, 0.0)
-        return gradient
+        g_entropy = None if g_entropy is None else g_entropy / self.temperature
+        return softmax_tile.logit_gradient_(
+            tile, self.local[block], self.owned[block], offset, entropy, g_logprob, g_entropy
+        )
 
 
 class _Gradients:
@@ -210,10 +195,11 @@ class _Gradients:
 
     def add(self, gradient: Tensor, hidden: Tensor, block: slice) -> None:
         """`gradient` [n, v] of the logits of `hidden` [n, H]."""
+        gradient = gradient_operand(gradient, hidden)
         if self.local is not None:
-            self.local[block] = product(gradient, self.tiles.weight)
+            rounded_product(self.local[block], gradient, self.tiles.weight)
         if self.weight is not None and self.tiles.shard.rows:
-            add_product_(self.weight.buffer[: self.tiles.shard.rows], gradient.t(), hidden)
+            add_product_(self.weight.buffer[: self.tiles.shard.rows], gradient, hidden)
 
     def hidden(self) -> Tensor | None:
         """[T_local, H], summed over the vocabulary's ranks. Collective; call once."""

@@ -103,7 +103,7 @@ def test_bfloat16_inputs_accumulate_in_float32(fused: bool) -> None:
     assert all(error(g, w) < 3e-6 for g, w in zip(got[:3], want, strict=False))
     assert got[1].dtype == got[2].dtype == torch.float32
     assert got[3].dtype == got[4].dtype == torch.bfloat16
-    assert error(got[3], want[3]) < 4e-3  # one rounding to bfloat16
+    assert error(got[3], want[3]) < 6e-3  # the logit gradient and the result are rounded to bfloat16
     assert error(got[4][:V], want[4]) < 4e-3
 
 

@@ -1,0 +1,85 @@
+"""Softmax statistics and logit gradients of a tile [n, v] of logits, in place.
+
+Both go through the tile a slab of rows at a time, so that all passes over a slab but the first find it in a cache, and
+what they need beside the tile is one slab.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+
+
+def statistics(tile: Tensor, local: Tensor, owned: Tensor) -> Tensor:
+    """(maximum, total, moment, target's logit) [4, n] over the columns; `tile` becomes z - maximum.
+
+    total = sum(e^(z - maximum)) and moment = sum(e^(z - maximum) (z - maximum)), as `merge_softmax` takes them.
+    `local` int64 [n] is the target's column, where `owned` bool [n]; elsewhere the target's logit is -inf. Without
+    columns, both it and the maximum are.
+    """
+    n, v = tile.shape
+    out = torch.zeros(4, n, dtype=tile.dtype, device=tile.device)
+    if v == 0:
+        out[0] = out[3] = -torch.inf
+        return out
+    out[3] = torch.where(owned, tile.gather(1, local[:, None])[:, 0], -torch.inf)
+    for rows, slab, scratch in _slabs(tile):
+        maximum, total, moment = out[:3, rows]
+        torch.amax(slab, 1, out=maximum)
+        slab.sub_(maximum[:, None])
+        weights = _exp(slab, scratch)
+        torch.sum(weights, 1, out=total)
+        torch.sum(weights.mul_(slab), 1, out=moment)  # no matrix product: those may be TF32
+    return out
+
+
+def logit_gradient_(
+    tile: Tensor,
+    local: Tensor,
+    owned: Tensor,
+    offset: Tensor,
+    entropy: Tensor,
+    g_logprob: Tensor,
+    g_entropy: Tensor | None,
+) -> Tensor:
+    """Turn `tile` into the gradient in z [n, v] of g_logprob * log p(target) + g_entropy * entropy, summed over rows.
+
+    `tile` is z plus any per-row constant, `offset` [n] makes it log p; `entropy` [n] is the whole vocabulary's.
+    """
+    for rows, slab, scratch in _slabs(tile):
+        logp = slab.add_(offset[rows, None])
+        p = _exp(logp, scratch)
+        if g_entropy is None:
+            torch.mul(p, -g_logprob[rows, None], out=slab)
+        else:
+            logp.add_(entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_logprob[rows, None]).mul_(p)
+    if tile.shape[1]:
+        row = torch.arange(tile.shape[0], device=tile.device)
+        tile[row, local] += torch.where(owned, g_logprob, 0.0)
+    return tile
+
+
+def _slabs(tile: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, their part of the tile, scratch of the same shape) until the tile is through."""
+    n, v = tile.shape
+    step = max(1, _slab_elements(tile) // max(1, v))
+    scratch = torch.empty((min(step, n), v), dtype=tile.dtype, device=tile.device)
+    for start in range(0, n, step):
+        slab = tile[start : start + step]
+        yield slice(start, start + len(slab)), slab, scratch[: len(slab)]
+
+
+def _slab_elements(tile: Tensor) -> int:
+    """64 MiB of float32 on a GPU, where a pass should be worth its launch; half a MiB for each thread elsewhere."""
+    return 1 << 24 if tile.is_cuda else torch.get_num_threads() << 17
+
+
+def _exp(x: Tensor, out: Tensor) -> Tensor:
+    """exp(x) to the rounding of x. On CPUs torch.exp is MKL's, which is slow on AMD and far slower where the result
+    underflows."""
+    return torch.mul(x, LOG2_E, out=out).exp2_()
