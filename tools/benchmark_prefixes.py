@@ -159,12 +159,12 @@ def measure(port: Any, groups: Any, ratio: int, *, size: int, prompt: int, respo
 def table(rows: Sequence[Row]) -> str:
     lines = ["demonstration   teacher tokens           teacher time   student tokens         student time    max |du|"]
     for r in rows:
+        teacher, student = r.teacher_tokens / r.teacher_tokens_shared, r.student_tokens / r.student_tokens_shared
+        faster = r.teacher_seconds / r.teacher_seconds_shared, r.student_seconds / r.student_seconds_shared
         lines.append(
-            f"{r.demonstration:>4} x response   {r.teacher_tokens:>6} -> {r.teacher_tokens_shared:<6}"
-            f" ({r.teacher_tokens / r.teacher_tokens_shared:.2f}x)"
-            f"  {r.teacher_seconds / r.teacher_seconds_shared:>6.2f}x"
-            f"   {r.student_tokens:>6} -> {r.student_tokens_shared:<6}"
-            f" ({r.student_tokens / r.student_tokens_shared:.2f}x)  {r.student_seconds / r.student_seconds_shared:>6.2f}x   {r.max_abs_u_difference:.1e}"
+            f"{r.demonstration:>4} x response   {r.teacher_tokens:>6} -> {r.teacher_tokens_shared:<6} ({teacher:.2f}x)"
+            f"  {faster[0]:>6.2f}x   {r.student_tokens:>6} -> {r.student_tokens_shared:<6} ({student:.2f}x)"
+            f"  {faster[1]:>6.2f}x   {r.max_abs_u_difference:.1e}"
         )
     return "\n".join(lines)
 

@@ -104,8 +104,8 @@ def operand(x: Tensor) -> Tensor:
     A token attends over its cache while it is sampled and over its pack while it is scored, so attention sums in a
     different order; in float32 the layers above blow that up (to 3e-5 in SmolLM2-135M's log-probs). In float64 both
     round to the same float32 numbers, and whatever follows treats a token alike in any batch. It costs a tenth of a
-    forward pass on short sequences. For bfloat16 the wider dtype is the faster one too: a CPU's backward pass takes half
-    the time.
+    forward pass on short sequences. For bfloat16 the wider dtype is also the faster one: a CPU's backward pass takes
+    half the time.
     """
     if x.device.type != "cpu":
         return x

@@ -362,8 +362,10 @@ class ModelPort:
             dist.send(hidden.contiguous(), group=pp, group_dst=pp.rank() + 1)
             return None
         newest = fill_rows(cache.newest(hidden[:, :rows])[0], MIN_ROWS)
-        logits = gemm.product(gemm.operand(newest), gemm.operand(self.head_weight()).t())[:rows]
-        logits = self.head_shard().gather_ranks(logits)
+        weight = self.head_weight()
+        logits = newest.new_empty(len(newest), len(weight), dtype=gemm.accumulation_dtype(self.dtype))
+        gemm.product(logits, gemm.operand(newest), gemm.operand(weight))
+        logits = self.head_shard().gather_ranks(logits[:rows])
         return logits.transpose(0, 1).reshape(rows, 1, -1)[..., : self.vocab_size]
 
 

@@ -156,7 +156,7 @@ class Optimizer:
 
 
 def _one_pass(optimizer: Any) -> None:
-    """Let torch's own Adam (there where Transformer Engine and Apex are not) update each tensor in one pass over memory;
+    """Let torch's own Adam, used where Transformer Engine and Apex are not, update each tensor in one pass over memory:
     Megatron does not ask for it, and the default makes ten."""
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in (optimizer.defaults, *optimizer.param_groups):
