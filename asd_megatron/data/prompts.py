@@ -21,6 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from asd_megatron.data.demonstration import clean, count, shorten, special_token_texts
@@ -35,6 +36,7 @@ ASSESSMENT_HEADING = "Previous assessment:"
 INSTRUCTION = "Now solve this problem step by step."
 
 PLACEHOLDER = re.compile(r"\{(prompt|solution|feedback)\}")
+REMEMBERED = 256  # texts whose tokens are kept
 OWN_ARGUMENTS = (
     "add_generation_prompt",
     "continue_final_message",
@@ -119,6 +121,10 @@ class PromptRenderer:
         self.max_prompt_tokens = max_prompt_tokens
         self.counters: Counter[str] = Counter()
         self._special_tokens = special_token_texts(tokenizer, end_token_ids)
+        # The rollouts of a group share few demonstrations, so their texts come again and again.
+        self._shorten = lru_cache(REMEMBERED)(partial(shorten, tokenizer))
+        self._count = lru_cache(REMEMBERED)(partial(count, tokenizer))
+        self._encode = lru_cache(REMEMBERED)(self._encode_text)
         self._check_templates()
 
     def _check_templates(self) -> None:
@@ -187,7 +193,7 @@ class PromptRenderer:
             )
         return problem.question
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def _encode_text(self, text: str) -> tuple[int, ...]:
         # a chat template writes the special tokens itself; raw text gets those that the tokenizer puts around text
         return tuple(self.tokenizer(text, add_special_tokens=self.format == "raw", verbose=False)["input_ids"])
 
@@ -244,11 +250,11 @@ class PromptRenderer:
         solution, tokens, shortened = None, 0, False
         if demonstration is not None:
             full = clean(demonstration, self._special_tokens, strip_thinking=limits.strip_thinking)
-            solution = shorten(self.tokenizer, full, limits.max_solution_tokens)
+            solution = self._shorten(full, limits.max_solution_tokens)
             if not solution:
                 self.counters["demonstration_empty"] += 1
                 return None
-            tokens, shortened = count(self.tokenizer, solution), solution != full
+            tokens, shortened = self._count(solution), solution != full
         while True:
             ids = self._encode(self.teacher_text(problem, solution, feedback))
             excess = 0 if limits.max_teacher_tokens is None else len(ids) + response_len - limits.max_teacher_tokens
@@ -258,12 +264,12 @@ class PromptRenderer:
                 self.counters["teacher_too_long"] += 1
                 return None
             tokens -= excess  # the bound, not the count: the loop must make progress
-            solution, shortened = shorten(self.tokenizer, full, tokens), True
+            solution, shortened = self._shorten(full, tokens), True
             if not solution:
                 self.counters["teacher_too_long"] += 1
                 return None
         if solution is not None:
-            tokens = count(self.tokenizer, solution)
+            tokens = self._count(solution)
         self.counters["demonstration_shortened"] += shortened
         return ids, TeacherInfo(solution, tokens, shortened)
 
