@@ -17,7 +17,7 @@ from step.figures import Figure, forwards, padding_share, paired_ratio, phases, 
 from asd_megatron.errors import UserError
 
 PUZZLE, SMOLLM2 = "examples/puzzle/quickstart.yaml", "examples/smollm2/word_problems.yaml"
-ONE_RANK = ("--parallelism.tensor", "1", "--parallelism.pipeline", "1")
+ONE_RANK = ("--parallelism.tensor", "1", "--parallelism.pipeline", "1", "--parallelism.data", "null")
 TRL_DRIVER = Path(__file__).resolve().parents[1] / "trl_env" / "grpo_step.py"
 
 
@@ -198,6 +198,7 @@ def trl(context: Context) -> list[Figure]:
             sampling__rollouts_per_problem=samples,
             sampling__max_response_tokens=new,
             sampling__stop_token_ids=[],
+            model__dtype="float32",
         )
         overrides = [*ONE_RANK, *fixed, *no_stop(name)]
         base = {"recipe": recipe, "overrides": overrides}
