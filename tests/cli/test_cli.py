@@ -135,7 +135,7 @@ def test_cores_are_divided_among_the_ranks() -> None:
     for ranks, threads in ((1, cores), (cores, 1), (10 * cores, 1)):
         environment: dict[str, str] = {}
         launch.set_threads(ranks, environment)
-        assert environment == {"OMP_NUM_THREADS": str(threads)}
+        assert environment["OMP_NUM_THREADS"] == str(threads)
 
 
 def test_under_torchrun_it_refuses(
