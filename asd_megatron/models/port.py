@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import SimpleNamespace
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -19,17 +18,17 @@ from asd_megatron.distributed import device
 from asd_megatron.distributed.layout import Groups, Layout
 from asd_megatron.errors import UserError
 from asd_megatron.models import gpt
-from asd_megatron.models.attention import MIN_ROWS, CachedAttention, fill_rows
+from asd_megatron.models.attention import MIN_ROWS, fill_rows
 from asd_megatron.models.compat import resolve_layers
+from asd_megatron.models.decoder import LocalStack, Stack
 from asd_megatron.models.export import BUCKET_BYTES, Key, Part, WholeTensors, first_stages
 from asd_megatron.models.families import Family, ModelShape, family_of
+from asd_megatron.models.module_stack import sampling_modules
 from asd_megatron.models.rope import angles
 from asd_megatron.models.weights import Copy, Row, Rule, Shapes
 from asd_megatron.ops import gemm
 from asd_megatron.ops.vocab_shard import VocabShard
 from asd_megatron.records import PackedTokens
-
-SEQUENCE_PARALLEL_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
 class TensorReader(Protocol):
@@ -73,7 +72,8 @@ class ModelPort:
         self._shapes = Shapes(
             shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab, self.padded_vocab_size
         )
-        self._holder = SimpleNamespace(cache=None, rows=0)
+        self._layers = layers
+        self._stack: Stack | None = None  # of layers, inside `sampling`
         self._stages: dict[Key, int] | None = None  # for the export; worked out together, the first time
         self._inverse_frequencies = shape.rotary.inverse_frequencies().to(self.device)
         self._mark_sharded()
@@ -301,68 +301,49 @@ class ModelPort:
     # ---------------------------------------------------------------- sampling
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """The model as a sampler: evaluation mode, the engine's cache in place of core attention, no sequence
-        parallelism (a token cannot be cut). Everything is as before afterwards.
+    def sampling(self, *, through_modules: bool | None = None) -> Iterator[None]:
+        """The model as a sampler, on the weights that it has now: they must not change inside. Without gradients.
 
+        through_modules: whether `decode` runs Megatron's modules; by default for Transformer Engine's layers alone.
         Refuses virtual stages and context parallelism.
         """
         if len(self.chunks) > 1 or self.layout.context > 1:
             raise UserError("sampling on the training model needs one chunk a stage and no context parallelism")
         chunk = _bare(self.chunks[0])
-        saved: list[tuple[Any, str, Any]] = [(self.config, "sequence_parallel", self.config.sequence_parallel)]
-        saved.append((self.config, "apply_rope_fusion", self.config.apply_rope_fusion))
-        for module in chunk.modules():
-            saved += [(module, f, True) for f in SEQUENCE_PARALLEL_FLAGS if getattr(module, f, False) is True]
-        attentions = [layer.self_attention for layer in chunk.decoder.layers]
-        cores = [a.core_attention for a in attentions]
-        training = [(m, m.training) for m in chunk.modules()]
-        try:
-            for owner, name, _ in saved:
-                setattr(owner, name, False)
-            chunk.eval()
-            scale = gpt.softmax_scale(self.config)
-            for attention in attentions:
-                attention.core_attention = CachedAttention(self._holder, attention.layer_number, scale)
-            yield
-        finally:
-            for attention, core in zip(attentions, cores, strict=True):
-                attention.core_attention = core
-            for owner, name, value in saved:
-                setattr(owner, name, value)
-            for module, mode in training:
-                module.training = mode
-            chunk.decoder.set_input_tensor(None)
-            self._holder.cache = None
+        with ExitStack() as inside:
+            if self._layers != "local" if through_modules is None else through_modules:
+                inside.enter_context(torch.no_grad())
+                self._stack = inside.enter_context(sampling_modules(chunk, self.config, self._inverse_frequencies))
+            else:
+                inside.enter_context(torch.inference_mode())  # a sixth faster than `no_grad` with few rows
+                group = self.groups.tp if self.groups.tp.size() > 1 else None
+                self._stack = LocalStack(chunk, self.shape, self.config, self._inverse_frequencies, group)
+            try:
+                yield
+            finally:
+                self._stack = None
 
-    @torch.no_grad()
     def decode(self, input_ids: Tensor, position_ids: Tensor, cache: Any) -> Tensor | None:
         """One forward of the whole pipeline inside `sampling`: ids and positions int64 [B, s].
 
         Returns float32 logits of each row's newest token [B, 1, vocab] on the last stage (equal on its tensor-parallel
         ranks), None on others. `cache` attends (`attend`) and says which hidden states are newest (`newest`).
         """
-        self._holder.cache = cache
-        chunk = _bare(self.chunks[0])
+        assert self._stack is not None, "decode is for inside of sampling"
         pp = self.groups.pp
         rows, steps = input_ids.shape
-        self._holder.rows = rows
         filled = max(rows, -(-MIN_ROWS // steps))
         input_ids, position_ids = fill_rows(input_ids, filled), fill_rows(position_ids, filled)
-        hidden = None
-        if chunk.pre_process:
-            hidden = chunk.embedding(input_ids=input_ids, position_ids=position_ids)
+        if self.is_first_stage:
+            hidden = self._stack.embed(input_ids, position_ids)
         else:
-            received = torch.empty(steps, filled, self.shape.hidden, dtype=self.dtype, device=self.device)
-            dist.recv(received, group=pp, group_src=pp.rank() - 1)
-            chunk.decoder.set_input_tensor(received)
-        rotary = angles(position_ids.transpose(0, 1), self._inverse_frequencies)
-        hidden = chunk.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
-        if not chunk.post_process:
+            hidden = torch.empty(steps, filled, self.shape.hidden, dtype=self.dtype, device=self.device)
+            dist.recv(hidden, group=pp, group_src=pp.rank() - 1)
+        hidden = self._stack.run(hidden, position_ids, cache, rows)
+        if not self.is_last_stage:
             dist.send(hidden.contiguous(), group=pp, group_dst=pp.rank() + 1)
             return None
-        newest = fill_rows(cache.newest(hidden[:, :rows])[0], MIN_ROWS)
-        weight = self.head_weight()
+        newest, weight = fill_rows(cache.newest(hidden[:, :rows])[0], MIN_ROWS), self.head_weight()
         logits = newest.new_empty(len(newest), len(weight), dtype=gemm.accumulation_dtype(self.dtype))
         gemm.product(logits, gemm.operand(newest), gemm.operand(weight))
         logits = self.head_shard().gather_ranks(logits[:rows])

@@ -73,15 +73,19 @@ def _decode(port: Any, sequences: list[Tensor]) -> Tensor | None:
     return torch.cat(found, 1) if found[0] is not None else None
 
 
-def _errors(rank: int, root: str) -> list[float | None]:
-    out: list[float | None] = []
+def _errors(rank: int, root: str) -> list[list[float | None]]:
+    """Against `transformers`: of the sampling forward, and of the one through Megatron's modules."""
+    out: list[list[float | None]] = []
     for name, layout in CASES:
         port = _build(Path(root) / name, layout)
         sequences, expected = torch.load(Path(root) / f"{name}.pt")
-        with port.sampling():
-            found = _decode(port, sequences)
-        assert (found is None) == (not port.is_last_stage)
-        out.append(None if found is None else relative(found, expected))
+        errors: list[float | None] = []
+        for through_modules in (False, True):
+            with port.sampling(through_modules=through_modules):
+                found = _decode(port, sequences)
+            assert (found is None) == (not port.is_last_stage)
+            errors.append(None if found is None else relative(found, expected))
+        out.append(errors)
     return out
 
 
@@ -114,7 +118,7 @@ def _refusals(rank: int, root: str) -> list[str]:
     return found
 
 
-def _both(rank: int, root: str) -> tuple[list[float | None], list[str]]:
+def _both(rank: int, root: str) -> tuple[list[list[float | None]], list[str]]:
     return _errors(rank, root), _refusals(rank, root)
 
 
@@ -125,8 +129,9 @@ def ranks(root: Path) -> Any:
 
 def test_decode(ranks: Any) -> None:
     for case, errors in zip(CASES, zip(*(errors for errors, _ in ranks), strict=True), strict=True):
-        assert len([e for e in errors if e is not None]) == (2 if "tensor" in case[1] else 1), case
-        assert all(e < 2e-5 for e in errors if e is not None), (case, errors)
+        for way in zip(*errors, strict=True):
+            assert len([e for e in way if e is not None]) == (2 if "tensor" in case[1] else 1), case
+            assert all(e < 2e-5 for e in way if e is not None), (case, errors)
 
 
 def test_refusals(ranks: Any) -> None:

@@ -112,10 +112,13 @@ def _run(port: Any, micros: list[Any], check: Any) -> None:
 
 
 def _sampling_changes_nothing(port: Any, micros: list[Any], gradients: dict[str, Tensor]) -> None:
-    """After `sampling` the same backward gives the same bits: sequence parallelism and core attention are back."""
+    """After `sampling`, in both ways, the same backward gives the same bits: sequence parallelism and core attention
+    are back."""
     if port.layout.context > 1 or len(port.chunks) > 1:
         return
     with port.sampling():
+        pass
+    with port.sampling(through_modules=True):
         assert not port.config.sequence_parallel and not port.chunks[0].module.decoder.training
     assert port.config.sequence_parallel == port.layout.sequence_parallel
     assert all(c.training for c in port.chunks[0].modules())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asd_megatron.models.attention import SDPACoreAttention
-from asd_megatron.rollout.embedded.cache import KVCache
+from asd_megatron.rollout.embedded.cache import EMPTY, KVCache
 
 HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 8, 2
 
@@ -30,6 +30,7 @@ class _Batch:
     def __init__(self, lengths: list[int], block: int, scale: float | None = None) -> None:
         self.generator = torch.Generator().manual_seed(0)
         self.scale = scale
+        self.shared = 0
         self.rows: list[list[tuple[Tensor, Tensor, Tensor]]] = [[self._make(n) for _ in range(LAYERS)] for n in lengths]
         self.cache = KVCache(len(lengths), max(lengths), block=block)
 
@@ -38,18 +39,27 @@ class _Batch:
         q, k, v = (torch.randn(shape, generator=self.generator) for shape in shapes)
         return q, k, v
 
+    def prefix(self, length: int) -> None:
+        self.shared = length
+        self.cache.prefix(length)
+        for layer in range(LAYERS):
+            tokens = [x[:length] for x in self.rows[0][layer]]
+            out = self.cache.attend(layer + 5, *(x[:, None] for x in tokens), self.scale)
+            torch.testing.assert_close(self.cache.newest(out)[0, 0], _reference(*tokens, self.scale))
+
     def prefill(self, start: int, stop: int) -> None:
         rows = self.rows[start:stop]
         lengths = torch.tensor([row[0][0].shape[0] for row in rows])
         self.cache.prefill(start, lengths)
         for layer in range(LAYERS):
             q, k, v = (
-                torch.nn.utils.rnn.pad_sequence([row[layer][i] for row in rows], padding_value=9.0) for i in range(3)
+                torch.nn.utils.rnn.pad_sequence([row[layer][i][self.shared :] for row in rows], padding_value=9.0)
+                for i in range(3)
             )
             out = self.cache.attend(layer + 5, q, k, v, self.scale)
-            assert out.shape == (int(lengths.max()), len(rows), HEADS * DIM)
+            assert out.shape == (int(lengths.max()) - self.shared, len(rows), HEADS * DIM)
             for i, row in enumerate(rows):
-                torch.testing.assert_close(out[lengths[i] - 1, i], _reference(*row[layer], self.scale))
+                torch.testing.assert_close(self.cache.newest(out)[0, i], _reference(*row[layer], self.scale))
 
     def decode(self) -> None:
         self.cache.decode()
@@ -96,40 +106,71 @@ def test_prompts_may_come_in_several_forwards_and_without_expanding() -> None:
         batch.decode()
 
 
-def test_only_gaps_are_copied_when_rows_leave() -> None:
-    cache = KVCache(4, 1)
-    cache.prefill(0, torch.ones(4, dtype=torch.int64))
-    cache.attend(1, torch.zeros(1, 4, 1, 2), torch.arange(8.0).view(1, 4, 1, 2), torch.zeros(1, 4, 1, 2))
-    store = cache._store[1]
-    cache.keep(torch.tensor([0, 3, 2]))
-    assert cache._store[1] is store
-    assert store[0, :, 0, 0, 0].tolist() == [0.0, 6.0, 4.0, 6.0]
+def test_prompts_may_share_their_beginning() -> None:
+    batch = _Batch([4, 6, 3], block=4)
+    for layer in range(LAYERS):  # the same first two tokens in every row
+        for row in batch.rows[1:]:
+            for mine, first in zip(row[layer], batch.rows[0][layer], strict=True):
+                mine[:2] = first[:2]
+    batch.prefix(2)
+    batch.prefill(0, 3)
+    batch.select([0, 0, 1, 1, 2, 2], "expand")
+    for _ in range(3):
+        batch.decode()
 
 
-def test_a_token_attends_alike_in_the_cache_and_in_a_pack() -> None:
+@pytest.mark.parametrize("samples", [4, 8])
+def test_a_prompt_is_stored_once_and_its_samples_leave_one_by_one(samples: int) -> None:
+    batch = _Batch([5, 2, 4], block=3)
+    batch.prefill(0, 3)
+    batch.select([i for i in range(3) for _ in range(samples)], "expand")
+    assert batch.cache._prompts[5].shape[1] == 3
+    generator = torch.Generator().manual_seed(7)
+    cells = [len(batch.rows)]
+    while len(batch.rows) > 1:
+        batch.decode()
+        order = torch.randperm(len(batch.rows), generator=generator)[
+            1:
+        ].tolist()  # one leaves, the others change places
+        batch.select(order, "keep")
+        cells.append(batch.cache._decoded[5].shape[1] // KV_HEADS)
+        assert cells[-1] <= max(EMPTY * len(order), 1)
+    batch.decode()
+    assert len(set(cells)) < 0.7 * len(cells)  # most leave without any copying
+
+
+@pytest.mark.parametrize("shared", [0, 30])
+def test_a_token_attends_alike_in_the_cache_and_in_a_pack(shared: int) -> None:
     """The same float32 numbers, bit for bit, whatever its neighbours: so the engine's log-probs are the trainer's."""
-    heads, kv_heads, dim, prompts, decoded = 9, 3, 64, (70, 41), 60
+    heads, kv_heads, dim, prompts, samples, decoded = 9, 3, 64, (41, 70), 2, 40
     generator = torch.Generator().manual_seed(1)
-    rows = [
-        [torch.randn(n + decoded, h, dim, generator=generator) for h in (heads, kv_heads, kv_heads)] for n in prompts
-    ]
-    config = SimpleNamespace(kv_channels=dim, context_parallel_size=1)
-    lengths = torch.tensor([0, *(n + decoded for n in prompts)])
-    packed = SDPACoreAttention(config, 1, None, "self")(
-        *(torch.cat([row[i] for row in rows]) for i in range(3)),
-        packed_seq_params=SimpleNamespace(cu_seqlens_q=lengths.cumsum(0)),
-    ).squeeze(1)
 
-    cache = KVCache(len(rows), max(prompts))
+    def make(steps: int) -> list[Tensor]:
+        return [torch.randn(steps, h, dim, generator=generator) for h in (heads, kv_heads, kv_heads)]
+
+    beginning = make(shared)
+    of_prompts = [[torch.cat(x) for x in zip(beginning, make(n - shared), strict=True)] for n in prompts]
+    rows = [[torch.cat(x) for x in zip(p, make(decoded), strict=True)] for p in of_prompts for _ in range(samples)]
+    lengths = [n + decoded for n in prompts for _ in range(samples)]
+    packed = SDPACoreAttention(SimpleNamespace(kv_channels=dim, context_parallel_size=1), 1, None, "self")(
+        *(torch.cat([row[i] for row in rows]) for i in range(3)),
+        packed_seq_params=SimpleNamespace(cu_seqlens_q=torch.tensor([0, *lengths]).cumsum(0)),
+    )
+    expected = packed.squeeze(1).split(lengths)
+
+    cache = KVCache(len(prompts), max(prompts))
+    if shared:
+        cache.prefix(shared)
+        assert torch.equal(cache.attend(1, *(x[:, None] for x in beginning))[:, 0], expected[0][:shared])
     cache.prefill(0, torch.tensor(prompts))
-    heads_of = [[row[i][:n] for row, n in zip(rows, prompts, strict=True)] for i in range(3)]
-    prompt = cache.attend(1, *(torch.nn.utils.rnn.pad_sequence(x) for x in heads_of))
-    cache.expand(torch.arange(len(rows)))
+    rest = cache.attend(1, *(torch.nn.utils.rnn.pad_sequence([p[i][shared:] for p in of_prompts]) for i in range(3)))
+    cache.expand(torch.arange(len(prompts)).repeat_interleave(samples))
     steps = []
     for t in range(decoded):
         cache.decode()
-        newest = [torch.stack([row[i][n + t] for row, n in zip(rows, prompts, strict=True)])[None] for i in range(3)]
-        steps.append(cache.attend(1, *newest)[0])
-    for r, (n, expected) in enumerate(zip(prompts, packed.split([n + decoded for n in prompts]), strict=True)):
-        assert torch.equal(prompt[:n, r], expected[:n])
-        assert torch.equal(torch.stack(steps)[:, r], expected[n:])
+        newest = [[x[n - decoded + t] for x in row] for n, row in zip(lengths, rows, strict=True)]
+        steps.append(cache.attend(1, *(torch.stack([new[i] for new in newest])[None] for i in range(3)))[0])
+    for i, (n, out) in enumerate(zip(lengths, expected, strict=True)):
+        prompt = n - decoded
+        assert torch.equal(rest[: prompt - shared, i // samples], out[shared:prompt])
+        assert torch.equal(torch.stack(steps)[:, i], out[prompt:])

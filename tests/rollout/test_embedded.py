@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import FinishReason, Group, SamplingParams
-from asd_megatron.rollout.embedded.engine import EmbeddedEngine, Piece, compact, plan_chunks
+from asd_megatron.rollout.embedded.engine import EmbeddedEngine, Piece, plan_chunks
 from asd_megatron.rollout.engine import RolloutEngine, RolloutError
 from tests.rollout.toy import VOCAB, ToyPort, ToyTokenizer, Versioned, prompt
 
@@ -123,6 +122,20 @@ def test_prefill_is_cut_by_tokens(groups: Any, monkeypatch: pytest.MonkeyPatch) 
     assert port.forwards[:4] == [(2, 1), (2, 4), (1, 7), (1, 10)]
 
 
+def test_a_beginning_that_all_prompts_share_is_computed_once(groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [prompt(f"p{i}", [*range(1, 13), *range(5, 5 + i)]) for i in range(1, 6)]
+    expected = _tokens(_run(_engine(groups), prompts))
+    monkeypatch.setattr("asd_megatron.rollout.embedded.engine.PREFIX_TOKENS", 48)
+    port = ToyPort()
+    assert _tokens(_run(_engine(groups, port), prompts)) == expected
+    assert port.forwards[:2] == [(1, 12), (5, 5)]
+    # Of prompts that are equal, each keeps a token of its own, whose logits are sampled from.
+    alike = [prompts[0], prompts[0], prompts[0], prompts[0], prompts[0]]
+    port = ToyPort()
+    _run(_engine(groups, port), alike)
+    assert port.forwards[:2] == [(1, 12), (5, 1)]
+
+
 def test_stop_strings_end_the_response_with_the_string_in_it(groups: Any) -> None:
     free = _run(_engine(groups), params=SamplingParams(n=3, max_new_tokens=40))
     stop = free[0].rollouts[1].text[10:12]
@@ -217,11 +230,3 @@ def test_plan_chunks() -> None:
     assert plan_chunks([4, 2, 7], 3, 6) == [[Piece(4, 0, 3), Piece(2, 0, 3)], [Piece(7, 0, 3)]]
     assert plan_chunks([4, 2], 5, 2) == [[Piece(i, f, c)] for i in (4, 2) for f, c in ((0, 2), (2, 2), (4, 1))]
     assert plan_chunks([], 5, 2) == []
-
-
-def test_compact_moves_as_few_rows_as_left() -> None:
-    assert compact(np.array([0, 1, 0, 0, 1, 0], dtype=bool)).tolist() == [0, 5, 2, 3]
-    assert compact(np.array([0, 0, 1, 1], dtype=bool)).tolist() == [0, 1]
-    assert compact(np.array([1, 1, 0], dtype=bool)).tolist() == [2]
-    assert compact(np.array([1, 1], dtype=bool)).tolist() == []
-    assert compact(np.array([0, 0], dtype=bool)).tolist() == [0, 1]

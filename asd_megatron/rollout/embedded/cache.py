@@ -1,9 +1,12 @@
 """The key/value cache of the embedded engine.
 
-All rows of a batch produce one token per forward, so decoded tokens share a slot: row i's valid slots are its prompt's
-[0, length_i) and the common [width, filled), `width` being the longest prompt. Slots in between hold padding and are
-masked; their place does not matter because keys are stored after RoPE. An append is then one contiguous copy, and a
-batch whose prompts are equally long needs no mask at all.
+A prompt is stored once, however many samples it has. Samples are cells of a grid, equally many to each stored prompt (a
+group), so that one batched product attends over the prompts, with the queries of a group as its rows, and another over
+the decoded tokens. A finished sample leaves its cell empty; when too many are, the grid is laid out anew, in smaller
+groups if need be.
+
+All samples produce one token per forward, so decoded tokens share a slot and need no mask; only prompts of different
+lengths do. Slots need no order otherwise, because keys are stored after RoPE.
 """
 
 from __future__ import annotations
@@ -12,149 +15,228 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asd_megatron.models.attention import MIN_ROWS, fill_rows, operand
+from asd_megatron.models.attention import operand
+
+EMPTY = 1.25
+"""The grid has at most so many cells a row."""
 
 
 class KVCache:
     """Keys and values of every layer of one pipeline stage, for a batch of rows.
 
-    Use: `prefill(start, lengths)` then one forward of those prompts (repeat for further rows); `expand` once to repeat
-    each prompt's row for its samples; then `decode()` before every one-token forward, and `keep` when rows finish.
+    Use: perhaps `prefix`, then `prefill` (repeat for further prompts), each before its forward; `expand` once to repeat
+    each prompt's row for its samples; then `decode` before every one-token forward, and `keep` when rows finish.
     `attend` is called by the model, once per layer and forward.
 
-    rows: prompts in the batch. width: the longest prompt. block: slots by which the cache grows.
-    Storage per layer: [2, rows, kv heads of this tensor-parallel rank, slots, head_dim] in the dtype that attention
-    takes (`models.attention.operand`).
+    rows: prompts in the batch. width: the longest prompt. block: slots by which the store of decoded tokens grows.
+    `lengths`, int64 [rows]: the rows' prompt lengths.
+    Storage per layer, in the dtype that attention takes (`models.attention.operand`), with the key/value heads of this
+    tensor-parallel rank: prompts [2, groups, heads, width, head_dim], decoded tokens [2, groups * heads * cells of a
+    group, slots, head_dim].
     """
 
     def __init__(self, rows: int, width: int, *, block: int = 256) -> None:
         self.rows = rows
         self.width = width
-        self.filled = width
         self.lengths = torch.full((rows,), width, dtype=torch.int64)
+        self._prompts: dict[int, Tensor] = {}
+        self._decoded: dict[int, Tensor] = {}
         self._block = block
-        self._capacity = width
-        self._store: dict[int, Tensor] = {}
+        self._slots = self._capacity = 0  # of decoded tokens, that of the forward in progress included
+        self._span: tuple[int, int] | None = None  # prompts of the prefill in progress; None while decoding
+        self._begin = self._shared = 0  # where that prefill begins; tokens that every prompt begins with
+        self._newest: Tensor | None = None  # positions in the forward in progress; None for its only one
+        self._group_lengths = self.lengths  # int64 [groups], of the prompts
+        self._members = 1  # cells of a group
+        self._cells = torch.arange(rows)  # of the rows
+        self._maps: tuple[Tensor, Tensor] | None = None  # each cell's row (any, if empty), each row's cell
         self._bias: Tensor | None = None
-        self._span: tuple[int, int] | None = None  # rows of the prefill in progress; None while decoding
+        self._padded = False
+
+    def prefix(self, length: int) -> None:
+        """The next forward carries, as one row, the first `length` tokens, which all prompts have in common."""
+        self._span, self._begin, self._shared = (0, self.rows), 0, length
+        self._newest = torch.tensor([length - 1])
 
     def prefill(self, start: int, lengths: Tensor) -> None:
-        """The next forward carries the right-padded prompts of rows start:start+len(lengths), `lengths` int64 [b]."""
-        self._span = (start, start + len(lengths))
-        self.lengths[start : start + len(lengths)] = lengths.cpu()
+        """The next forward carries prompts start:start+len(lengths), right-padded, without a common `prefix`.
+
+        lengths: int64 [b], of the whole prompts.
+        """
+        self._span, self._begin = (start, start + len(lengths)), self._shared
+        self.lengths[slice(*self._span)] = lengths.cpu()
+        self._newest = lengths.cpu() - 1 - self._begin
 
     def decode(self) -> None:
         """The next forward carries one token of every row; its keys take the next slot."""
-        if self._span is not None:
-            self._span = None
-            self._bias = None
-        if self.filled == self._capacity:
-            self._reallocate(None)
-        self.filled += 1
+        self._span = self._newest = None
+        self._slots += 1
+        if self._slots <= self._capacity:
+            return
+        self._capacity += self._block
+        for layer, old in self._decoded.items():
+            new = self._decoded[layer] = old.new_empty(2, old.shape[1], self._capacity, old.shape[3])
+            new[:, :, : old.shape[2]] = old
 
     def attend(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None = None
     ) -> Tensor:
         """Store this forward's keys and values, and attend.
 
-        query [s, B, h, d]; key and value [s, B, hkv, d], after RoPE, heads of this tensor-parallel rank, h a multiple
-        of hkv with consecutive query heads sharing a key head. softmax_scale: default 1/sqrt(d). Returns [s, B, h*d].
+        query [s, B, h, d], or [s, B, hkv, h / hkv, d]; key and value [s, B, hkv, d], after RoPE, heads of this
+        tensor-parallel rank, h a multiple of hkv with consecutive query heads sharing a key head. softmax_scale:
+        default 1/sqrt(d). Returns [s, B, h*d].
         """
+        steps, rows, kv_heads, dim = key.shape
+        scale = dim**-0.5 if softmax_scale is None else softmax_scale
+        if query.dim() == 4:
+            query = query.view(steps, rows, kv_heads, -1, dim)
         if self._span is not None:
-            return self._attend_prompt(layer_number, query, key, value, softmax_scale)
-        _, rows, heads, dim = query.shape
-        wide = operand(query)
-        store = self._store[layer_number]
+            return self._attend_prompt(layer_number, self._span, query, key, value, scale)
         if rows != self.rows:
             raise RuntimeError(f"{rows} rows came to a cache of {self.rows}")
-        slot = self.filled - 1
-        store[0, :rows, :, slot] = key[0]
-        store[1, :rows, :, slot] = value[0]
-        kv_heads = key.shape[2]
-        group = heads // kv_heads
-        # The query heads of one key head become query positions of it: no key is ever repeated.
-        out = F.scaled_dot_product_attention(
-            fill_rows(wide[0].reshape(rows, kv_heads, group, dim), MIN_ROWS, dim=2),
-            store[0, :rows, :, : self.filled],
-            store[1, :rows, :, : self.filled],
-            attn_mask=self._mask(wide),
-            scale=softmax_scale,
-        )
-        return out[:, :, :group].reshape(1, rows, heads * dim).to(query.dtype)
+        out = self._attend_cells(layer_number, self._grid(query), self._grid(key), self._grid(value), scale)
+        # The heads of a cell side by side again, the cells in the order of rows.
+        out = query.new_empty(out.transpose(1, 2).shape).copy_(out.transpose(1, 2)).view(1, -1, query[0, 0].numel())
+        return out if self._maps is None else out.index_select(1, self._maps[1])
 
     def newest(self, hidden: Tensor) -> Tensor:
         """Hidden states of each row's newest token in the current forward: [s, B, H] -> [1, B, H]. Only these need
         logits."""
-        if self._span is None:
+        if self._newest is None:
             return hidden
-        last = (self.lengths[slice(*self._span)] - 1).to(hidden.device)
+        last = self._newest.to(hidden.device)
         return hidden.gather(0, last[None, :, None].expand(1, -1, hidden.shape[-1]))
 
     def expand(self, indices: Tensor) -> None:
         """New row i is a copy of row indices[i] (int64, repeats allowed)."""
-        self._reallocate(indices)
+        self._select(indices)
+        self._lay_out()
 
     def keep(self, indices: Tensor) -> None:
-        """New row i is row indices[i] (int64, no repeats); all other rows leave.
+        """New row i is row indices[i] (int64, no repeats); all other rows leave."""
+        self._select(indices)
+        if len(self._group_lengths) * self._members > EMPTY * self.rows:
+            self._lay_out()
+        else:
+            self._map()
 
-        Only rows with indices[i] != i are copied, so filling each gap with a row from the end costs as much as what
-        left.
-        """
-        moved = (indices != torch.arange(len(indices))).nonzero()[:, 0]
-        self.rows = len(indices)
-        self.lengths = self.lengths[indices]
-        if len(moved) == 0:
-            return
-        for store in self._store.values():
-            target, source = moved.to(store.device), indices[moved].to(store.device)
-            filled = store[:, :, :, : self.filled]
-            filled[:, target] = filled[:, source]
-        if self._bias is not None:
-            self._bias[moved.to(self._bias.device)] = self._bias[indices[moved].to(self._bias.device)]
+    def _grid(self, x: Tensor) -> Tensor:
+        """[1, rows, hkv, ...] as [groups, hkv, cells of a group, ...]."""
+        if self._maps is not None:
+            x = x.index_select(1, self._maps[0])
+        return x.view(-1, self._members, *x.shape[2:]).transpose(1, 2)
 
-    def _attend_prompt(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        assert self._span is not None
-        start, stop = self._span
-        steps, rows, heads, dim = query.shape
-        dtype, kv_heads = query.dtype, key.shape[2]
-        query, key, value = operand(query), operand(key), operand(value)
-        if layer not in self._store:
-            self._store[layer] = key.new_zeros(2, self.rows, kv_heads, self._capacity, dim)
-        store = self._store[layer]
+    def _attend_prompt(
+        self, layer: int, span: tuple[int, int], query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        steps, rows, kv_heads, dim = key.shape
+        dtype, begin, end = query.dtype, self._begin, self._begin + steps
+        query, key, value = operand(query.flatten(2, 3)), operand(key), operand(value)
+        if layer not in self._prompts:
+            self._prompts[layer] = key.new_zeros(2, self.rows, kv_heads, self.width, dim)
+        store = self._prompts[layer][:, slice(*span)]
         query, key, value = query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-        store[0, start:stop, :, :steps] = key
-        store[1, start:stop, :, :steps] = value
+        store[0, :, :, begin:end] = key
+        store[1, :, :, begin:end] = value
+        mask = None
+        if begin:
+            key, value = store[:, :, :, :end]
+            mask = torch.ones(steps, end, dtype=torch.bool, device=key.device).tril(begin)
         # Padding is on the right: a causal mask alone keeps it from every real position.
         out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=heads != kv_heads
+            query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != kv_heads
         )
-        return out.permute(2, 0, 1, 3).reshape(steps, rows, heads * dim).to(dtype)
+        return out.permute(2, 0, 1, 3).reshape(steps, rows, -1).to(dtype)
 
-    def _mask(self, query: Tensor) -> Tensor | None:
-        """Additive mask [rows, 1, 1, filled]: -inf in the padding between a shorter prompt and the decoded tokens."""
+    def _attend_cells(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [groups, hkv, cells, h / hkv, d], key and value [groups, hkv, cells, d]; the result is shaped as the
+        query. The query heads of one key head are rows of it: no key is ever repeated."""
+        groups, kv_heads, cells, heads, dim = query.shape
+        prompt_keys, prompt_values = self._prompts[layer].flatten(1, 2)
+        if layer not in self._decoded:
+            self._decoded[layer] = prompt_keys.new_empty(2, groups * kv_heads * cells, self._capacity, dim)
+        new_key, new_value = self._decoded[layer].select(2, self._slots - 1)
+        new_key.view(key.shape).copy_(key)
+        new_value.view(key.shape).copy_(value)
+        keys, values = self._decoded[layer].narrow(2, 0, self._slots)
+        wide = keys.new_empty(query.shape).copy_(query)
+        of_prompts = _product(wide.view(groups * kv_heads, -1, dim), prompt_keys.mT).view(-1, heads, self.width)
+        of_tokens = _product(wide.view(-1, heads, dim), keys.mT)
+        scores = torch.cat([of_prompts, of_tokens], -1).mul_(scale)
+        bias = self._mask(scores)
+        if bias is not None:
+            scores.view(groups, -1, scores.shape[-1])[..., : self.width] += bias
+        weights = scores.softmax(-1)
+        out = _product(weights.view(groups * kv_heads, -1, scores.shape[-1]).narrow(2, 0, self.width), prompt_values)
+        out.view(-1, heads, dim).add_(_product(weights.narrow(2, self.width, self._slots), values))
+        return out.view(query.shape)
+
+    def _mask(self, like: Tensor) -> Tensor | None:
+        """Additive mask [groups, 1, width]: -inf in the padding of a shorter prompt."""
         if self._bias is None:
-            if bool((self.lengths == self.width).all()):
-                return None
-            slots = torch.arange(self._capacity)
-            padding = (slots >= self.lengths[:, None]) & (slots < self.width)
-            bias = torch.zeros(padding.shape, dtype=query.dtype).masked_fill_(padding, float("-inf"))
-            self._bias = bias[:, None, None].to(query.device)
-        return self._bias[: self.rows, ..., : self.filled]
+            padding = torch.arange(self.width) >= self._group_lengths[:, None]
+            self._bias = torch.zeros(padding.shape, dtype=like.dtype).masked_fill_(padding, float("-inf"))
+            self._bias = self._bias[:, None].to(like.device)
+            self._padded = bool(padding.any())
+        return self._bias if self._padded else None
 
-    def _reallocate(self, indices: Tensor | None) -> None:
-        """Copy the rows (all of them, or `indices`) into storage with room for at least one more slot."""
-        rows = self.rows if indices is None else len(indices)
-        self._capacity = -(-(self.filled + 1) // self._block) * self._block
-        for layer in list(self._store):
-            old = self._store.pop(layer)[:, : self.rows, :, : self.filled]
-            new = old.new_empty(2, rows, old.shape[2], self._capacity, old.shape[4])
-            if indices is None:
-                new[:, :, :, : self.filled] = old
-            else:
-                new[:, :, :, : self.filled] = old[:, indices.to(old.device)]
-            self._store[layer] = new
-            del old
-        if indices is not None:
-            self.lengths = self.lengths[indices]
-        self.rows = rows
+    def _select(self, indices: Tensor) -> None:
+        self.rows, self.lengths, self._cells = len(indices), self.lengths[indices], self._cells[indices]
+
+    def _map(self) -> None:
+        cells = len(self._group_lengths) * self._members
+        self._maps = None
+        if cells != self.rows or not torch.equal(self._cells, torch.arange(cells)):
+            row_of = torch.zeros(cells, dtype=torch.int64)
+            row_of[self._cells] = torch.arange(self.rows)
+            device = next(iter(self._prompts.values())).device
+            self._maps = (row_of.to(device), self._cells.to(device))
+
+    def _lay_out(self) -> None:
+        """Give the rows new cells: as large groups as leave few cells empty."""
+        owners = self._cells // self._members
+        counts = owners.bincount(minlength=len(self._group_lengths))
+        for members in range(int(counts.max()), 0, -1):
+            groups = (counts + members - 1) // members  # that each old group becomes
+            if members * int(groups.sum()) <= EMPTY * self.rows:
+                break
+        order = owners.argsort(stable=True)
+        place = torch.empty_like(order)  # among the rows of the same old group
+        place[order] = torch.arange(self.rows) - (counts.cumsum(0) - counts)[owners[order]]
+        cells = ((groups.cumsum(0) - groups)[owners] + place // members) * members + place % members
+        group_sources = torch.arange(len(groups)).repeat_interleave(groups)
+        cell_sources = (group_sources * self._members).repeat_interleave(members)  # empty ones copy any cell
+        cell_sources[cells] = self._cells
+        self._move(group_sources, cell_sources, members)
+        self._group_lengths, self._members, self._cells = self._group_lengths[group_sources], members, cells
         self._bias = None
+        self._map()
+
+    def _move(self, group_sources: Tensor, cell_sources: Tensor, members: int) -> None:
+        """Copy into a new grid: the stored prompt that each group had and the tokens that each cell had before."""
+        old_groups = len(self._group_lengths)
+        same = torch.equal(group_sources, torch.arange(old_groups))
+        for layer, prompts in self._prompts.items():
+            kv_heads, device = prompts.shape[2], prompts.device
+            if not same:
+                self._prompts[layer] = prompts.index_select(1, group_sources.to(device))
+            if layer not in self._decoded:
+                continue
+            group, cell = (cell_sources // self._members).view(-1, 1, members), cell_sources.view(-1, 1, members)
+            heads = torch.arange(kv_heads)[:, None]
+            sources = (group * kv_heads + heads) * self._members + cell % self._members
+            old = self._decoded[layer][:, :, : self._slots]
+            new = old.new_empty(2, sources.numel(), self._capacity, old.shape[3])
+            new[:, :, : self._slots] = old.index_select(1, sources.flatten().to(device))
+            self._decoded[layer] = new
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched a [n, i, k] @ b [n, k, j], in float32 if `b` has half precision."""
+    if b.dtype in (torch.float32, torch.float64):
+        return torch.bmm(a, b)
+    wide = torch.float32
+    if b.is_cuda and "dtype_out" in torch.ops.aten.bmm.overloads():
+        return torch.bmm(a.to(b.dtype), b, out_dtype=wide)
+    return torch.bmm(a.to(wide), b.to(wide))

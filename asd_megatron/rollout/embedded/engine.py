@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,10 +21,12 @@ from asd_megatron.errors import UserError
 from asd_megatron.models.port import ModelPort
 from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
 from asd_megatron.rollout.embedded.cache import KVCache
-from asd_megatron.rollout.embedded.sampler import StopCheck, check_params, draw, uniforms
+from asd_megatron.rollout.embedded.sampler import StopCheck, check_params, draw, noise
 from asd_megatron.rollout.engine import RolloutError, WeightSource, check_lengths
 
 PREFILL_TOKENS = 16384  # padded prompt tokens in one forward: bounds its activations, not the batch
+PREFIX_TOKENS = 256  # saved, at least, when the beginning that all prompts of a batch share is computed apart
+CACHE_BLOCK = 256  # decoded tokens of a row by which the cache grows
 NOISE_BLOCK = 64  # positions of noise drawn at once; a multiple of 4
 
 # What one forward's outcome means for a row, or for everybody.
@@ -194,14 +197,15 @@ class EmbeddedEngine:
         device = self._port.device
         rows = _Rows(self._seed, submission, chunk, self._tokenizer) if self._draws else None
         prompts = [submission.prompts[piece.prompt].ids for piece in chunk]
-        cache = KVCache(len(prompts), max(len(ids) for ids in prompts))
+        new = submission.params.max_new_tokens
+        cache = KVCache(len(prompts), max(len(ids) for ids in prompts), block=min(new, CACHE_BLOCK))
         logits = self._prefill(prompts, cache)
         # From one row a prompt to one row a sample.
         repeat = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor([piece.samples for piece in chunk]))
         cache.expand(repeat)
         logits = logits[repeat.to(device)] if logits is not None else None
         positions = cache.lengths.to(device)
-        for _ in range(submission.params.max_new_tokens):
+        for _ in range(new):
             if rows is not None:
                 assert logits is not None
                 control = rows.draw(logits)
@@ -210,48 +214,57 @@ class EmbeddedEngine:
             else:
                 control = torch.empty(2, cache.rows, dtype=torch.int64)
             tokens, state = self._share(control)
-            if (outcome := int(state.max(initial=FINISHED))) in FAILURES:
+            if (outcome := int(state.max(initial=RUNNING))) in FAILURES:
                 return None, outcome
-            keep = compact(state == FINISHED)
-            if rows is not None:
-                rows.keep(keep)
-            if len(keep) == 0:
-                break
-            if len(keep) < cache.rows:
-                indices = torch.from_numpy(keep)
+            if outcome == FINISHED:
+                kept = np.flatnonzero(state == RUNNING)
+                if rows is not None:
+                    rows.keep(kept)
+                if len(kept) == 0:
+                    break
+                indices = torch.from_numpy(kept)
                 cache.keep(indices)
                 tokens, positions = tokens[indices.to(device)], positions[indices.to(device)]
             cache.decode()
             logits = self._forward(tokens[:, None], positions[:, None], cache)
             positions = positions + 1
             self.stats.forwards += 1
-            self.stats.rows += len(keep)
+            self.stats.rows += cache.rows
         return rows, FINISHED
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor | None:
+    def _prefill(self, prompts: list[tuple[int, ...]], cache: KVCache) -> Tensor | None:
         """Compute the prompts' keys and values; logits after each prompt [prompts, vocab] on the last stage.
 
         Shortest prompt first.
         """
         lengths = torch.tensor([len(ids) for ids in prompts])
+        shared = min(len(os.path.commonprefix(prompts)), len(prompts[0]) - 1)
+        if shared * (len(prompts) - 1) >= PREFIX_TOKENS:
+            cache.prefix(shared)
+            self._forward_prompts([prompts[0][:shared]], 0, cache)
+        else:
+            shared = 0
         found: list[Tensor] = []
         start = 0
         while start < len(prompts):
             stop = start + 1
-            while stop < len(prompts) and (stop + 1 - start) * int(lengths[stop]) <= PREFILL_TOKENS:
+            while stop < len(prompts) and (stop + 1 - start) * (int(lengths[stop]) - shared) <= PREFILL_TOKENS:
                 stop += 1
-            width = int(lengths[stop - 1])
-            ids = torch.zeros(stop - start, width, dtype=torch.int64)
-            for row, prompt in enumerate(prompts[start:stop]):
-                ids[row, : len(prompt)] = torch.tensor(prompt)
             cache.prefill(start, lengths[start:stop])
-            positions = torch.arange(width).expand(stop - start, width)
-            logits = self._forward(ids.to(self._port.device), positions.to(self._port.device), cache)
+            logits = self._forward_prompts([ids[shared:] for ids in prompts[start:stop]], shared, cache)
             if logits is not None:
                 found.append(logits)
             start = stop
         self.stats.prompt_tokens += int(lengths.sum())
         return torch.cat(found) if found else None
+
+    def _forward_prompts(self, prompts: Sequence[Sequence[int]], begin: int, cache: KVCache) -> Tensor | None:
+        """One forward of right-padded prompts, or of parts that begin at position `begin`; the longest comes last."""
+        ids = torch.zeros(len(prompts), len(prompts[-1]), dtype=torch.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        positions = torch.arange(begin, begin + ids.shape[1]).expand(ids.shape)
+        return self._forward(ids.to(self._port.device), positions.to(self._port.device), cache)
 
     def _forward(self, input_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor | None:
         logits = self._port.decode(input_ids, positions, cache)
@@ -313,20 +326,22 @@ class _Rows:
     def draw(self, logits: Tensor) -> Tensor:
         """The next token of every row in the batch: int64 [2, B] on the host, tokens and states."""
         at, alive = self._position, self._alive
-        tokens, logprobs = draw(logits, self._noise_at(at, logits.device), self._params)
-        self._ids[alive, at] = tokens.cpu().numpy()
-        self._logprobs[alive, at] = logprobs.cpu().numpy()
+        tokens, logprobs = (x.cpu() for x in draw(logits, self._noise_at(at, logits.device), self._params))
+        self._ids[alive, at] = ids = tokens.numpy()
+        self._logprobs[alive, at] = logprobs.numpy()
         self._position = at + 1
         self._length[alive] = at + 1
-        tail = self._ids[alive, max(0, at + 1 - self._stops.tail) : at + 1]
-        state = np.where(self._stops(tail), FINISHED, RUNNING)
-        for row in alive[state == FINISHED]:
+        tail = self._stops.tail
+        ended = self._stops(ids[:, None] if tail == 1 else self._ids[alive, max(0, at + 1 - tail) : at + 1])
+        for row in alive[ended]:
             self._reason[row] = FinishReason.STOP
-        if at + 1 == self._params.max_new_tokens:
-            state[:] = FINISHED
-        if not np.isfinite(self._logprobs[alive, at]).all():
-            state[:] = NON_FINITE
-        return torch.from_numpy(np.stack([self._ids[alive, at], state]))
+        if not bool(logprobs.isfinite().all()):
+            state = torch.full_like(tokens, NON_FINITE)
+        elif at + 1 == self._params.max_new_tokens:
+            state = torch.full_like(tokens, FINISHED)
+        else:
+            state = torch.from_numpy(np.where(ended, FINISHED, RUNNING))
+        return torch.stack([tokens, state])
 
     def keep(self, indices: NDArray[np.int64]) -> None:
         self._alive = self._alive[indices]
@@ -347,8 +362,7 @@ class _Rows:
         if self._params.temperature == 0:
             return None
         if position % NOISE_BLOCK == 0:
-            for row in self._alive:
-                self._noise[row] = uniforms(*self._keys[row], NOISE_BLOCK, position)
+            self._noise[self._alive] = noise([self._keys[row] for row in self._alive], NOISE_BLOCK, position)
         return torch.from_numpy(self._noise[self._alive, position % NOISE_BLOCK]).to(device)
 
 
@@ -363,12 +377,3 @@ def plan_chunks(indices: Sequence[int], n: int, max_rows: int) -> list[list[Piec
         return [[Piece(i, first, min(max_rows, n - first))] for i in indices for first in range(0, n, max_rows)]
     per_chunk = max_rows // n
     return [[Piece(i, 0, n) for i in indices[at : at + per_chunk]] for at in range(0, len(indices), per_chunk)]
-
-
-def compact(finished: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The surviving rows in their new order: a row keeps its place unless it lies past the new end; then it fills a
-    gap."""
-    survivors = np.flatnonzero(~finished)
-    order = np.arange(len(survivors))
-    order[finished[: len(survivors)]] = survivors[survivors >= len(survivors)]
-    return order

@@ -38,21 +38,35 @@ def uniforms(seed: int, step: int, prompt_id: str, sample: int, count: int, star
     can be had on its own, whatever else was sampled. `start` is a multiple of 4 (one Philox counter yields four
     numbers).
     """
+    return noise([(seed, step, prompt_id, sample)], count, start)[0]
+
+
+def noise(names: Sequence[tuple[int, int, str, int]], count: int, start: int = 0) -> NDArray[np.float64]:
+    """`uniforms` of several (seed, step, prompt id, sample): [len(names), count]."""
     if start % 4:
         raise ValueError(f"start is {start}; it must be a multiple of 4")
-    name = f"{seed}\0{step}\0{sample}\0{prompt_id}".encode()
-    key = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), dtype="<u8").astype(np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=start // 4)).random(count)
+    philox = np.random.Philox(0)
+    generator, state = np.random.Generator(philox), philox.state
+    out = np.empty((len(names), count))
+    for row, (seed, step, prompt_id, sample) in zip(out, names, strict=True):
+        name = f"{seed}\0{step}\0{sample}\0{prompt_id}".encode()
+        key = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), dtype="<u8").astype(np.uint64)
+        state["state"] = {"counter": np.array([start // 4, 0, 0, 0], np.uint64), "key": key}
+        philox.state = state  # a tenth of the cost of a new generator
+        generator.random(out=row)
+    return out
 
 
-def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """log_softmax(logits / temperature) over the last dimension, float32; temperature 0 (greedy) counts as 1."""
+def weights_of(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """z = logits / temperature less their greatest, exp(z), and log(sum(exp(z))) [..., 1], in float32 over the last
+    dimension; temperature 0 (greedy) counts as 1. log_softmax is z less the last."""
     logits = logits.float()
     if temperature not in (0.0, 1.0):
         logits = logits * (1.0 / temperature)
     # As the trainer's head does it. On a CPU, `log_softmax` loses the tail of a large vocabulary in few partial sums.
     shifted = logits - logits.amax(-1, keepdim=True)
-    return shifted - shifted.exp().sum(-1, keepdim=True).log()
+    weights = shifted.exp()
+    return shifted, weights, weights.sum(-1, keepdim=True).log_()
 
 
 def filter_probabilities(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -102,15 +116,14 @@ def draw(logits: Tensor, noise: Tensor | None, params: SamplingParams) -> tuple[
 
     Returns (tokens int64 [B], log-probs float32 [B], taken before top-k and top-p).
     """
-    logprobs = log_probabilities(logits, params.temperature)
+    shifted, weights, total = weights_of(logits, params.temperature)
     if params.temperature == 0 or noise is None:
         tokens = logits.argmax(-1)
     else:
-        probabilities = filter_probabilities(logprobs.double().exp_(), params.top_k, params.top_p)
-        tokens = inverse_cdf(probabilities, noise)
+        tokens = inverse_cdf(filter_probabilities(weights.double(), params.top_k, params.top_p), noise)
     # Non-finite logits may send the search past the end; their log-prob, also non-finite, tells.
     tokens = tokens.clamp_(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+    return tokens, (shifted.gather(-1, tokens[:, None]) - total)[:, 0]
 
 
 class StopCheck:

@@ -1,0 +1,65 @@
+"""The sampling forward through Megatron's own modules: for Transformer Engine's layers, which nothing else computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from asd_megatron.models.attention import CachedAttention
+from asd_megatron.models.gpt import softmax_scale
+from asd_megatron.models.rope import angles
+
+SEQUENCE_PARALLEL_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+class ModuleStack:
+    """A chunk's embedding and layers (a `models.decoder.Stack`)."""
+
+    def __init__(self, chunk: Any, holder: Any, inverse_frequencies: Tensor) -> None:
+        self._chunk, self._holder, self._inverse_frequencies = chunk, holder, inverse_frequencies
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden: Tensor = self._chunk.embedding(input_ids=input_ids, position_ids=position_ids)
+        return hidden
+
+    def run(self, hidden: Tensor, position_ids: Tensor, cache: Any, rows: int) -> Tensor:
+        self._holder.cache, self._holder.rows = cache, rows
+        if not self._chunk.pre_process:
+            self._chunk.decoder.set_input_tensor(hidden)
+        rotary = angles(position_ids.transpose(0, 1), self._inverse_frequencies)
+        out: Tensor = self._chunk.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+        return out
+
+
+@contextmanager
+def sampling_modules(chunk: Any, config: Any, inverse_frequencies: Tensor) -> Iterator[ModuleStack]:
+    """The chunk as a sampler: evaluation mode, the engine's cache in place of core attention, no sequence parallelism
+    (a token cannot be cut). Everything is as before afterwards.
+    """
+    saved: list[tuple[Any, str, Any]] = [(config, "sequence_parallel", config.sequence_parallel)]
+    saved.append((config, "apply_rope_fusion", config.apply_rope_fusion))
+    for module in chunk.modules():
+        saved += [(module, f, True) for f in SEQUENCE_PARALLEL_FLAGS if getattr(module, f, False) is True]
+    attentions = [layer.self_attention for layer in chunk.decoder.layers]
+    cores = [a.core_attention for a in attentions]
+    training = [(m, m.training) for m in chunk.modules()]
+    holder = SimpleNamespace(cache=None, rows=0)
+    try:
+        for owner, name, _ in saved:
+            setattr(owner, name, False)
+        chunk.eval()
+        for attention in attentions:
+            attention.core_attention = CachedAttention(holder, attention.layer_number, softmax_scale(config))
+        yield ModuleStack(chunk, holder, inverse_frequencies)
+    finally:
+        for attention, core in zip(attentions, cores, strict=True):
+            attention.core_attention = core
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+        for module, mode in training:
+            module.training = mode
+        chunk.decoder.set_input_tensor(None)
