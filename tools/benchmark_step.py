@@ -48,30 +48,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
 
-    context = Context(arguments.quick, arguments.threads, models, Path(arguments.trl_python), say)
-    report: dict[str, Any] = {"machine": machine(arguments.threads), "quick": arguments.quick, "others": {}}
-    report["errors"] = {}
+    context = Context(arguments.quick, arguments.threads, Path(arguments.trl_python), say)
+    report: dict[str, Any] = {"machine": machine(arguments.threads), "quick": arguments.quick}
+    report |= {"others": {}, "errors": {}, "phases": context.phases, "details": context.details}
     figures: list[Figure] = []
     for name in sections:
         wait_until_quiet(arguments.patience)
-        try:
-            with others() as share:
-                figures += SECTIONS[name](context)
-            report["others"][name] = share[0]
-        except UserError as error:
-            report["errors"][name] = str(error)
-            print(f"{name}: {error}", file=sys.stderr)
-        report |= {
-            "quick": arguments.quick,
-            "seconds": time.monotonic() - started,
-            "phases": context.phases,
-            "details": context.details,
-        }
+        with others() as share:
+            figures += _measured(name, context, models, report["errors"])
+        report["others"][name] = share[0]
         report["figures"] = {figure.name: {**asdict(figure), "met": figure.met} for figure in figures}
+        report["seconds"] = time.monotonic() - started
         if arguments.json:
             write_json(arguments.json, report)  # after every section: a later one may be interrupted
     _show(report, figures)
     return 1 if report["errors"] else 0
+
+
+def _measured(section: str, context: Context, models: Collection[str], errors: dict[str, str]) -> list[Figure]:
+    """A section's figures; a case that fails is told, kept in `errors` and left out."""
+    figures: list[Figure] = []
+    try:
+        cases = SECTIONS[section](context)
+    except UserError as error:
+        errors[section] = str(error)
+        print(f"{section}: {error}", file=sys.stderr, flush=True)
+        return figures
+    for case in cases:
+        try:
+            figures += case.run() if case.model in models else []
+        except UserError as error:
+            errors[f"{section}.{case.name}"] = str(error)
+            print(f"{section}, {case.name}: {error}", file=sys.stderr, flush=True)
+    return figures
 
 
 def _show(report: Mapping[str, Any], figures: Sequence[Figure]) -> None:

@@ -35,6 +35,7 @@ def overrides(folder: Path, steps: int, extra: Sequence[str]) -> list[str]:
         "run.folder": str(folder),
         "run.overwrite": "true",
         "run.steps": str(steps),
+        "run.dump_rollouts": "false",
         "evaluation.every": "0",
         "evaluation.at_start": "false",
         "evaluation.at_end": "false",

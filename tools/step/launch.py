@@ -53,4 +53,5 @@ def run(command: Sequence[str], *, threads: int, timeout: float, environment: Ma
             output.seek(0)
             tail = output.read().decode(errors="replace")[-TAIL:]
             reason = f"did not end in {timeout:.0f} s" if status is None else f"ended with status {status}"
+            reason += " (killed: is there too little memory?)" if status == -signal.SIGKILL else ""
             raise UserError(f"{' '.join(command[:4])} ... {reason}:\n{tail}")

@@ -1,4 +1,4 @@
-"""The sections of the benchmark: each runs its measurements and says what came out."""
+"""The sections of the benchmark: cases, each with its measurements and what came out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +18,44 @@ from step.figures import Figure, forwards, padding_share, paired_ratio, phases, 
 from asd_megatron.errors import UserError
 
 PUZZLE, SMOLLM2 = "examples/puzzle/quickstart.yaml", "examples/smollm2/word_problems.yaml"
+RECIPES = {"puzzle": PUZZLE, "smollm2": SMOLLM2}
 ONE_RANK = ("--parallelism.tensor", "1", "--parallelism.pipeline", "1", "--parallelism.data", "null")
+FP32, BF16 = ("--model.dtype", "float32"), ("--model.dtype", "bfloat16")
+SMALL_PACKS = ("--batching.tokens_per_microbatch", "2048")  # float32 activations of SmolLM2 in a few GB
+NO_ENDS = ("--sampling.stop_token_ids", "[]", "--sampling.stop", "[]")
 TRL_DRIVER = Path(__file__).resolve().parents[1] / "trl_env" / "grpo_step.py"
+PATIENCE = 900.0  # seconds that one measurement may take
 
 
 @dataclass
 class Context:
-    """What sections need beside the machine. `quick`: few repetitions, to see that all works. `say` tells progress."""
+    """What cases need beside the machine. `quick`: few repetitions, to see that all works. `say` tells progress;
+    `details` and `phases` go into the JSON file."""
 
     quick: bool
     threads: int
-    models: Sequence[str]
     trl_python: Path
     say: Callable[[str], None]
     details: dict[str, Any] = field(default_factory=dict)
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def cell(self, label: str, kind: str, spec: dict[str, Any], *, ranks: int = 1) -> dict[str, Any]:
+    def cell(self, label: str, kind: str, model: str, overrides: Sequence[str], ranks: int = 1, **spec: Any) -> Any:
         self.say(label)
-        return launch.run_cell(kind, spec, ranks=ranks, threads=self.threads, timeout=900)
-
-    def keep(self, name: str, value: Any) -> None:
-        """Into the JSON file."""
-        self.details[name] = value
+        given = {"recipe": RECIPES[model], "overrides": list(overrides), **spec}
+        return launch.run_cell(kind, given, ranks=ranks, threads=self.threads, timeout=PATIENCE)
 
     def count(self, quick: int, full: int) -> int:
         return quick if self.quick else full
+
+    def keep_phases(self, name: str, condition: str, found: dict[str, Any]) -> None:
+        self.phases[name] = phases(found["metrics"][condition], found["seconds"][condition])
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: str
+    run: Callable[[], list[Figure]]
 
 
 def options(**keys: Any) -> list[str]:
@@ -53,54 +66,64 @@ def options(**keys: Any) -> list[str]:
 # ---------------------------------------------------------------- passes, phases, AntiSD over GRPO, padding
 
 
-def conditions(context: Context) -> list[Figure]:
+def conditions(context: Context) -> list[Case]:
     """AntiSD beside GRPO, whole steps in turn in one process."""
-    cases = {
-        "puzzle": (PUZZLE, ONE_RANK, 1, context.count(6, 40), 3),
-        "puzzle_tp2": (PUZZLE, (), 2, context.count(6, 30), 3),
-        "smollm2": (SMOLLM2, ONE_RANK, 1, context.count(1, 3), 1),
-    }
-    figures: list[Figure] = []
-    for name, (recipe, extra, ranks, steps, warm) in cases.items():
-        if name.partition("_")[0] in context.models:
-            spec: dict[str, Any] = {"recipe": recipe, "overrides": list(extra), "conditions": ["grpo", "antisd"]}
-            spec |= {"steps": steps, "warm": warm}
-            found = context.cell(
-                f"{name}: GRPO and AntiSD in turn, {steps} steps each", "conditions", spec, ranks=ranks
-            )
-            figures += condition_figures(name, found)
-            kept = {c: summary(s) for c, s in found["seconds"].items()}
-            for c, rows in found["metrics"].items():
-                context.phases[f"{name} {c}"] = phases(rows, found["seconds"][c])
-                kept[c]["response_tokens"] = statistics.mean(row["response/length_mean"] for row in rows)
-            context.keep(name, kept)
-    return figures
+    puzzle = partial(_conditions, context, "puzzle", warm=3, steps=context.count(6, 40))
+    smollm2 = partial(_conditions, context, "smollm2", warm=1)
+    return [
+        Case("puzzle", "puzzle", partial(puzzle, "puzzle", ONE_RANK)),
+        Case("puzzle_tp2", "puzzle", partial(puzzle, "puzzle_tp2", (), ranks=2)),
+        Case(
+            "smollm2_bf16",
+            "smollm2",
+            partial(smollm2, "smollm2_bf16", (*ONE_RANK, *BF16), steps=context.count(1, 3)),
+        ),
+        Case(
+            "smollm2_fp32",
+            "smollm2",
+            partial(smollm2, "smollm2_fp32", (*ONE_RANK, *FP32, *SMALL_PACKS), steps=context.count(1, 2)),
+        ),
+    ]
+
+
+def _conditions(
+    context: Context, model: str, name: str, overrides: Sequence[str], *, steps: int, warm: int, ranks: int = 1
+) -> list[Figure]:
+    label = f"{name}: GRPO and AntiSD in turn, {steps} steps each"
+    both = ["grpo", "antisd"]
+    found = context.cell(label, "conditions", model, overrides, ranks, conditions=both, steps=steps, warm=warm)
+    kept = {condition: summary(seconds) for condition, seconds in found["seconds"].items()}
+    for condition, rows in found["metrics"].items():
+        context.keep_phases(f"{name} {condition}", condition, found)
+        kept[condition]["response_tokens"] = statistics.mean(row["response/length_mean"] for row in rows)
+    context.details[name] = kept
+    return condition_figures(name, found)
 
 
 def condition_figures(name: str, found: dict[str, Any]) -> list[Figure]:
+    """Of a `conditions` cell with GRPO and AntiSD."""
     seconds, extras = found["seconds"], found["extras"]
     figures = []
-    for condition, label in (("grpo", "GRPO"), ("antisd", "AntiSD")):
-        steps = extras[condition]
+    for condition in ("grpo", "antisd"):
+        steps, rows = extras[condition], found["metrics"][condition]
         tokens = statistics.median(forwards(s["scored"], s["trained"], s["batch"]) for s in steps)
-        rows = found["metrics"][condition]
         trained = [r.get("time/teacher", 0.0) + r.get("time/student", 0.0) + r["time/update"] for r in rows]
-        time = paired_ratio(trained, [s["student_forward"] for s in steps])
         figures += [
-            Figure(f"{name}.{condition}.forwards_planned", found["plan"][condition], f"({label})"),
+            Figure(f"{name}.{condition}.forwards_planned", found["plan"][condition]),
             Figure(f"{name}.{condition}.forwards_in_tokens", tokens),
-            Figure(f"{name}.{condition}.forwards_in_time", time),
-            Figure(f"{name}.{condition}.seconds_a_step", statistics.median(seconds[condition]), "s"),
+            Figure(
+                f"{name}.{condition}.forwards_in_time", paired_ratio(trained, [s["student_forward"] for s in steps])
+            ),
+            Figure(f"{name}.{condition}.step", statistics.median(seconds[condition]), "s"),
         ]
-    figures.append(
-        Figure(f"{name}.antisd_over_grpo", paired_ratio(seconds["antisd"], seconds["grpo"]), target=1.25, bound="most")
-    )
+    ratio = paired_ratio(seconds["antisd"], seconds["grpo"])
+    figures.append(Figure(f"{name}.antisd_over_grpo", ratio, target=1.25, bound="most"))
     longer = statistics.mean(s["teacher"]["tokens"] / s["batch"] for s in extras["antisd"])
     figures.append(Figure(f"{name}.teacher_tokens_over_student", longer))
     for who in ("student", "teacher"):
         packs = [s[who] for s in extras["antisd"]]
         total, real = sum(p["tokens"] for p in packs), sum(p["real"] for p in packs)
-        shared = 1 - real / sum(p["sequences"] for p in packs)
+        shared = padding_share(sum(p["sequences"] for p in packs), real)
         inside = statistics.mean(p["attention_padding_share"] for p in packs)
         figures += [
             Figure(f"{name}.{who}.padding_share", padding_share(total, real), "%", 0.02, "most"),
@@ -113,120 +136,118 @@ def condition_figures(name: str, found: dict[str, Any]) -> list[Figure]:
 # ---------------------------------------------------------------- sampling
 
 
-def sampling(context: Context) -> list[Figure]:
+def sampling(context: Context) -> list[Case]:
     """The embedded engine beside `generate`."""
-    cases = {
-        "puzzle_512": (PUZZLE, 32, 16, 64, False),
-        "puzzle_16": (PUZZLE, 4, 4, 64, False),
-        "puzzle_16_with_ends": (PUZZLE, 4, 4, 64, True),
-        "smollm2_64": (SMOLLM2, 8, 8, 32, False),
-    }
-    figures = []
-    for name, (recipe, problems, samples, new, ends) in cases.items():
-        model = name.partition("_")[0]
-        if model not in context.models:
-            continue
-        rounds = context.count(1, 3) if model == "smollm2" else context.count(3, 9)
-        spec = {"recipe": recipe, "overrides": list(ONE_RANK), "problems": problems, "samples": samples}
-        spec |= {"new_tokens": new, "rounds": rounds, "ends": ends}
-        found = context.cell(f"{name}: embedded engine and generate in turn, {rounds} rounds", "sampling", spec)
-        rates = found["rates"]
-        context.keep(f"sampling.{name}", {way: summary(values) for way, values in rates.items()})
-        figures += [Figure(f"sampling.{name}.{way}", statistics.median(rates[way]), "tokens/s") for way in rates]
-        target = None if ends else 1.5
-        ratio = paired_ratio(rates["embedded"], rates["generate"])
-        figures.append(Figure(f"sampling.{name}.over_generate", ratio, target=target, bound="least"))
-    return figures
+    puzzle = partial(_sampling, context, "puzzle", new=64, rounds=context.count(3, 9))
+    smollm2 = partial(_sampling, context, "smollm2", new=32, rounds=context.count(1, 3))
+    return [
+        Case("puzzle_512", "puzzle", partial(puzzle, "puzzle_512", FP32, 32, 16)),
+        Case("puzzle_16", "puzzle", partial(puzzle, "puzzle_16", FP32, 4, 4)),
+        Case("puzzle_16_with_ends", "puzzle", partial(puzzle, "puzzle_16_with_ends", FP32, 4, 4, ends=True)),
+        Case("smollm2_64_fp32", "smollm2", partial(smollm2, "smollm2_64_fp32", FP32, 8, 8)),
+        Case("smollm2_64_bf16", "smollm2", partial(smollm2, "smollm2_64_bf16", BF16, 8, 8)),
+    ]
+
+
+def _sampling(
+    context: Context,
+    model: str,
+    name: str,
+    dtype: Sequence[str],
+    problems: int,
+    samples: int,
+    *,
+    new: int,
+    rounds: int,
+    ends: bool = False,
+) -> list[Figure]:
+    label = f"{name}: embedded engine and generate in turn, {rounds} rounds"
+    sizes = {"problems": problems, "samples": samples, "new_tokens": new, "rounds": rounds, "ends": ends}
+    rates = context.cell(label, "sampling", model, [*ONE_RANK, *dtype], **sizes)["rates"]
+    context.details[f"sampling.{name}"] = {way: summary(values) for way, values in rates.items()}
+    ratio = paired_ratio(rates["embedded"], rates["generate"])
+    return [
+        *(Figure(f"sampling.{name}.{way}", statistics.median(rates[way]), "tokens/s") for way in rates),
+        Figure(f"sampling.{name}.over_generate", ratio, target=None if ends else 1.5, bound="least"),
+    ]
 
 
 # ---------------------------------------------------------------- weak scaling
 
 
-def scaling(context: Context) -> list[Figure]:
+def scaling(context: Context) -> list[Case]:
     """Twice the problems on twice the data-parallel ranks, every response of the full length."""
+    puzzle = partial(_scaling, context, "puzzle", 4, steps=context.count(6, 20), warm=3, turns=context.count(1, 2))
+    smollm2 = partial(_scaling, context, "smollm2", 2, steps=context.count(1, 2), warm=1, turns=1)
+    return [Case("puzzle", "puzzle", puzzle), Case("smollm2", "smollm2", smollm2)]
+
+
+def _scaling(context: Context, model: str, problems: int, *, steps: int, warm: int, turns: int) -> list[Figure]:
     if (os.cpu_count() or 1) < 2:
         raise UserError("weak scaling needs two cores")
-    cases = {
-        "puzzle": (PUZZLE, 4, context.count(6, 20), 3, context.count(1, 2)),
-        "smollm2": (SMOLLM2, 2, context.count(1, 2), 1, 1),
-    }
-    figures = []
-    for name, (recipe, problems, steps, warm, turns) in cases.items():
-        if name not in context.models:
-            continue
-        medians: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(turns):
-            for ranks, seconds in medians.items():
-                fixed = options(sampling__problems_per_step=problems * ranks, sampling__stop_token_ids=[])
-                spec: dict[str, Any] = {"recipe": recipe, "overrides": [*ONE_RANK, *fixed, *no_stop(name)]}
-                spec |= {"conditions": ["antisd"], "steps": steps, "warm": warm}
-                found = context.cell(
-                    f"{name}: {problems * ranks} problems on {ranks} rank(s)", "conditions", spec, ranks=ranks
-                )
-                seconds.append(statistics.median(found["seconds"]["antisd"]))
-        context.keep(f"scaling.{name}", medians)
-        figures += [Figure(f"scaling.{name}.ranks_{n}", statistics.median(s), "s") for n, s in medians.items()]
-        figures.append(Figure(f"scaling.{name}.efficiency", paired_ratio(medians[1], medians[2])))
-    return figures
-
-
-def no_stop(model: str) -> list[str]:
-    """SmolLM2's recipe ends responses at a string too."""
-    return options(sampling__stop=[]) if model == "smollm2" else []
+    medians: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(turns):
+        for ranks, seconds in medians.items():
+            label = f"{model}: {problems * ranks} problems on {ranks} rank(s)"
+            overrides = [*ONE_RANK, *NO_ENDS, *options(sampling__problems_per_step=problems * ranks)]
+            spec: dict[str, Any] = {"conditions": ["antisd"], "steps": steps, "warm": warm}
+            found = context.cell(label, "conditions", model, overrides, ranks, **spec)
+            seconds.append(statistics.median(found["seconds"]["antisd"]))
+    context.details[f"scaling.{model}"] = medians
+    return [
+        *(Figure(f"scaling.{model}.ranks_{ranks}", statistics.median(s), "s") for ranks, s in medians.items()),
+        Figure(f"scaling.{model}.efficiency", paired_ratio(medians[1], medians[2])),
+    ]
 
 
 # ---------------------------------------------------------------- TRL
 
 
-def trl(context: Context) -> list[Figure]:
-    """Our GRPO step beside TRL's, processes in turn; end tokens are forbidden there and end nothing here."""
+def trl(context: Context) -> list[Case]:
+    """Our GRPO step beside TRL's in float32, processes in turn; end tokens are forbidden there and end nothing here."""
     if not context.trl_python.is_file():
         raise UserError(
             f"there is no {context.trl_python}: tools/trl_env/create.sh makes it, or name one with --trl-python"
         )
-    turns = context.count(1, 2)
-    cases = {
-        "puzzle": (PUZZLE, 4, 4, 64, context.count(4, 15), 2, 16),
-        "smollm2": (SMOLLM2, 2, 8, 32, context.count(1, 2), 1, 16),
-    }
-    figures = []
-    for name, (recipe, problems, samples, new, steps, warm, micro) in cases.items():
-        if name not in context.models:
-            continue
-        fixed = options(
-            sampling__problems_per_step=problems,
-            sampling__rollouts_per_problem=samples,
-            sampling__max_response_tokens=new,
-            sampling__stop_token_ids=[],
-            model__dtype="float32",
-        )
-        overrides = [*ONE_RANK, *fixed, *no_stop(name)]
-        base = {"recipe": recipe, "overrides": overrides}
-        given = context.cell(f"{name}: prompts", "prompts", {**base, "steps": steps + warm})
-        theirs_spec = {**given, "problems": problems, "samples": samples, "new_tokens": new}
-        theirs_spec |= {"steps": steps + warm, "microbatch": micro}
-        ours: list[float] = []
-        theirs: list[float] = []
-        versions: dict[str, str] = {}
-        for _ in range(turns):
-            spec = {**base, "conditions": ["grpo"], "steps": steps, "warm": warm}
-            ours += context.cell(f"{name}: our GRPO, {steps} steps", "conditions", spec)["seconds"]["grpo"]
-            context.say(f"{name}: TRL's GRPOTrainer, {steps} steps")
-            seconds, versions = _trl_seconds(context, theirs_spec)
-            theirs += seconds[warm:]
-        context.keep(f"trl.{name}", {"ours": summary(ours), "trl": summary(theirs), "versions": versions})
-        median = statistics.median(ours), statistics.median(theirs)
-        figures += [Figure(f"trl.{name}.ours", median[0], "s"), Figure(f"trl.{name}.trl", median[1], "s")]
-        figures.append(Figure(f"trl.{name}.time_over_trl", median[0] / median[1], target=0.5, bound="most"))
-    return figures
+    puzzle = partial(_trl, context, "puzzle", 4, 4, 64, steps=context.count(4, 15), warm=2)
+    smollm2 = partial(_trl, context, "smollm2", 2, 8, 32, steps=1, warm=1)
+    return [Case("puzzle", "puzzle", puzzle), Case("smollm2", "smollm2", smollm2)]
 
 
-def _trl_seconds(context: Context, spec: dict[str, Any]) -> tuple[list[float], dict[str, str]]:
+def _trl(context: Context, model: str, problems: int, samples: int, new: int, *, steps: int, warm: int) -> list[Figure]:
+    sizes = options(
+        sampling__problems_per_step=problems,
+        sampling__rollouts_per_problem=samples,
+        sampling__max_response_tokens=new,
+    )
+    overrides = [*ONE_RANK, *FP32, *NO_ENDS, *sizes]
+    task = context.cell(f"{model}: prompts", "prompts", model, overrides, steps=steps + warm)
+    task |= {"problems": problems, "samples": samples, "new_tokens": new, "steps": steps + warm}
+    ours: list[float] = []
+    theirs: list[float] = []
+    versions: dict[str, str] = {}
+    for _ in range(context.count(1, 2)):
+        label = f"{model}: our GRPO, {steps} step(s)"
+        spec: dict[str, Any] = {"conditions": ["grpo"], "steps": steps, "warm": warm}
+        ours += context.cell(label, "conditions", model, overrides, **spec)["seconds"]["grpo"]
+        context.say(f"{model}: TRL's GRPOTrainer, {steps} step(s)")
+        seconds, versions = _trl_seconds(context, task)
+        theirs += seconds[warm:]
+    context.details[f"trl.{model}"] = {"ours": summary(ours), "trl": summary(theirs), "versions": versions}
+    mine, other = statistics.median(ours), statistics.median(theirs)
+    return [
+        Figure(f"trl.{model}.ours", mine, "s"),
+        Figure(f"trl.{model}.trl", other, "s"),
+        Figure(f"trl.{model}.time_over_trl", mine / other, target=0.5, bound="most"),
+    ]
+
+
+def _trl_seconds(context: Context, task: dict[str, Any]) -> tuple[list[float], dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="trl-") as folder:
-        out, given = Path(folder) / "result.json", Path(folder) / "spec.json"
-        given.write_text(json.dumps({**spec, "folder": folder}))
+        out, given = Path(folder) / "result.json", Path(folder) / "task.json"
+        given.write_text(json.dumps({**task, "folder": folder}))
         command = [str(context.trl_python), str(TRL_DRIVER), str(given), str(out)]
-        launch.run(command, threads=context.threads, timeout=900, environment={"PYTHONPATH": ""})
+        launch.run(command, threads=context.threads, timeout=PATIENCE, environment={"PYTHONPATH": ""})
         found = json.loads(out.read_text())
         return found["seconds"], found["versions"]
 
@@ -234,30 +255,44 @@ def _trl_seconds(context: Context, spec: dict[str, Any]) -> tuple[list[float], d
 # ---------------------------------------------------------------- bfloat16
 
 
-def precision(context: Context) -> list[Figure]:
+def precision(context: Context) -> list[Case]:
     """bfloat16 working weights beside float32: time, and how far s, t and u move on the same rollouts."""
-    if "smollm2" not in context.models:
-        return []
-    steps, turns = context.count(1, 2), context.count(1, 2)
     small = [*ONE_RANK, *options(sampling__problems_per_step=2)]
+    return [
+        Case("time", "smollm2", partial(_precision_time, context, small)),
+        Case("drift", "smollm2", partial(_precision_drift, context, small)),
+    ]
+
+
+def _precision_time(context: Context, overrides: Sequence[str]) -> list[Figure]:
     seconds: dict[str, list[float]] = {"float32": [], "bfloat16": []}
-    for _ in range(turns):
+    for _ in range(context.count(1, 2)):
         for dtype, values in seconds.items():
-            fixed = options(model__dtype=dtype, sampling__stop_token_ids=[], sampling__stop=[])
-            spec = {"recipe": SMOLLM2, "overrides": [*small, *fixed], "conditions": ["antisd"]}
-            found = context.cell(f"smollm2: {dtype}", "conditions", {**spec, "steps": steps, "warm": 1})
+            given = [*overrides, *NO_ENDS, *options(model__dtype=dtype)]
+            spec: dict[str, Any] = {"conditions": ["antisd"], "steps": context.count(1, 2), "warm": 1}
+            found = context.cell(f"smollm2: {dtype}", "conditions", "smollm2", given, **spec)
             values += found["seconds"]["antisd"]
-            context.phases[f"smollm2 {dtype}"] = phases(found["metrics"]["antisd"], found["seconds"]["antisd"])
-    context.keep("precision", {dtype: summary(values) for dtype, values in seconds.items()})
-    speedup = statistics.median(seconds["float32"]) / statistics.median(seconds["bfloat16"])
-    figures = [Figure(f"precision.smollm2.{d}", statistics.median(s), "s") for d, s in seconds.items()]
-    figures.append(Figure("precision.smollm2.speedup", speedup))
-    drift = context.cell("smollm2: drift on frozen rollouts", "drift", {"recipe": SMOLLM2, "overrides": small})
-    context.keep("precision.drift", drift)
-    return figures + [Figure(f"precision.smollm2.{n}_drift", d["mean_abs"], "nats") for n, d in drift.items()]
+            context.keep_phases(f"smollm2 {dtype}", "antisd", found)
+    context.details["precision"] = {dtype: summary(values) for dtype, values in seconds.items()}
+    single, half = (statistics.median(values) for values in seconds.values())
+    return [
+        Figure("precision.smollm2.float32", single, "s"),
+        Figure("precision.smollm2.bfloat16", half, "s"),
+        Figure("precision.smollm2.speedup", single / half),
+    ]
 
 
-SECTIONS: dict[str, Callable[[Context], list[Figure]]] = {
+def _precision_drift(context: Context, overrides: Sequence[str]) -> list[Figure]:
+    drift = context.cell("smollm2: drift on frozen rollouts", "drift", "smollm2", overrides)
+    context.details["precision.drift"] = drift
+    return [
+        Figure(f"precision.smollm2.{name}_{part}", values[part], "nats")
+        for name, values in drift.items()
+        for part in ("mean_abs_drift", "mean_drift", "mean_abs")
+    ]
+
+
+SECTIONS: dict[str, Callable[[Context], list[Case]]] = {
     "conditions": conditions,
     "sampling": sampling,
     "scaling": scaling,

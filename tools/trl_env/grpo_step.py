@@ -1,7 +1,7 @@
 """Seconds of each step of TRL's GRPOTrainer: `python grpo_step.py SPEC OUT`, in the environment of `create.sh`.
 
 SPEC: a JSON file with `model` (a folder), `texts` and `ids` (prompts of all steps in order), `problems` a step,
-`samples` of each, `new_tokens`, `steps`, `microbatch` (sequences a forward-backward), `folder` (scratch).
+`samples` of each, `new_tokens`, `steps`, `folder` (scratch).
 
 Float32 on the CPU, one update a batch, no reference model, end tokens forbidden until `new_tokens`: every response has
 that length. Of TRL's defaults only those are changed that would cost time here: gradient checkpointing (on by default),
@@ -52,15 +52,12 @@ def main(spec_file: str, out: str) -> None:
         if tokenizer(text)["input_ids"] != ids:
             sys.exit(f"error: the prompt {text!r} would have other tokens here than there: {ids}")
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32, attn_implementation="sdpa")
-    rows = spec["problems"] * spec["samples"]
-    micro = min(spec["microbatch"], rows)
     config = GRPOConfig(
         output_dir=spec["folder"],
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=rows // micro,
+        per_device_train_batch_size=spec["problems"] * spec["samples"],
         num_generations=spec["samples"],
         max_completion_length=spec["new_tokens"],
         generation_kwargs={"min_new_tokens": spec["new_tokens"]},
