@@ -41,7 +41,7 @@ def check(problem: Problem, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     return found
 
 
-def time_all(problem: Problem, repeats: int, patience: float) -> dict[str, list[measure.Sample]]:
+def time_all(problem: Problem, repeats: int, clock: measure.Clock) -> dict[str, list[measure.Sample]]:
     """Every way and the bare products, in turn, `repeats` times."""
     actions: dict[str, Callable[[], object]] = {name: partial(way, problem) for name, way in WAYS.items()}
     actions |= {WHOLE: Products(problem, len(problem.hidden)), TILED: Products(problem, TILE)}
@@ -50,7 +50,7 @@ def time_all(problem: Problem, repeats: int, patience: float) -> dict[str, list[
     found: dict[str, list[measure.Sample]] = {name: [] for name in actions}
     for number in range(repeats):
         for name, action in actions.items():
-            found[name].append(measure.sample(action, problem.hidden.device, patience))
+            found[name].append(measure.sample(action, problem.hidden.device, clock))
         print(f"round {number + 1} of {repeats}", file=sys.stderr, flush=True)
     return found
 
@@ -68,7 +68,9 @@ def _resident(name: str, tokens: int, vocab: int, width: int) -> int | None:
     return measure.peak_resident(lambda: WAYS[name](problem))
 
 
-def benchmark(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def benchmark(
+    arguments: argparse.Namespace, clock: measure.Clock, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     tokens, vocab, width = arguments.tokens, arguments.vocab, arguments.hidden
     problem = Problem.random(tokens, vocab, width, device, dtype)
     wrong = check(problem, dtype)
@@ -77,7 +79,7 @@ def benchmark(arguments: argparse.Namespace, device: torch.device, dtype: torch.
     peaks = {name: measure.peak_bytes(partial(way, problem), device) for name, way in WAYS.items()}
     residents = {name: resident(name, tokens, vocab, width) if arguments.resident else None for name in WAYS}
     start = measure.machine(device)
-    samples = time_all(problem, arguments.repeats, arguments.patience)
+    samples = time_all(problem, arguments.repeats, clock)
     middle = {name: statistics.median(sample.seconds for sample in found) for name, found in samples.items()}
     whole, tiled = middle.pop(WHOLE), middle.pop(TILED)
     floor = min(whole, tiled)
@@ -95,6 +97,7 @@ def benchmark(arguments: argparse.Namespace, device: torch.device, dtype: torch.
     }
     report["floor"] = {"seconds": floor, "whole_seconds": whole, "tiled_seconds": tiled, "tile": TILE}
     report["problem"] = {"tokens": tokens, "vocab": vocab, "hidden": width, "dtype": str(dtype).removeprefix("torch.")}
+    report["clock"] = "processor" if clock.processor else "wall"
     report["machine"] = {**start, "load_after": os.getloadavg()}
     report["rounds"] = {name: [sample._asdict() for sample in found] for name, found in samples.items()}
     return report
@@ -111,7 +114,8 @@ def print_report(report: dict[str, Any]) -> None:
         f"floor: {floor['seconds']:.3f} s, the faster of the products whole ({floor['whole_seconds']:.3f} s) and in "
         f"chunks of {floor['tile']} tokens ({floor['tiled_seconds']:.3f} s)"
     )
-    print(f"others took {statistics.median(others):.0%} of the cores meanwhile, at most {max(others):.0%}\n")
+    disturbed = f"{statistics.median(others):.0%} of the cores, at most {max(others):.0%}"
+    print(f"{report['clock']} time; meanwhile others took {disturbed}\n")
     print("| way | seconds | time over floor | memory over 2TV | without weight gradient | resident over 2TV |")
     print("|---|---|---|---|---|---|")
     for name in WAYS:
@@ -131,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="rounds of which the median counts (default: 7)")
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for others, for each time taken")
     parser.add_argument(
+        "--processor-time", action="store_true", help="of one thread, for machines that are never quiet"
+    )
+    parser.add_argument(
         "--resident", action="store_true", help="also growth of resident memory, in new processes (CPU, float32)"
     )
     parser.add_argument("--curves", metavar="FOLDER", help="measure over T, V and ranks instead; plots go there")
@@ -138,13 +145,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if arguments.bf16 or device.type == "cuda" else torch.float32
+    clock = measure.Clock(arguments.patience, arguments.processor_time)
+    sizes = arguments.tokens, arguments.vocab, arguments.hidden
+    if clock.processor:
+        torch.set_num_threads(1)
     try:
         if arguments.curves:
-            report = measure_curves(arguments, device, dtype)
+            report = measure_curves(*sizes, arguments.repeats, clock, device, dtype)
             print_curves(report)
             draw_curves(report, arguments.curves)
         else:
-            report = benchmark(arguments, device, dtype)
+            report = benchmark(arguments, clock, device, dtype)
             print_report(report)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

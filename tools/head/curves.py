@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from head import measure
+from head.measure import Clock
 from head.ways import WAYS, Problem, Products, fused
 
 from asd_megatron.files import atomic_file
@@ -28,25 +28,26 @@ MIB = 2**20
 Row = dict[str, Any]
 
 
-def measure_curves(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Row:
-    """Of `arguments`: up to twice the tokens, and up to four times the vocabulary at half the tokens."""
-    tokens, vocab, width = arguments.tokens, arguments.vocab, arguments.hidden
+def measure_curves(
+    tokens: int, vocab: int, width: int, repeats: int, clock: Clock, device: torch.device, dtype: torch.dtype
+) -> Row:
+    """From an eighth to twice the tokens, and from a quarter to four times the vocabulary at half the tokens."""
     start = measure.machine(device)
 
     def curve(sizes: Sequence[tuple[int, int]]) -> list[Row]:
-        return [_point(t, v, width, arguments, device, dtype) for t, v in sizes]
+        return [_point(t, v, width, repeats, clock, device, dtype) for t, v in sizes]
 
     return {
         "machine": start,
         "hidden": width,
         "over_tokens": curve([(tokens * p // 8, vocab) for p in POINTS]),
         "over_vocabulary": curve([(tokens // 2, vocab * p // 4) for p in POINTS]),
-        "over_ranks": over_ranks(tokens, vocab, width, arguments) if device.type == "cpu" else [],
+        "over_ranks": over_ranks(tokens, vocab, width, repeats, clock) if device.type == "cpu" else [],
     }
 
 
 def _point(
-    tokens: int, vocab: int, width: int, arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype
+    tokens: int, vocab: int, width: int, repeats: int, clock: Clock, device: torch.device, dtype: torch.dtype
 ) -> Row:
     problem = Problem.random(tokens, vocab, width, device, dtype)
     actions: dict[str, Callable[[], object]] = {name: partial(way, problem) for name, way in WAYS.items()}
@@ -54,9 +55,9 @@ def _point(
     actions["products"] = Products(problem, 512)
     actions["products"]()
     times: dict[str, list[measure.Sample]] = {name: [] for name in actions}
-    for _ in range(arguments.repeats):
+    for _ in range(repeats):
         for name, action in actions.items():
-            times[name].append(measure.sample(action, device, arguments.patience))
+            times[name].append(measure.sample(action, device, clock))
     seconds = {name: statistics.median(sample.seconds for sample in samples) for name, samples in times.items()}
     others = max(sample.others for samples in times.values() for sample in samples)
     print(f"T {tokens}, V {vocab}: others took at most {others:.0%} of the cores", file=sys.stderr, flush=True)
@@ -71,40 +72,44 @@ def _point(
     }
 
 
-def over_ranks(tokens: int, vocab: int, width: int, arguments: argparse.Namespace) -> list[Row]:
+def over_ranks(tokens: int, vocab: int, width: int, repeats: int, clock: Clock) -> list[Row]:
     """The fused head on 1 and 2 processes of one thread each, in turn; time of the slowest, memory of the largest."""
     found: dict[int, list[Row]] = {1: [], 2: []}
-    for _ in range(arguments.repeats):
+    for _ in range(repeats):
         for world, rows in found.items():
-            rows.append(_quiet_ranks(world, tokens, vocab, width, arguments.patience))
+            rows.append(_quiet_ranks(world, tokens, vocab, width, clock))
     return [
         {"ranks": world} | {key: statistics.median(row[key] for row in rows) for key in ("seconds", "bytes", "others")}
         for world, rows in found.items()
     ]
 
 
-def _quiet_ranks(world: int, tokens: int, vocab: int, width: int, patience: float) -> Row:
+def _quiet_ranks(world: int, tokens: int, vocab: int, width: int, clock: Clock) -> Row:
     """As `measure.sample`, of processes."""
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + clock.patience
     best: Row = {"others": 2.0}
     while True:
         outcome: list[tuple[float, int]] = []
-        run = measure.sample(lambda o=outcome: o.append(_ranks(world, tokens, vocab, width)), torch.device("cpu"), 0)
+        action = partial(_append_ranks, outcome, world, tokens, vocab, width, clock.processor)
+        run = measure.sample(action, torch.device("cpu"), Clock())
         seconds, peak = outcome[0]
         best = min(best, {"seconds": seconds, "bytes": peak, "others": run.others}, key=lambda row: row["others"])
-        if best["others"] <= measure.QUIET or time.monotonic() > deadline:
+        if clock.processor or best["others"] <= measure.QUIET or time.monotonic() > deadline:
             return best
 
 
-def _ranks(world: int, tokens: int, vocab: int, width: int) -> tuple[float, int]:
+def _append_ranks(
+    outcome: list[tuple[float, int]], world: int, tokens: int, vocab: int, width: int, processor: bool
+) -> None:
+    """(seconds, bytes) of the fused head on `world` new processes."""
     store = dist.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False, timeout=RANK_TIMEOUT)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, store.port, tokens, vocab, width, folder), nprocs=world)
+        mp.spawn(_rank, (world, store.port, tokens, vocab, width, folder, processor), nprocs=world)
         results = [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(world)]
-    return max(seconds for seconds, _ in results), max(peak for _, peak in results)
+    outcome.append((max(seconds for seconds, _ in results), max(peak for _, peak in results)))
 
 
-def _rank(rank: int, world: int, port: int, tokens: int, vocab: int, width: int, folder: str) -> None:
+def _rank(rank: int, world: int, port: int, tokens: int, vocab: int, width: int, folder: str, processor: bool) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, world, False, timeout=RANK_TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=RANK_TIMEOUT)
@@ -119,7 +124,7 @@ def _rank(rank: int, world: int, port: int, tokens: int, vocab: int, width: int,
     times = []
     for _ in range(3):
         dist.barrier()
-        times.append(measure.sample(partial(fused, problem), device, 0).seconds)
+        times.append(measure.sample(partial(fused, problem), device, Clock(processor=processor)).seconds)
     torch.save((min(times), peak), Path(folder) / str(rank))
     dist.barrier()
     dist.destroy_process_group()

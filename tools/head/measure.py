@@ -18,32 +18,41 @@ QUIET = 0.05
 """Share of the cores that others may use while something is timed."""
 
 
+class Clock(NamedTuple):
+    """What counts as time: the wall's, while others are quiet, for at most `patience` seconds a time; or the processor
+    time of this process, which others hardly change, of one thread."""
+
+    patience: float = 0.0
+    processor: bool = False
+
+
 class Sample(NamedTuple):
     seconds: float
     others: float  # the share of the cores' time that went to other processes meanwhile
 
 
-def sample(action: Callable[[], object], device: torch.device, patience: float) -> Sample:
-    """Wall time of one call. While others disturb it, it is timed again, for at most `patience` seconds; the time with
-    the least disturbance counts, whether it is short or long."""
-    deadline = time.monotonic() + patience
-    best = _sample(action, device)
+def sample(action: Callable[[], object], device: torch.device, clock: Clock) -> Sample:
+    """Time of one call. While others disturb it, it is timed again; the time with the least disturbance counts, whether
+    it is short or long."""
+    deadline = time.monotonic() + clock.patience
+    best = _sample(action, device, clock.processor)
     while best.others > QUIET and time.monotonic() < deadline:
         while _busy() > QUIET and time.monotonic() < deadline:
             time.sleep(1.0)
-        best = min(best, _sample(action, device), key=lambda found: found.others)
+        best = min(best, _sample(action, device, clock.processor), key=lambda found: found.others)
     return best
 
 
-def _sample(action: Callable[[], object], device: torch.device) -> Sample:
+def _sample(action: Callable[[], object], device: torch.device, processor: bool) -> Sample:
     gc.collect()
     _synchronize(device)
     idle, total = _jiffies()
     own = _own_seconds()
-    start = time.perf_counter()
+    read = time.process_time if processor else time.perf_counter
+    start = read()
     result = action()
     _synchronize(device)
-    elapsed = time.perf_counter() - start
+    elapsed = read() - start
     own = (_own_seconds() - own) * os.sysconf("SC_CLK_TCK")
     idle, total = (now - then for now, then in zip(_jiffies(), (idle, total), strict=True))
     del result
