@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -69,9 +70,11 @@ def options(**keys: Any) -> list[str]:
 def conditions(context: Context) -> list[Case]:
     """AntiSD beside GRPO, whole steps in turn in one process."""
     puzzle = partial(_conditions, context, "puzzle", warm=3, steps=context.count(6, 40))
+    trained = partial(_trained_puzzle, context, puzzle, steps=75)
     smollm2 = partial(_conditions, context, "smollm2", warm=1)
     return [
         Case("puzzle", "puzzle", partial(puzzle, "puzzle", ONE_RANK)),
+        Case("puzzle_trained", "puzzle", partial(trained, "puzzle_trained", ONE_RANK)),
         Case("puzzle_tp2", "puzzle", partial(puzzle, "puzzle_tp2", (), ranks=2)),
         Case(
             "smollm2_bf16",
@@ -98,6 +101,21 @@ def _conditions(
         kept[condition]["response_tokens"] = statistics.mean(row["response/length_mean"] for row in rows)
     context.details[name] = kept
     return condition_figures(name, found)
+
+
+def _trained_puzzle(
+    context: Context, measure: Callable[..., list[Figure]], name: str, overrides: Sequence[str], *, steps: int
+) -> list[Figure]:
+    """On the model after half of its recipe: responses are three times as long as the warm start's."""
+    with tempfile.TemporaryDirectory(prefix="puzzle-") as folder:
+        run = Path(folder) / "run"
+        given = options(run__folder=str(run), run__steps=steps, evaluation__every=0, evaluation__at_start=False)
+        given += options(evaluation__at_end=False, checkpoint__export_at_end=True, logging__progress=False)
+        context.say(f"{name}: {steps} steps of the recipe first")
+        command = [sys.executable, "-m", "asd_megatron.train", PUZZLE, *overrides, *given]
+        launch.run(command, threads=context.threads, timeout=PATIENCE)
+        model = options(model__path=str(run / "hf" / f"step_{steps:06d}"))
+        return measure(name, [*overrides, *model])
 
 
 def condition_figures(name: str, found: dict[str, Any]) -> list[Figure]:
