@@ -15,8 +15,8 @@ def torchrun_command(ranks: int, module: str, arguments: Sequence[str]) -> list[
 
 
 def worker_environment(ranks: int) -> dict[str, str]:
-    """This process's environment with what local workers need: the machine's threads divided among the ranks, huge pages
-    for torch's tensors, and one CUDA queue (Megatron asks for it)."""
+    """This process's environment with what local workers need: the machine's threads divided among the ranks, huge
+    pages for torch's tensors, and one CUDA queue (Megatron asks for it)."""
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     env.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch.nn.attention.bias import causal_lower_right
 MAX_PADDING = 1.5
 """Stretches of a pack share one attention call while padding to the longest costs at most this factor in query-key
 pairs."""
+
+SMALL = 8192
+"""Query-key pairs of padding that are cheaper than another call, whatever the factor."""
 
 MIN_ROWS = 4
 """A CPU's BLAS multiplies fewer rows by other kernels, which add in another order: a sample would see its company."""
@@ -38,63 +42,66 @@ class Bucket:
 
 @dataclass(frozen=True)
 class _Stretch:
-    tokens: range
-    before: Tensor  # int64: the tokens on the way from the root
+    start: int
+    queries: int
+    before: np.ndarray  # int64: the tokens on the way from the root
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(keys, queries)."""
-        return len(self.before) + len(self.tokens), len(self.tokens)
+    def keys(self) -> int:
+        return len(self.before) + self.queries
 
 
-def plan_buckets(cu_seqlens: list[int], parents: Sequence[int], device: torch.device) -> list[Bucket]:
+def plan_buckets(cu_seqlens: Sequence[int], parents: Sequence[int], device: torch.device) -> list[Bucket]:
     """Group a pack's stretches by size. `parents` as in `PackedTokens`: () for whole sequences."""
     stretches: list[_Stretch] = []
-    ways: list[Tensor] = []  # of each stretch, its own tokens included
-    nothing = torch.zeros(0, dtype=torch.int64)
+    ways: list[np.ndarray] = []  # of each stretch, its own tokens included
+    nothing = np.zeros(0, dtype=np.int64)
     for i, (a, e) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
         before = ways[parents[i]] if parents and parents[i] >= 0 else nothing
-        stretches.append(_Stretch(range(a, e), before))
+        stretches.append(_Stretch(a, e - a, before))
         if parents:
-            ways.append(torch.cat([before, torch.arange(a, e)]))
+            ways.append(np.concatenate([before, np.arange(a, e)]))
     return [_bucket(group, device) for group in _alike(stretches)]
 
 
 def _alike(stretches: list[_Stretch]) -> list[list[_Stretch]]:
     groups: list[list[_Stretch]] = []
     wide = long = used = 0  # of the last group: most keys, most queries, query-key pairs without padding
-    for stretch in sorted(stretches, key=lambda s: s.size, reverse=True):
-        keys, queries = stretch.size
-        together = (len(groups[-1]) + 1) * wide * max(long, queries) if groups else 0
-        if groups and together <= MAX_PADDING * (used + keys * queries):
+    for stretch in sorted(stretches, key=lambda s: (s.keys, s.queries), reverse=True):
+        pairs = stretch.keys * stretch.queries
+        together = (len(groups[-1]) + 1) * wide * max(long, stretch.queries) if groups else 0
+        if groups and together <= max(MAX_PADDING * (used + pairs), used + pairs + SMALL):
             groups[-1].append(stretch)
-            long, used = max(long, queries), used + keys * queries
+            long, used = max(long, stretch.queries), used + pairs
         else:
             groups.append([stretch])
-            wide, long, used = keys, queries, keys * queries
+            wide, long, used = stretch.keys, stretch.queries, pairs
     return groups
 
 
 def _bucket(group: list[_Stretch], device: torch.device) -> Bucket:
-    wide, long = max(s.size[0] for s in group), max(s.size[1] for s in group)
-    starts = torch.tensor([s.tokens.start for s in group])[:, None]
-    lengths = torch.tensor([len(s.tokens) for s in group])[:, None]
-    at = torch.arange(long)
+    # numpy: for small packs the plan would else take as long as the attention
+    wide, long = max(s.keys for s in group), max(s.queries for s in group)
+    at = np.arange(long)
+    starts, lengths, depths = (
+        np.array(values)[:, None]
+        for values in ([s.start for s in group], [s.queries for s in group], [len(s.before) for s in group])
+    )
     valid = at < lengths
-    queries = (starts + at) * valid
-    if not any(len(s.before) for s in group):
-        return Bucket(queries.to(device), queries.to(device), valid.to(device), None)
-    keys = torch.zeros(len(group), wide, dtype=torch.int64)
+    queries = torch.from_numpy((starts + at) * valid).to(device)
+    known = torch.from_numpy(valid).to(device)
+    if not depths.any():
+        return Bucket(queries, queries, known, None)
+    keys = np.zeros((len(group), wide), dtype=np.int64)
     for row, stretch in zip(keys, group, strict=True):
         row[: len(stretch.before)] = stretch.before
-        row[len(stretch.before) : stretch.size[0]] = torch.arange(stretch.tokens.start, stretch.tokens.stop)
+        row[len(stretch.before) : stretch.keys] = np.arange(stretch.start, stretch.start + stretch.queries)
     mask: Any
-    if len({s.size for s in group}) == 1:
+    if len({(s.keys, s.queries) for s in group}) == 1:
         mask = causal_lower_right(long, wide)
     else:
-        depths = torch.tensor([len(s.before) for s in group])[:, None]
-        mask = (torch.arange(wide) <= (depths + at)[..., None])[:, None].to(device)
-    return Bucket(queries.to(device), keys.to(device), valid.to(device), mask)
+        mask = torch.from_numpy((np.arange(wide) <= (depths + at)[..., None])[:, None]).to(device)
+    return Bucket(queries, torch.from_numpy(keys).to(device), known, mask)
 
 
 def operand(x: Tensor) -> Tensor:
