@@ -65,7 +65,8 @@ def check_scores(found: Step, expected: DenseResult) -> None:
         if without_term and name in ("pmi", "term"):
             assert not found.table[name].any() or found.plan.student_scoring
             continue
-        assert relative(found.table[name].double(), torch.cat(getattr(expected, name))) < 1e-5, name
+        # float32 log-probs of some nats, whose difference is clipped to 0.2 in places
+        assert relative(found.table[name].double(), torch.cat(getattr(expected, name))) < 2e-5, name
     for name in ("teacher_logprobs", "teacher_entropy"):
         if name in found.table:
             for row, wanted in zip(found.table.rows(name), getattr(expected, name), strict=True):
@@ -291,7 +292,7 @@ def test_gate_decisions_over_steps(product: Product, dense: Any) -> None:
 
 IMPORTANCE_OF = {
     "none": corrected("truncated", "token"),
-    "sequence": corrected("masked", "geometric"),
+    "sequence": corrected("masked", "geometric") | {"importance_floor": 0.8, "importance_cap": 1.25},
     "batch": corrected("truncated", "sequence") | {"importance_cap": 0.3},
 }  # by normalization
 
