@@ -73,7 +73,8 @@ class ModelPort:
             shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab, self.padded_vocab_size
         )
         self._layers = layers
-        self._stack: Stack | None = None  # of layers, inside `sampling`
+        self._stack: Stack | None = None  # inside `sampling`, as is the next
+        self._head: Tensor | None = None
         self._stages: dict[Key, int] | None = None  # for the export; worked out together, the first time
         self._inverse_frequencies = shape.rotary.inverse_frequencies().to(self.device)
         self._mark_sharded()
@@ -318,10 +319,11 @@ class ModelPort:
                 inside.enter_context(torch.inference_mode())  # a sixth faster than `no_grad` with few rows
                 group = self.groups.tp if self.groups.tp.size() > 1 else None
                 self._stack = LocalStack(chunk, self.shape, self.config, self._inverse_frequencies, group)
+            self._head = gemm.operand(self.head_weight()) if self.is_last_stage else None
             try:
                 yield
             finally:
-                self._stack = None
+                self._stack = self._head = None
 
     def decode(self, input_ids: Tensor, position_ids: Tensor, cache: Any) -> Tensor | None:
         """One forward of the whole pipeline inside `sampling`: ids and positions int64 [B, s].
@@ -343,9 +345,10 @@ class ModelPort:
         if not self.is_last_stage:
             dist.send(hidden.contiguous(), group=pp, group_dst=pp.rank() + 1)
             return None
-        newest, weight = fill_rows(cache.newest(hidden[:, :rows])[0], MIN_ROWS), self.head_weight()
-        logits = newest.new_empty(len(newest), len(weight), dtype=gemm.accumulation_dtype(self.dtype))
-        gemm.product(logits, gemm.operand(newest), gemm.operand(weight))
+        assert self._head is not None
+        newest = gemm.operand(fill_rows(cache.newest(hidden[:, :rows])[0], MIN_ROWS))
+        logits = newest.new_empty(len(newest), len(self._head), dtype=gemm.accumulation_dtype(self.dtype))
+        gemm.product(logits, newest, self._head)
         logits = self.head_shard().gather_ranks(logits[:rows])
         return logits.transpose(0, 1).reshape(rows, 1, -1)[..., : self.vocab_size]
 

@@ -21,6 +21,10 @@ EMPTY = 1.25
 """The grid has at most so many cells a row."""
 
 
+WIDENED = 1 << 17
+"""Elements of decoded keys or values that are widened at a time: 1 MiB of float64, multiplied while in a cache."""
+
+
 class KVCache:
     """Keys and values of every layer of one pipeline stage, for a batch of rows.
 
@@ -30,9 +34,9 @@ class KVCache:
 
     rows: prompts in the batch. width: the longest prompt. block: slots by which the store of decoded tokens grows.
     `lengths`, int64 [rows]: the rows' prompt lengths.
-    Storage per layer, in the dtype that attention takes (`models.attention.operand`), with the key/value heads of this
-    tensor-parallel rank: prompts [2, groups, heads, width, head_dim], decoded tokens [2, groups * heads * cells of a
-    group, slots, head_dim].
+    Storage per layer, with the key/value heads of this tensor-parallel rank: prompts [2, groups, heads, width,
+    head_dim] in the dtype that attention takes (`models.attention.operand`), decoded tokens [2, groups * heads * cells
+    of a group, slots, head_dim] in their own, widened whenever they are read: half the memory to wait for.
     """
 
     def __init__(self, rows: int, width: int, *, block: int = 256) -> None:
@@ -155,22 +159,25 @@ class KVCache:
         groups, kv_heads, cells, heads, dim = query.shape
         prompt_keys, prompt_values = self._prompts[layer].flatten(1, 2)
         if layer not in self._decoded:
-            self._decoded[layer] = prompt_keys.new_empty(2, groups * kv_heads * cells, self._capacity, dim)
+            self._decoded[layer] = key.new_empty(2, groups * kv_heads * cells, self._capacity, dim)
         new_key, new_value = self._decoded[layer].select(2, self._slots - 1)
         new_key.view(key.shape).copy_(key)
         new_value.view(key.shape).copy_(value)
         keys, values = self._decoded[layer].narrow(2, 0, self._slots)
-        wide = keys.new_empty(query.shape).copy_(query)
-        of_prompts = _product(wide.view(groups * kv_heads, -1, dim), prompt_keys.mT).view(-1, heads, self.width)
-        of_tokens = _product(wide.view(-1, heads, dim), keys.mT)
+        wide = prompt_keys.new_empty(query.shape).copy_(query)
+        of_prompts = _product(wide.view(groups * kv_heads, -1, dim), prompt_keys, transpose=True).view(
+            -1, heads, self.width
+        )
+        of_tokens = _product(wide.view(-1, heads, dim), keys, transpose=True)
         scores = torch.cat([of_prompts, of_tokens], -1).mul_(scale)
         bias = self._mask(scores)
         if bias is not None:
             scores.view(groups, -1, scores.shape[-1])[..., : self.width] += bias
-        weights = scores.softmax(-1)
+        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        total = weights.sum(-1, keepdim=True)
         out = _product(weights.view(groups * kv_heads, -1, scores.shape[-1]).narrow(2, 0, self.width), prompt_values)
         out.view(-1, heads, dim).add_(_product(weights.narrow(2, self.width, self._slots), values))
-        return out.view(query.shape)
+        return out.view(-1, heads, dim).div_(total).view(query.shape)
 
     def _mask(self, like: Tensor) -> Tensor | None:
         """Additive mask [groups, 1, width]: -inf in the padding of a shorter prompt."""
@@ -232,11 +239,28 @@ class KVCache:
             self._decoded[layer] = new
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched a [n, i, k] @ b [n, k, j], in float32 if `b` has half precision."""
-    if b.dtype in (torch.float32, torch.float64):
-        return torch.bmm(a, b)
-    wide = torch.float32
-    if b.is_cuda and "dtype_out" in torch.ops.aten.bmm.overloads():
-        return torch.bmm(a.to(b.dtype), b, out_dtype=wide)
-    return torch.bmm(a.to(wide), b.to(wide))
+def _product(a: Tensor, b: Tensor, transpose: bool = False) -> Tensor:
+    """Batched a [n, i, k] @ b [n, k, j], or with `transpose` b [n, j, k].
+
+    In `a`'s dtype, which is `b`'s or a wider one; with half precision on CUDA in float32.
+    """
+    if a.dtype != b.dtype and not b.is_cuda and b.numel() > WIDENED:
+        return _product_by_parts(a, b, transpose)
+    if b.is_cuda and b.dtype in (torch.bfloat16, torch.float16):
+        b = b.mT if transpose else b
+        if "dtype_out" in torch.ops.aten.bmm.overloads():
+            return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
+        return torch.bmm(a.float(), b.float())
+    b = b.type_as(a)
+    return torch.bmm(a, b.mT if transpose else b)
+
+
+def _product_by_parts(a: Tensor, b: Tensor, transpose: bool) -> Tensor:
+    """`_product` of a part of the batch after the other: what is widened stays in a cache until it is multiplied."""
+    out = a.new_empty(*a.shape[:2], b.shape[1 if transpose else 2])
+    wide = a.new_empty(max(1, WIDENED // b[0].numel()), *b.shape[1:])
+    for start in range(0, len(b), len(wide)):
+        part = slice(start, start + len(wide))
+        b_part = wide[: len(b[part])].copy_(b[part])
+        torch.bmm(a[part], b_part.mT if transpose else b_part, out=out[part])
+    return out

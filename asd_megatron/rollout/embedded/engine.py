@@ -326,22 +326,22 @@ class _Rows:
     def draw(self, logits: Tensor) -> Tensor:
         """The next token of every row in the batch: int64 [2, B] on the host, tokens and states."""
         at, alive = self._position, self._alive
-        tokens, logprobs = (x.cpu() for x in draw(logits, self._noise_at(at, logits.device), self._params))
-        self._ids[alive, at] = ids = tokens.numpy()
-        self._logprobs[alive, at] = logprobs.numpy()
+        tokens, logprobs = draw(logits, self._noise_at(at, logits.device), self._params)
+        ids, values = tokens.cpu().numpy(), logprobs.cpu().numpy()
+        self._ids[alive, at], self._logprobs[alive, at] = ids, values
         self._position = at + 1
         self._length[alive] = at + 1
         tail = self._stops.tail
         ended = self._stops(ids[:, None] if tail == 1 else self._ids[alive, max(0, at + 1 - tail) : at + 1])
         for row in alive[ended]:
             self._reason[row] = FinishReason.STOP
-        if not bool(logprobs.isfinite().all()):
-            state = torch.full_like(tokens, NON_FINITE)
-        elif at + 1 == self._params.max_new_tokens:
-            state = torch.full_like(tokens, FINISHED)
-        else:
-            state = torch.from_numpy(np.where(ended, FINISHED, RUNNING))
-        return torch.stack([tokens, state])
+        control = np.empty((2, len(alive)), dtype=np.int64)
+        control[0], control[1] = ids, np.where(ended, FINISHED, RUNNING)
+        if at + 1 == self._params.max_new_tokens:
+            control[1] = FINISHED
+        if not np.isfinite(values).all():
+            control[1] = NON_FINITE
+        return torch.from_numpy(control)
 
     def keep(self, indices: NDArray[np.int64]) -> None:
         self._alive = self._alive[indices]
