@@ -1,7 +1,8 @@
 """What a training step costs: passes and phases, AntiSD beside GRPO, sampling beside `generate`, padding, weak scaling,
 TRL's GRPOTrainer on the same task, and bfloat16 working weights.
 
-Every measurement runs in processes of its own; what is compared runs in turn, and medians count. Needs SmolLM2 and its
+Every measurement runs in processes of its own; what is compared runs in turn, and medians count. Ratios are of wall
+time; those named `_processor` of processor time, which others disturb less. Needs SmolLM2 and its
 problems (examples/smollm2/make_model.py, make_problems.py) unless `--models puzzle`; the section `trl` needs the
 environment of tools/trl_env/create.sh.
 """

@@ -50,7 +50,7 @@ def overrides(folder: Path, steps: int, extra: Sequence[str]) -> list[str]:
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """`spec`: recipe, overrides, conditions, steps, warm (first steps that do not count), folder. Collective; the
-    result is global rank 0's."""
+    result is global rank 0's. `processor`: this rank's processor time, which others disturb less than `seconds`."""
     folder, steps, warm = Path(spec["folder"]), spec["steps"] + spec["warm"], spec["warm"]
     recipes: dict[str, Recipe] = {
         name: load_recipe(
@@ -66,13 +66,16 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         writers = {name: RunWriter(folder / name) for name in runs} if session.is_root else {}
         passes = _Passes(session)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
+        processor: dict[str, list[float]] = {name: [] for name in runs}
         extras: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
         for step in range(1, steps + 1):
             order = list(runs) if step % 2 else list(reversed(runs))
             for name in order:
                 session.writer = writers.get(name)
                 with passes.counting() as counted:
+                    before = time.process_time()
                     spent, batch = _whole_step(runs[name], session, step)
+                    processor[name].append(time.process_time() - before)
                 seconds[name].append(spent)
                 extras[name].append({**counted, **_extras(runs[name], session, batch)})
         if session.is_root:
@@ -83,6 +86,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "plan": plans,
         "seconds": {name: values[warm:] for name, values in seconds.items()},
+        "processor": {name: values[warm:] for name, values in processor.items()},
         "extras": {name: values[warm:] for name, values in extras.items()},
         "metrics": rows,
     }

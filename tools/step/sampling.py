@@ -21,8 +21,8 @@ from asd_megatron.sources import model_folder, training_problems
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """`spec`: recipe, overrides, problems, samples (of each), new_tokens, rounds, ends (whether end tokens end a
-    response), folder. Tokens per second of every round, warm-up left out; tokens after a response's end count on
-    neither side."""
+    response), folder. Tokens per second of every round, and per second of processor time; warm-up left out; tokens
+    after a response's end count on neither side."""
     recipe = load_recipe(spec["recipe"], overrides(Path(spec["folder"]) / "run", 1, spec["overrides"]))
     with open_session(recipe) as session:
         renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
@@ -33,16 +33,18 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             "generate": _generate(session, prompts, spec["samples"], spec["new_tokens"], ends),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}
+        processor_rates: dict[str, list[float]] = {name: [] for name in ways}
         tokens: dict[str, list[int]] = {name: [] for name in ways}
         for number in range(spec["rounds"] + 1):
             for name, way in ways.items():
-                started = time.perf_counter()
+                started, before = time.perf_counter(), time.process_time()
                 count = way()
-                spent = time.perf_counter() - started
+                spent, processor = time.perf_counter() - started, time.process_time() - before
                 if number:
                     rates[name].append(count / spent)
+                    processor_rates[name].append(count / processor)
                     tokens[name].append(count)
-    return {"rates": rates, "tokens": tokens, "dtype": str(session.port.dtype)}
+    return {"rates": rates, "processor_rates": processor_rates, "tokens": tokens, "dtype": str(session.port.dtype)}
 
 
 def _embedded(

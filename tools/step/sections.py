@@ -135,7 +135,11 @@ def condition_figures(name: str, found: dict[str, Any]) -> list[Figure]:
             Figure(f"{name}.{condition}.step", statistics.median(seconds[condition]), "s"),
         ]
     ratio = paired_ratio(seconds["antisd"], seconds["grpo"])
-    figures.append(Figure(f"{name}.antisd_over_grpo", ratio, target=1.25, bound="most"))
+    busy = paired_ratio(found["processor"]["antisd"], found["processor"]["grpo"])
+    figures += [
+        Figure(f"{name}.antisd_over_grpo", ratio, target=1.25, bound="most"),
+        Figure(f"{name}.antisd_over_grpo_processor", busy),
+    ]
     longer = statistics.mean(s["teacher"]["tokens"] / s["batch"] for s in extras["antisd"])
     figures.append(Figure(f"{name}.teacher_tokens_over_student", longer))
     for who in ("student", "teacher"):
@@ -181,12 +185,14 @@ def _sampling(
 ) -> list[Figure]:
     label = f"{name}: embedded engine and generate in turn, {rounds} rounds"
     sizes = {"problems": problems, "samples": samples, "new_tokens": new, "rounds": rounds, "ends": ends}
-    rates = context.cell(label, "sampling", model, [*ONE_RANK, *dtype], **sizes)["rates"]
+    found = context.cell(label, "sampling", model, [*ONE_RANK, *dtype], **sizes)
+    rates, busy = found["rates"], found["processor_rates"]
     context.details[f"sampling.{name}"] = {way: summary(values) for way, values in rates.items()}
     ratio = paired_ratio(rates["embedded"], rates["generate"])
     return [
         *(Figure(f"sampling.{name}.{way}", statistics.median(rates[way]), "tokens/s") for way in rates),
         Figure(f"sampling.{name}.over_generate", ratio, target=None if ends else 1.5, bound="least"),
+        Figure(f"sampling.{name}.over_generate_processor", paired_ratio(busy["embedded"], busy["generate"])),
     ]
 
 
@@ -241,33 +247,36 @@ def _trl(context: Context, model: str, problems: int, samples: int, new: int, *,
     overrides = [*ONE_RANK, *FP32, *NO_ENDS, *sizes]
     task = context.cell(f"{model}: prompts", "prompts", model, overrides, steps=steps + warm)
     task |= {"problems": problems, "samples": samples, "new_tokens": new, "steps": steps + warm}
-    ours: list[float] = []
-    theirs: list[float] = []
-    versions: dict[str, str] = {}
+    ours: dict[str, list[float]] = {"seconds": [], "processor": []}
+    theirs: dict[str, list[float]] = {"seconds": [], "processor": []}
     for _ in range(context.count(1, 2)):
         label = f"{model}: our GRPO, {steps} step(s)"
         spec: dict[str, Any] = {"conditions": ["grpo"], "steps": steps, "warm": warm}
-        ours += context.cell(label, "conditions", model, overrides, **spec)["seconds"]["grpo"]
+        found = context.cell(label, "conditions", model, overrides, **spec)
         context.say(f"{model}: TRL's GRPOTrainer, {steps} step(s)")
-        seconds, versions = _trl_seconds(context, task)
-        theirs += seconds[warm:]
-    context.details[f"trl.{model}"] = {"ours": summary(ours), "trl": summary(theirs), "versions": versions}
-    mine, other = statistics.median(ours), statistics.median(theirs)
+        other = _trl_cell(context, task)
+        for kind in ours:
+            ours[kind] += found[kind]["grpo"]
+            theirs[kind] += other[kind][warm:]
+        versions = other["versions"]
+    kept = {"ours": summary(ours["seconds"]), "trl": summary(theirs["seconds"]), "versions": versions}
+    context.details[f"trl.{model}"] = kept
+    wall, busy = (statistics.median(ours[kind]) / statistics.median(theirs[kind]) for kind in ours)
     return [
-        Figure(f"trl.{model}.ours", mine, "s"),
-        Figure(f"trl.{model}.trl", other, "s"),
-        Figure(f"trl.{model}.time_over_trl", mine / other, target=0.5, bound="most"),
+        Figure(f"trl.{model}.ours", kept["ours"]["median"], "s"),
+        Figure(f"trl.{model}.trl", kept["trl"]["median"], "s"),
+        Figure(f"trl.{model}.time_over_trl", wall, target=0.5, bound="most"),
+        Figure(f"trl.{model}.time_over_trl_processor", busy),
     ]
 
 
-def _trl_seconds(context: Context, task: dict[str, Any]) -> tuple[list[float], dict[str, str]]:
+def _trl_cell(context: Context, task: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="trl-") as folder:
         out, given = Path(folder) / "result.json", Path(folder) / "task.json"
         given.write_text(json.dumps({**task, "folder": folder}))
         command = [str(context.trl_python), str(TRL_DRIVER), str(given), str(out)]
         launch.run(command, threads=context.threads, timeout=PATIENCE, environment={"PYTHONPATH": ""})
-        found = json.loads(out.read_text())
-        return found["seconds"], found["versions"]
+        return dict(json.loads(out.read_text()))
 
 
 # ---------------------------------------------------------------- bfloat16

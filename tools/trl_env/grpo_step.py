@@ -26,17 +26,19 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each step, sampling included."""
+    """Seconds, and seconds of processor time, of each step, sampling included."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self._started = 0.0
+        self.processor: list[float] = []
+        self._started = self._before = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._started = time.perf_counter()
+        self._started, self._before = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.seconds.append(time.perf_counter() - self._started)
+        self.processor.append(time.process_time() - self._before)
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
@@ -97,7 +99,7 @@ def main(spec_file: str, out: str) -> None:
     if set(lengths) != {spec["new_tokens"]} or len(lengths) != spec["steps"]:
         sys.exit(f"error: responses of {sorted(set(lengths))} tokens in {len(lengths)} generations were made")
     versions = {name: __import__(name).__version__ for name in ("trl", "transformers", "torch")}
-    Path(out).write_text(json.dumps({"seconds": times.seconds, "versions": versions}))
+    Path(out).write_text(json.dumps({"seconds": times.seconds, "processor": times.processor, "versions": versions}))
 
 
 if __name__ == "__main__":
