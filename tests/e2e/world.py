@@ -155,14 +155,16 @@ def refusal(capsys: pytest.CaptureFixture[str], main: Any, argv: list[str]) -> s
     return err[err.index("error: ") :]
 
 
-def start(module: str, *arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """`python -m MODULE ARGUMENTS` as a user would start it, one thread a rank."""
-    environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(
+    module: str, *arguments: str, cwd: Path, timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE ARGUMENTS` as a user would start it, one thread a rank; `environment` adds variables."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    inherited = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=cwd,
-        env=environment,
+        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,

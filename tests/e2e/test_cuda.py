@@ -1,0 +1,70 @@
+"""What a run on one GPU must share with the same run on the CPU (docs/gpu_checks.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asd_megatron.observe.writer import read_metrics
+from tests.e2e.world import World, assert_close, dump, make_world, metrics, start
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+ELSEWHERE = ("memory/", "mismatch/", "gpu")  # what a device has, and how far its sampler is from its trainer
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A tiny model of sizes that GPU kernels take."""
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "max_position_embeddings": 512}
+    return make_world(tmp_path_factory.mktemp("cuda"), **sizes)
+
+
+def trained(world: World, name: str, *overrides: str, **environment: str) -> Path:
+    recipe = world.recipe(file=f"{name}.yaml", run={"dump_rollouts": True})
+    done = start("asd_megatron.train", str(recipe), "--run.name", name, *overrides, cwd=world.folder, **environment)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return world.run_folder(name)
+
+
+@pytest.fixture(scope="module")
+def recorded(world: World) -> Path:
+    """Two steps on the CPU in float32."""
+    return trained(world, "recorded", "--model.dtype", "float32", **NO_GPU)
+
+
+def replayed(world: World, recorded: Path, name: str, *overrides: str) -> Path:
+    return trained(world, name, "--rollout.engine", "replay", "--rollout.replay_folder", str(recorded), *overrides)
+
+
+def common(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith(ELSEWHERE)} for row in metrics(folder)]
+
+
+def test_float32_trains_as_on_the_cpu(world: World, recorded: Path) -> None:
+    """The same rollouts: scores, loss, gradient norm of both steps, the second after an update."""
+    folder = replayed(world, recorded, "float32", "--model.dtype", "float32")
+    assert_close(common(folder), common(recorded), 1e-3)
+    for step in (1, 2):
+        ours, theirs = dump(folder, step).table.columns, dump(recorded, step).table.columns
+        for name in ("student_logprobs", "teacher_logprobs", "pmi", "advantage"):
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+
+
+def test_bfloat16_stays_near_float32(world: World, recorded: Path) -> None:
+    folder = replayed(world, recorded, "bfloat16", "--model.dtype", "bfloat16")
+    ours, theirs = dump(folder, 1).table.columns, dump(recorded, 1).table.columns
+    for name in ("student_logprobs", "teacher_logprobs"):
+        assert (ours[name] - theirs[name]).abs().mean() < 0.05
+
+
+def test_sampling_agrees_with_scoring(world: World) -> None:
+    """The embedded engine on the GPU, in bfloat16; and the model that it trained is left behind."""
+    folder = trained(world, "sampled", "--checkpoint.export_at_end", "true")
+    rows = [row for row in read_metrics(folder) if row["step"] > 0]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["mismatch/mean_abs"] < 0.05 and row["optimizer/skipped"] == 0 for row in rows)
+    assert list(folder.glob("hf/*/*.safetensors"))
