@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from asd_megatron.records import PackedTokens
+
 MAX_PADDING = 1.5
 """Stretches of a pack share one attention call while padding to the longest costs at most this factor in query-key
 pairs."""
@@ -179,15 +181,33 @@ class SDPACoreAttention(torch.nn.Module):
         if buckets is None:  # every layer of the micro-batch shares the plan
             parents = getattr(packed, "parents", ())
             buckets = packed.buckets = plan_buckets(packed.cu_seqlens_q.tolist(), parents, query.device)
-        rows, values = [], []
-        for bucket in buckets:
-            q = query[bucket.queries].transpose(1, 2)
-            k, v = (x[bucket.keys].transpose(1, 2) for x in (key, value))
-            out = _causal(q, k, v, self.scale, bucket.mask).transpose(1, 2)
-            rows.append(bucket.queries[bucket.valid])
-            values.append(out[bucket.valid])
-        # Back to the pack's order by gathering: the inverse permutation.
-        return torch.cat(values)[torch.cat(rows).argsort()]
+        return _attend(query, key, value, buckets, self.scale)
+
+
+class PackAttention:
+    """Attention over one pack for `models.decoder`, as the engine's cache attends while it samples."""
+
+    def __init__(self, packed: PackedTokens) -> None:
+        self._buckets = plan_buckets(packed.cu_seqlens.tolist(), packed.parents, packed.cu_seqlens.device)
+
+    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
+        """query [T, 1, hkv, h / hkv, d]; key and value [T, 1, hkv, d], after RoPE. Returns [T, 1, h * d]."""
+        query = query.flatten(2, 3).squeeze(1)
+        out = _attend(query, key.squeeze(1), value.squeeze(1), self._buckets, softmax_scale)
+        return out.reshape(len(query), 1, -1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, buckets: Sequence[Bucket], scale: float) -> Tensor:
+    """query [T, h, d], key and value [T, hkv, d]; [T, h, d]."""
+    rows, values = [], []
+    for bucket in buckets:
+        q = query[bucket.queries].transpose(1, 2)
+        k, v = (x[bucket.keys].transpose(1, 2) for x in (key, value))
+        out = _causal(q, k, v, scale, bucket.mask).transpose(1, 2)
+        rows.append(bucket.queries[bucket.valid])
+        values.append(out[bucket.valid])
+    # Back to the pack's order by gathering: the inverse permutation.
+    return torch.cat(values)[torch.cat(rows).argsort()]
 
 
 class _GatherContext(torch.autograd.Function):

@@ -18,12 +18,12 @@ from asd_megatron.distributed import device
 from asd_megatron.distributed.layout import Groups, Layout
 from asd_megatron.errors import UserError
 from asd_megatron.models import gpt
-from asd_megatron.models.attention import MIN_ROWS, fill_rows
+from asd_megatron.models.attention import MIN_ROWS, PackAttention, fill_rows
 from asd_megatron.models.compat import resolve_layers
 from asd_megatron.models.decoder import LocalStack, Stack
 from asd_megatron.models.export import BUCKET_BYTES, Key, Part, WholeTensors, first_stages
 from asd_megatron.models.families import Family, ModelShape, family_of
-from asd_megatron.models.module_stack import sampling_modules
+from asd_megatron.models.module_stack import evaluating, sampling_modules
 from asd_megatron.models.rope import angles
 from asd_megatron.models.weights import Copy, Row, Rule, Shapes
 from asd_megatron.ops import gemm
@@ -75,6 +75,7 @@ class ModelPort:
         self._layers = layers
         self._stack: Stack | None = None  # inside `sampling`, as is the next
         self._head: Tensor | None = None
+        self._scorers: dict[int, LocalStack] = {}  # inside `scoring`, by id of the chunk
         self._stages: dict[Key, int] | None = None  # for the export; worked out together, the first time
         self._inverse_frequencies = shape.rotary.inverse_frequencies().to(self.device)
         self._mark_sharded()
@@ -156,6 +157,8 @@ class ModelPort:
         [T, 1, H], or [T / tp, 1, H] under sequence parallelism (T a multiple of tp). Megatron's schedules hand the
         previous stage's output over.
         """
+        if id(chunk) in self._scorers:
+            return self._score(_bare(chunk), self._scorers[id(chunk)], packed)
         from megatron.core.packed_seq_params import PackedSeqParams
 
         params = PackedSeqParams(
@@ -171,6 +174,37 @@ class ModelPort:
             params.parents = packed.parents
             params.angles = angles(packed.position_ids[:, None], self._inverse_frequencies)
         return chunk(packed.input_ids[None], packed.position_ids[None], None, packed_seq_params=params)
+
+    def _score(self, chunk: Any, stack: LocalStack, packed: PackedTokens) -> Tensor:
+        positions = packed.position_ids[None]
+        embedded = chunk.pre_process
+        hidden = stack.embed(packed.input_ids[None], positions) if embedded else chunk.decoder.input_tensor
+        return stack.run(hidden, positions, PackAttention(packed), rows=1)
+
+    @contextmanager
+    def scoring(self, *, through_modules: bool | None = None) -> Iterator[None]:
+        """`forward` without gradients, on the weights that the model has now: they must not change inside.
+
+        through_modules: whether Megatron's modules run; by default where the sampler's small forward, which gives the
+        same numbers, cannot: Transformer Engine's layers, context and sequence parallelism.
+        """
+        if through_modules is None:
+            cut = self.layout.context > 1 or self.config.sequence_parallel
+            through_modules = self._layers != "local" or cut
+        if through_modules:
+            with torch.no_grad(), evaluating(self.chunks):
+                yield
+            return
+        self._scorers = {id(chunk): self._local_stack(_bare(chunk)) for chunk in self.chunks}
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self._scorers = {}
+
+    def _local_stack(self, chunk: Any) -> LocalStack:
+        group = self.groups.tp if self.groups.tp.size() > 1 else None
+        return LocalStack(chunk, self.shape, self.config, self._inverse_frequencies, group)
 
     def head_weight(self) -> Tensor:
         """The head's weight on the last stage: [padded_vocab / tp, H], the live parameter (tied: this stage's copy)."""
@@ -317,8 +351,7 @@ class ModelPort:
                 self._stack = inside.enter_context(sampling_modules(chunk, self.config, self._inverse_frequencies))
             else:
                 inside.enter_context(torch.inference_mode())  # a sixth faster than `no_grad` with few rows
-                group = self.groups.tp if self.groups.tp.size() > 1 else None
-                self._stack = LocalStack(chunk, self.shape, self.config, self._inverse_frequencies, group)
+                self._stack = self._local_stack(chunk)
             self._head = gemm.operand(self.head_weight()) if self.is_last_stage else None
             try:
                 yield

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from asd_megatron.ops.vocab_head import linear_logprob
@@ -29,24 +27,10 @@ def score(port: Any, groups: Any, packs: Sequence[Pack], tokens: int, *, tempera
         )
         columns.put(pack.flat, {"logprobs": logprobs, "entropy": entropy})
 
-    with _evaluating(port.chunks):
+    with port.scoring():
         schedule.forward(port, packs, visit)
     shared = columns.share(cp=groups.cp, pp=groups.pp)
     return shared["logprobs"], shared["entropy"]
-
-
-@contextmanager
-def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """`eval()`, and back to what each module was. Written into the modules' dictionaries: for a small model torch's own
-    way takes a tenth of its forward pass."""
-    before = [(module.__dict__, module.training) for chunk in chunks for module in chunk.modules()]
-    try:
-        for attributes, _ in before:
-            attributes["training"] = False
-        yield
-    finally:
-        for attributes, mode in before:
-            attributes["training"] = mode
 
 
 def score_sequence(port: Any, groups: Any, ids: Sequence[int], layout: PackLayout) -> list[float]:
