@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,44 +143,55 @@ class PackLayout:
         return _round_up(length, self.sequence_multiple)
 
 
-def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout) -> Pack:
-    """Lay sequences out as one micro-batch and take this rank's slice.
+class Bin(NamedTuple):
+    """A pack to be: which sequences, and what each shares with the one before if that is known (`prefixes.tree`)."""
+
+    items: list[int]
+    shared: list[int] | None = None
+
+
+def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout, shared: Sequence[int] | None = None) -> Pack:
+    """Lay sequences out as one micro-batch and take this rank's slice. `shared`: as for `prefixes.tree`.
 
     Without shared prefixes each is padded to the context-parallel multiple; the whole is padded to the
     sequence-parallel one. With no sequences: the smallest legal pack, without response rows (a zero-weight
     micro-batch).
     """
-    segments, real = _segments(sequences, layout)
+    segments, real = _segments(sequences, layout, shared)
     ids, positions, cu = segments.ids, segments.positions, segments.cu
-    empty = torch.zeros(0, dtype=torch.int64)
     pairs = list(zip(segments.where, sequences, strict=False))
-    row = torch.cat([empty, *(where[s.prompt_length - 1 : len(s.ids) - 1] for where, s in pairs)])
-    target = torch.cat([empty, *(torch.tensor(s.ids[s.prompt_length :], dtype=torch.int64) for s in sequences)])
-    flat = torch.cat([empty, *(s.first_row + torch.arange(s.response_length) for s in sequences)])
+    row = prefixes.joined([where[s.prompt_length - 1 : len(s.ids) - 1] for where, s in pairs])
+    target = prefixes.joined([np.asarray(s.ids[s.prompt_length :], dtype=np.int64) for s in sequences])
+    flat = prefixes.joined([np.arange(s.first_row, s.first_row + s.response_length) for s in sequences])
     if layout.context > 1:
         local = _context_slice(cu, layout)
-        where = torch.full((cu[-1],), -1, dtype=torch.int64)
-        where[local] = torch.arange(len(local))
+        where = np.full(cu[-1], -1, dtype=np.int64)
+        where[local] = np.arange(len(local))
         ids, positions = ids[local], positions[local]
         mine = where[row] >= 0
         row, target, flat = where[row][mine], target[mine], flat[mine]
-    device = layout.device
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(layout.device)
+
     packed = PackedTokens(
-        input_ids=ids.to(device),
-        position_ids=positions.to(device),
-        cu_seqlens=torch.tensor(cu, dtype=torch.int32, device=device),
+        input_ids=tensor(ids),
+        position_ids=tensor(positions),
+        cu_seqlens=torch.tensor(cu, dtype=torch.int32, device=layout.device),
         max_seqlen=max(e - a for a, e in zip(cu, cu[1:], strict=False)),
         parents=segments.parents if any(parent >= 0 for parent in segments.parents) else (),
     )
     tokens = sum(len(s.ids) for s in sequences)
-    return Pack(packed, row.to(device), target.to(device), flat.to(device), real, tokens)
+    return Pack(packed, tensor(row), tensor(target), tensor(flat), real, tokens)
 
 
-def _segments(sequences: Sequence[TokenSequence], layout: PackLayout) -> tuple[prefixes.Segments, int]:
+def _segments(
+    sequences: Sequence[TokenSequence], layout: PackLayout, shared: Sequence[int] | None
+) -> tuple[prefixes.Segments, int]:
     """The sequences' tokens, a stretch a sequence or the tree of their prefixes, padded; and how many are no
     padding."""
     if layout.share_prefixes and sequences:
-        found = prefixes.tree([s.ids for s in sequences])
+        found = prefixes.tree([s.ids for s in sequences], shared)
         real = found.cu[-1]
         return found.padded(_round_up(real, layout.pack_multiple) - real, layout.pad_id), real
     lengths = [layout.padded_length(len(s.ids)) for s in sequences] or [layout.pack_multiple]
@@ -188,15 +201,15 @@ def _segments(sequences: Sequence[TokenSequence], layout: PackLayout) -> tuple[p
     return prefixes.separate(padded), sum(map(len, given))
 
 
-def _context_slice(cu: Sequence[int], layout: PackLayout) -> Tensor:
+def _context_slice(cu: Sequence[int], layout: PackLayout) -> np.ndarray:
     """Positions of the whole pack that this rank holds: chunks r and 2 * CP - 1 - r of every sequence, in that
     order."""
     pieces = []
     for start, end in zip(cu[:-1], cu[1:], strict=True):
         chunk = (end - start) // (2 * layout.context)
         for c in (layout.context_rank, 2 * layout.context - 1 - layout.context_rank):
-            pieces.append(torch.arange(start + c * chunk, start + (c + 1) * chunk))
-    return torch.cat(pieces)
+            pieces.append(np.arange(start + c * chunk, start + (c + 1) * chunk))
+    return np.concatenate(pieces)
 
 
 def build_packs(shares: Sequence[Sequence[TokenSequence]], rank: int, budget: int, layout: PackLayout) -> list[Pack]:
@@ -204,15 +217,18 @@ def build_packs(shares: Sequence[Sequence[TokenSequence]], rank: int, budget: in
     rank must run equally many micro-batches; a rank that has fewer gets zero-weight ones."""
     bins = [_bins(share, budget, layout) for share in shares]
     count = layout.count(max(len(b) for b in bins))
-    mine = [build_pack([shares[rank][i] for i in b], layout) for b in bins[rank]]
+    mine = [build_pack([shares[rank][i] for i in b.items], layout, b.shared) for b in bins[rank]]
     return mine + [build_pack([], layout) for _ in range(count - len(mine))]
 
 
-def _bins(share: Sequence[TokenSequence], budget: int, layout: PackLayout) -> list[list[int]]:
+def _bins(share: Sequence[TokenSequence], budget: int, layout: PackLayout) -> list[Bin]:
     at_least = layout.pipeline if layout.pipeline > 1 else 1
     if not layout.share_prefixes:
-        return fill_bins([layout.padded_length(len(s.ids)) for s in share], budget, at_least)
+        return [Bin(b) for b in fill_bins([layout.padded_length(len(s.ids)) for s in share], budget, at_least)]
     indices, shared = prefixes.order([s.ids for s in share])  # neighbours in this order share most
     whole = [len(share[i].ids) for i in indices]
     own = [n - s for n, s in zip(whole, shared, strict=True)]
-    return [[indices[place] for place in places] for places in prefixes.cut(own, whole, budget, at_least)]
+    return [
+        Bin([indices[place] for place in places], [0, *(shared[place] for place in places[1:])])
+        for places in prefixes.cut(own, whole, budget, at_least)
+    ]

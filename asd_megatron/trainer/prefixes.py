@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 BLOCK = 16
 
@@ -23,21 +21,22 @@ BLOCK = 16
 class Segments:
     """Consecutive stretches of a pack's tokens.
 
-    `ids`, `positions` int64 [T]; stretch i is `ids[cu[i]:cu[i + 1]]` and continues stretch `parents[i]`, which lies
+    `ids`, `positions` int64 [T] (arrays: with tensors, laying out a small model's pack takes as long as
+    a layer); stretch i is `ids[cu[i]:cu[i + 1]]` and continues stretch `parents[i]`, which lies
     before it (-1: it begins a sequence). `where[k]` int64 is the place of each token of sequence k.
     """
 
-    ids: Tensor
-    positions: Tensor
+    ids: np.ndarray
+    positions: np.ndarray
     cu: list[int]
     parents: tuple[int, ...]
-    where: list[Tensor]
+    where: list[np.ndarray]
 
     def padded(self, tokens: int, pad_id: int) -> Segments:
         """With `tokens` more at the end of the last stretch, which is nobody's parent."""
-        more = torch.arange(tokens)
-        positions = torch.cat([self.positions, more + (self.positions[-1:] + 1)])
-        ids = torch.cat([self.ids, torch.full_like(more, pad_id)])
+        more = np.arange(tokens)
+        positions = np.concatenate([self.positions, more + (self.positions[-1:] + 1)])
+        ids = np.concatenate([self.ids, np.full_like(more, pad_id)])
         return Segments(ids, positions, [*self.cu[:-1], self.cu[-1] + tokens], self.parents, self.where)
 
 
@@ -46,14 +45,18 @@ def separate(sequences: Sequence[Sequence[int]]) -> Segments:
     cu = [0]
     for ids in sequences:
         cu.append(cu[-1] + len(ids))
-    empty = torch.zeros(0, dtype=torch.int64)
     return Segments(
-        ids=torch.cat([empty, *(torch.tensor(ids, dtype=torch.int64) for ids in sequences)]),
-        positions=torch.cat([empty, *(torch.arange(len(ids)) for ids in sequences)]),
+        ids=joined([np.asarray(ids, dtype=np.int64) for ids in sequences]),
+        positions=joined([np.arange(len(ids)) for ids in sequences]),
         cu=cu,
         parents=(-1,) * len(sequences),
-        where=[torch.arange(a, e) for a, e in zip(cu, cu[1:], strict=False)],
+        where=[np.arange(a, e) for a, e in zip(cu, cu[1:], strict=False)],
     )
+
+
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One int64 array; of no parts an empty one."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
 def order(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
@@ -75,14 +78,19 @@ def count(sequences: Sequence[Sequence[int]]) -> int:
     return sum(len(sequences[i]) for i in indices) - sum(shared)
 
 
-def tree(sequences: Sequence[Sequence[int]]) -> Segments:
-    """The sequences with every common prefix laid out once."""
-    indices, shared = order(sequences)
-    where: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * len(sequences)
+def tree(sequences: Sequence[Sequence[int]], shared: Sequence[int] | None = None) -> Segments:
+    """The sequences with every common prefix laid out once.
+
+    `shared`: for sequences in the order of `order`, what it says they share, if that is known already.
+    """
+    indices: Sequence[int] = range(len(sequences))
+    if shared is None:
+        indices, shared = order(sequences)
+    where: list[np.ndarray] = [joined([])] * len(sequences)
     cu, parents = [0], []
-    ids, positions = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+    ids, positions = [], []
     path: list[tuple[int, int]] = []  # (stretch, the depth at which it ends) of the sequence in hand
-    before = where[0] if where else torch.zeros(0, dtype=torch.int64)
+    before = joined([])
     for place, index in enumerate(indices):
         start, length = shared[place], len(sequences[index])
         while path and path[-1][1] > start:
@@ -91,12 +99,10 @@ def tree(sequences: Sequence[Sequence[int]]) -> Segments:
             parents.append(path[-1][0] if path else -1)
             path.append((len(parents) - 1, e))
             cu.append(cu[-1] + e - a)
-        new = torch.tensor(sequences[index][start:], dtype=torch.int64)
-        ids.append(new)
-        positions.append(torch.arange(start, length))
-        before = torch.cat([before[:start], torch.arange(cu[-1] - len(new), cu[-1])])
-        where[index] = before
-    return Segments(torch.cat(ids), torch.cat(positions), cu, tuple(parents), where)
+        ids.append(np.asarray(sequences[index][start:], dtype=np.int64))
+        positions.append(np.arange(start, length))
+        before = where[index] = np.concatenate([before[:start], np.arange(cu[-1] - (length - start), cu[-1])])
+    return Segments(joined(ids), joined(positions), cu, tuple(parents), where)
 
 
 def _cuts(shared: Sequence[int], place: int, length: int) -> list[tuple[int, int]]:

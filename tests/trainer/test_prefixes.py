@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,4 +85,13 @@ def test_bins_keep_the_budget_and_are_about_equally_full(seed: int, at_least: in
 def test_a_sequence_longer_than_the_budget_has_a_bin_of_its_own() -> None:
     assert cut([5, 90, 5], [5, 90, 5], 20) == [range(0, 1), range(1, 2), range(2, 3)]
     assert cut([], [], 20) == []
-    assert torch.equal(tree([]).ids, torch.zeros(0, dtype=torch.int64))
+    assert tree([]).ids.shape == (0,) and tree([]).ids.dtype == "int64"
+
+
+def test_an_order_that_is_known_gives_the_same_tree() -> None:
+    rng = random.Random(3)
+    sequences = [[rng.randrange(2)] * 20 + [rng.randrange(3)] * 20 + [i] for i in range(9)]
+    indices, shared = order(sequences)
+    known = tree([sequences[i] for i in indices], shared)
+    _check(known, [sequences[i] for i in indices])
+    assert known.parents == tree(sequences).parents and known.ids.tolist() == tree(sequences).ids.tolist()
