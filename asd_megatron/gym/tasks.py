@@ -54,9 +54,14 @@ def findings() -> Mapping[str, Mapping[str, Any]]:
     return json.loads(FINDINGS.read_text(encoding="utf-8"))["tasks"]  # type: ignore[no-any-return]
 
 
+def why_unusable(task: str) -> str | None:
+    """The reason why a recipe may not name `task`, as far as the sweep found one."""
+    return findings().get(task, {}).get("unusable")
+
+
 def check_task(task: str, parameters: Mapping[str, Any]) -> None:
     """Raises UserError for a task that is unknown or cannot be used, and for parameters that it does not take."""
-    reason = findings().get(task, {}).get("unusable")
+    reason = why_unusable(task)
     if reason is not None:
         raise UserError(f"{PREFIX}{task} cannot be used: {reason}. Take another task; {PAGE} lists them")
     config = _config(task, parameters, seed=0, size=1)
