@@ -56,7 +56,7 @@ class ReasoningGymVerifier:
         if "changed" in answer:
             raise RewardError(
                 f"problem {key[0]} comes out otherwise in a reward worker than it did in the trainer, so it cannot be"
-                " scored: is another version of reasoning-gym installed than at the start?"
+                " scored: has another version of reasoning-gym been installed since the start? Start the run again"
             )
         score = answer.get("score", math.nan)
         if math.isfinite(score):
@@ -72,6 +72,7 @@ class ReasoningGymVerifier:
 def _origin(problem: Problem) -> dict[str, object]:
     if not all(name in problem.extra for name in ORIGIN):
         raise RewardError(
-            f"reward.name reasoning_gym cannot score problem {problem.prompt_id}, which is not of its sets"
+            f"reward.name reasoning_gym cannot score problem {problem.prompt_id}, which is not of its sets: name"
+            " reasoning_gym:TASK as problem set, or set another reward.name"
         )
     return {name: problem.extra[name] for name in ORIGIN}
