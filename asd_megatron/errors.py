@@ -1,6 +1,9 @@
-"""The one exception type that means "the user can fix this"."""
+"""The one exception type that means "the user can fix this", and what its message says of a name that is not there."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -10,3 +13,9 @@ class UserError(Exception):
     without a traceback, and exits with status 2. Rooms may subclass it to be caught more narrowly; a bug of ours is
     never a `UserError`.
     """
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """`did you mean 'antisd'?` for the one of `names` that is most like `name`; empty if none is."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""

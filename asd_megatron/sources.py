@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from asd_megatron.config.data import Data
-from asd_megatron.data.problems import load_problems
+from asd_megatron.data.problems import ProblemSet, load_problems
 from asd_megatron.data.prompts import TeacherLimits
 from asd_megatron.data.sft import SftExample, load_sft
 from asd_megatron.errors import UserError
-from asd_megatron.gym.stream import HeldOutList, Task, TrainingStream
+from asd_megatron.gym.stream import Task, TrainingStream
 from asd_megatron.gym.tasks import task_of
 from asd_megatron.records import Problem
 
@@ -53,7 +53,7 @@ def held_out_problems(data: Data) -> ProblemSource | None:
     if data.test is None:
         return None
     task = _task(data, data.test)
-    return _named(data.test) if task is None else HeldOutList(task)
+    return _named(data.test) if task is None else ProblemSet(data.test, task.held_out, shuffle=False)
 
 
 def _task(data: Data, name: str) -> Task | None:

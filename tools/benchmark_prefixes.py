@@ -20,6 +20,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from random_qwen3 import random_qwen3
 from torch import Tensor
 
 from asd_megatron.antisd import choose_demonstrations
@@ -54,24 +55,13 @@ class Row:
 
 
 def make_port(folder: Path, hidden: int, layers: int) -> tuple[Any, Any]:
-    """A random float32 Qwen3 with 64-wide heads on one rank, and its groups."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
+    """A random Qwen3 with 64-wide heads on one rank, and its groups."""
     from asd_megatron.checkpoint.huggingface import FolderReader, read_config
     from asd_megatron.models.port import ModelPort
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(hidden // 128, 1),
-        head_dim=64,
-        max_position_embeddings=16384,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model = random_qwen3(vocabulary=VOCABULARY, hidden=hidden, layers=layers, head_dim=64, positions=16384)
+    model.save_pretrained(folder)
     groups = layouts.init(Layout())
     port = ModelPort.build(read_config(folder), groups, Layout(), layers="local")
     with FolderReader(folder) as tensors:
@@ -156,17 +146,18 @@ def measure(port: Any, groups: Any, ratio: int, *, size: int, prompt: int, respo
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = ["demonstration   teacher tokens           teacher time   student tokens         student time    max |du|"]
-    for r in rows:
-        teacher, student = r.teacher_tokens / r.teacher_tokens_shared, r.student_tokens / r.student_tokens_shared
-        faster = r.teacher_seconds / r.teacher_seconds_shared, r.student_seconds / r.student_seconds_shared
-        lines.append(
-            f"{r.demonstration:>4} x response   {r.teacher_tokens:>6} -> {r.teacher_tokens_shared:<6} ({teacher:.2f}x)"
-            f"  {faster[0]:>6.2f}x   {r.student_tokens:>6} -> {r.student_tokens_shared:<6} ({student:.2f}x)"
-            f"  {faster[1]:>6.2f}x   {r.max_abs_u_difference:.1e}"
-        )
-    return "\n".join(lines)
+HEADER = "demonstration   teacher tokens           teacher time   student tokens         student time    max |du|"
+
+
+def line(r: Row) -> str:
+    """A row under `HEADER`."""
+    teacher, student = r.teacher_tokens / r.teacher_tokens_shared, r.student_tokens / r.student_tokens_shared
+    faster = r.teacher_seconds / r.teacher_seconds_shared, r.student_seconds / r.student_seconds_shared
+    return (
+        f"{r.demonstration:>4} x response   {r.teacher_tokens:>6} -> {r.teacher_tokens_shared:<6} ({teacher:.2f}x)"
+        f"  {faster[0]:>6.2f}x   {r.student_tokens:>6} -> {r.student_tokens_shared:<6} ({student:.2f}x)"
+        f"  {faster[1]:>6.2f}x   {r.max_abs_u_difference:.1e}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,17 +170,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=8, help="model layers [8]")
     parser.add_argument("--repeats", type=int, default=5, help="alternating repetitions; medians are shown [5]")
     given = parser.parse_args(argv)
-    single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in single.items():
-        os.environ.setdefault(name, value)
     device.prepare()
     sizes = {"size": given.group, "prompt": given.prompt, "response": given.response}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         port, groups = make_port(Path(folder), given.hidden, given.layers)
+        print(HEADER)
         for ratio in RATIOS:
             rows.append(measure(port, groups, ratio, **sizes, repeats=given.repeats))
-            print(table(rows[-1:]) if ratio == RATIOS[0] else table(rows[-1:]).splitlines()[1], flush=True)
+            print(line(rows[-1]), flush=True)
     if given.json:
         setting = {k: v for k, v in vars(given).items() if k != "json"}
         threads, load = torch.get_num_threads(), os.getloadavg()[0]

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from random_qwen3 import random_qwen3
 from torch import Tensor
 
 from asd_megatron.errors import UserError
@@ -65,26 +66,13 @@ class HttpReceiver:
 
 def make_model(folder: Path, megabytes: float) -> list[tuple[str, Tensor]]:
     """A folder with the config of a float32 Qwen3 of about that size, and its tensors in export order."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     vocabulary, layers = 2048, 2 if megabytes < 10 else 6
     hidden = 32
     while 4 * (2 * vocabulary * hidden + layers * 12 * hidden * hidden) < megabytes * 1e6:
         hidden += 32  # 12 h^2 a layer: q and o (2), k and v (1), gate, up and down (9)
-    config = Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 16,
-        num_key_value_heads=hidden // 32,
-        head_dim=16,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        architectures=["Qwen3ForCausalLM"],
-    )
-    config.save_pretrained(folder)
-    return [(name, tensor.detach()) for name, tensor in Qwen3ForCausalLM(config).float().state_dict().items()]
+    model = random_qwen3(vocabulary=vocabulary, hidden=hidden, layers=layers, head_dim=16, positions=512)
+    model.config.save_pretrained(folder)
+    return [(name, tensor.detach()) for name, tensor in model.state_dict().items()]
 
 
 def best_seconds(action: Callable[[int], None], repeats: int) -> float:

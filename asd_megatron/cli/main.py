@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from asd_megatron import __version__
 from asd_megatron.cli.guard import guarded
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, did_you_mean
 
 # verb -> (module with `main(argv) -> int`, what `--help` says). A verb's arguments are its module's own.
 VERBS: dict[str, tuple[str, str]] = {
@@ -42,8 +41,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         return 0
     verb = argv[0]
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(VERBS)}"
+        hint = did_you_mean(verb, VERBS) or f"choose one of {', '.join(VERBS)}"
         raise UserError(f"no verb {verb!r}: {hint}")
     module = importlib.import_module(VERBS[verb][0])
     return int(module.main(list(argv[1:])) or 0)

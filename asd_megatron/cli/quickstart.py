@@ -17,6 +17,7 @@ from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.observe.plots import write_summary
 from asd_megatron.observe.writer import read_metrics
+from asd_megatron.study.results import training_seconds
 
 RECIPE = Path("examples") / "puzzle" / "quickstart.yaml"
 WINDOW = 20  # steps averaged for the u of the first and of the last steps
@@ -81,7 +82,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "entropy_last_steps": _mean(last, "gate/entropy"),
     }
     summary["seconds"] = {
-        "training_steps": math.fsum(r["time/total"] - r.get("time/evaluate", 0.0) for r in steps),
+        "training_steps": training_seconds(steps)[-1],
         "evaluations": math.fsum(r.get("time/evaluate", 0.0) for r in steps),
     }
     summary["engine_mismatch_max_abs"] = max(r["mismatch/max_abs"] for r in steps)

@@ -23,14 +23,15 @@ class Section(BaseModel):
     )
 
 
-def _to_tuple(value: Any) -> Any:
+def to_tuple(value: Any) -> Any:
+    """YAML has lists only; other values are left to the type."""
     return tuple(value) if isinstance(value, list) else value
 
 
 Text = Annotated[str, StringConstraints(min_length=1)]
-TextList = Annotated[tuple[Text, ...], BeforeValidator(_to_tuple)]
+TextList = Annotated[tuple[Text, ...], BeforeValidator(to_tuple)]
 TokenId = Annotated[int, at.Ge(0)]
-TokenIdList = Annotated[tuple[TokenId, ...], BeforeValidator(_to_tuple)]
+TokenIdList = Annotated[tuple[TokenId, ...], BeforeValidator(to_tuple)]
 
 _NAMES: dict[Any, tuple[str, str]] = {
     bool: ("true or false", "true or false"),

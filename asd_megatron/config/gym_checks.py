@@ -15,15 +15,12 @@ REWARD = "reasoning_gym"
 def gym_findings(recipe: AnyRecipe) -> Iterator[str]:
     """What cannot work, one finding each; imports reasoning-gym only for a recipe that names a task."""
     data = recipe.data
-    sets = (
-        {"data.test": data.test}
-        if isinstance(recipe, SftRecipe)
-        else {"data.train": data.train, "data.test": data.test}
-    )
-    given = {key: name for key, name in sets.items() if name is not None}
-    tasks = {key: task for key, name in given.items() if (task := task_of(name)) is not None}
-    if isinstance(recipe, SftRecipe) and task_of(data.train) is not None:
+    given = {} if data.test is None else {"data.test": data.test}
+    if not isinstance(recipe, SftRecipe):
+        given = {"data.train": data.train, **given}
+    elif task_of(data.train) is not None:
         yield f"data.train {data.train!r} holds problems without responses: the supervised stage takes a JSONL file"
+    tasks = {key: task for key, name in given.items() if (task := task_of(name)) is not None}
     yield from _reward(recipe, given, tasks)
     if not tasks:
         yield from _unread(data)

@@ -29,7 +29,7 @@ from asd_megatron.config.rollout import Rollout
 from asd_megatron.config.run import Run, RunBase
 from asd_megatron.config.sampling import Generation, Sampling
 from asd_megatron.config.sft import Sft
-from asd_megatron.config.yaml_text import parse_yaml, to_yaml
+from asd_megatron.config.yaml_text import read_yaml, to_yaml
 from asd_megatron.errors import UserError
 
 Kind = Literal["train", "sft"]
@@ -160,16 +160,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: Kind = "t
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: Kind = "train") -> AnyRecipe:
     """Read a YAML recipe, put the overrides in and check it. Paths in it are relative to the current directory.
 
-    Raises UserError for a missing or unreadable file, a YAML error (with its line) and all that `make_recipe` refuses.
+    Raises UserError for what `read_yaml` and `make_recipe` refuse.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"recipe {path} does not exist (from {Path.cwd()}): check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from None
-    values = parse_yaml(text, f"recipe {path}")
+    values = read_yaml(Path(path), "recipe")
     if values is None:
         values = {}
     if not isinstance(values, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -51,6 +52,20 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(f"{where}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {error}") from None
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Parse the YAML file of a recipe or the like; messages call it `WHAT PATH`.
+
+    Raises UserError for a missing or unreadable file and for a YAML error (with its line).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist (from {Path.cwd()}): check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} cannot be read: {error}") from None
+    return parse_yaml(text, f"{what} {path}")
 
 
 class _Dumper(yaml.SafeDumper):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from asd_megatron.gym.tasks import findings, parameters_of, registry
+from asd_megatron.gym.tasks import findings, parameters_of, registry, why_unusable
 
 LONGEST = 40  # characters of a default that is shown whole
 
@@ -26,14 +26,14 @@ share of the length. Notes: *slow*: an item takes more than 50 ms to make; *line
 def render() -> str:
     """The page: a table of usable tasks, and those that cannot be used with the reason."""
     found = findings()
-    usable = [task for task in sorted(registry(), key=lambda t: (category(t), t)) if not _reason(task)]
+    usable = [task for task in sorted(registry(), key=lambda t: (category(t), t)) if not why_unusable(task)]
     rows = ["| task | category | scores | notes | parameters |", "|---|---|---|---|---|"]
     for task in usable:
         about = found.get(task, {})
         notes = ", ".join(n for n in ("slow", "lines", "no answer") if about.get(n.replace(" ", "_")))
         rows.append(f"| `{task}` | {category(task)} | {about.get('scores', '?')} | {notes} | {_parameters(task)} |")
     refused = ["| task | why not |", "|---|---|"]
-    refused += [f"| `{task}` | {_reason(task)} |" for task in sorted(registry()) if _reason(task)]
+    refused += [f"| `{task}` | {why_unusable(task)} |" for task in sorted(registry()) if why_unusable(task)]
     return "\n".join([INTRO, *rows, "\n## Refused\n", *refused, ""])
 
 
@@ -41,10 +41,6 @@ def category(task: str) -> str:
     """The folder of reasoning-gym that a task is in, as `algebra`."""
     parts = registry()[task][0].__module__.split(".")
     return parts[1] if len(parts) > 2 else "several tasks"
-
-
-def _reason(task: str) -> str:
-    return findings().get(task, {}).get("unusable") or ""
 
 
 def _parameters(task: str) -> str:

@@ -127,25 +127,6 @@ class TrainingStream:
         return self.task.draw(seed, n, self._held_out)
 
 
-@dataclass(frozen=True)
-class HeldOutList:
-    """A task's held-out problems, likewise; the same for every `seed` of a run."""
-
-    task: Task
-
-    def __len__(self) -> int:
-        return len(self.task.held_out)
-
-    def take(self, n: int | None = None) -> list[Problem]:
-        """The first `n` problems (None: all)."""
-        return list(self.task.held_out[:n])
-
-    def batch(self, step: int, n: int, seed: int) -> list[Problem]:
-        """The list, round and round."""
-        problems = self.task.held_out
-        return [problems[((step - 1) * n + i) % len(problems)] for i in range(n)]
-
-
 def item_of(problem: Problem) -> dict[str, Any]:
     """The reasoning-gym item (`question`, `answer`, `metadata`) that a problem was made from: for your own rewards."""
     origin = problem.extra

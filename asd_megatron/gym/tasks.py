@@ -6,7 +6,6 @@ Light on purpose: reward workers import it to make an item anew.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import random
@@ -21,7 +20,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, did_you_mean
 
 PREFIX = "reasoning_gym:"
 COMPOSITE = "composite"
@@ -55,9 +54,14 @@ def findings() -> Mapping[str, Mapping[str, Any]]:
     return json.loads(FINDINGS.read_text(encoding="utf-8"))["tasks"]  # type: ignore[no-any-return]
 
 
+def why_unusable(task: str) -> str | None:
+    """The reason why a recipe may not name `task`, as far as the sweep found one."""
+    return findings().get(task, {}).get("unusable")
+
+
 def check_task(task: str, parameters: Mapping[str, Any]) -> None:
     """Raises UserError for a task that is unknown or cannot be used, and for parameters that it does not take."""
-    reason = findings().get(task, {}).get("unusable")
+    reason = why_unusable(task)
     if reason is not None:
         raise UserError(f"{PREFIX}{task} cannot be used: {reason}. Take another task; {PAGE} lists them")
     config = _config(task, parameters, seed=0, size=1)
@@ -106,9 +110,9 @@ def parameters_of(task: str) -> dict[str, Any]:
 
 def _config(task: str, parameters: Mapping[str, Any], *, seed: int, size: int) -> Any:
     if task not in registry():
-        near = difflib.get_close_matches(task, registry(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{PREFIX}{task}: reasoning-gym has no such task; {hint}{PAGE} lists all of them")
+        hint = did_you_mean(task, registry())
+        hint = f"; {hint}" if hint else "."
+        raise UserError(f"{PREFIX}{task}: reasoning-gym has no such task{hint} {PAGE} lists all of them")
     config_class = registry()[task][1]
     values = {name: _value(task, config_class, name, value) for name, value in parameters.items()}
     config = config_class(**values, seed=seed, size=size)
@@ -129,8 +133,8 @@ def _value(task: str, config_class: type, name: str, value: Any) -> Any:
         )
     defaults = parameters_of(task)
     if name not in defaults:
-        near = difflib.get_close_matches(name, defaults, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = did_you_mean(name, defaults)
+        hint = f"; {hint}" if hint else "."
         raise UserError(f"data.reasoning_gym: {task} has no parameter {name!r}{hint} {_offer(task)}")
     wanted = typing.get_type_hints(config_class)[name]
     if isinstance(defaults[name], float):  # some are annotated int

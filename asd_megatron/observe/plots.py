@@ -94,17 +94,17 @@ def spread_out(values: Sequence[float], gap: float) -> list[float]:
     return [mean + i * gap for i, mean in enumerate(flat)]
 
 
-def _label_ends(axis: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
-    """Names right of the curves' ends (name, colour, last step, last value), inside the panel."""
+def label_ends(axis: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
+    """Names right of the curves' ends (name, colour, last x, last value), inside the panel."""
     low, high = axis.get_ylim()
     left, right = axis.get_xlim()
     axis.set_xticks([tick for tick in axis.get_xticks() if left <= tick <= right])
     axis.set_xlim(left, right + 0.42 * (right - left))
     ordered = sorted(ends, key=lambda end: end[3])
     places = spread_out([value for _, _, _, value in ordered], 0.07 * (high - low))
-    for (name, color, step, value), place in zip(ordered, places, strict=True):
+    for (name, color, x, value), place in zip(ordered, places, strict=True):
         at = right + 0.03 * (right - left)
-        axis.plot([step, at], [value, place], color=color, linewidth=0.6)
+        axis.plot([x, at], [value, place], color=color, linewidth=0.6)
         axis.text(at, place, f" {name}", color=color, fontsize=8, va="center")
     axis.set_ylim(min(low, *places), max(high, *places))
 
@@ -157,7 +157,7 @@ def _u(axis: Any, curves: Curves) -> None:
             color = CLASSES[i % len(CLASSES)]
             values = _line(axis, curves[name], color)
             ends.append((name.removeprefix(U_PREFIX).replace("_", " "), color, curves[name].steps[-1], values[-1]))
-        _label_ends(axis, ends)
+        label_ends(axis, ends)
     else:
         low, high = curves["pmi/q05"], curves["pmi/q95"]
         if low and len(low.steps) == len(high.steps):
@@ -175,7 +175,7 @@ def _gate(axis: Any, curves: Curves) -> None:
     axis.axis("off")
     axis.set_title("", loc="left")
     for part in (upper, lower):
-        _dress(part)
+        dress(part)
     upper.set_title("Gate: H (nats) and lambda", loc="left", fontsize=10)
     _line(upper, curves["gate/entropy"], TEACHER, "H", faint=0.45)
     for name, style, label in (("gate/h_warm", "--", "H_warm"), ("gate/close_below", ":", "closes below")):
@@ -240,7 +240,8 @@ SUPERVISED_PANELS = (
 )
 
 
-def _dress(axis: Any) -> None:
+def dress(axis: Any) -> None:
+    """The look of every panel."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#e5e7eb", linewidth=0.7)
     axis.set_axisbelow(True)
@@ -256,6 +257,23 @@ def _steps(axis: Any, curves: Curves) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of that size in inches, drawn without a screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Atomically write `path` as PNG; returns it."""
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")
+    return path
+
+
 def _choose(curves: Curves) -> list[Panel]:
     panels = [p for p in (SUPERVISED_PANELS if "sft/loss" in curves else TRAINING_PANELS) if p.wanted(curves)]
     by_draw = {id(p.draw): p for p in reversed(panels)}  # u by class stands in for the overall u
@@ -267,9 +285,6 @@ def plot_run(folder: str | os.PathLike[str], target: str | os.PathLike[str] | No
 
     Raises UserError when there is no metrics.jsonl or no number to plot in it.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     folder = Path(folder)
     curves = Curves(read_metrics(folder))
     panels = _choose(curves)
@@ -277,21 +292,17 @@ def plot_run(folder: str | os.PathLike[str], target: str | os.PathLike[str] | No
         raise UserError(f"{folder}/metrics.jsonl holds nothing to plot yet: wait for the first step")
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.1 * columns, 2.9 * rows), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.1 * columns, 2.9 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, panel in zip(axes, panels, strict=False):
-        _dress(axis)
+        dress(axis)
         axis.set_title(panel.title, loc="left", fontsize=10)
         _steps(axis, curves)
         panel.draw(axis, curves)
     for axis in list(axes)[len(panels) :]:
         axis.remove()
     figure.suptitle(folder.resolve().name, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    path = folder / "curves.png" if target is None else Path(target)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png")
-    return path
+    return save_figure(figure, folder / "curves.png" if target is None else Path(target))
 
 
 def write_summary(folder: str | os.PathLike[str], summary: Mapping[str, Any]) -> Path:

@@ -9,6 +9,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 
+def clock_text(seconds: float) -> str:
+    """`05:07`, `1:02:09`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+def print_line(text: str, stream: TextIO, bar: Any = None) -> None:
+    """A line of its own, above the tqdm bar if there is one, which it does not tear."""
+    if bar is not None:
+        bar.write(text, file=stream)
+    else:
+        print(text, file=stream, flush=True)
+
+
 def _count(n: float) -> str:
     """1234 as 1.2k, 56789 as 57k."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
@@ -86,16 +101,12 @@ class Progress:
         now = self._clock()
         if self._last_line is None or now - self._last_line >= self.every_seconds or step >= self.steps:
             self._last_line = now
-            self._print(f"step {step}/{self.steps} [{self._remaining(step, now)}] {text}")
+            print_line(f"step {step}/{self.steps} [{self._remaining(step, now)}] {text}", self._stream)
 
     def note(self, text: str) -> None:
         """Print a line of its own (an evaluation, a checkpoint, a warning) without tearing the bar."""
-        if not self.enabled:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            self._print(text)
+        if self.enabled:
+            print_line(text, self._stream, self._bar)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -109,16 +120,7 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
-
     def _remaining(self, step: int, now: float) -> str:
         spent = now - self._started
         left = spent / max(step - self._first, 1) * (self.steps - step)
-        return f"{_clock_text(spent)}<{_clock_text(left)}"
-
-
-def _clock_text(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+        return f"{clock_text(spent)}<{clock_text(left)}"

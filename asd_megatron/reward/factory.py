@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from asd_megatron.errors import did_you_mean
 from asd_megatron.reward.base import RewardError, Verifier
 from asd_megatron.reward.custom import CustomVerifier
 from asd_megatron.reward.exact import ExactVerifier
@@ -31,9 +30,8 @@ def make_verifier(name: str, *, timeout_seconds: float = 5.0, workers: int = 2, 
         return ReasoningGymVerifier(timeout_seconds=timeout_seconds, workers=workers)
     if ":" in name:
         return CustomVerifier(name, on_error=on_error)
-    near = difflib.get_close_matches(name, NAMES, n=1)
+    hint = did_you_mean(name, NAMES)
     raise RewardError(
-        f"reward.name {name!r} does not exist"
-        + (f"; did you mean {near[0]!r}?" if near else "")
-        + f" Choose {', '.join(NAMES)}, or your own as package.module:function or path/to/file.py:function"
+        f"reward.name {name!r} does not exist{f'; {hint}' if hint else '.'}"
+        f" Choose {', '.join(NAMES)}, or your own as package.module:function or path/to/file.py:function"
     )

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from asd_megatron.reward.answers import final_answer, gold_answer, quick_verdict
 from asd_megatron.reward.base import Item, new_counters
-from asd_megatron.reward.workers import judge_pool
-
-log = logging.getLogger(__name__)
+from asd_megatron.reward.workers import Outcome, count_unjudged, judge_pool
 
 JUDGE = Path(__file__).with_name("math_worker.py")
 
@@ -37,12 +33,11 @@ class MathVerifier:
     def score(self, items: Sequence[Item]) -> list[float]:
         keys = [self._key(answer=problem.answer, response=text) for problem, text in items]
         verdicts = {key: quick_verdict(key[0], key[1]) if key[2] else None for key in keys if key is not None}
-        open_keys = [
-            key for key, verdict in verdicts.items() if verdict is None
-        ]  # equal answers of a group are judged once
+        # equal answers of a group are judged once
+        open_keys = [key for key, verdict in verdicts.items() if verdict is None]
         requests = [_request(*key) for key in open_keys]
         for key, outcome in zip(open_keys, self._pool.run(requests), strict=True):
-            verdicts[key] = self._verdict(key, outcome.answer, outcome.failure, outcome.reason)
+            verdicts[key] = self._verdict(key, outcome)
         return [0.0 if key is None else float(bool(verdicts[key])) for key in keys]
 
     @staticmethod
@@ -50,20 +45,11 @@ class MathVerifier:
         candidate = final_answer(response)
         return None if candidate is None else (gold_answer(answer), candidate.text, candidate.marked)
 
-    def _verdict(self, key: tuple[str, str, bool], answer: Any, failure: str, reason: str) -> bool:
-        if answer is not None and "equal" in answer:
-            return bool(answer["equal"])
-        reason = answer["error"] if answer is not None else reason
-        name = "timeouts" if failure == "timeout" else "errors"
-        self.counters[name] += 1
-        log.warning(
-            "math answer %r (expected %r) counted as 0: %s (%s so far: %d)",
-            key[1][-80:],
-            key[0][:80],
-            reason,
-            name,
-            self.counters[name],
-        )
+    def _verdict(self, key: tuple[str, str, bool], outcome: Outcome) -> bool:
+        if outcome.answer is not None and "equal" in outcome.answer:
+            return bool(outcome.answer["equal"])
+        gold, text, _ = key
+        count_unjudged(self.counters, f"math answer {text[-80:]!r} (expected {gold[:80]!r})", outcome)
         return False
 
     def close(self) -> None:

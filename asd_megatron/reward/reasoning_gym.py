@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from asd_megatron.records import Problem
 from asd_megatron.reward.base import Item, RewardError, new_counters
-from asd_megatron.reward.workers import Outcome, judge_pool
+from asd_megatron.reward.workers import Outcome, count_unjudged, judge_pool
 from asd_megatron.text import last_boxed, last_hashes
-
-log = logging.getLogger(__name__)
 
 JUDGE = Path(__file__).with_name("reasoning_gym_worker.py")
 OPENING, CLOSING = "<answer>", "</answer>"
@@ -59,22 +56,13 @@ class ReasoningGymVerifier:
         if "changed" in answer:
             raise RewardError(
                 f"problem {key[0]} comes out otherwise in a reward worker than it did in the trainer, so it cannot be"
-                " scored: is another version of reasoning-gym installed than at the start?"
+                " scored: has another version of reasoning-gym been installed since the start? Start the run again"
             )
         score = answer.get("score", math.nan)
         if math.isfinite(score):
             return min(max(score, 0.0), 1.0)
-        name = "timeouts" if outcome.failure == "timeout" else "errors"
-        reason = outcome.reason or answer.get("error") or f"its verifier returned {score}"
-        self.counters[name] += 1
-        log.warning(
-            "answer %r to problem %s counted as 0: %s (%s so far: %d)",
-            (key[1] or "")[-80:],
-            key[0],
-            reason,
-            name,
-            self.counters[name],
-        )
+        what = f"answer {(key[1] or '')[-80:]!r} to problem {key[0]}"
+        count_unjudged(self.counters, what, outcome, f"its verifier returned {score}")
         return 0.0
 
     def close(self) -> None:
@@ -84,6 +72,7 @@ class ReasoningGymVerifier:
 def _origin(problem: Problem) -> dict[str, object]:
     if not all(name in problem.extra for name in ORIGIN):
         raise RewardError(
-            f"reward.name reasoning_gym cannot score problem {problem.prompt_id}, which is not of its sets"
+            f"reward.name reasoning_gym cannot score problem {problem.prompt_id}, which is not of its sets: name"
+            " reasoning_gym:TASK as problem set, or set another reward.name"
         )
     return {name: problem.extra[name] for name in ORIGIN}

@@ -42,6 +42,11 @@ class Outcome:
     failure: str = ""
     reason: str = ""
 
+    @property
+    def error(self) -> str:
+        """Why there is no verdict, as the pool or the judge says; empty if neither does."""
+        return self.reason or str((self.answer or {}).get("error", ""))
+
 
 class _Worker:
     """One process: starting, idle, or busy with request `job` until `deadline`."""
@@ -211,6 +216,13 @@ class WorkerPool:
             self._closed = True
             for worker in self._workers:
                 worker.kill()
+
+
+def count_unjudged(counters: dict[str, int], what: str, outcome: Outcome, error: str = "") -> None:
+    """Count and log an answer (`what`) that scores 0 without a verdict; `error` for want of the outcome's own."""
+    name = "timeouts" if outcome.failure == "timeout" else "errors"
+    counters[name] += 1
+    log.warning("%s counted as 0: %s (%s so far: %d)", what, outcome.error or error, name, counters[name])
 
 
 def judge_pool(judge: Path, size: int, timeout_seconds: float, counters: dict[str, int]) -> WorkerPool:

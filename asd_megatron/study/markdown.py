@@ -24,13 +24,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
 
 def decimals(values: Iterable[float | None]) -> int:
     """Digits after the point that suit all of `values`: 3 below 2, 2 below 10, 1 below 100, else 0."""
-    largest = max((abs(v) for v in values if v is not None and is_number(v)), default=0.0)
+    largest = max((abs(v) for v in values if is_number(v)), default=0.0)
     return 3 if largest < 2 else 2 if largest < 10 else 1 if largest < 100 else 0
 
 
 def number(value: float | None, digits: int, sign: bool = False) -> str:
     """`0.343`, `+0.343`; `-` for a value that is missing."""
-    if value is None or not math.isfinite(value):
+    if not is_number(value):
         return NOTHING
     return f"{value:{'+' if sign else ''}.{digits}f}"
 

@@ -72,11 +72,10 @@ def cell_keys(study: Study, only: Iterable[str] | None = None) -> list[CellKey]:
         if arm not in study.arms:
             raise UserError(f"--only: {no_such('arm', arm, study.arms)}")
     arms = [arm for arm in study.arms if arm in wanted]
-    seeds = dict.fromkeys(seed for arm in study.arms for seed in study.seeds_of(arm))
-    ordered = [seed for seed in study.seeds if seed in seeds] + [s for s in seeds if s not in study.seeds]
+    seeds = dict.fromkeys([*study.seeds, *(seed for arm in study.arms for seed in study.seeds_of(arm))])
     return [
         CellKey(arm, start, seed)
-        for seed in ordered
+        for seed in seeds
         for start in study.starts
         for arm in arms
         if seed in study.seeds_of(arm) and start in study.starts_of(arm)

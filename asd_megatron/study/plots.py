@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from asd_megatron.files import atomic_file
-from asd_megatron.observe.plots import CLASSES, smooth, spread_out
+from asd_megatron.observe.plots import CLASSES, dress, label_ends, new_figure, save_figure, smooth
 from asd_megatron.study.markdown import count
 from asd_megatron.study.report import Findings
 from asd_megatron.study.results import EVALUATION, CellResult
@@ -43,7 +42,7 @@ def arm_curve(results: Sequence[CellResult], metric: str, axis: str) -> tuple[Fl
     shared = set.intersection(*(set(x) for x, _ in curves))
     even = np.linspace(first, last, POINTS)
     grid = np.asarray(sorted(shared)) if axis == "step" and len(shared) > 1 else even
-    return grid, *mean_and_sd([resample(x, list(y), grid) for x, y in curves])
+    return grid, *mean_and_sd([resample(x, y, grid) for x, y in curves])
 
 
 def plot_study(findings: Findings) -> list[Path]:
@@ -65,7 +64,7 @@ def _overview(findings: Findings, metrics: Sequence[str], axis: str, path: Path)
     """Small multiples, one panel a metric."""
     columns = min(3, len(metrics))
     rows = math.ceil(len(metrics) / columns)
-    figure = _figure(4.1 * columns, 2.7 * rows + 0.5)
+    figure = new_figure(4.1 * columns, 2.7 * rows + 0.5)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, metric in zip(axes, metrics, strict=False):
         _draw(panel, findings, metric, axis)
@@ -73,7 +72,7 @@ def _overview(findings: Findings, metrics: Sequence[str], axis: str, path: Path)
     for panel in axes[len(metrics) :]:
         panel.remove()
     _key(figure, findings)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _metric(findings: Findings, metric: str, path: Path) -> Path:
@@ -81,23 +80,25 @@ def _metric(findings: Findings, metric: str, path: Path) -> Path:
     arms = [arm for arm in findings.arms if arm_curve(findings.of(arm), metric, "step") is not None]
     columns = min(4, max(2, len(arms)))
     rows = math.ceil(len(arms) / columns)
-    figure = _figure(3.1 * columns, 3.3 + 2.2 * rows)
+    figure = new_figure(3.1 * columns, 3.3 + 2.2 * rows)
     upper, lower = figure.subfigures(2, 1, height_ratios=[3.3, 2.2 * rows])
     for axis, panel in zip(AXES, upper.subplots(1, 2, squeeze=False).flat, strict=True):
         ends = _draw(panel, findings, metric, axis)
-        _label_ends(panel, ends)
+        if ends:
+            label_ends(panel, ends)
     upper.suptitle(metric, x=0.01, ha="left", fontsize=11, fontweight="bold")
     panels = list(lower.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for arm, panel in zip(arms, panels, strict=False):
         _arm(panel, findings, arm, metric)
     for panel in panels[len(arms) :]:
         panel.remove()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw(panel: Any, findings: Findings, metric: str, axis: str) -> list[tuple[str, str, float, float]]:
     """Every arm's mean with its band; returns (arm, colour, x, y) of the curves' ends."""
-    _dress(panel, AXES[axis])
+    dress(panel)
+    panel.set_xlabel(AXES[axis], fontsize=8)
     ends = []
     for arm in findings.arms:
         found = arm_curve(findings.of(arm), metric, axis)
@@ -113,7 +114,8 @@ def _draw(panel: Any, findings: Findings, metric: str, axis: str) -> list[tuple[
 
 def _arm(panel: Any, findings: Findings, arm: str, metric: str) -> None:
     """One arm's cells, thin, with their mean, and the mean of the baseline's cells of the same starts and seeds."""
-    _dress(panel, AXES["step"])
+    dress(panel)
+    panel.set_xlabel(AXES["step"], fontsize=8)
     color, baseline, cells = _color(findings, arm), findings.study.baseline_arm, findings.of(arm)
     for result in cells:
         x, y = curve(result, metric, "step")
@@ -122,11 +124,11 @@ def _arm(panel: Any, findings: Findings, arm: str, metric: str) -> None:
     matched = [result for result in findings.of(baseline) if (result.key.start, result.key.seed) in pairs]
     for results, style in (
         (matched, {"color": "black", "linewidth": 1.0, "linestyle": ":"}),
-        (cells, {"color": color}),
+        (cells, {"color": color, "linewidth": 1.8}),
     ):
         found = arm_curve(results, metric, "step")
         if found is not None:
-            panel.plot(found[0], found[1], **{"linewidth": 1.8, **style})
+            panel.plot(found[0], found[1], **style)
     beside = "" if arm == baseline else f" (dotted: {baseline})"
     panel.set_title(f"{arm}, {count(len(cells), 'cell')}{beside}", loc="left", fontsize=8)
 
@@ -135,50 +137,9 @@ def _color(findings: Findings, arm: str) -> str:
     return CLASSES[list(findings.study.arms).index(arm) % len(CLASSES)]
 
 
-def _label_ends(panel: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
-    """The arms' names right of their curves' ends."""
-    if not ends:
-        return
-    low, high = panel.get_ylim()
-    left, right = panel.get_xlim()
-    ticks = [tick for tick in panel.get_xticks() if left <= tick <= right]
-    panel.set_xlim(left, right + 0.42 * (right - left))
-    panel.set_xticks(ticks)
-    ordered = sorted(ends, key=lambda end: end[3])
-    places = spread_out([y for _, _, _, y in ordered], 0.065 * (high - low))
-    at = right + 0.03 * (right - left)
-    for (name, color, x, y), place in zip(ordered, places, strict=True):
-        panel.plot([x, at], [y, place], color=color, linewidth=0.6)
-        panel.text(at, place, f" {name}", color=color, fontsize=8, va="center")
-    panel.set_ylim(min(low, *places), max(high, *places))
-
-
 def _key(figure: Any, findings: Findings) -> None:
     """The arms' colours, above the panels."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=_color(findings, arm), linewidth=2, label=arm) for arm in findings.arms]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(8, len(handles)), frameon=False, fontsize=9)
-
-
-def _dress(panel: Any, label: str) -> None:
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="y", color="#e5e7eb", linewidth=0.7)
-    panel.set_axisbelow(True)
-    panel.tick_params(labelsize=8, length=3)
-    panel.set_xlabel(label, fontsize=8)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> Path:
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png")
-    return path

@@ -7,12 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-
-def clock_text(seconds: float) -> str:
-    """`05:07`, `1:02:09`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+from asd_megatron.observe.progress import clock_text, print_line
 
 
 def seconds_left(durations: list[float], cells: int, parallel: int) -> float | None:
@@ -57,36 +52,30 @@ class StudyProgress:
         self.failed += status != "finished"
         text = f"{name} {status} in {clock_text(seconds)}"
         if self._bar is None:
-            self._print(f"cell {self.done}/{self.total} [{self._times()}] {text}, {len(self._running)} running")
+            times = clock_text(self._clock() - self._begun) + self._left()
+            self.note(f"cell {self.done}/{self.total} [{times}] {text}, {len(self._running)} running")
             return
         if status != "finished":
-            self._bar.write(text, file=self._stream)
+            self.note(text)
         self._bar.update(1)
         self._show()
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            self._print(text)
+        print_line(text, self._stream, self._bar)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def _times(self) -> str:
+    def _left(self) -> str:
+        """`<05:07`; empty before the first cell has ended."""
         left = seconds_left(self._durations, self.total - self.done, self.parallel)
-        return f"{clock_text(self._clock() - self._begun)}<{'?' if left is None else clock_text(left)}"
+        return "" if left is None else f"<{clock_text(left)}"
 
     def _show(self) -> None:
         if self._bar is None:
             return
         failed = f", {self.failed} failed" if self.failed else ""
-        left = seconds_left(self._durations, self.total - self.done, self.parallel)
-        about = "" if left is None else f"<{clock_text(left)}"
-        self._bar.set_description_str(f"{about}, running {', '.join(self._running) or 'nothing'}{failed}")
-
-    def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        self._bar.set_description_str(f"{self._left()}, running {', '.join(self._running) or 'nothing'}{failed}")

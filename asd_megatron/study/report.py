@@ -10,7 +10,7 @@ from asd_megatron.files import atomic_write
 from asd_megatron.study.cells import LOG_FILE, CellRecord
 from asd_megatron.study.markdown import NOTHING, count, counted, decimals, number, spread, table, when
 from asd_megatron.study.plan import CellKey
-from asd_megatron.study.results import CellResult
+from asd_megatron.study.results import CellResult, Point
 from asd_megatron.study.schema import Study
 from asd_megatron.study.statistics import (
     crossing,
@@ -81,10 +81,9 @@ def write_report(findings: Findings, plots: Sequence[Path] = ()) -> Path:
                 lines += _metric_differences(findings, metric)
         lines += _equal_seconds(findings) + _starts(findings)
     lines += _failed(findings) + _plots(study.path, plots)
-    others = [metric for metric in study.table.metrics if metric != findings.main_metric]
-    found = [(metric, _metric_differences(findings, metric)) for metric in others]
-    for metric, differing in found:
-        lines += [f"## {metric}: differences from `{study.baseline_arm}`", "", *differing] if differing else []
+    for metric in study.table.metrics:
+        if metric != findings.main_metric and (differing := _metric_differences(findings, metric)):
+            lines += [f"## {metric}: differences from `{study.baseline_arm}`", "", *differing]
     return atomic_write(study.path / REPORT_FILE, "\n".join(lines) + "\n")
 
 
@@ -197,28 +196,16 @@ def _target(findings: Findings) -> list[str]:
     if target is None:
         return []
 
-    def steps(result: CellResult) -> float | None:
-        return crossing([p.step for p in result.points], result.column(target.metric), target.at_least)
+    def along(x: Callable[[Point], float]) -> Value:
+        return lambda r: crossing([x(p) for p in r.points], r.column(target.metric), target.at_least)
 
-    def seconds(result: CellResult) -> float | None:
-        return crossing([p.seconds for p in result.points], result.column(target.metric), target.at_least)
-
+    times = [("steps", along(lambda point: point.step)), ("training seconds", along(lambda point: point.seconds))]
     rows = []
     for arm in findings.arms:
-        in_steps = reached(findings.values(arm, steps).values())
-        in_seconds = reached(findings.values(arm, seconds).values())
-        rows.append(
-            [
-                f"`{arm}`",
-                str(in_steps.reached + in_steps.never),
-                str(in_steps.never),
-                when(in_steps, 1),
-                number(in_steps.median, 1),
-                when(in_seconds, 1),
-                number(in_seconds.median, 1),
-            ]
-        )
-    header = ["arm", "n", "never", "steps", "median", "training seconds", "median"]
+        found = [reached(findings.values(arm, value).values()) for _, value in times]
+        texts = [text for reaching in found for text in (when(reaching, 1), number(reaching.median, 1))]
+        rows.append([f"`{arm}`", str(found[0].reached + found[0].never), str(found[0].never), *texts])
+    header = ["arm", "n", "never", *(text for label, _ in times for text in (label, "median"))]
     return [
         f"## Until {target.metric} is at least {target.at_least:g}",
         "",
@@ -229,7 +216,7 @@ def _target(findings: Findings) -> list[str]:
         "",
         "Of the pairs that both got there:",
         "",
-        *_differences(findings, "in", [("steps", steps), ("training seconds", seconds)]),
+        *_differences(findings, "in", times),
     ]
 
 
@@ -264,26 +251,11 @@ def _starts(findings: Findings) -> list[str]:
     if not arms:
         return []
     columns = _columns(findings, metric)
-    rows, shares, gaps = [], [], []
-    for arm in arms:
-        for start in study.starts:
-            cells = findings.of(arm, start)
-            if not cells:
-                continue
-            summaries = [summarize(r.at(step, metric) for r in cells) for step in columns]
-            rows.append([f"`{arm}`", start, str(len(cells)), *[counted(s, 3, len(cells)) for s in summaries]])
-            pairs = [summarize(findings.against(arm, at(step, metric), start)) for step in columns]
-            if arm != study.baseline_arm and any(pair.n for pair in pairs):
-                usual = max(pair.n for pair in pairs)
-                gaps.append([f"`{arm}`", start, str(usual), *[counted(p, 3, usual, sign=True) for p in pairs]])
-        parts = [
-            variance_components(
-                {start: [r.at(step, metric) for r in findings.of(arm, start)] for start in study.starts}
-            )
-            for step in columns
-        ]
-        shares.append([f"`{arm}`", "between starts", *[number(part.between, 3) for part in parts]])
-        shares.append([f"`{arm}`", "between seeds", *[number(part.within, 3) for part in parts]])
+    values = [at(step, metric) for step in columns]
+    places = [(arm, start) for arm in arms for start in study.starts if findings.of(arm, start)]
+    rows = [_level(findings, arm, start, values) for arm, start in places]
+    gaps = [row for arm, start in places if arm != study.baseline_arm and (row := _gap(findings, arm, start, values))]
+    shares = [row for arm in arms for row in _spreads(findings, arm, values)]
     steps = list(map(str, columns))
     lines = [f"## {metric} from each start", "", *table(["arm", "start", "n", *steps], rows, left=2), ""]
     if gaps:
@@ -297,6 +269,32 @@ def _starts(findings: Findings) -> list[str]:
         "",
     ]
     return lines
+
+
+def _level(findings: Findings, arm: str, start: str, values: Sequence[Value]) -> list[str]:
+    """A row: the arm's mean ± sd of each value from one start."""
+    n = len(findings.of(arm, start))
+    summaries = [summarize(findings.values(arm, value, start).values()) for value in values]
+    return [f"`{arm}`", start, str(n), *[counted(summary, 3, n) for summary in summaries]]
+
+
+def _gap(findings: Findings, arm: str, start: str, values: Sequence[Value]) -> list[str]:
+    """A row: the arm's differences from the baseline from one start; empty without pairs."""
+    pairs = [summarize(findings.against(arm, value, start)) for value in values]
+    n = max((pair.n for pair in pairs), default=0)
+    return [f"`{arm}`", start, str(n), *[counted(pair, 3, n, sign=True) for pair in pairs]] if n else []
+
+
+def _spreads(findings: Findings, arm: str, values: Sequence[Value]) -> list[list[str]]:
+    """Two rows: the standard deviations between starts and between seeds of each value."""
+    parts = [
+        variance_components(
+            {start: [value(result) for result in findings.of(arm, start)] for start in findings.study.starts}
+        )
+        for value in values
+    ]
+    between, within = [number(part.between, 3) for part in parts], [number(part.within, 3) for part in parts]
+    return [[f"`{arm}`", "between starts", *between], [f"`{arm}`", "between seeds", *within]]
 
 
 def _failed(findings: Findings) -> list[str]:

@@ -95,7 +95,9 @@ def read_result(key: CellKey, run_folder: Path) -> CellResult:
     """A cell's numbers. Raises UserError without a metrics.jsonl that holds at least one step."""
     rows = read_metrics(run_folder)
     if not rows:
-        raise UserError(f"{run_folder}/metrics.jsonl is empty though cell {key} is finished: remove its folder")
+        raise UserError(
+            f"{run_folder}/metrics.jsonl is empty though cell {key} is finished: remove its folder to run it anew"
+        )
     return CellResult(key, points(rows), rows, training_seconds(rows))
 
 

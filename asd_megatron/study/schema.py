@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import annotated_types as at
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints, ValidationError
 
-from asd_megatron.config.base import Section, Text, TextList, value_in_words
-from asd_megatron.config.yaml_text import parse_yaml
-from asd_megatron.errors import UserError
+from asd_megatron.config.base import Section, Text, TextList, to_tuple, value_in_words
+from asd_megatron.config.yaml_text import read_yaml
+from asd_megatron.errors import UserError, did_you_mean
 
 OWN_KEYS = ("run.seed", "run.name", "run.folder", "run.overwrite")  # the study sets them itself
 DEFAULT_START = "default"
@@ -24,14 +24,9 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-def _to_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]*$")]
-NameList = Annotated[tuple[Name, ...], BeforeValidator(_to_tuple), AfterValidator(_distinct)]
-SeedList = Annotated[tuple[Annotated[int, at.Ge(0)], ...], BeforeValidator(_to_tuple), AfterValidator(_distinct)]
-StepList = Annotated[tuple[Annotated[int, at.Ge(0)], ...], BeforeValidator(_to_tuple), AfterValidator(_distinct)]
+NameList = Annotated[tuple[Name, ...], BeforeValidator(to_tuple), AfterValidator(_distinct)]
+NumberList = Annotated[tuple[Annotated[int, at.Ge(0)], ...], BeforeValidator(to_tuple), AfterValidator(_distinct)]
 Overrides = dict[str, Any]
 
 
@@ -39,7 +34,7 @@ class Arm(Section):
     """One way to train: overrides of the recipe; its own choice of the study's seeds and starts, if it has one."""
 
     overrides: Overrides = Field({}, description="Recipe keys of this arm, as `section.key: value`.")
-    seeds: SeedList | None = Field(None, description="Seeds of this arm; null: the study's.")
+    seeds: NumberList | None = Field(None, description="Seeds of this arm; null: the study's.")
     starts: NameList | None = Field(None, description="Names of the starts of this arm; null: all.")
 
 
@@ -54,7 +49,7 @@ class Table(Section):
     """What the report's tables show."""
 
     metrics: TextList = Field(("evaluation/accuracy",), description="Names of metrics (docs/metrics.md).")
-    steps: StepList | None = Field(None, description="Columns of the tables; null: every evaluation.")
+    steps: NumberList | None = Field(None, description="Columns of the tables; null: every evaluation.")
 
 
 class Study(Section):
@@ -68,7 +63,7 @@ class Study(Section):
     starts: dict[Name, Overrides] = Field(
         {DEFAULT_START: {}}, min_length=1, description="Name -> overrides, such as `model.path`."
     )
-    seeds: SeedList = Field(..., description="Every arm runs from every start with each of them.")
+    seeds: NumberList = Field(..., description="Every arm runs from every start with each of them.")
     baseline: Name | None = Field(None, description="The arm that the others are compared with; null: the first.")
     target: Target | None = Field(None, description="A level to reach; null: none.")
     table: Table = Field(Table(), description="What the report's tables show.")
@@ -97,17 +92,10 @@ class Study(Section):
 def load_study(path: str | Path) -> Study:
     """Read and check a study file. Paths in it are relative to the current directory.
 
-    Raises UserError for a missing or unreadable file, a YAML error, unknown keys (naming the nearest valid one), wrong
-    types and names that do not exist. The recipe and its overrides are checked by `plan.plan_cells`.
+    Raises UserError for what `read_yaml` refuses, unknown keys (naming the nearest valid one), wrong types and names
+    that do not exist. The recipe and its overrides are checked by `plan.plan_cells`.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"study {path} does not exist (from {Path.cwd()}): check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"study {path} cannot be read: {error}") from None
-    values = parse_yaml(text, f"study {path}")
+    values = read_yaml(Path(path), "study")
     if not isinstance(values, dict):
         raise UserError(f"study {path}: expected keys such as `recipe:` and `arms:`, see docs/studies.md")
     return make_study(values, f"study {path}")
@@ -145,8 +133,7 @@ def _check_names(study: Study, source: str) -> None:
 def no_such(kind: str, name: str, names: Iterable[str]) -> str:
     """`no arm 'anti_sd': did you mean 'antisd'?`"""
     names = list(names)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"no {kind} {name!r}: " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}")
+    return f"no {kind} {name!r}: " + (did_you_mean(name, names) or f"there are {', '.join(names)}")
 
 
 def _line(finding: dict[str, Any]) -> str:

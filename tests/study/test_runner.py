@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from asd_megatron.errors import UserError
+from asd_megatron.observe.progress import clock_text
 from asd_megatron.study.cells import read_record
 from asd_megatron.study.plan import Cell, plan_cells
-from asd_megatron.study.progress import StudyProgress, clock_text, seconds_left
+from asd_megatron.study.progress import StudyProgress, seconds_left
 from asd_megatron.study.runner import Runner, locked, threads_per_rank, train_command
 from asd_megatron.study.schema import make_study
 from tests.study.world import FAILS, SLEEPS, pretend, study_values

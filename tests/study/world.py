@@ -13,9 +13,9 @@ from asd_megatron.study.cells import CellRecord
 from asd_megatron.study.plan import Cell, CellKey, cell_keys
 from asd_megatron.study.report import Findings
 from asd_megatron.study.results import CellResult, points, training_seconds
-from asd_megatron.study.schema import Study, make_study
+from asd_megatron.study.schema import make_study
 
-# Writes the two lines of a run that gets better; overrides with these names decide what else happens.
+# Writes the metrics of a run that gets better, unless its third argument says otherwise.
 PROGRAM = """
 import json, os, pathlib, sys, time
 folder, steps, outcome = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -62,7 +62,7 @@ def write_study(folder: Path, **changed: Any) -> Path:
 
 
 def pretend(cell: Cell) -> list[str]:
-    """A command for `Runner`: what the cell's `run.dump_rollouts` and learning rate say about its fate."""
+    """A command for `Runner`: the cell's learning rate says what becomes of it."""
     fates = {1.0: "fail", 2.0: "sleep"}
     outcome = fates.get(cell.recipe.optimizer.learning_rate, "finish")
     return [sys.executable, "-c", PROGRAM, str(cell.run_folder), str(cell.recipe.run.steps), outcome]
@@ -108,9 +108,9 @@ def result(key: CellKey, accuracies: Sequence[float], seconds_a_step: float = 2.
     return CellResult(key, points(rows), rows, training_seconds(rows))
 
 
-def findings(folder: Path, **changed: Any) -> Findings:
+def findings(folder: Path) -> Findings:
     """Two arms from two starts with three seeds: grpo learns, antisd does sooner, by a margin that depends on both."""
-    study: Study = make_study(
+    study = make_study(
         study_values(
             folder,
             starts={"a": {}, "b": {}},
@@ -118,7 +118,6 @@ def findings(folder: Path, **changed: Any) -> Findings:
             target={"at_least": 0.5},
             table={"metrics": ["evaluation/accuracy", "pmi/mean"]},
             plot=["evaluation/accuracy", "pmi/mean", "gate/lambda"],
-            **changed,
         )
     )
     keys = cell_keys(study)

@@ -19,16 +19,8 @@ if [[ -e $stamp && $(<"$stamp") == "$variant $made_of" ]]; then
     exit 0
 fi
 
-python=${SGLANG_BASE_PYTHON:-}
-if [[ -z $python ]]; then
-    for python in python3.11 python3.12 python3; do
-        "$python" -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break
-    done
-fi
-"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || {
-    echo "error: $python is not Python 3.11 or 3.12: name one with SGLANG_BASE_PYTHON=..." >&2
-    exit 2
-}
+source "$here/../base_python.sh"
+python=$(base_python SGLANG_BASE_PYTHON)
 echo "installing SGLang ($variant) into $folder (the first time takes some minutes)"
 "$python" -m venv --clear "$folder"
 pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)

@@ -11,16 +11,8 @@ made_of=$(cat "$here/create.sh" "$here/requirements.txt" | sha256sum | cut -c1-1
 if [[ -e $stamp && $(<"$stamp") == "$made_of" ]]; then
     exit 0
 fi
-python=${TRL_BASE_PYTHON:-}
-if [[ -z $python ]]; then
-    for python in python3.11 python3.12 python3; do
-        "$python" -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break
-    done
-fi
-"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || {
-    echo "error: $python is not Python 3.11 or 3.12: name one with TRL_BASE_PYTHON=..." >&2
-    exit 2
-}
+source "$here/../base_python.sh"
+python=$(base_python TRL_BASE_PYTHON)
 echo "installing TRL into $folder (the first time takes some minutes)"
 "$python" -m venv --clear "$folder"
 # torch first, by itself: it brings what its own build needs.
