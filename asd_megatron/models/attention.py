@@ -17,11 +17,14 @@ from torch.nn.attention.bias import causal_lower_right
 from asd_megatron.records import PackedTokens
 
 MAX_PADDING = 1.5
-"""Stretches of a pack share one attention call while padding to the longest costs at most this factor in query-key
-pairs."""
+"""Rows of a pack share one attention call while padding to the longest costs at most this factor in query-key pairs."""
 
 SMALL = 8192
 """Query-key pairs of padding that are cheaper than another call, whatever the factor."""
+
+MAX_STRANGERS = 1.5
+"""Siblings share a row, and with it one copy of the keys before them, while what they must not see of each other costs
+at most this factor in query-key pairs."""
 
 MIN_ROWS = 4
 """A CPU's BLAS multiplies fewer rows by other kernels, which add in another order: a sample would see its company."""
@@ -29,11 +32,12 @@ MIN_ROWS = 4
 
 @dataclass(frozen=True)
 class Bucket:
-    """Stretches of similar size that attend in one padded call.
+    """Rows of similar size that attend in one padded call. A row is a stretch, or several that continue the same one.
 
-    `queries` int64 [n, S] and `keys` int64 [n, K] are tokens of the pack (0 in the padding); `valid` bool [n, S]. Each
-    stretch's keys are those before it on its way from the root, then its own. `mask`: bool [n, 1, S, K] (True: attend),
-    torch's lower-right causal bias where all stretches have the same size, or None for whole sequences (causal).
+    `queries` int64 [n, S] and `keys` int64 [n, K] are tokens of the pack (0 in the padding); `valid` bool [n, S]. A
+    row's keys are those before it on its way from the root, then its own. `mask`: bool [n, 1, S, K] (True: attend),
+    torch's lower-right causal bias where all rows are one stretch of the same size, or None for whole sequences
+    (causal).
     """
 
     queries: Tensor
@@ -42,68 +46,105 @@ class Bucket:
     mask: Any
 
 
-@dataclass(frozen=True)
-class _Stretch:
-    start: int
-    queries: int
+@dataclass
+class _Row:
     before: np.ndarray  # int64: the tokens on the way from the root
+    spans: list[tuple[int, int]]  # of the stretches: their tokens
+    queries: int
+    pairs: int  # of queries and the keys that they see, the causal half included
 
     @property
     def keys(self) -> int:
         return len(self.before) + self.queries
 
+    @property
+    def own(self) -> np.ndarray:
+        return np.concatenate([np.arange(a, e) for a, e in self.spans])
+
+    @property
+    def begins(self) -> np.ndarray:
+        """For each query where its stretch begins among the row's own tokens."""
+        lengths = [e - a for a, e in self.spans]
+        return np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+
 
 def plan_buckets(cu_seqlens: Sequence[int], parents: Sequence[int], device: torch.device) -> list[Bucket]:
-    """Group a pack's stretches by size. `parents` as in `PackedTokens`: () for whole sequences."""
-    stretches: list[_Stretch] = []
+    """Group a pack's stretches into rows, and rows by size. `parents` as in `PackedTokens`: () for whole sequences."""
+    return [_bucket(rows, device) for rows in _alike(_rows(cu_seqlens, parents))]
+
+
+def _rows(cu_seqlens: Sequence[int], parents: Sequence[int]) -> list[_Row]:
+    rows: list[_Row] = []
+    last: dict[int, _Row] = {}  # by parent
     ways: list[np.ndarray] = []  # of each stretch, its own tokens included
     nothing = np.zeros(0, dtype=np.int64)
     for i, (a, e) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
-        before = ways[parents[i]] if parents and parents[i] >= 0 else nothing
-        stretches.append(_Stretch(a, e - a, before))
+        parent = parents[i] if parents else -1
+        before = ways[parent] if parent >= 0 else nothing
         if parents:
             ways.append(np.concatenate([before, np.arange(a, e)]))
-    return [_bucket(group, device) for group in _alike(stretches)]
-
-
-def _alike(stretches: list[_Stretch]) -> list[list[_Stretch]]:
-    groups: list[list[_Stretch]] = []
-    wide = long = used = 0  # of the last group: most keys, most queries, query-key pairs without padding
-    for stretch in sorted(stretches, key=lambda s: (s.keys, s.queries), reverse=True):
-        pairs = stretch.keys * stretch.queries
-        together = (len(groups[-1]) + 1) * wide * max(long, stretch.queries) if groups else 0
-        if groups and together <= max(MAX_PADDING * (used + pairs), used + pairs + SMALL):
-            groups[-1].append(stretch)
-            long, used = max(long, stretch.queries), used + pairs
+        length, pairs = e - a, (e - a) * (len(before) + e - a)
+        row = last.get(parent) if parent >= 0 else None
+        if row is not None and _joins(row, length, pairs):
+            row.spans.append((a, e))
+            row.queries, row.pairs = row.queries + length, row.pairs + pairs
         else:
-            groups.append([stretch])
-            wide, long, used = stretch.keys, stretch.queries, pairs
+            rows.append(_Row(before, [(a, e)], length, pairs))
+            last[parent] = rows[-1]
+    return rows
+
+
+def _joins(row: _Row, length: int, pairs: int) -> bool:
+    queries = row.queries + length
+    return queries * (len(row.before) + queries) <= MAX_STRANGERS * (row.pairs + pairs)
+
+
+def _alike(rows: list[_Row]) -> list[list[_Row]]:
+    groups: list[list[_Row]] = []
+    wide = long = used = 0  # of the last group: most keys, most queries, query-key pairs without padding
+    for row in sorted(rows, key=lambda r: (r.keys, r.queries), reverse=True):
+        pairs = row.keys * row.queries
+        together = (len(groups[-1]) + 1) * wide * max(long, row.queries) if groups else 0
+        if groups and together <= max(MAX_PADDING * (used + pairs), used + pairs + SMALL):
+            groups[-1].append(row)
+            long, used = max(long, row.queries), used + pairs
+        else:
+            groups.append([row])
+            wide, long, used = row.keys, row.queries, pairs
     return groups
 
 
-def _bucket(group: list[_Stretch], device: torch.device) -> Bucket:
+def _bucket(rows: list[_Row], device: torch.device) -> Bucket:
     # numpy: for small packs the plan would else take as long as the attention
-    wide, long = max(s.keys for s in group), max(s.queries for s in group)
+    wide, long = max(r.keys for r in rows), max(r.queries for r in rows)
+    queries, begins = np.zeros((2, len(rows), long), dtype=np.int64)
+    for i, row in enumerate(rows):
+        queries[i, : row.queries] = row.own
     at = np.arange(long)
-    starts, lengths, depths = (
-        np.array(values)[:, None]
-        for values in ([s.start for s in group], [s.queries for s in group], [len(s.before) for s in group])
-    )
-    valid = at < lengths
-    queries = torch.from_numpy((starts + at) * valid).to(device)
+    valid = at < np.array([[r.queries] for r in rows])
     known = torch.from_numpy(valid).to(device)
+    where = torch.from_numpy(queries).to(device)
+    depths = np.array([[len(r.before)] for r in rows])
     if not depths.any():
-        return Bucket(queries, queries, known, None)
-    keys = np.zeros((len(group), wide), dtype=np.int64)
-    for row, stretch in zip(keys, group, strict=True):
-        row[: len(stretch.before)] = stretch.before
-        row[len(stretch.before) : stretch.keys] = np.arange(stretch.start, stretch.start + stretch.queries)
+        return Bucket(where, where, known, None)
+    keys = np.zeros((len(rows), wide), dtype=np.int64)
+    for i, row in enumerate(rows):
+        keys[i, : len(row.before)] = row.before
+        keys[i, len(row.before) : row.keys] = queries[i, : row.queries]
     mask: Any
-    if len({(s.keys, s.queries) for s in group}) == 1:
+    alone = all(len(r.spans) == 1 for r in rows)
+    if alone and len({(r.keys, r.queries) for r in rows}) == 1:
         mask = causal_lower_right(long, wide)
     else:
-        mask = torch.from_numpy((np.arange(wide) <= (depths + at)[..., None])[:, None]).to(device)
-    return Bucket(queries, torch.from_numpy(keys).to(device), known, mask)
+        # padding's queries see something too: the mean of nothing would be no number
+        seen = np.arange(wide) <= (depths + at)[..., None]
+        if not alone:
+            for i, row in enumerate(rows):
+                begins[i, : row.queries] = row.begins
+            own = np.arange(wide) - depths  # [n, K]: places among the row's own tokens
+            seen &= (own[:, None] < 0) | (own[:, None] >= begins[..., None])
+        mask = torch.from_numpy(seen[:, None]).to(device)
+    return Bucket(where, torch.from_numpy(keys).to(device), known, mask)
 
 
 def operand(x: Tensor) -> Tensor:
@@ -126,10 +167,12 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Any =
     bias)."""
     dtype = query.dtype
     query, key, value = operand(query), operand(key), operand(value)
-    repeat = query.shape[1] // key.shape[1]
-    if repeat > 1:
+    repeat, grouped = query.shape[1] // key.shape[1], query.device.type == "cpu"
+    if repeat > 1 and not grouped:  # CUDA's kernels that take a mask want a key head for each query head
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=repeat > 1 and grouped
+    )
     return out.to(dtype)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asd_megatron.models.attention import MAX_PADDING, SMALL, SDPACoreAttention, plan_buckets, zigzag
+from asd_megatron.models.attention import MAX_PADDING, MAX_STRANGERS, SMALL, SDPACoreAttention, plan_buckets, zigzag
 from tests.distributed.harness import run_ranks
 
 PACKS = ([5], [1, 1, 1], [7, 2, 9, 2, 8, 1, 30], [64, 3, 3, 60, 4, 61], [16, 1], [200, 3, 3, 180, 4])
@@ -73,6 +73,8 @@ TREES = {
     "a group": ([20, 3, 9, 4], (-1, 0, 0, 0)),
     "equal stretches": ([6, 5, 5], (-1, 0, 0)),
     "branches": ([16, 7, 2, 30, 1, 5], (-1, 0, 1, 1, 0, -1)),
+    "two groups in turn": ([48, 32, 3, 2, 5, 4, 3, 1], (-1, -1, 0, 1, 0, 1, 0, 1)),
+    "a large group": ([64, *[5] * 24, 40], (-1, *[0] * 24, 0)),
 }
 
 
@@ -111,6 +113,17 @@ def test_buckets_hold_every_token_once_and_little_padding(lengths: list[int]) ->
         pairs = int(bucket.valid.sum(1).square().sum())
         assert n * longest**2 <= max(MAX_PADDING * pairs, pairs + SMALL)
     assert len(buckets) <= len(set(lengths))  # equally long sequences always share a call
+
+
+def test_siblings_share_the_keys_before_them() -> None:
+    """24 short responses to a prompt of 64 tokens: some rows, not 24 copies of the prompt; and few pairs in vain."""
+    lengths, parents = TREES["a large group"]
+    buckets = plan_buckets(_boundaries(lengths).tolist(), parents, torch.device("cpu"))
+    tokens = torch.cat([b.queries[b.valid] for b in buckets])
+    assert tokens.sort().values.tolist() == list(range(sum(lengths)))
+    rows = [int(valid.sum()) * (64 + int(valid.sum())) for b in buckets for valid in b.valid if b.mask is not None]
+    assert len(rows) < 8
+    assert sum(rows) <= MAX_STRANGERS * sum(n * (64 + n) for n in lengths[1:])
 
 
 def test_other_calls_are_refused() -> None:
