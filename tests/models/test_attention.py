@@ -121,9 +121,9 @@ def test_siblings_share_the_keys_before_them() -> None:
     buckets = plan_buckets(_boundaries(lengths).tolist(), parents, torch.device("cpu"))
     tokens = torch.cat([b.queries[b.valid] for b in buckets])
     assert tokens.sort().values.tolist() == list(range(sum(lengths)))
-    rows = [int(valid.sum()) * (64 + int(valid.sum())) for b in buckets for valid in b.valid if b.mask is not None]
-    assert len(rows) < 8
-    assert sum(rows) <= MAX_STRANGERS * sum(n * (64 + n) for n in lengths[1:])
+    rows = [int(v.sum()) for b in buckets for v, q in zip(b.valid, b.queries, strict=True) if q[0] > 0]
+    assert len(rows) == 4 and sum(rows) == sum(lengths[1:])
+    assert sum(n * (64 + n) for n in rows) <= MAX_STRANGERS * sum(n * (64 + n) for n in lengths[1:])
 
 
 def test_other_calls_are_refused() -> None:
