@@ -7,9 +7,10 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from asd_megatron.config import AnyRecipe, Kind, check_devices, check_model, check_world, load_recipe, render_help
+from asd_megatron.distributed.launch import set_defaults
 from asd_megatron.errors import UserError
 
 
@@ -45,7 +46,7 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
     check_devices(recipe)
     _check_model(recipe)
     _enough_gpus(ranks)
-    set_threads(ranks, os.environ)
+    set_defaults(ranks, os.environ)
     return run_ranks(module, argv, ranks)
 
 
@@ -63,16 +64,6 @@ def refuse_torchrun(kind: Kind, module: str, environment: Mapping[str, str]) -> 
             f"asd-megatron {kind} starts the ranks itself and was started by torchrun: start `torchrun ... -m {module}"
             f" RECIPE`, or `asd-megatron {kind} RECIPE` without torchrun"
         )
-
-
-def set_threads(ranks: int, environment: MutableMapping[str, str]) -> None:
-    """Divide the cores among the ranks, unless OMP_NUM_THREADS says otherwise, and let torch have huge pages.
-
-    A CPU's tensors of some MiB are mapped anew each time; with ordinary pages a fifth of an update goes into faults.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
-    environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _enough_gpus(ranks: int) -> None:

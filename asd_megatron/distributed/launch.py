@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 
 def torchrun_command(ranks: int, module: str, arguments: Sequence[str]) -> list[str]:
@@ -14,11 +14,24 @@ def torchrun_command(ranks: int, module: str, arguments: Sequence[str]) -> list[
     return [*launcher, "--local-addr", "127.0.0.1", "-m", module, *arguments]
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_defaults(ranks: int, environment: MutableMapping[str, str]) -> None:
+    """What local ranks want, where `environment` does not say otherwise: the cores divided among them, one CUDA queue
+    (Megatron asks for it), and huge pages for torch's tensors.
+
+    A CPU's tensors of some MiB are mapped anew each time; with ordinary pages a fifth of an update goes into faults.
+    """
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def worker_environment(ranks: int) -> dict[str, str]:
-    """This process's environment with what local workers need: the machine's threads divided among the ranks, huge
-    pages for torch's tensors, and one CUDA queue (Megatron asks for it)."""
-    env = dict(os.environ)
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    env.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    return env
+    """This process's environment for `ranks` that it starts."""
+    environment = dict(os.environ)
+    set_defaults(ranks, environment)
+    return environment

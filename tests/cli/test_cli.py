@@ -14,6 +14,7 @@ import pytest
 from asd_megatron.cli import launch
 from asd_megatron.cli.guard import guarded
 from asd_megatron.cli.main import VERBS, main
+from asd_megatron.distributed.launch import cores, set_defaults
 from asd_megatron.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -131,10 +132,11 @@ def test_train_starts_the_ranks_of_the_layout(tmp_path: Path, monkeypatch: pytes
 
 
 def test_cores_are_divided_among_the_ranks() -> None:
-    cores = len(os.sched_getaffinity(0))
-    for ranks, threads in ((1, cores), (cores, 1), (10 * cores, 1)):
+    mine = len(os.sched_getaffinity(0))
+    assert cores() == mine
+    for ranks, threads in ((1, mine), (mine, 1), (10 * mine, 1)):
         environment: dict[str, str] = {}
-        launch.set_threads(ranks, environment)
+        set_defaults(ranks, environment)
         assert environment["OMP_NUM_THREADS"] == str(threads)
 
 

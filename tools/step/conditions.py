@@ -21,6 +21,7 @@ from step.figures import padding_share
 from asd_megatron.config import Recipe, load_recipe
 from asd_megatron.models.attention import plan_buckets
 from asd_megatron.observe.writer import RunWriter, read_metrics
+from asd_megatron.records import PackedTokens
 from asd_megatron.session import Session, open_session
 from asd_megatron.trainer.batch import Pack
 from asd_megatron.trainer.scorer import score
@@ -120,12 +121,15 @@ class _Passes:
 
     def __init__(self, session: Session) -> None:
         self._counts = {"scored": 0, "trained": 0}
-        chunk = session.port.chunks[0]  # of several virtual stages, each sees every token
+        port = session.port
+        first, forward = port.chunks[0], port.forward  # of several virtual stages, each sees every token
 
-        def hook(_: Any, arguments: tuple[Any, ...]) -> None:
-            self._counts["trained" if torch.is_grad_enabled() else "scored"] += arguments[0].numel()
+        def counted(chunk: torch.nn.Module, packed: PackedTokens) -> torch.Tensor:
+            if chunk is first:
+                self._counts["trained" if torch.is_grad_enabled() else "scored"] += packed.input_ids.numel()
+            return forward(chunk, packed)
 
-        chunk.register_forward_pre_hook(hook)
+        port.forward = counted  # type: ignore[method-assign]
 
     @contextmanager
     def counting(self) -> Iterator[dict[str, int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import asd_megatron
-from asd_megatron.distributed.launch import torchrun_command
+from asd_megatron.distributed.launch import torchrun_command, worker_environment
 from asd_megatron.errors import UserError
 
 TOOLS = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def run_cell(kind: str, spec: Mapping[str, Any], *, ranks: int = 1, threads: int
 def run(command: Sequence[str], *, threads: int, timeout: float, environment: Mapping[str, str] | None = None) -> None:
     """Run to the end, output kept for the error message. `environment` adds to this process's."""
     paths = [str(TOOLS), str(Path(asd_megatron.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    env = {**worker_environment(1), "OMP_NUM_THREADS": str(threads)}
     env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     env |= environment or {}
     with tempfile.TemporaryFile() as output:
