@@ -18,9 +18,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # before torch
 
 import torch
-from head import measure
+from head import measure, memory
 from head.curves import draw_curves, measure_curves, print_curves
 from head.ways import WAYS, Problem, Products, dense, errors
+from machine_load import machine
 
 from asd_megatron.errors import UserError
 from asd_megatron.files import write_json
@@ -65,7 +66,7 @@ def _resident(name: str, tokens: int, vocab: int, width: int) -> int | None:
     device = torch.device("cpu")
     WAYS[name](Problem.random(16, 64, 8, device, torch.float32))  # libraries and threads start
     problem = Problem.random(tokens, vocab, width, device, torch.float32)
-    return measure.peak_resident(lambda: WAYS[name](problem))
+    return memory.peak_resident(lambda: WAYS[name](problem))
 
 
 def benchmark(
@@ -76,9 +77,9 @@ def benchmark(
     wrong = check(problem, dtype)
     logits = 2 * tokens * vocab  # bytes in bfloat16
     gradient = problem.weight.numel() * problem.weight.element_size()
-    peaks = {name: measure.peak_bytes(partial(way, problem), device) for name, way in WAYS.items()}
+    peaks = {name: memory.peak_bytes(partial(way, problem), device) for name, way in WAYS.items()}
     residents = {name: resident(name, tokens, vocab, width) if arguments.resident else None for name in WAYS}
-    start = measure.machine(device)
+    start = machine(torch.get_num_threads())
     samples = time_all(problem, arguments.repeats, clock)
     middle = {name: statistics.median(sample.seconds for sample in found) for name, found in samples.items()}
     whole, tiled = middle.pop(WHOLE), middle.pop(TILED)

@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from machine_load import machine, others, wait_until_quiet
 from step.figures import Figure, phase_table, table
-from step.machine import machine, others, wait_until_quiet
 from step.sections import SECTIONS, SMOLLM2, Context
 
 from asd_megatron.config import load_recipe
@@ -26,6 +26,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.files import write_json
 
 MODELS = ("puzzle", "smollm2")
+QUIET = 0.1  # share of the cores that others may use before a section starts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report |= {"others": {}, "errors": {}, "phases": context.phases, "details": context.details}
     figures: list[Figure] = []
     for name in sections:
-        wait_until_quiet(arguments.patience)
+        wait_until_quiet(QUIET, time.monotonic() + arguments.patience)
         with others() as share:
             figures += _measured(name, context, models, report["errors"])
         report["others"][name] = share[0]

@@ -1,7 +1,8 @@
-"""The sampling forward: one small forward over the live parameters of a chunk, without Megatron's modules.
+"""The forward without gradients, which samples and scores: a small one over the live parameters of a chunk, without
+Megatron's modules.
 
 It repeats the training forward operation by operation, so that a token's hidden state is the same number while it is
-sampled and while it is scored.
+sampled, while it is scored and while it is trained.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Stack(Protocol):
         ...
 
     def run(self, hidden: Tensor, position_ids: Tensor, cache: Any, rows: int) -> Tensor:
-        """hidden [s, B, H], positions [B, s]. Only the first `rows` of the batch are in the cache, others fill it up.
+        """hidden [s, B, H], positions [B, s]. `cache` attends (the engine's `KVCache`; for a pack, which is one long
+        row, `PackAttention`). Only the first `rows` of the batch are in it, others fill it up.
 
         Returns [s, B, H], on the last stage after the final norm.
         """

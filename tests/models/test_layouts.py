@@ -74,6 +74,7 @@ def _compare(rank: int, root: str, model: str, layout: dict[str, Any], build: di
     gradients = everywhere.gradients(port)
     assert set(gradients) == set(truth["gradients"])
     errors["gradients"] = max(relative(gradients[n], g) for n, g in truth["gradients"].items())
+    _scoring_gives_the_modules_numbers(port, micros)
     _sampling_changes_nothing(port, micros, gradients)
     return errors
 
@@ -109,6 +110,20 @@ def _run(port: Any, micros: list[Any], check: Any) -> None:
         micro_batch_size=1,
         forward_only=False,
     )
+
+
+def _scoring_gives_the_modules_numbers(port: Any, micros: list[Any]) -> None:
+    """Whatever `scoring` runs, hidden states are those of Megatron's modules, bit for bit."""
+    from asd_megatron.trainer import schedule
+
+    found: dict[bool | None, list[Tensor]] = {None: [], True: []}
+    for through_modules, states in found.items():
+        with port.scoring(through_modules=through_modules):
+            schedule.forward(port, micros, lambda _, hidden, states=states: states.append(hidden.clone()))
+    assert len(found[None]) == len(found[True]) == (len(micros) if port.is_last_stage else 0)
+    for ours, theirs in zip(found[None], found[True], strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(module.training for chunk in port.chunks for module in chunk.modules())
 
 
 def _sampling_changes_nothing(port: Any, micros: list[Any], gradients: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from asd_megatron.ops import softmax_tile
 from asd_megatron.ops.vocab_head import VocabShard, linear_logprob, linear_token_loss
-from tools.head.measure import peak_bytes
+from tools.head.memory import peak_bytes
 
 T, V, H, BLOCK = 512, 4096, 64, 64
 TILE = 4 * BLOCK * V

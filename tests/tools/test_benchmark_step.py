@@ -13,9 +13,9 @@ from asd_megatron.trainer.batch import PackLayout, TokenSequence, build_pack
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import benchmark_step
+from machine_load import others
 from step.conditions import _padding
 from step.figures import Figure, forwards, paired_ratio, phase_table, phases, summary, table
-from step.machine import others
 from step.sampling import _left_padded, _until_end
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from head import measure
+from head import measure, memory
 from head.measure import Clock
 from head.ways import WAYS, Problem, Products, fused
+from machine_load import machine
 
 from asd_megatron.files import atomic_file
 from asd_megatron.ops.vocab_head import VocabShard
@@ -32,7 +33,7 @@ def measure_curves(
     tokens: int, vocab: int, width: int, repeats: int, clock: Clock, device: torch.device, dtype: torch.dtype
 ) -> Row:
     """From an eighth to twice the tokens, and from a quarter to four times the vocabulary at half the tokens."""
-    start = measure.machine(device)
+    start = machine(torch.get_num_threads())
 
     def curve(sizes: Sequence[tuple[int, int]]) -> list[Row]:
         return [_point(t, v, width, repeats, clock, device, dtype) for t, v in sizes]
@@ -51,7 +52,7 @@ def _point(
 ) -> Row:
     problem = Problem.random(tokens, vocab, width, device, dtype)
     actions: dict[str, Callable[[], object]] = {name: partial(way, problem) for name, way in WAYS.items()}
-    peaks = {name: measure.peak_bytes(action, device) for name, action in actions.items()}  # and warm
+    peaks = {name: memory.peak_bytes(action, device) for name, action in actions.items()}  # and warm
     actions["products"] = Products(problem, 512)
     actions["products"]()
     times: dict[str, list[measure.Sample]] = {name: [] for name in actions}
@@ -120,7 +121,7 @@ def _rank(rank: int, world: int, port: int, tokens: int, vocab: int, width: int,
     problem = Problem(
         whole.hidden, weight, whole.target, whole.advantages, VocabShard.of(vocab, rows, dist.group.WORLD)
     )
-    peak = measure.peak_bytes(partial(fused, problem), device)
+    peak = memory.peak_bytes(partial(fused, problem), device)
     times = []
     for _ in range(3):
         dist.barrier()

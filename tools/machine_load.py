@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 STATISTICS, PROCESSOR = Path("/proc/stat"), Path("/proc/cpuinfo")
-QUIET = 0.1  # share of the cores that others may use before a section starts
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the figures depend on."""
+    """What figures depend on; `threads` of each process."""
     lines = PROCESSOR.read_text().splitlines() if PROCESSOR.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
@@ -44,13 +43,12 @@ def others() -> Iterator[list[float]]:
     found.append(min(max(share, 0.0), 1.0))
 
 
-def wait_until_quiet(patience: float) -> None:
-    """Wait until others use less than `QUIET` of the cores, at most `patience` seconds."""
-    deadline = time.monotonic() + patience
+def wait_until_quiet(quiet: float, deadline: float) -> None:
+    """Wait until others use less than `quiet` of the cores, at most until `deadline` (of `time.monotonic`)."""
     while time.monotonic() < deadline:
         with others() as share:
             time.sleep(1.0)
-        if share[0] < QUIET:
+        if share[0] < quiet:
             return
 
 
