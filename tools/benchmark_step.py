@@ -32,7 +32,11 @@ QUIET = 0.1  # share of the cores that others may use before a section starts
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    parser.add_argument("--only", metavar="SECTIONS", help=f"comma-separated, of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument(
+        "--only",
+        metavar="SECTIONS",
+        help=f"comma-separated, of {', '.join(SECTIONS)} (default: all); or one case: conditions.puzzle",
+    )
     parser.add_argument("--models", default=",".join(MODELS), help="puzzle, smollm2 or both (default)")
     parser.add_argument("--threads", type=int, default=1, help="of each rank and of what is compared (default: 1)")
     parser.add_argument("--quick", action="store_true", help="few repetitions: whether it works, not how fast it is")
@@ -40,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trl-python", default=".venv-trl/bin/python", help="interpreter of the TRL environment")
     arguments = parser.parse_args(argv)
     try:
-        sections, models = _chosen(arguments.only, SECTIONS, "--only"), _chosen(arguments.models, MODELS, "--models")
+        only, dot, case = (arguments.only or ",".join(SECTIONS)).partition(".")
+        sections, models = _chosen(only, SECTIONS, "--only"), _chosen(arguments.models, MODELS, "--models")
         _check_smollm2(models)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in sections:
         wait_until_quiet(QUIET, time.monotonic() + arguments.patience)
         with others() as share:
-            figures += _measured(name, context, models, report["errors"])
+            figures += _measured(name, case if dot else None, context, models, report["errors"])
         report["others"][name] = share[0]
         report["figures"] = {figure.name: {**asdict(figure), "met": figure.met} for figure in figures}
         report["seconds"] = time.monotonic() - started
@@ -67,8 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if report["errors"] else 0
 
 
-def _measured(section: str, context: Context, models: Collection[str], errors: dict[str, str]) -> list[Figure]:
-    """A section's figures; a case that fails is told, kept in `errors` and left out."""
+def _measured(
+    section: str, only: str | None, context: Context, models: Collection[str], errors: dict[str, str]
+) -> list[Figure]:
+    """A section's figures, or those of one of its cases; one that fails is told, kept in `errors` and left out."""
     figures: list[Figure] = []
     try:
         cases = SECTIONS[section](context)
@@ -76,7 +83,11 @@ def _measured(section: str, context: Context, models: Collection[str], errors: d
         errors[section] = str(error)
         print(f"{section}: {error}", file=sys.stderr, flush=True)
         return figures
-    for case in cases:
+    wanted = [case for case in cases if only is None or case.name == only]
+    if not wanted:
+        errors[section] = f"--only {section}.{only}: there is none; choose of {', '.join(case.name for case in cases)}"
+        print(errors[section], file=sys.stderr)
+    for case in wanted:
         try:
             figures += case.run() if case.model in models else []
         except UserError as error:
@@ -95,8 +106,8 @@ def _show(report: Mapping[str, Any], figures: Sequence[Figure]) -> None:
         print("\n" + phase_table(report["phases"]))
 
 
-def _chosen(given: str | None, known: Collection[str], option: str) -> list[str]:
-    chosen = list(known) if given is None else given.split(",")
+def _chosen(given: str, known: Collection[str], option: str) -> list[str]:
+    chosen = given.split(",")
     for name in chosen:
         if name not in known:
             raise UserError(f"{option} {name}: there is none; choose of {', '.join(known)}")

@@ -23,6 +23,7 @@ RECIPES = {"puzzle": PUZZLE, "smollm2": SMOLLM2}
 ONE_RANK = ("--parallelism.tensor", "1", "--parallelism.pipeline", "1", "--parallelism.data", "null")
 FP32, BF16 = ("--model.dtype", "float32"), ("--model.dtype", "bfloat16")
 SMALL_PACKS = ("--batching.tokens_per_microbatch", "2048")  # float32 activations of SmolLM2 in a few GB
+ONE_DEMONSTRATION = ("--privileged.demonstrations_per_group", "1")
 NO_ENDS = ("--sampling.stop_token_ids", "[]", "--sampling.stop", "[]")
 TRL_DRIVER = Path(__file__).resolve().parents[1] / "trl_env" / "grpo_step.py"
 PATIENCE = 900.0  # seconds that one measurement may take
@@ -72,14 +73,17 @@ def conditions(context: Context) -> list[Case]:
     puzzle = partial(_conditions, context, "puzzle", warm=3, steps=context.count(6, 40))
     trained = partial(_trained_puzzle, context, puzzle, steps=75)
     smollm2 = partial(_conditions, context, "smollm2", warm=1)
+    few = partial(smollm2, steps=context.count(1, 3))
     return [
         Case("puzzle", "puzzle", partial(puzzle, "puzzle", ONE_RANK)),
+        Case("puzzle_shared", "puzzle", partial(puzzle, "puzzle_shared", (*ONE_RANK, *ONE_DEMONSTRATION))),
         Case("puzzle_trained", "puzzle", partial(trained, "puzzle_trained", ONE_RANK)),
         Case("puzzle_tp2", "puzzle", partial(puzzle, "puzzle_tp2", (), ranks=2)),
+        Case("smollm2_bf16", "smollm2", partial(few, "smollm2_bf16", (*ONE_RANK, *BF16))),
         Case(
-            "smollm2_bf16",
+            "smollm2_bf16_shared",
             "smollm2",
-            partial(smollm2, "smollm2_bf16", (*ONE_RANK, *BF16), steps=context.count(1, 3)),
+            partial(few, "smollm2_bf16_shared", (*ONE_RANK, *BF16, *ONE_DEMONSTRATION)),
         ),
         Case(
             "smollm2_fp32",
