@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         metavar="SECTIONS",
-        help=f"comma-separated, of {', '.join(SECTIONS)} (default: all); or one case: conditions.puzzle",
+        help=f"comma-separated, of {', '.join(SECTIONS)} (default: all), or cases of them: conditions.puzzle",
     )
     parser.add_argument("--models", default=",".join(MODELS), help="puzzle, smollm2 or both (default)")
     parser.add_argument("--threads", type=int, default=1, help="of each rank and of what is compared (default: 1)")
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trl-python", default=".venv-trl/bin/python", help="interpreter of the TRL environment")
     arguments = parser.parse_args(argv)
     try:
-        only, dot, case = (arguments.only or ",".join(SECTIONS)).partition(".")
-        sections, models = _chosen(only, SECTIONS, "--only"), _chosen(arguments.models, MODELS, "--models")
+        sections = _sections(arguments.only or ",".join(SECTIONS))
+        models = _chosen(arguments.models, MODELS, "--models")
         _check_smollm2(models)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"machine": machine(arguments.threads), "quick": arguments.quick}
     report |= {"others": {}, "errors": {}, "phases": context.phases, "details": context.details}
     figures: list[Figure] = []
-    for name in sections:
+    for name, only in sections.items():
         wait_until_quiet(QUIET, time.monotonic() + arguments.patience)
         with others() as share:
-            figures += _measured(name, case if dot else None, context, models, report["errors"])
+            figures += _measured(name, only, context, models, report["errors"])
         report["others"][name] = share[0]
         report["figures"] = {figure.name: {**asdict(figure), "met": figure.met} for figure in figures}
         report["seconds"] = time.monotonic() - started
@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measured(
-    section: str, only: str | None, context: Context, models: Collection[str], errors: dict[str, str]
+    section: str, only: Collection[str], context: Context, models: Collection[str], errors: dict[str, str]
 ) -> list[Figure]:
-    """A section's figures, or those of one of its cases; one that fails is told, kept in `errors` and left out."""
+    """A section's figures (`only`: of these cases, if any); one that fails is told, kept in `errors` and left out."""
     figures: list[Figure] = []
     try:
         cases = SECTIONS[section](context)
@@ -83,11 +83,14 @@ def _measured(
         errors[section] = str(error)
         print(f"{section}: {error}", file=sys.stderr, flush=True)
         return figures
-    wanted = [case for case in cases if only is None or case.name == only]
-    if not wanted:
-        errors[section] = f"--only {section}.{only}: there is none; choose of {', '.join(case.name for case in cases)}"
-        print(errors[section], file=sys.stderr)
-    for case in wanted:
+    known = [case.name for case in cases]
+    for name in only:
+        if name not in known:
+            errors[f"{section}.{name}"] = f"--only {section}.{name}: there is none; choose of {', '.join(known)}"
+            print(errors[f"{section}.{name}"], file=sys.stderr, flush=True)
+    for case in cases:
+        if only and case.name not in only:
+            continue
         try:
             figures += case.run() if case.model in models else []
         except UserError as error:
@@ -104,6 +107,16 @@ def _show(report: Mapping[str, Any], figures: Sequence[Figure]) -> None:
     print("\n" + table(figures))
     if report["phases"]:
         print("\n" + phase_table(report["phases"]))
+
+
+def _sections(given: str) -> dict[str, list[str]]:
+    """The chosen sections, each with its chosen cases; none of them: all."""
+    cases: dict[str, list[str]] = {}
+    for part in given.split(","):
+        section, dot, case = part.partition(".")
+        cases.setdefault(section, []).extend([case] if dot else [])
+    _chosen(",".join(cases), SECTIONS, "--only")
+    return cases
 
 
 def _chosen(given: str, known: Collection[str], option: str) -> list[str]:

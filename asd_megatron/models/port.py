@@ -177,8 +177,7 @@ class ModelPort:
 
     def _score(self, chunk: Any, stack: LocalStack, packed: PackedTokens) -> Tensor:
         positions = packed.position_ids[None]
-        embedded = chunk.pre_process
-        hidden = stack.embed(packed.input_ids[None], positions) if embedded else chunk.decoder.input_tensor
+        hidden = stack.embed(packed.input_ids[None], positions) if chunk.pre_process else chunk.decoder.input_tensor
         return stack.run(hidden, positions, PackAttention(packed), rows=1)
 
     @contextmanager
@@ -203,8 +202,12 @@ class ModelPort:
             self._scorers = {}
 
     def _local_stack(self, chunk: Any) -> LocalStack:
-        group = self.groups.tp if self.groups.tp.size() > 1 else None
-        return LocalStack(chunk, self.shape, self.config, self._inverse_frequencies, group)
+        return LocalStack(chunk, self.shape, self.config, self._inverse_frequencies, self._tensor_group)
+
+    @property
+    def _tensor_group(self) -> dist.ProcessGroup | None:
+        """None for a model that is not cut."""
+        return self.groups.tp if self.groups.tp.size() > 1 else None
 
     def head_weight(self) -> Tensor:
         """The head's weight on the last stage: [padded_vocab / tp, H], the live parameter (tied: this stage's copy)."""
@@ -213,9 +216,8 @@ class ModelPort:
 
     def head_shard(self) -> VocabShard:
         """How `head_weight` is cut over the tensor-parallel group."""
-        group = self.groups.tp if self.groups.tp.size() > 1 else None
         rows = self.padded_vocab_size // self.layout.tensor
-        return VocabShard.of(self.vocab_size, rows, group, self.config.sequence_parallel)
+        return VocabShard.of(self.vocab_size, rows, self._tensor_group, self.config.sequence_parallel)
 
     # ---------------------------------------------------------------- weights
 

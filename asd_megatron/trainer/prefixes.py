@@ -21,9 +21,9 @@ BLOCK = 16
 class Segments:
     """Consecutive stretches of a pack's tokens.
 
-    `ids`, `positions` int64 [T] (arrays: with tensors, laying out a small model's pack takes as long as
-    a layer); stretch i is `ids[cu[i]:cu[i + 1]]` and continues stretch `parents[i]`, which lies
-    before it (-1: it begins a sequence). `where[k]` int64 is the place of each token of sequence k.
+    `ids`, `positions` int64 [T]; stretch i is `ids[cu[i]:cu[i + 1]]` and continues stretch `parents[i]`, which lies
+    before it (-1: it begins a sequence). `where[k]` int64 is the place of each token of sequence k. Arrays, since with
+    tensors laying out a small model's pack takes as long as a layer.
     """
 
     ids: np.ndarray

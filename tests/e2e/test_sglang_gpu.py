@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from asd_megatron.observe.writer import read_metrics
-from tests.e2e.world import World, make_world, start
+from tests.e2e.world import World, make_gpu_world, start
 from tests.rollout.sglang_world import sglang_python
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sglang]
@@ -18,9 +18,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A tiny model of sizes that GPU kernels take."""
-    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "max_position_embeddings": 512}
-    return make_world(tmp_path_factory.mktemp("gpu"), **sizes)
+    return make_gpu_world(tmp_path_factory.mktemp("gpu"))
 
 
 def trained(world: World, name: str, rollout: dict[str, Any], **sections: Any) -> list[dict[str, Any]]:

@@ -102,6 +102,11 @@ def make_world(folder: Path, *, layers: int = 2, seed: int = 3, **config: Any) -
     return World(folder, model, layers)
 
 
+def make_gpu_world(folder: Path) -> World:
+    """A world with a model of sizes that GPU kernels take."""
+    return make_world(folder, hidden_size=256, head_dim=64, intermediate_size=512, max_position_embeddings=512)
+
+
 def change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Rewrite a model folder's safetensors file after `change` has worked on its tensors."""
     path = model / "model.safetensors"
