@@ -75,7 +75,7 @@ test-py312:
 	$(MAKE) test VENV=.venv-py312 PYTHON=$(PYTHON312) PYTHON_FALLBACK=$(PYTHON312)
 
 lint: $(INSTALLED)
-	$(PY) -m ruff check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 docs: $(INSTALLED)

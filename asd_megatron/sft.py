@@ -13,13 +13,13 @@ from typing import Any
 from asd_megatron.cli.guard import guarded
 from asd_megatron.config import SftRecipe, load_recipe
 from asd_megatron.errors import UserError
-from asd_megatron.held_out import HeldOut, Weights
 from asd_megatron.observe.metrics import supervised_metrics
-from asd_megatron.parts import embedded_engine, evaluation_collector, make_renderer
 from asd_megatron.reward.factory import make_verifier
-from asd_megatron.session import Session, open_session
-from asd_megatron.sources import held_out_problems, supervised_source
-from asd_megatron.startup import announce
+from asd_megatron.run.build import embedded_engine, evaluation_collector, make_renderer
+from asd_megatron.run.evaluation import HeldOut, Weights
+from asd_megatron.run.report import announce
+from asd_megatron.run.session import Session, open_session
+from asd_megatron.run.sources import held_out_problems, supervised_source
 from asd_megatron.trainer.guard import Guard
 from asd_megatron.trainer.sft import supervised_update
 
@@ -66,7 +66,7 @@ class SupervisedRun:
         with session.clock.phase("update"):
             stats = supervised_update(
                 session.port,
-                session.groups,
+                session.process_groups,
                 session.optimizer,
                 examples,
                 layout=session.pack_layout,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from asd_megatron.cli.guard import guarded
 from asd_megatron.config import Recipe, load_recipe
-from asd_megatron.session import open_session
-from asd_megatron.training import TrainingRun
+from asd_megatron.run.rl import TrainingRun
+from asd_megatron.run.session import open_session
 
 
 def train(run: TrainingRun) -> None:

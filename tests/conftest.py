@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.rollout.sglang_world import START_SECONDS, sglang_pair, sglang_world
+from tests.rollout.sglang.sglang_world import START_SECONDS, sglang_pair, sglang_world
 
 __all__ = ["sglang_pair", "sglang_world"]
 

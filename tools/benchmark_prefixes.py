@@ -102,12 +102,12 @@ def timed(action: Callable[[], Any], where: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(port: Any, groups: Any, ratio: int, *, size: int, prompt: int, response: int, repeats: int) -> Row:
+def measure(port: Any, process_groups: Any, ratio: int, *, size: int, prompt: int, response: int, repeats: int) -> Row:
     students, teachers = group(ratio, size, prompt, response)
     tokens = size * response
 
     def logprobs(sequences: Sequence[TokenSequence], share: bool) -> Tensor:
-        return score(port, groups, packs(sequences, share, port.device), tokens, temperature=1.0)[0]
+        return score(port, process_groups, packs(sequences, share, port.device), tokens, temperature=1.0)[0]
 
     def loss(pack: Pack, hidden: Tensor) -> Tensor:
         mean = lambda found, entropy, block: -found.sum() / tokens  # noqa: E731

@@ -27,14 +27,14 @@ from torch import Tensor
 
 from asd_megatron.errors import UserError
 from asd_megatron.files import write_json
-from asd_megatron.rollout.server import ServerOptions
-from asd_megatron.rollout.server_pool import ServerPool
-from asd_megatron.rollout.weight_sync.buckets import pack
-from asd_megatron.rollout.weight_sync.disk import DiskTransport
-from asd_megatron.rollout.weight_sync.distributed import DistributedTransport
-from asd_megatron.rollout.weight_sync.protocol import Transport
-from asd_megatron.rollout.weight_sync.receipt import Receipt
-from asd_megatron.rollout.weight_sync.session import synchronise
+from asd_megatron.rollout.sglang.servers.options import ServerOptions
+from asd_megatron.rollout.sglang.servers.pool import ServerPool
+from asd_megatron.rollout.sglang.weight_sync.buckets import pack
+from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
+from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
+from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
+from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
+from asd_megatron.rollout.sglang.weight_sync.verification import Receipt
 
 SERVERS = 2
 KEY = "benchmark"

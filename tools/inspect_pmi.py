@@ -10,7 +10,7 @@ from pathlib import Path
 from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.observe.pmi_report import dumps_pmi, pmi_report
-from asd_megatron.sources import model_folder
+from asd_megatron.run.sources import model_folder
 
 
 def _dumps(names: Sequence[str]) -> list[Path]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from asd_megatron.distributed.objects import broadcast_object
+from asd_megatron.distributed.objects import share_outcome
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, to_json
 from asd_megatron.models.port import ModelPort
@@ -119,23 +119,22 @@ def write_folder(
     """
     target = Path(target)
     tensors = port.export()
-    failure: str | None = None
+    failure: UserError | None = None
     try:
-        if port.groups.world.rank() == 0:
+        if port.process_groups.world.rank() == 0:
             with atomic_folder(target, replace=True) as folder:
                 copy_others(Path(source), folder, port.dtype)
                 write_weights(tensors, folder, max_shard_bytes)
     except (OSError, SafetensorError) as error:
-        failure = f"the model cannot be exported to {target}: {error}; free space there, or choose another run.folder"
+        failure = UserError(
+            f"the model cannot be exported to {target}: {error}; free space there, or choose another run.folder"
+        )
     except UserError as error:
-        failure = str(error)
+        failure = error
     finally:
         for _ in tensors:  # every rank takes part in all of its collectives
             pass
-    failure = broadcast_object(failure, 0, port.groups.world)
-    if failure is not None:
-        raise UserError(failure)
-    return target
+    return share_outcome(target, failure, port.process_groups.host)
 
 
 def copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -14,15 +14,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from asd_megatron.checkpoint import optimizer_state
 from asd_megatron.checkpoint.safety import check_metadata, weights_only
+from asd_megatron.distributed.objects import on_rank_zero
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, atomic_write, remove_partial
 
@@ -30,8 +28,6 @@ FORMAT = 1
 RUN_STATE = "run_state.json"
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{6,})")
-
-T = TypeVar("T")
 
 
 def save(
@@ -58,7 +54,7 @@ def save(
             remove_partial(folder)
             return str(written.enter_context(atomic_folder(folder / name(step), replace=True)))
 
-        partial = _on_first_rank(begin)
+        partial = on_rank_zero(begin, port.process_groups.host)
         _save_shards(partial, _state(port, optimizer, scheduler, loading=False))
 
         def finish() -> None:
@@ -67,7 +63,7 @@ def save(
             name_latest(folder, name(step))
             _prune(folder, step, keep)
 
-        _on_first_rank(finish)
+        on_rank_zero(finish, port.process_groups.host)
     return folder / name(step)
 
 
@@ -222,22 +218,3 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     others = sorted((s, p) for s, p in found if s != step)
     for _, path in others[: max(0, len(others) - (keep - 1))]:
         shutil.rmtree(path)
-
-
-def _on_first_rank(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0; its result, or its error, on every rank."""
-    outcome: list[Any] = [None, None]
-    error: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except Exception as e:
-            error = e
-            outcome[1] = (isinstance(e, UserError), f"{type(e).__name__}: {e}")
-    dist.broadcast_object_list(outcome, src=0)
-    if error is not None:
-        raise error
-    if outcome[1] is not None:
-        users, text = outcome[1]
-        raise (UserError if users else RuntimeError)(f"rank 0 failed: {text}")
-    return outcome[0]

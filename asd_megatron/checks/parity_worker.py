@@ -40,7 +40,7 @@ class Trained:
     """One rank's model with everything an update needs."""
 
     port: Any
-    groups: Any
+    process_groups: Any
     optimizer: Optimizer
     layout: PackLayout
     cell: Cell
@@ -51,10 +51,10 @@ def build(folder: Path, cell: Cell) -> Trained:
     from asd_megatron.distributed import layout as layouts
     from asd_megatron.models.port import ModelPort
 
-    groups = layouts.init(cell.layout)
+    process_groups = layouts.init(cell.layout)
     source = folder / ("tied" if cell.tied else "untied")
     port = ModelPort.build(
-        read_config(source), groups, cell.layout, dtype=torch.float32, layers="local", recompute=cell.recompute
+        read_config(source), process_groups, cell.layout, dtype=torch.float32, layers="local", recompute=cell.recompute
     )
     with FolderReader(source) as tensors:
         port.load(tensors)
@@ -73,8 +73,8 @@ def build(folder: Path, cell: Cell) -> Trained:
         clip_grad=1.0,
         distributed=cell.distributed_optimizer,
     )
-    packs = PackLayout.of(cell.layout, groups, port.device, share_prefixes=cell.share_prefixes)
-    return Trained(port, groups, optimizer, packs, cell)
+    packs = PackLayout.of(cell.layout, process_groups, port.device, share_prefixes=cell.share_prefixes)
+    return Trained(port, process_groups, optimizer, packs, cell)
 
 
 def run_step(
@@ -85,19 +85,19 @@ def run_step(
     passes_needed = plan(method.condition, updates, epochs=epochs)
     batch = LocalBatch.build(
         examples,
-        ranks=t.groups.dp.size(),
-        rank=t.groups.dp.rank(),
+        ranks=t.process_groups.dp.size(),
+        rank=t.process_groups.dp.rank(),
         updates=updates,
         layout=t.layout,
         tokens_per_microbatch=t.cell.tokens_per_microbatch,
     )
     inputs = token_method.token_inputs(batch, method)
-    teacher = passes.score_teacher(t.port, t.groups, batch, passes_needed, temperature=TEMPERATURE)
-    student = passes.score_student(t.port, t.groups, batch, passes_needed, temperature=TEMPERATURE)
-    lam = gate.update(passes.gate_entropy(t.groups, inputs, method, teacher, student))
+    teacher = passes.score_teacher(t.port, t.process_groups, batch, passes_needed, temperature=TEMPERATURE)
+    student = passes.score_student(t.port, t.process_groups, batch, passes_needed, temperature=TEMPERATURE)
+    lam = gate.update(passes.gate_entropy(t.process_groups, inputs, method, teacher, student))
     return update(
         t.port,
-        t.groups,
+        t.process_groups,
         t.optimizer,
         batch,
         {**inputs, **teacher},
@@ -169,8 +169,8 @@ class _gradients_of_first_step:
 
 def _total(t: Trained, column: Tensor) -> float:
     total = column.double().sum().reshape(1)
-    if t.groups.dp.size() > 1:
-        dist.all_reduce(total, group=t.groups.dp)
+    if t.process_groups.dp.size() > 1:
+        dist.all_reduce(total, group=t.process_groups.dp)
     return float(total)
 
 

@@ -52,7 +52,7 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
 
 def _check_model(recipe: AnyRecipe) -> None:
     from asd_megatron.checkpoint.huggingface import read_config  # torch and more: not for --help
-    from asd_megatron.sources import model_folder
+    from asd_megatron.run.sources import model_folder
 
     check_model(recipe, read_config(model_folder(recipe.model.path)))
 

@@ -13,9 +13,9 @@ from types import FrameType
 
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_file
-from asd_megatron.rollout.server import ServerOptions, devices_of_servers, parse_arguments, pass_through
-from asd_megatron.rollout.server_pool import ServerPool
-from asd_megatron.rollout.sglang_api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from asd_megatron.rollout.sglang.servers.options import ServerOptions, devices_of_servers, parse_arguments, pass_through
+from asd_megatron.rollout.sglang.servers.pool import ServerPool
 
 LOOK_SECONDS = 0.5
 

@@ -13,7 +13,7 @@ from asd_megatron.config.yaml_text import to_yaml
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_write
 from asd_megatron.observe.progress import clock_text
-from asd_megatron.sources import model_folder
+from asd_megatron.run.sources import model_folder
 from asd_megatron.study.cells import CellRecord, check_unchanged, read_record
 from asd_megatron.study.plan import Cell, plan_cells
 from asd_megatron.study.progress import StudyProgress

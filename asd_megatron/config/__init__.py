@@ -1,14 +1,13 @@
 """Recipes: one typed, frozen, strict schema; nothing of ours is imported but the error type."""
 
 from asd_megatron.config.checks import check_devices, check_model, check_recipe, check_world
+from asd_megatron.config.loading import load_recipe, make_recipe
 from asd_megatron.config.recipe import (
     AnyRecipe,
     Kind,
     Recipe,
     SftRecipe,
     dump_recipe,
-    load_recipe,
-    make_recipe,
     recipe_hash,
 )
 from asd_megatron.config.reference import render_help, render_reference

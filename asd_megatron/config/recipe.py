@@ -1,14 +1,12 @@
-"""Recipes: the two schemas, how one is read, saved and named by a hash."""
+"""The two recipe schemas, how a recipe is written as YAML and named by a hash. `loading` reads and checks one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from asd_megatron.config.algorithm import Algorithm
 from asd_megatron.config.base import Section
@@ -20,17 +18,14 @@ from asd_megatron.config.gate import Gate
 from asd_megatron.config.logging import Logging
 from asd_megatron.config.model import Model
 from asd_megatron.config.optimizer import Optimizer
-from asd_megatron.config.overrides import apply_overrides
 from asd_megatron.config.parallelism import Parallelism
 from asd_megatron.config.privileged import Privileged
-from asd_megatron.config.refusals import explain
 from asd_megatron.config.reward import Reward
 from asd_megatron.config.rollout import Rollout
 from asd_megatron.config.run import Run, RunBase
 from asd_megatron.config.sampling import Generation, Sampling
 from asd_megatron.config.sft import Sft
-from asd_megatron.config.yaml_text import read_yaml, to_yaml
-from asd_megatron.errors import UserError
+from asd_megatron.config.yaml_text import to_yaml
 
 Kind = Literal["train", "sft"]
 WARMUP_STEPS = 5  # the paper's W
@@ -116,58 +111,6 @@ SCHEMAS: dict[Kind, type[Recipe] | type[SftRecipe]] = {"train": Recipe, "sft": S
 
 def _evaluates(data: Data, evaluation: Evaluation) -> bool:
     return data.test is not None and bool(evaluation.every or evaluation.at_start or evaluation.at_end)
-
-
-@overload
-def make_recipe(
-    values: Mapping[str, Any], overrides: Sequence[str] = (), kind: Literal["train"] = "train", source: str = "recipe"
-) -> Recipe: ...
-@overload
-def make_recipe(
-    values: Mapping[str, Any], overrides: Sequence[str] = (), *, kind: Literal["sft"], source: str = "recipe"
-) -> SftRecipe: ...
-@overload
-def make_recipe(
-    values: Mapping[str, Any], overrides: Sequence[str] = (), kind: Kind = "train", source: str = "recipe"
-) -> AnyRecipe: ...
-def make_recipe(
-    values: Mapping[str, Any], overrides: Sequence[str] = (), kind: Kind = "train", source: str = "recipe"
-) -> AnyRecipe:
-    """A checked recipe from nested values (section -> key -> value) and `--section.key value` overrides.
-
-    Raises UserError, naming `source`, for unknown keys and wrong types, and for combinations that cannot work on any
-    machine; `check_world`, `check_devices` and `check_model` look at the ranks, the machine and the model.
-    """
-    from asd_megatron.config.checks import check_recipe  # it names our types
-
-    schema = SCHEMAS[kind]
-    merged = apply_overrides(dict(values), overrides, schema)
-    merged = {name: {} if section is None and name != "reward" else section for name, section in merged.items()}
-    try:
-        recipe = schema.model_validate(merged)
-    except ValidationError as error:
-        raise UserError(f"{source}:{explain(error, schema)}") from None
-    check_recipe(recipe)
-    return recipe
-
-
-@overload
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: Literal["train"] = "train") -> Recipe: ...
-@overload
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, kind: Literal["sft"]) -> SftRecipe: ...
-@overload
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: Kind = "train") -> AnyRecipe: ...
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: Kind = "train") -> AnyRecipe:
-    """Read a YAML recipe, put the overrides in and check it. Paths in it are relative to the current directory.
-
-    Raises UserError for what `read_yaml` and `make_recipe` refuse.
-    """
-    values = read_yaml(Path(path), "recipe")
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {path}: expected sections such as `model:`, found {type(values).__name__}")
-    return make_recipe({str(name): section for name, section in values.items()}, overrides, kind, f"recipe {path}")
 
 
 def dump_recipe(recipe: AnyRecipe) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from asd_megatron.addresses import is_loopback
 from asd_megatron.config.rollout import Rollout
+from asd_megatron.distributed.addresses import is_loopback
 
 if TYPE_CHECKING:
     from asd_megatron.config.recipe import Recipe

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from asd_megatron.text import last_boxed
+from asd_megatron.data.answers import last_boxed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,8 +22,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from asd_megatron.data.answers import HASHES, last_boxed, last_hashes
 from asd_megatron.data.jsonl import LineError, text_field
-from asd_megatron.text import HASHES, last_boxed, last_hashes
 
 Line = dict[str, Any]
 CALCULATOR = re.compile(r"<<[^<>\n]*>>")

@@ -44,7 +44,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Groups:
+class ProcessGroups:
     """This rank's process groups.
 
     `dp` has one rank for each share of the batch; `dp_cp` are all ranks that hold the same weights. `host` are all
@@ -60,7 +60,7 @@ class Groups:
     host: dist.ProcessGroup
 
 
-def init(layout: Layout, *, timeout_minutes: float = 60.0) -> Groups:
+def init(layout: Layout, *, timeout_minutes: float = 60.0) -> ProcessGroups:
     """Join the other ranks (torchrun's environment; alone without it) and make the layout's groups. Collective.
 
     `timeout_minutes` bounds every wait in a collective. Raises UserError when the number of ranks is not the layout's.
@@ -94,7 +94,7 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> Groups:
     world = dist.group.WORLD
     assert world is not None
     host = world if device.backend() == "gloo" else dist.new_group(backend="gloo", timeout=wait)
-    return Groups(
+    return ProcessGroups(
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         cp=parallel_state.get_context_parallel_group(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from asd_megatron.distributed.device import device
+from asd_megatron.errors import UserError
 
 T = TypeVar("T")
 
@@ -27,6 +29,37 @@ def gather_objects(obj: T, dst: int, group: dist.ProcessGroup) -> list[T] | None
     found: list[Any] | None = [None] * group.size() if group.rank() == dst else None
     dist.gather_object(obj, found, group=group, group_dst=dst)
     return found
+
+
+def share_outcome(result: T | None, error: Exception | None, group: dist.ProcessGroup) -> T:
+    """What group rank 0 found, on every rank: its `result`, or its `error`. Collective; the other ranks' arguments are
+    not read.
+
+    A UserError is raised as one on every rank, so that all of them can do the same about it. Any other error is raised
+    as it is on rank 0 and as a RuntimeError that quotes it elsewhere.
+    """
+    users = isinstance(error, UserError)
+    message = None if error is None else str(error) if users else f"{type(error).__name__}: {error}"
+    if group.rank() != 0:
+        error = None
+    result, message, users = broadcast_object((result, message, users), 0, group)
+    if error is not None:
+        raise error
+    if message is not None:
+        raise UserError(message) if users else RuntimeError(f"global rank 0 failed: {message}")
+    return result  # type: ignore[return-value]
+
+
+def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """Run `action` on group rank 0 and give its result, or its error (`share_outcome`), to every rank. Collective."""
+    result: T | None = None
+    error: Exception | None = None
+    if group.rank() == 0:
+        try:
+            result = action()
+        except Exception as e:
+            error = e
+    return share_outcome(result, error, group)
 
 
 def first_message(message: str | None, group: dist.ProcessGroup) -> str | None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asd_megatron.distributed.layout import Groups
+from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import broadcast_object, gather_objects
 from asd_megatron.models.weights import Rule, Shapes
 
@@ -69,7 +69,7 @@ def first_stages(keys: Iterable[Key], pp: dist.ProcessGroup) -> dict[Key, int]:
 class WholeTensors:
     """How one replica's parameters are made whole: its groups, the model's sizes, what `Part.shard` is made of."""
 
-    groups: Groups
+    process_groups: ProcessGroups
     shapes: Shapes
     dtype: torch.dtype
     device: torch.device
@@ -81,7 +81,7 @@ class WholeTensors:
         Every tensor has memory of its own. No more than two buckets are alive at a time, beside what is being handed
         out; a parameter above `bucket_bytes` is a bucket of its own.
         """
-        pp, tp = self.groups.pp.rank(), self.groups.tp.rank()
+        pp, tp = self.process_groups.pp.rank(), self.process_groups.tp.rank()
         is_root = pp == tp == 0
         flights = (self._start(b) for b in self._buckets(parts, bucket_bytes) if is_root or b.stage == pp)
         flight = next(flights, None)
@@ -93,7 +93,7 @@ class WholeTensors:
                 if is_root:
                     yield from self._hand_out(flight)
                 elif tp == 0 and flight.gathered is not None:
-                    dist.send(flight.gathered, group=self.groups.pp, group_dst=0)
+                    dist.send(flight.gathered, group=self.process_groups.pp, group_dst=0)
                 flight = following
         except GeneratorExit:  # whoever reads stops early; the others send all the same
             while following is not None:
@@ -103,7 +103,7 @@ class WholeTensors:
 
     def _buckets(self, parts: Sequence[Part], bucket_bytes: int) -> list[_Bucket]:
         """The same on every rank. Bytes are those of the shards of all tensor-parallel ranks."""
-        size = self.groups.tp.size()
+        size = self.process_groups.tp.size()
         limit = bucket_bytes // (size * self.dtype.itemsize)
         buckets: list[_Bucket] = []
         for part in parts:
@@ -116,7 +116,7 @@ class WholeTensors:
 
     def _start(self, bucket: _Bucket) -> _Flight:
         """Begin what brings the bucket to this rank, or takes this rank's shards out of it."""
-        tp, pp = self.groups.tp, self.groups.pp
+        tp, pp = self.process_groups.tp, self.process_groups.pp
         if bucket.stage != pp.rank():
             gathered = self._empty(tp.size(), bucket.numel)
             return _Flight(bucket, gathered, dist.irecv(gathered, group=pp, group_src=bucket.stage))
@@ -144,7 +144,7 @@ class WholeTensors:
         """Views of `flat` [n, numel]: each part's shards, of the n ranks whose rows these are."""
         start = 0
         for part in bucket.parts:
-            shape = _cut(part.rule, self.shapes, self.groups.tp.size())
+            shape = _cut(part.rule, self.shapes, self.process_groups.tp.size())
             end = start + shape.numel()
             yield part, [row[start:end].view(shape) for row in flat]
             start = end

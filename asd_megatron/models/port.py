@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asd_megatron.distributed import device
-from asd_megatron.distributed.layout import Groups, Layout
+from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.errors import UserError
 from asd_megatron.models import gpt
 from asd_megatron.models.attention import MIN_ROWS, PackAttention, fill_rows
@@ -54,14 +54,14 @@ class ModelPort:
         self,
         family: Family,
         shape: ModelShape,
-        groups: Groups,
+        process_groups: ProcessGroups,
         layout: Layout,
         config: Any,
         chunks: list[Any],
         *,
         layers: str,
     ) -> None:
-        self.family, self.shape, self.groups, self.layout = family, shape, groups, layout
+        self.family, self.shape, self.process_groups, self.layout = family, shape, process_groups, layout
         self.config, self.chunks = config, chunks
         self.vocab_size, self.padded_vocab_size = shape.vocab, _padded(shape.vocab, layout.tensor)
         self.max_positions, self.tied, self.dtype = shape.max_positions, shape.tied, config.params_dtype
@@ -97,7 +97,7 @@ class ModelPort:
     def build(
         cls,
         hf_config: Mapping[str, Any],
-        groups: Groups,
+        process_groups: ProcessGroups,
         layout: Layout,
         *,
         dtype: torch.dtype = torch.float32,
@@ -116,7 +116,7 @@ class ModelPort:
         chunks = gpt.build_chunks(
             config, shape, layout, layers=layers, padded_vocab=_padded(shape.vocab, layout.tensor)
         )
-        return cls(family, shape, groups, layout, config, chunks, layers=layers)
+        return cls(family, shape, process_groups, layout, config, chunks, layers=layers)
 
     # ---------------------------------------------------------------- training
 
@@ -207,7 +207,7 @@ class ModelPort:
     @property
     def _tensor_group(self) -> dist.ProcessGroup | None:
         """None for a model that is not cut."""
-        return self.groups.tp if self.groups.tp.size() > 1 else None
+        return self.process_groups.tp if self.process_groups.tp.size() > 1 else None
 
     def head_weight(self) -> Tensor:
         """The head's weight on the last stage: [padded_vocab / tp, H], the live parameter (tied: this stage's copy)."""
@@ -291,7 +291,9 @@ class ModelPort:
                     key = self._identify(chunk, name)
                     rule = self._rule(key)
                     full = [_float(reader.get(n, expected[n]), n) for n in rule.names(key[1])]
-                    parameter.copy_(rule.operation.shard(full, self.groups.tp.rank(), self.layout.tensor, self._shapes))
+                    parameter.copy_(
+                        rule.operation.shard(full, self.process_groups.tp.rank(), self.layout.tensor, self._shapes)
+                    )
 
     def _refuse_other_head(self, reader: TensorReader) -> None:
         """A tied model's folder may repeat the embedding as its head; `transformers` unties a head that differs."""
@@ -324,16 +326,16 @@ class ModelPort:
         self, of: Callable[[Any], Tensor], dtype: torch.dtype, bucket_bytes: int
     ) -> Iterator[tuple[str, Tensor]]:
         """`of` each parameter, a tensor of its shape and of `dtype`."""
-        if self.groups.dp_cp.rank() != 0:
+        if self.process_groups.dp_cp.rank() != 0:
             return  # another replica
         local = self._local()
         if self._stages is None:
-            self._stages = first_stages(local, self.groups.pp)
+            self._stages = first_stages(local, self.process_groups.pp)
         parts = []
         for key in self._keys():
             rule, layer = self._rule(key), key[1]
             parts.append(Part(rule, layer, self._stages[key], of(local[key]) if key in local else None))
-        yield from WholeTensors(self.groups, self._shapes, dtype, self.device).stream(parts, bucket_bytes)
+        yield from WholeTensors(self.process_groups, self._shapes, dtype, self.device).stream(parts, bucket_bytes)
 
     # ---------------------------------------------------------------- sampling
 
@@ -367,7 +369,7 @@ class ModelPort:
         ranks), None on others. `cache` attends (`attend`) and says which hidden states are newest (`newest`).
         """
         assert self._stack is not None, "decode is for inside of sampling"
-        pp = self.groups.pp
+        pp = self.process_groups.pp
         rows, steps = input_ids.shape
         filled = max(rows, -(-MIN_ROWS // steps))
         input_ids, position_ids = fill_rows(input_ids, filled), fill_rows(position_ids, filled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from asd_megatron.text import last_boxed, last_hashes
+from asd_megatron.data.answers import last_boxed, last_hashes
 
 MAX_ANSWER_CHARS = 2_000  # a longer "answer" is none
 TAIL_CHARS = 2_000  # where a response without a marked answer is searched

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from asd_megatron.data.answers import last_boxed, last_hashes
 from asd_megatron.records import Problem
 from asd_megatron.reward.base import Item, RewardError, new_counters
 from asd_megatron.reward.workers import Outcome, count_unjudged, judge_pool
-from asd_megatron.text import last_boxed, last_hashes
 
 JUDGE = Path(__file__).with_name("reasoning_gym_worker.py")
 OPENING, CLOSING = "<answer>", "</answer>"

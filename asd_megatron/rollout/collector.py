@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from asd_megatron.distributed.layout import Groups
-from asd_megatron.distributed.objects import broadcast_object
+from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.distributed.objects import broadcast_object, share_outcome
 from asd_megatron.errors import UserError
 from asd_megatron.records import FinishReason, Group, Problem, Prompt, SamplingParams
 from asd_megatron.reward.base import Verifier
@@ -150,7 +150,7 @@ class Collector:
         verifier: Verifier | None,
         problem_set: Problems,
         renderer: StudentPrompts,
-        groups: Groups,
+        process_groups: ProcessGroups,
         *,
         params: SamplingParams,
         problems_per_step: int,
@@ -168,7 +168,7 @@ class Collector:
         self._verifier = verifier
         self._problem_set = problem_set
         self._render = renderer.student
-        self._groups = groups
+        self._process_groups = process_groups
         self._params = params
         self._wanted = problems_per_step
         self._seed = seed
@@ -241,7 +241,7 @@ class Collector:
 
     @property
     def _is_root(self) -> bool:
-        return self._groups.world.rank() == 0
+        return self._process_groups.world.rank() == 0
 
     def _load(self) -> None:
         started = time.perf_counter()
@@ -305,22 +305,15 @@ class Collector:
 
     def _agree(self, draw: Draw) -> None:
         """Rank 0's missing groups on every rank; raises rank 0's error on every rank."""
-        error = draw.error
-        message = None if error is None else str(error) if isinstance(error, UserError) else repr(error)
-        told = (sorted(draw.missing - set(draw.found)), message) if self._is_root else None
-        missing, message = broadcast_object(told, 0, self._groups.host)
-        if error is not None:
-            raise error
-        if message is not None:
-            raise UserError(message)
-        draw.missing = set(missing)
+        missing = sorted(draw.missing - set(draw.found))
+        draw.missing = set(share_outcome(missing, draw.error, self._process_groups.host))
 
     def _stop_tail(self, draw: Draw) -> None:
         """Cut or carry the groups that were asked for beyond the need."""
         unfinished = [draw.prompts[i] for i in sorted(draw.missing)] if self._engine.pending else []
         spare: list[int] = []
         if self._plan.oversampling > 1:
-            spare = broadcast_object(draw.spare() if self._is_root else None, 0, self._groups.host)
+            spare = broadcast_object(draw.spare() if self._is_root else None, 0, self._process_groups.host)
         prompts, groups = [draw.prompts[i] for i in spare], [draw.found[i] for i in spare if self._is_root]
         if self._plan.carry:
             if unfinished:

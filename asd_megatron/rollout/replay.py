@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asd_megatron.distributed.layout import Groups
-from asd_megatron.distributed.objects import broadcast_object
+from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.distributed.objects import on_rank_zero
 from asd_megatron.errors import UserError
 from asd_megatron.observe.dumps import dump_path, read_dump
 from asd_megatron.records import Group, Prompt, Rollout, SamplingParams
@@ -28,14 +28,14 @@ class ReplayEngine:
     read; None leaves it empty.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], groups: Groups, tokenizer: Any | None) -> None:
+    def __init__(self, folder: str | os.PathLike[str], process_groups: ProcessGroups, tokenizer: Any | None) -> None:
         self._folder = Path(folder)
         if not (self._folder / "rollouts").is_dir():
             raise UserError(
                 f"rollout.replay_folder {self._folder} has no folder `rollouts`: name a run folder that was made with "
                 "`run.dump_rollouts: true`"
             )
-        self._groups = groups
+        self._process_groups = process_groups
         self._tokenizer = tokenizer
         self._version = 0
         self._queue: list[tuple[tuple[Prompt, ...], SamplingParams, int]] = []
@@ -57,16 +57,15 @@ class ReplayEngine:
             return []
         prompts, params, step = self._queue.pop(0)
         found: list[Group] = []
-        error: str | None = None
-        if self._groups.world.rank() == 0:
-            try:
-                found = self._recorded(prompts, params, step)
-            except UserError as e:
-                error = str(e)
-        error = broadcast_object(error, 0, self._groups.world)
-        if error is not None:
+
+        def look_up() -> None:
+            found.extend(self._recorded(prompts, params, step))
+
+        try:
+            on_rank_zero(look_up, self._process_groups.host)
+        except UserError:
             self.abort()
-            raise UserError(error)
+            raise
         return found
 
     def abort(self) -> None:

@@ -48,7 +48,7 @@ def gather_rows(columns: Mapping[str, Tensor], pack: Pack) -> dict[str, Tensor]:
 
 
 def gather_table(
-    table: TokenTable, columns: Mapping[str, Tensor], indices: Sequence[int], groups: Any
+    table: TokenTable, columns: Mapping[str, Tensor], indices: Sequence[int], process_groups: Any
 ) -> TokenTable | None:
     """The global batch's token table on global rank 0, its rollouts in the order of the examples; None elsewhere.
 
@@ -56,14 +56,14 @@ def gather_table(
     model-parallel group), `indices` the global number of each of its rollouts. Collective over rank 0's data-parallel
     group.
     """
-    root = dist.get_global_rank(groups.dp, 0)
-    if groups.dp.size() > 1 and root != 0:
+    root = dist.get_global_rank(process_groups.dp, 0)
+    if process_groups.dp.size() > 1 and root != 0:
         return None  # another replica's model-parallel rank: rank 0's own group has everything
     local = TokenTable(table.offsets)
     for name, column in columns.items():
         local[name] = column.detach().cpu()
-    shares = gather_objects((list(indices), local), 0, groups.dp)
-    if groups.world.rank() != 0 or shares is None:
+    shares = gather_objects((list(indices), local), 0, process_groups.dp)
+    if process_groups.world.rank() != 0 or shares is None:
         return None
     whole = TokenTable.concatenate([t for _, t in shares])
     order = torch.tensor([i for found, _ in shares for i in found]).argsort()

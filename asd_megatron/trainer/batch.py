@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asd_megatron.distributed.layout import Groups, Layout
+from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.records import PackedTokens
 from asd_megatron.trainer import prefixes
 
@@ -111,12 +111,17 @@ class PackLayout:
 
     @classmethod
     def of(
-        cls, layout: Layout, groups: Groups, device: torch.device, pad_id: int = 0, share_prefixes: bool = False
+        cls,
+        layout: Layout,
+        process_groups: ProcessGroups,
+        device: torch.device,
+        pad_id: int = 0,
+        share_prefixes: bool = False,
     ) -> PackLayout:
         """This rank's, in a parallel layout."""
         return cls(
             context=layout.context,
-            context_rank=groups.cp.rank(),
+            context_rank=process_groups.cp.rank(),
             tensor=layout.tensor,
             sequence_parallel=layout.sequence_parallel,
             pipeline=layout.pipeline,

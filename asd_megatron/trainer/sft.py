@@ -39,7 +39,7 @@ class SupervisedStats:
 
 def supervised_update(
     port: Any,
-    groups: Any,
+    process_groups: Any,
     optimizer: Any,
     examples: Sequence[SupervisedExample],
     *,
@@ -51,8 +51,8 @@ def supervised_update(
     The loss is sum(weight * -log p) / sum(weight) with both sums over the global batch, whatever the layout.
     """
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
-    shares = assign(lengths, groups.dp.size())
-    rank = groups.dp.rank()
+    shares = assign(lengths, process_groups.dp.size())
+    rank = process_groups.dp.rank()
     sequences, weights = [], torch.zeros(0)
     for r, share in enumerate(shares):
         row, rank_sequences = 0, []
@@ -81,19 +81,21 @@ def supervised_update(
 
     optimizer.zero_grad()
     losses = schedule.forward_backward(port, packs, loss)
-    value = sum_over_ranks(losses, groups, port.device)
+    value = sum_over_ranks(losses, process_groups, port.device)
     result = optimizer.step(loss=value)
     tokens = sum(len(e.response_ids) for e in examples)
     return SupervisedStats(value, result.grad_norm, result.applied, tokens)
 
 
-def sum_over_ranks(losses: Sequence[Tensor], groups: Any, device: torch.device) -> float:
+def sum_over_ranks(losses: Sequence[Tensor], process_groups: Any, device: torch.device) -> float:
     """The global loss from the packs' shares: summed over data and context parallel ranks, known to every pipeline
     stage."""
     total = torch.stack(list(losses)).sum() if losses else torch.zeros((), device=device)
     total = total.to(torch.float64).reshape(1)
-    if groups.dp_cp.size() > 1:
-        dist.all_reduce(total, group=groups.dp_cp)
-    if groups.pp.size() > 1:
-        dist.broadcast(total, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+    if process_groups.dp_cp.size() > 1:
+        dist.all_reduce(total, group=process_groups.dp_cp)
+    if process_groups.pp.size() > 1:
+        dist.broadcast(
+            total, src=dist.get_global_rank(process_groups.pp, process_groups.pp.size() - 1), group=process_groups.pp
+        )
     return float(total)

@@ -43,7 +43,7 @@ class UpdateStats:
 
 def update(
     port: Any,
-    groups: Any,
+    process_groups: Any,
     optimizer: Any,
     batch: LocalBatch,
     inputs: Columns,
@@ -66,7 +66,7 @@ def update(
     frozen: dict[str, Tensor] = {}
     if scored is not None:
         student = scored["student_logprobs"]
-        frozen = token_method.frozen_columns(inputs, student, method, lam, batch.table.rollouts, groups.dp)
+        frozen = token_method.frozen_columns(inputs, student, method, lam, batch.table.rollouts, process_groups.dp)
         frozen |= dict(scored)
     elif len(batch.shares) > 1 or epochs > 1:
         raise ValueError("several updates of one batch need a scoring pass of the student first (see pass_plan)")
@@ -77,16 +77,18 @@ def update(
     clipped_ever = torch.zeros(batch.table.tokens, device=port.device)
     for _ in range(epochs):
         for m in range(len(batch.shares)):
-            loss = _PackLoss(port, groups, columns, out, method, lam, temperature, batch.table.rollouts, plan.head)
+            loss = _PackLoss(
+                port, process_groups, columns, out, method, lam, temperature, batch.table.rollouts, plan.head
+            )
             optimizer.zero_grad()
             shares = schedule.forward_backward(port, batch.student_packs(m), loss)
-            losses.append(sum_over_ranks(shares, groups, port.device))
+            losses.append(sum_over_ranks(shares, process_groups, port.device))
             result = optimizer.step(loss=losses[-1])
             norms.append(result.grad_norm)
             applied.append(result.applied)
             clipped_ever = torch.maximum(clipped_ever, out.values[ON_POLICY.index("clipped")])
     out.values[ON_POLICY.index("clipped")] = clipped_ever
-    final = out.share(cp=groups.cp, pp=groups.pp)
+    final = out.share(cp=process_groups.cp, pp=process_groups.pp)
     return UpdateStats(tuple(losses), tuple(norms), tuple(applied), {**final, **frozen})
 
 
@@ -95,7 +97,7 @@ class _PackLoss:
     """The loss of one pack on the last pipeline stage; fills `out` on the way."""
 
     port: Any
-    groups: Any
+    process_groups: Any
     columns: Columns
     out: TokenColumns
     method: Method
@@ -124,8 +126,10 @@ class _PackLoss:
     def _sums(self, rows: Columns, logprobs: Tensor) -> Sums:
         sums = token_method.local_sums(rows, logprobs.detach(), self.method, self.rollouts)
         for part in sums:
-            if part is not None and self.groups.cp.size() > 1:
-                dist.all_reduce(part, group=self.groups.cp)  # a rollout's rows lie on several context-parallel ranks
+            if part is not None and self.process_groups.cp.size() > 1:
+                dist.all_reduce(
+                    part, group=self.process_groups.cp
+                )  # a rollout's rows lie on several context-parallel ranks
         return sums
 
     def _loss(self, rows: Columns, flat: Tensor, logprobs: Tensor, entropy: Tensor, sums: Sums) -> Tensor:

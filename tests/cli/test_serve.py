@@ -16,8 +16,8 @@ import pytest
 from asd_megatron.cli.main import main
 from asd_megatron.cli.serve import keys, server_options
 from asd_megatron.errors import UserError
-from tests.rollout.fake_environment import fake_python, group_members
-from tests.rollout.sglang_world import request
+from tests.rollout.sglang.fake_environment import fake_python, group_members
+from tests.rollout.sglang.sglang_world import request
 
 SECONDS = 60.0
 

@@ -13,7 +13,7 @@ from asd_megatron.config import load_recipe
 from asd_megatron.distributed.launch import torchrun_command
 from asd_megatron.observe.names import undocumented
 from asd_megatron.observe.writer import read_metrics
-from asd_megatron.sources import WARM_START, model_folder
+from asd_megatron.run.sources import WARM_START, model_folder
 from tests.e2e.world import dump, metrics, responses, start
 
 STEPS = 3

@@ -16,11 +16,11 @@ import pytest
 
 from asd_megatron import train as program
 from asd_megatron.observe.writer import read_metrics
-from asd_megatron.rollout.sglang import SGLangEngine
-from asd_megatron.training import TrainingRun
+from asd_megatron.rollout.sglang.engine import SGLangEngine
+from asd_megatron.run.rl import TrainingRun
 from tests.e2e.world import World, dump, make_world, refusal, start, steps, without_torchrun
 from tests.models.tiny import tiny_llama, tiny_qwen3
-from tests.rollout.sglang_world import SGLangWorld, sglang_python
+from tests.rollout.sglang.sglang_world import SGLangWorld, sglang_python
 
 pytestmark = pytest.mark.sglang
 

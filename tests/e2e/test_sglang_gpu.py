@@ -10,7 +10,7 @@ import torch
 
 from asd_megatron.observe.writer import read_metrics
 from tests.e2e.world import World, make_gpu_world, start
-from tests.rollout.sglang_world import sglang_python
+from tests.rollout.sglang.sglang_world import sglang_python
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sglang]
 STEPS = 4

@@ -11,7 +11,7 @@ from asd_megatron.config.data import Data
 from asd_megatron.errors import UserError
 from asd_megatron.gym.stream import DRAWS, TRAIN_SEEDS, Task, TrainingStream, item_of
 from asd_megatron.gym.tasks import MOST_TEST_PROBLEMS
-from asd_megatron.sources import held_out_problems
+from asd_megatron.run.sources import held_out_problems
 
 SMALL = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # 200 questions: 10 x 10 x {+, -}
 

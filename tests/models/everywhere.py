@@ -25,14 +25,14 @@ def gradients(port: ModelPort) -> dict[str, Tensor]:
 def _everywhere(
     port: ModelPort, stream: Iterator[tuple[str, Tensor]], of: Callable[[Any], Tensor], *, exact: bool
 ) -> dict[str, Tensor]:
-    found = broadcast_object({name: tensor.cpu() for name, tensor in stream}, 0, port.groups.world)
+    found = broadcast_object({name: tensor.cpu() for name, tensor in stream}, 0, port.process_groups.world)
     assert list(found) == list(port.expected())
     for chunk in map(_bare, port.chunks):
         for name, parameter in chunk.named_parameters():
             key = port._identify(chunk, name)
             rule = port._rule(key)
             full = [found[n] for n in rule.names(key[1])]
-            shard = rule.operation.shard(full, port.groups.tp.rank(), port.layout.tensor, port._shapes)
+            shard = rule.operation.shard(full, port.process_groups.tp.rank(), port.layout.tensor, port._shapes)
             mine = of(parameter).detach().cpu()
             tolerance = 0.0 if exact else 1e-5 * max(float(t.abs().max()) for t in full)
             torch.testing.assert_close(mine, shard, rtol=0.0, atol=tolerance, equal_nan=True, msg=name)

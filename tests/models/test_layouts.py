@@ -44,9 +44,9 @@ def _compare(rank: int, root: str, model: str, layout: dict[str, Any], build: di
 
     truth = torch.load(Path(root) / f"{model}.pt")
     sizes = Layout(**layout)
-    groups = init(sizes)
+    process_groups = init(sizes)
     folder = Path(root) / model
-    port = ModelPort.build(read_config(folder), groups, sizes, dtype=torch.float32, layers="local", **build)
+    port = ModelPort.build(read_config(folder), process_groups, sizes, dtype=torch.float32, layers="local", **build)
     with FolderReader(folder) as reader:
         port.load(reader)
         exported = everywhere.weights(port)
@@ -55,9 +55,13 @@ def _compare(rank: int, root: str, model: str, layout: dict[str, Any], build: di
             assert torch.equal(tensor, reader.get(name, tuple(tensor.shape))), name
     port.wrap_ddp(distributed_optimizer=False, overlap_grad_reduce=False)
     multiple = sizes.tensor if sizes.sequence_parallel else 1
-    micros = [pack(ids, context=sizes.context, rank=groups.cp.rank(), multiple=multiple) for ids in truth["ids"]]
-    micros = micros[groups.dp.rank() :: groups.dp.size()]
-    truth = {k: v[groups.dp.rank() :: groups.dp.size()] if k != "gradients" else v for k, v in truth.items()}
+    micros = [
+        pack(ids, context=sizes.context, rank=process_groups.cp.rank(), multiple=multiple) for ids in truth["ids"]
+    ]
+    micros = micros[process_groups.dp.rank() :: process_groups.dp.size()]
+    truth = {
+        k: v[process_groups.dp.rank() :: process_groups.dp.size()] if k != "gradients" else v for k, v in truth.items()
+    }
     errors = {"hidden": 0.0, "logits": 0.0}
 
     def check(number: int, hidden: Tensor) -> None:

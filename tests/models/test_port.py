@@ -38,7 +38,7 @@ def _micros(port: Any) -> list[Any]:
     multiple = port.layout.tensor if port.layout.sequence_parallel else 1
     micros = [pack(i, context=1, rank=0, multiple=multiple) for i in ids]
     # Every rank of a data-parallel group has its own half, and at least two micro-batches.
-    return micros[port.groups.dp.rank() :: port.groups.dp.size()]
+    return micros[port.process_groups.dp.rank() :: port.process_groups.dp.size()]
 
 
 def _gradients(port: Any) -> dict[str, Tensor]:

@@ -26,10 +26,10 @@ from asd_megatron.puzzle.metrics import PuzzleMetrics
 from asd_megatron.puzzle.tokenizer import write_tokenizer
 from asd_megatron.records import Example, FinishReason, Rollout, TokenTable
 from asd_megatron.reward.base import new_counters
-from asd_megatron.rollout.attempts import Counters as ServerCounters
 from asd_megatron.rollout.collector import Counts
-from asd_megatron.rollout.readings import Readings
-from asd_megatron.rollout.weight_sync.session import SyncReport
+from asd_megatron.rollout.sglang.client.requests import Counters as ServerCounters
+from asd_megatron.rollout.sglang.counters import Readings
+from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
 from tests.observe.batch import make_examples, make_table
 
 GATE = GateReading(open=True, lam=0.5, entropy=2.0, h_warm=1.5, close_below=1.395)

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
+from asd_megatron.data.answers import last_boxed, last_hashes
 from asd_megatron.reward.answers import Candidate, final_answer, gold_answer, quick_verdict, tidy
-from asd_megatron.text import last_boxed, last_hashes
 
 
 @pytest.mark.parametrize(

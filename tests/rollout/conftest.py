@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.rollout.fleets import fake_pair, make_fleet
+from tests.rollout.sglang.fleets import fake_pair, make_fleet
 from tests.rollout.toy import one_process_groups
 
 __all__ = ["fake_pair", "make_fleet"]
@@ -14,7 +14,7 @@ __all__ = ["fake_pair", "make_fleet"]
 
 @pytest.fixture
 def groups() -> Iterator[Any]:
-    """Groups of one rank in this process."""
+    """ProcessGroups of one rank in this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield one_process_groups()
     dist.destroy_process_group()

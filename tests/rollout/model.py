@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asd_megatron.distributed.layout import Groups, Layout
+from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.models.port import ModelPort
 
 
@@ -48,7 +48,7 @@ def hugging_face_model(vocab: int = 61) -> Any:
     return Qwen3ForCausalLM(config).eval()
 
 
-def port_of(model: Any, groups: Groups, layout: Layout) -> ModelPort:
-    port = ModelPort.build(model.config.to_dict(), groups, layout, dtype=torch.float32, layers="local")
+def port_of(model: Any, process_groups: ProcessGroups, layout: Layout) -> ModelPort:
+    port = ModelPort.build(model.config.to_dict(), process_groups, layout, dtype=torch.float32, layers="local")
     port.load(Reader(model.state_dict()))
     return port

@@ -94,14 +94,14 @@ class Verifier:
     def close(self) -> None: ...
 
 
-def _collector(groups: Any, engine: ScriptedEngine, verifier: Any = None, **kwargs: Any) -> Collector:
+def _collector(process_groups: Any, engine: ScriptedEngine, verifier: Any = None, **kwargs: Any) -> Collector:
     return Collector(
         engine,  # type: ignore[arg-type]
         Versioned(0),
         verifier or Verifier(),
         Problems("abcdef"),
         Renderer(),
-        groups,
+        process_groups,
         params=PARAMS,
         problems_per_step=3,
         seed=0,
@@ -109,9 +109,9 @@ def _collector(groups: Any, engine: ScriptedEngine, verifier: Any = None, **kwar
     )
 
 
-def test_rewarded_groups_in_the_order_of_the_problems(groups: Any) -> None:
+def test_rewarded_groups_in_the_order_of_the_problems(process_groups: Any) -> None:
     engine, verifier = ScriptedEngine(), Verifier()
-    collector = _collector(groups, engine, verifier)
+    collector = _collector(process_groups, engine, verifier)
     found = collector.next(2)
     assert [g.problem.prompt_id for g in found] == ["b", "c", "d"]
     assert all(g.rewards == (0.0, 1.0) for g in found)
@@ -120,9 +120,9 @@ def test_rewarded_groups_in_the_order_of_the_problems(groups: Any) -> None:
     assert collector.timings.rollout > 0 and collector.timings.reward > 0
 
 
-def test_a_group_with_an_aborted_rollout_is_redrawn_whole(groups: Any) -> None:
+def test_a_group_with_an_aborted_rollout_is_redrawn_whole(process_groups: Any) -> None:
     engine, verifier = ScriptedEngine({"b": 1}), Verifier()
-    collector = _collector(groups, engine, verifier)
+    collector = _collector(process_groups, engine, verifier)
     found = collector.next(1)
     assert [g.problem.prompt_id for g in found] == ["a", "b", "c"]
     assert engine.asked == [("abc", 1), ("b", 1)]
@@ -131,20 +131,20 @@ def test_a_group_with_an_aborted_rollout_is_redrawn_whole(groups: Any) -> None:
     assert (counts.aborted_rollouts, counts.redrawn_groups, counts.dropped_groups) == (1, 1, 0)
 
 
-def test_a_group_that_stays_aborted_is_dropped_and_counted(groups: Any) -> None:
+def test_a_group_that_stays_aborted_is_dropped_and_counted(process_groups: Any) -> None:
     engine = ScriptedEngine({"b": 9})
-    collector = _collector(groups, engine, redraws=2)
+    collector = _collector(process_groups, engine, redraws=2)
     assert [g.problem.prompt_id for g in collector.next(1)] == ["a", "c"]
     assert engine.asked == [("abc", 1), ("b", 1), ("b", 1)]
     counts = collector.counts
     assert (counts.aborted_rollouts, counts.redrawn_groups, counts.dropped_groups) == (3, 2, 1)
     with pytest.raises(RolloutError, match="step 1.*every group"):
-        _collector(groups, ScriptedEngine(dict.fromkeys("abc", 9))).next(1)
+        _collector(process_groups, ScriptedEngine(dict.fromkeys("abc", 9))).next(1)
 
 
-def test_evaluation(groups: Any) -> None:
+def test_evaluation(process_groups: Any) -> None:
     engine = ScriptedEngine()
-    collector = _collector(groups, engine)
+    collector = _collector(process_groups, engine)
     held_out = Problems("uvwx")
     for step in (0, 5):
         result = collector.evaluate(held_out, SamplingParams(n=4), step=step, problems=3)
@@ -155,7 +155,7 @@ def test_evaluation(groups: Any) -> None:
     assert collector._render.__self__.calls == 3  # type: ignore[attr-defined]
     assert len(collector.evaluate(held_out, PARAMS, step=6).groups) == 4  # type: ignore[union-attr]
     with pytest.raises(RolloutError, match="evaluation after step 3"):
-        _collector(groups, ScriptedEngine({"v": 9})).evaluate(held_out, PARAMS, step=3)
+        _collector(process_groups, ScriptedEngine({"v": 9})).evaluate(held_out, PARAMS, step=3)
 
 
 def test_accuracy_weighs_problems_equally() -> None:
@@ -170,9 +170,9 @@ def test_accuracy_weighs_problems_equally() -> None:
     assert result.accuracy == 0.5 and result.truncated == pytest.approx(2 / 3)
 
 
-def test_rewards_must_be_finite(groups: Any) -> None:
+def test_rewards_must_be_finite(process_groups: Any) -> None:
     with pytest.raises(UserError, match="problem .*finite"):
-        _collector(groups, ScriptedEngine(), Verifier(float("nan"))).next(1)
+        _collector(process_groups, ScriptedEngine(), Verifier(float("nan"))).next(1)
 
 
 def _two_ranks(rank: int) -> tuple[str, bool, list[str]]:

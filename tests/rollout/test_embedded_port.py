@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asd_megatron.distributed.layout import Groups, Layout, init
+from asd_megatron.distributed.layout import Layout, ProcessGroups, init
 from asd_megatron.models.port import ModelPort
 from asd_megatron.ops.vocab_head import linear_logprob
 from asd_megatron.records import Group, PackedTokens, Rollout, SamplingParams
@@ -31,14 +31,14 @@ WAYS = {
 Sampled = dict[str, list[Rollout]]
 
 
-def _sample(port: ModelPort, groups: Groups, rows: int = 7) -> Sampled:
-    engine = EmbeddedEngine(port, groups, ToyTokenizer(), seed=3, max_batch_size=rows)
+def _sample(port: ModelPort, process_groups: ProcessGroups, rows: int = 7) -> Sampled:
+    engine = EmbeddedEngine(port, process_groups, ToyTokenizer(), seed=3, max_batch_size=rows)
     found: Sampled = {}
     for way, params in WAYS.items():
         engine.submit(PROMPTS, params, 1)
         delivered: list[Group] = engine.collect(100)
         assert engine.pending == 0
-        assert len(delivered) == (len(PROMPTS) if groups.world.rank() == 0 else 0)
+        assert len(delivered) == (len(PROMPTS) if process_groups.world.rank() == 0 else 0)
         assert all(len(g.rollouts) == params.n for g in delivered)
         found[way] = [r for g in delivered for r in g.rollouts]
     return found
@@ -100,7 +100,7 @@ def test_one_process(alone: Sampled) -> None:
     assert set(alone) == set(WAYS)
 
 
-def _gradients(port: ModelPort, groups: Groups) -> dict[str, Tensor]:
+def _gradients(port: ModelPort, process_groups: ProcessGroups) -> dict[str, Tensor]:
     """Of a sum of log-probs over one pack, through the training forward. One pipeline stage."""
     ids = torch.arange(1, 17)
     packed = PackedTokens(ids, torch.arange(8).repeat(2), torch.tensor([0, 8, 16], dtype=torch.int32), 8)
@@ -108,7 +108,7 @@ def _gradients(port: ModelPort, groups: Groups) -> dict[str, Tensor]:
         chunk.zero_grad_buffer()
     hidden = port.forward(port.chunks[0], packed)
     if port.config.sequence_parallel:
-        assert hidden.shape[0] == 16 // groups.tp.size()
+        assert hidden.shape[0] == 16 // process_groups.tp.size()
     logprobs, _ = linear_logprob(hidden.squeeze(1), port.head_weight(), ids.roll(-1), port.head_shard())
     logprobs.sum().backward()
     port.config.finalize_model_grads_func(port.chunks)
@@ -134,15 +134,15 @@ def _in_layout(rank: int, layout: Layout) -> Sampled:
     return found
 
 
-def _check_failure_of_one_replica(port: ModelPort, groups: Groups) -> None:
+def _check_failure_of_one_replica(port: ModelPort, process_groups: ProcessGroups) -> None:
     """Raised on every rank; the engine goes on, also with fewer groups than replicas."""
-    engine = EmbeddedEngine(port, groups, None, seed=3)
+    engine = EmbeddedEngine(port, process_groups, None, seed=3)
     engine.submit(PROMPTS, PARAMS, 1)
     with pytest.raises(RolloutError, match="time limit"):
-        engine.collect(0.0 if groups.dp.rank() == 1 else 100.0)
+        engine.collect(0.0 if process_groups.dp.rank() == 1 else 100.0)
     assert engine.pending == 0
     engine.submit(PROMPTS[:1], PARAMS, 1)
-    assert len(engine.collect(100)) == (groups.world.rank() == 0)
+    assert len(engine.collect(100)) == (process_groups.world.rank() == 0)
 
 
 LAYOUTS = {

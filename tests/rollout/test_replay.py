@@ -55,8 +55,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_serves_what_was_recorded_in_the_order_asked(folder: Path, groups: Any) -> None:
-    engine = ReplayEngine(folder, groups, ToyTokenizer())
+def test_serves_what_was_recorded_in_the_order_asked(folder: Path, process_groups: Any) -> None:
+    engine = ReplayEngine(folder, process_groups, ToyTokenizer())
     engine.submit(PROMPTS, PARAMS, 7)
     assert engine.pending == 3
     found = engine.collect(1)
@@ -70,8 +70,8 @@ def test_serves_what_was_recorded_in_the_order_asked(folder: Path, groups: Any) 
             assert dataclasses.replace(r, text="") == recorded[r.prompt_id, r.sample]
 
 
-def test_refuses_what_was_not_recorded(folder: Path, groups: Any) -> None:
-    engine = ReplayEngine(folder, groups, None)
+def test_refuses_what_was_not_recorded(folder: Path, process_groups: Any) -> None:
+    engine = ReplayEngine(folder, process_groups, None)
     other_ids = [*PROMPTS[:2], prompt("c", (4, 5, 7))]
     cases = [
         (PROMPTS, PARAMS, 8, "step_000008.*does not exist"),
@@ -89,6 +89,6 @@ def test_refuses_what_was_not_recorded(folder: Path, groups: Any) -> None:
         assert engine.pending == 0
 
 
-def test_refuses_a_folder_without_dumps(tmp_path: Path, groups: Any) -> None:
+def test_refuses_a_folder_without_dumps(tmp_path: Path, process_groups: Any) -> None:
     with pytest.raises(UserError, match="replay_folder.*dump_rollouts"):
-        ReplayEngine(tmp_path, groups, None)
+        ReplayEngine(tmp_path, process_groups, None)

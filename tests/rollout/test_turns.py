@@ -80,7 +80,7 @@ class Engine:
 class Loop:
     """The training loop around a collector: a step's update makes the weights' next version."""
 
-    def __init__(self, groups: Any, engine: Engine, plan: Plan) -> None:
+    def __init__(self, process_groups: Any, engine: Engine, plan: Plan) -> None:
         self.engine, self.weights = engine, Versioned(0)
         self.collector = Collector(
             engine,  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ class Loop:
             Verifier(),
             Blocks(LETTERS),
             Renderer(),
-            groups,
+            process_groups,
             params=PARAMS,
             problems_per_step=3,
             seed=0,
@@ -102,22 +102,22 @@ class Loop:
         return " ".join(f"{g.problem.prompt_id}{g.rollouts[0].weight_version}" for g in found)
 
 
-def test_in_turns(groups: Any) -> None:
-    loop = Loop(groups, engine := Engine(), Plan())
+def test_in_turns(process_groups: Any) -> None:
+    loop = Loop(process_groups, engine := Engine(), Plan())
     assert loop.step(1) == "a0 b0 c0" and engine.said() == "v0 abc@1 release"
     assert loop.step(2) == "d1 e1 f1" and engine.said() == "resume v1 def@2 release"
 
 
-def test_overlap_is_one_step_off_policy(groups: Any) -> None:
-    loop = Loop(groups, engine := Engine(), Plan(overlap=True, max_staleness=1, last_step=3))
+def test_overlap_is_one_step_off_policy(process_groups: Any) -> None:
+    loop = Loop(process_groups, engine := Engine(), Plan(overlap=True, max_staleness=1, last_step=3))
     assert loop.step(1) == "a0 b0 c0"
     assert engine.said() == "v0 abc@1 v0 def@2"  # step 2 is in the making while step 1 trains
     assert loop.step(2) == "d0 e0 f0" and engine.said() == "v1 ghi@3"
     assert loop.step(3) == "g1 h1 i1" and engine.said() == "release"  # nothing after the last step
 
 
-def test_an_evaluation_waits_for_what_is_in_the_making(groups: Any) -> None:
-    loop = Loop(groups, engine := Engine(), Plan(overlap=True, max_staleness=1, last_step=9))
+def test_an_evaluation_waits_for_what_is_in_the_making(process_groups: Any) -> None:
+    loop = Loop(process_groups, engine := Engine(), Plan(overlap=True, max_staleness=1, last_step=9))
     loop.step(1)
     engine.said()
     result = loop.collector.evaluate(Problems("XY"), SamplingParams(n=1), step=1)
@@ -127,16 +127,16 @@ def test_an_evaluation_waits_for_what_is_in_the_making(groups: Any) -> None:
     assert loop.step(2) == "d0 e0 f0" and engine.said() == "v1 ghi@3"
 
 
-def test_oversampling_cuts_the_tail(groups: Any) -> None:
-    loop = Loop(groups, engine := Engine(slow="bd"), Plan(oversampling=1.5))
+def test_oversampling_cuts_the_tail(process_groups: Any) -> None:
+    loop = Loop(process_groups, engine := Engine(slow="bd"), Plan(oversampling=1.5))
     assert loop.step(1) == "a0 c0 e0"
     assert engine.said() == "v0 abcde@1 abort release"
     assert loop.collector.counts.cut_groups == 2
     assert loop.step(2) == "f1 g1 h1" and loop.collector.counts.cut_groups == 4
 
 
-def test_carried_groups_come_first_in_the_next_step(groups: Any) -> None:
-    loop = Loop(groups, engine := Engine(slow="bd"), Plan(oversampling=1.5, carry=True))
+def test_carried_groups_come_first_in_the_next_step(process_groups: Any) -> None:
+    loop = Loop(process_groups, engine := Engine(slow="bd"), Plan(oversampling=1.5, carry=True))
     assert loop.step(1) == "a0 c0 e0" and engine.said() == "v0 abcde@1 suspend release"
     engine.slow = ""
     # b and d go on; the step asks for five in all and needs three
@@ -144,8 +144,8 @@ def test_carried_groups_come_first_in_the_next_step(groups: Any) -> None:
     assert loop.collector.counts.carried_groups == 4 and loop.collector.counts.cut_groups == 0
 
 
-def test_an_evaluation_makes_carried_groups_start_again(groups: Any) -> None:
-    loop = Loop(groups, engine := Engine(slow="bd"), Plan(oversampling=1.5, carry=True))
+def test_an_evaluation_makes_carried_groups_start_again(process_groups: Any) -> None:
+    loop = Loop(process_groups, engine := Engine(slow="bd"), Plan(oversampling=1.5, carry=True))
     loop.step(1)
     engine.said()
     loop.collector.evaluate(Problems("X"), SamplingParams(n=1), step=1)
@@ -154,23 +154,23 @@ def test_an_evaluation_makes_carried_groups_start_again(groups: Any) -> None:
     assert loop.step(2) == "b1 d1 f1" and engine.said() == "resume v1 bdfgh@2 suspend release"
 
 
-def test_groups_finished_beyond_the_need_are_kept_or_cut(groups: Any) -> None:
+def test_groups_finished_beyond_the_need_are_kept_or_cut(process_groups: Any) -> None:
     class Burst(Engine):
         """Delivers everything at once."""
 
         def collect(self, timeout: float) -> list[Group]:
             return [g for _ in range(len(self.queue)) for g in Engine.collect(self, timeout)]
 
-    loop = Loop(groups, engine := Burst(), Plan(oversampling=1.5, carry=True))
+    loop = Loop(process_groups, engine := Burst(), Plan(oversampling=1.5, carry=True))
     assert loop.step(1) == "a0 b0 c0" and engine.said() == "v0 abcde@1 release"
     assert loop.step(2) == "d0 e0 f1", "d and e were finished and rewarded in step 1"
     assert engine.said() == "resume v1 fgh@2 release"
-    loop = Loop(groups, engine := Burst(), Plan(oversampling=1.5))
+    loop = Loop(process_groups, engine := Burst(), Plan(oversampling=1.5))
     assert loop.step(1) == "a0 b0 c0" and loop.step(2) == "f1 g1 h1" and loop.collector.counts.cut_groups == 4
 
 
-def test_stale_groups_are_drawn_again(groups: Any) -> None:
-    loop = Loop(groups, engine := Engine(), Plan(overlap=True, max_staleness=1, last_step=9))
+def test_stale_groups_are_drawn_again(process_groups: Any) -> None:
+    loop = Loop(process_groups, engine := Engine(), Plan(overlap=True, max_staleness=1, last_step=9))
     loop.step(1)
     loop.weights.version = 2  # d, e and f were begun under version 0
     engine.load_weights(loop.weights)

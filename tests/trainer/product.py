@@ -15,7 +15,7 @@ from asd_megatron.antisd import Gate, condition
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config
 from asd_megatron.data.sft import SftExample
 from asd_megatron.distributed import layout as layouts
-from asd_megatron.distributed.layout import Groups, Layout
+from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.models.port import ModelPort
 from asd_megatron.records import Example, TokenTable
 from asd_megatron.trainer import passes, token_method
@@ -117,12 +117,14 @@ class Product:
     """A model folder on this rank, in a layout. Collective where its parts are."""
 
     def __init__(self, folder: Path, layout: Layout = ALONE, *, distributed_optimizer: bool = False) -> None:
-        self.groups: Groups = layouts.init(layout)
+        self.process_groups: ProcessGroups = layouts.init(layout)
         self.reader = FolderReader(folder)
-        self.port = ModelPort.build(read_config(folder), self.groups, layout, dtype=torch.float32, layers="local")
+        self.port = ModelPort.build(
+            read_config(folder), self.process_groups, layout, dtype=torch.float32, layers="local"
+        )
         self.port.load(self.reader)
         self.port.wrap_ddp(distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False)
-        self.pack_layout = PackLayout.of(layout, self.groups, self.port.device)
+        self.pack_layout = PackLayout.of(layout, self.process_groups, self.port.device)
 
     def reload(self) -> None:
         self.port.load(self.reader)
@@ -130,8 +132,8 @@ class Product:
     def batch(self, examples: Sequence[Example], recipe: DenseRecipe, tokens_per_microbatch: int) -> LocalBatch:
         return LocalBatch.build(
             examples,
-            ranks=self.groups.dp.size(),
-            rank=self.groups.dp.rank(),
+            ranks=self.process_groups.dp.size(),
+            rank=self.process_groups.dp.rank(),
             updates=recipe.updates,
             layout=self.pack_layout,
             tokens_per_microbatch=tokens_per_microbatch,
@@ -152,14 +154,14 @@ class Product:
         )
         batch = self.batch(examples, recipe, tokens_per_microbatch)
         inputs = token_method.token_inputs(batch, method)
-        teacher = passes.score_teacher(self.port, self.groups, batch, needed, temperature=recipe.temperature)
-        student = passes.score_student(self.port, self.groups, batch, needed, temperature=recipe.temperature)
-        entropy = passes.gate_entropy(self.groups, inputs, method, teacher, student)
+        teacher = passes.score_teacher(self.port, self.process_groups, batch, needed, temperature=recipe.temperature)
+        student = passes.score_student(self.port, self.process_groups, batch, needed, temperature=recipe.temperature)
+        entropy = passes.gate_entropy(self.process_groups, inputs, method, teacher, student)
         lam = gate.update(entropy)
         optimizer = RecordingOptimizer(self.port, recipe)
         stats = update(
             self.port,
-            self.groups,
+            self.process_groups,
             optimizer,
             batch,
             {**inputs, **teacher},
@@ -171,7 +173,7 @@ class Product:
             scored=student,
         )
         columns = {**teacher, **stats.columns, "loss_mask": inputs["loss_mask"]}
-        table = gather_table(batch.table, columns, batch.indices, self.groups)
+        table = gather_table(batch.table, columns, batch.indices, self.process_groups)
         return Step(needed, entropy, lam, stats, table, optimizer.gradients, optimizer.weights)
 
     def supervised_step(
@@ -179,7 +181,7 @@ class Product:
     ) -> SupervisedStats:
         return supervised_update(
             self.port,
-            self.groups,
+            self.process_groups,
             optimizer,
             examples,
             layout=self.pack_layout,

@@ -14,7 +14,7 @@ from asd_megatron.distributed import layout as layouts
 from asd_megatron.puzzle.task import load_puzzle_problems
 from asd_megatron.records import DemonstrationSource, Example, FinishReason, Group, Problem, Rollout
 from asd_megatron.reward.base import tests_of as count_tests
-from asd_megatron.sources import WARM_START, model_folder
+from asd_megatron.run.sources import WARM_START, model_folder
 from asd_megatron.trainer.examples import ExampleBuilder
 from tests.data.tokenizers import byte_tokenizer
 from tests.reference.dense import DenseRecipe

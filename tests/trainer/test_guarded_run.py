@@ -16,10 +16,10 @@ from asd_megatron import train
 from asd_megatron.config import load_recipe
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import Group
-from asd_megatron.session import open_session
+from asd_megatron.run.rl import TrainingRun
+from asd_megatron.run.session import open_session
 from asd_megatron.trainer import passes
 from asd_megatron.trainer.guard import NotFinite
-from asd_megatron.training import TrainingRun
 from tests.e2e.world import call, without_torchrun
 
 

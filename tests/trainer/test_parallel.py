@@ -95,7 +95,7 @@ def _update_with_a_bad_number(product: Product, *, distributed: bool = False) ->
     optimizer = RecordingOptimizer(product.port, recipe, distributed=distributed).inner
     before = snapshot(everywhere.weights(product.port).items())
     optimizer.zero_grad()
-    if product.groups.world.rank() == product.groups.world.size() - 1:
+    if product.process_groups.world.rank() == product.process_groups.world.size() - 1:
         buffer = product.port.chunks[0].buffers[0].grad_data
         buffer[len(buffer) // 2 if distributed else 0] = math.nan  # the second half is this rank's own shard
     result = optimizer.step()

@@ -22,10 +22,10 @@ from asd_megatron.config import Recipe, load_recipe
 from asd_megatron.models.attention import plan_buckets
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.records import PackedTokens
-from asd_megatron.session import Session, open_session
+from asd_megatron.run.rl import Batch, TrainingRun
+from asd_megatron.run.session import Session, open_session
 from asd_megatron.trainer.batch import Pack
 from asd_megatron.trainer.scorer import score
-from asd_megatron.training import Batch, TrainingRun
 
 FROZEN = 1e-30  # a learning rate that no float32 or bfloat16 weight notices
 
@@ -147,7 +147,7 @@ def _extras(run: TrainingRun, session: Session, batch: Batch) -> dict[str, Any]:
     dist.barrier()
     started = _now()
     temperature = run.recipe.sampling.temperature
-    score(session.port, session.groups, student, batch.local.table.tokens, temperature=temperature)
+    score(session.port, session.process_groups, student, batch.local.table.tokens, temperature=temperature)
     dist.barrier()
     return {
         "student_forward": _now() - started,

@@ -11,9 +11,9 @@ from step.conditions import overrides
 
 from asd_megatron.config import load_recipe
 from asd_megatron.observe.dumps import Dump, dump_path, read_dump
-from asd_megatron.session import open_session
+from asd_megatron.run.rl import TrainingRun
+from asd_megatron.run.session import open_session
 from asd_megatron.train import train
-from asd_megatron.training import TrainingRun
 
 NAMES = {"s": "student_logprobs", "t": "teacher_logprobs", "u": "pmi"}
 

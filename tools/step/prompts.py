@@ -9,9 +9,9 @@ from typing import Any
 from step.conditions import overrides
 
 from asd_megatron.config import load_recipe
-from asd_megatron.parts import make_renderer
-from asd_megatron.session import open_session
-from asd_megatron.sources import model_folder, training_problems
+from asd_megatron.run.build import make_renderer
+from asd_megatron.run.session import open_session
+from asd_megatron.run.sources import model_folder, training_problems
 
 
 def collect(spec: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from step.conditions import overrides
 from torch import Tensor
 
 from asd_megatron.config import load_recipe
-from asd_megatron.parts import make_renderer, stop_ids
 from asd_megatron.records import Prompt, SamplingParams
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
-from asd_megatron.session import Session, open_session
-from asd_megatron.sources import model_folder, training_problems
+from asd_megatron.run.build import make_renderer, stop_ids
+from asd_megatron.run.session import Session, open_session
+from asd_megatron.run.sources import model_folder, training_problems
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _embedded(
     session: Session, prompts: Sequence[Prompt], samples: int, new: int, ends: Sequence[int]
 ) -> Callable[[], int]:
     rows = samples * len(prompts)
-    engine = EmbeddedEngine(session.port, session.groups, session.tokenizer, seed=1, max_batch_size=rows)
+    engine = EmbeddedEngine(session.port, session.process_groups, session.tokenizer, seed=1, max_batch_size=rows)
     params = SamplingParams(max_new_tokens=new, n=samples, stop_token_ids=tuple(ends))
 
     def sample() -> int:

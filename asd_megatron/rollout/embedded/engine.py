@@ -15,7 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asd_megatron.distributed.layout import Groups
+from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import gather_objects
 from asd_megatron.errors import UserError
 from asd_megatron.models.port import ModelPort
@@ -100,14 +100,19 @@ class EmbeddedEngine:
     """
 
     def __init__(
-        self, port: ModelPort, groups: Groups, tokenizer: Any | None, seed: int, max_batch_size: int = 256
+        self,
+        port: ModelPort,
+        process_groups: ProcessGroups,
+        tokenizer: Any | None,
+        seed: int,
+        max_batch_size: int = 256,
     ) -> None:
         if len(port.chunks) > 1:
             raise UserError(
                 "the embedded rollout engine cannot sample with virtual pipeline stages: a token passes the stages one "
                 "after the other, so interleaving has nothing to overlap; set parallelism.virtual_pipeline to null"
             )
-        if groups.cp.size() > 1:
+        if process_groups.cp.size() > 1:
             raise UserError(
                 "the embedded rollout engine cannot sample with context parallelism: its cache holds each sequence on "
                 "one rank; set parallelism.context to 1"
@@ -116,13 +121,13 @@ class EmbeddedEngine:
             raise UserError(f"rollout.max_batch_size is {max_batch_size}; give 1 or more")
         self.stats = SamplingStats()
         self._port = port
-        self._groups = groups
+        self._process_groups = process_groups
         self._tokenizer = tokenizer
         self._seed = seed
         self._max_batch_size = max_batch_size
         self._version = 0
         self._queue: list[_Submission] = []
-        self._draws = port.is_last_stage and groups.tp.rank() == 0
+        self._draws = port.is_last_stage and process_groups.tp.rank() == 0
 
     @property
     def weight_version(self) -> int:
@@ -147,7 +152,7 @@ class EmbeddedEngine:
         with torch.no_grad(), self._port.sampling():
             responses, outcome = self._sample(submission, time.monotonic() + timeout)
         status = torch.tensor([outcome], device=self._port.device)
-        dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._groups.world)
+        dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._process_groups.world)
         if (failure := int(status)) in FAILURES:
             self.abort()
             raise RolloutError(FAILURES[failure])
@@ -179,7 +184,7 @@ class EmbeddedEngine:
 
     def _sample(self, submission: _Submission, deadline: float) -> tuple[list[Response], int]:
         """This data-parallel rank's share of the groups; responses on the rank that draws."""
-        replica, replicas = self._groups.dp.rank(), self._groups.dp.size()
+        replica, replicas = self._process_groups.dp.rank(), self._process_groups.dp.size()
         lengths = [len(prompt.ids) for prompt in submission.prompts]
         mine = sorted(range(replica, len(lengths), replicas), key=lambda i: lengths[i])
         responses: list[Response] = []
@@ -272,7 +277,7 @@ class EmbeddedEngine:
 
     def _share(self, control: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
         """The drawing rank's tokens (on the device) and states (on the host), on every rank of the model."""
-        tp, pp = self._groups.tp, self._groups.pp
+        tp, pp = self._process_groups.tp, self._process_groups.pp
         if tp.size() * pp.size() > 1:
             control = control.to(self._port.device)
             if tp.size() > 1 and self._port.is_last_stage:
@@ -283,7 +288,7 @@ class EmbeddedEngine:
 
     def _deliver(self, submission: _Submission, responses: list[Response]) -> list[Group]:
         """All ranks' responses as whole groups in submitted order, on global rank 0."""
-        gathered = gather_objects(responses, 0, self._groups.world)
+        gathered = gather_objects(responses, 0, self._process_groups.world)
         if gathered is None:
             return []
         rollouts: list[list[Rollout]] = [[] for _ in submission.prompts]

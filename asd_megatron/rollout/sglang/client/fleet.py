@@ -1,0 +1,297 @@
+"""All rollout servers as one thing to ask: samples in, finished samples out, whatever happens to single servers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import aiohttp
+
+from asd_megatron.errors import UserError
+from asd_megatron.rollout.sglang.client.api import SGLangServer, new_session
+from asd_megatron.rollout.sglang.client.health import Prober
+from asd_megatron.rollout.sglang.client.requests import Attempts, Counters, Member
+from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
+
+T = TypeVar("T")
+ROUTER_LIMIT = 0  # follows from the servers behind it
+ABORT_PATIENCE = 30.0  # seconds in which partial outputs are waited for
+CLOSE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class ServerView:
+    """A server as it stands. `label`: the weights that it was admitted with, None: it may not serve; `reported`: the
+    label that it gives itself. `reason` says why it does not serve. `in_flight` leaves out what goes through a router.
+    """
+
+    url: str
+    healthy: bool
+    label: str | None
+    in_flight: int
+    reason: str
+    reported: str
+    version: str
+    tensor_parallel: int
+
+
+class Fleet:
+    """SGLang servers behind one thread-safe, synchronous interface; an event loop in a thread of its own does the work.
+
+    **Serving.** A server serves between `admit(url, label)` and whatever comes first of `withdraw`, two failures in a
+    row, three probes without an answer, a refused connection. Every sample is made under admitted weights: an answer
+    whose label says otherwise is thrown away. `updating(label)` goes around a change of weights: requests that are
+    under way stay where they are.
+
+    **Samples.** Each submitted sample is returned once, by `wait` or by `abort`. A failed attempt is made again,
+    elsewhere if possible; after `retries` of them the sample is returned as an abort. At most `max_concurrent` samples
+    are with a server at a time, and an attempt may take `request_timeout` seconds. Samples of a group go to one server,
+    or where the router at `router_url` places them.
+
+    **Failures.** While samples wait and nobody serves, `stranded_since` tells since when. What a server refuses for
+    good (a wrong key, a prompt that is too long) is raised by `wait` as UserError until `abort` is called.
+
+    URLs may be https; `ca_file` (PEM) replaces the system's certificates. Raises UserError for URLs that are none.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        api_key: str = "",
+        admin_key: str = "",
+        max_concurrent: int = 64,
+        request_timeout: float = 600.0,
+        retries: int = 3,
+        probe_every: float = 5.0,
+        probe_timeout: float = 20.0,
+        router_url: str | None = None,
+        ca_file: str | None = None,
+    ) -> None:
+        _check(urls, router_url)
+        self._news = threading.Condition()
+        self._finished: list[SampleResult] = []
+        self._error: Exception | None = None
+        self._pending: set[Hashable] = set()
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-fleet", daemon=True)
+        self._thread.start()
+        self._session = self._do(_open_session())
+
+        def member(url: str, limit: int) -> Member:
+            server = SGLangServer(url, self._session, api_key, admin_key, ca_file)
+            return Member(server.url, limit, server=server)
+
+        try:
+            self._members = {m.url: m for m in [member(url, max_concurrent) for url in urls]}
+            self._attempts = Attempts(
+                list(self._members.values()),
+                None if router_url is None else member(router_url, ROUTER_LIMIT),
+                request_timeout=request_timeout,
+                retries=retries,
+                deliver=self._deliver,
+                refuse=self._refuse,
+            )
+            self._prober = Prober(self._attempts, probe_every, probe_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------ servers
+
+    def connect(self, timeout: float) -> None:
+        """Wait until a server works, at most `timeout` seconds. Raises UserError that names every server's reason if
+        none does, if one refuses a key, or if one is older than SGLang 0.5.10."""
+        self._do(self._prober.connect(timeout))
+
+    def servers(self) -> list[ServerView]:
+        """All servers in the order given, without the router."""
+
+        async def view() -> list[ServerView]:
+            return [
+                ServerView(m.url, m.healthy, m.label, m.in_flight, m.reason, m.reported, m.version, m.tensor_parallel)
+                for m in self._members.values()
+            ]
+
+        return self._do(view())
+
+    def admit(self, url: str, label: str) -> None:
+        """The server at `url` has exactly the weights `label`: it serves from now on."""
+
+        async def admit() -> None:
+            self._attempts.admit(self._member(url), label)
+
+        self._do(admit())
+
+    def withdraw(self, url: str, reason: str) -> None:
+        """The server at `url` may not serve; what runs there is made again elsewhere.
+
+        It may be left with its generation paused: until it is admitted again it counts as healthy when its scheduler
+        answers.
+        """
+
+        async def withdraw() -> None:
+            self._attempts.withdraw(self._member(url), reason)
+
+        self._do(withdraw())
+
+    @contextmanager
+    def updating(self, label: str) -> Iterator[None]:
+        """Around a change of the servers' weights to `label`: no server is probed, no sample sent, no time limit runs.
+
+        Samples under way go on when their server does. Answers made under `label` before their server is admitted with
+        it wait for that; those of a server that is not admitted by the end are thrown away. May be entered again
+        inside.
+        """
+
+        async def hold() -> None:
+            self._prober.hold()
+            self._attempts.hold(label)
+
+        async def release() -> None:
+            self._prober.release()
+            self._attempts.release()
+
+        self._do(hold())
+        try:
+            yield
+        finally:
+            self._do(release())
+
+    def call(self, url: str, path: str, body: Mapping[str, Any] | None = None, timeout: float = 60.0) -> dict[str, Any]:
+        """A POST to one server with the key that its path needs; its JSON object. Any thread may call it. Raises a
+        `sglang_api.ServerError`."""
+        return self._do(self._member(url).server.post(path, body, timeout))
+
+    def model_info(self, url: str, timeout: float = 20.0) -> dict[str, Any]:
+        """What the server at `url` says of its model. Raises a `sglang_api.ServerError`."""
+        return self._do(self._member(url).server.model_info(timeout))
+
+    def server_info(self, url: str, timeout: float = 20.0) -> dict[str, Any]:
+        """What the server at `url` runs with. Raises a `sglang_api.ServerError`."""
+        return self._do(self._member(url).server.server_info(timeout))
+
+    @property
+    def counters(self) -> Counters:
+        return replace(self._attempts.counters)
+
+    @property
+    def stranded_since(self) -> float | None:
+        """`time.monotonic()` of when samples began to wait without any server that may serve; None: they do not."""
+        return self._attempts.stranded_since
+
+    # ------------------------------------------------------------------ samples
+
+    def submit(self, requests: Sequence[SampleRequest]) -> None:
+        """Ask for samples; returns at once. Raises ValueError if a key is pending already."""
+        keys = {request.key for request in requests}
+        if len(keys) < len(requests) or not self._pending.isdisjoint(keys):
+            raise ValueError("a sample's key must be unique among those pending")
+        self._pending |= keys
+
+        async def submit() -> None:
+            self._attempts.submit(requests)
+
+        self._do(submit())
+
+    @property
+    def pending(self) -> int:
+        """Samples submitted and not yet returned by `wait` or `abort`."""
+        return len(self._pending)
+
+    def wait(self, timeout: float) -> list[SampleResult]:
+        """The finished samples, as soon as there is one; [] after `timeout` seconds or when nothing is pending."""
+        deadline = time.monotonic() + timeout
+        with self._news:
+            while not self._finished and self._error is None and self._pending:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._news.wait(left)
+            if self._error is not None:
+                raise self._error
+            return self._take()
+
+    def abort(self, keep_partial: bool) -> list[SampleResult]:
+        """Give up everything pending, in the servers too. Returns [] or, with `keep_partial`, one result for each
+        pending sample: finished, or an abort with what there is of it (bounded wait; maybe nothing)."""
+        partial = self._do(self._attempts.abort(keep_partial, ABORT_PATIENCE))
+        with self._news:
+            self._error = None
+            finished = [*self._take(), *partial]
+        self._pending.clear()
+        return finished if keep_partial else []
+
+    def _take(self) -> list[SampleResult]:
+        finished, self._finished = self._finished, []
+        self._pending -= {result.key for result in finished}
+        return finished
+
+    def _deliver(self, result: SampleResult) -> None:
+        with self._news:
+            self._finished.append(result)
+            self._news.notify_all()
+
+    def _refuse(self, error: Exception) -> None:
+        with self._news:
+            self._error = error
+            self._news.notify_all()
+
+    # ------------------------------------------------------------------ the loop
+
+    def _member(self, url: str) -> Member:
+        return self._members[url.rstrip("/")]
+
+    def _do(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._closed:
+            work.close()
+            raise RuntimeError("the fleet is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        """Drop what is pending and every connection. The servers are left as they are. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._pending.clear()
+
+        async def shut() -> None:
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await self._session.close()
+
+        with suppress(TimeoutError):  # a daemon thread: it does not keep the program from ending
+            asyncio.run_coroutine_threadsafe(shut(), self._loop).result(CLOSE_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+async def _open_session() -> aiohttp.ClientSession:
+    return new_session()  # inside the loop that uses it
+
+
+def _check(urls: Sequence[str], router_url: str | None) -> None:
+    every = [*urls, *([] if router_url is None else [router_url])]
+    wrong = [url for url in every if not url.startswith(("http://", "https://"))]
+    if wrong or not urls:
+        raise UserError(
+            f"rollout servers need URLs such as http://127.0.0.1:30000, got {', '.join(map(repr, wrong)) or 'none'}"
+        )
+    if len({url.rstrip("/") for url in every}) < len(every):
+        raise UserError(f"each rollout server must be named once: {', '.join(every)}")

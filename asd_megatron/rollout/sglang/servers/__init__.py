@@ -1,0 +1,1 @@
+"""SGLang server processes: their options, starting them and watching over them."""

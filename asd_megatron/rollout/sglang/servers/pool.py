@@ -1,0 +1,227 @@
+"""Several servers of this machine, and a router if wanted: started at once, again when one dies, ended together."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+from asd_megatron.errors import UserError
+from asd_megatron.rollout.sglang.servers.options import (
+    ServerOptions,
+    check_environment,
+    check_listening,
+    command,
+    free_port,
+    pick_ports,
+    router_command,
+    secret_arguments,
+    server_environment,
+    url_of,
+)
+from asd_megatron.rollout.sglang.servers.process import ServerProcess
+
+log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.5
+PROGRESS_SECONDS = 15.0
+SETTLED_SECONDS = 120.0  # healthy for so long: its earlier deaths no longer count against it
+STOP_SECONDS = 2.0  # SGLang would drain for five, and has nothing that is worth the wait
+
+
+@dataclasses.dataclass
+class _Watched:
+    """A server and how its present life goes (times of `time.monotonic()`)."""
+
+    process: ServerProcess
+    state: str = "new"  # new, starting, healthy, waiting (for its restart), given up
+    since: float = 0.0
+    restarts: int = 0  # since it was last settled
+
+
+class ServerPool:
+    """The servers of `options`, with their logs in `log_folder`. Bounded in time: `start_timeout` seconds a start.
+
+    A server that dies is started again on the same URL after a pause, `backoff[0]` seconds at first and doubled up to
+    `backoff[1]`; after `max_restarts` without having been healthy for two minutes in between it is given up. A router
+    is one more such process; it admits generation with the servers' generation key. `counters`: deaths, restarts,
+    gave_up. `say` gets a sentence whenever something has happened.
+    """
+
+    def __init__(
+        self,
+        options: Sequence[ServerOptions],
+        log_folder: Path,
+        *,
+        start_timeout: float = 600.0,
+        router: bool = False,
+        restart: bool = True,
+        max_restarts: int = 5,
+        backoff: tuple[float, float] = (1.0, 60.0),
+        say: Callable[[str], None] = log.info,
+    ) -> None:
+        self.start_timeout, self.restart = start_timeout, restart
+        self.max_restarts, self.backoff = max_restarts, backoff
+        self.counters = {"deaths": 0, "restarts": 0, "gave_up": 0}
+        self._say = say
+        self.processes, self.router = _processes(options, log_folder, router, start_timeout)
+        self.urls = [process.url for process in self.processes]
+        self.router_url = self.router.url if self.router else None
+        self._watched = [_Watched(process) for process in (*self.processes, *filter(None, [self.router]))]
+        self._closing = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._pid = os.getpid()
+
+    @property
+    def states(self) -> list[str]:
+        """How each server (then the router) is: new, starting, healthy, dead, waiting (for its restart) or given up."""
+        dead = [server.state in ("starting", "healthy") and not server.process.alive for server in self._watched]
+        return ["dead" if gone else server.state for gone, server in zip(dead, self._watched, strict=True)]
+
+    def start(self) -> Self:
+        """Start all servers and return when all are healthy. Raises UserError, with nothing left running, otherwise."""
+        atexit.register(self.close)
+        try:
+            deadline = time.monotonic() + self.start_timeout
+            for server in self._watched:
+                server.process.start()
+            self._wait(deadline)
+        except BaseException:
+            self.close()
+            raise
+        for server in self._watched:
+            server.state, server.since = "healthy", time.monotonic()
+        self._watcher = threading.Thread(target=self._watch, name="sglang-servers", daemon=True)
+        self._watcher.start()
+        return self
+
+    def _wait(self, deadline: float) -> None:
+        begin = said = time.monotonic()
+        waiting = [server.process for server in self._watched]
+        again: set[str] = set()
+        while waiting := [process for process in waiting if not process.healthy()]:
+            dead = next((process for process in waiting if not process.alive), None)
+            if dead is not None and dead.port_taken and dead.name not in again:
+                again.add(dead.name)  # a port that it chose itself, as another server did at the same moment
+                self._say(f"{dead.name} found a port in use: once more")
+                dead.start()
+                continue
+            if dead is not None:
+                raise UserError(f"{dead.name} ended with {dead.status} before it was ready{dead.explain()}")
+            now = time.monotonic()
+            if now > deadline:
+                raise UserError(
+                    f"{waiting[0].name} was not ready after {self.start_timeout:.0f} s, the limit for a start"
+                    f"{waiting[0].explain()}"
+                )
+            if now - said >= PROGRESS_SECONDS:
+                said = now
+                self._say(f"waiting for {', '.join(p.name for p in waiting)} since {now - begin:.0f} s")
+            time.sleep(WATCH_SECONDS)
+
+    def _watch(self) -> None:
+        """Until the pool closes: see to every server, again and again."""
+        while not self._closing.wait(WATCH_SECONDS):
+            for server in self._watched:
+                if not self._closing.is_set():
+                    self._attend(server, time.monotonic())
+
+    def _attend(self, server: _Watched, now: float) -> None:
+        """One look at a server: what its state asks for now."""
+        process = server.process
+        if server.state == "waiting":
+            if now >= server.since:
+                self._start_again(server, now)
+        elif server.state in ("starting", "healthy") and not process.alive:
+            self._died(server, now, f"died ({process.status})")
+        elif server.state == "starting":
+            if process.healthy(timeout=2.0):
+                server.state, server.since = "healthy", now
+                self._say(f"{process.name} is healthy again")
+            elif now - server.since > self.start_timeout:
+                self._died(server, now, f"was not ready after {self.start_timeout:.0f} s")
+        elif server.state == "healthy" and server.restarts and now - server.since > SETTLED_SECONDS:
+            server.restarts = 0
+
+    def _died(self, server: _Watched, now: float, how: str) -> None:
+        self.counters["deaths"] += 1
+        server.process.stop(grace=0)
+        if not self.restart or server.restarts >= self.max_restarts:
+            server.state = "given up"
+            self.counters["gave_up"] += 1
+            log.error("%s %s and is given up%s", server.process.name, how, server.process.explain())
+            return
+        pause = min(self.backoff[0] * 2**server.restarts, self.backoff[1])
+        server.state, server.since = "waiting", now + pause
+        self._say(f"{server.process.name} {how}: starting again in {pause:.3g} s ({server.process.log})")
+
+    def _start_again(self, server: _Watched, now: float) -> None:
+        server.restarts += 1
+        self.counters["restarts"] += 1
+        server.state, server.since = "starting", now
+        try:
+            server.process.start()
+        except UserError as error:
+            self._died(server, now, f"cannot be started: {error}")
+
+    def close(self) -> None:
+        """End all servers, at once; again does nothing. In a forked child of the owner it does nothing either."""
+        if os.getpid() != self._pid:
+            return
+        self._closing.set()
+        if self._watcher is not None and self._watcher is not threading.current_thread():
+            self._watcher.join(STOP_SECONDS)
+        with ThreadPoolExecutor(max(1, len(self._watched))) as threads:
+            list(threads.map(lambda server: server.process.stop(STOP_SECONDS), self._watched))
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Self:
+        return self if self._watcher is not None else self.start()
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+def _processes(
+    options: Sequence[ServerOptions], log_folder: Path, router: bool, start_timeout: float
+) -> tuple[list[ServerProcess], ServerProcess | None]:
+    """The processes of `options`, and of a router, not started yet: environments checked, ports decided."""
+    for python in {given.python for given in options}:
+        check_environment(python)
+    for given in options:
+        check_listening(given)
+    chosen = pick_ports(options)
+    servers = [
+        ServerProcess(
+            f"SGLang server {index} ({url_of(server).removeprefix('http://')})",
+            command(server),
+            url=url_of(server),
+            log=log_folder / f"server_{index}.log",
+            secret=secret_arguments(server),
+            environment=server_environment(server, os.environ),
+        )
+        for index, server in enumerate(chosen)
+    ]
+    if not router:
+        return servers, None
+    first = chosen[0]
+    ports = {server.port for server in chosen}
+    at = dataclasses.replace(first, port=free_port(first.host, ports), admin_key="")
+    metrics = free_port("127.0.0.1", ports | {at.port})
+    process = ServerProcess(
+        f"sglang-router ({url_of(at).removeprefix('http://')})",
+        router_command(at, [server.url for server in servers], metrics, start_timeout),
+        url=url_of(at),
+        log=log_folder / "router.log",
+        secret=secret_arguments(at),
+        environment=server_environment(at, os.environ),
+        health="/readiness",
+    )
+    return servers, process

@@ -1,0 +1,183 @@
+"""The trainer's weights as an SGLang server holds them, by checksum.
+
+A server fuses what the trainer sends (q, k, v into `qkv_proj`; gate and up into `gate_up_proj`) and cuts it over its
+tensor-parallel ranks; `/weights_checker` then tells a hash of each tensor of each rank. The same hashes are worked out
+here while the tensors stream by, without holding them. What SGLang 0.5.23 does was read in its `models/qwen3.py`,
+`models/llama.py`, `layers/linear.py`, `layers/vocab_parallel_embedding.py` and `managers/mm_utils.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asd_megatron.errors import UserError
+from asd_megatron.rollout.sglang.weight_sync.hashes import TensorHash, for_device
+from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors
+
+VOCABULARY_MULTIPLE = 64  # SGLang's DEFAULT_VOCAB_PADDING_SIZE
+CPU_FFN_MULTIPLE = 32  # a server on the CPU pads so many columns a rank (adjust_config_with_unaligned_cpu_tp)
+QK_NORM = {"Qwen3ForCausalLM": True, "LlamaForCausalLM": False}
+Cut = Callable[[Tensor, int, int], Tensor]
+"""(whole tensor, rank, ranks) -> what that rank of a server holds of it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """How one tensor enters the server's: as number `part` of the `parts` that are stacked into `target`."""
+
+    target: str
+    part: int
+    parts: int
+    cut: Cut
+
+
+def server_pieces(config: Mapping[str, Any], device: str) -> dict[str, Piece]:
+    """Every tensor of the model by Hugging Face name. `config` is its config.json, `device` the servers'.
+
+    Raises UserError for an architecture whose server-side layout is not known here.
+    """
+    architecture = next((a for a in config.get("architectures") or () if a in QK_NORM), None)
+    if architecture is None:
+        raise UserError(
+            f"how SGLang lays out {', '.join(config.get('architectures') or ['(no architecture)'])} is not known, so "
+            f"its weights cannot be checked after a transfer (known: {', '.join(QK_NORM)}): set "
+            "rollout.receipt to false"
+        )
+    attention, key_value, ffn = _cuts(config, on_cpu=device == "cpu")
+    pieces = {"model.embed_tokens.weight": Piece("model.embed_tokens.weight", 0, 1, _vocabulary)}
+    for layer in range(int(config["num_hidden_layers"])):
+        at = f"model.layers.{layer}."
+        qkv = (("q_proj", attention), ("k_proj", key_value), ("v_proj", key_value))
+        pieces |= _stacked(at + "self_attn.qkv_proj", qkv)
+        pieces |= _stacked(at + "mlp.gate_up_proj", (("gate_proj", ffn), ("up_proj", ffn)))
+        for name, cut in (("self_attn.o_proj.weight", attention), ("mlp.down_proj.weight", ffn)):
+            pieces[at + name] = Piece(at + name, 0, 1, _of_columns(cut))
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        norms += ["self_attn.q_norm", "self_attn.k_norm"] if QK_NORM[architecture] else []
+        pieces |= {f"{at}{n}.weight": Piece(f"{at}{n}.weight", 0, 1, _whole) for n in norms}
+    pieces["model.norm.weight"] = Piece("model.norm.weight", 0, 1, _whole)
+    if not config.get("tie_word_embeddings"):
+        pieces["lm_head.weight"] = Piece("lm_head.weight", 0, 1, _vocabulary)
+    return pieces
+
+
+class ServerChecksums:
+    """Checksums of one set of weights, for servers with the given numbers of tensor-parallel ranks.
+
+    `dtype` and `device` ("cpu" or "cuda") are the servers'.
+    """
+
+    def __init__(self, config: Mapping[str, Any], ranks: Iterable[int], dtype: torch.dtype, device: str) -> None:
+        self._pieces = server_pieces(config, device)
+        self._dtype, self._hash_type = dtype, for_device(device)
+        self._layouts = sorted(set(ranks))
+        self._open: dict[tuple[int, int, str], TensorHash] = {}
+        self._done: dict[tuple[int, int], dict[str, str]] = {(n, r): {} for n in self._layouts for r in range(n)}
+        self._next: dict[str, int] = {}
+
+    def watch(self, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        """`tensors` again, each hashed before it is handed on. Parts of one server tensor must come in their order.
+
+        Raises UserError for a tensor that no rule knows, RuntimeError if some are missing or out of order.
+        """
+        for name, tensor in tensors:
+            self._add(name, tensor)
+            yield name, tensor
+        missing = [n for n, piece in self._pieces.items() if self._next.get(piece.target, 0) <= piece.part]
+        if missing:
+            raise RuntimeError(f"the model was not exported whole: {', '.join(missing[:3])} missing")
+
+    def expected(self, ranks: int, rank: int) -> dict[str, str]:
+        """Hash by the server's name of each tensor that rank `rank` of `ranks` must hold, after `watch` has ended."""
+        return self._done[ranks, rank]
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        piece = self._pieces.get(name)
+        if piece is None:
+            raise UserError(
+                f"how SGLang stores the tensor {name} is not known, so it cannot be checked after a transfer: set "
+                "rollout.receipt to false"
+            )
+        if self._next.get(piece.target, 0) != piece.part:
+            raise RuntimeError(f"{name} came twice or out of order: {piece.target} is hashed as its parts arrive")
+        self._next[piece.target] = piece.part + 1
+        tensor = tensor.detach().to(self._dtype)
+        for ranks, rank in self._done:
+            key = (ranks, rank, piece.target)
+            hasher = self._open.pop(key, None) or self._hash_type()
+            hasher.update(piece.cut(tensor, rank, ranks))
+            if piece.part + 1 < piece.parts:
+                self._open[key] = hasher
+            else:
+                self._done[ranks, rank][piece.target] = hasher.hexdigest()
+
+
+def _cuts(config: Mapping[str, Any], *, on_cpu: bool) -> tuple[Cut, Cut, Cut]:
+    """How rows of query heads, of key or value heads and of the MLP are cut.
+
+    On CUDA ranks must divide them, but for key and value heads: one of those may go to several ranks. On the CPU
+    whatever does not come out even is filled up with zeros.
+    """
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    size = int(config.get("head_dim") or hidden // heads)
+    if on_cpu:
+        return _filled(heads // kv_heads * size), _filled(size), _filled(CPU_FFN_MULTIPLE)
+    return _even, _shared(kv_heads, size), _even
+
+
+def _stacked(target: str, sources: tuple[tuple[str, Cut], ...]) -> dict[str, Piece]:
+    prefix = target.rpartition(".")[0]
+    return {
+        f"{prefix}.{source}.weight": Piece(f"{target}.weight", number, len(sources), cut)
+        for number, (source, cut) in enumerate(sources)
+    }
+
+
+def _whole(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    return tensor
+
+
+def _even(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    if len(tensor) % ranks:
+        raise UserError(f"a server with {ranks} tensor-parallel ranks cannot cut {len(tensor)} rows or columns evenly")
+    return _rows(tensor, rank, len(tensor) // ranks)
+
+
+def _filled(unit: int) -> Cut:
+    """Every rank has as many whole units of rows; zeros make up for what is missing."""
+    return lambda tensor, rank, ranks: _rows(tensor, rank, -(-len(tensor) // (unit * ranks)) * unit)
+
+
+def _shared(heads: int, size: int) -> Cut:
+    """Like `_even`, or, with more ranks than heads, one head of `size` rows for several ranks."""
+
+    def cut(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+        return _even(tensor, rank, ranks) if ranks <= heads else _rows(tensor, rank // (ranks // heads), size)
+
+    return cut
+
+
+def _vocabulary(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    """Filled up to a multiple of 64, or of 64 a rank if the ranks do not divide that."""
+    padded = -(-len(tensor) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if padded % ranks:
+        return _filled(VOCABULARY_MULTIPLE)(tensor, rank, ranks)
+    return _rows(tensor, rank, padded // ranks)
+
+
+def _of_columns(cut: Cut) -> Cut:
+    return lambda tensor, rank, ranks: cut(tensor.t(), rank, ranks).t()
+
+
+def _rows(tensor: Tensor, number: int, size: int) -> Tensor:
+    """Block `number` of `size` rows, with zeros after the last row."""
+    block = tensor[number * size : (number + 1) * size]
+    if len(block) == size:
+        return block
+    return torch.cat([block, block.new_zeros(size - len(block), *block.shape[1:])])

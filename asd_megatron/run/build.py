@@ -1,0 +1,154 @@
+"""What a run is put together from: the recipe's sections as the objects that the rooms offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from asd_megatron.antisd import condition
+from asd_megatron.config import Recipe
+from asd_megatron.config.evaluation import Evaluation
+from asd_megatron.config.sampling import Sampling
+from asd_megatron.data.prompts import PromptRenderer
+from asd_megatron.records import SamplingParams
+from asd_megatron.reward.base import Verifier
+from asd_megatron.rollout.collector import Collector, Plan
+from asd_megatron.rollout.embedded.engine import EmbeddedEngine
+from asd_megatron.rollout.engine import RolloutEngine, WeightSource
+from asd_megatron.rollout.replay import ReplayEngine
+from asd_megatron.run.session import Session
+from asd_megatron.run.sources import ProblemSource, is_puzzle
+from asd_megatron.trainer.token_method import Method
+
+
+def make_method(recipe: Recipe) -> Method:
+    a = recipe.algorithm
+    return Method(
+        condition=condition(a.name),
+        clip_low=a.clip_low,
+        clip_high=a.clip_high,
+        aggregation=a.aggregation,
+        constant_length=a.constant_length,
+        pmi_clip=a.pmi_clip,
+        term_normalization=a.term_normalization,
+        term_clip=a.term_clip,
+        term_max_position=a.term_max_position,
+        importance_cap=None if a.importance_correction == "none" else a.importance_cap,
+        importance_floor=a.mask_below,
+        importance_level=a.importance_level,
+    )
+
+
+def make_renderer(recipe: Any, tokenizer: Any, end_ids: Sequence[int]) -> PromptRenderer:
+    privileged = getattr(recipe, "privileged", None)
+    return PromptRenderer(
+        tokenizer,
+        format=recipe.data.format,
+        system=recipe.data.system,
+        raw_prompt=recipe.data.raw_prompt,
+        raw_template=None if privileged is None else privileged.raw_template,
+        chat_template_kwargs=recipe.data.chat_template_kwargs,
+        max_prompt_tokens=recipe.sampling.max_prompt_tokens,
+        end_token_ids=end_ids,
+    )
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def stop_ids(session: Session) -> tuple[int, ...]:
+    given = session.recipe.sampling.stop_token_ids
+    return tuple(session.end_ids if given is None else given)
+
+
+def training_params(recipe: Recipe, session: Session) -> SamplingParams:
+    return _params(session, recipe.sampling, recipe.sampling.rollouts_per_problem)
+
+
+def evaluation_params(session: Session) -> SamplingParams:
+    return _params(session, session.recipe.evaluation, session.recipe.evaluation.samples)
+
+
+def _params(session: Session, filters: Sampling | Evaluation, n: int) -> SamplingParams:
+    """`filters`: what the distribution is sampled with; where a response ends is the same in training and outside."""
+    limits = session.recipe.sampling
+    return SamplingParams(
+        temperature=filters.temperature,
+        top_p=filters.top_p,
+        top_k=filters.top_k,
+        max_new_tokens=limits.max_response_tokens,
+        stop_token_ids=stop_ids(session),
+        stop=tuple(limits.stop),
+        n=n,
+    )
+
+
+# ---------------------------------------------------------------- engines
+
+
+def embedded_engine(session: Session, max_batch_size: int) -> EmbeddedEngine:
+    return EmbeddedEngine(
+        session.port,
+        session.process_groups,
+        session.tokenizer,
+        seed=session.recipe.run.seed,
+        max_batch_size=max_batch_size,
+    )
+
+
+def rollout_engine(recipe: Recipe, session: Session) -> tuple[RolloutEngine, Callable[[], None]]:
+    """The recipe's engine, and what to call before its first use, once the run folder is there."""
+    rollout = recipe.rollout
+    if rollout.engine == "sglang":
+        from asd_megatron.run.serving import sglang_engine  # its HTTP client is nobody else's
+
+        engine = sglang_engine(session)
+        return engine, engine.start
+    if rollout.engine == "replay":
+        return ReplayEngine(str(rollout.replay_folder), session.process_groups, session.tokenizer), lambda: None
+    return embedded_engine(session, rollout.max_batch_size), lambda: None
+
+
+def rollout_plan(recipe: Recipe) -> Plan:
+    """How rollouts and training take turns."""
+    rollout = recipe.rollout
+    if rollout.engine != "sglang":
+        return Plan()
+    return Plan(
+        overlap=rollout.overlap,
+        oversampling=rollout.oversampling,
+        carry=rollout.partial_rollouts,
+        max_staleness=rollout.max_staleness,
+        last_step=recipe.run.steps,
+    )
+
+
+def evaluation_collector(
+    session: Session,
+    engine: RolloutEngine,
+    weights: WeightSource,
+    problems: ProblemSource,
+    renderer: Any,
+    verifier: Verifier | None,
+) -> Collector:
+    """A collector for evaluations alone."""
+    return Collector(
+        engine,
+        weights,
+        verifier,
+        problems,
+        renderer,
+        session.process_groups,
+        params=evaluation_params(session),
+        problems_per_step=1,
+        seed=session.recipe.run.seed,
+    )
+
+
+def puzzle_metrics(name: str | None, tokenizer: Any) -> Any:
+    """The built-in puzzle's own metrics for its own problem sets; None for any other."""
+    if not is_puzzle(name):
+        return None
+    from asd_megatron.puzzle.metrics import PuzzleMetrics
+
+    return PuzzleMetrics(tokenizer)

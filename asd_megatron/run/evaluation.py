@@ -1,0 +1,79 @@
+"""Held-out evaluation, for both stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from asd_megatron.config import AnyRecipe
+from asd_megatron.models.port import ModelPort
+from asd_megatron.rollout.collector import Collector
+from asd_megatron.run.build import evaluation_params, puzzle_metrics
+from asd_megatron.run.session import Session
+from asd_megatron.run.sources import ProblemSource
+
+
+class Weights:
+    """The live weights as a `WeightSource`; who updates them sets `version`."""
+
+    def __init__(self, port: ModelPort, version: int = 0) -> None:
+        self.port, self.version = port, version
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.port.export())
+
+
+class HeldOut:
+    """Answers the problems of `data.test` and keeps two results: before the first step (`first`) and the `last`."""
+
+    def __init__(self, session: Session, collector: Collector, problems: ProblemSource) -> None:
+        recipe: AnyRecipe = session.recipe
+        self.session, self.collector, self.problems = session, collector, problems
+        self.params = evaluation_params(session)
+        self.puzzle = puzzle_metrics(recipe.data.test, session.tokenizer)
+        self.first: dict[str, float] | None = None
+        self.last: dict[str, float] | None = None
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Metrics `evaluation/*` of the weights after `step` steps on global rank 0, {} elsewhere. Collective."""
+        with self.session.clock.phase("evaluate"), self.session.generating():
+            found = self.collector.evaluate(
+                self.problems, self.params, step=step, problems=self.session.recipe.evaluation.problems
+            )
+            self.collector.take_timings()
+        if found is None:
+            return {}
+        metrics = {
+            "evaluation/accuracy": found.accuracy,
+            "evaluation/length_mean": found.length_mean,
+            "evaluation/truncated": found.truncated,
+        }
+        if self.puzzle is not None:
+            rollouts = [r for g in found.groups for r in g.rollouts]
+            metrics |= self.puzzle.of_evaluation(rollouts, [x for g in found.groups for x in g.rewards])
+        self.first = metrics if step == 0 else self.first
+        self.last = metrics
+        self.session.progress.note(
+            f"held-out accuracy after {step} steps: {found.accuracy:.3f}, response length {found.length_mean:.1f}"
+        )
+        return metrics
+
+    def state(self) -> list[dict[str, float] | None]:
+        """For a checkpoint; only global rank 0 has numbers."""
+        return [self.first, self.last]
+
+    def restore(self, state: Sequence[dict[str, float] | None]) -> None:
+        self.first, self.last = state
+
+    def evaluate_before_start(self) -> None:
+        """The line of step 0, when the recipe asks for it and the run is a fresh one."""
+        if self.session.recipe.evaluation.at_start and self.session.resumed is None:
+            found = self.evaluate(0)
+            self.session.clock.take()
+            if self.session.writer is not None:
+                self.session.writer.write(0, found)
+
+    def evaluate_if_due(self, step: int) -> dict[str, float]:
+        settings = self.session.recipe.evaluation
+        return self.evaluate(step) if self.session.is_due(step, settings.every, at_end=settings.at_end) else {}

@@ -1,0 +1,107 @@
+"""The start-up report of a run: what it will do, on what, supplied by whom."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from asd_megatron.antisd import Condition, Gate
+from asd_megatron.config import Recipe
+from asd_megatron.config.rollout import Rollout
+from asd_megatron.observe.startup import environment, gate_text, startup_report, suppliers, write_environment
+from asd_megatron.run.session import Session
+from asd_megatron.trainer.pass_plan import PassPlan
+
+
+def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
+    """Print the report, show it in TensorBoard, write RUN/environment.json. Global rank 0 only."""
+    if not session.is_root or session.writer is None:
+        return
+    found = environment()
+    parts = suppliers(session.port.chunks, session.optimizer)
+    weights = sum(p.numel() for chunk in session.port.chunks for p in chunk.parameters())
+    model = {
+        "source": os.fspath(session.source),
+        "family": session.hf_config.get("model_type", "?"),
+        "layers": session.hf_config.get("num_hidden_layers", "?"),
+        "parameters": f"{weights:,} on this rank",
+        "dtype": session.port.dtype,
+        "vocabulary": f"{session.port.vocab_size:,} (padded to {session.port.padded_vocab_size:,})",
+        "recompute": session.recipe.model.recompute,
+    }
+    report = startup_report(
+        name=session.recipe.run.name,
+        run_folder=session.folder,
+        environment=found,
+        layout=session.layout,
+        suppliers=parts,
+        model=model,
+        batch=batch,
+        **method,
+    )
+    print(report, flush=True)
+    session.writer.text("start-up report", report)
+    write_environment(session.folder, found, layout=session.layout, suppliers=parts)
+    if session.resumed is not None:
+        session.progress.note(f"resumed after step {session.first_step - 1}")
+
+
+def _servers(rollout: Rollout) -> dict[str, str]:
+    """Who makes the rollouts, and what nobody has checked, when servers do."""
+    if rollout.engine != "sglang":
+        return {}
+    where = ", ".join(rollout.server_urls)
+    if not where:
+        where = f"{rollout.servers} started here, tensor parallelism {rollout.server_tensor_parallel}"
+    turns = "generating ahead" if rollout.overlap else "in turns with training"
+    report = {
+        "servers": f"{where}, {rollout.placement}, {turns}"
+        + (f", through the router {rollout.router}" if rollout.router else ""),
+        "weight updates": f"{rollout.weight_sync}, "
+        + ("with a receipt: checksums and log-probs" if rollout.receipt else "NOT COMPARED (rollout.receipt false)"),
+    }
+    if rollout.server_args:
+        given = ", ".join(f"{name} {value}" for name, value in rollout.server_args.items())
+        report["passed on"] = f"to SGLang, unchecked: {given}"
+    return report
+
+
+def _demonstrations(recipe: Recipe, teacher: bool) -> dict[str, str]:
+    if not teacher:
+        return {}
+    shared = recipe.demonstrations_per_group
+    return {"demonstrations": "drawn by each rollout" if shared is None else f"{shared} shared by a group"}
+
+
+def announce_training(recipe: Recipe, session: Session, condition: Condition, gate: Gate, plan: PassPlan) -> None:
+    """The report of an RL run. Global rank 0 only."""
+    s, e = recipe.sampling, recipe.evaluation
+    evaluation = "none"
+    if recipe.evaluates:
+        when = [f"every {e.every} steps"] * bool(e.every) + ["at the start"] * e.at_start + ["at the end"] * e.at_end
+        evaluation = f"{recipe.data.test}, {', '.join(when)}, temperature {e.temperature:g}"
+    announce(
+        session,
+        {
+            "problems": f"{recipe.data.train}, {s.problems_per_step} a step",
+            "rollouts": f"{s.rollouts_per_problem} a problem, at most {s.max_response_tokens} tokens, "
+            f"temperature {s.temperature:g}, from the {recipe.rollout.engine} engine",
+            **_servers(recipe.rollout),
+            "reward": recipe.reward.name,
+            "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens"
+            + (", shared prefixes computed once" if session.pack_layout.share_prefixes else ""),
+            "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
+            "evaluation": evaluation,
+            **_demonstrations(recipe, plan.teacher_scoring),
+        },
+        condition=condition,
+        gate=gate_text(
+            condition,
+            lambda_max=gate.lambda_max,
+            warmup_steps=gate.warmup_steps,
+            tau_down=gate.tau_down,
+            tau_up=gate.tau_up,
+            h_warm=recipe.gate.h_warm,
+        ),
+        passes=plan.reasons,
+    )

@@ -1,0 +1,198 @@
+"""What a server is started with: its command line, where it listens, its environment."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asd_megatron.errors import UserError
+from asd_megatron.rollout.sglang.servers import options as options_module
+from asd_megatron.rollout.sglang.servers.options import (
+    ServerOptions,
+    check_environment,
+    check_listening,
+    command,
+    devices_of_servers,
+    free_port,
+    parse_arguments,
+    pass_through,
+    pick_ports,
+    secret_arguments,
+    server_environment,
+)
+from tests.rollout.sglang.fake_environment import fake_python
+
+
+def options(**over: Any) -> ServerOptions:
+    values: dict[str, Any] = {"python": Path("p"), "model": Path("m"), "api_key": "generate-1", "admin_key": "admin-2"}
+    return ServerOptions(**{**values, **over})
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options_module, "_has_cuda", lambda: True)
+
+
+@pytest.fixture
+def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options_module, "_has_cuda", lambda: False)
+
+
+def flags(given: ServerOptions) -> dict[str, str]:
+    """A command's arguments by name; "" for those without a value."""
+    words = command(given)[3:]
+    return {
+        word: "" if index + 1 == len(words) or words[index + 1].startswith("--") else words[index + 1]
+        for index, word in enumerate(words)
+        if word.startswith("--")
+    }
+
+
+def test_command_on_gpus(gpus: None) -> None:
+    given = options(
+        port=7, tensor_parallel=2, context_length=99, arguments={"mem_fraction_static": 0.8, "--quiet": True}
+    )
+    assert command(given)[:3] == ["p", "-m", "sglang.launch_server"]
+    assert flags(given) == {
+        "--model-path": "m",
+        "--host": "127.0.0.1",
+        "--port": "7",
+        "--tp-size": "2",
+        "--dtype": "auto",
+        "--context-length": "99",
+        "--weight-version": "default",
+        "--mem-fraction-static": "0.8",
+        "--quiet": "",
+    }
+
+
+def test_command_on_cpus(no_gpus: None) -> None:
+    found = flags(options(arguments={"max-running-requests": 3, "disable-overlap-schedule": False}))
+    assert found["--device"] == "cpu" and found["--attention-backend"] == "torch_native"
+    assert found["--dtype"] == "float32" and "--context-length" not in found
+    assert found["--max-running-requests"] == "3" and "--disable-overlap-schedule" not in found  # the user's win
+
+
+def test_no_gpu_may_be_asked_for(gpus: None) -> None:
+    assert options(devices="").on_cpu and options(arguments={"device": "cpu"}).on_cpu
+    assert not options(devices="1").on_cpu and not options().on_cpu
+
+
+def test_a_gpu_that_was_named_is_not_silently_left_out(no_gpus: None) -> None:
+    assert options().on_cpu and not options(devices="1").on_cpu
+
+
+def test_values_of_every_kind(gpus: None) -> None:
+    words = command(options(arguments={"a": [1, 2], "b": {"x": 1}, "c": None, "d": False, "e": True}))
+    assert words[-6:] == ["--a", "1", "2", "--b", '{"x": 1}', "--e"]
+
+
+def test_keys_are_in_neither_command_nor_text() -> None:
+    given = options()
+    assert not {"generate-1", "admin-2"} & set(command(given))
+    assert "generate-1" not in repr(given) and "admin-2" not in repr(given)
+    assert secret_arguments(given) == ["--api-key=generate-1", "--admin-api-key=admin-2"]
+    assert secret_arguments(options(api_key="", admin_key="")) == []
+
+
+@pytest.mark.parametrize("name", ["port", "model_path", "--admin-api-key", "tp", "dtype", "weight-version", "config"])
+def test_arguments_that_are_set_here(name: str) -> None:
+    with pytest.raises(UserError, match=r"is set by .*: remove it"):
+        command(options(arguments={name: 1}))
+
+
+def test_replicas_inside_a_server_are_refused() -> None:
+    with pytest.raises(UserError, match="--dp-size above 1 .* start more servers"):
+        command(options(arguments={"dp_size": 2}))
+    assert pass_through(options(arguments={"dp_size": 1})) == {"dp-size": 1}
+
+
+def test_variables_of_the_trainer_stay_outside(gpus: None) -> None:
+    base = {
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/bin",
+        "RANK": "0",
+        "TORCHELASTIC_RUN_ID": "x",
+        "PYTHONPATH": "y",
+        "ASD_MEGATRON_ADMIN_KEY": "z",
+    }
+    found = server_environment(options(devices="3", environment={"MORE": "1"}), base)
+    assert found["PATH"] == "/bin" and found["MORE"] == "1" and found["CUDA_VISIBLE_DEVICES"] == "3"
+    assert set(found) == {"PATH", "MORE", "CUDA_VISIBLE_DEVICES", "PYTHONUNBUFFERED"}
+    assert server_environment(options(devices=""), {})["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_parse_arguments() -> None:
+    words = ["--mem-fraction-static", "0.8", "--a=b=c", "--flag", "--many", "1", "2", "3", "--last", "-1"]
+    assert parse_arguments(words) == {
+        "mem-fraction-static": "0.8",
+        "a": "b=c",
+        "flag": True,
+        "many": ["1", "2", "3"],
+        "last": "-1",
+    }
+    with pytest.raises(UserError, match="'0.8' stands before"):
+        parse_arguments(["0.8", "--flag"])
+
+
+def test_devices_of_servers(gpus: None) -> None:
+    assert devices_of_servers(["0,1", "2,3"], 2, 2) == ["0,1", "2,3"]
+    assert devices_of_servers([], 1, 4) == [None]
+    with pytest.raises(UserError, match="would share the same GPUs"):
+        devices_of_servers([], 2, 1)
+    with pytest.raises(UserError, match="given for 1 servers, and there are 2"):
+        devices_of_servers(["0"], 2, 1)
+    with pytest.raises(UserError, match="tensor-parallel size 2 .*'0'"):
+        devices_of_servers(["0", "1"], 2, 2)
+
+
+def test_devices_of_servers_on_cpus(no_gpus: None) -> None:
+    assert devices_of_servers([], 2, 1) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"host": "0.0.0.0"}, "on every interface"),
+        ({"host": "::"}, "on every interface"),
+        ({"host": "node7"}, "is not an address"),
+        ({"host": "192.0.2.1"}, "no interface of this machine"),
+        ({"host": "192.0.2.1", "admin_key": ""}, "needs both keys"),
+    ],
+)
+def test_where_a_server_must_not_listen(over: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_listening(options(**over))
+
+
+def test_a_port_in_use() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(UserError, match="is in use"):
+            check_listening(options(port=other.getsockname()[1]))
+    check_listening(options(api_key="", admin_key=""))
+
+
+def test_ports() -> None:
+    chosen = [given.port for given in pick_ports([options(), options(port=5), options()])]
+    assert chosen[1] == 5 and len(set(chosen)) == 3 and all(chosen)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", free_port("127.0.0.1")))
+
+
+def test_check_environment(tmp_path: Path) -> None:
+    found = check_environment(fake_python(tmp_path / "new", "0.5.10.post1"))
+    assert (found.sglang, found.torch, found.nccl) == ("0.5.10.post1", "2.13.0+cpu", None)
+    with pytest.raises(UserError, match=r"0\.5\.9 .* older than 0\.5\.10 .*CVE-2026-3059.*create\.sh"):
+        check_environment(fake_python(tmp_path / "old", "0.5.9"))
+    with pytest.raises(UserError, match=r"no Python that can be started.*create\.sh"):
+        check_environment(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"not installed .*create\.sh"):
+        check_environment(Path(sys.executable))  # the trainer's has none
+    with pytest.raises(UserError, match="does not answer as a Python does"):
+        check_environment(Path("/bin/false"))

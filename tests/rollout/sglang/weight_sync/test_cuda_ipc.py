@@ -1,0 +1,85 @@
+"""Weights by handle: what can be shared with whom, and that the payload says what it should."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from asd_megatron.errors import UserError
+from asd_megatron.rollout.sglang.weight_sync.buckets import pack
+from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import CudaIpcTransport, payloads
+from tests.rollout.sglang.weight_sync.world import FakeReceiver
+
+MODEL = [("a", torch.randn(4, 3)), ("b", torch.randn(7).bfloat16()), ("c", torch.randn(2, 2))]
+
+
+def _read(payload: str) -> list[tuple[str, torch.Tensor]]:
+    """As a server does, which has its own list of what a pickle may name."""
+    content = pickle.loads(base64.b64decode(payload))
+    flat = content["flattened_tensor"]
+    return [(m.name, flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape).clone()) for m in content["metadata"]]
+
+
+def test_other_versions_of_torch_are_refused() -> None:
+    with pytest.raises(UserError, match=r"torch .* \(trainer\) and torch 2\.0\.0 \(SGLang\): install the same"):
+        CudaIpcTransport("2.0.0+cu118")
+    CudaIpcTransport(torch.__version__.split("+")[0] + "+cu999")
+
+
+def test_servers_elsewhere_are_refused_and_the_tensors_are_read() -> None:
+    transport, stream = CudaIpcTransport(torch.__version__), iter(MODEL)
+    with pytest.raises(UserError, match="not on this machine's loopback interface"):
+        transport.send([FakeReceiver("http://10.0.0.5:30000")], stream, "aa-1")
+    assert list(stream) == []
+
+
+def test_every_rank_gets_a_handle_of_its_own_to_the_same_bytes() -> None:
+    (bucket,) = pack(MODEL[:1] + MODEL[2:], 1000)
+    first, second = payloads(bucket, 2)
+    for payload in (first, second):
+        assert [name for name, _ in _read(payload)] == ["a", "c"]
+        assert torch.equal(_read(payload)[0][1], MODEL[0][1])
+
+
+def test_a_server_that_refuses_is_named_and_sent_nothing_more() -> None:
+    received: list[str] = []
+
+    def take(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        received.extend(name for name, _ in _read(body["serialized_named_tensors"][0]))
+        return {"success": True}
+
+    refusing = FakeReceiver("http://localhost:1", lambda path, body: {"success": False, "message": "no session"})
+    taking = FakeReceiver("http://127.0.0.1:2", take)
+    failures = CudaIpcTransport(torch.__version__, bucket_bytes=50).send([refusing, taking], iter(MODEL), "aa-1")
+    assert failures == {"http://localhost:1": "/update_weights_from_tensor: no session"}
+    assert len(refusing.calls) == 1
+    assert received == ["a", "b", "c"]
+
+
+_OTHER_PROCESS = """
+import base64, pickle, sys, torch
+from torch.multiprocessing import reductions
+rebuild = reductions.rebuild_cuda_tensor
+def by_uuid(*arguments):  # as SGLang's patch
+    uuids = [str(torch.cuda.get_device_properties(d).uuid) for d in range(torch.cuda.device_count())]
+    return rebuild(*arguments[:6], uuids.index(arguments[6]), *arguments[7:])
+reductions.rebuild_cuda_tensor = by_uuid
+content = pickle.loads(base64.b64decode(sys.stdin.read()))
+print(content["flattened_tensor"].view(torch.float32).sum().item())
+"""
+
+
+@pytest.mark.gpu
+def test_another_process_maps_the_memory_by_the_devices_uuid() -> None:
+    (bucket,) = pack([("a", torch.full((1000,), 0.5, device="cuda"))], 4000)
+    (payload,) = payloads(bucket, 1)
+    command = [sys.executable, "-c", _OTHER_PROCESS]
+    done = subprocess.run(command, input=payload, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == 500.0
