@@ -20,12 +20,14 @@ from asd_megatron.antisd import Gate, condition
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.checks.layouts import CELLS, Cell
 from asd_megatron.distributed import device
+from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.models.port import ModelPort
 from asd_megatron.records import Example
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.optimizer import Optimizer
-from asd_megatron.trainer.pass_plan import plan
+from asd_megatron.trainer.pass_plan import plan_passes
 from asd_megatron.trainer.updater import UpdateStats, update
 
 TEMPERATURE = 0.7
@@ -39,8 +41,8 @@ step."""
 class Trained:
     """One rank's model with everything an update needs."""
 
-    port: Any
-    process_groups: Any
+    port: ModelPort
+    process_groups: ProcessGroups
     optimizer: Optimizer
     layout: PackLayout
     cell: Cell
@@ -49,7 +51,6 @@ class Trained:
 def build(folder: Path, cell: Cell) -> Trained:
     from asd_megatron.checkpoint.huggingface import FolderReader, read_config
     from asd_megatron.distributed import layout as layouts
-    from asd_megatron.models.port import ModelPort
 
     process_groups = layouts.init(cell.layout)
     source = folder / ("tied" if cell.tied else "untied")
@@ -82,7 +83,7 @@ def run_step(
 ) -> UpdateStats:
     """Teacher pass, gate, update: what one training step does after the rollouts."""
     method = token_method.Method(condition(name))
-    passes_needed = plan(method.condition, updates, epochs=epochs)
+    needed = plan_passes(method.condition, updates, epochs=epochs)
     batch = LocalBatch.build(
         examples,
         ranks=t.process_groups.dp.size(),
@@ -92,21 +93,22 @@ def run_step(
         tokens_per_microbatch=t.cell.tokens_per_microbatch,
     )
     inputs = token_method.token_inputs(batch, method)
-    teacher = passes.score_teacher(t.port, t.process_groups, batch, passes_needed, temperature=TEMPERATURE)
-    student = passes.score_student(t.port, t.process_groups, batch, passes_needed, temperature=TEMPERATURE)
+    teacher = passes.score_teacher(t.port, t.process_groups, batch, needed, temperature=TEMPERATURE)
+    student = passes.score_student(t.port, t.process_groups, batch, needed, temperature=TEMPERATURE)
     lam = gate.update(passes.gate_entropy(t.process_groups, inputs, method, teacher, student))
     return update(
         t.port,
         t.process_groups,
         t.optimizer,
         batch,
-        {**inputs, **teacher},
+        inputs,
+        teacher=teacher,
+        student=student,
         method=method,
-        plan=passes_needed,
+        plan=needed,
         lam=lam,
         temperature=TEMPERATURE,
         epochs=epochs,
-        scored=student,
     )
 
 
@@ -129,13 +131,13 @@ def run_cell(folder: Path, cell: Cell) -> None:
     result["updates"] = {name: after[name] - before[name] for name in after}
     clipped = run_step(t, hard_batch(3), gate, name="antisd", updates=2, epochs=4)
     result["losses_clipped"] = clipped.losses
-    result["clipped_tokens"] = _total(t, clipped.columns["clipped"])
+    result["clipped_tokens"] = _total(t, clipped.columns.clipped)
     few = run_step(t, hard_batch(4)[2:3], gate, name="antisd")
     final = snapshot(t.port.export())
     result["updates_all"] = {name: final[name] - before[name] for name in final}
     result["losses"] = [s.loss for s in stats] + [few.loss]
     result["grad_norms"] = [s.grad_norm for s in stats] + [few.grad_norm]
-    result["advantage_scale"] = _total(t, stats[0].columns["advantage"].abs()) / sum(
+    result["advantage_scale"] = _total(t, stats[0].columns.constants.advantage.abs()) / sum(
         len(e.rollout.response_ids) for e in hard_batch(1)
     )
     if dist.get_rank() == 0:

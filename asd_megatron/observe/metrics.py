@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asd_megatron.antisd import context_tokens
 from asd_megatron.observe.names import PHASES, QUANTILES, reference_page, undocumented
 from asd_megatron.records import DemonstrationSource, Example, TokenTable
 
@@ -142,11 +143,12 @@ def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple
     loss_mask = table["loss_mask"].to("cpu", torch.bool) if "loss_mask" in table else sampled
 
     if "student_entropy" in table:
-        student = table["student_entropy"].cpu()[sampled]
+        student = table["student_entropy"].cpu()[loss_mask]
         yield "entropy/student_mean", _mean(student)
         yield "entropy/student_median", _lower_median(student)
     if "teacher_entropy" in table:
-        teacher = table["teacher_entropy"].cpu()[with_context]
+        counted = context_tokens(loss_mask, context_mask(examples, table))  # as for the gate's H
+        teacher = table["teacher_entropy"].cpu()[counted]
         yield "entropy/teacher_mean", _mean(teacher)
         yield "entropy/teacher_median", _lower_median(teacher)
     for name in ("pmi", "term"):

@@ -106,12 +106,16 @@ SECTIONS = (
     ),
     Section(
         "Entropy",
-        "Full-vocabulary entropy; the teacher's with a teacher, over rollouts with context.",
+        "Full-vocabulary entropy over the tokens that the loss sees; the teacher's over those of rollouts with context.",
         (
             Metric("entropy/student_mean", "nats", "mean entropy of the student's next-token distribution"),
             Metric("entropy/student_median", "nats", "lower median of the same"),
             Metric("entropy/teacher_mean", "nats", "mean entropy of the teacher's next-token distribution"),
-            Metric("entropy/teacher_median", "nats", "lower median of the same: H of a gate on the teacher"),
+            Metric(
+                "entropy/teacher_median",
+                "nats",
+                "lower median of the same; the gate's H where the gate reads the teacher",
+            ),
         ),
     ),
     Section(

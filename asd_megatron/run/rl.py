@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
 from asd_megatron.antisd import Gate, condition
 from asd_megatron.config import Recipe, recipe_hash
 from asd_megatron.data.prompts import TeacherLimits
@@ -36,17 +34,18 @@ from asd_megatron.run.session import Session
 from asd_megatron.run.sources import ProblemSource, held_out_problems, training_problems
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
+from asd_megatron.trainer.columns import Scores, TokenInputs, score_columns, table_columns
 from asd_megatron.trainer.examples import ExampleBuilder
 from asd_megatron.trainer.guard import Guard, NotFinite, check_rollouts, check_scores
-from asd_megatron.trainer.local_batch import Computed, LocalBatch
-from asd_megatron.trainer.pass_plan import plan
+from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
+from asd_megatron.trainer.pass_plan import plan_passes
 from asd_megatron.trainer.updater import UpdateStats, update
 
 
 class Batch:
     """A step's examples as this rank holds them, with the columns that need no model."""
 
-    def __init__(self, step: int, local: LocalBatch, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, step: int, local: LocalBatch, inputs: TokenInputs) -> None:
         self.step, self.local, self.inputs = step, local, inputs
 
 
@@ -59,7 +58,7 @@ class TrainingRun:
         self.process_groups, self.port, self.clock = session.process_groups, session.port, session.clock
         algorithm = recipe.algorithm
         self.method = make_method(recipe)
-        self.plan = plan(
+        self.plan = plan_passes(
             self.condition,
             algorithm.updates_per_batch,
             algorithm.term_normalization,
@@ -166,25 +165,25 @@ class TrainingRun:
         )
         return Batch(step, local, token_method.token_inputs(local, self.method))
 
-    def score_teacher(self, batch: Batch) -> dict[str, Tensor]:
+    def score_teacher(self, batch: Batch) -> Scores | None:
         with self.clock.phase("teacher"):
             temperature = self.recipe.sampling.temperature
             scores = passes.score_teacher(
                 self.port, self.process_groups, batch.local, self.plan, temperature=temperature
             )
-            self._check_scores("teacher scoring", batch, scores)
+            self._check_scores("teacher scoring", batch, scores, "teacher")
         return scores
 
-    def score_student(self, batch: Batch) -> dict[str, Tensor] | None:
+    def score_student(self, batch: Batch) -> Scores | None:
         with self.clock.phase("student"):
             temperature = self.recipe.sampling.temperature
             scores = passes.score_student(
                 self.port, self.process_groups, batch.local, self.plan, temperature=temperature
             )
-            self._check_scores("student scoring", batch, scores or {})
+            self._check_scores("student scoring", batch, scores, "student")
         return scores
 
-    def gate_step(self, batch: Batch, teacher: dict[str, Tensor], student: dict[str, Tensor] | None) -> float:
+    def gate_step(self, batch: Batch, teacher: Scores | None, student: Scores | None) -> float:
         """This step's lambda, by the gate's state after this step's entropy."""
         entropy = passes.gate_entropy(self.process_groups, batch.inputs, self.method, teacher, student)
         lam = self.gate.update(entropy)
@@ -199,35 +198,32 @@ class TrainingRun:
         )
         return lam
 
-    def update(
-        self, batch: Batch, teacher: dict[str, Tensor], student: dict[str, Tensor] | None, lam: float
-    ) -> UpdateStats:
+    def update(self, batch: Batch, teacher: Scores | None, student: Scores | None, lam: float) -> UpdateStats:
         with self.clock.phase("update"):
             stats = update(
                 self.port,
                 self.process_groups,
                 self.session.optimizer,
                 batch.local,
-                {**batch.inputs, **teacher},
+                batch.inputs,
+                teacher=teacher,
+                student=student,
                 method=self.method,
                 plan=self.plan,
                 lam=lam,
                 temperature=self.recipe.sampling.temperature,
                 epochs=self.recipe.algorithm.epochs,
-                scored=student,
             )
             if student is None:
-                scores = {name: stats.columns[name] for name in ("student_logprobs", "student_entropy")}
-                self._check_scores("update", batch, scores)
+                self._check_scores("update", batch, stats.columns.student, "student")
         self.weights.version = batch.step
         for loss, grad_norm in zip(stats.losses, stats.grad_norms, strict=True):
             self.guard.check_update(loss, grad_norm, batch.step)
         return stats
 
-    def observe(self, step: int, batch: Batch, teacher: dict[str, Tensor], stats: UpdateStats) -> None:
+    def observe(self, step: int, batch: Batch, teacher: Scores | None, stats: UpdateStats) -> None:
         """Metrics, dump and progress of the step; the evaluation when it is due."""
-        columns = {**teacher, **stats.columns, "loss_mask": batch.inputs["loss_mask"]}
-        columns["has_context"] = batch.inputs["has_context"]
+        columns = table_columns(batch.inputs, teacher, stats.columns)
         if not self.plan.teacher_scoring and self.condition.u_source == "teacher":
             columns = {k: v for k, v in columns.items() if k not in ("pmi", "term")}
         table = gather_table(batch.local.table, columns, batch.local.indices, self.process_groups)
@@ -260,7 +256,7 @@ class TrainingRun:
         batch: Batch,
         table: TokenTable | None,
         stats: UpdateStats,
-        computed: Computed,
+        computed: ComputedTokens,
         times: dict[str, float],
         evaluation: dict[str, float],
     ) -> None:
@@ -338,14 +334,16 @@ class TrainingRun:
         check_rollouts((rollout for group in groups for rollout in group.rollouts), step)
         return self.builder.build(groups, step)
 
-    def _check_scores(self, phase: str, batch: Batch, scores: dict[str, Tensor]) -> None:
-        """Raises NotFinite on every rank when any of them scored something that is not finite. Collective."""
-        if not scores:
+    def _check_scores(self, phase: str, batch: Batch, scores: Scores | None, of: str) -> None:
+        """Raises NotFinite on every rank when any of them scored something that is not finite. Collective.
+
+        `of`: whose scores they are, `student` or `teacher`."""
+        if scores is None:
             return
-        table = TokenTable(batch.local.table.offsets, scores)
+        table = TokenTable(batch.local.table.offsets, score_columns(scores, of))
         found: str | None = None
         try:
-            check_scores(phase, batch.local.examples, table, scores, batch.step)
+            check_scores(phase, batch.local.examples, table, table.columns, batch.step)
         except NotFinite as e:
             found = str(e)
         message = first_message(found, self.process_groups.world)

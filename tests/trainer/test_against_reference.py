@@ -114,7 +114,7 @@ def test_every_condition(name: str, aggregation: str, product: Product, dense: A
     assert found.plan.teacher_scoring == c.uses_teacher
     assert found.plan.student_scoring == (c.gate_entropy == "student")
     assert found.plan.head == "fused"
-    assert found.stats.columns["clipped"].sum() == 0
+    assert found.stats.columns.clipped.sum() == 0
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -334,7 +334,7 @@ def test_several_updates_with_frozen_scores(
             # Adam divides by the root of second moments that can be tiny.
             assert relative(found.weights[k][name] - start[name], weight - start[name]) < 5e-4, (k, name)
     assert expected.clipped[0] == 0 and sum(expected.clipped) > 0
-    clipped = float(found.stats.columns["clipped"].sum())
+    clipped = float(found.stats.columns.clipped.sum())
     if epochs == 1:
         assert clipped == sum(expected.clipped)
     else:
@@ -354,10 +354,10 @@ def test_the_two_clips_are_separate(
     product.reload()
     check_update(found, expected, tolerance=1e-4)
     assert expected.clipped[1] > 0
-    assert found.stats.columns["clipped"].sum() == expected.clipped[1]
+    assert found.stats.columns.clipped.sum() == expected.clipped[1]
     assert found.table is not None
-    clipped = found.stats.columns["clipped"].bool()
-    positive = found.stats.columns["advantage"][clipped] > 0
+    clipped = found.stats.columns.clipped.bool()
+    positive = found.stats.columns.constants.advantage[clipped] > 0
     assert positive.all() if high < low else not positive.any()
 
 
@@ -373,10 +373,12 @@ def test_several_updates_need_scores(product: Product, examples: list[Example]) 
     with pytest.raises(ValueError, match="scoring pass of the student"):
         update(
             product.port,
-            product.groups,
+            product.process_groups,
             RecordingOptimizer(product.port, recipe),
             batch,
             inputs,
+            teacher=None,
+            student=None,
             method=method,
             plan=product.step(examples, settings("grpo"), gate_of(settings("grpo"))).plan,
             lam=0.0,
