@@ -173,8 +173,8 @@ class TokenTable:
         row                0    1    2    3    4
         rollout, position  0,0  0,1  1,0  1,1  1,2
 
-    Columns are [N] tensors on CPU (float32, masks bool), written to dumps and read by the metrics. A column that was not
-    computed in this step is absent. Names: `student_logprobs`, `teacher_logprobs`, `engine_logprobs`,
+    Columns are [N] tensors on CPU (float32, masks bool), written to dumps and read by the metrics. A column that was
+    not computed in this step is absent. Names: `student_logprobs`, `teacher_logprobs`, `engine_logprobs`,
     `student_entropy`, `teacher_entropy` (nats), `pmi` (u, nats), `term` (what lambda multiplies), `advantage`,
     `loss_mask` (tokens that the loss sees), `has_context`, `clipped` (0 or 1), `importance`, `importance_affected`.
     Inside the trainer the same numbers are typed (`trainer/columns.py`).

@@ -18,7 +18,8 @@ class AdvantageError(UserError, ValueError):
 def group_advantages(rewards: Tensor) -> Tensor:
     """A_seq of one group: (R - mean) / (std + 1e-6) with the sample standard deviation (divisor G - 1).
 
-    Rewards [G] to float64 [G]. Equal rewards give exactly 0. Raises AdvantageError for fewer than two rollouts or a reward that is not finite.
+    Rewards [G] to float64 [G]. Equal rewards give exactly 0. Raises AdvantageError for fewer than two rollouts or a
+    reward that is not finite.
     """
     r = rewards.detach().double()
     if r.numel() < 2:

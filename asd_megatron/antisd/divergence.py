@@ -154,7 +154,8 @@ def entropy_mask(cond: Condition | str, loss_mask: Tensor, has_context: Tensor) 
 
 
 def context_tokens(loss_mask: Tensor, has_context: Tensor) -> Tensor:
-    """Tokens with a meaningful teacher score: bool [N], those that the loss sees in rollouts with privileged context."""
+    """Tokens with a meaningful teacher score: bool [N], those that the loss sees in rollouts with privileged
+    context."""
     return loss_mask & has_context
 
 

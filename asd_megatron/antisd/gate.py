@@ -18,7 +18,8 @@ class GateError(UserError, ValueError):
 
 
 class Gate:
-    """Computes each step's lambda from the step's H, the lower median of the token entropies of the global batch (nats).
+    """Computes each step's lambda from the step's H, the lower median of the token entropies of the global batch
+    (nats).
 
     * Warm-up: the first `warmup_steps` steps that have an H run with lambda 0. H_warm is the lower median of their H,
       unless given.

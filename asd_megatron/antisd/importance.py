@@ -1,5 +1,5 @@
-"""Importance sampling of off-policy rollouts (TIS: truncated, MIS: masked): sampled by an engine whose arithmetic differs
-or by older weights.
+"""Importance sampling of off-policy rollouts (TIS: truncated, MIS: masked): sampled by an engine whose arithmetic
+differs or by older weights.
 
 With d_t = s_t - b_t (scoring minus behaviour log-prob), the ratio of a token is exp of
 

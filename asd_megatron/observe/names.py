@@ -106,7 +106,7 @@ SECTIONS = (
     ),
     Section(
         "Entropy",
-        "Full-vocabulary entropy over the tokens that the loss sees; the teacher's over those of rollouts with context.",
+        "Full-vocabulary entropy of the tokens that the loss sees; the teacher's of those in rollouts with context.",
         (
             Metric("entropy/student_mean", "nats", "mean entropy of the student's next-token distribution"),
             Metric("entropy/student_median", "nats", "lower median of the same"),

@@ -11,8 +11,8 @@ A pack of two sequences (prompt P, response R), without and with context paralle
     rows           1  2  3  5  6  7                     a hidden state predicts the next token: from the last prompt
     targets        R0 R1 R2 R0 R1 R2                    token to the token before the last
 
-    Context parallelism 2 pads each sequence to a multiple of 4: lengths 8 and 4, chunks of 2 and 1. Rank 0 holds chunks 0
-    and 3 of each, rank 1 chunks 1 and 2, and each keeps the rows whose place it holds.
+    Context parallelism 2 pads each sequence to a multiple of 4: lengths 8 and 4, chunks of 2 and 1. Rank 0 holds chunks
+    0 and 3 of each, rank 1 chunks 1 and 2, and each keeps the rows whose place it holds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The per-token tensors of one step as typed columns: what enters the loss and what comes out of it.
 
-A column is [N], one entry per response token of this data-parallel rank, in the row order of `LocalBatch.table`. Columns
-are complete on every rank of the model-parallel group. `at` picks the rows of one pack or of one tile of the head, so
-the same classes describe a rank's whole table, a pack [rows of the pack] and a tile [rows of the tile].
+A column is [N], one entry per response token of this data-parallel rank, in the row order of `LocalBatch.table`.
+Columns are complete on every rank of the model-parallel group. `at` picks the rows of one pack or of one tile of the
+head, so the same classes describe a rank's whole table, a pack [rows of the pack] and a tile [rows of the tile].
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One step's examples as a data-parallel rank holds them: its examples, their token table, student and teacher packs."""
+"""One step's examples as a data-parallel rank holds them: its examples, their token table, student and teacher
+packs."""
 
 from __future__ import annotations
 
@@ -100,9 +101,9 @@ class ComputedTokens:
 class LocalBatch:
     """The part of a step's examples that this data-parallel rank trains.
 
-    `assignment[m][r]` are the global indices of the examples that rank r trains in mini-batch m. Every rank computes the
-    complete assignment from the same (broadcast) examples, without communication. Rows of the token table follow this
-    rank's examples, mini-batch after mini-batch:
+    `assignment[m][r]` are the global indices of the examples that rank r trains in mini-batch m. Every rank computes
+    the complete assignment from the same (broadcast) examples, without communication. Rows of the token table follow
+    this rank's examples, mini-batch after mini-batch:
 
         assignment  mini-batch 0: rank 0 [0, 3], rank 1 [1, 2]   mini-batch 1: rank 0 [4], rank 1 [5]
         rank 0      indices [0, 3, 4]; rows: tokens of example 0, of 3, of 4

@@ -188,8 +188,8 @@ def _scheduler(
 
 
 def _fuse(optimizer: Any) -> None:
-    """Select the fused kernel of torch's Adam, which is used where Transformer Engine and Apex are absent: it passes over
-    memory once, the default ten times, and Megatron does not ask for it."""
+    """Select the fused kernel of torch's Adam, which is used where Transformer Engine and Apex are absent: it passes
+    over memory once, the default ten times, and Megatron does not ask for it."""
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in (optimizer.defaults, *optimizer.param_groups):
             group["fused"] = True

@@ -1,8 +1,8 @@
 """Prefix sharing (tree attention): sequences with common prefixes laid out as a tree of segments, each computed once.
 
-In a causal model a token's hidden state depends on the tokens before it alone. All responses to a prompt, and all prompts
-that begin with the same examples or the same demonstration, may therefore continue one copy of their common prefix.
-Losses and gradients equal those of separate sequences. With a prompt P and responses A, B and C:
+In a causal model a token's hidden state depends on the tokens before it alone. All responses to a prompt, and all
+prompts that begin with the same examples or the same demonstration, may therefore continue one copy of their common
+prefix. Losses and gradients equal those of separate sequences. With a prompt P and responses A, B and C:
 
     separate            P A | P B | P C                 3 |P| + |A| + |B| + |C| tokens
     tree                P | A | B | C                   |P| + |A| + |B| + |C| tokens
@@ -29,8 +29,8 @@ class Segments:
     """The tokens of a pack as consecutive segments, the nodes of a forest of prefixes.
 
     Segment i is `ids[cu[i]:cu[i + 1]]` and continues segment `parents[i]` < i (-1: it begins a sequence). `where[k][t]`
-    is the place in `ids` of token t of sequence k: places of several sequences coincide in a shared prefix. NumPy arrays,
-    because with tensors the layout of a small model's pack takes as long as one of its layers.
+    is the place in `ids` of token t of sequence k: places of several sequences coincide in a shared prefix. NumPy
+    arrays, because with tensors the layout of a small model's pack takes as long as one of its layers.
     """
 
     ids: np.ndarray  # int64 [T]
@@ -69,8 +69,8 @@ def concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
 def sort_by_prefix(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
     """Lexicographic order, in which each sequence stands next to those it shares most with.
 
-    Returns (indices of the sequences in that order, for each place the tokens shared with the place before, in multiples
-    of BLOCK).
+    Returns (indices of the sequences in that order, for each place the tokens shared with the place before, in
+    multiples of BLOCK).
     """
     indices = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     arrays = [np.asarray(sequences[i], dtype=np.int64) for i in indices]
@@ -149,8 +149,8 @@ def _branch_cuts(shared: Sequence[int], place: int, length: int) -> list[tuple[i
 def bin_consecutive(own: Sequence[int], complete: Sequence[int], budget: int, at_least: int = 1) -> list[range]:
     """Consecutive places into bins of at most `budget` tokens that are about equally full.
 
-    A bin's first sequence costs its `complete` length, each further one only its `own` tokens (those not shared with the
-    place before). A sequence longer than the budget gets a bin of its own. There are at least `at_least` bins where
+    A bin's first sequence costs its `complete` length, each further one only its `own` tokens (those not shared with
+    the place before). A sequence longer than the budget gets a bin of its own. There are at least `at_least` bins where
     there are as many sequences and the budget allows it.
 
         complete  80 64 96 30      own  80 32 48 30      budget 120

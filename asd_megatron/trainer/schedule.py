@@ -44,8 +44,8 @@ def _run(
 def forward(port: ModelPort, packs: Sequence[Pack], visit: Callable[[Pack, Tensor], None]) -> None:
     """A forward pass of every pack without gradient; `visit(pack, hidden)` runs on the last pipeline stage.
 
-    `hidden` is [T, H] in the model's dtype, or [T / tp, H] under sequence parallelism. Collective over the model-parallel
-    group.
+    `hidden` is [T, H] in the model's dtype, or [T / tp, H] under sequence parallelism. Collective over the
+    model-parallel group.
     """
 
     def loss(pack: Pack, output: Tensor, non_loss_data: bool = False) -> int:
@@ -58,8 +58,8 @@ def forward(port: ModelPort, packs: Sequence[Pack], visit: Callable[[Pack, Tenso
 def forward_backward(port: ModelPort, packs: Sequence[Pack], loss: Callable[[Pack, Tensor], Tensor]) -> list[Tensor]:
     """Forward and backward of every pack; gradients are summed over data- and context-parallel ranks. Collective.
 
-    `loss(pack, hidden)` returns the pack's part of the loss (scalar), already divided by its global denominator: nothing
-    is rescaled afterwards, so the gradient cannot depend on how the batch was split. `hidden` as for `forward`.
+    `loss(pack, hidden)` returns the pack's part of the loss (scalar), already divided by its global denominator:
+    nothing is rescaled afterwards, so the gradient cannot depend on how the batch was split. `hidden` as for `forward`.
     Returns the packs' detached losses on the last pipeline stage, [] elsewhere.
     """
 

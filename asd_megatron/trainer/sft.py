@@ -1,5 +1,5 @@
-"""The update of the supervised stage: weighted cross-entropy on given responses, with the same head, packs and schedules
-as the RL update."""
+"""The update of the supervised stage: weighted cross-entropy on given responses, with the same head, packs and
+schedules as the RL update."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class SupervisedExample(Protocol):
 
 @dataclass(frozen=True)
 class SupervisedStats:
-    """Of one optimizer step: `loss` is the weighted mean cross-entropy of the global batch in nats, `grad_norm` the global
-    L2 norm before clipping, `applied` False for a skipped step, `tokens` all response tokens."""
+    """Of one optimizer step: `loss` is the weighted mean cross-entropy of the global batch in nats, `grad_norm` the
+    global L2 norm before clipping, `applied` False for a skipped step, `tokens` all response tokens."""
 
     loss: float
     grad_norm: float
@@ -93,8 +93,8 @@ def supervised_update(
 
 
 def sum_over_ranks(losses: Sequence[Tensor], process_groups: ProcessGroups, device: torch.device) -> float:
-    """The global loss from the packs' parts of it: summed over data- and context-parallel ranks, then broadcast from the
-    last pipeline stage. Float64 sum; collective, the same on every rank."""
+    """The global loss from the packs' parts of it: summed over data- and context-parallel ranks, then broadcast from
+    the last pipeline stage. Float64 sum; collective, the same on every rank."""
     total = torch.stack(list(losses)).sum() if losses else torch.zeros((), device=device)
     total = total.to(torch.float64).reshape(1)
     if process_groups.dp_cp.size() > 1:

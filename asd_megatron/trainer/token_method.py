@@ -1,7 +1,7 @@
 """The method on a data-parallel rank's tokens: from log-probs to per-token terms, advantages and losses.
 
-Applies the pure functions of `antisd` to typed columns (`columns.py`). All tensors are [N]; communication is left to the
-caller, except in `freeze`.
+Applies the pure functions of `antisd` to typed columns (`columns.py`). All tensors are [N]; communication is left to
+the caller, except in `freeze`.
 """
 
 from __future__ import annotations
