@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asd_megatron.antisd import CONDITIONS, condition
 from asd_megatron.checks.cases import hard_batch
+from asd_megatron.observe.metrics import step_metrics
 from asd_megatron.records import Example, FinishReason
 from tests.reference.dense import DenseGate, DenseRecipe, DenseResult, dense_update, score_batch
 from tests.trainer.product import Product, Step, gate_of
@@ -265,6 +266,20 @@ def test_an_empty_context_has_no_pmi(product: Product, examples: list[Example]) 
     found = product.step(mixed, recipe, gate_of(recipe), tokens_per_microbatch=60)
     assert found.table is not None
     assert max(float(found.table.rows("pmi")[i].abs().max()) for i in range(1, len(mixed), 2)) <= 1e-6
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+@pytest.mark.parametrize(("name", "whose"), [("antisd", "teacher"), ("no_teacher", "student")])
+def test_the_entropy_metric_counts_the_tokens_of_the_gate(
+    name: str, whose: str, mask_truncated: bool, product: Product, examples: list[Example]
+) -> None:
+    recipe = settings(name, mask_truncated=mask_truncated)
+    found = product.step(examples, recipe, gate_of(recipe, H_WARM))
+    assert found.table is not None
+    metrics = step_metrics(examples, found.table, learning_rate=0.0, grad_norm=0.0, policy_loss=0.0, times={})
+    assert metrics[f"entropy/{whose}_median"] == found.median_entropy
+    other = settings(name, mask_truncated=not mask_truncated)
+    assert product.step(examples, other, gate_of(other, H_WARM)).median_entropy != found.median_entropy
 
 
 def test_gate_decisions_over_steps(product: Product, dense: Any) -> None:
