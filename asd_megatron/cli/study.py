@@ -115,7 +115,7 @@ def _state(record: CellRecord | None) -> str:
 def _report(study: Study) -> int:
     """Tables and plots of the whole study, from whatever is there."""
     from asd_megatron.study.plots import plot_study  # matplotlib and more
-    from asd_megatron.study.report import Findings, write_report
+    from asd_megatron.study.report import Findings, equal_arms, equal_arms_text, write_report
     from asd_megatron.study.results import finished, write_results
 
     cells = plan_cells(study)
@@ -124,6 +124,8 @@ def _report(study: Study) -> int:
     write_results(study.path, results)
     findings = Findings(study, records, results)
     report = write_report(findings, plot_study(findings))
+    for pair in equal_arms(findings):
+        print(f"warning: {equal_arms_text(*pair)}")
     failed = [str(key) for key, record in records.items() if record is not None and record.status == "failed"]
     print(f"{report}: {len(results)} of {len(cells)} cells" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return FAILED if failed else 0

@@ -88,6 +88,11 @@ def context_mask(examples: Sequence[Example], table: TokenTable) -> Tensor:
     return table.spread(torch.tensor([e.has_context for e in examples], dtype=torch.bool))
 
 
+def _loss_mask(examples: Sequence[Example], table: TokenTable) -> Tensor:
+    """Bool [N]: tokens that the loss sees; the sampled ones where the table does not say."""
+    return table["loss_mask"].to("cpu", torch.bool) if "loss_mask" in table else sampled_mask(examples)
+
+
 def _finite(values: Tensor) -> np.ndarray:
     array = values.detach().to("cpu", torch.float64).numpy()
     return array[np.isfinite(array)]
@@ -139,7 +144,7 @@ def _average(values: Sequence[float]) -> float:
 def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple[str, float]]:
     sampled = sampled_mask(examples)
     with_context = sampled & context_mask(examples, table)
-    loss_mask = table["loss_mask"].to("cpu", torch.bool) if "loss_mask" in table else sampled
+    loss_mask = _loss_mask(examples, table)
 
     if "student_entropy" in table:
         student = table["student_entropy"].cpu()[sampled]
@@ -223,10 +228,11 @@ def _not_finite(table: TokenTable, sampled: Tensor, with_context: Tensor) -> int
     return int(bad.sum())
 
 
-def _of_gate(gate: GateReading) -> Iterator[tuple[str, float]]:
+def _of_gate(gate: GateReading, tokens: int) -> Iterator[tuple[str, float]]:
     yield "gate/open", float(gate.open)
     yield "gate/lambda", gate.lam
     yield "gate/entropy", NAN if gate.entropy is None else gate.entropy
+    yield "gate/tokens", float(tokens)
     yield "gate/h_warm", NAN if gate.h_warm is None else gate.h_warm
     yield "gate/close_below", NAN if gate.close_below is None else gate.close_below
     yield "gate/warming_up", float(gate.warming_up)
@@ -279,7 +285,8 @@ def step_metrics(
     if computed is not None:
         out.update(_of_packs(*computed))
     if gate is not None:
-        out.update(_of_gate(gate))
+        counts = _loss_mask(examples, table) & context_mask(examples, table)
+        out.update(_of_gate(gate, int(counts.sum())))
     out["loss/policy"] = policy_loss
     out["optimizer/grad_norm"] = grad_norm
     out["optimizer/learning_rate"] = learning_rate

@@ -23,6 +23,15 @@ PHASES = {
 }
 
 
+WARNINGS = {
+    "no_context": "no rollout had privileged context, several steps in a row",
+    "out_of_distribution": "u < 0 for nearly all tokens, mean below -1 nat, several steps in a row",
+    "equal_rewards": "equal rewards in every group, several steps in a row",
+    "gate_closed": "lambda was 0 in more than half of the steps since the warm-up",
+    "short_calibration": "H_warm was calibrated on few tokens",
+}
+
+
 @dataclass(frozen=True)
 class Metric:
     """One metric. A part of `name` in angle brackets stands for any word (`puzzle/u_<class>`)."""
@@ -135,6 +144,7 @@ SECTIONS = (
             Metric("gate/open", "0 or 1", "1 while the per-token term acts"),
             Metric("gate/lambda", "weight", "lambda of this step: 0 while closed or warming up"),
             Metric("gate/entropy", "nats", "H: the median entropy that the gate read, null if no token counted"),
+            Metric("gate/tokens", "tokens", "tokens that H is the median of"),
             Metric("gate/h_warm", "nats", "H_warm: the calibrated entropy, at which the gate reopens; null before"),
             Metric("gate/close_below", "nats", "`gate.tau_down` x H_warm: below it the gate closes; null before"),
             Metric("gate/warming_up", "0 or 1", "1 during the calibration steps"),
@@ -254,6 +264,11 @@ SECTIONS = (
             Metric("evaluation/verified", "share of responses", "held-out responses that end with a tested answer"),
             Metric("evaluation/accuracy_verified", "share of responses", "accuracy among those"),
         ),
+    ),
+    Section(
+        "Warnings",
+        "While the condition holds; the first time, the console and `summary.json` say what to look at.",
+        tuple(Metric(f"warnings/{kind}", "1", meaning) for kind, meaning in WARNINGS.items()),
     ),
     Section(
         "Supervised stage",

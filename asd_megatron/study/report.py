@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from asd_megatron.files import atomic_write
 from asd_megatron.study.cells import LOG_FILE, CellRecord
 from asd_megatron.study.markdown import NOTHING, count, counted, decimals, number, spread, table, when
 from asd_megatron.study.plan import CellKey
-from asd_megatron.study.results import CellResult, Point
+from asd_megatron.study.results import CellResult, Point, trained_alike
 from asd_megatron.study.schema import Study
 from asd_megatron.study.statistics import (
     crossing,
@@ -68,6 +69,24 @@ def at(step: int, metric: str) -> Value:
     return lambda result: result.at(step, metric)
 
 
+def equal_arms(findings: Findings) -> list[tuple[str, str]]:
+    """Pairs of arms whose cells of the same start and seed, one at least, all trained alike."""
+    cells = {arm: {(r.key.start, r.key.seed): r for r in findings.of(arm)} for arm in findings.arms}
+    found = []
+    for one, other in combinations(findings.arms, 2):
+        shared = cells[one].keys() & cells[other].keys()
+        if shared and all(trained_alike(cells[one][pair], cells[other][pair]) for pair in shared):
+            found.append((one, other))
+    return found
+
+
+def equal_arms_text(one: str, other: str) -> str:
+    return (
+        f"arms {one} and {other} trained alike to the last digit: what they differ in had no effect (is the gate open, "
+        "does any rollout have privileged context? Look at gate/lambda, pmi/coverage and the runs' summary.json)"
+    )
+
+
 def write_report(findings: Findings, plots: Sequence[Path] = ()) -> Path:
     """Write FOLDER/report.md; returns its path."""
     study = findings.study
@@ -107,6 +126,7 @@ def _overview(findings: Findings) -> list[str]:
         "",
         *table(["arm", "overrides", "finished cells", "seconds a cell", "CPU seconds"], rows, left=2),
         "",
+        *[line for pair in equal_arms(findings) for line in (f"**Warning:** {equal_arms_text(*pair)}.", "")],
     ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from asd_megatron.study.plots import arm_curve, curve, plot_study
-from asd_megatron.study.report import Findings, write_report
+from asd_megatron.study.report import Findings, equal_arms, write_report
 from tests.study.world import findings, record
 
 
@@ -39,6 +39,18 @@ def test_means_and_differences(found: Findings) -> None:
     assert 0.12 <= low < 0.14 < high <= 0.16
     assert "No finished cell has this metric" not in text
     assert cells(text, "pmi/mean: differences from `grpo`", "10")[0][3] == "+0.000 ± 0.000"
+
+
+def test_arms_that_trained_alike_are_pointed_out(found: Findings) -> None:
+    assert "Warning" not in write_report(found).read_text()
+    grpo = {(r.key.start, r.key.seed): r for r in found.of("grpo")}
+    copies = [r if r.key.arm == "grpo" else replace(grpo[r.key.start, r.key.seed], key=r.key) for r in found.results]
+    same = replace(found, results=copies)
+    assert equal_arms(same) == [("grpo", "antisd")]
+    assert "**Warning:** arms grpo and antisd trained alike" in write_report(same).read_text()
+    last = copies[-1]
+    rows = [*last.rows[:-1], {**last.rows[-1], "evaluation/accuracy": 0.123}]
+    assert equal_arms(replace(found, results=[*copies[:-1], replace(last, rows=rows)])) == []
 
 
 def test_steps_and_seconds_to_the_target(found: Findings) -> None:
