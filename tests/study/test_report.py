@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asd_megatron.study.plots import arm_curve, curve, plot_study
+from asd_megatron.study.plots import arm_curve, curve, plot_study, title, without_repeats
 from asd_megatron.study.report import Findings, equal_arms, write_report
 from tests.study.world import findings, record
 
@@ -109,6 +109,14 @@ def test_curves_of_an_arm(found: Findings) -> None:
     assert grid.tolist() == [0.0, 10.0, 20.0] and mean == pytest.approx([0.27, 0.47, 0.67])
     assert sd == pytest.approx([0.0548] * 3, abs=1e-3)
     assert arm_curve(found.of("grpo"), "gate/lambda", "step") is None
+
+
+def test_panels_have_titles_in_words_and_do_not_repeat(found: Findings) -> None:
+    assert title("evaluation/accuracy", 200).startswith("Mean reward: of rewards 0 and 1, the share of right answers")
+    assert title("puzzle/u_wait", 200).endswith("[wait] (nats)")
+    doubled = [replace(r, rows=[{**row, "gate/entropy": row.get("pmi/mean")} for row in r.rows]) for r in found.results]
+    metrics = ["pmi/mean", "gate/entropy", "evaluation/accuracy"]
+    assert without_repeats(metrics, replace(found, results=doubled)) == ["pmi/mean", "evaluation/accuracy"]
 
 
 def test_plots_are_drawn_and_shown(found: Findings) -> None:
