@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--parallel", metavar="N", type=int, help="cells at a time, instead of the file's `parallel`")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--dry-run", action="store_true", help="list the cells and what they are waiting for")
-    action.add_argument("--report", action="store_true", help="run nothing: make the tables and plots anew")
+    action.add_argument("--report", action="store_true", help="run nothing: regenerate the tables and plots")
     arguments = parser.parse_args(argv)
     study = load_study(arguments.file)
     only = None if arguments.only is None else [name.strip() for name in arguments.only.split(",")]
@@ -79,7 +79,7 @@ def _run(study: Study, records: dict[Cell, CellRecord | None], parallel: int) ->
         try:
             Runner(parallel=parallel, timeout=study.timeout, progress=progress, lock=lock).run(waiting)
         except KeyboardInterrupt:
-            progress.note("interrupted: start the same command again to go on")
+            progress.note("interrupted: start the same command again to continue")
             raise
         finally:
             progress.close()

@@ -199,12 +199,12 @@ def _mismatch(examples: Sequence[Example], table: TokenTable, loss_mask: Tensor)
     yield "mismatch/mean_abs", float(np.abs(found).mean()) if found.size else NAN
     with np.errstate(over="ignore"):
         yield "mismatch/k3", float((np.expm1(found) - found).mean()) if found.size else NAN
-    yield "mismatch/ess", _effective_share(found)
-    yield "mismatch/ess_sequence", _effective_share(by_rollout[owner.unique()].numpy())
+    yield "mismatch/ess", _effective_fraction(found)
+    yield "mismatch/ess_sequence", _effective_fraction(by_rollout[owner.unique()].numpy())
 
 
-def _effective_share(log_weights: np.ndarray) -> float:
-    """(sum w)^2 / (n * sum w^2), in (0, 1]: the share of n samples that as many equal weights would come to."""
+def _effective_fraction(log_weights: np.ndarray) -> float:
+    """(sum w)^2 / (n * sum w^2), in (0, 1]: effective sample size over n."""
     if not log_weights.size:
         return NAN
     w = np.exp(log_weights - log_weights.max())  # the scale cancels: no overflow

@@ -146,7 +146,7 @@ def _how_to_read(findings: Findings) -> list[str]:
         "* p is the sign-flip test's, two-sided. Its smallest value is 2 / 2^n: 0.25 for 3 pairs. Of many differences, "
         "one in twenty has a p below 0.05 by chance.",
         "* Training seconds are wall-clock without evaluations (`time/total` less `time/evaluate`): they compare only "
-        "if nothing else ran. CPU seconds are a whole cell's, all its processes and threads.",
+        "if nothing else ran. CPU seconds are a complete cell's, all its processes and threads.",
         "",
     ]
 
@@ -229,7 +229,7 @@ def _target(findings: Findings) -> list[str]:
     return [
         f"## Until {target.metric} is at least {target.at_least:g}",
         "",
-        "The first crossing, on straight lines between the evaluations. Means are over the cells that got there; in "
+        "The first crossing, interpolated linearly between evaluations. Means are over the cells that got there; in "
         "the median the others count as later than any (a dash: half or more never did).",
         "",
         *table(header, rows),
@@ -256,7 +256,7 @@ def _equal_seconds(findings: Findings) -> list[str]:
         f"## {metric} at equal training seconds",
         "",
         f"Columns: the mean seconds after which `{findings.study.baseline_arm}` has made so many steps. Values between "
-        "evaluations are on straight lines; a cell that has ended by then has none.",
+        "evaluations are interpolated linearly; a cell that has ended by then has none.",
         "",
         *_by_arm(findings, values),
         "",
@@ -275,7 +275,7 @@ def _starts(findings: Findings) -> list[str]:
     places = [(arm, start) for arm in arms for start in study.starts if findings.of(arm, start)]
     rows = [_level(findings, arm, start, values) for arm, start in places]
     gaps = [row for arm, start in places if arm != study.baseline_arm and (row := _gap(findings, arm, start, values))]
-    shares = [row for arm in arms for row in _spreads(findings, arm, values)]
+    fractions = [row for arm in arms for row in _spreads(findings, arm, values)]
     steps = list(map(str, columns))
     lines = [f"## {metric} from each start", "", *table(["arm", "start", "n", *steps], rows, left=2), ""]
     if gaps:
@@ -285,7 +285,7 @@ def _starts(findings: Findings) -> list[str]:
         "Standard deviations of a random-effects model (analysis of variance; an estimate below 0 is 0). With few "
         "starts the first is rough.",
         "",
-        *table(["arm", "spread", *steps], shares, left=2),
+        *table(["arm", "spread", *steps], fractions, left=2),
         "",
     ]
     return lines

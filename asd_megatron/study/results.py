@@ -114,7 +114,7 @@ def read_result(key: CellKey, run_folder: Path) -> CellResult:
     rows = read_metrics(run_folder)
     if not rows:
         raise UserError(
-            f"{run_folder}/metrics.jsonl is empty though cell {key} is finished: remove its folder to run it anew"
+            f"{run_folder}/metrics.jsonl is empty though cell {key} is finished: remove its folder to run it again"
         )
     return CellResult(key, points(rows), rows, training_seconds(rows))
 
