@@ -284,10 +284,10 @@ to TensorBoard (`RUN/tensorboard`). A number that does not exist (a mean over no
 TensorBoard.
 
 Token statistics are over the *sampled* response tokens of all ranks (`loss_mask` of the rollouts), the end token
-included, the prompt never; those of the teacher, of u and of the per-token term only over rollouts that have privileged
-context. Medians and quantiles are exact and are values that occur: the smallest with at least that fraction of the
-tokens at or below it. Entropies and log-probabilities are in nats, at the sampling temperature, under the weights before the
-step's update. Unit 1 is a plain number.
+included, the prompt never; those of the teacher, of u and of the per-token term only over rollouts that have
+privileged context. Medians and quantiles are exact and are values that occur: the smallest with at least that fraction
+of the tokens at or below it. Entropies and log-probabilities are in nats, at the sampling temperature, under the
+weights before the step's update. Unit 1 is a plain number.
 
 `python tools/plot_run.py RUN` plots a run into `RUN/curves.png`, finished or not.
 

@@ -78,7 +78,7 @@ def test_text_overrides_are_literal() -> None:
 def test_a_mapping_override() -> None:
     recipe = make_recipe(MINIMAL, ["--data.chat_template_kwargs", "{enable_thinking: false}"])
     assert recipe.data.chat_template_kwargs == {"enable_thinking": False}
-    assert "given whole" in refusal("--data.chat_template_kwargs.enable_thinking", "false")
+    assert "is one value" in refusal("--data.chat_template_kwargs.enable_thinking", "false")
 
 
 @pytest.mark.parametrize(
