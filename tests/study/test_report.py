@@ -112,7 +112,9 @@ def test_curves_of_an_arm(found: Findings) -> None:
 
 
 def test_panels_have_titles_in_words_and_do_not_repeat(found: Findings) -> None:
-    assert title("evaluation/accuracy", 200).startswith("Mean reward: of rewards 0 and 1, the fraction of right answers")
+    assert title("evaluation/accuracy", 200).startswith(
+        "Mean reward: of rewards 0 and 1, the fraction of right answers"
+    )
     assert title("puzzle/u_wait", 200).endswith("[wait] (nats)")
     doubled = [replace(r, rows=[{**row, "gate/entropy": row.get("pmi/mean")} for row in r.rows]) for r in found.results]
     metrics = ["pmi/mean", "gate/entropy", "evaluation/accuracy"]
