@@ -1,4 +1,4 @@
-"""Section `checkpoint`: what is saved, and how a run goes on."""
+"""Section `checkpoint`: what is saved, and how a run resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Checkpoint(Section):
     resume: Text = Field(
         "auto",
         description=(
-            "`auto`: go on from the run folder's newest checkpoint, if any; `never`: start anew; or the folder of a"
+            "`auto`: resume from the run folder's newest checkpoint, if any; `never`: start afresh; or the folder of a"
             " checkpoint, this run's or another's."
         ),
     )

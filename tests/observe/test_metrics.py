@@ -22,6 +22,7 @@ from asd_megatron.observe.metrics import (
     supervised_metrics,
 )
 from asd_megatron.observe.names import METRICS, PHASES, reference_page, undocumented
+from asd_megatron.observe.warnings import MethodWarnings
 from asd_megatron.puzzle.metrics import PuzzleMetrics
 from asd_megatron.puzzle.tokenizer import write_tokenizer
 from asd_megatron.records import Example, FinishReason, Rollout, TokenTable
@@ -143,6 +144,15 @@ def server_names() -> set[str]:
     return set(readings.take(ServerCounters(), serving=1, restarts=0))
 
 
+def warning_names() -> set[str]:
+    """All that one misguided run shows."""
+    watch = MethodWarnings()
+    warm_up = {"gate/lambda": 0.0, "gate/warming_up": 1.0, "gate/tokens": 1.0}
+    useless = {"pmi/coverage": 0.0, "pmi/negative_share": 1.0, "pmi/mean": -9.0, "reward/mixed_groups": 0.0}
+    steps = [warm_up] + [{**useless, "gate/lambda": 0.0, "gate/h_warm": 1.0}] * 20
+    return {name for i, metrics in enumerate(steps) for name in watch.of_step(i, metrics)[0]}
+
+
 def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     emitted = {
         *step(),
@@ -151,6 +161,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *puzzle_names(),
         *Increments().of(prompts={}, rollouts={}, rewards={}),
         *server_names(),
+        *warning_names(),
     }
     assert undocumented(emitted) == []
     assert [m.name for m in METRICS if not any(m.matches(name) for name in emitted)] == []
