@@ -1,7 +1,7 @@
-"""The ranks of the parity check: `python -m asd_megatron.checks.parity_worker FOLDER CELL...` under torchrun.
+"""One rank of the parity check: `python -m asd_megatron.checks.parity_worker FOLDER CELL...` under torchrun.
 
-Runs the product's own path (packs, teacher pass, gate, update, Megatron's schedules and optimizer) in each cell's
-layout and leaves `FOLDER/CELL.pt`: losses, gradients of the first update and weight changes, as full tensors by Hugging
+Runs the trainer's own path (packs, teacher pass, gate, update, Megatron's schedules and optimizer) in each cell's
+layout and writes `FOLDER/CELL.pt`: losses, gradients of the first update and weight changes, as full tensors by Hugging
 Face name.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from asd_megatron.antisd import Gate, condition
 from asd_megatron.checks.cases import hard_batch
-from asd_megatron.checks.layouts import CELLS, Cell
+from asd_megatron.checks.layouts import CELLS, ParityCell
 from asd_megatron.distributed import device
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
@@ -33,22 +33,22 @@ from asd_megatron.trainer.updater import UpdateStats, update
 TEMPERATURE = 0.7
 LEARNING_RATE = 1e-3
 ADAM_EPSILON = 1e-4
-"""Large on purpose: an entry whose gradient is far below this is rounding noise, and Adam would blow it up to a whole
+"""Large on purpose: an entry whose gradient is far below this is rounding noise, which Adam would amplify to a full
 step."""
 
 
 @dataclass
 class Trained:
-    """One rank's model with everything an update needs."""
+    """One rank's model, optimizer and layout in a cell."""
 
     port: ModelPort
     process_groups: ProcessGroups
     optimizer: Optimizer
     layout: PackLayout
-    cell: Cell
+    cell: ParityCell
 
 
-def build(folder: Path, cell: Cell) -> Trained:
+def build(folder: Path, cell: ParityCell) -> Trained:
     from asd_megatron.checkpoint.huggingface import FolderReader, read_config
     from asd_megatron.distributed import layout as layouts
 
@@ -116,14 +116,14 @@ def snapshot(tensors: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors}
 
 
-def run_cell(folder: Path, cell: Cell) -> None:
+def run_cell(folder: Path, cell: ParityCell) -> None:
     """Two on-policy updates, then a batch with two clipped updates over two epochs, then a batch smaller than the
     data-parallel size."""
     t = build(folder, cell)
     result: dict[str, Any] = {}
     before = snapshot(t.port.export())
     gate = Gate(0.5, warmup_steps=0, h_warm=1e-3)
-    with _gradients_of_first_step(t) as gradients:
+    with _CapturedGradients(t) as gradients:
         stats = [run_step(t, hard_batch(1), gate, name="antisd")]
     result["gradients"] = dict(gradients)
     stats.append(run_step(t, hard_batch(2), gate, name="antisd"))
@@ -147,8 +147,8 @@ def run_cell(folder: Path, cell: Cell) -> None:
     layouts.shutdown_model_parallel()
 
 
-class _gradients_of_first_step:
-    """Captures full gradients between the backward pass and the optimizer's clipping."""
+class _CapturedGradients:
+    """Captures full gradients inside, between the backward pass and the optimizer's clipping."""
 
     def __init__(self, t: Trained) -> None:
         self.t = t

@@ -38,7 +38,7 @@ class Part:
 
 
 @dataclass
-class _TransferBucket:
+class _StageBucket:
     """Consecutive parameters of one stage; `numel` counts the elements of one rank's shards of them."""
 
     stage: int
@@ -47,10 +47,10 @@ class _TransferBucket:
 
 
 @dataclass
-class _Flight:
+class _Transfer:
     """A bucket in flight. `gathered` [tp, numel], on the ranks that it passes, is complete after `work`."""
 
-    bucket: _TransferBucket
+    bucket: _StageBucket
     gathered: Tensor | None
     work: dist.Work | None
 
@@ -87,64 +87,64 @@ class FullTensors:
         """
         pp, tp = self.process_groups.pp.rank(), self.process_groups.tp.rank()
         is_root = pp == tp == 0
-        flights = (self._start(b) for b in self._buckets(parts, bucket_bytes) if is_root or b.stage == pp)
-        flight = next(flights, None)
+        transfers = (self._start(b) for b in self._buckets(parts, bucket_bytes) if is_root or b.stage == pp)
+        transfer = next(transfers, None)
         following = None
         try:
-            while flight is not None:
-                following = next(flights, None)
-                flight.wait()
+            while transfer is not None:
+                following = next(transfers, None)
+                transfer.wait()
                 if is_root:
-                    yield from self._unsharded(flight)
-                elif tp == 0 and flight.gathered is not None:
-                    dist.send(flight.gathered, group=self.process_groups.pp, group_dst=0)
-                flight = following
+                    yield from self._unsharded(transfer)
+                elif tp == 0 and transfer.gathered is not None:
+                    dist.send(transfer.gathered, group=self.process_groups.pp, group_dst=0)
+                transfer = following
         except GeneratorExit:  # the consumer stops early; the other ranks send all the same
             while following is not None:
                 following.wait()
-                following = next(flights, None)
+                following = next(transfers, None)
             raise
 
-    def _buckets(self, parts: Sequence[Part], bucket_bytes: int) -> list[_TransferBucket]:
+    def _buckets(self, parts: Sequence[Part], bucket_bytes: int) -> list[_StageBucket]:
         """The same on every rank. Bytes are those of the shards of all tensor-parallel ranks."""
         size = self.process_groups.tp.size()
         limit = bucket_bytes // (size * self.dtype.itemsize)
-        buckets: list[_TransferBucket] = []
+        buckets: list[_StageBucket] = []
         for part in parts:
             numel = _shard_shape(part.rule, self.shapes, size).numel()
             if not buckets or buckets[-1].stage != part.stage or buckets[-1].numel + numel > limit:
-                buckets.append(_TransferBucket(part.stage, [], 0))
+                buckets.append(_StageBucket(part.stage, [], 0))
             buckets[-1].parts.append(part)
             buckets[-1].numel += numel
         return buckets
 
-    def _start(self, bucket: _TransferBucket) -> _Flight:
+    def _start(self, bucket: _StageBucket) -> _Transfer:
         """Start the transfer that brings the bucket to this rank, or takes this rank's shards from it."""
         tp, pp = self.process_groups.tp, self.process_groups.pp
         if bucket.stage != pp.rank():
             gathered = self._empty(tp.size(), bucket.numel)
-            return _Flight(bucket, gathered, dist.irecv(gathered, group=pp, group_src=bucket.stage))
+            return _Transfer(bucket, gathered, dist.irecv(gathered, group=pp, group_src=bucket.stage))
         mine = self._empty(1, bucket.numel)
         for part, shard in self._shards(bucket, mine):
             assert part.shard is not None, part.rule
             shard[0].copy_(part.shard.detach())
         if tp.size() == 1:
-            return _Flight(bucket, mine, None)
+            return _Transfer(bucket, mine, None)
         if tp.rank() != 0:
-            return _Flight(bucket, None, dist.gather(mine[0], group=tp, group_dst=0, async_op=True))
+            return _Transfer(bucket, None, dist.gather(mine[0], group=tp, group_dst=0, async_op=True))
         gathered = self._empty(tp.size(), bucket.numel)
-        return _Flight(bucket, gathered, dist.gather(mine[0], list(gathered), group=tp, group_dst=0, async_op=True))
+        return _Transfer(bucket, gathered, dist.gather(mine[0], list(gathered), group=tp, group_dst=0, async_op=True))
 
-    def _unsharded(self, flight: _Flight) -> Iterator[tuple[str, Tensor]]:
-        assert flight.gathered is not None
-        storage = flight.gathered.untyped_storage().data_ptr()
-        for part, shards in self._shards(flight.bucket, flight.gathered):
+    def _unsharded(self, transfer: _Transfer) -> Iterator[tuple[str, Tensor]]:
+        assert transfer.gathered is not None
+        storage = transfer.gathered.untyped_storage().data_ptr()
+        for part, shards in self._shards(transfer.bucket, transfer.gathered):
             full = part.rule.operation.unshard(shards, self.shapes)
             for name, tensor in zip(part.rule.names(part.layer), full, strict=True):
                 # A tensor that the consumer keeps must not keep the bucket's memory.
                 yield name, tensor.clone() if tensor.untyped_storage().data_ptr() == storage else tensor.contiguous()
 
-    def _shards(self, bucket: _TransferBucket, flat: Tensor) -> Iterator[tuple[Part, list[Tensor]]]:
+    def _shards(self, bucket: _StageBucket, flat: Tensor) -> Iterator[tuple[Part, list[Tensor]]]:
         """Each part's shards as views of `flat` [n, numel], one row for each of n ranks."""
         start = 0
         for part in bucket.parts:

@@ -120,7 +120,7 @@ class PackLayout:
 
     def __post_init__(self) -> None:
         if self.share_prefixes and self.context > 1:
-            raise ValueError("sequences that are cut over context-parallel ranks cannot share prefixes")
+            raise ValueError("sequences that are split over context-parallel ranks cannot share prefixes")
 
     @classmethod
     def of(

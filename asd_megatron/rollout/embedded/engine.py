@@ -39,7 +39,7 @@ FAILURES = {
 
 
 @dataclass(frozen=True)
-class Piece:
+class GroupSlice:
     """Part of a group: samples first:first+samples of the submission's prompt number `prompt`."""
 
     prompt: int
@@ -48,7 +48,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Response:
+class SampledResponse:
     """One finished row of a batch, as it is sent to global rank 0."""
 
     prompt: int
@@ -183,12 +183,12 @@ class EmbeddedEngine:
     def close(self) -> None:
         self.abort()
 
-    def _sample(self, submission: _Submission, deadline: float) -> tuple[list[Response], int]:
+    def _sample(self, submission: _Submission, deadline: float) -> tuple[list[SampledResponse], int]:
         """Sample this data-parallel rank's groups; returns (responses, on the rank that draws; outcome)."""
         replica, replicas = self._process_groups.dp.rank(), self._process_groups.dp.size()
         lengths = [len(prompt.ids) for prompt in submission.prompts]
         mine = sorted(range(replica, len(lengths), replicas), key=lambda i: lengths[i])
-        responses: list[Response] = []
+        responses: list[SampledResponse] = []
         for chunk in plan_chunks(mine, submission.params.n, self._max_batch_size):
             rows, outcome = self._sample_chunk(submission, chunk, deadline)
             if outcome in FAILURES:
@@ -198,16 +198,16 @@ class EmbeddedEngine:
         return responses, FINISHED
 
     def _sample_chunk(
-        self, submission: _Submission, chunk: Sequence[Piece], deadline: float
+        self, submission: _Submission, chunk: Sequence[GroupSlice], deadline: float
     ) -> tuple[_Rows | None, int]:
         device = self._port.device
         rows = _Rows(self._seed, submission, chunk, self._tokenizer) if self._draws else None
-        prompts = [submission.prompts[piece.prompt].ids for piece in chunk]
+        prompts = [submission.prompts[part.prompt].ids for part in chunk]
         new = submission.params.max_new_tokens
         cache = KVCache(len(prompts), max(len(ids) for ids in prompts), block=min(new, CACHE_BLOCK))
         logits = self._prefill(prompts, cache)
         # From one row for each prompt to one for each sample.
-        repeat = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor([piece.samples for piece in chunk]))
+        repeat = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor([part.samples for part in chunk]))
         cache.expand(repeat)
         logits = logits[repeat.to(device)] if logits is not None else None
         positions = cache.lengths.to(device)
@@ -289,7 +289,7 @@ class EmbeddedEngine:
                 dist.broadcast(control, group=pp, group_src=pp.size() - 1)
         return control[0].to(self._port.device), control[1].cpu().numpy()
 
-    def _deliver(self, submission: _Submission, responses: list[Response]) -> list[Group]:
+    def _deliver(self, submission: _Submission, responses: list[SampledResponse]) -> list[Group]:
         """All ranks' responses as complete groups in submitted order, on global rank 0; [] elsewhere."""
         gathered = gather_objects(responses, 0, self._process_groups.world)
         if gathered is None:
@@ -315,7 +315,7 @@ class EmbeddedEngine:
 class _Rows:
     """The unfinished responses of a batch, on the rank that draws."""
 
-    def __init__(self, seed: int, submission: _Submission, chunk: Sequence[Piece], tokenizer: Any | None) -> None:
+    def __init__(self, seed: int, submission: _Submission, chunk: Sequence[GroupSlice], tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
         self._params = submission.params
         names = submission.noise_names()
@@ -354,11 +354,11 @@ class _Rows:
     def keep(self, indices: NDArray[np.int64]) -> None:
         self._alive = self._alive[indices]
 
-    def responses(self) -> list[Response]:
+    def responses(self) -> list[SampledResponse]:
         found = []
         for row, (prompt, sample) in enumerate(self._rows):
             ids, logprobs = self._ids[row, : self._length[row]], self._logprobs[row, : self._length[row]]
-            found.append(Response(prompt, sample, ids, logprobs, self._reason[row], self._text(ids)))
+            found.append(SampledResponse(prompt, sample, ids, logprobs, self._reason[row], self._text(ids)))
         return found
 
     def _text(self, ids: NDArray[np.int64]) -> str:
@@ -379,10 +379,10 @@ def _decoder(tokenizer: Any | None) -> Callable[[Sequence[int]], str] | None:
     return None if tokenizer is None else lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def plan_chunks(indices: Sequence[int], n: int, max_rows: int) -> list[list[Piece]]:
+def plan_chunks(indices: Sequence[int], n: int, max_rows: int) -> list[list[GroupSlice]]:
     """Batches of at most max_rows rows made of complete groups; a group larger than that is split into batches of its
     own. 3 groups of 4 with 8 rows: [0, 1], [2]; with 3 rows: each group 3 samples, then 1."""
     if n > max_rows:
-        return [[Piece(i, first, min(max_rows, n - first))] for i in indices for first in range(0, n, max_rows)]
+        return [[GroupSlice(i, first, min(max_rows, n - first))] for i in indices for first in range(0, n, max_rows)]
     per_chunk = max_rows // n
-    return [[Piece(i, 0, n) for i in indices[at : at + per_chunk]] for at in range(0, len(indices), per_chunk)]
+    return [[GroupSlice(i, 0, n) for i in indices[at : at + per_chunk]] for at in range(0, len(indices), per_chunk)]
