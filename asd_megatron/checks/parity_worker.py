@@ -8,6 +8,7 @@ Face name.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def run_step(
     )
 
 
-def snapshot(tensors: Any) -> dict[str, Tensor]:
+def snapshot(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors}
 
 

@@ -343,21 +343,27 @@ def _context_parallel(
     return torch.cat(outputs)
 
 
+@dataclass
+class CacheHolder:
+    """The cache of the current forward, for all layers. It holds the first `rows` rows of the batch; the others are
+    fill (`fill_rows`)."""
+
+    cache: Attends | None = None
+    rows: int = 0
+
+
 class CachedAttention(torch.nn.Module):
-    """Replaces a layer's core attention while the embedded engine samples: attends through the engine's cache.
+    """Replaces a layer's core attention while the embedded engine samples: attends over the engine's cache."""
 
-    `holder.cache` is that cache (`Attends`). It holds the first `holder.rows` rows of the batch; the others are fill
-    (`fill_rows`).
-    """
+    holder: CacheHolder
 
-    holder: Any
-
-    def __init__(self, holder: Any, layer_number: int, softmax_scale: float | None) -> None:
+    def __init__(self, holder: CacheHolder, layer_number: int, softmax_scale: float) -> None:
         super().__init__()
         self.__dict__["holder"] = holder  # not a submodule, not state
         self.layer_number, self.softmax_scale = layer_number, softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        assert self.holder.cache is not None
         filled = query.shape[1]
         query, key, value = (x[:, : self.holder.rows] for x in (query, key, value))
         out = self.holder.cache.attend(self.layer_number, query, key, value, self.softmax_scale)

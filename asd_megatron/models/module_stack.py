@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from asd_megatron.models.attention import Attends, CachedAttention
+from asd_megatron.models.attention import Attends, CachedAttention, CacheHolder
 from asd_megatron.models.gpt import softmax_scale
 from asd_megatron.models.rope import angles
 
@@ -21,7 +20,7 @@ SEQUENCE_PARALLEL_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", 
 class ModuleStack:
     """A chunk's embedding and layers as Megatron's modules (a `models.decoder.Stack`)."""
 
-    def __init__(self, chunk: Any, holder: Any, inverse_frequencies: Tensor) -> None:
+    def __init__(self, chunk: Any, holder: CacheHolder, inverse_frequencies: Tensor) -> None:
         self._chunk, self._holder, self._inverse_frequencies = chunk, holder, inverse_frequencies
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ def sampling_modules(chunk: Any, config: Any, inverse_frequencies: Tensor) -> It
         saved += [(module, f, True) for f in SEQUENCE_PARALLEL_FLAGS if getattr(module, f, False) is True]
     attentions = [layer.self_attention for layer in chunk.decoder.layers]
     cores = [a.core_attention for a in attentions]
-    holder = SimpleNamespace(cache=None, rows=0)
+    holder = CacheHolder()
     try:
         for owner, name, _ in saved:
             setattr(owner, name, False)
