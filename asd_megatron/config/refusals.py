@@ -9,6 +9,12 @@ from pydantic import BaseModel, ValidationError
 
 from asd_megatron.config.base import section_schema, type_in_words, value_in_words
 
+RENAMED_KEYS = {
+    "rollout.receipt": "rollout.verify_weights",
+    "rollout.receipt_tolerance": "rollout.verify_tolerance",
+}
+"""Keys of earlier versions, each with its new name."""
+
 
 def dotted_keys(schema: type[BaseModel]) -> list[str]:
     """Every `section.key` of a recipe class, in order."""
@@ -39,6 +45,8 @@ def nearest_key(schema: type[BaseModel], dotted: str) -> str:
 
 def unknown_key(schema: type[BaseModel], dotted: str) -> str:
     """`algorithm.lamda: unknown key; the nearest valid one is algorithm.lambda_max`."""
+    if (new := RENAMED_KEYS.get(dotted)) in dotted_keys(schema):
+        return f"{dotted}: this key is now called {new}"
     nearest = nearest_key(schema, dotted)
     if dotted in schema.model_fields:
         keys = ", ".join(f"{dotted}.{key}" for key in section_schema(schema, dotted).model_fields)
