@@ -110,7 +110,7 @@ class ServerPool:
             dead = next((process for process in waiting if not process.alive), None)
             if dead is not None and dead.port_taken and dead.name not in again:
                 again.add(dead.name)  # a port that it chose itself at the same moment as another server
-                self._say(f"{dead.name} found a port in use: it is started once more")
+                self._say(f"{dead.name} found a port in use: once more")
                 dead.start()
                 continue
             if dead is not None:
@@ -161,7 +161,7 @@ class ServerPool:
             return
         pause = min(self.backoff[0] * 2**server.restarts, self.backoff[1])
         server.state, server.since = "waiting", now + pause
-        self._say(f"{server.process.name} {how}: restarting in {pause:.3g} s ({server.process.log})")
+        self._say(f"{server.process.name} {how}: starting again in {pause:.3g} s ({server.process.log})")
 
     def _restart(self, server: _Watched, now: float) -> None:
         server.restarts += 1

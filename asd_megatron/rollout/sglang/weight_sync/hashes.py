@@ -31,7 +31,7 @@ class TensorHash(Protocol):
         ...
 
     def hexdigest(self) -> str:
-        """16 hexadecimal digits, after `finish`. Waits for the device."""
+        """16 hexadecimal digits. Waits for the device."""
         ...
 
 
@@ -67,7 +67,9 @@ class WordHash:
         self._sum = _word_sum(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def hexdigest(self) -> str:
-        assert self._sum is not None, "hexdigest comes after finish"
+        if self._sum is None:
+            self.finish()
+        assert self._sum is not None
         return f"{_splitmix(int(self._sum) & U64):016x}"
 
 
