@@ -149,6 +149,7 @@ def curl_line(url: str, model: Path, file: Path | None) -> str:
     """A shell command that asks the server at `url` a question: a chat completion for a model with a chat template, a
     plain completion otherwise. It reads the generation key from `file` (None: from the environment), so that the
     terminal does not show it."""
+    body: dict[str, object]
     if _has_chat_template(model):
         path, body = "chat/completions", {"messages": [{"role": "user", "content": QUESTION}]}
     else:

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
+import asd_megatron
 from asd_megatron.cli.main import main
 from asd_megatron.cli.serve import curl_line, keys, server_options
 from asd_megatron.errors import UserError
 from tests.rollout.sglang.fake_environment import fake_python, group_members
-from tests.rollout.sglang.sglang_world import request
+from tests.rollout.sglang.sglang_world import request, sglang_python
 
 SECONDS = 60.0
 
@@ -128,3 +129,23 @@ def test_a_model_with_a_chat_template_is_asked_in_chat(model: Path) -> None:
     (model / "tokenizer_config.json").write_text("{}")
     (model / "chat_template.jinja").write_text("{{ messages }}")
     assert "/chat/completions" in curl_line("http://127.0.0.1:30000", model, None)
+
+
+@pytest.mark.sglang
+def test_a_real_server_answers_the_printed_line(tmp_path: Path) -> None:
+    """The puzzle's model, which has a chat template."""
+    model = Path(asd_megatron.__file__).parent / "puzzle" / "warm_start"
+    command = [sys.executable, "-m", "asd_megatron.cli.main", "serve", str(model), "--python", str(sglang_python())]
+    with subprocess.Popen([*command, "--log-folder", str(tmp_path)], stdout=subprocess.PIPE, text=True) as serve:
+        try:
+            assert serve.stdout is not None
+            said = ""
+            while "ready" not in said and (line := serve.stdout.readline()):
+                said += line
+            asked = subprocess.run(curl(said), shell=True, capture_output=True, text=True, timeout=SECONDS)
+            answer = json.loads(asked.stdout)
+            assert answer["object"] == "chat.completion" and answer["choices"][0]["message"]["content"]
+            serve.send_signal(signal.SIGTERM)
+            assert serve.wait(SECONDS) == 0
+        finally:
+            serve.kill()

@@ -51,7 +51,7 @@ def test_the_loaded_nccl_counts_and_not_the_one_that_torch_was_built_with(monkey
             assert name == "libnccl.so.2"
 
         @staticmethod
-        def ncclGetVersion(version: Any) -> int:  # noqa: N802
+        def ncclGetVersion(version: Any) -> int:
             version._obj.value = 23007
             return 0
 

@@ -1,4 +1,4 @@
-"""A Python environment whose SGLang is twenty lines of HTTP server: what a pool does with processes, in seconds.
+"""A Python environment with a fake SGLang, a small HTTP server, so that a pool's processes start in a second.
 
 Its server, or router, answers every path (a POST with the key alone: what it was sent), has a child process, and
 misbehaves as its arguments say: `--fail` (says why and ends), `--port-in-use` (the same, the first time),

@@ -48,7 +48,9 @@ class UpdateGroup:
         self._receivers, self._device, self._timeout = tuple(receivers), device, timeout
         self._backend = "nccl" if device.type == "cuda" else "gloo"
         self._daemon: dist.TCPStore | None = None
-        self._group = self._join(address or address_towards([receiver.url for receiver in receivers]))
+        self._group: dist.ProcessGroup | None = self._join(
+            address or address_towards([receiver.url for receiver in receivers])
+        )
 
     def serves(self, receivers: Sequence[Receiver]) -> bool:
         """Whether it is the group of exactly these servers."""
@@ -57,6 +59,7 @@ class UpdateGroup:
 
     def broadcast(self, data: Tensor) -> None:
         """Blocks until `data` is sent to every rank. Raises RuntimeError when a rank is gone, or after `timeout`."""
+        assert self._group is not None, "the group was closed"
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
         options.timeout = timedelta(seconds=self._timeout)
@@ -91,7 +94,7 @@ class UpdateGroup:
             self._receivers, lambda receiver: ask(receiver, path, body, LEAVE_SECONDS), LEAVE_SECONDS + SLACK_SECONDS
         )
 
-    def _join(self, address: str) -> Any:
+    def _join(self, address: str) -> dist.ProcessGroup:
         """Our end of the group, once all have joined."""
         seconds = min(JOIN_SECONDS, self._timeout)
         # The daemon is separate from our own client: without it, every wait for another rank to join ends.
@@ -106,7 +109,7 @@ class UpdateGroup:
         try:
             ours = pool.submit(self._make, address, port, seconds)
             theirs = {receiver.url: pool.submit(invite, receiver) for receiver in self._receivers}
-            futures = [ours, *theirs.values()]
+            futures: list[Future[Any]] = [ours, *theirs.values()]
             done, late = wait(futures, seconds, FIRST_EXCEPTION)
             if late or any(future.exception() is not None for future in done):
                 daemon = None
@@ -120,7 +123,9 @@ class UpdateGroup:
         ours.add_done_callback(_leave_when_joined)
         if ours.done() and (error := ours.exception()) is not None and not isinstance(error, RuntimeError):
             raise error  # stores and backends raise RuntimeError alone
-        others = "the update group was not created" + (f": {why}" if (why := _why(ours)) is not None else "")
+        others = f"the update group was not created at {address} (rollout.weight_sync_address)"
+        if (why := _why(ours)) is not None:
+            others += f": {why}"
         raise TransferIncomplete(incomplete(self._receivers, failures, others))
 
     def _invitations(self, address: str, port: int) -> dict[str, dict[str, Any]]:
@@ -139,7 +144,7 @@ class UpdateGroup:
             offset += receiver.tensor_parallel
         return bodies
 
-    def _make(self, address: str, port: int, seconds: float) -> Any:
+    def _make(self, address: str, port: int, seconds: float) -> dist.ProcessGroup:
         """Our end. torch's helper is private, but SGLang 0.5.23 creates its end with the same one
         (`init_custom_process_group`): both must use the same key names in the store, and no public function creates a
         group outside the default one.
@@ -156,6 +161,7 @@ class UpdateGroup:
             size, 0, [], c10d.Backend(self._backend), store, group_name=self.name, timeout=limit
         )
         c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
+        assert isinstance(group, dist.ProcessGroup)
         return group
 
 
@@ -202,11 +208,11 @@ def _why(future: Future[Any]) -> str | None:
     return None if error is None else reason(error)
 
 
-def _leave_when_joined(joined: Future[Any]) -> None:
+def _leave_when_joined(joined: Future[dist.ProcessGroup]) -> None:
     if not joined.cancelled() and joined.exception() is None:
         _leave(joined.result())
 
 
-def _leave(group: Any) -> None:
+def _leave(group: dist.ProcessGroup) -> None:
     with suppress(RuntimeError, ValueError):  # ValueError: it ended together with the default group
         dist.destroy_process_group(group)

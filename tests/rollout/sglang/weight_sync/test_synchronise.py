@@ -30,7 +30,7 @@ ALL_STEPS += ["/update_weight_version", "/continue_generation"]
 
 
 class FakeTransport:
-    """Remembers what came; fails as told."""
+    """Records what it was sent; fails as configured."""
 
     def __init__(self, failures: dict[str, str] | None = None, *, needs_session: bool = True) -> None:
         self.needs_session = needs_session
