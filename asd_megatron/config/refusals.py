@@ -11,6 +11,11 @@ from asd_megatron.config import foreign
 from asd_megatron.config.base import section_schema, type_in_words, value_in_words
 
 GENERIC = {"name", "path", "every"}  # keys that mean another thing in each section
+RENAMED_KEYS = {
+    "rollout.receipt": "rollout.verify_weights",
+    "rollout.receipt_tolerance": "rollout.verify_tolerance",
+}
+"""Keys of earlier versions, each with its new name."""
 
 
 def dotted_keys(schema: type[BaseModel]) -> list[str]:
@@ -46,6 +51,8 @@ def nearest_key(schema: type[BaseModel], dotted: str) -> str | None:
 def unknown_key(schema: type[BaseModel], dotted: str) -> str:
     """`algorithm.lamda: unknown key; the nearest valid one is algorithm.lambda_max`; another framework's key gets the
     one that does its work here, or why there is none."""
+    if (new := RENAMED_KEYS.get(dotted)) in dotted_keys(schema):
+        return f"{dotted}: this key is now called {new}"
     if dotted in schema.model_fields:
         keys = ", ".join(f"{dotted}.{key}" for key in section_schema(schema, dotted).model_fields)
         return f"{dotted}: a section takes no value of its own; its keys: {keys}"

@@ -191,13 +191,23 @@ SECTIONS = (
         "With `rollout.engine: sglang`. What an update did, in steps that had one; what was compared, of the weights "
         "being served.",
         (
-            Metric("weight_sync/seconds", "s", "from pausing the servers to their generating on"),
+            Metric("weight_sync/seconds", "s", "from pausing the servers until the last one resumes"),
             Metric("weight_sync/megabytes", "MB", "weights sent, counted once for all servers"),
             Metric("weight_sync/gb_per_second", "GB/s", "the same over those seconds"),
-            Metric("weight_sync/failures", "servers", "servers that did not get them whole"),
-            Metric("weight_sync/receipt_ok", "0 or 1", "every checksum equals the trainer's; otherwise the run stops"),
+            Metric("weight_sync/failures", "servers", "servers whose synchronisation failed"),
+            Metric("weight_sync/verified", "0 or 1", "every checksum equals the trainer's; otherwise the run stops"),
             Metric("weight_sync/checked", "tensors", "checksums compared, over all servers and their ranks"),
-            Metric("weight_sync/probe_max_abs", "nats", "largest difference of a fixed sequence's log-probs"),
+            Metric(
+                "weight_sync/probe_mean_abs",
+                "nats",
+                "mean absolute difference of the probe's log-probs to the trainer's; of the worst server",
+            ),
+            Metric("weight_sync/probe_max_abs", "nats", "largest such difference of a token, over all servers"),
+            Metric(
+                "weight_sync/probe_exceeded",
+                "servers",
+                "servers whose mean exceeds `rollout.verify_tolerance`: a warning; twice in a row stops the run",
+            ),
         ),
     ),
     Section(

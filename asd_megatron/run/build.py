@@ -96,13 +96,16 @@ def embedded_engine(session: Session, max_batch_size: int) -> EmbeddedEngine:
     )
 
 
-def rollout_engine(recipe: Recipe, session: Session) -> tuple[RolloutEngine, Callable[[], None]]:
-    """The recipe's engine, and what to call before its first use, once the run folder is there."""
+def rollout_engine(
+    recipe: Recipe, session: Session, renderer: PromptRenderer, problems: ProblemSource
+) -> tuple[RolloutEngine, Callable[[], None]]:
+    """The recipe's engine, and what to call before its first use, once the run folder is there. `renderer` and training
+    `problems` make the probe with which servers are verified."""
     rollout = recipe.rollout
     if rollout.engine == "sglang":
         from asd_megatron.run.serving import sglang_engine  # its HTTP client is nobody else's
 
-        engine = sglang_engine(session)
+        engine = sglang_engine(session, renderer, problems)
         return engine, engine.start
     if rollout.engine == "replay":
         return ReplayEngine(str(rollout.replay_folder), session.process_groups, session.tokenizer), lambda: None

@@ -87,7 +87,7 @@ class TrainingRun:
         self.verifier = session.only_root(lambda: make_verifier(**recipe.reward.model_dump()))
         if self.verifier is not None:
             session.closing.callback(self.verifier.close)
-        self.engine, self._start_engine = rollout_engine(recipe, session)
+        self.engine, self._start_engine = rollout_engine(recipe, session, self.renderer, train_set)
         session.closing.callback(self.engine.close)
         self.collector = Collector(
             self.engine,

@@ -47,11 +47,11 @@ def rollout(pair: SGLangWorld, **keys: Any) -> dict[str, Any]:
 
 
 def check_steps(folder: Path, number: int) -> list[dict[str, Any]]:
-    """Every step is there, has every sample once, from weights whose receipt is green."""
+    """Every step is there, has every sample once, from verified weights."""
     rows = [row for row in read_metrics(folder) if row["step"] > 0]
     assert [row["step"] for row in rows] == list(range(1, number + 1))
     for row in rows:
-        assert row["weight_sync/receipt_ok"] == 1 and row["mismatch/max_abs"] < MISMATCH
+        assert row["weight_sync/verified"] == 1 and row["mismatch/max_abs"] < MISMATCH
         assert row["rollouts/total"] == ROLLOUTS and row["rollouts/aborted"] == row["rollouts/dropped_groups"] == 0
         rollouts = [example.rollout for example in dump(folder, row["step"]).examples]
         assert set(Counter((r.prompt_id, r.sample) for r in rollouts).values()) == {1}

@@ -31,6 +31,7 @@ from asd_megatron.rollout.collector import Counts
 from asd_megatron.rollout.sglang.client.requests import Counters as ServerCounters
 from asd_megatron.rollout.sglang.counters import Readings
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
+from asd_megatron.rollout.sglang.weight_sync.verification import ProbeDifference
 from tests.observe.batch import make_examples, make_table
 
 GATE = GateReading(open=True, lam=0.5, entropy=2.0, h_warm=1.5, close_below=1.395)
@@ -140,7 +141,8 @@ def puzzle_names() -> set[str]:
 
 def server_names() -> set[str]:
     readings = Readings()
-    readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.5, checked=1, probe=0.0))
+    probes = {"http://a": ProbeDifference(0.0, 0.0, False)}
+    readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.5, checked=1, probes=probes))
     return set(readings.take(ServerCounters(), serving=1, restarts=0))
 
 

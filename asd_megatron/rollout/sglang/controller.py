@@ -21,7 +21,7 @@ from asd_megatron.rollout.sglang.grouping import Assembler, Labels
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.weight_sync.protocol import Receiver, Transport
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
-from asd_megatron.rollout.sglang.weight_sync.verification import Probe, Receipt
+from asd_megatron.rollout.sglang.weight_sync.verification import Probe, WeightVerifier
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +54,9 @@ class ServedModel:
 class Backend:
     """Servers that are reached through `fleet` and given weights through `transport`.
 
-    model: what the servers have to serve. pool: the servers that are started here, None when they run already. receipt:
-    compares what arrived with what was sent, None: nothing is compared; tolerance: of its log-probs of `probe_ids`.
+    model: what the servers have to serve. pool: the servers that are started here, None when they run already.
+    verifier: compares what arrived with what was sent, None: nothing is compared; tolerance: of the log-probs of
+    `probe_ids`.
     start_timeout: seconds for the servers to be there at first; wait_timeout: seconds without any usable server after
     which generation or an update gives up. colocated: the servers share the trainer's devices. closing: what ends with
     the engine (the fleet, the transport, the pool).
@@ -70,7 +71,7 @@ class Backend:
         *,
         model: ServedModel,
         pool: ServerPool | None,
-        receipt: Receipt | None,
+        verifier: WeightVerifier | None,
         tolerance: float,
         probe_ids: tuple[int, ...],
         start_timeout: float,
@@ -81,7 +82,7 @@ class Backend:
         self._fleet, self._transport, self._assembler, self._labels = fleet, transport, assembler, labels
         self._model = model
         self._pool = pool
-        self._receipt, self._tolerance, self._probe_ids = receipt, tolerance, probe_ids
+        self._verifier, self._tolerance, self._probe_ids = verifier, tolerance, probe_ids
         self._start_timeout = start_timeout
         self._wait_timeout = wait_timeout
         self._colocated = colocated
@@ -183,11 +184,11 @@ class Backend:
 
     def send(self, tensors: Iterator[tuple[str, Tensor]], version: int, probe: Sequence[float] | None) -> bool:
         """Give the weights to every server that can be reached and lacks them; whether one has them now. `tensors` is
-        read to its end. Raises ReceiptError when something else arrived than was sent."""
+        read to its end. Raises VerificationError when something else arrived than was sent."""
         label = self._labels.label(version)
         receivers = self._lacking(version)
-        if self._receipt is not None:
-            self._receipt.probe = None if probe is None else Probe(self._probe_ids, tuple(probe), self._tolerance)
+        if self._verifier is not None:
+            self._verifier.probe = None if probe is None else Probe(self._probe_ids, tuple(probe), self._tolerance)
         with self._fleet.updating(label):
             self._awake.close()
             report = synchronise(
@@ -195,7 +196,7 @@ class Backend:
                 receivers,
                 tensors,
                 label,
-                receipt=self._receipt,
+                verifier=self._verifier,
                 before_generating=self._take_memory,
             )
             for receiver in receivers:

@@ -77,7 +77,7 @@ class World:
         settings: dict[str, Any] = {
             "model": ServedModel(("Fake",), 1000),
             "pool": None,
-            "receipt": None,
+            "verifier": None,
             "tolerance": 0.1,
             "probe_ids": (1, 2),
             "start_timeout": 10.0,

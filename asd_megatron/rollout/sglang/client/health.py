@@ -9,7 +9,7 @@ from contextlib import suppress
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.client.api import ServerBusy, ServerError, ServerLate, ServerRefused
 from asd_megatron.rollout.sglang.client.requests import Attempts, Member
-from asd_megatron.rollout.sglang.servers.options import OLDEST, too_old
+from asd_megatron.rollout.sglang.servers.versions import OLDEST, too_old
 
 BETWEEN_ROUNDS = 0.5  # seconds, while waiting for the first server
 PATIENCE = 3  # probes in a row that a working server may leave unanswered: it may be busy with a long prompt

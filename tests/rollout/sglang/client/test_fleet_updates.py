@@ -71,7 +71,7 @@ def test_answers_of_a_server_that_the_update_failed_are_thrown_away(fake_pair: A
             server.label = "tag-2"
         until(lambda: fake_pair[0].running + fake_pair[1].running == 0)
         fleet.admit(fake_pair[1].url, "tag-2")
-        fleet.withdraw(fake_pair[0].url, "the receipt is wrong")
+        fleet.withdraw(fake_pair[0].url, "the verification failed")
     results = gather(fleet)
     check_whole(results, asked)
     assert {r.url for r in results} == {fake_pair[1].url}
