@@ -143,7 +143,9 @@ def weight_files(folder: Path) -> list[Path]:
             )
     weight_map = read_json_object(folder / INDEX, "download it again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX} is damaged (`weight_map` must be an object of file names): download it again")
+        raise UserError(
+            f"{folder / INDEX} is damaged (`weight_map` must be an object of file names): download it again"
+        )
     for name in weight_map.values():
         if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name):
             raise UserError(
@@ -228,7 +230,7 @@ def copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:
 def _belongs(file: Path, source: Path) -> bool:
     """Whether a resolved file is one of the model folder `source`, or of the cache repository that it is a snapshot of:
 
-        hub/models--Qwen--Qwen3-8B/snapshots/b968826/tokenizer.json -> ../../blobs/aeb13307a71a
+    hub/models--Qwen--Qwen3-8B/snapshots/b968826/tokenizer.json -> ../../blobs/aeb13307a71a
     """
     folder = source.resolve()
     caches = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]

@@ -57,16 +57,10 @@ def fill(optimizer: MegatronOptimizer) -> None:
     """Give parameters without Adam state the state that they would get at their first step."""
     for part in parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)  # `exp_avg` and `exp_avg_sq`, of whichever Adam
-    for adam in _torch_adams(optimizer):
-        _fill_steps(adam)
-
-
-def _fill_steps(adam: torch.optim.Optimizer) -> None:
-    """PyTorch's Adam counts steps in the state of each parameter, Transformer Engine's and Apex's in the group, where
-    the first step creates the counter."""
-    for group in adam.param_groups:
-        for p in group["params"]:
-            adam.state[p].setdefault("step", torch.zeros((), device=p.device if group["fused"] else None))
+    for adam in _torch_adams(optimizer):  # it alone counts steps by parameter; the others by group, from the first on
+        for group in adam.param_groups:
+            for p in group["params"]:
+                adam.state[p].setdefault("step", torch.zeros((), device=p.device if group["fused"] else None))
 
 
 @contextmanager
@@ -127,12 +121,13 @@ def loading(optimizer: MegatronOptimizer, state: Any) -> Iterator[None]:
     recipe's."""
     hyper = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
     _use_own_rates(state, hyper)
+    if _torch_adams(optimizer):
+        _add_first_steps(state)
     with ExitStack() as stack:
         for part in _distributed_parts(optimizer):
             stack.enter_context(_keeping_steps(part))
         yield
     for adam in _torch_adams(optimizer):
-        _fill_steps(adam)  # Megatron saves no step that is 0
         for of_parameter in adam.state.values():
             of_parameter["step"] = of_parameter["step"].clone()
     for group, values in zip(optimizer.param_groups, hyper, strict=True):
@@ -158,6 +153,20 @@ def _use_own_rates(state: Any, hyper: Sequence[Mapping[str, Any]]) -> None:
     elif isinstance(state, list | tuple):
         for part in state:
             _use_own_rates(part, hyper)
+
+
+def _add_first_steps(state: Any) -> None:
+    """Give the saved parameters of PyTorch's Adam, wherever they are in the nested state, a step: Megatron stores one
+    for all as `common_step`, but none while it is 0."""
+    if not isinstance(state, dict):
+        return
+    if "param_groups" in state and "state" in state:
+        if "common_step" not in state["state"]:
+            for of_parameter in state["state"].values():
+                of_parameter.setdefault("step", torch.zeros(()))
+        return
+    for part in state.values():
+        _add_first_steps(part)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ that was abandoned when the run was resumed from an older one. The first save af
 
     20, 40, 60    resumed from 20: `latest` names 20    30 is saved: 20, 30
 
-Extra states of modules (keys `..._extra_state`) are neither stored nor loaded. Transformer Engine unpickles its own, so a
-crafted one would run code; its modules have some where Megatron's have none, so checkpoints of one would not load into
-the other; and only FP8's delayed scaling, which is not used here, keeps anything in them.
+Extra states of modules (keys `..._extra_state`) are neither stored nor loaded. Transformer Engine unpickles its own, so
+a crafted one would run code; its modules have some where Megatron's have none, so checkpoints of one would not load
+into the other; and only FP8's delayed scaling, which is not used here, keeps anything in them.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ FORMAT = 1
 RUN_STATE = "run_state.json"
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{6,})")
+_TORCH_SAVE = ("inline_container", "iostream error")  # in what `torch.save` raises on a full disk
 
 
 def save(
@@ -72,9 +73,10 @@ def save(
     but the newest `keep` of this one.
 
     `port` is wrapped in Megatron's DDP. `run_state` holds numbers, strings, lists and string-keyed dicts (else
-    ValueError); rank 0's is stored. Readers see a complete checkpoint or none: it is written aside and renamed. An error
-    on any rank is raised on all, a UserError where the operating system refused; older checkpoints and `latest` then
-    stay as they were.
+    ValueError); rank 0's is stored. Readers see a complete checkpoint or none: it is written aside and renamed.
+
+    An error on any rank is raised on all, a UserError where the operating system refused; older checkpoints and
+    `latest` then stay as they were.
     """
     folder = Path(folder)
     host = port.process_groups.host
@@ -203,7 +205,8 @@ def _chunks(port: ModelPort) -> dict[str, MegatronModule]:
 
 
 def _is_extra_state(key: str) -> bool:
-    return key.rpartition(".")[2].startswith("_extra_state")
+    """`final_layernorm._extra_state`, and what Megatron renames it to: `linear_qkv.layer_norm__extra_state`."""
+    return "_extra_state" in key.rpartition(".")[2]
 
 
 def _state(
@@ -217,7 +220,9 @@ def _state(
     }
     model = {}
     for key, chunk in _chunks(port).items():
-        sharded = chunk.sharded_state_dict(metadata=dict(metadata))  # Megatron completes it in place: every call its own
+        sharded = chunk.sharded_state_dict(
+            metadata=dict(metadata)
+        )  # Megatron completes it in place: every call its own
         model[key] = {k: v for k, v in sharded.items() if not _is_extra_state(k)}
     optimizer_state.fill(optimizer)
     # The optimizer finds its parameters' shards in the nested dict: chunks share key names, a flat one would lose some.
@@ -258,8 +263,8 @@ def _system_reason(error: BaseException | None) -> str | None:
     while error is not None and not isinstance(error, UserError):
         if isinstance(error, OSError):
             return str(error)
-        if isinstance(error, RuntimeError) and "inline_container" in str(error):  # the zip writer of torch.save
-            return str(error).splitlines()[0]
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCH_SAVE):
+            return f"a file cannot be written ({str(error).splitlines()[0]})"
         error = error.__cause__ or error.__context__
     return None
 
