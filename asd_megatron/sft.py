@@ -114,7 +114,6 @@ def train(run: SupervisedRun) -> None:
             session.writer.write(step, metrics)
         session.progress.update(step, metrics)
         session.checkpoint_if_due(step, run.state(step))
-    session.export_if_missing()
     if session.is_root:
         from asd_megatron.observe.plots import plot_run, write_summary
 

@@ -287,7 +287,6 @@ class TrainingRun:
 
     def finish(self) -> None:
         """RUN/summary.json and RUN/curves.png."""
-        self.session.export_if_missing()
         if self.session.is_root:
             from asd_megatron.observe.plots import plot_run, write_summary
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from asd_megatron.checkpoint import training
-from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write_folder
+from asd_megatron.checkpoint.huggingface import FolderReader, is_complete, read_config, write_folder
 from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_model, check_world, dump_recipe
 from asd_megatron.data.tokenizer import check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed import device
@@ -27,7 +27,7 @@ from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import on_rank_zero
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_write
+from asd_megatron.files import atomic_write, remove_partial
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.progress import Progress
 from asd_megatron.observe.writer import RunWriter
@@ -156,6 +156,7 @@ class Session:
             self.writer = RunWriter(self.folder, tensorboard=self.recipe.logging.tensorboard, resume_step=done)
             self.closing.callback(self.writer.close)
             self.writer.text("recipe", dump_recipe(self.recipe))
+        self._export_if_missing()
 
     def _shares_prefixes(self) -> bool:
         asked = self.recipe.batching.share_prefixes
@@ -236,6 +237,8 @@ class Session:
         if self.folder.is_dir() and not self.goes_on:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.checkpoints, self.folder / "hf", self.folder / "rollouts"):
+            remove_partial(folder)
         if self.goes_on and self._resume is not None:  # it may be an older one: from now on this is the run's newest
             training.name_latest(self.checkpoints, Path(self._resume).resolve().name)
         atomic_write(self.folder / "recipe.yaml", dump_recipe(self.recipe))
@@ -283,14 +286,24 @@ class Session:
         settings = self.recipe.checkpoint
         if self.is_due(step, settings.every, at_end=settings.every > 0):
             self.save(step, run_state)
-        if self.is_due(step, settings.export_every, at_end=settings.export_at_end):
+        if self._export_is_due(step):
             self.export(step)
 
-    def export_if_missing(self) -> None:
-        """The export after the last step, when a run was stopped between that step's checkpoint and it. Collective."""
-        last = self.recipe.run.steps
-        if self.first_step > last and self.recipe.checkpoint.export_at_end and not self.on_root(self._hf(last).is_dir):
-            self.export(last)
+    def _export_is_due(self, step: int) -> bool:
+        settings = self.recipe.checkpoint
+        return self.is_due(step, settings.export_every, at_end=settings.export_at_end)
+
+    def _export_if_missing(self) -> None:
+        """The export of the step resumed from, when the run was stopped between its checkpoint and that. Collective."""
+        step = self.first_step - 1
+        if self.goes_on and self._export_is_due(step) and not self.on_root(lambda: self._is_exported(step)):
+            self.export(step)
+
+    def _is_exported(self, step: int) -> bool:
+        """Whether the export is complete and of this branch: not older than the checkpoint resumed from."""
+        folder, checkpoint = self._hf(step), Path(self._resume or "")
+        files = folder / "config.json", checkpoint / training.RUN_STATE
+        return is_complete(folder) and files[0].stat().st_mtime >= files[1].stat().st_mtime
 
     def _hf(self, step: int) -> Path:
         return self.folder / "hf" / f"step_{step:06d}"

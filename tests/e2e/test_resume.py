@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from asd_megatron import train
+from asd_megatron.checkpoint.huggingface import is_complete
 from asd_megatron.observe.writer import read_metrics
 from tests.e2e.world import World, dump, metrics, refusal, responses, steps
 
@@ -72,13 +74,35 @@ def test_a_finished_run_changes_nothing_when_started_again(world: World) -> None
     options = {"checkpoint": {"every": 2, "export_at_end": True}}
     folder = world.train("finished", **options)
     before = metrics(folder)
-    (folder / "hf" / "step_000002" / "config.json").unlink()
+    export = folder / "hf" / "step_000002"
+    (export / "mark").touch()
     world.train("finished", **options)
     assert metrics(folder) == before
-    assert not (folder / "hf" / "step_000002" / "config.json").exists()  # it is there, so it was not made again
-    (folder / "hf" / "step_000002").rename(folder / "hf" / "gone")  # stopped before the export
-    world.train("finished", **options)
-    assert (folder / "hf" / "step_000002" / "config.json").is_file()
+    assert (export / "mark").exists()  # the export was not made again
+
+
+def test_an_export_that_was_killed_is_made_at_the_next_start(world: World) -> None:
+    options = {"checkpoint": {"every": 2, "export_at_end": True}}
+    folder = world.train("killed_export", **options)
+    export = folder / "hf" / "step_000002"
+    partial = export.with_name(".step_000002.0123456789ab.partial")
+
+    export.rename(partial)  # killed while it was written
+    world.train("killed_export", **options)
+    assert is_complete(export) and not partial.exists()
+
+    for damage in (
+        lambda: (export / "model.safetensors").unlink(),
+        lambda: os.utime(export / "config.json", (0, 0)),  # older than the checkpoint: of an abandoned branch
+    ):
+        (export / "mark").touch()
+        damage()
+        world.train("killed_export", **options)
+        assert is_complete(export) and not (export / "mark").exists()
+
+    export.rename(partial)  # of a step in between: before the run continues
+    world.train("killed_export", "--run.steps", "3", "--checkpoint.export_every", "2", **options)
+    assert is_complete(export) and is_complete(folder / "hf" / "step_000003") and not partial.exists()
 
 
 @pytest.fixture(scope="module")
