@@ -12,7 +12,7 @@ BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character (`\{`) is ski
 REST_OF_FORMULA = re.compile(r"([^$\n]{0,200}?)[ \t]*(?:\$|\\\)|\\\])")
 PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 BARE = re.compile(
-    r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?|\$[^$\n]{1,200}\$|\([^()\n]{1,200}\)|\[[^\[\]\n]{1,200}\]"
+    r"[-+]?(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)(?:/\d+)?|\$[^$\n]{1,200}\$|\([^()\n]{1,200}\)|\[[^\[\]\n]{1,200}\]"
     r"|[A-Za-z](?![A-Za-z'])"
 )
 THINKING = re.compile(r"<\s*(/?)\s*(?:think|thinking|thought|reasoning)\b[^<>]*>", re.IGNORECASE)

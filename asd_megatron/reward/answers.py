@@ -17,7 +17,7 @@ SPACE = re.compile(
     r"(?<!\\)\\(?:[,;:> ]|(?:thinspace|medspace|thickspace|enspace|enskip|quad|qquad|space|nobreakspace)(?![A-Za-z]))"
     r"|(?<!\\)\\hspace\*?\{[^{}]*\}|~(?!=)|[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"
 )
-NOTHING = re.compile(r"(?<!\\)\\(?:!|negthinspace(?![A-Za-z]))|[\u00ad\u200b-\u200f\u2060\ufeff]")
+NOTHING = re.compile(r"(?<!\\)\\(?:!|negthinspace(?![A-Za-z]))\s*|[\u00ad\u200b-\u200f\u2060\ufeff]")
 BRACED_SPACE = re.compile(r"\{[ ]*\}")
 CHARACTERS = str.maketrans(
     {"\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2013": "-", "\uff0d": "-", "\uff0b": "+"}
@@ -25,7 +25,7 @@ CHARACTERS = str.maketrans(
 )
 
 # Digits in groups of three: 12 345 (not the mixed number 12 345/346), 1'234'567, 10_000; 0.123 456; 1,234.
-GROUPS = re.compile(r"(?<![\w.,])\d{1,3}(?:(?: \d{3})+(?! ?/)|(?:['\u2019]\d{3})+|(?:_\d{3})+)(?!['\u2019_]?\d)")
+GROUPS = re.compile(r"(?<![\w.,])\d{1,3}(?:(?: {1,3}\d{3})+(?! ?/)|(?:['\u2019]\d{3})+|(?:_\d{3})+)(?!['\u2019_]?\d)")
 DECIMAL_GROUPS = re.compile(r"(?<=\d)\.\d{3}(?: \d{3})+(?! ?\d)")
 COMMA_GROUPS = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+(?:\.\d*)?)")
 # 3e6, and 1.5 \times 10^{8}, 3*10^8, 3 x 10^8, 10^{23}. Not part of a longer number, power or fraction.
@@ -39,7 +39,6 @@ POWER = (
 )
 POWER_OF_TEN = re.compile(ALONE + rf"(?:{MANTISSA}{TIMES})?10{POWER}(?![\w^!]|\.\d| *\^)")
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-MAX_EXPONENT = 400
 WHOLE_DECIMAL = re.compile(r"(?<=\d)\.(?=[/*])")  # -1./3
 
 # What stands around an answer without being part of it.
@@ -60,13 +59,13 @@ CURRENCY_FIRST = re.compile(rf"([-+]?)\s*(?:{CURRENCY})\s*(?=[-+\d.])")
 CURRENCY_LAST = re.compile(rf"(?<=\d)\s*(?:{CURRENCY})$")
 LAST_MARK = re.compile(r"(?<!\.)[.,;:]$")
 
-INTEGER = re.compile(r"[-+]?\d{1,400}")
-NUMBER = re.compile(r"[-+]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})")
+INTEGER = re.compile(r"[-+]?\d{1,1200}")
+NUMBER = re.compile(r"[-+]?(?:\d{1,1200}(?:\.\d{0,1200})?|\.\d{1,1200})")
 MIXED = re.compile(r"([-+]?\d+)\s+(\d+)\s*/\s*(\d+)")
 QUANTITY = re.compile(r"([-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?)\s+((?:[A-Za-z]{3,})(?: [A-Za-z]+){0,2})\.?")
 NOT_UNITS = frozenset(
-    "and or half third quarter percent dozen hundred thousand million billion trillion to times plus minus".split()
-)
+    ("and", "or", "half", "third", "quarter", "percent", "dozen", "hundred", "thousand", "million", "billion")
+) | {"trillion", "to", "times", "plus", "minus"}
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,6 @@ def _written_out(m: re.Match[str]) -> str:
     groups = m.groupdict()
     exponent = next(v for k, v in groups.items() if k.startswith("e") and v is not None)
     shift = int(re.sub(r"\s", "", exponent.translate(SUPERSCRIPTS)))
-    if abs(shift) > MAX_EXPONENT:
-        return m[0]
     mantissa = Decimal(groups["mantissa"] or "1").as_tuple()
     assert isinstance(mantissa.exponent, int)
     return format(Decimal(mantissa._replace(exponent=mantissa.exponent + shift)), "f")

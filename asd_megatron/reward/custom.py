@@ -53,7 +53,10 @@ class CustomVerifier:
         except RewardError as e:
             raise RewardError(f"reward.name {name!r} cannot be imported: {e}") from e
         try:
-            self.feedback_kind = str(self._ask({"describe": True}).get("feedback_kind"))
+            description = self._ask({"describe": True})
+            if "feedback_kind" not in description:
+                raise RewardError(f"the reward {name} {description['error']} right after it was imported")
+            self.feedback_kind = description["feedback_kind"]
         except BaseException:
             self.close()
             raise
@@ -70,12 +73,13 @@ class CustomVerifier:
         if "reward" in answer:
             return float(answer["reward"])
         counter = answer.get("failure", "error") + "s"
-        message = (
-            f"the reward {self.name} {answer['error']} (problem {problem.prompt_id}, response {_excerpt(text)})"
-        )
+        case = f"(problem {problem.prompt_id}, response {_excerpt(text)})"
+        message = f"the reward {self.name} {answer['error']} {case}{answer.get('where', '')}"
         if self.on_error == "stop":
             limit = ", raise the limit" if counter == "timeouts" else ""
-            raise RewardError(f"{message}. Fix the function{limit}, or set reward.on_error to zero to count such responses as 0")
+            raise RewardError(
+                f"{message}. Fix the function{limit}, or set reward.on_error to zero to count such responses as 0"
+            )
         self.counters[counter] += 1
         log.warning("%s: counted as 0 (%s so far: %d)", message, counter, self.counters[counter])
         return 0.0
@@ -84,8 +88,9 @@ class CustomVerifier:
         """The worker's answer; `error` and `failure` if there is none. Raises RewardError for an unusable function."""
         [outcome] = self._pool.run([request])
         if outcome.answer is None:
-            verb = "gave" if outcome.failure == "timeout" else "ended its process:"
-            return {"error": f"{verb} {outcome.reason}", "failure": outcome.failure}
+            timeout = outcome.failure == "timeout"
+            error = f"gave {outcome.reason}" if timeout else f"ended its process ({outcome.reason})"
+            return {"error": error, "failure": outcome.failure}
         if "refused" in outcome.answer:
             raise RewardError(outcome.answer["refused"])
         return dict(outcome.answer)

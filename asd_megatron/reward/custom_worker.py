@@ -1,7 +1,8 @@
 """The judge of `custom.py`'s worker (`worker_program.py`): imports a user's reward function and calls it.
 
 From `{"describe": true}` to `{"feedback_kind": TEXT}`, from `{"problem": BASE64 OF A PICKLE, "response": TEXT}` to
-`{"reward": NUMBER}` or `{"error": REASON}`. If the function cannot be used, every answer is `{"refused": REASON}`.
+`{"reward": NUMBER}` or `{"error": REASON, "where": FILE AND LINE}`. If the function cannot be used, every answer is
+`{"refused": REASON}`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import os
 import pickle
 import sys
+import traceback
 from collections.abc import Callable
 from decimal import Decimal
 from functools import lru_cache
@@ -33,17 +35,25 @@ EXPECTED = (
     " problem.question the question, problem.extra the other fields of the problem's line, response the text; it"
     " returns a number"
 )
-# names of parameters by which functions for other frameworks are recognised, and how to wrap such a function
+# other frameworks' functions: parameter names that only theirs have, and how to call such a function from ours
 FOREIGN = (
     (
         "verl",
         {"solution_str", "ground_truth", "data_source", "extra_info"},
         "FUNCTION(problem.extra.get('data_source'), response, problem.answer, dict(problem.extra))",
     ),
-    ("TRL", {"completions", "prompts", "completion_ids"}, "FUNCTION(prompts=[problem.question], completions=[response])[0]"),
-    ("OpenRLHF", {"queries", "labels"}, "float(FUNCTION([problem.question + response], [problem.question], [problem.answer])['rewards'][0])"),
-    ("NeMo RL", {"message_log_batch", "metadata", "message_logs"}, "a function of one response's text and problem.answer"),
-)  # fmt: skip
+    (
+        "OpenRLHF",
+        {"queries", "labels"},
+        "FUNCTION([problem.question + response], [problem.question], [problem.answer])['rewards'][0]",
+    ),
+    (
+        "TRL",
+        {"completions", "prompts", "completion_ids"},
+        "FUNCTION(prompts=[problem.question], completions=[response], answer=[problem.answer])[0]",
+    ),
+    ("NeMo RL", {"message_log_batch", "message_logs"}, "..."),
+)
 
 
 def load(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -66,7 +76,9 @@ def load(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         except NotANumber as e:
             return {"error": str(e)}
         except BaseException as e:  # sys.exit() too, which must not pass for the end of the run
-            return {"error": f"raised {type(e).__name__}: {e}"[:2_000]}
+            last = traceback.extract_tb(e.__traceback__)[-1]
+            reason = f"raised {type(e).__name__}: {e}".removesuffix(": ")
+            return {"error": reason[:2_000], "where": f" at {os.path.basename(last.filename)}:{last.lineno}"}
 
     return judge
 
@@ -144,8 +156,8 @@ def refuse_other_signatures(function: Callable[..., Any], name: str) -> None:
     for framework, marks, call in FOREIGN:
         # a reward(problem, response, *, extra_info=None) is one of ours
         if marks & (set(bound[:2]) if bound else names):
-            wrapped = f"def reward(problem, response): return {call}"
-            refuse(f"{shown}, as {framework} has it", f". Wrap it: {wrapped}".replace("FUNCTION", name.rpartition(":")[2]))
+            wrapped = call.replace("FUNCTION", name.rpartition(":")[2])
+            refuse(f"{shown}, as {framework} has it", f". Wrap it: def reward(problem, response): return {wrapped}")
     if not bound:
         refuse(f"{shown}, which cannot be called with two arguments")
     if [b.lower() for b in bound[:2]] == ["response", "problem"]:

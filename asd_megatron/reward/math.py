@@ -15,9 +15,9 @@ JUDGE = Path(__file__).with_name("math_worker.py")
 class MathVerifier:
     r"""1.0 if the response's final answer equals the problem's, else 0.0.
 
-    The final answer stands in `<answer>` tags, in a box or after `####` (`answers.final_answer`), or is what math-verify
-    finds in the last part of a response that marks none. LaTeX and plain spellings are compared by value (1/2, 0.5 and
-    \frac12; 50% and 0.5; 1,234 and 1234); `math_worker` says when two numbers are equal.
+    The final answer stands in `<answer>` tags, in a box or after `####` (`answers.final_answer`), or is what
+    math-verify finds in the last part of a response that marks none. LaTeX and plain spellings are compared by value
+    (1/2, 0.5 and \frac12; 50% and 0.5; 1,234 and 1234); `math_worker` says when two numbers are equal.
 
     One answer takes at most `timeout_seconds` of processor time and `wall_timeout_seconds` in all: then its worker is
     ended and replaced, the answer scores 0 and `timeouts` counts it. An answer that math-verify fails on, or that two

@@ -25,9 +25,9 @@ class ReasoningGymVerifier:
     """The task's own score of the response's marked answer, from 0 to 1; 0 for a response that marks none.
 
     One answer takes at most `timeout_seconds` of processor time and `wall_timeout_seconds` in all, regenerating the
-    problem's item included: then its worker is ended and replaced, the answer scores 0 and `timeouts` counts it. An answer on which the task's verifier fails, or that two
-    workers died of, scores 0, is logged and counted in `errors`. Raises RewardError for a problem whose item comes out
-    otherwise than it did.
+    problem's item included: then its worker is ended and replaced, the answer scores 0 and `timeouts` counts it. An
+    answer on which the task's verifier fails, or that two workers died of, scores 0, is logged and counted in `errors`.
+    Raises RewardError for a problem whose item is generated differently than in the trainer.
     """
 
     feedback_kind = "binary"
@@ -51,7 +51,7 @@ class ReasoningGymVerifier:
         answer = outcome.answer or {}
         if "changed" in answer:
             raise RewardError(
-                f"problem {key[0]} comes out otherwise in a reward worker than it did in the trainer, so it cannot be"
+                f"problem {key[0]} is generated differently in a reward worker than in the trainer, so it cannot be"
                 " scored: has another version of reasoning-gym been installed since the start? Start the run again"
             )
         score = answer.get("score", math.nan)

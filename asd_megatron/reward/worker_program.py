@@ -1,8 +1,8 @@
 """A worker of `workers.py`, a program of its own: `python -P worker_program.py SETTINGS`.
 
 SETTINGS is a JSON object: `judge`, the file whose `load(*arguments)` returns a function from a request (a JSON object)
-to an answer (likewise); `cpu_seconds` and `memory_bytes`, limits of one answer and of the process (null: none); `quiet`,
-whether logging is off and output limited; `path`, what to import modules from (null: as usual).
+to an answer (likewise); `arguments`; `cpu_seconds` and `memory_bytes`, limits of one answer and of the process (null:
+none); `quiet`, whether logging is off and output limited; `path`, where modules are looked up (null: as usual).
 
 It imports the standard library alone, so that it starts fast and cannot hurt the trainer. It prints a JSON line
 `{"ready": true}`, then answers each line; what the judge raises, SystemExit included, is answered `{"error": REASON}`.
