@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a reward's worker process reads problems without loading torch
+    from torch import Tensor
 
 
 class FinishReason(StrEnum):
@@ -185,6 +185,8 @@ class TokenTable:
 
     @classmethod
     def for_lengths(cls, lengths: Sequence[int]) -> TokenTable:
+        import torch
+
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         offsets[1:] = torch.tensor(list(lengths), dtype=torch.int64).cumsum(0)
         return cls(offsets)
@@ -210,15 +212,17 @@ class TokenTable:
 
     def rows(self, name: str) -> list[Tensor]:
         """The column as one tensor for each rollout."""
-        return list(torch.split(self.columns[name], (self.offsets[1:] - self.offsets[:-1]).tolist()))
+        return list(self.columns[name].split((self.offsets[1:] - self.offsets[:-1]).tolist()))
 
     def spread(self, per_rollout: Tensor) -> Tensor:
-        """[rollouts] -> [N]: each rollout's value at every token of it."""
-        return torch.repeat_interleave(per_rollout, self.offsets[1:] - self.offsets[:-1])
+        """[rollouts] -> [N]: each rollout's value at every one of its tokens."""
+        return per_rollout.repeat_interleave(self.offsets[1:] - self.offsets[:-1])
 
     @classmethod
     def concatenate(cls, tables: Sequence[TokenTable]) -> TokenTable:
         """All rollouts in the order of the tables, with the columns that every table has."""
+        import torch
+
         lengths = torch.cat([t.offsets[1:] - t.offsets[:-1] for t in tables]).tolist()
         out = cls.for_lengths(lengths)
         names = set.intersection(*[set(t.columns) for t in tables]) if tables else set()

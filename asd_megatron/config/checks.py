@@ -100,6 +100,12 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
         yield "data.raw_prompt is read only with data.format raw: set data.format raw, or leave data.raw_prompt out"
     if data.test is not None and data.test.startswith("puzzle:") and data.test not in PUZZLES:
         yield f"data.test {data.test!r} is not a puzzle set: use puzzle:test"
+    reward = recipe.reward
+    if reward is not None and (reward.wall_timeout_seconds or reward.timeout_seconds) < reward.timeout_seconds:
+        yield (
+            f"reward.wall_timeout_seconds {reward.wall_timeout_seconds:g} is below reward.timeout_seconds"
+            f" {reward.timeout_seconds:g}, which counts processor time: raise the first or lower the second"
+        )
     yield from gym_findings(recipe)
 
 

@@ -96,6 +96,7 @@ def refusal(text: str, kind: Any = "train") -> str:
         ("optimizer.min_learning_rate=1e-3", "is above optimizer.learning_rate", "optimizer.min_learning_rate=1e-7"),
         ("data.train=puzzle:corpus", "use puzzle:train", "data.train=puzzle:train data.test=puzzle:test"),
         ("data.test=puzzle:tset", "use puzzle:test", "data.test=puzzle:test"),
+        ("reward.wall_timeout_seconds=2", "below reward.timeout_seconds 5", "reward.wall_timeout_seconds=5"),
     ],
 )  # fmt: skip
 def test_a_combination_is_refused_with_what_to_change(bad: str, message: str, good: str) -> None:

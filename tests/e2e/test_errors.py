@@ -178,9 +178,9 @@ def test_a_missing_model_folder(fresh: World, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("raise KeyError('tests')", ["raised KeyError", "problem p", "Mend the function, or set reward.on_error"]),
-        ("return float('nan')", ["not finite", "Mend the function"]),
-        ("return 'yes'", ["returned str, not a number", "Mend the function"]),
+        ("raise KeyError('tests')", ["raised KeyError", "problem p", "Fix the function, or set reward.on_error"]),
+        ("return float('nan')", ["not finite", "Fix the function"]),
+        ("return 'yes'", ["returned str, not a number", "Fix the function"]),
     ],
 )
 def test_a_reward_that_fails(fresh: World, capsys: pytest.CaptureFixture[str], body: str, words: list[str]) -> None:
