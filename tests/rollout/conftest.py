@@ -13,7 +13,7 @@ __all__ = ["fake_pair", "make_fleet"]
 
 
 @pytest.fixture
-def groups() -> Iterator[Any]:
+def process_groups() -> Iterator[Any]:
     """ProcessGroups of one rank in this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield one_process_groups()
