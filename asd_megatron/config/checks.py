@@ -111,6 +111,10 @@ def _teacher_wording(recipe: Recipe) -> Iterator[str]:
     fault = teacher_template_fault(wording, paragraphs=True)
     if fault is not None:
         yield f"privileged.chat_template {fault}"
+    raw = recipe.privileged.raw_template
+    fault = None if raw is None else teacher_template_fault(raw, paragraphs=False)
+    if fault is not None:
+        yield f"privileged.raw_template {fault}"
     if recipe.data.format == "raw" and wording != PAPER_WORDING:
         yield (
             "privileged.chat_template is read only with data.format chat: write the teacher's prompt as"

@@ -42,8 +42,8 @@ class Data(Section):
     raw_prompt: Text = Field(
         "{prompt}",
         description=(
-            "With `format: raw`, the prompt's text; `{prompt}` stands for the problem. The tokenizer's begin token is put"
-            " before it unless it is there, its end token never after it."
+            "With `format: raw`, the prompt's text; `{prompt}` stands for the problem. The tokenizer's begin token is"
+            " put before it unless it is there, its end token never after it."
         ),
     )
     system: str | None = Field(None, description="System turn put before chat prompts; null: none.")
@@ -53,8 +53,8 @@ class Data(Section):
     chat_template_kwargs: dict[str, Any] = Field(
         {},
         description=(
-            "Variables of the chat template, such as `{enable_thinking: false}`; `yes`, `no`, `on` and `off` are refused:"
-            " write true or false."
+            "Variables of the chat template, such as `{enable_thinking: false}`; `yes`, `no`, `on` and `off` are"
+            " refused: write true or false."
         ),
     )
 

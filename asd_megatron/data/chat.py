@@ -44,7 +44,7 @@ def render_chat(
 
 @contextmanager
 def _processor_time(seconds: float) -> Iterator[None]:
-    """Raise _OutOfTime in the body after `seconds` of this process's user time. Costs about 3 microseconds.
+    """Raise _OutOfTime in the body after `seconds` of this process's processor time. Costs microseconds.
 
     Only the main thread receives signals; in other threads there is no bound. Processor time, so that a busy machine
     is never mistaken for a template that loops.
@@ -56,10 +56,10 @@ def _processor_time(seconds: float) -> Iterator[None]:
     def out_of_time(number: int, frame: Any) -> NoReturn:
         raise _OutOfTime
 
-    previous = signal.signal(signal.SIGVTALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    previous = signal.signal(signal.SIGPROF, out_of_time)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, previous or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous or signal.SIG_DFL)

@@ -64,7 +64,7 @@ class TeacherLimits:
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """The demonstration of a teacher prompt as shown (None: no solution block), its tokens, whether it was shortened."""
+    """The demonstration of a teacher prompt as shown (None: no solution block), its tokens, whether it was cut."""
 
     solution: str | None
     solution_tokens: int

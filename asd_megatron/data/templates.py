@@ -47,15 +47,12 @@ def teacher_template_fault(template: str, *, paragraphs: bool) -> str | None:
     misnamed = _hint(template)
     if found.count("prompt") != 1 or "solution" not in found or misnamed:
         return f"must hold {{prompt}} exactly once and {{solution}}; {{feedback}} is optional{misnamed}"
-    part = "paragraph" if paragraphs else "line"
-    for text in _BETWEEN_PARAGRAPHS.split(template) if paragraphs else template.splitlines():
-        kinds = set(PLACEHOLDER.findall(text))
+    for text in _BETWEEN_PARAGRAPHS.split(template) if paragraphs else ():
+        kinds = sorted(set(PLACEHOLDER.findall(text)))
         if len(kinds) > 1:
-            which = " and ".join(f"{{{kind}}}" for kind in sorted(kinds))
-            between = "an empty line" if paragraphs else "a line break"
             return (
-                f"has {which} in one {part}, which is left out when one of them has no value: put {between} between"
-                " them"
+                f"has {{{kinds[0]}}} and {{{kinds[1]}}} in one paragraph, which is left out when one of them has no"
+                " value: put an empty line between them"
             )
     return None
 
@@ -66,7 +63,7 @@ def _hint(template: str) -> str:
 
 
 def fill_lines(template: str, values: Mapping[str, str | None]) -> str:
-    """Replace the placeholders; a line that holds one without a value is left out."""
+    """Replace the placeholders; a line that holds one without a value is left out, unless it holds `{prompt}` too."""
     return _fill((line for line in template.splitlines(keepends=True) if _known(line, values)), values)
 
 
@@ -85,8 +82,9 @@ def fill_paragraphs(template: str, values: Mapping[str, str | None]) -> str:
 
 
 def _known(text: str, values: Mapping[str, str | None]) -> bool:
-    return all(values.get(name) is not None for name in PLACEHOLDER.findall(text))
+    found = PLACEHOLDER.findall(text)
+    return "prompt" in found or all(values.get(name) is not None for name in found)
 
 
 def _fill(parts: Iterable[str], values: Mapping[str, str | None]) -> str:
-    return PLACEHOLDER.sub(lambda m: values[m[1]] or "", "".join(parts))
+    return PLACEHOLDER.sub(lambda m: values.get(m[1]) or "", "".join(parts))

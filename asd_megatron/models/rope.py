@@ -56,7 +56,7 @@ class RotarySettings:
         scaling, parameters = (_mapping(config, key) for key in ("rope_scaling", "rope_parameters"))
         chosen, name = (scaling, "rope_scaling") if scaling else (parameters, "rope_parameters")
         kind = chosen.get("rope_type", chosen.get("type")) or "default"
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise UserError(
                 f"config.json: RoPE of type {kind!r:.60} ({name}) is not supported; supported are {' and '.join(KINDS)}"
             )
