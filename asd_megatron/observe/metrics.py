@@ -48,6 +48,7 @@ PROMPT_COUNTERS = {
     "demonstration_shortened": "demonstration/shortened",
     "demonstration_empty": "demonstration/empty",
     "teacher_too_long": "demonstration/too_long",
+    "undecodable_tokens": "rollouts/undecodable_tokens",
 }
 ROLLOUT_COUNTERS = {
     "aborted_rollouts": "rollouts/aborted",

@@ -85,6 +85,7 @@ SECTIONS = (
             Metric("response/length_mean", "tokens", "mean response length, the end token included"),
             Metric("response/length_max", "tokens", "longest response"),
             Metric("response/truncated", "fraction of rollouts", "responses that the token budget cut off"),
+            Metric("rollouts/undecodable_tokens", "tokens", "sampled ids that the tokenizer lacks"),
             Metric("rollouts/total", "rollouts", "rollouts of the step, over all ranks"),
             Metric("rollouts/masked", "rollouts", "rollouts without privileged context: their u is 0 in the loss"),
             Metric("rollouts/stale", "versions", "mean age of the weights that rollouts began with; 0: present ones"),

@@ -83,7 +83,7 @@ def token_means(ids: Tensor, pmi: Tensor, *, min_count: int = 1) -> list[TokenMe
 def _table(title: str, rows: Sequence[TokenMean], tokenizer: Decoder) -> list[str]:
     lines = [title, f"  {'token':<20} {'id':>8} {'count':>7} {'mean u':>8} {'std':>7} {'u < 0':>6}"]
     for row in rows:
-        text = repr(tokenizer.decode([row.token_id]))[1:-1]
+        text = repr(tokenizer.decode([row.token_id], clean_up_tokenization_spaces=False))[1:-1]
         text = text if len(text) <= 18 else text[:17] + "~"
         cells = f"{row.token_id:>8} {row.count:>7} {row.mean:>+8.3f} {row.std:>7.3f} {row.negative_share:>6.0%}"
         lines.append(f"  {'|' + text + '|':<20} {cells}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from asd_megatron.data.tokenizer import decode
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import on_rank_zero
 from asd_megatron.errors import UserError
@@ -129,10 +130,7 @@ class ReplayEngine:
                 "tokenizer and the prompt settings (data.*) of the recorded run"
             )
         if self._tokenizer is not None:
-            rollouts = [
-                dataclasses.replace(r, text=self._tokenizer.decode(list(r.response_ids), skip_special_tokens=True))
-                for r in rollouts
-            ]
+            rollouts = [dataclasses.replace(r, text=decode(self._tokenizer, r.response_ids)) for r in rollouts]
         return Group(prompt.problem, tuple(rollouts))
 
 

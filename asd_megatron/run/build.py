@@ -10,6 +10,7 @@ from asd_megatron.config import Recipe
 from asd_megatron.config.evaluation import Evaluation
 from asd_megatron.config.sampling import Sampling
 from asd_megatron.data.prompts import PromptRenderer
+from asd_megatron.data.templates import PAPER_WORDING
 from asd_megatron.records import SamplingParams
 from asd_megatron.reward.base import Verifier
 from asd_megatron.rollout.collector import Collector, Plan
@@ -47,6 +48,7 @@ def make_renderer(recipe: Any, tokenizer: Any, end_ids: Sequence[int]) -> Prompt
         system=recipe.data.system,
         raw_prompt=recipe.data.raw_prompt,
         raw_template=None if privileged is None else privileged.raw_template,
+        chat_template=PAPER_WORDING if privileged is None else privileged.chat_template,
         chat_template_kwargs=recipe.data.chat_template_kwargs,
         max_prompt_tokens=recipe.sampling.max_prompt_tokens,
         end_token_ids=end_ids,

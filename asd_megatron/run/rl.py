@@ -10,6 +10,7 @@ from typing import Any
 from asd_megatron.antisd import Gate, condition
 from asd_megatron.config import Recipe, recipe_hash
 from asd_megatron.data.prompts import TeacherLimits
+from asd_megatron.data.tokenizer import undecodable
 from asd_megatron.distributed.objects import first_message
 from asd_megatron.observe.dumps import dump_path, write_dump
 from asd_megatron.observe.metrics import GateReading, Increments, step_metrics
@@ -330,7 +331,10 @@ class TrainingRun:
         )
 
     def _examples(self, groups: Sequence[Group], step: int) -> list[Example]:
-        check_rollouts((rollout for group in groups for rollout in group.rollouts), step)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        check_rollouts(rollouts, step)
+        responses = [rollout.response_ids for rollout in rollouts]
+        self.renderer.counters["undecodable_tokens"] += undecodable(self.session.tokenizer, responses)
         return self.builder.build(groups, step)
 
     def _check_scores(self, phase: str, batch: Batch, scores: Scores | None, of: str) -> None:

@@ -21,13 +21,14 @@ import torch
 from asd_megatron.checkpoint import training
 from asd_megatron.checkpoint.huggingface import FolderReader, is_complete, read_config, write_folder
 from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_model, check_world, dump_recipe
-from asd_megatron.data.tokenizer import check_vocabulary, end_token_ids, load_tokenizer
+from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed import device
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import on_rank_zero
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_write, remove_partial
+from asd_megatron.models.families import check_architecture
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.progress import Progress
 from asd_megatron.observe.writer import RunWriter
@@ -95,9 +96,11 @@ class Session:
 
         self.source = model_folder(recipe.model.path)
         self.hf_config: dict[str, Any] = read_config(self.source)
+        check_architecture(self.hf_config)
         check_model(recipe, self.hf_config)
         self.tokenizer = load_tokenizer(self.source)
         check_vocabulary(self.tokenizer, int(self.hf_config["vocab_size"]))
+        check_stop_token_ids(self.tokenizer, recipe.sampling.stop_token_ids or ())
         self.end_ids = end_token_ids(self.source, self.tokenizer)
 
         self.folder = recipe.run.path

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asd_megatron.data.tokenizer import decode
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import gather_objects
 from asd_megatron.errors import UserError
@@ -362,9 +363,7 @@ class _Rows:
         return found
 
     def _text(self, ids: NDArray[np.int64]) -> str:
-        return (
-            str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)) if self._tokenizer is not None else ""
-        )
+        return "" if self._tokenizer is None else decode(self._tokenizer, ids.tolist())
 
     def _noise_at(self, position: int, device: torch.device) -> Tensor | None:
         if self._params.temperature == 0:
@@ -376,7 +375,7 @@ class _Rows:
 
 def _decoder(tokenizer: Any | None) -> Callable[[Sequence[int]], str] | None:
     """Ids to text with special tokens, for stop strings."""
-    return None if tokenizer is None else lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+    return None if tokenizer is None else lambda ids: decode(tokenizer, ids, skip_special_tokens=False)
 
 
 def plan_chunks(indices: Sequence[int], n: int, max_rows: int) -> list[list[GroupSlice]]:

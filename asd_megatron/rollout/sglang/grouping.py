@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from asd_megatron.data.tokenizer import decode
 from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
 from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
 
@@ -155,7 +156,6 @@ class Assembler:
     def _rollout(self, number: int, sample: int, result: SampleResult) -> Rollout:
         group = self._pending[number]
         response = group.begun.pop(sample, Response()).extended(result, self._labels)
-        ids = list(response.ids)
         return Rollout(
             prompt_id=group.prompt.problem.prompt_id,
             sample=sample,
@@ -165,7 +165,7 @@ class Assembler:
             finish_reason=FinishReason(result.finish_reason),
             weight_version=response.versions[0][1] if response.versions else 0,
             version_changes=response.versions[1:],
-            text="" if self._tokenizer is None else str(self._tokenizer.decode(ids, skip_special_tokens=True)),
+            text="" if self._tokenizer is None else decode(self._tokenizer, response.ids),
         )
 
 
