@@ -18,7 +18,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.models.port import ModelPort
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from asd_megatron.rollout.sglang.client.fleet import Fleet
-from asd_megatron.rollout.sglang.controller import Backend, ServedModel
+from asd_megatron.rollout.sglang.controller import Controller, ServedModel
 from asd_megatron.rollout.sglang.engine import SGLangEngine
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
 from asd_megatron.rollout.sglang.servers.options import ServerOptions, check_environment, devices_of_servers
@@ -78,7 +78,7 @@ def _rollout(session: Session) -> Rollout:
     return session.recipe.rollout
 
 
-def _backend(session: Session, rollout: Rollout) -> Backend:
+def _backend(session: Session, rollout: Rollout) -> Controller:
     """Everything that global rank 0 needs, nothing of it started yet. Raises UserError for an environment that cannot
     serve."""
     port, labels, closing = session.port, Labels(), ExitStack()
@@ -109,7 +109,7 @@ def _backend(session: Session, rollout: Rollout) -> Backend:
         router_url=rollout.router if pool is None else pool.router_url,
     )
     closing.callback(fleet.close)
-    return Backend(
+    return Controller(
         fleet,
         transport,
         Assembler(session.tokenizer, session.recipe.run.seed, labels),

@@ -121,8 +121,8 @@ class Disturbed(TrainingRun):
             thread.join()
 
     def disturb(self, event: Callable[[], None]) -> None:
-        assert isinstance(self.engine, SGLangEngine) and self.engine._backend is not None
-        fleet, deadline = self.engine._backend._fleet, time.monotonic() + 60
+        assert isinstance(self.engine, SGLangEngine) and self.engine._controller is not None
+        fleet, deadline = self.engine._controller._fleet, time.monotonic() + 60
         while fleet.pending < ROLLOUTS and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(0.3)  # of more than a second that the responses take

@@ -105,6 +105,7 @@ def _collector(process_groups: Any, engine: ScriptedEngine, verifier: Any = None
         params=PARAMS,
         problems_per_step=3,
         seed=0,
+        timeout=60.0,
         **kwargs,
     )
 

@@ -92,6 +92,7 @@ class Loop:
             params=PARAMS,
             problems_per_step=3,
             seed=0,
+            timeout=60.0,
             plan=plan,
         )
 

@@ -34,7 +34,7 @@ RUNNING, FINISHED, NON_FINITE, LATE = range(4)
 FAILURES = {
     NON_FINITE: "the model returned non-finite numbers while sampling: the weights are broken (a diverged update, or a "
     "wrong checkpoint); resume from an earlier checkpoint with a lower learning rate",
-    LATE: "sampling did not finish within the time limit; raise the limit, or lower sampling.max_response_tokens",
+    LATE: "sampling did not finish in time: raise rollout.collect_timeout, or lower sampling.max_response_tokens",
 }
 
 

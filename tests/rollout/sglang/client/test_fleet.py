@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -244,20 +245,20 @@ def test_a_withdrawn_server_may_be_paused_and_is_alive_all_the_same(fake_pair: A
 
 def test_stranded(fake_pair: Any, make_fleet: Make) -> None:
     fleet = make_fleet(fake_pair[0])
-    assert fleet.stranded_since is None
+    assert fleet.no_healthy_server_since is None
     fake_pair[0].die()
     until(lambda: not fleet.servers()[0].healthy)
-    assert fleet.stranded_since is None
+    assert fleet.no_healthy_server_since is None
     before = time.monotonic()
     fleet.submit(requests(1, 2))
     assert fleet.wait(0.1) == []
-    assert fleet.stranded_since is not None
-    assert before <= fleet.stranded_since <= time.monotonic()
+    assert fleet.no_healthy_server_since is not None
+    assert before <= fleet.no_healthy_server_since <= time.monotonic()
     fake_pair[0].restart()
     fake_pair[0].label = LABEL
     until(lambda: fleet.servers()[0].healthy)
     fleet.admit(fake_pair[0].url, LABEL)
-    assert fleet.stranded_since is None
+    assert fleet.no_healthy_server_since is None
     gather(fleet)
 
 
@@ -274,15 +275,17 @@ def test_connecting_names_every_server_and_its_reason(fake_pair: Any, make_fleet
         assert part in str(caught.value)
 
 
-def test_connecting_waits_for_the_first_server(fake_pair: Any, make_fleet: Make) -> None:
-    fake_pair[0].healthy = False
+def test_connecting_waits_for_all_servers(fake_pair: Any, make_fleet: Make) -> None:
     fake_pair[1].die()
     fleet = make_fleet(*fake_pair, admit=False)
-    fake_pair[1].restart()
-    fleet.connect(5.0)
-    assert [view.healthy for view in fleet.servers()] == [False, True]
-    fake_pair[0].healthy = True
-    until(lambda: fleet.servers()[0].healthy)
+    with pytest.raises(UserError, match="server_start_timeout") as caught:
+        fleet.connect(0.3)
+    assert fake_pair[1].url in str(caught.value) and fake_pair[0].url not in str(caught.value)
+    later = threading.Timer(0.3, fake_pair[1].restart)
+    later.start()
+    fleet.connect(10.0)
+    assert [view.healthy for view in fleet.servers()] == [True, True]
+    later.join()
 
 
 def test_connecting_wakes_a_server_that_was_left_paused(fake_pair: Any, make_fleet: Make) -> None:
