@@ -186,7 +186,8 @@ class Fleet:
         try:
             yield
         finally:
-            self._do(release(), "releasing requests")
+            if not self._closed:  # while held
+                self._do(release(), "releasing requests")
 
     def call(self, url: str, path: str, body: Mapping[str, Any] | None = None, timeout: float = 60.0) -> dict[str, Any]:
         """A POST to one server with the key that its path needs; its JSON object. Any thread may call it. Raises an

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from asd_megatron.errors import UserError
+from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.rollout.sglang.client.api import ServerError
 from asd_megatron.rollout.sglang.client.fleet import Fleet
 from asd_megatron.rollout.sglang.client.scheduling import SampleResult
@@ -327,6 +328,26 @@ def test_administration(fake_pair: Any, make_fleet: Make) -> None:
     assert fleet.server_info(fake_pair[0].url)["tp_size"] == 2
     body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
     assert fleet.call(fake_pair[0].url, "/generate", body)["output_ids"] == made_from([1], 1)  # with the other key
+
+
+def test_a_client_that_hangs_is_named_within_a_bound(
+    fake_pair: Any, make_fleet: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever blocks the event loop, no call waits for it for ever."""
+    fleet = make_fleet(fake_pair[0], probe_every=60.0)
+    monkeypatch.setattr("asd_megatron.rollout.sglang.client.fleet.LOOP_SECONDS", 0.1)
+    blocked = threading.Event()
+    fleet._loop.call_soon_threadsafe(blocked.wait)
+    try:
+        with pytest.raises(RolloutError, match=f"admitting {fake_pair[0].url}.*resume the run"):
+            fleet.admit(fake_pair[0].url, LABEL)
+        with pytest.raises(RolloutError, match="aborting samples"):
+            monkeypatch.setattr("asd_megatron.rollout.sglang.client.fleet.ABORT_PATIENCE", 0.1)
+            fleet.abort(keep_partial=True)
+        with pytest.raises(ServerError, match="/server_info"):
+            fleet.server_info(fake_pair[0].url, 0.1)
+    finally:
+        blocked.set()
 
 
 def test_closing_drops_what_is_pending(fake_pair: Any, make_fleet: Make) -> None:
