@@ -196,4 +196,4 @@ def _two_ranks(rank: int) -> tuple[str, bool, list[str]]:
 def test_every_rank_makes_the_same_calls_and_hears_of_rank_0s_error() -> None:
     first, second = run_ranks(_two_ranks, 2, timeout=60)
     assert first == ("abc", False, ["UserError: bad reward", "KeyError: 'x'"])
-    assert second == ("", True, ["UserError: bad reward", "UserError: KeyError('x')"])
+    assert second == ("", True, ["UserError: bad reward", "RuntimeError: global rank 0 failed: KeyError: 'x'"])

@@ -143,4 +143,8 @@ class ColocatedMemory:
         while (waiting := self._pool.restarting) and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)
         if waiting:
-            log.warning("not restarted within %.0f s: %s", self._start_timeout, ", ".join(waiting))
+            log.warning(
+                "not restarted within %.0f s (rollout.server_start_timeout), so the run continues without: %s",
+                self._start_timeout,
+                ", ".join(waiting),
+            )
