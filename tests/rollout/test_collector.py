@@ -121,7 +121,7 @@ def test_rewarded_groups_in_the_order_of_the_problems(process_groups: Any) -> No
     assert collector.timings.rollout > 0 and collector.timings.reward > 0
 
 
-def test_a_group_with_an_aborted_rollout_is_redrawn_whole(process_groups: Any) -> None:
+def test_a_group_with_an_aborted_rollout_is_resampled(process_groups: Any) -> None:
     engine, verifier = ScriptedEngine({"b": 1}), Verifier()
     collector = _collector(process_groups, engine, verifier)
     found = collector.next(1)

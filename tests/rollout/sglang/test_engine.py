@@ -19,7 +19,9 @@ from tests.rollout.sglang.fleets import until
 from tests.rollout.toy import one_process_groups, prompt
 
 
-def test_groups_come_whole_with_the_version_that_made_them(process_groups: Any, pair: Any, closing: ExitStack) -> None:
+def test_groups_are_complete_and_of_the_version_that_generated_them(
+    process_groups: Any, pair: Any, closing: ExitStack
+) -> None:
     world = World(process_groups, pair, closing)
     engine, source = world.engine, Source(3)
     engine.load_weights(source)
@@ -134,7 +136,7 @@ def test_when_training_has_moved_on_it_waits_for_the_next_update(process_groups:
     engine.load_weights(source)
     pair[0].die()
     engine.submit([prompt(c, (i + 1,)) for i, c in enumerate("abcdef")], PARAMS, step=2)
-    source.version = 2  # an update while step 2 is in the making
+    source.version = 2  # an update while step 2 is in flight
     engine.collect(20.0)
     pair[0].restart()
     found = finish(engine)
@@ -182,7 +184,7 @@ def test_nothing_finished_in_time(process_groups: Any, pair: Any, closing: ExitS
     assert world.engine.pending == 0
 
 
-def test_what_was_suspended_goes_on_under_new_weights(process_groups: Any, closing: ExitStack) -> None:
+def test_suspended_responses_continue_under_new_weights(process_groups: Any, closing: ExitStack) -> None:
     pair = closing.enter_context(servers(2, delay=1.0))
     world = World(process_groups, pair, closing)
     engine = world.engine

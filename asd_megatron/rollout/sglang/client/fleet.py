@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Coroutine, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,6 +15,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.rollout.sglang.client.api import ServerLate, SGLangServer, new_session
 from asd_megatron.rollout.sglang.client.health import Prober
+from asd_megatron.rollout.sglang.client.loop import LoopThread
 from asd_megatron.rollout.sglang.client.requests import Counters, Dispatcher, Member
 from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
 
@@ -24,8 +23,6 @@ T = TypeVar("T")
 ROUTER_LIMIT = 0  # follows from the servers behind it
 INFO_SECONDS = 20.0
 ABORT_PATIENCE = 30.0  # seconds in which partial outputs are waited for
-LOOP_SECONDS = 60.0  # for the event loop to do what needs no server, beside a time limit of its own
-CLOSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -85,17 +82,15 @@ class Fleet:
         self._finished: list[SampleResult] = []
         self._error: Exception | None = None
         self._pending: set[Hashable] = set()
-        self._closed = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-fleet", daemon=True)
-        self._thread.start()
-        self._session = self._do(_open_session(), "opening connections")
-
-        def member(url: str, limit: int) -> Member:
-            server = SGLangServer(url, self._session, api_key, admin_key, ca_file)
-            return Member(server.url, limit, server=server)
-
+        self._loop = LoopThread("rollout-fleet")
+        self._probe_timeout = probe_timeout
         try:
+            self._session = self._loop.run(_open_session(), "opening connections")
+
+            def member(url: str, limit: int) -> Member:
+                server = SGLangServer(url, self._session, api_key, admin_key, ca_file)
+                return Member(server.url, limit, server=server)
+
             self._members = {m.url: m for m in [member(url, max_concurrent) for url in urls]}
             self._dispatcher = Dispatcher(
                 list(self._members.values()),
@@ -105,7 +100,6 @@ class Fleet:
                 deliver=self._deliver,
                 refuse=self._refuse,
             )
-            self._probe_timeout = probe_timeout
             self._prober = Prober(self._dispatcher, probe_every, probe_timeout)
         except BaseException:
             self.close()
@@ -116,7 +110,7 @@ class Fleet:
     def connect(self, timeout: float) -> None:
         """Wait until all servers work, at most `timeout` seconds. Raises UserError that names each server that does
         not and why; at once if one refuses a key or is older than SGLang 0.5.10."""
-        self._do(self._prober.connect(timeout), "connecting to the servers", timeout)
+        self._loop.run(self._prober.connect(timeout), "connecting to the servers", timeout)
 
     def servers(self) -> list[ServerView]:
         """All servers in the order given, without the router."""
@@ -124,7 +118,7 @@ class Fleet:
         async def view() -> list[ServerView]:
             return [_view(member) for member in self._members.values()]
 
-        return self._do(view(), "reading the servers' states")
+        return self._loop.run(view(), "reading the servers' states")
 
     def admit(self, url: str, label: str) -> None:
         """The server at `url` has exactly the weights `label`: it serves from now on."""
@@ -132,7 +126,7 @@ class Fleet:
         async def admit() -> None:
             self._dispatcher.admit(self._member(url), label)
 
-        self._do(admit(), f"admitting {url}")
+        self._loop.run(admit(), f"admitting {url}")
 
     def withdraw(self, url: str, reason: str) -> None:
         """The server at `url` may not serve; its running samples are sent to others.
@@ -144,7 +138,7 @@ class Fleet:
         async def withdraw() -> None:
             self._dispatcher.withdraw(self._member(url), reason)
 
-        self._do(withdraw(), f"withdrawing {url}")
+        self._loop.run(withdraw(), f"withdrawing {url}")
 
     def mark_unhealthy(self, url: str, reason: str) -> None:
         """The server at `url` does not work; the next successful probe makes it healthy again."""
@@ -152,7 +146,7 @@ class Fleet:
         async def mark() -> None:
             self._dispatcher.mark_unhealthy(self._member(url), reason)
 
-        self._do(mark(), f"marking {url} as unhealthy")
+        self._loop.run(mark(), f"marking {url} as unhealthy")
 
     @contextmanager
     def updating(self, label: str) -> Iterator[None]:
@@ -169,7 +163,7 @@ class Fleet:
         """While the servers cannot generate because their memory is offloaded: as `updating`, and entered only when no
         probe is in flight any more (bounded by a probe's time limit)."""
         with self._held(None):
-            self._do(self._prober.wait_for_probes(), "waiting for health probes in flight", self._probe_timeout)
+            self._loop.run(self._prober.wait_for_probes(), "waiting for health probes in flight", self._probe_timeout)
             yield
 
     @contextmanager
@@ -182,12 +176,12 @@ class Fleet:
             self._prober.release()
             self._dispatcher.release()
 
-        self._do(hold(), "holding requests")
+        self._loop.run(hold(), "holding requests")
         try:
             yield
         finally:
-            if not self._closed:  # while held
-                self._do(release(), "releasing requests")
+            if not self._loop.closed:  # while held
+                self._loop.run(release(), "releasing requests")
 
     def call(self, url: str, path: str, body: Mapping[str, Any] | None = None, timeout: float = 60.0) -> dict[str, Any]:
         """A POST to one server with the key that its path needs; its JSON object. Any thread may call it. Raises an
@@ -204,7 +198,7 @@ class Fleet:
 
     def _ask(self, url: str, path: str, question: Coroutine[Any, Any, T], timeout: float) -> T:
         try:
-            return self._do(question, f"asking {url} for {path}", timeout)
+            return self._loop.run(question, f"asking {url} for {path}", timeout)
         except RolloutError as error:
             raise ServerLate(url, f"did not answer {path} in time") from error
 
@@ -229,7 +223,7 @@ class Fleet:
         async def submit() -> None:
             self._dispatcher.submit(requests)
 
-        self._do(submit(), f"submitting {len(requests)} samples")
+        self._loop.run(submit(), f"submitting {len(requests)} samples")
 
     @property
     def pending(self) -> int:
@@ -252,7 +246,9 @@ class Fleet:
     def abort(self, keep_partial: bool) -> list[SampleResult]:
         """Give up everything pending, in the servers too. Returns [] or, with `keep_partial`, one result for each
         pending sample: finished, or an abort with what there is of it (bounded wait; maybe nothing)."""
-        partial = self._do(self._dispatcher.abort(keep_partial, ABORT_PATIENCE), "aborting samples", ABORT_PATIENCE)
+        partial = self._loop.run(
+            self._dispatcher.abort(keep_partial, ABORT_PATIENCE), "aborting samples", ABORT_PATIENCE
+        )
         with self._news:
             self._error = None
             finished = [*self._take(), *partial]
@@ -274,49 +270,16 @@ class Fleet:
             self._error = error
             self._news.notify_all()
 
-    # ------------------------------------------------------------------ the loop
+    # ------------------------------------------------------------------ end
 
     def _member(self, url: str) -> Member:
         return self._members[url.rstrip("/")]
 
-    def _do(self, work: Coroutine[Any, Any, T], what: str, timeout: float = 0.0) -> T:
-        """The result of `work` in the event loop. `work` takes at most `timeout` seconds; if the loop itself hangs,
-        raises RolloutError that says `what` was waited for."""
-        if self._closed:
-            work.close()
-            raise RuntimeError("the fleet is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(timeout + LOOP_SECONDS)
-        except FutureTimeoutError as error:
-            if future.done():  # `work` raised a TimeoutError of its own
-                raise
-            future.cancel()
-            raise RolloutError(
-                f"{what} took longer than {timeout + LOOP_SECONDS:.0f} s: the client of the rollout servers hangs;"
-                " resume the run"
-            ) from error
-
     def close(self) -> None:
         """Drop what is pending and every connection. The servers are left as they are. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
         self._pending.clear()
-
-        async def shut() -> None:
-            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            await self._session.close()
-
-        with suppress(TimeoutError):  # a daemon thread: it does not keep the program from ending
-            asyncio.run_coroutine_threadsafe(shut(), self._loop).result(CLOSE_SECONDS)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSE_SECONDS)
-        if not self._thread.is_alive():
-            self._loop.close()
+        session: aiohttp.ClientSession | None = getattr(self, "_session", None)
+        self._loop.close(None if session is None else session.close())
 
     def __enter__(self) -> Fleet:
         return self
