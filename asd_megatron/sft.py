@@ -6,6 +6,7 @@ stage.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +54,9 @@ class SupervisedRun:
             if verifier is not None:
                 session.closing.callback(verifier.close)
             engine = embedded_engine(session, max_batch_size=256)
-            collector = evaluation_collector(session, engine, self.weights, problems, renderer, verifier)
+            collector = evaluation_collector(  # sampling on the training model waits for nobody
+                session, engine, self.weights, problems, renderer, verifier, timeout=math.inf
+            )
             self.held_out = HeldOut(session, collector, problems)
         if session.resumed is not None:
             self.guard.load_state_dict(session.resumed["guard"])

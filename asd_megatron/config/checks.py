@@ -154,10 +154,7 @@ def _train(recipe: Recipe) -> Iterator[str]:
             " privileged.raw_template out"
         )
     if rollout.engine == "replay" and rollout.replay_folder is None:
-        yield (
-            "rollout.engine replay needs rollout.replay_folder: the `rollouts` folder of a run with run.dump_rollouts"
-            " true"
-        )
+        yield ("rollout.engine replay needs rollout.replay_folder: the folder of a run with run.dump_rollouts true")
     if rollout.engine != "replay" and rollout.replay_folder is not None:
         yield (
             "rollout.replay_folder is read only with rollout.engine replay: set rollout.engine replay, or leave the"

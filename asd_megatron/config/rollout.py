@@ -19,9 +19,19 @@ class Rollout(Section):
             " the dumps of an earlier run."
         ),
     )
-    replay_folder: Text | None = Field(None, description="The folder of dumps that `replay` reads: a run's `rollouts`.")
+    replay_folder: Text | None = Field(
+        None, description="`replay`: the run folder whose rollout dumps are read, or its folder `rollouts`."
+    )
     max_batch_size: int = Field(
         256, ge=1, description="`embedded`: responses that a model-parallel group samples at once."
+    )
+    collect_timeout: float = Field(
+        3600.0,
+        gt=0,
+        description=(
+            "Seconds within which the engine must finish at least one more group (`embedded`: all of them); otherwise"
+            " the run saves its state and stops."
+        ),
     )
 
     overlap: bool = Field(

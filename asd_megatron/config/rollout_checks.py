@@ -13,7 +13,7 @@ from asd_megatron.distributed.addresses import is_loopback
 if TYPE_CHECKING:
     from asd_megatron.config.recipe import Recipe
 
-ANY_ENGINE = ("engine", "replay_folder", "max_batch_size")
+ANY_ENGINE = ("engine", "replay_folder", "max_batch_size", "collect_timeout")
 STARTED_ONLY = ("servers", "server_devices", "server_tensor_parallel", "server_args", "server_python")
 
 

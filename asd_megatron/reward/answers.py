@@ -147,7 +147,7 @@ def _written_out(m: re.Match[str]) -> str:
     shift = int(re.sub(r"\s", "", exponent.translate(SUPERSCRIPTS)))
     mantissa = Decimal(groups["mantissa"] or "1").as_tuple()
     assert isinstance(mantissa.exponent, int)
-    return format(Decimal(mantissa._replace(exponent=mantissa.exponent + shift)), "f")
+    return format(Decimal((mantissa.sign, mantissa.digits, mantissa.exponent + shift)), "f")
 
 
 def _without_surroundings(text: str) -> str:

@@ -135,8 +135,9 @@ def evaluation_collector(
     problems: ProblemSource,
     renderer: Any,
     verifier: Verifier | None,
+    timeout: float,
 ) -> Collector:
-    """A collector for evaluations alone."""
+    """A collector for evaluations alone; `timeout` in seconds."""
     return Collector(
         engine,
         weights,
@@ -147,6 +148,7 @@ def evaluation_collector(
         params=evaluation_params(session),
         problems_per_step=1,
         seed=session.recipe.run.seed,
+        timeout=timeout,
     )
 
 

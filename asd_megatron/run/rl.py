@@ -101,6 +101,7 @@ class TrainingRun:
             problems_per_step=recipe.sampling.problems_per_step,
             seed=recipe.run.seed,
             plan=rollout_plan(recipe),
+            timeout=recipe.rollout.collect_timeout,
         )
         self.held_out = None
         if recipe.evaluates and test_set is not None:
@@ -315,7 +316,10 @@ class TrainingRun:
         if self.recipe.rollout.engine != "replay":
             return self.collector
         engine = embedded_engine(self.session, self.recipe.rollout.max_batch_size)
-        return evaluation_collector(self.session, engine, self.weights, problems, self.renderer, self.verifier)
+        timeout = self.recipe.rollout.collect_timeout
+        return evaluation_collector(
+            self.session, engine, self.weights, problems, self.renderer, self.verifier, timeout=timeout
+        )
 
     def _dump(self, step: int, batch: Batch, table: TokenTable) -> None:
         write_dump(

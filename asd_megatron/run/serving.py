@@ -14,11 +14,11 @@ import torch
 
 from asd_megatron.config import Recipe
 from asd_megatron.config.rollout import Rollout
-from asd_megatron.data.prompts import INSTRUCTION, PromptRenderer
+from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from asd_megatron.rollout.sglang.client.fleet import Fleet
-from asd_megatron.rollout.sglang.controller import Backend, ServedModel
+from asd_megatron.rollout.sglang.controller import Controller, ServedModel
 from asd_megatron.rollout.sglang.engine import SGLangEngine
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
 from asd_megatron.rollout.sglang.servers.options import ServerOptions, devices_of_servers
@@ -35,7 +35,8 @@ from asd_megatron.trainer.scorer import score_sequence
 
 MIB = 2**20
 PROBE_TOKENS = 256
-CONTINUATION = f"{INSTRUCTION} The final answer is:"  # words that the built-in puzzle's small vocabulary has too
+CONTINUATION = "Now solve this problem step by step. The final answer is:"
+"""Of the probe's prompt; the built-in puzzle's small vocabulary has these words too."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest mean absolute difference of the probe's log-probs, in nats."""
 
@@ -66,7 +67,7 @@ def sglang_engine(session: Session, renderer: PromptRenderer, problems: ProblemS
         probe = partial(score_sequence, port, session.process_groups, ids, session.pack_layout)
     return SGLangEngine(
         session.process_groups,
-        session.only_root(lambda: _backend(session, rollout, ids)),
+        session.only_root(lambda: _controller(session, rollout, ids)),
         probe=probe,
         max_positions=port.max_positions,
         end_ids=session.end_ids,
@@ -86,7 +87,7 @@ def _rollout(session: Session) -> Rollout:
     return session.recipe.rollout
 
 
-def _backend(session: Session, rollout: Rollout, probe: tuple[int, ...]) -> Backend:
+def _controller(session: Session, rollout: Rollout, probe: tuple[int, ...]) -> Controller:
     """Everything that global rank 0 needs, nothing of it started yet. Raises UserError for an environment that cannot
     serve."""
     port, labels, closing = session.port, Labels(), ExitStack()
@@ -99,7 +100,7 @@ def _backend(session: Session, rollout: Rollout, probe: tuple[int, ...]) -> Back
     closing.callback(transport.close)
     fleet = _fleet(rollout, keys, pool)
     closing.callback(fleet.close)
-    return Backend(
+    return Controller(
         fleet,
         transport,
         Assembler(session.tokenizer, session.recipe.run.seed, labels),

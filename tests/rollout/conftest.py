@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from tests.rollout.sglang.engine_world import closing, pair
 from tests.rollout.sglang.fleets import fake_pair, make_fleet
 from tests.rollout.toy import one_process_groups
 
-__all__ = ["fake_pair", "make_fleet"]
+__all__ = ["closing", "fake_pair", "make_fleet", "pair"]
 
 
 @pytest.fixture

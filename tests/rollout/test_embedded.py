@@ -211,7 +211,7 @@ def test_non_finite_logits_stop_the_run(process_groups: Any, forward: int) -> No
 def test_time_limit(process_groups: Any) -> None:
     engine = _engine(process_groups)
     engine.submit(PROMPTS, PARAMS, 1)
-    with pytest.raises(RolloutError, match="time limit"):
+    with pytest.raises(RolloutError, match="rollout.collect_timeout"):
         engine.collect(0.0)
     assert engine.pending == 0
     assert len(_run(engine)) == len(PROMPTS)

@@ -1,4 +1,4 @@
-"""What servers and weight updates did since the last reading, by metric name."""
+"""Metrics of servers and weight updates since the last step, by metric name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
 
 
 class Readings:
-    """Collects the reports of weight updates; `take` makes metrics of them and of the fleet's counters.
+    """Collects the reports of weight updates; `take` turns them and the fleet's counters into metrics.
 
     What describes the weights now served (`verified`, `probe_*`) is repeated in steps without an update.
     """

@@ -51,8 +51,9 @@ class ServerPool:
 
     A server that dies is restarted on the same URL after a pause, `backoff[0]` seconds at first and doubled up to
     `backoff[1]`; after `max_restarts` without having been healthy for two minutes in between it is given up. A router
-    is one more such process; it accepts generation with the servers' generation key. `counters`: deaths, restarts,
-    gave_up. `say` is called with a sentence for each event.
+    is one more such process; it admits generation with the servers' generation key. `counters`: deaths, restarts,
+    gave_up. `say` gets a sentence whenever something has happened. Between `defer_starts` and `allow_starts` none is
+    restarted, so that servers on the trainer's devices do not take its memory.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class ServerPool:
         self.urls = [process.url for process in self.processes]
         self.router_url = self.router.url if self.router else None
         self._watched = [_Watched(process) for process in (*self.processes, *filter(None, [self.router]))]
+        self._deferred = False
+        self._changing = threading.Lock()  # one thread at a time changes the servers' states
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
         self._pid = os.getpid()
@@ -84,6 +87,31 @@ class ServerPool:
         """Of each server, then the router: new, starting, healthy, dead, waiting (for its restart) or given up."""
         dead = [server.state in ("starting", "healthy") and not server.process.alive for server in self._watched]
         return ["dead" if gone else server.state for gone, server in zip(dead, self._watched, strict=True)]
+
+    @property
+    def restarting(self) -> list[str]:
+        """The names of those that have died and are to be healthy again: not those given up."""
+        states = zip(self._watched, self.states, strict=True)
+        return [server.process.name for server, state in states if state in ("dead", "waiting", "starting")]
+
+    def defer_starts(self) -> None:
+        """Restart nothing until `allow_starts`. A server that is just starting is ended, and restarted then."""
+        with self._changing:
+            self._deferred = True
+            for server in self._watched:
+                if server.state == "starting":
+                    server.process.stop(grace=0)
+                    server.state, server.since = "waiting", time.monotonic()
+                    server.restarts -= 1  # it has not failed
+
+    def allow_starts(self) -> None:
+        with self._changing:
+            self._deferred = False
+
+    def kill(self, url: str) -> None:
+        """End the server at `url` at once. It is restarted like one that died."""
+        with self._changing:
+            next(process for process in self.processes if process.url == url).stop(grace=0)
 
     def start(self) -> Self:
         """Start all servers and return when all are healthy. Raises UserError, with nothing left running, otherwise."""
@@ -131,14 +159,15 @@ class ServerPool:
         """Look at every server twice a second until the pool closes."""
         while not self._closing.wait(WATCH_SECONDS):
             for server in self._watched:
-                if not self._closing.is_set():
-                    self._attend(server, time.monotonic())
+                with self._changing:
+                    if not self._closing.is_set():
+                        self._attend(server, time.monotonic())
 
     def _attend(self, server: _Watched, now: float) -> None:
         """Do what the state of a server requires now."""
         process = server.process
         if server.state == "waiting":
-            if now >= server.since:
+            if now >= server.since and not self._deferred:
                 self._restart(server, now)
         elif server.state in ("starting", "healthy") and not process.alive:
             self._died(server, now, f"died ({process.status})")

@@ -128,6 +128,34 @@ def test_backoff_doubles_and_ends(options: ServerOptions, caplog: pytest.LogCapt
     assert "is given up" in caplog.text
 
 
+def test_no_server_is_started_while_starts_are_deferred(options: ServerOptions) -> None:
+    with pool_of(options, 2) as pool:
+        assert pool.restarting == []
+        pool.defer_starts()
+        pool.kill(pool.urls[0])
+        assert pool.restarting == [pool.processes[0].name]
+        wait(lambda: pool.states == ["waiting", "healthy"])
+        time.sleep(0.3)  # longer than the pause before a restart
+        assert pool.counters["restarts"] == 0 and not pool.processes[0].alive
+        pool.allow_starts()
+        wait(lambda: pool.processes[0].alive)
+        pool.defer_starts()  # in the middle of its start, or just after: either way nothing starts now
+        wait(lambda: pool.states[0] in ("waiting", "healthy"))
+        assert pool.processes[0].alive == (pool.states[0] == "healthy")
+        pool.allow_starts()
+        wait(lambda: pool.restarting == [] and pool.states == ["healthy", "healthy"])
+        assert pool.counters["gave_up"] == 0 and pool.processes[0].healthy()
+
+
+def test_a_proxy_of_the_environment_is_not_asked(options: ServerOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pool_of(options) as pool:
+        assert pool.processes[0].healthy()
+
+
 def test_without_restarts(options: ServerOptions) -> None:
     with pool_of(options, restart=False) as pool:
         pool.processes[0].stop(grace=0)
