@@ -9,7 +9,7 @@ from asd_megatron.rollout.sglang.counters import Readings
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
 
 
-def test_updates_add_up_and_what_is_served_is_told_again() -> None:
+def test_updates_add_up_and_what_is_served_is_repeated() -> None:
     readings = Readings()
     readings.add(SyncReport({}, (), bytes=3_000_000, tensors=9, seconds=0.5, checked=18, probe=2e-6))
     failed = {"http://a": "broken"}
