@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from asd_megatron.config.algorithm import Algorithm
+from asd_megatron.config.checkpoint import ALL
 from asd_megatron.config.gym_checks import gym_findings
 from asd_megatron.config.parallelism import Parallelism
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
+from asd_megatron.config.refusals import dotted_keys, nearest_key
 from asd_megatron.config.rollout_checks import device_findings, rollout_findings
 from asd_megatron.errors import UserError
 
@@ -100,6 +102,10 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
         yield "data.raw_prompt is read only with data.format raw: set data.format raw, or leave data.raw_prompt out"
     if data.test is not None and data.test.startswith("puzzle:") and data.test not in PUZZLES:
         yield f"data.test {data.test!r} is not a puzzle set: use puzzle:test"
+    for key in recipe.checkpoint.accept_changes:
+        if key != ALL and key not in dotted_keys(type(recipe)):
+            nearest = nearest_key(type(recipe), key)
+            yield f"checkpoint.accept_changes: {key} is no recipe key; the nearest one is {nearest} (or give {ALL})"
     yield from gym_findings(recipe)
 
 

@@ -83,15 +83,22 @@ class Optimizer:
             wd_incr_style="constant",
         )
         # Megatron's scheduler starts at step 0 of the warm-up, whose rate is 0: the first update has step 1's.
-        if warmup_steps:
-            self.scheduler.step(1)
-        self.last_learning_rate = self.learning_rate
+        self._first = 1 if warmup_steps else 0
+        self.seek(0)
         self._homes: list[torch.device] = []  # where offloaded tensors came from
 
     @property
     def learning_rate(self) -> float:
         """Of the update to come; `last_learning_rate` is that of the update just made."""
         return float(self.megatron.param_groups[0]["lr"])
+
+    def seek(self, updates: int) -> None:
+        """Put the schedule where `updates` updates, applied or skipped, have been made. A resumed run calls it with the
+        updates that its finished steps have under the recipe at hand, so that its progress decides the learning rate,
+        not the number of updates that earlier settings made."""
+        self.scheduler.num_steps = updates + self._first
+        self.scheduler.step(0)
+        self.last_learning_rate = self.learning_rate
 
     def zero_grad(self) -> None:
         for chunk in self.port.chunks:
