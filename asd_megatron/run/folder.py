@@ -258,8 +258,9 @@ def _inputs(recipe: AnyRecipe) -> dict[str, str]:
 
 
 def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
-    """Make the held folder that of a run after `step` steps: remove what is replaced and what killed writers left, note
-    the start in the history, write the resolved recipe. Raises UserError when the operating system refuses."""
+    """Make the held folder that of a run after `step` steps: remove what is replaced and what killed writers left,
+    record the start in the history, write the resolved recipe. A run without a step left (its export is missing) keeps
+    its recipe and summary: they say what trained it. Raises UserError when the operating system refuses."""
     folder = recipe.run.path
     with writing(folder):
         if start.kind == "overwrite":
@@ -268,7 +269,6 @@ def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
         if start.kind == "restart":
             for name in OF_AN_ATTEMPT:
                 _remove(folder / name)
-        (folder / SUMMARY_FILE).unlink(missing_ok=True)  # until the run is complete again
         for part in (".", CHECKPOINTS, EXPORTS, "rollouts"):
             remove_partial(folder / part)
         if start.kind == "resume" and start.checkpoint is not None:
@@ -276,9 +276,11 @@ def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
             training.name_latest(folder / CHECKPOINTS, Path(start.checkpoint).resolve().name)
         origin = None if start.checkpoint is None else os.path.realpath(start.checkpoint)
         record(folder, start.kind, step, stage=stage, checkpoint=origin)
-        for change in start.changes:
-            record(folder, "change", step, key=change.key, old=change.old, new=change.new)
-        atomic_write(folder / RECIPE_FILE, dump_recipe(recipe))
+        if step < recipe.run.steps:
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)
+            for change in start.changes:
+                record(folder, "change", step, key=change.key, old=change.old, new=change.new)
+            atomic_write(folder / RECIPE_FILE, dump_recipe(recipe))
 
 
 def _remove(path: Path) -> None:
@@ -315,8 +317,6 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
 
 def changes_of(folder: Path) -> list[dict[str, Any]]:
-    """The changed settings of a run, for its summary: step, key, old, new."""
-    names = ("step", "key", "old", "new")
-    return [
-        {name: event.get(name) for name in names} for event in read_history(folder) if event.get("event") == "change"
-    ]
+    """The settings that changed in the middle of a run, for its summary: step, key, old, new."""
+    found = [event for event in read_history(folder) if event.get("event") == "change" and event.get("step")]
+    return [{name: event.get(name) for name in ("step", "key", "old", "new")} for event in found]

@@ -107,8 +107,8 @@ class Session:
         )
         self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)
         self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
-        self._saved = self.first_step - 1  # the step of the newest training checkpoint
-        self._overdue = False  # a checkpoint that was due could not be written: it is written as soon as it can be
+        self._saved = self.first_step - 1 if self.start.kind == "resume" else 0  # step of the run's newest checkpoint
+        self._overdue = False  # a due checkpoint could not be written: it is written after the next applied update
         self.clock = Clock()
         self.writer: RunWriter | None = None
         self.progress = Progress(recipe.run.steps, enabled=False)
@@ -203,7 +203,7 @@ class Session:
             lines.append(f"the run in {self.folder} stopped before its first checkpoint: started again from the start")
         if changes:
             lines.append(f"settings changed after step {done}: {'; '.join(map(str, changes))}")
-        if done and any(change.key in OF_THE_SCHEDULE for change in changes):
+        if 0 < done < self.recipe.run.steps and any(change.key in OF_THE_SCHEDULE for change in changes):
             optimizer, rate = self.recipe.optimizer, self.optimizer.learning_rate
             before = [row.get("optimizer/learning_rate") for row in read_metrics(self.folder) if row["step"] == done]
             lines.append(
@@ -347,6 +347,8 @@ class Session:
         def write() -> None:
             from asd_megatron.observe.plots import plot_run, write_summary  # matplotlib
 
+            if not self.steps() and (self.folder / folders.SUMMARY_FILE).is_file():
+                return  # a complete run whose export was missing
             with writing(self.folder):
                 changes = folders.changes_of(self.folder)
                 folders.record(self.folder, "end", self.recipe.run.steps)
