@@ -85,7 +85,7 @@ class Change:
 def changes(recorded: Mapping[str, Any], recipe: AnyRecipe) -> list[Change]:
     """The keys whose values differ between the recorded recipe (section -> key -> value) and the present one.
 
-    A key that the schema has gained since counts with its default, one that it has lost is left out.
+    A key that the schema has gained since counts with its default, one that it has lost is skipped.
     """
     found = []
     for section, values in recipe.model_dump(mode="json").items():

@@ -55,8 +55,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): make room or change its permissions, then start the"
-            " same command again"
+            f"{path} cannot be written ({error.strerror or error}): free space or change its permissions, then start"
+            " the same command again"
         ) from error
 
 
@@ -213,7 +213,7 @@ def _refuse(recipe: AnyRecipe, found: tuple[Change, ...], stage: str) -> None:
         raise UserError(
             f"the run folder {folder} was started with other settings ({'; '.join(map(str, refused))}): set them back,"
             " or choose another run.name; to change them in the middle of this run, set checkpoint.accept_changes"
-            f" [{keys}]; to start anew in this folder, set run.overwrite true and checkpoint.resume never"
+            f" [{keys}]; to start from step 1 in this folder, set run.overwrite true and checkpoint.resume never"
         )
 
 
@@ -223,7 +223,7 @@ def _check_restart(recipe: AnyRecipe) -> None:
     if steps is not None:
         raise UserError(
             f"the run in {recipe.run.path} ended after step {steps} and left no checkpoint to continue from: choose"
-            " another run.name, or set run.overwrite true to start anew"
+            " another run.name, or set run.overwrite true to start from step 1"
         )
 
 
@@ -305,7 +305,7 @@ def record(folder: Path, event: str, step: int, **values: Any) -> None:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The events of RUN/history.jsonl; a line that a kill tore is left out."""
+    """The events of RUN/history.jsonl; a line that a kill tore is skipped."""
     events = []
     with suppress(FileNotFoundError):
         for line in (folder / HISTORY_FILE).read_text(encoding="utf-8", errors="replace").splitlines():

@@ -200,7 +200,7 @@ class Session:
         done, changes = self.first_step - 1, self.start.changes
         lines = []
         if self.start.kind == "restart":
-            lines.append(f"the run in {self.folder} stopped before its first checkpoint: started again from the start")
+            lines.append(f"the run in {self.folder} stopped before its first checkpoint: it starts again from step 1")
         if changes:
             lines.append(f"settings changed after step {done}: {'; '.join(map(str, changes))}")
         if 0 < done < self.recipe.run.steps and any(change.key in OF_THE_SCHEDULE for change in changes):
@@ -361,7 +361,7 @@ class Session:
 def _nothing_left(recipe: AnyRecipe) -> str:
     return (
         f"the run in {recipe.run.path} is finished, all {recipe.run.steps} steps are made: nothing is left to do. For"
-        " more steps raise run.steps; to train it anew set run.overwrite true"
+        " more steps raise run.steps; to train from step 1 again set run.overwrite true"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def test_the_run_ends_soon_and_says_why(endings: dict[tuple[str, int], tuple[lis
     for case, (statuses, seconds, printed) in endings.items():
         assert seconds < LIMIT, (case, seconds, printed)
         assert statuses[case[1]] > 0 and 0 not in statuses, (case, statuses, printed)
-        errors = [line for line in printed.splitlines() if "Error" in line or line.startswith("error")]
+        errors = [line for line in printed.splitlines() if re.match(r"(error|\w*Error)\b", line)]
         assert errors and CAUSE in errors[0], (case, printed)
 
 

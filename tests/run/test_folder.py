@@ -331,7 +331,7 @@ def test_a_full_disk_is_the_users_to_solve(folder: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot be written .No space left on device.: make room"):
+    with pytest.raises(UserError, match="cannot be written .No space left on device.: free space"):
         begin(folder)
 
 
