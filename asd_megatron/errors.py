@@ -10,9 +10,13 @@ class UserError(Exception):
     """Something the user gave is wrong: a recipe, a file, a model folder, a layout, a reward.
 
     The message states the cause and the next action, and stands alone: the command line prints it as `error: MESSAGE`,
-    without a traceback, and exits with status 2. Rooms may subclass it to be caught more narrowly; a bug of ours is
+    without a traceback, and exits with status 2. Modules may subclass it to be caught more narrowly; a bug of ours is
     never a `UserError`.
     """
+
+
+class NotFinite(UserError):
+    """Training met a number that is not finite and cannot continue. Its weights are not worth saving."""
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asd_megatron.cli.guard import guarded
 from asd_megatron.config import SftRecipe, load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.observe.metrics import supervised_metrics
+from asd_megatron.observe.writer import read_metrics
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.run.build import embedded_engine, evaluation_collector, make_renderer
 from asd_megatron.run.evaluation import HeldOut, Weights
 from asd_megatron.run.report import announce
-from asd_megatron.run.session import Session, open_session
+from asd_megatron.run.session import Session, run_session
 from asd_megatron.run.sources import held_out_problems, supervised_source
 from asd_megatron.trainer.guard import Guard
 from asd_megatron.trainer.sft import supervised_update
@@ -30,14 +31,14 @@ class SupervisedRun:
 
     def __init__(self, recipe: SftRecipe, session: Session) -> None:
         self.recipe, self.session = recipe, session
-        renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         if not session.end_ids:
             raise UserError(
                 f"the tokenizer of {session.source} has no end token: set eos_token_id in generation_config.json"
             )
+        self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         self.examples = supervised_source(
             recipe.data.train,
-            renderer,
+            self.renderer,
             session.tokenizer,
             steps=recipe.run.steps,
             end_token_id=session.end_ids[0],
@@ -46,22 +47,26 @@ class SupervisedRun:
         )
         self.guard = Guard()
         self.weights = Weights(session.port, session.first_step - 1)
-        self.held_out: HeldOut | None = None
-        problems = held_out_problems(recipe.data) if recipe.evaluates else None
-        if recipe.reward is not None and problems is not None:
-            reward = recipe.reward
-            verifier = session.only_root(lambda: make_verifier(**reward.model_dump()))
-            if verifier is not None:
-                session.closing.callback(verifier.close)
-            engine = embedded_engine(session, max_batch_size=256)
-            collector = evaluation_collector(  # sampling on the training model waits for nobody
-                session, engine, self.weights, problems, renderer, verifier, timeout=math.inf
-            )
-            self.held_out = HeldOut(session, collector, problems)
+        self.held_out = self._held_out()
         if session.resumed is not None:
             self.guard.load_state_dict(session.resumed["guard"])
             if session.resumed["evaluations"] is not None and self.held_out is not None:
                 self.held_out.restore(session.resumed["evaluations"])
+
+    def _held_out(self) -> HeldOut | None:
+        """The evaluation on `data.test`, on the embedded engine; None without one."""
+        session, reward = self.session, self.recipe.reward
+        problems = held_out_problems(self.recipe.data) if self.recipe.evaluates else None
+        if reward is None or problems is None:
+            return None
+        verifier = session.only_root(lambda: make_verifier(**reward.model_dump()))
+        if verifier is not None:
+            session.closing.callback(verifier.close)
+        engine = embedded_engine(session, max_batch_size=256)
+        collector = evaluation_collector(  # sampling on the training model waits for nobody
+            session, engine, self.weights, problems, self.renderer, verifier, timeout=math.inf
+        )
+        return HeldOut(session, collector, problems)
 
     def step(self, step: int) -> dict[str, float]:
         recipe, session = self.recipe, self.session
@@ -86,20 +91,45 @@ class SupervisedRun:
             times=session.clock.take(),
             skipped_updates=int(not stats.applied),
         )
+        if self.guard.consecutive and session.checkpoint_due(step):
+            metrics["checkpoint/skipped"] = 1.0
         return {**metrics, **evaluation}
 
     def state(self, step: int) -> dict[str, Any]:
-        """Examples are a function of (seed, step): the step alone says where to go on."""
+        """For a checkpoint, beside weights and optimizer. A step's examples are a function of (seed, step)."""
         evaluations = None if self.held_out is None else self.held_out.state()
         state = {"step": step, "seed": self.recipe.run.seed, "evaluations": evaluations}
         return {**state, "guard": self.guard.state_dict()}
 
 
 def train(run: SupervisedRun) -> None:
-    recipe, session = run.recipe, run.session
+    session = run.session
     session.begin()
+    session.on_root(lambda: _announce(run))
+    if run.held_out is not None:
+        run.held_out.evaluate_before_start()
+    session.clock.take()
+    for step in session.steps():
+        metrics = run.step(step)
+        session.on_root(lambda: _report(session, step, metrics))  # noqa: B023 (called at once)
+        session.checkpoint_if_due(step, run.state(step), run.guard)
+    first, last = (run.held_out.first, run.held_out.last) if run.held_out else (None, None)
+    session.finish(
+        {
+            "name": run.recipe.run.name,
+            "stage": "sft",
+            "steps": run.recipe.run.steps,
+            "loss": session.on_root(lambda: read_metrics(session.folder)[-1].get("sft/loss")),
+            "evaluation_before": first,
+            "evaluation_after": last,
+        }
+    )
+
+
+def _announce(run: SupervisedRun) -> None:
+    recipe = run.recipe
     announce(
-        session,
+        run.session,
         {
             "examples": f"{recipe.data.train}, {recipe.sft.sequences_per_step} a step",
             "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens",
@@ -107,32 +137,11 @@ def train(run: SupervisedRun) -> None:
         },
         passes=("one forward and backward: cross-entropy on the given responses (3 forwards' worth)",),
     )
-    if run.held_out is not None:
-        run.held_out.evaluate_before_start()
-    session.clock.take()
-    metrics: dict[str, float] = {}
-    for step in session.steps():
-        metrics = run.step(step)
-        if session.writer is not None:
-            session.writer.write(step, metrics)
-        session.progress.update(step, metrics)
-        session.checkpoint_if_due(step, run.state(step))
-    if session.is_root:
-        from asd_megatron.observe.plots import plot_run, write_summary
 
-        first, last = (run.held_out.first, run.held_out.last) if run.held_out else (None, None)
-        plot_run(session.folder)
-        write_summary(
-            session.folder,
-            {
-                "name": recipe.run.name,
-                "stage": "sft",
-                "steps": recipe.run.steps,
-                "loss": metrics.get("sft/loss"),
-                "evaluation_before": first,
-                "evaluation_after": last,
-            },
-        )
+
+def _report(session: Session, step: int, metrics: Mapping[str, float]) -> None:
+    session.write_metrics(step, metrics)
+    session.progress.update(step, metrics)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,9 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0].startswith("-"):
             raise UserError("give a recipe first: python -m asd_megatron.sft RECIPE [--section.key value ...]")
         recipe = load_recipe(arguments[0], arguments[1:], kind="sft")
-        with open_session(recipe) as session:
-            train(SupervisedRun(recipe, session))
-        return 0
+        return run_session(recipe, lambda session: train(SupervisedRun(recipe, session)))
 
     return guarded(program)
 

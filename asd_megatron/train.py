@@ -1,6 +1,6 @@
 """AntiSD training: `torchrun --nproc-per-node N -m asd_megatron.train RECIPE [--section.key value ...]`.
 
-The loop below is Algorithm 1; `training.py` holds what its lines do.
+The loop below is Algorithm 1; `run/rl.py` holds what its lines do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from asd_megatron.cli.guard import guarded
 from asd_megatron.config import Recipe, load_recipe
 from asd_megatron.run.rl import TrainingRun
-from asd_megatron.run.session import open_session
+from asd_megatron.run.session import run_session
 
 
 def train(run: TrainingRun) -> None:
@@ -34,9 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> int:
         recipe: Recipe = load_recipe(*_recipe_and_overrides(arguments))
-        with open_session(recipe) as session:
-            train(TrainingRun(recipe, session))
-        return 0
+        return run_session(recipe, lambda session: train(TrainingRun(recipe, session)))
 
     return guarded(program)
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Any
 
-from asd_megatron.config.base import Section, Text
+from pydantic import BeforeValidator, Field
+
+from asd_megatron.config.base import Section, Text, to_tuple
+
+ALL = "all"
+
+
+def _to_keys(value: Any) -> Any:
+    """One key needs no list around it."""
+    return (value,) if isinstance(value, str) else to_tuple(value)
+
+
+KeyList = Annotated[tuple[Text, ...], BeforeValidator(_to_keys)]
 
 
 class Checkpoint(Section):
@@ -30,8 +42,17 @@ class Checkpoint(Section):
     resume: Text = Field(
         "auto",
         description=(
-            "`auto`: resume from the run folder's newest checkpoint, if any; `never`: start afresh; or the folder of a"
-            " checkpoint, this run's or another's."
+            "`auto`: resume from the run folder's newest checkpoint, if any; `never`: start from step 1; or the folder"
+            " of a checkpoint. One of this run: return to it. One of another run: a new run folder starts from it, and"
+            " resumes from its own newest checkpoint when the same command is started again."
+        ),
+    )
+    accept_changes: KeyList = Field(
+        (),
+        description=(
+            "Recipe keys that may differ from those of the run that is resumed in its folder, or `all`. Keys that"
+            " decide what is trained (condition, gate, privileged prompts, model, data, reward, seed, sampling,"
+            " batch sizes) are refused otherwise. `history.jsonl` records every change."
         ),
     )
     export_every: int = Field(

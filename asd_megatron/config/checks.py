@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from asd_megatron.config.algorithm import Algorithm
+from asd_megatron.config.checkpoint import ALL
 from asd_megatron.config.data import texts_for_booleans
 from asd_megatron.config.gym_checks import gym_findings
 from asd_megatron.config.parallelism import Parallelism
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
+from asd_megatron.config.refusals import dotted_keys, nearest_key
 from asd_megatron.config.rollout_checks import device_findings, rollout_findings
 from asd_megatron.data.templates import PAPER_WORDING, teacher_template_fault
 from asd_megatron.errors import UserError
@@ -109,6 +111,10 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
             f"reward.wall_timeout_seconds {reward.wall_timeout_seconds:g} is below reward.timeout_seconds"
             f" {reward.timeout_seconds:g}, which counts processor time: raise the first or lower the second"
         )
+    for key in recipe.checkpoint.accept_changes:
+        if key != ALL and key not in dotted_keys(type(recipe)):
+            nearest = nearest_key(type(recipe), key)
+            yield f"checkpoint.accept_changes: {key} is no recipe key; the nearest one is {nearest} (or give {ALL})"
     yield from gym_findings(recipe)
 
 

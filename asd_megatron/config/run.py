@@ -1,4 +1,4 @@
-"""Section `run`: which run this is and where it writes."""
+"""Section `run`: a run's name, length, seed and folder."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from asd_megatron.config.base import Section, Text
 
 
 class RunBase(Section):
-    """What a run of either stage is called, how long it is and where it writes."""
+    """The run's name, length, seed and folder, in both stages."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]*$")] = Field(
         "run", description="The run's name; letters, digits and `_ . = + -`."
     )
     folder: Text = Field("runs/{name}", description="The run folder; `{name}` stands for `run.name`.")
     seed: int = Field(
-        1234, ge=0, description="Seed of the sampling noise, the data order and the choice of demonstrations."
+        1234,
+        ge=0,
+        lt=2**64,
+        description="Seed of the sampling noise, the data order and the choice of demonstrations; below 2^64.",
     )
     steps: int = Field(200, ge=1, description="Training steps: batches sampled (or read) and learned from.")
     overwrite: bool = Field(
         False,
         description=(
-            "Replace what a non-empty run folder holds; without it such a folder is refused. A run that goes on from"
-            " its own checkpoint (`checkpoint.resume`) keeps its folder either way."
+            "Replace what a run folder holds. An unfinished run with a checkpoint is resumed instead, unless"
+            " `checkpoint.resume` is `never`. Without it, a folder that holds anything but this run is refused."
         ),
     )
 

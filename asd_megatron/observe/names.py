@@ -286,6 +286,18 @@ SECTIONS = (
         tuple(Metric(f"warnings/{kind}", "1", meaning) for kind, meaning in WARNINGS.items()),
     ),
     Section(
+        "Checkpoints",
+        "Only in the line of a step at which it happened.",
+        (
+            Metric(
+                "checkpoint/skipped",
+                "1",
+                "a training checkpoint was due and not written, because the last update was skipped; it is written "
+                "after the next update that is applied",
+            ),
+        ),
+    ),
+    Section(
         "Supervised stage",
         "`asd-megatron sft`; with the optimizer, token and time metrics above.",
         (Metric("sft/loss", "nats", "cross-entropy per unit of loss weight over the global batch"),),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from asd_megatron.puzzle.report import Lexicon, summarize
+from asd_megatron.puzzle.task import TEST_PUZZLES, PuzzleStream
 from asd_megatron.records import Example, Rollout, TokenTable
 
 
@@ -38,3 +39,15 @@ class PuzzleMetrics:
             "evaluation/accuracy_verified": report.accuracy_verified,
         }
         return {name: value for name, value in out.items() if not math.isnan(value)}
+
+
+class MeasuredPuzzles(PuzzleStream):
+    """Puzzles as a run's problem set, with the puzzle's own metrics."""
+
+    def metrics(self, tokenizer: Any) -> PuzzleMetrics:
+        return PuzzleMetrics(tokenizer)
+
+
+def puzzle_source(split: str) -> MeasuredPuzzles:
+    """`train`: an endless stream; `test`: 500 fixed held-out puzzles."""
+    return MeasuredPuzzles(split, TEST_PUZZLES if split == "test" else None, 0)

@@ -12,7 +12,8 @@ from asd_megatron.records import Group, Prompt, SamplingParams
 
 
 class RolloutError(UserError):
-    """No rollouts: no server is left, the time limit passed, or the model returned non-finite numbers."""
+    """The engine is unavailable: no server is left, or the time limit passed. The weights are not to blame (`NotFinite`
+    is raised for those), so a run saves its state and stops."""
 
 
 def check_lengths(prompts: Sequence[Prompt], params: SamplingParams, max_positions: int) -> None:

@@ -1,24 +1,27 @@
-"""What a run is put together from: the recipe's sections as the objects that the rooms offer."""
+"""A recipe's sections as the objects of the other modules."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from asd_megatron.antisd import condition
+from asd_megatron.antisd import Gate, condition
 from asd_megatron.config import Recipe
 from asd_megatron.config.evaluation import Evaluation
 from asd_megatron.config.sampling import Sampling
-from asd_megatron.data.prompts import PromptRenderer
+from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.templates import PAPER_WORDING
 from asd_megatron.records import SamplingParams
-from asd_megatron.reward.base import Verifier
+from asd_megatron.reward.base import Verifier, tests_of
 from asd_megatron.rollout.collector import Collector, Plan
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
 from asd_megatron.rollout.engine import RolloutEngine, WeightSource
 from asd_megatron.rollout.replay import ReplayEngine
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import ProblemSource, is_puzzle
+from asd_megatron.run.sources import ProblemSource, held_out_problems, training_problems
+from asd_megatron.trainer.examples import ExampleBuilder
+from asd_megatron.trainer.pass_plan import PassPlan, plan_passes
 from asd_megatron.trainer.token_method import Method
 
 
@@ -37,6 +40,62 @@ def make_method(recipe: Recipe) -> Method:
         importance_cap=None if a.importance_correction == "none" else a.importance_cap,
         importance_floor=a.mask_below,
         importance_level=a.importance_level,
+    )
+
+
+def make_plan(recipe: Recipe) -> PassPlan:
+    """Which passes a step needs."""
+    a = recipe.algorithm
+    return plan_passes(
+        condition(a.name),
+        a.updates_per_batch,
+        a.term_normalization,
+        epochs=a.epochs,
+        log_pmi=a.log_pmi,
+        importance_level=a.importance_level,
+    )
+
+
+def make_gate(recipe: Recipe) -> Gate:
+    return Gate.for_condition(
+        condition(recipe.algorithm.name),
+        lambda_max=recipe.algorithm.lambda_max,
+        warmup_steps=recipe.gate.warmup_steps,
+        tau_down=recipe.gate.tau_down,
+        tau_up=recipe.gate.tau_up,
+        h_warm=recipe.gate.h_warm,
+    )
+
+
+def problem_sets(recipe: Recipe, renderer: PromptRenderer) -> tuple[ProblemSource, ProblemSource | None]:
+    """The training and the held-out problems. Raises UserError for prompts that are too long and for a training set
+    smaller than a step's problems."""
+    train_set, test_set = training_problems(recipe.data), held_out_problems(recipe.data)
+    for problems in (train_set, test_set):
+        if problems is not None:
+            renderer.check(problems.take(None))
+    train_set.batch(1, math.ceil(recipe.sampling.problems_per_step * recipe.rollout.oversampling), recipe.run.seed)
+    return train_set, test_set
+
+
+def example_builder(
+    recipe: Recipe, renderer: PromptRenderer, *, privileged: bool, feedback_kind: str, max_positions: int
+) -> ExampleBuilder:
+    """Groups to examples with advantages and, if `privileged`, the teacher's prompts."""
+    p = recipe.privileged
+    return ExampleBuilder(
+        renderer,
+        TeacherLimits(
+            p.max_solution_tokens, p.min_solution_tokens, p.max_teacher_tokens or max_positions, p.strip_thinking
+        ),
+        seed=recipe.run.seed,
+        privileged=privileged,
+        success_threshold=p.success_threshold,
+        exclude_self=p.exclude_self,
+        demonstrations_per_group=recipe.demonstrations_per_group,
+        when_no_solution=p.when_no_solution,
+        feedback_kind=feedback_kind,
+        tests_of=tests_of,
     )
 
 
@@ -128,6 +187,31 @@ def rollout_plan(recipe: Recipe) -> Plan:
     )
 
 
+def training_collector(
+    recipe: Recipe,
+    session: Session,
+    engine: RolloutEngine,
+    weights: WeightSource,
+    problems: ProblemSource,
+    renderer: PromptRenderer,
+    verifier: Verifier | None,
+) -> Collector:
+    """The collector of an RL run: its training steps and, on the same engine, its evaluations."""
+    return Collector(
+        engine,
+        weights,
+        verifier,
+        problems,
+        renderer,
+        session.process_groups,
+        params=training_params(recipe, session),
+        problems_per_step=recipe.sampling.problems_per_step,
+        seed=recipe.run.seed,
+        plan=rollout_plan(recipe),
+        timeout=recipe.rollout.collect_timeout,
+    )
+
+
 def evaluation_collector(
     session: Session,
     engine: RolloutEngine,
@@ -150,12 +234,3 @@ def evaluation_collector(
         seed=session.recipe.run.seed,
         timeout=timeout,
     )
-
-
-def puzzle_metrics(name: str | None, tokenizer: Any) -> Any:
-    """The built-in puzzle's own metrics for its own problem sets; None for any other."""
-    if not is_puzzle(name):
-        return None
-    from asd_megatron.puzzle.metrics import PuzzleMetrics
-
-    return PuzzleMetrics(tokenizer)

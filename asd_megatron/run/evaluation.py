@@ -6,16 +6,15 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from asd_megatron.config import AnyRecipe
 from asd_megatron.models.port import ModelPort
 from asd_megatron.rollout.collector import Collector
-from asd_megatron.run.build import evaluation_params, puzzle_metrics
+from asd_megatron.run.build import evaluation_params
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import ProblemSource
+from asd_megatron.run.sources import ProblemSource, own_metrics
 
 
 class Weights:
-    """The live weights as a `WeightSource`; who updates them sets `version`."""
+    """The live weights as a `WeightSource`; the code that updates them sets `version`."""
 
     def __init__(self, port: ModelPort, version: int = 0) -> None:
         self.port, self.version = port, version
@@ -28,10 +27,9 @@ class HeldOut:
     """Answers the problems of `data.test` and keeps two results: before the first step (`first`) and the `last`."""
 
     def __init__(self, session: Session, collector: Collector, problems: ProblemSource) -> None:
-        recipe: AnyRecipe = session.recipe
         self.session, self.collector, self.problems = session, collector, problems
         self.params = evaluation_params(session)
-        self.puzzle = puzzle_metrics(recipe.data.test, session.tokenizer)
+        self.own_metrics = own_metrics(problems, session.tokenizer)
         self.first: dict[str, float] | None = None
         self.last: dict[str, float] | None = None
 
@@ -49,9 +47,9 @@ class HeldOut:
             "evaluation/length_mean": found.length_mean,
             "evaluation/truncated": found.truncated,
         }
-        if self.puzzle is not None:
+        if self.own_metrics is not None:
             rollouts = [r for g in found.groups for r in g.rollouts]
-            metrics |= self.puzzle.of_evaluation(rollouts, [x for g in found.groups for x in g.rewards])
+            metrics |= self.own_metrics.of_evaluation(rollouts, [x for g in found.groups for x in g.rewards])
         self.first = metrics if step == 0 else self.first
         self.last = metrics
         self.session.progress.note(
@@ -67,12 +65,11 @@ class HeldOut:
         self.first, self.last = state
 
     def evaluate_before_start(self) -> None:
-        """The line of step 0, when the recipe asks for it and the run is a fresh one."""
+        """The metrics of step 0, when the recipe asks for them and the run starts from `model.path`. Collective."""
         if self.session.recipe.evaluation.at_start and self.session.resumed is None:
             found = self.evaluate(0)
             self.session.clock.take()
-            if self.session.writer is not None:
-                self.session.writer.write(0, found)
+            self.session.on_root(lambda: self.session.write_metrics(0, found))
 
     def evaluate_if_due(self, step: int) -> dict[str, float]:
         settings = self.session.recipe.evaluation

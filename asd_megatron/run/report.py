@@ -12,6 +12,7 @@ from asd_megatron.config import Recipe
 from asd_megatron.config.rollout import Rollout
 from asd_megatron.observe.startup import environment, gate_text, startup_report, suppliers, write_environment
 from asd_megatron.rollout.sglang.servers.options import nccl_settings
+from asd_megatron.run.folder import writing
 from asd_megatron.run.session import Session
 from asd_megatron.trainer.pass_plan import PassPlan
 
@@ -44,7 +45,8 @@ def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
     )
     print(report, flush=True)
     session.writer.text("start-up report", report)
-    write_environment(session.folder, found, layout=session.layout, suppliers=parts)
+    with writing(session.folder):
+        write_environment(session.folder, found, layout=session.layout, suppliers=parts)
     if session.resumed is not None:
         session.progress.note(f"resumed after step {session.first_step - 1}")
 

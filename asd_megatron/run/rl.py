@@ -1,45 +1,44 @@
-"""What the lines of the training loop do: a recipe's parts put together, one method a line of `train.train`."""
+"""The RL training run: one method for each line of the loop in `train.train`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from asd_megatron.antisd import Gate, condition
+from asd_megatron.antisd import condition
 from asd_megatron.config import Recipe, recipe_hash
-from asd_megatron.data.prompts import TeacherLimits
 from asd_megatron.data.tokenizer import undecodable
 from asd_megatron.distributed.objects import first_message
+from asd_megatron.errors import NotFinite
 from asd_megatron.observe.dumps import dump_path, write_dump
 from asd_megatron.observe.metrics import GateReading, Increments, step_metrics
 from asd_megatron.records import Example, Group, TokenTable
-from asd_megatron.reward.base import tests_of
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.rollout.collector import Collector
 from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.run.build import (
     embedded_engine,
     evaluation_collector,
+    example_builder,
+    make_gate,
     make_method,
+    make_plan,
     make_renderer,
-    puzzle_metrics,
+    problem_sets,
     rollout_engine,
-    rollout_plan,
-    training_params,
+    training_collector,
 )
 from asd_megatron.run.evaluation import HeldOut, Weights
+from asd_megatron.run.folder import writing
 from asd_megatron.run.report import announce_training
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import ProblemSource, held_out_problems, training_problems
+from asd_megatron.run.sources import ProblemSource, own_metrics
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.columns import Scores, TokenInputs, score_columns, table_columns
-from asd_megatron.trainer.examples import ExampleBuilder
-from asd_megatron.trainer.guard import Guard, NotFinite, check_rollouts, check_scores
+from asd_megatron.trainer.guard import Guard, check_rollouts, check_scores
 from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
-from asd_megatron.trainer.pass_plan import plan_passes
 from asd_megatron.trainer.updater import UpdateStats, update
 
 
@@ -57,74 +56,31 @@ class TrainingRun:
         self.recipe, self.session = recipe, session
         self.condition = condition(recipe.algorithm.name)
         self.process_groups, self.port, self.clock = session.process_groups, session.port, session.clock
-        algorithm = recipe.algorithm
-        self.method = make_method(recipe)
-        self.plan = plan_passes(
-            self.condition,
-            algorithm.updates_per_batch,
-            algorithm.term_normalization,
-            epochs=algorithm.epochs,
-            log_pmi=algorithm.log_pmi,
-            importance_level=algorithm.importance_level,
-        )
-        self.gate = Gate.for_condition(
-            self.condition,
-            lambda_max=algorithm.lambda_max,
-            warmup_steps=recipe.gate.warmup_steps,
-            tau_down=recipe.gate.tau_down,
-            tau_up=recipe.gate.tau_up,
-            h_warm=recipe.gate.h_warm,
-        )
+        self.method, self.plan, self.gate = make_method(recipe), make_plan(recipe), make_gate(recipe)
         self.reading = GateReading(False, 0.0)
         self.guard, self.increments = Guard(), Increments()
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
-        train_set, test_set = training_problems(recipe.data), held_out_problems(recipe.data)
-        for problems in (train_set, test_set):
-            if problems is not None:
-                self.renderer.check(problems.take(None))
-        asked = math.ceil(recipe.sampling.problems_per_step * recipe.rollout.oversampling)
-        train_set.batch(1, asked, recipe.run.seed)  # refuses a set that is too small
+        train_set, test_set = problem_sets(recipe, self.renderer)
+        self.own_metrics = own_metrics(train_set, session.tokenizer)
         self.verifier = session.only_root(lambda: make_verifier(**recipe.reward.model_dump()))
         if self.verifier is not None:
             session.closing.callback(self.verifier.close)
         self.engine, self._start_engine = rollout_engine(recipe, session, self.renderer, train_set)
         session.closing.callback(self.engine.close)
-        self.collector = Collector(
-            self.engine,
-            self.weights,
-            self.verifier,
-            train_set,
-            self.renderer,
-            self.process_groups,
-            params=training_params(recipe, session),
-            problems_per_step=recipe.sampling.problems_per_step,
-            seed=recipe.run.seed,
-            plan=rollout_plan(recipe),
-            timeout=recipe.rollout.collect_timeout,
+        self.collector = training_collector(
+            recipe, session, self.engine, self.weights, train_set, self.renderer, self.verifier
         )
         self.held_out = None
         if recipe.evaluates and test_set is not None:
             self.held_out = HeldOut(session, self._evaluator(test_set), test_set)
-        p = recipe.privileged
-        self.builder = ExampleBuilder(
+        self.builder = example_builder(
+            recipe,
             self.renderer,
-            TeacherLimits(
-                p.max_solution_tokens,
-                p.min_solution_tokens,
-                p.max_teacher_tokens or self.port.max_positions,
-                p.strip_thinking,
-            ),
-            seed=recipe.run.seed,
             privileged=self.plan.teacher_scoring,
-            success_threshold=p.success_threshold,
-            exclude_self=p.exclude_self,
-            demonstrations_per_group=recipe.demonstrations_per_group,
-            when_no_solution=p.when_no_solution,
             feedback_kind=self.verifier.feedback_kind if self.verifier else "binary",
-            tests_of=tests_of,
+            max_positions=self.port.max_positions,
         )
-        self.puzzle = puzzle_metrics(recipe.data.train, session.tokenizer)
         if session.resumed is not None:
             self._restore(session.resumed)
 
@@ -133,7 +89,7 @@ class TrainingRun:
     def start(self) -> None:
         """The run folder, the start-up report, the evaluation before the first step."""
         self.session.begin()
-        announce_training(self.recipe, self.session, self.condition, self.gate, self.plan)
+        self.session.on_root(lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan))
         self._start_engine()
         if self.held_out is not None:
             self.held_out.evaluate_before_start()
@@ -143,7 +99,7 @@ class TrainingRun:
         return self.session.steps()
 
     def collect(self, step: int) -> list[Group]:
-        """The step's rewarded groups on global rank 0, [] elsewhere."""
+        """The step's rewarded groups on global rank 0, [] elsewhere. Without an engine the run saves and stops."""
         try:
             with self.session.generating():
                 groups = self.collector.next(step)
@@ -153,7 +109,7 @@ class TrainingRun:
         return groups
 
     def build_batch(self, groups: Sequence[Group], step: int) -> Batch:
-        """Advantages and privileged prompts of whole groups on rank 0, then every rank takes its share."""
+        """Advantages and privileged prompts of complete groups on rank 0; every rank then takes its part of them."""
         examples = self.session.on_root(lambda: self._examples(groups, step))
         algorithm = self.recipe.algorithm
         local = LocalBatch.build(
@@ -229,28 +185,30 @@ class TrainingRun:
         if not self.plan.teacher_scoring and self.condition.u_source == "teacher":
             columns = {k: v for k, v in columns.items() if k not in ("pmi", "term")}
         table = gather_table(batch.local.table, columns, batch.local.indices, self.process_groups)
-        if table is not None and self.recipe.run.dump_rollouts:
-            self._dump(step, batch, table)
+        if self.recipe.run.dump_rollouts:
+            self.session.on_root(lambda: self._dump(step, batch, table))
         computed = batch.local.computed.over(self.process_groups.dp, self.port.device)
         evaluation, failure = self._evaluation(step)
         times = self.clock.take()
-        self._report(step, batch, table, stats, computed, times, evaluation)
-        if failure is not None:
+        self.session.on_root(lambda: self._report(step, batch, table, stats, computed, times, evaluation))
+        if isinstance(failure, RolloutError):
             raise self._stopped(step, failure) from failure
+        if failure is not None:
+            raise failure
 
-    def _evaluation(self, step: int) -> tuple[dict[str, float], RolloutError | None]:
-        """Held-out metrics when they are due; why there are none, when the engine failed: the step itself is done."""
+    def _evaluation(self, step: int) -> tuple[dict[str, float], RolloutError | NotFinite | None]:
+        """Held-out metrics when they are due. An evaluation that failed returns its error, so that the step, which is
+        complete, is reported before the run ends."""
         try:
             return {} if self.held_out is None else self.held_out.evaluate_if_due(step), None
-        except RolloutError as error:
+        except (RolloutError, NotFinite) as error:
             return {}, error
 
     def _stopped(self, step: int, error: RolloutError) -> RolloutError:
-        """The error of a run that ends after `step` because there are no rollouts; saves the state. Collective."""
+        """The error of a run that ends after `step` because its engine is unavailable; saves the state. Collective."""
         if step < self.session.first_step:  # nothing has been learned since the start
             return error
-        self.session.save(step, self._state(step))
-        return RolloutError(f"{error}. The state after step {step} is saved: start the same command again to go on")
+        return RolloutError(f"{error}. {self.session.save_before_stop(step, self._state(step), self.guard)}")
 
     def _report(
         self,
@@ -262,9 +220,8 @@ class TrainingRun:
         times: dict[str, float],
         evaluation: dict[str, float],
     ) -> None:
-        """The step's line in metrics.jsonl and TensorBoard, from global rank 0."""
-        if table is None or self.session.writer is None:
-            return
+        """The step's line in metrics.jsonl and TensorBoard. Global rank 0 alone, which has the table."""
+        assert table is not None
         metrics = step_metrics(
             batch.local.all_examples,
             table,
@@ -278,22 +235,20 @@ class TrainingRun:
             success_threshold=self.recipe.privileged.success_threshold,
             step=step,
         )
-        if self.puzzle is not None:
-            metrics |= self.puzzle.of_step(batch.local.all_examples, table)
+        if self.own_metrics is not None:
+            metrics |= self.own_metrics.of_step(batch.local.all_examples, table)
+        if self.guard.consecutive and self.session.checkpoint_due(step):
+            metrics["checkpoint/skipped"] = 1.0
         metrics |= evaluation | self._counters() | self.engine.metrics()
-        self.session.writer.write(step, metrics)
+        self.session.write_metrics(step, metrics)
         self.session.progress.update(step, metrics)
 
     def checkpoint_if_due(self, step: int) -> None:
-        self.session.checkpoint_if_due(step, self._state(step))
+        self.session.checkpoint_if_due(step, self._state(step), self.guard)
 
     def finish(self) -> None:
         """RUN/summary.json and RUN/curves.png."""
-        if self.session.is_root:
-            from asd_megatron.observe.plots import plot_run, write_summary
-
-            write_summary(self.session.folder, self.summary())
-            plot_run(self.session.folder)
+        self.session.finish(self.summary())
 
     def summary(self) -> dict[str, Any]:
         first, last = (self.held_out.first or {}, self.held_out.last or {}) if self.held_out else ({}, {})
@@ -321,18 +276,21 @@ class TrainingRun:
             self.session, engine, self.weights, problems, self.renderer, self.verifier, timeout=timeout
         )
 
-    def _dump(self, step: int, batch: Batch, table: TokenTable) -> None:
-        write_dump(
-            dump_path(self.session.folder, step),
-            batch.local.all_examples,
-            table,
-            step=step,
-            lam=self.reading.lam,
-            H=self.reading.entropy,
-            h_warm=self.reading.h_warm,
-            temperature=self.recipe.sampling.temperature,
-            recipe_hash=recipe_hash(self.recipe),
-        )
+    def _dump(self, step: int, batch: Batch, table: TokenTable | None) -> None:
+        assert table is not None
+        path = dump_path(self.session.folder, step)
+        with writing(path):
+            write_dump(
+                path,
+                batch.local.all_examples,
+                table,
+                step=step,
+                lam=self.reading.lam,
+                H=self.reading.entropy,
+                h_warm=self.reading.h_warm,
+                temperature=self.recipe.sampling.temperature,
+                recipe_hash=recipe_hash(self.recipe),
+            )
 
     def _examples(self, groups: Sequence[Group], step: int) -> list[Example]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]

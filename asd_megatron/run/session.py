@@ -1,82 +1,80 @@
 """What both stages share: ranks, model, optimizer, tokenizer, run folder, checkpoints. Opened from a recipe, closed at
 the end.
 
-    with open_session(recipe) as session:
-        train(TrainingRun(recipe, session))
+    run_session(recipe, lambda session: train(TrainingRun(recipe, session)))
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
-import time
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from asd_megatron.checkpoint import training
-from asd_megatron.checkpoint.huggingface import FolderReader, is_complete, read_config, write_folder
+from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write_folder
 from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_model, check_world, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed import device
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
-from asd_megatron.distributed.objects import on_rank_zero
-from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_write, remove_partial
+from asd_megatron.distributed.objects import first_message, on_rank_zero
+from asd_megatron.errors import NotFinite, UserError
 from asd_megatron.models.families import check_architecture
 from asd_megatron.models.port import ModelPort
-from asd_megatron.observe.progress import Progress
-from asd_megatron.observe.writer import RunWriter
+from asd_megatron.observe.progress import Progress, print_line
+from asd_megatron.observe.writer import RunWriter, read_metrics
+from asd_megatron.run import folder as folders
+from asd_megatron.run.changes import OF_THE_SCHEDULE
+from asd_megatron.run.clock import Clock
+from asd_megatron.run.folder import Start, writing
 from asd_megatron.run.sources import model_folder
 from asd_megatron.trainer.batch import PackLayout
+from asd_megatron.trainer.guard import Guard, first_not_finite
 from asd_megatron.trainer.optimizer import Optimizer
 
 T = TypeVar("T")
 log = logging.getLogger("asd_megatron")
 
 
-class Clock:
-    """Seconds of each phase of the step in hand."""
+class RunFinished(Exception):
+    """Not an error: the run folder holds the complete run of this recipe, so there is nothing to do."""
 
-    def __init__(self) -> None:
-        self.times: dict[str, float] = {}
-        self._started = time.perf_counter()
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - started
-
-    def take(self) -> dict[str, float]:
-        """The step's phases and its `total`; starts the next step."""
-        now = time.perf_counter()
-        times, self.times = {**self.times, "total": now - self._started}, {}
-        self._started = now
-        return times
+def run_session(recipe: AnyRecipe, program: Callable[[Session], None]) -> int:
+    """Run `program` in the recipe's session and return the exit status, 0. A run that is complete already is not run
+    again, and its model is not built."""
+    try:
+        with open_session(recipe) as session:
+            program(session)
+    except RunFinished as finished:
+        if os.environ.get("RANK", "0") == "0":
+            print_line(str(finished), sys.stderr)
+    return 0
 
 
 @contextmanager
 def open_session(recipe: AnyRecipe) -> Iterator[Session]:
     """Join the other ranks and open the recipe's session. On leaving, whatever was opened is closed, last first, and
-    the ranks part; another session may follow in the same process."""
+    the ranks part; another session may follow in the same process. Raises RunFinished when there is nothing to do."""
     with ExitStack() as closing:
-        yield Session(recipe, closing)
+        try:
+            yield Session(recipe, closing)
+        except SystemExit as error:  # of a user's or a library's code: it would end an unfinished run with its status
+            raise RuntimeError(f"sys.exit({error.code!r}) was called inside the run") from error
 
 
 class Session:
     """One program on every rank, from `open_session`. Attributes are the same everywhere unless stated; `writer` exists
     on global rank 0 only, after `begin`.
 
-    Opening reads and checks and leaves nothing behind: a recipe that is refused, mended and started again finds the run
-    folder as it was. `begin` makes the folder. `closing` takes what has to be closed at the end.
+    Opening holds the run folder, reads and checks: after a refusal the folder is as it was. `begin` makes it the run's.
+    `closing` takes what has to be closed at the end.
 
     `first_step` is the first step still to be made (1, or the one after the checkpoint that the run resumed from),
     `resumed` the run state of that checkpoint, None for a fresh run.
@@ -84,13 +82,7 @@ class Session:
 
     def __init__(self, recipe: AnyRecipe, closing: ExitStack) -> None:
         self.recipe, self.closing = recipe, closing
-        device.prepare()
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        data = check_world(recipe, world)
-        check_devices(recipe)
-        self.layout = _layout(recipe, data)
-        closing.callback(layouts.shutdown)
-        self.process_groups: ProcessGroups = layouts.init(self.layout)
+        self.layout, self.process_groups = _join_ranks(recipe, closing)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         log.setLevel(recipe.logging.level.upper() if self.is_root else "ERROR")
 
@@ -104,12 +96,53 @@ class Session:
         self.end_ids = end_token_ids(self.source, self.tokenizer)
 
         self.folder = recipe.run.path
-        self.checkpoints = self.folder / "checkpoints"
-        self._resume = resume = self.on_root(self._resume_folder)
-        self.goes_on = resume is not None and Path(resume).resolve().parent == self.checkpoints.resolve()
-        self.on_root(self._check_folder)
+        self.start: Start = self.on_root(lambda: folders.claim(recipe, self.stage, closing))
+        if self.start.kind == "finished":
+            raise RunFinished(_nothing_left(recipe))
+        self.port = self._build_port()
+        self.optimizer = self._build_optimizer()
+        self.pack_layout = PackLayout.of(
+            self.layout,
+            self.process_groups,
+            self.port.device,
+            pad_id=self.tokenizer.pad_token_id or 0,
+            share_prefixes=self._shares_prefixes(),
+        )
+        self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)
+        self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
+        self._saved = self.first_step - 1 if self.start.kind == "resume" else 0  # step of the run's newest checkpoint
+        self._overdue = False  # a due checkpoint could not be written: it is written after the next applied update
+        self.clock = Clock()
+        self.writer: RunWriter | None = None
+        self.progress = Progress(recipe.run.steps, enabled=False)
 
-        self.port = ModelPort.build(
+    def begin(self) -> None:
+        """Make the run folder this run's and open its metrics; say what differs from the run that it resumes.
+        Collective."""
+        done = self.first_step - 1
+        self.on_root(lambda: folders.prepare(self.recipe, self.start, self.stage, done))
+        self.on_root(lambda: self._open_metrics(None if self.resumed is None else done))
+        for line in self.on_root(self._what_starts):
+            self.say(line)
+        self.progress = Progress(
+            self.recipe.run.steps, done=done, enabled=self.is_root and self.recipe.logging.progress
+        )
+        self.closing.callback(self.progress.close)
+        self._export_if_missing(done)
+
+    def say(self, text: str) -> None:
+        """A line on global rank 0's console, with or without a progress bar."""
+        if self.progress.enabled:
+            self.progress.note(text)
+        elif self.is_root:
+            print_line(text, sys.stderr)
+
+    # ---------------------------------------------------------------- opening
+
+    def _build_port(self) -> ModelPort:
+        """The model with its start weights, wrapped for training."""
+        recipe = self.recipe
+        port = ModelPort.build(
             self.hf_config,
             self.process_groups,
             self.layout,
@@ -118,48 +151,20 @@ class Session:
             recompute=recipe.model.recompute,
         )
         with FolderReader(self.source) as tensors:
-            self.port.load(tensors)
-        self.port.wrap_ddp(
+            port.load(tensors)
+        port.wrap_ddp(
             distributed_optimizer=recipe.parallelism.distributed_optimizer,
             overlap_grad_reduce=recipe.parallelism.overlap_grad_reduce,
         )
-        self.optimizer = Optimizer(
-            self.port,
-            **recipe.optimizer.model_dump(),
-            total_steps=recipe.run.steps * updates_per_step(recipe),
-            distributed=recipe.parallelism.distributed_optimizer,
-        )
-        self.pack_layout = PackLayout.of(
-            self.layout,
-            self.process_groups,
-            self.port.device,
-            pad_id=self.tokenizer.pad_token_id or 0,
-            share_prefixes=self._shares_prefixes(),
-        )
-        self.resumed: dict[str, Any] | None = None
-        if resume is not None:
-            self.resumed = training.load(Path(resume), self.port, self.optimizer.megatron, self.optimizer.scheduler)
-            self._check_resumed(resume, self.resumed)
-        self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
-        self.clock = Clock()
-        self.writer: RunWriter | None = None
-        self.progress = Progress(recipe.run.steps, enabled=False)
+        return port
 
-    def begin(self) -> None:
-        """Make the run folder, or go on in it, and open its metrics. Collective."""
-        self.on_root(self._prepare_folder)
-        self.progress = Progress(
-            self.recipe.run.steps,
-            done=self.first_step - 1,
-            enabled=self.is_root and self.recipe.logging.progress,
+    def _build_optimizer(self) -> Optimizer:
+        return Optimizer(
+            self.port,
+            **self.recipe.optimizer.model_dump(),
+            total_steps=self.recipe.run.steps * updates_per_step(self.recipe),
+            distributed=self.recipe.parallelism.distributed_optimizer,
         )
-        self.closing.callback(self.progress.close)
-        if self.is_root:
-            done = None if self.resumed is None else self.first_step - 1
-            self.writer = RunWriter(self.folder, tensorboard=self.recipe.logging.tensorboard, resume_step=done)
-            self.closing.callback(self.writer.close)
-            self.writer.text("recipe", dump_recipe(self.recipe))
-        self._export_if_missing()
 
     def _shares_prefixes(self) -> bool:
         asked = self.recipe.batching.share_prefixes
@@ -169,6 +174,47 @@ class Session:
                 " chose Transformer Engine's; set model.layers local, or leave batching.share_prefixes out"
             )
         return self.port.shares_prefixes if asked is None else asked
+
+    def _load(self, checkpoint: str) -> dict[str, Any]:
+        """Weights, optimizer and run state of a training checkpoint; the schedule's place by its steps."""
+        state = training.load(Path(checkpoint), self.port, self.optimizer.megatron, self.optimizer.scheduler)
+        step, steps = int(state["step"]), self.recipe.run.steps
+        if state["stage"] != self.stage:
+            raise UserError(
+                f"checkpoint.resume: {checkpoint} was made by `asd-megatron {state['stage']}`: to train on from there,"
+                " give the Hugging Face folder that it exported (RUN/hf/step_NNNNNN) as model.path"
+            )
+        if step > steps or step == steps and self.start.kind != "resume":
+            raise UserError(
+                f"checkpoint.resume: {checkpoint} is the state after step {step} and run.steps is {steps}, so there is"
+                f" no step left: set run.steps above {step}, or checkpoint.resume never and another run.name"
+            )
+        self.optimizer.seek(step * updates_per_step(self.recipe))
+        return state
+
+    def _open_metrics(self, done: int | None) -> None:
+        with writing(self.folder):
+            self.writer = RunWriter(self.folder, tensorboard=self.recipe.logging.tensorboard, resume_step=done)
+            self.closing.callback(_close, self.writer)
+            self.writer.text("recipe", dump_recipe(self.recipe))
+
+    def _what_starts(self) -> list[str]:
+        """What a reader must know of this start: that an attempt is replaced, what differs, where the schedule is."""
+        done, changes = self.first_step - 1, self.start.changes
+        lines = []
+        if self.start.kind == "restart":
+            lines.append(f"the run in {self.folder} stopped before its first checkpoint: it starts again from step 1")
+        if changes:
+            lines.append(f"settings changed after step {done}: {'; '.join(map(str, changes))}")
+        if 0 < done < self.recipe.run.steps and any(change.key in OF_THE_SCHEDULE for change in changes):
+            optimizer, rate = self.recipe.optimizer, self.optimizer.learning_rate
+            before = [row.get("optimizer/learning_rate") for row in read_metrics(self.folder) if row["step"] == done]
+            lines.append(
+                f"learning rate: {optimizer.schedule} schedule over {self.recipe.run.steps} steps of"
+                f" {updates_per_step(self.recipe)} updates, {rate:.3g} at step {self.first_step}"
+                + "".join(f" ({old:.3g} at step {done})" for old in before if old is not None)
+            )
+        return lines
 
     # ---------------------------------------------------------------- ranks
 
@@ -193,59 +239,6 @@ class Session:
         self.on_root(lambda: kept.append(action()))
         return kept[0] if kept else None
 
-    # ---------------------------------------------------------------- run folder
-
-    def _resume_folder(self) -> str | None:
-        asked = self.recipe.checkpoint.resume
-        if asked == "never":
-            return None
-        if asked == "auto":
-            found = training.latest(self.checkpoints)
-            return None if found is None else str(found)
-        if not Path(asked).is_dir():
-            raise UserError(f"checkpoint.resume: {asked} is not a folder; give a checkpoint's folder, auto or never")
-        return asked
-
-    def _check_resumed(self, path: str, state: Mapping[str, Any]) -> None:
-        step, steps = int(state["step"]), self.recipe.run.steps
-        if state["stage"] != self.stage:
-            raise UserError(
-                f"checkpoint.resume: {path} was made by `asd-megatron {state['stage']}`: to go on from there, give the "
-                "Hugging Face folder that it exported (RUN/hf/step_NNNNNN) as model.path"
-            )
-        if step > steps or step == steps and not self.goes_on:
-            raise UserError(
-                f"checkpoint.resume: {path} is the state after step {step} and run.steps is {steps}, so there is no "
-                f"step left: set run.steps above {step}, or checkpoint.resume never and another run.name"
-            )
-
-    def _check_folder(self) -> None:
-        """Refuse a run folder that holds something else, before any work is done."""
-        folder = self.folder
-        if self.goes_on or not (folder.is_dir() and any(folder.iterdir())):
-            return
-        if not self.recipe.run.overwrite:
-            raise UserError(
-                f"the run folder {folder} is not empty: choose another run.name or run.folder, or set "
-                "run.overwrite true"
-            )
-        if not (folder / "recipe.yaml").is_file():
-            raise UserError(f"run.overwrite: {folder} holds no recipe.yaml, so it is no run folder; it is left alone")
-        for key, path in _inputs(self.recipe).items():
-            if Path(path).resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"run.overwrite would remove {folder} with {key} {path} in it: choose another run.name")
-
-    def _prepare_folder(self) -> None:
-        self._check_folder()
-        if self.folder.is_dir() and not self.goes_on:
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for folder in (self.folder, self.checkpoints, self.folder / "hf", self.folder / "rollouts"):
-            remove_partial(folder)
-        if self.goes_on and self._resume is not None:  # it may be an older one: from now on this is the run's newest
-            training.name_latest(self.checkpoints, Path(self._resume).resolve().name)
-        atomic_write(self.folder / "recipe.yaml", dump_recipe(self.recipe))
-
     # ---------------------------------------------------------------- steps
 
     @contextmanager
@@ -267,11 +260,68 @@ class Session:
     def is_due(self, step: int, every: int, *, at_end: bool = False) -> bool:
         return bool(every) and step % every == 0 or at_end and step == self.recipe.run.steps
 
+    def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A line of metrics.jsonl and TensorBoard, from global rank 0. Raises UserError when it cannot be written."""
+        if self.writer is not None:
+            with writing(self.folder):
+                self.writer.write(step, metrics)
+
+    # ---------------------------------------------------------------- checkpoints and exports
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a training checkpoint is to be written after `step`."""
+        every = self.recipe.checkpoint.every
+        return self._overdue or self.is_due(step, every, at_end=every > 0)
+
+    def checkpoint_if_due(self, step: int, run_state: Mapping[str, Any], guard: Guard) -> None:
+        """The training checkpoint and the export that are due after `step`. Collective.
+
+        No checkpoint is written while updates are being skipped: it would replace the last good one. It is written
+        after the next update that is applied. An export replaces nothing: finite weights are exported. Raises NotFinite
+        when something is due and the weights are not finite.
+        """
+        settings = self.recipe.checkpoint
+        due, export = self.checkpoint_due(step), self.is_due(step, settings.export_every, at_end=settings.export_at_end)
+        if not (due or export):
+            return
+        broken = self.not_finite()
+        if broken is not None:
+            raise NotFinite(f"step {step}, checkpoint: {broken}. Nothing of this state is saved; {self._last_good()}")
+        if due:
+            self._overdue = guard.consecutive > 0
+            if self._overdue:
+                self.say(f"no checkpoint after step {step}: {guard}; {self._last_good()}")
+            else:
+                self.save(step, run_state)
+        if export:
+            self.export(step)
+
+    def save_before_stop(self, step: int, run_state: Mapping[str, Any], guard: Guard) -> str:
+        """Save the state after `step` of a run that stops there for a reason that is not in its weights, unless it is
+        not worth saving; says what was done. Collective."""
+        reason = str(guard) if guard.consecutive else self.not_finite()
+        if reason is not None:
+            return f"The state after step {step} is not saved: {reason}; {self._last_good()}"
+        if self._saved != step:
+            self.save(step, run_state)
+        return f"The state after step {step} is saved: start the same command again to resume"
+
+    def not_finite(self) -> str | None:
+        """Which weight is not finite, on every rank; None if all are finite. Collective."""
+        name = first_not_finite((n, p) for chunk in self.port.chunks for n, p in chunk.named_parameters())
+        where = None if name is None else f"the weights are not finite ({name.removeprefix('module.')})"
+        return first_message(where, self.process_groups.world)
+
+    def _last_good(self) -> str:
+        if not self._saved:
+            return "there is no checkpoint of this run yet"
+        return f"the newest checkpoint is {training.name(self._saved)}"
+
     def save(self, step: int, run_state: Mapping[str, Any]) -> None:
         """A training checkpoint; the newest `checkpoint.keep` stay. Collective."""
         with self.clock.phase("checkpoint"):
             training.save(
-                self.checkpoints,
+                self.folder / folders.CHECKPOINTS,
                 step,
                 self.port,
                 self.optimizer.megatron,
@@ -279,50 +329,60 @@ class Session:
                 {**run_state, "step": step, "stage": self.stage},
                 keep=self.recipe.checkpoint.keep,
             )
+        self._saved = step
 
     def export(self, step: int) -> Path:
         """RUN/hf/step_NNNNNN, a complete Hugging Face folder. Collective."""
         with self.clock.phase("checkpoint"):
-            return write_folder(self.port, self.source, self._hf(step))
+            return write_folder(self.port, self.source, folders.export_folder(self.folder, step))
 
-    def checkpoint_if_due(self, step: int, run_state: Mapping[str, Any]) -> None:
-        settings = self.recipe.checkpoint
-        if self.is_due(step, settings.every, at_end=settings.every > 0):
-            self.save(step, run_state)
-        if self._export_is_due(step):
+    def _export_if_missing(self, step: int) -> None:
+        """The export that was due at the step that the run resumes from: it was killed while it wrote that one.
+        Collective."""
+        settings, checkpoint = self.recipe.checkpoint, Path(self.start.checkpoint or "")
+        due = self.is_due(step, settings.export_every, at_end=settings.export_at_end)
+        if self.start.kind != "resume" or not due:
+            return
+        if not self.on_root(lambda: folders.is_exported(self.folder, step, checkpoint)):
             self.export(step)
 
-    def _export_is_due(self, step: int) -> bool:
-        settings = self.recipe.checkpoint
-        return self.is_due(step, settings.export_every, at_end=settings.export_at_end)
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The run has made its last step: RUN/summary.json says so, and RUN/curves.png is drawn. Collective."""
 
-    def _export_if_missing(self) -> None:
-        """The export of the step resumed from, when the run was stopped between its checkpoint and that. Collective."""
-        step = self.first_step - 1
-        if self.goes_on and self._export_is_due(step) and not self.on_root(lambda: self._is_exported(step)):
-            self.export(step)
+        def write() -> None:
+            from asd_megatron.observe.plots import plot_run, write_summary  # matplotlib
 
-    def _is_exported(self, step: int) -> bool:
-        """Whether the export is complete and of this branch: not older than the checkpoint resumed from."""
-        folder, checkpoint = self._hf(step), Path(self._resume or "")
-        files = folder / "config.json", checkpoint / training.RUN_STATE
-        return is_complete(folder) and files[0].stat().st_mtime >= files[1].stat().st_mtime
+            if not self.steps() and (self.folder / folders.SUMMARY_FILE).is_file():
+                return  # a complete run whose export was missing
+            with writing(self.folder):
+                changes = folders.changes_of(self.folder)
+                folders.record(self.folder, "end", self.recipe.run.steps)
+                write_summary(self.folder, {**summary, "completed": True, "changed_settings": changes})
+                plot_run(self.folder)
 
-    def _hf(self, step: int) -> Path:
-        return self.folder / "hf" / f"step_{step:06d}"
+        self.on_root(write)
 
 
-def _inputs(recipe: AnyRecipe) -> dict[str, str]:
-    """What the recipe reads, by key: files and folders (built-in names are none, and are never inside a run folder)."""
-    found: dict[str, str | None] = {
-        "model.path": recipe.model.path,
-        "data.train": recipe.data.train,
-        "data.test": recipe.data.test,
-        "checkpoint.resume": recipe.checkpoint.resume,
-    }
-    if isinstance(recipe, Recipe):
-        found["rollout.replay_folder"] = recipe.rollout.replay_folder
-    return {key: path for key, path in found.items() if path is not None}
+def _nothing_left(recipe: AnyRecipe) -> str:
+    return (
+        f"the run in {recipe.run.path} is finished, all {recipe.run.steps} steps are made: nothing is left to do. For"
+        " more steps raise run.steps; to train from step 1 again set run.overwrite true"
+    )
+
+
+def _close(writer: RunWriter) -> None:
+    """What could not be written has been reported already; closing must not fail over it again."""
+    with suppress(OSError):
+        writer.close()
+
+
+def _join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGroups]:
+    device.prepare()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    layout = _layout(recipe, check_world(recipe, world))
+    check_devices(recipe)
+    closing.callback(layouts.shutdown)
+    return layout, layouts.init(layout)
 
 
 def updates_per_step(recipe: AnyRecipe) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from asd_megatron.config.data import Data
 from asd_megatron.data.problems import ProblemSet, load_problems
@@ -14,7 +14,7 @@ from asd_megatron.data.sft import SftExample, load_sft
 from asd_megatron.errors import UserError
 from asd_megatron.gym.stream import Task, TrainingStream
 from asd_megatron.gym.tasks import task_of
-from asd_megatron.records import Problem
+from asd_megatron.records import Example, Problem, Rollout, TokenTable
 
 PUZZLE = "puzzle:"
 WARM_START = "puzzle:warm_start"
@@ -29,8 +29,28 @@ class ProblemSource(Protocol):
     def take(self, n: int | None = None) -> list[Problem]: ...
 
 
+class SourceMetrics(Protocol):
+    """What only a problem set's own module can measure of its responses, by metric name."""
+
+    def of_step(self, examples: Sequence[Example], table: TokenTable) -> dict[str, float]: ...
+
+    def of_evaluation(self, rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, float]: ...
+
+
+@runtime_checkable
+class MeasuredSource(Protocol):
+    """A problem set that brings metrics of its own."""
+
+    def metrics(self, tokenizer: Any) -> SourceMetrics: ...
+
+
+def own_metrics(problems: ProblemSource, tokenizer: Any) -> SourceMetrics | None:
+    """The problem set's own metrics; None for a set that brings none."""
+    return problems.metrics(tokenizer) if isinstance(problems, MeasuredSource) else None
+
+
 class SupervisedSource(Protocol):
-    """Supervised examples by step, likewise."""
+    """Supervised examples by step, also a pure function of (step, n, seed)."""
 
     def batch(self, step: int, n: int, seed: int) -> list[SftExample]: ...
 
@@ -49,7 +69,7 @@ def training_problems(data: Data) -> ProblemSource:
 
 
 def held_out_problems(data: Data) -> ProblemSource | None:
-    """The problem set of `data.test`, likewise; None if there is none."""
+    """The problem set of `data.test`, by the same names; None if there is none."""
     if data.test is None:
         return None
     task = _task(data, data.test)
@@ -63,14 +83,10 @@ def _task(data: Data, name: str) -> Task | None:
 
 def _named(name: str, shuffle: bool = True) -> ProblemSource:
     if name.startswith(PUZZLE):
-        from asd_megatron.puzzle.task import load_puzzle_problems
+        from asd_megatron.puzzle.metrics import puzzle_source
 
-        return load_puzzle_problems(name.removeprefix(PUZZLE))
+        return puzzle_source(name.removeprefix(PUZZLE))
     return load_problems(name, shuffle=shuffle)
-
-
-def is_puzzle(name: str | None) -> bool:
-    return name is not None and name.startswith(PUZZLE)
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,7 @@ class SupervisedFile:
     shuffle: bool
 
     def batch(self, step: int, n: int, seed: int) -> list[SftExample]:
+        """The `n` examples of step `step` (from 1). Seeds beyond 64 bits count modulo 2^64; recipes have none."""
         import numpy as np
 
         total = len(self.examples)
@@ -91,7 +108,8 @@ class SupervisedFile:
         for position in range(first, first + n):
             if position // total != epoch:
                 epoch = position // total
-                order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(total)
+                key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+                order = np.random.Generator(np.random.Philox(key=key)).permutation(total)
             index = int(order[position % total]) if self.shuffle else position % total
             out.append(self.examples[index])
         return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -15,8 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from asd_megatron import __version__
-from asd_megatron.errors import UserError
+from asd_megatron import __version__, locks
 from asd_megatron.study.cells import LOG_FILE, CellRecord, Status, log_tail, write_record
 from asd_megatron.study.plan import Cell
 from asd_megatron.study.progress import StudyProgress
@@ -45,19 +43,15 @@ def locked(folder: Path) -> Iterator[int]:
     """Hold the study's folder; yields the file descriptor that children inherit, so that the cells of a study that was
     killed hold it too. Raises UserError if somebody else does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UserError(
-                f"{folder} is in use by another `asd-megatron study`, or by a cell that one left behind when it was "
-                f"killed (process {lock.read().strip() or 'unknown'}): wait for it, or end it"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield lock.fileno()
+
+    def refusal(holder: str) -> str:
+        return (
+            f"{folder} is in use by another `asd-megatron study`, or by a cell that one left behind when it was "
+            f"killed ({holder}): wait for it, or end it"
+        )
+
+    with locks.locked(folder / LOCK_FILE, refusal) as handle:
+        yield handle
 
 
 @dataclass

@@ -1,9 +1,10 @@
-"""Numbers that are not finite: stopped at once where they come from, skipped and counted where a step can be left out.
+"""Numbers that are not finite: an error where they mean broken weights, a skipped update where one step can be skipped.
 
 A rollout or scoring pass with NaN or infinity means broken weights or a broken kernel: training stops and names the
-phase, the step and the rollouts. A single update whose loss or gradient overflows is left out, weights and optimizer
-untouched; only a row of them stops the run. Pure: no communication. Every rank that calls `check_update` sees the same
-(already reduced) numbers, so all ranks decide alike.
+phase, the step and the rollouts. An update whose loss or gradient norm is not finite is skipped; weights and optimizer
+state stay as they were. Too many skipped updates in a row stop the run, and no training checkpoint is written while
+`Guard.consecutive` is above 0. Pure: no communication. `check_update` gets numbers that are already reduced, so all
+ranks decide alike.
 """
 
 from __future__ import annotations
@@ -15,15 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asd_megatron.errors import UserError
+from asd_megatron.errors import NotFinite
 from asd_megatron.records import Example, Rollout, TokenTable
 
 SHOWN = 4  # rollouts that a message names
 OF_THE_TEACHER = ("teacher_logprobs", "teacher_entropy")
-
-
-class NotFinite(UserError):
-    """Training met a number that is not finite and cannot go on."""
 
 
 def _stop(phase: str, step: int, name: str, places: Sequence[tuple[Rollout, int]], hint: str) -> NotFinite:
@@ -40,6 +37,22 @@ def _stop(phase: str, step: int, name: str, places: Sequence[tuple[Rollout, int]
     )
 
 
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity; None when all are finite.
+
+    One pass over memory without temporary copies, and one wait for the device.
+    """
+    names, extremes = [], []
+    for name, tensor in tensors:
+        if tensor.numel():
+            names.append(name)
+            extremes.append(torch.stack(torch.aminmax(tensor.detach())).float())  # both are NaN if one element is
+    if not names:
+        return None
+    finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()
+    return next((name for name, ok in zip(names, finite, strict=True) if not ok), None)
+
+
 def check_rollouts(rollouts: Iterable[Rollout], step: int) -> None:
     """Every engine log-probability of a sampled token is finite. Raises NotFinite (phase `rollout`)."""
     places = [
@@ -54,8 +67,8 @@ def check_rollouts(rollouts: Iterable[Rollout], step: int) -> None:
 
 
 def check_scores(phase: str, examples: Sequence[Example], table: TokenTable, names: Iterable[str], step: int) -> None:
-    """The table's float columns `names` are finite at every token that means something: sampled ones, and for the
-    teacher's columns only those of rollouts with context. Columns that are absent pass.
+    """The table's float columns `names` are finite at every sampled token; the teacher's columns are checked for
+    rollouts with context only. Absent columns pass.
 
     `table` holds the examples' tokens in the same order. Raises NotFinite, naming phase, step and rollouts.
     """
@@ -79,9 +92,10 @@ def _places(bad: Tensor, examples: Sequence[Example], table: TokenTable) -> list
 
 
 class Guard:
-    """Counts the updates that were left out because their loss or gradient norm was not finite.
+    """Counts the updates that were skipped because their loss or gradient norm was not finite.
 
-    Up to `max_consecutive_skips` in a row are tolerated; the next one stops the run. A finite update ends the row.
+    `skipped`: since the start of the run. `consecutive`: since the last applied update. Up to `max_consecutive_skips`
+    in a row are tolerated; the next one stops the run.
     """
 
     def __init__(self, max_consecutive_skips: int = 3) -> None:
@@ -92,7 +106,7 @@ class Guard:
         self.consecutive = 0
 
     def check_update(self, loss: float, grad_norm: float, step: int) -> bool:
-        """Whether the update counts; False: it is to be left out, or was. Raises NotFinite after too many in a row."""
+        """Whether the update is applied; False: it is skipped. Raises NotFinite after too many in a row."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.consecutive = 0
             return True
@@ -101,10 +115,14 @@ class Guard:
         if self.consecutive > self.max_consecutive_skips:
             raise NotFinite(
                 f"step {step}, update: loss {loss} and gradient norm {grad_norm} in the {self.consecutive}. update "
-                "in a row that had to be skipped. Resume from the last checkpoint with a lower "
-                "optimizer.learning_rate, or with model.dtype float32"
+                "in a row that had to be skipped. Start the same command again with a lower optimizer.learning_rate to "
+                "resume from the last checkpoint, or train in model.dtype float32"
             )
         return False
+
+    def __str__(self) -> str:
+        updates = "update was" if self.consecutive == 1 else f"{self.consecutive} updates were"
+        return f"the last {updates} skipped (loss or gradient norm not finite)"
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "consecutive": self.consecutive}

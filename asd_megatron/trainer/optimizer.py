@@ -68,13 +68,23 @@ class Optimizer:
         self.scheduler = _scheduler(
             self.megatron, learning_rate, min_learning_rate, schedule, warmup_steps, total_steps, weight_decay
         )
-        self.last_learning_rate = self.learning_rate
+        # Megatron's scheduler starts at step 0 of the warm-up, whose rate is 0: the first update has step 1's.
+        self._first = 1 if warmup_steps else 0
+        self.seek(0)
         self._homes: list[torch.device] = []  # devices of the offloaded tensors, in the order of `_move`
 
     @property
     def learning_rate(self) -> float:
         """Of the next update; `last_learning_rate` is that of the latest one."""
         return float(self.megatron.param_groups[0]["lr"])
+
+    def seek(self, updates: int) -> None:
+        """Put the schedule where `updates` updates, applied or skipped, have been made. A resumed run calls it with the
+        updates that its finished steps have under the recipe at hand, so that its progress decides the learning rate,
+        not the number of updates that earlier settings made."""
+        self.scheduler.num_steps = updates + self._first
+        self.scheduler.step(0)
+        self.last_learning_rate = self.learning_rate
 
     def zero_grad(self) -> None:
         for chunk in self.port.chunks:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,21 @@ import torch
 
 from asd_megatron import train
 from asd_megatron.cli import main as cli
-from tests.e2e.world import World, call, change_weights, make_world, refusal, start, write_lines
+from asd_megatron.config import load_recipe
+from asd_megatron.models.port import ModelPort
+from asd_megatron.observe.writer import RunWriter
+from asd_megatron.run.folder import hold
+from asd_megatron.run.session import open_session
+from tests.e2e.world import (
+    World,
+    call,
+    change_weights,
+    make_world,
+    refusal,
+    start,
+    without_torchrun,
+    write_lines,
+)
 from tests.models.tiny import tokenizer
 
 Sections = dict[str, dict[str, Any]]
@@ -206,12 +223,13 @@ def test_a_reward_that_is_not_there(fresh: World, capsys: pytest.CaptureFixture[
 def test_a_run_folder_that_is_not_empty(fresh: World, capsys: pytest.CaptureFixture[str]) -> None:
     folder = fresh.train("taken")
     before = (folder / "metrics.jsonl").read_text()
-    message = refusal(capsys, train.main, [str(fresh.recipe()), "--run.name", "taken"])
-    assert "is not empty: choose another run.name" in message and "run.overwrite true" in message
+    other = ["--algorithm.name", "grpo"]
+    message = refusal(capsys, train.main, [str(fresh.recipe()), "--run.name", "taken", *other])
+    assert "algorithm.name" in message and "another run.name" in message and "run.overwrite true" in message
     assert (folder / "metrics.jsonl").read_text() == before
 
     # what is wrong elsewhere is found before the old run is removed
-    overwrite = [str(fresh.recipe()), "--run.name", "taken", "--run.overwrite", "true"]
+    overwrite = [str(fresh.recipe()), "--run.name", "taken", "--run.overwrite", "true", *other]
     refusal(capsys, train.main, [*overwrite, "--data.train", "none.jsonl"])
     assert (folder / "metrics.jsonl").read_text() == before
     (folder / "left").touch()
@@ -235,6 +253,50 @@ def test_a_folder_that_is_no_run_is_left_alone(fresh: World, capsys: pytest.Capt
     message = refusal(capsys, train.main, [str(fresh.recipe()), "--run.name", "mine", "--run.overwrite", "true"])
     assert "is no run folder; it is left alone" in message
     assert (folder / "thesis.tex").is_file()
+
+
+@pytest.mark.parametrize("folder", ["recipe.yaml/run", "n" * 300])
+def test_a_run_folder_that_cannot_be_made(
+    fresh: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setattr(ModelPort, "build", None)  # said before the model is loaded
+    path = fresh.folder / folder
+    message = refusal(capsys, train.main, [str(fresh.recipe()), "--run.folder", str(path)])
+    assert f"the run folder {path} cannot be made (" in message and "run.folder" in message
+
+
+def test_a_run_folder_in_use(fresh: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelPort, "build", None)
+    with ExitStack() as closing:
+        hold(fresh.run_folder("live"), closing)
+        for overwrite in ("false", "true"):
+            argv = [str(fresh.recipe()), "--run.name", "live", "--run.overwrite", overwrite]
+            assert f"in use by another run (process {os.getpid()} on" in refusal(capsys, train.main, argv)
+
+
+@pytest.mark.parametrize("what", ["write", "text", "close"])
+def test_a_full_disk(
+    fresh: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Metrics that cannot be written end the run with a message; closing them later does not fail again."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunWriter, what, full)
+    if what == "close":
+        fresh.train("full")
+        return
+    message = refusal(capsys, train.main, [str(fresh.recipe()), "--run.name", "full"])
+    assert "cannot be written (No space left on device)" in message
+    assert not (fresh.run_folder("full") / "summary.json").exists()
+
+
+def test_an_exit_of_foreign_code_is_an_error(fresh: World) -> None:
+    recipe = load_recipe(str(fresh.recipe()))
+    with pytest.raises(RuntimeError, match="sys.exit"), without_torchrun(), open_session(recipe):
+        raise SystemExit(0)
+    assert not recipe.run.path.exists()
 
 
 # -------------------------------------------------------------------- through the command, on two ranks

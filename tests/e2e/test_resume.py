@@ -1,10 +1,11 @@
-"""A run that stops and goes on."""
+"""A run that stops and is started again."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import pytest
 
 from asd_megatron import train
 from asd_megatron.checkpoint.huggingface import is_complete
+from asd_megatron.config import load_recipe
+from asd_megatron.errors import UserError
+from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.writer import read_metrics
+from asd_megatron.records import Group
+from asd_megatron.run.folder import read_history
+from asd_megatron.run.rl import TrainingRun
 from tests.e2e.world import World, dump, metrics, refusal, responses, steps
 
 ANTISD: dict[str, dict[str, Any]] = {
@@ -49,20 +56,21 @@ def test_straight_and_interrupted(world: World, warmup_steps: int) -> None:
     assert sorted(p.name for p in (resumed / "checkpoints").iterdir()) == ["latest", "step_000003", "step_000006"]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (straight, resumed)]
     for one in summaries:
+        assert one["completed"] and one["changed_settings"] == []
         del one["name"], one["recipe_hash"]
     assert summaries[0] == summaries[1]
     assert summaries[0]["accuracy_before"] == read_metrics(straight)[0]["evaluation/accuracy"]
 
 
 def test_back_to_an_older_checkpoint(world: World) -> None:
-    """Of the run's own folder, by its path: later lines and dumps are made again."""
+    """Of the run's own folder, by its path: the later steps are repeated."""
     options = {"run": {"steps": 4}, "checkpoint": {"every": 2}}
     folder = world.train("back", **options)
     before = metrics(folder)
     world.train("back", "--checkpoint.resume", str(folder / "checkpoints" / "step_000002"), **options)
     assert metrics(folder) == before
 
-    # stopped before it made step 4 again: it goes on from step 2, not from the step 4 of before
+    # stopped before it repeated step 4: it resumes from step 2, not from the step 4 of before
     again = ["--checkpoint.resume", str(folder / "checkpoints" / "step_000002")]
     world.train("back", *again, "--run.steps", "3", "--checkpoint.every", "0", **options)
     assert steps(folder) == [1, 2, 3]
@@ -70,39 +78,89 @@ def test_back_to_an_older_checkpoint(world: World) -> None:
     assert metrics(folder)[:4] == before and steps(folder) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_finished_run_changes_nothing_when_started_again(world: World) -> None:
+def test_a_finished_run_started_again_builds_no_model(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"checkpoint": {"every": 2, "export_at_end": True}}
     folder = world.train("finished", **options)
-    before = metrics(folder)
-    export = folder / "hf" / "step_000002"
-    (export / "mark").touch()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelPort, "build", None)
+        world.train("finished", **options)
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+    # killed while it wrote the export: summary.json, which is written last, is not there
+    exported = folder / "hf" / "step_000002"
+    exported.rename(folder / "hf" / ".step_000002.0123456789ab.partial")
+    (folder / "summary.json").unlink()
     world.train("finished", **options)
-    assert metrics(folder) == before
-    assert (export / "mark").exists()  # the export was not made again
+    assert [path.name for path in (folder / "hf").iterdir()] == ["step_000002"]
+    assert (exported / "config.json").is_file() and (folder / "summary.json").is_file()
 
 
-def test_an_export_that_was_killed_is_made_at_the_next_start(world: World) -> None:
-    options = {"checkpoint": {"every": 2, "export_at_end": True}}
-    folder = world.train("killed_export", **options)
-    export = folder / "hf" / "step_000002"
-    partial = export.with_name(".step_000002.0123456789ab.partial")
+@pytest.fixture
+def stop_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+    """Steps before which a run is stopped."""
+    original, chosen = TrainingRun.collect, set[int]()
 
-    export.rename(partial)  # killed while it was written
-    world.train("killed_export", **options)
-    assert is_complete(export) and not partial.exists()
+    def collect(self: TrainingRun, step: int) -> list[Group]:
+        if step in chosen:
+            raise UserError("stopped")
+        return original(self, step)
 
-    for damage in (
-        lambda: (export / "model.safetensors").unlink(),
-        lambda: os.utime(export / "config.json", (0, 0)),  # older than the checkpoint: of an abandoned branch
-    ):
-        (export / "mark").touch()
-        damage()
-        world.train("killed_export", **options)
-        assert is_complete(export) and not (export / "mark").exists()
+    monkeypatch.setattr(TrainingRun, "collect", collect)
+    yield chosen
 
-    export.rename(partial)  # of a step in between: before the run continues
-    world.train("killed_export", "--run.steps", "3", "--checkpoint.export_every", "2", **options)
-    assert is_complete(export) and is_complete(folder / "hf" / "step_000003") and not partial.exists()
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(
+    world: World, stop_before: set[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"run": {"steps": 3}, "checkpoint": {"every": 3}}
+    stop_before.add(3)
+    folder = world.train("stopped_early", expect=2, **options)
+    before = metrics(folder)
+    assert [row["step"] for row in before] == [1, 2] and not (folder / "summary.json").exists()
+    stop_before.clear()
+    assert "stopped before its first checkpoint" not in capsys.readouterr().err
+    world.train("stopped_early", **options)
+    assert "stopped before its first checkpoint" in capsys.readouterr().err
+    assert metrics(folder)[:2] == before and steps(folder) == [1, 2, 3]
+    assert [event["event"] for event in read_history(folder)] == ["fresh", "restart", "end"]
+
+
+def test_changed_settings_are_listed_or_refused(
+    world: World, stop_before: set[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """10 updates of 4 a step, then others of 1: the schedule stays where the steps are."""
+    linear = {"learning_rate": 1e-3, "schedule": "linear"}
+    options = {"run": {"steps": 4}, "checkpoint": {"every": 2}, "optimizer": linear, "algorithm": {"name": "grpo"}}
+    straight = world.train("all_with_1", **options)
+    expected = [row["optimizer/learning_rate"] for row in read_metrics(straight)]
+
+    stop_before.add(3)
+    folder = world.train("changed", "--algorithm.updates_per_batch", "4", expect=2, **options)
+    stop_before.clear()
+    argv = [str(world.recipe(**options)), "--run.name", "changed", "--sampling.temperature", "0.5"]
+    message = refusal(capsys, train.main, argv)
+    assert "sampling.temperature: 1.0 -> 0.5" in message and "checkpoint.accept_changes" in message
+    assert load_recipe(folder / "recipe.yaml").sampling.temperature == 1.0
+    world.train("changed", "--sampling.temperature", "0.5", "--checkpoint.accept_changes", "all", **options)
+
+    said = capsys.readouterr().err
+    assert "algorithm.updates_per_batch: 4 -> 1" in said and "sampling.temperature: 1.0 -> 0.5" in said
+    assert f"learning rate: linear schedule over 4 steps of 1 updates, {expected[2]:.3g} at step 3" in said
+    found = [row["optimizer/learning_rate"] for row in read_metrics(folder)]
+    assert found[2:] == expected[2:]
+    changed = json.loads((folder / "summary.json").read_text())["changed_settings"]
+    assert [(c["step"], c["key"]) for c in changed] == [
+        (2, "algorithm.updates_per_batch"),
+        (2, "sampling.temperature"),
+    ]
+    # made longer, the schedule spans the new length
+    world.train("changed", "--sampling.temperature", "0.5", **{**options, "run": {"steps": 8}})
+    found = [row["optimizer/learning_rate"] for row in read_metrics(folder)]
+    assert found[4:] == pytest.approx([1e-3 * (8 - step) / 8 for step in range(4, 8)])
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +182,7 @@ def test_continual_antisd_from_a_grpo_checkpoint(world: World, grpo: Path) -> No
 
 
 def test_the_weights_and_moments_of_another_run(world: World, grpo: Path) -> None:
-    """Going on elsewhere is going on: the same steps as in the run's own folder."""
+    """Resumed in another folder, the same steps as in the run's own."""
     own = world.train("grpo_longer", "--run.steps", "5", algorithm={"name": "grpo"})
     other = world.train(
         "grpo_elsewhere", "--run.steps", "5", "--checkpoint.resume", str(grpo), algorithm={"name": "grpo"}
@@ -150,3 +208,27 @@ def test_checkpoints_that_cannot_be_used(
         "--checkpoint.resume", str(grpo), "--parallelism.distributed_optimizer", "true", "--run.steps", "9"
     )
     assert "set parallelism.distributed_optimizer as it was" in message
+
+
+def test_an_export_that_was_killed_is_made_at_the_next_start(world: World) -> None:
+    options = {"checkpoint": {"every": 2, "export_at_end": True}}
+    folder = world.train("killed_export", **options)
+    export = folder / "hf" / "step_000002"
+    partial = export.with_name(".step_000002.0123456789ab.partial")
+
+    export.rename(partial)  # killed while it was written
+    world.train("killed_export", **options)
+    assert is_complete(export) and not partial.exists()
+
+    for damage in (
+        lambda: (export / "model.safetensors").unlink(),
+        lambda: os.utime(export / "config.json", (0, 0)),  # older than the checkpoint: of an abandoned branch
+    ):
+        (export / "mark").touch()
+        damage()
+        world.train("killed_export", **options)
+        assert is_complete(export) and not (export / "mark").exists()
+
+    export.rename(partial)  # of a step in between: before the run continues
+    world.train("killed_export", "--run.steps", "3", "--checkpoint.export_every", "2", **options)
+    assert is_complete(export) and is_complete(folder / "hf" / "step_000003") and not partial.exists()

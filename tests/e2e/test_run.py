@@ -60,6 +60,7 @@ def test_the_folder(run: Path) -> None:
         "curves.png",
         "environment.json",
         "hf",
+        "history.jsonl",
         "metrics.jsonl",
         "recipe.yaml",
         "rollouts",
@@ -142,6 +143,7 @@ def test_the_summary(run: Path) -> None:
     assert summary["accuracy_before"] == rows[0]["evaluation/accuracy"]
     assert summary["accuracy_after"] == rows[-1]["evaluation/accuracy"]
     assert summary["steps"] == STEPS and summary["condition"] == "antisd"
+    assert summary["completed"] is True and summary["changed_settings"] == []
 
 
 def test_transformers_loads_the_export(run: Path) -> None:

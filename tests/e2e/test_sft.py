@@ -18,6 +18,7 @@ from asd_megatron.observe.writer import read_metrics
 from asd_megatron.puzzle.corpus import unprivileged_trace
 from asd_megatron.puzzle.model import write_initial_model
 from asd_megatron.puzzle.task import draw_puzzle
+from asd_megatron.run.sources import SupervisedFile
 from tests.e2e.world import World, call, make_world, metrics, refusal, start, write_lines
 
 LINES = [{"prompt": f"w{i} w{(5 * i) % 7}", "response": f"w{i + 20} w{(3 * i) % 11}"} for i in range(8)]
@@ -77,7 +78,7 @@ def test_it_learns_given_responses(taught: World) -> None:
     assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == LINES[3]["response"]
 
 
-def test_it_goes_on_where_it_stopped(taught: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_resumes_where_it_stopped(taught: World, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(taught, run={"steps": 6}, checkpoint={"every": 3, "export_at_end": False}, evaluation={"every": 3})
     straight, stopped = taught.run_folder("straight"), taught.run_folder("stopped")
     assert call(sft.main, [str(path), "--run.name", "straight"]) == 0
@@ -95,6 +96,15 @@ def test_it_goes_on_where_it_stopped(taught: World, capsys: pytest.CaptureFixtur
     argv = [str(taught.recipe()), "--run.name", "refused", "--checkpoint.resume", checkpoint, "--run.steps", "9"]
     message = refusal(capsys, train.main, argv)
     assert "was made by `asd-megatron sft`" in message and "as model.path" in message
+
+
+def test_seeds_of_64_bits() -> None:
+    """Neighbours at both ends of the range give orders of their own; those below 2^63 stay as they were."""
+    source = SupervisedFile(range(9), True)
+    orders = {seed: tuple(source.batch(1, 9, seed)) for seed in (0, 1, 2**63 - 1, 2**63, 2**64 - 1)}
+    assert len(set(orders.values())) == len(orders)
+    assert all(sorted(order) == list(range(9)) for order in orders.values())
+    assert orders[1] == (6, 8, 4, 0, 1, 7, 5, 2, 3)
 
 
 def test_weights_of_tokens(taught: World) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import Example, FinishReason, Rollout, TokenTable
-from asd_megatron.trainer.guard import Guard, NotFinite, check_rollouts, check_scores
+from asd_megatron.trainer.guard import Guard, NotFinite, check_rollouts, check_scores, first_not_finite
 
 NAN, INF = float("nan"), float("inf")
 
@@ -86,6 +86,17 @@ def test_a_single_bad_update_is_skipped_and_a_row_stops() -> None:
     with pytest.raises(NotFinite, match=r"step 7, update: loss 0\.1 and gradient norm nan in the 3\. update in a row"):
         guard.check_update(0.1, NAN, 7)
     assert guard.skipped == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_found_by_name(dtype: torch.dtype) -> None:
+    weights = {"empty": torch.zeros(0), "a": torch.full((3, 2), 3e38), "b": torch.ones(5), "c": torch.ones(1)}
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    assert first_not_finite(weights.items()) is None
+    assert first_not_finite([]) is None
+    for bad in (NAN, INF, -INF):
+        weights["b"][4] = weights["c"][0] = bad
+        assert first_not_finite(weights.items()) == "b"
 
 
 def test_zero_tolerance() -> None:

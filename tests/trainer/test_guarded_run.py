@@ -1,4 +1,4 @@
-"""A training run that meets numbers that are not finite: where it stops, what it leaves out, what it remembers."""
+"""A training run that meets numbers that are not finite: where it stops, what it skips, what it saves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from asd_megatron import train
 from asd_megatron.config import load_recipe
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import Group
+from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.run.rl import TrainingRun
 from asd_megatron.run.session import open_session
 from asd_megatron.trainer import passes
@@ -123,7 +125,7 @@ def overflowing(monkeypatch: pytest.MonkeyPatch) -> Any:
     return chosen
 
 
-def test_a_single_overflow_is_left_out_and_counted(tmp_path: Path, overflowing: set[int]) -> None:
+def test_a_single_overflow_is_skipped_and_counted(tmp_path: Path, overflowing: set[int]) -> None:
     overflowing |= {2, 4, 5}
     assert call(train.main, [str(recipe_file(tmp_path))]) == 0
     rows = read_metrics(tmp_path / "run")
@@ -131,16 +133,85 @@ def test_a_single_overflow_is_left_out_and_counted(tmp_path: Path, overflowing: 
     assert [row["optimizer/grad_norm"] is None for row in rows] == [False, True, False, True, True, False]
 
 
-def test_a_row_of_overflows_stops_also_across_a_resumption(
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+
+
+def test_a_row_of_overflows_stops_and_leaves_the_last_good_checkpoint(
     tmp_path: Path, overflowing: set[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two in a row, then the run ends; it goes on with the count it had."""
-    overflowing |= {2, 3, 4, 5}
+    """No checkpoint is written while updates are being skipped; the same command resumes before them."""
+    overflowing |= {3, 4, 5, 6}
     recipe = str(recipe_file(tmp_path))
-    assert call(train.main, [recipe, "--run.steps", "3"]) == 0
     assert call(train.main, [recipe]) == 2
-    assert "error: step 5, update: " in (err := capsys.readouterr().err) and "4. update in a row" in err
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    err = capsys.readouterr().err
+    assert "error: step 6, update: " in err and "4. update in a row" in err
+    assert "no checkpoint after step 3: the last update was skipped" in err and "step_000002" in err
+    rows = read_metrics(tmp_path / "run")
+    assert [row.get("checkpoint/skipped") for row in rows] == [None, None, 1, 1, 1]
+    assert checkpoints(tmp_path) == ["latest", "step_000001", "step_000002"]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert call(train.main, [recipe]) == 0  # the overflows are behind it
+    assert [row["optimizer/skipped"] for row in read_metrics(tmp_path / "run")] == [0] * 6
+
+
+def test_a_due_checkpoint_is_written_after_the_next_applied_update(tmp_path: Path, overflowing: set[int]) -> None:
+    overflowing |= {3, 6}
+    assert (
+        call(train.main, [str(recipe_file(tmp_path)), "--checkpoint.every", "3", "--checkpoint.export_at_end", "true"])
+        == 0
+    )
+    assert checkpoints(tmp_path) == ["latest", "step_000004"]
+    assert (tmp_path / "run" / "hf" / "step_000006").is_dir()  # finite weights: those of step 5
+
+
+def test_broken_weights_replace_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever notices first: the checkpoint that is due, or the sampling of the next step."""
+    original, broken = TrainingRun.observe, {3}
+
+    def observe(self: TrainingRun, step: int, *arguments: Any) -> None:
+        original(self, step, *arguments)
+        if step in broken:
+            bad_weights(self)
+
+    monkeypatch.setattr(TrainingRun, "observe", observe)
+    for every, noticed in (("1", "step 3, checkpoint: the weights are not finite"), ("2", "while sampling")):
+        recipe = [str(recipe_file(tmp_path)), "--checkpoint.every", every, "--run.overwrite", "true"]
+        assert call(train.main, recipe) == 2
+        err = capsys.readouterr().err
+        assert noticed in err and "is saved: start" not in err
+        assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_000002"
+        broken.clear()
+        assert call(train.main, recipe) == 0
+        assert len(read_metrics(tmp_path / "run")) == 6
+        broken.add(3)
+
+
+def test_servers_that_are_gone_save_and_stop_unless_the_state_is_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overflowing: set[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, gone = Collector.next, {3}
+
+    def collect(self: Collector, step: int) -> list[Group]:
+        if step in gone:
+            raise RolloutError("no server is left")
+        return original(self, step)
+
+    monkeypatch.setattr(Collector, "next", collect)
+    recipe = [str(recipe_file(tmp_path)), "--checkpoint.every", "6"]
+    assert call(train.main, recipe) == 2
+    assert "no server is left. The state after step 2 is saved" in capsys.readouterr().err
+    assert checkpoints(tmp_path) == ["latest", "step_000002"]
+
+    gone |= {4}
+    gone.remove(3)
+    overflowing.add(3)
+    assert call(train.main, recipe) == 2
+    err = capsys.readouterr().err
+    assert "The state after step 3 is not saved: the last update was skipped" in err
+    assert "the newest checkpoint is step_000002" in err and checkpoints(tmp_path) == ["latest", "step_000002"]
 
 
 def test_counters_are_metrics(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from asd_megatron.data.tokenizer import decode
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import gather_objects
-from asd_megatron.errors import UserError
+from asd_megatron.errors import NotFinite, UserError
 from asd_megatron.models.port import ModelPort
 from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
 from asd_megatron.rollout.embedded.cache import KVCache
@@ -156,7 +156,7 @@ class EmbeddedEngine:
         dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._process_groups.world)
         if (failure := int(status)) in FAILURES:
             self.abort()
-            raise RolloutError(FAILURES[failure])
+            raise NotFinite(FAILURES[failure]) if failure == NON_FINITE else RolloutError(FAILURES[failure])
         return self._deliver(submission, responses)
 
     def abort(self) -> None:

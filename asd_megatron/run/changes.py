@@ -1,0 +1,107 @@
+"""How a recipe differs from the one that a run folder was trained with, and which differences may pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from asd_megatron.config import AnyRecipe
+from asd_megatron.config.base import section_schema
+from asd_megatron.config.checkpoint import ALL
+from asd_megatron.files import to_json
+
+# These say how this start is done and what the folder is called, not what the run is: never compared.
+OF_THE_START = {"checkpoint.resume", "checkpoint.accept_changes", "run.overwrite", "run.name", "run.folder"}
+
+# A resumed run may change these; every other key decides what is trained or measured, so that one record cannot hold
+# both values unless the user says so. A key that is added to the schema belongs to the second kind until it is listed.
+FREE_SECTIONS = {
+    "batching",  # results do not depend on micro-batches and shared prefixes
+    "checkpoint",
+    "logging",
+    "parallelism",  # nor on placement
+}
+FREE_KEYS = {
+    "run.steps",  # a run may be made longer; the learning-rate schedule then spans the new length
+    "run.dump_rollouts",
+    "model.layers",
+    "model.recompute",
+    # The course of the optimization, which people steer while it runs; metrics.jsonl has each step's learning rate.
+    "optimizer.learning_rate",
+    "optimizer.min_learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "algorithm.updates_per_batch",
+    "algorithm.epochs",
+    "algorithm.log_pmi",
+    "evaluation.every",
+    "evaluation.at_start",
+    "evaluation.at_end",
+    "reward.timeout_seconds",
+    "reward.workers",
+}
+# Of `rollout`, what decides which rollouts are trained on; its other keys say where and how servers run.
+OF_THE_ROLLOUTS = {
+    "rollout.engine",
+    "rollout.replay_folder",
+    "rollout.overlap",
+    "rollout.oversampling",
+    "rollout.partial_rollouts",
+    "rollout.max_staleness",
+}
+# A change of one of these moves the learning rate of later steps.
+OF_THE_SCHEDULE = {
+    "run.steps",
+    "optimizer.learning_rate",
+    "optimizer.min_learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "algorithm.updates_per_batch",
+    "algorithm.epochs",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A recipe key with its recorded and its present value."""
+
+    key: str
+    old: Any
+    new: Any
+
+    @property
+    def free(self) -> bool:
+        """Whether a resumed run may change the key without `checkpoint.accept_changes`."""
+        section = self.key.partition(".")[0]
+        if section == "rollout":
+            return self.key not in OF_THE_ROLLOUTS
+        return section in FREE_SECTIONS or self.key in FREE_KEYS
+
+    def __str__(self) -> str:
+        return f"{self.key}: {to_json(self.old)} -> {to_json(self.new)}"
+
+
+def changes(recorded: Mapping[str, Any], recipe: AnyRecipe) -> list[Change]:
+    """The keys whose values differ between the recorded recipe (section -> key -> value) and the present one.
+
+    A key that the schema has gained since counts with its default, one that it has lost is skipped.
+    """
+    found = []
+    for section, values in recipe.model_dump(mode="json").items():
+        before, fields = recorded.get(section), section_schema(type(recipe), section).model_fields
+        for key, field in fields.items():
+            new = None if values is None else values[key]
+            old = None  # an optional section that was not there
+            if isinstance(before, Mapping):
+                default = None if field.is_required() else field.get_default(call_default_factory=True)
+                old = before.get(key, list(default) if isinstance(default, tuple) else default)
+            if old != new and f"{section}.{key}" not in OF_THE_START:
+                found.append(Change(f"{section}.{key}", old, new))
+    return found
+
+
+def not_accepted(found: Iterable[Change], accepted: Iterable[str]) -> list[Change]:
+    """The changes that would falsify the run's record and that the user has not accepted."""
+    accepted = set(accepted)
+    return [] if ALL in accepted else [change for change in found if not change.free and change.key not in accepted]

@@ -1,0 +1,331 @@
+"""The run folder: held by one live run at a time, and what a start finds in it and does about it.
+
+    empty                                          fresh: the run starts, from `checkpoint.resume` PATH if one is given
+    this run, stopped before its first checkpoint  restart: the attempt's metrics and dumps are replaced
+    this run, with a checkpoint                    resume: from the newest one, or from the one that is asked for
+    this run, complete                             finished: nothing to do
+    anything else                                  refused; with `run.overwrite`, overwrite: everything is replaced
+
+Global rank 0 alone works here; what it decides (`Start`) is told to every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from asd_megatron import locks
+from asd_megatron.checkpoint import training
+from asd_megatron.checkpoint.huggingface import CONFIG, is_complete
+from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
+from asd_megatron.config.yaml_text import read_yaml
+from asd_megatron.errors import UserError
+from asd_megatron.files import atomic_write, remove_partial, to_json
+from asd_megatron.run.changes import Change, changes, not_accepted
+
+LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "recipe.yaml", "summary.json"
+CHECKPOINTS, EXPORTS = "checkpoints", "hf"
+# What an attempt leaves beside recipe and history. Exports and checkpoints are not replaced with it.
+OF_AN_ATTEMPT = ("environment.json", "metrics.jsonl", "tensorboard", "rollouts", "servers", SUMMARY_FILE, "curves.png")
+
+Kind = Literal["fresh", "restart", "resume", "overwrite", "finished"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What this start does with its run folder. `checkpoint`: the training checkpoint to load, of this run folder for
+    `resume` and of another for `fresh`, `restart` and `overwrite`. `changes`: recipe keys that differ from the run that
+    is resumed or restarted."""
+
+    kind: Kind
+    checkpoint: str | None = None
+    changes: tuple[Change, ...] = ()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the operating system while `path` is written are the user's to fix: UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}): free space or change its permissions, then start"
+            " the same command again"
+        ) from error
+
+
+# ---------------------------------------------------------------- holding it
+
+
+def hold(folder: Path, closing: ExitStack) -> None:
+    """Make the run folder if it is not there, and hold its lock until `closing` closes; a folder that is then still
+    empty is removed. Raises UserError when it cannot be made, or is held by another run."""
+    made: list[Path] = []
+
+    def refusal(holder: str) -> str:
+        return (
+            f"the run folder {folder} is in use by another run ({holder}): wait for it, end it, or choose another"
+            " run.name or run.folder"
+        )
+
+    try:
+        made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+        folder.mkdir(parents=True, exist_ok=True)
+        closing.callback(_remove_empty, made)
+        closing.enter_context(locks.locked(folder / LOCK_FILE, refusal))
+        closing.callback(_remove_lock, folder)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        verb = "made" if folder in made or not os.path.isdir(folder) else "written to"
+        raise UserError(
+            f"the run folder {folder} cannot be {verb} ({why}): choose another run.name or run.folder, or change"
+            " permissions there"
+        ) from None
+
+
+def _remove_lock(folder: Path) -> None:
+    with suppress(OSError):
+        (folder / LOCK_FILE).unlink()
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Remove folders, inner ones first, up to the first that holds something."""
+    with suppress(OSError):
+        for path in made:
+            path.rmdir()
+
+
+# ---------------------------------------------------------------- what to do
+
+
+def claim(recipe: AnyRecipe, stage: str, closing: ExitStack) -> Start:
+    """Hold the run folder until `closing` closes, and decide what this start does with it; `prepare` does it. Raises
+    UserError for a folder that cannot be made, is in use or holds something else, and for changed settings that would
+    falsify the run's record."""
+    folder = recipe.run.path
+    hold(folder, closing)
+    try:
+        return _decide(recipe, stage)
+    except OSError as error:
+        raise UserError(
+            f"the run folder {folder} cannot be read ({error.strerror or error}): choose another run.name or run.folder"
+        ) from None
+
+
+def _decide(recipe: AnyRecipe, stage: str) -> Start:
+    folder, asked = recipe.run.path, recipe.checkpoint.resume
+    given = None if asked in ("auto", "never") else Path(asked)
+    if given is not None and not given.is_dir():
+        raise UserError(f"checkpoint.resume: {asked} is not a folder; give a checkpoint's folder, auto or never")
+    elsewhere = asked if given is not None and not _inside(given, folder) else None
+    if not _entries(folder):
+        return Start("fresh", elsewhere)
+    newest = None if asked == "never" else training.latest(folder / CHECKPOINTS)
+    recorded = None if asked == "never" else _recorded(recipe, elsewhere, newest)
+    if recorded is None:
+        _check_overwrite(recipe)
+        return Start("overwrite", elsewhere)
+    found = tuple(changes(recorded, recipe))
+    checkpoint = newest if given is None or elsewhere is not None else given
+    if _complete(recipe):
+        if recipe.run.overwrite and checkpoint == newest:
+            _check_overwrite(recipe)
+            return Start("overwrite", elsewhere)
+        if checkpoint == newest and not _export_is_missing(recipe, newest):
+            _refuse(recipe, found, stage)
+            return Start("finished", None, found)
+    if checkpoint is None and recipe.run.overwrite:
+        _check_overwrite(recipe)
+        return Start("overwrite", elsewhere)
+    _refuse(recipe, found, stage)
+    if checkpoint is None:
+        _check_restart(recipe)
+        return Start("restart", elsewhere, found)
+    return Start("resume", str(checkpoint), found)
+
+
+def _inside(checkpoint: Path, folder: Path) -> bool:
+    return checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
+
+
+def _entries(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if name != LOCK_FILE]
+
+
+def _recorded(recipe: AnyRecipe, elsewhere: str | None, newest: Path | None) -> Mapping[str, Any] | None:
+    """The recipe that the folder's run was last started with; None when the folder holds no run that this start could
+    be about: no run at all, or one that started from another checkpoint than `elsewhere`."""
+    folder = recipe.run.path
+    if newest is None and not (folder / HISTORY_FILE).is_file():
+        return None
+    found = read_yaml(folder / RECIPE_FILE, "recorded recipe") if (folder / RECIPE_FILE).is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{folder / RECIPE_FILE} is no recipe: choose another run.name, or set run.overwrite true")
+    if elsewhere is not None:
+        begun = [event for event in read_history(folder) if event.get("event") in ("fresh", "restart", "overwrite")]
+        if not begun or begun[-1].get("checkpoint") != os.path.realpath(elsewhere):
+            return None
+    return found
+
+
+def _summary(folder: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _complete(recipe: AnyRecipe) -> bool:
+    summary = _summary(recipe.run.path)
+    return summary.get("completed") is True and summary.get("steps") == recipe.run.steps
+
+
+def _export_is_missing(recipe: AnyRecipe, newest: Path | None) -> bool:
+    """Whether the export of the last step was asked for, is not there, and can be made."""
+    last = recipe.run.steps
+    if newest is None or newest.name != training.name(last) or not recipe.checkpoint.export_at_end:
+        return False
+    return not is_exported(recipe.run.path, last, newest)
+
+
+def export_folder(folder: Path, step: int) -> Path:
+    """RUN/hf/step_NNNNNN."""
+    return folder / EXPORTS / training.name(step)
+
+
+def is_exported(folder: Path, step: int, checkpoint: Path) -> bool:
+    """Whether the export of `step` is complete and of this branch: not older than the checkpoint of that step."""
+    export = export_folder(folder, step)
+    written = checkpoint / training.RUN_STATE
+    return is_complete(export) and (export / CONFIG).stat().st_mtime >= written.stat().st_mtime
+
+
+def _refuse(recipe: AnyRecipe, found: tuple[Change, ...], stage: str) -> None:
+    """Raise UserError for changes that would falsify the record."""
+    folder = recipe.run.path
+    started = next((event["stage"] for event in read_history(folder) if "stage" in event), stage)
+    if started != stage:
+        raise UserError(
+            f"the run folder {folder} holds a run of `asd-megatron {started}`: choose another run.name or run.folder"
+        )
+    refused = not_accepted(found, recipe.checkpoint.accept_changes)
+    if refused:
+        keys = ", ".join(change.key for change in refused)
+        raise UserError(
+            f"the run folder {folder} was started with other settings ({'; '.join(map(str, refused))}): set them back,"
+            " or choose another run.name; to change them in the middle of this run, set checkpoint.accept_changes"
+            f" [{keys}]; to start from step 1 in this folder, set run.overwrite true and checkpoint.resume never"
+        )
+
+
+def _check_restart(recipe: AnyRecipe) -> None:
+    """A run that has ended is not thrown away to make a longer one."""
+    steps = _summary(recipe.run.path).get("steps")
+    if steps is not None:
+        raise UserError(
+            f"the run in {recipe.run.path} ended after step {steps} and left no checkpoint to continue from: choose"
+            " another run.name, or set run.overwrite true to start from step 1"
+        )
+
+
+def _check_overwrite(recipe: AnyRecipe) -> None:
+    """Refuse to replace a folder that the user did not offer, that is no run folder, or that the run reads."""
+    folder = recipe.run.path
+    if not recipe.run.overwrite:
+        raise UserError(
+            f"the run folder {folder} is not empty: choose another run.name or run.folder, or set run.overwrite true"
+        )
+    if not any((folder / name).is_file() for name in (RECIPE_FILE, HISTORY_FILE)):
+        raise UserError(f"run.overwrite: {folder} holds no {RECIPE_FILE}, so it is no run folder; it is left alone")
+    for key, path in _inputs(recipe).items():
+        if Path(path).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"run.overwrite would remove {folder} with {key} {path} in it: choose another run.name")
+
+
+def _inputs(recipe: AnyRecipe) -> dict[str, str]:
+    """The files and folders that the recipe reads, by key (built-in names are never inside a run folder)."""
+    found: dict[str, str | None] = {
+        "model.path": recipe.model.path,
+        "data.train": recipe.data.train,
+        "data.test": recipe.data.test,
+        "checkpoint.resume": recipe.checkpoint.resume,
+    }
+    if isinstance(recipe, Recipe):
+        found["rollout.replay_folder"] = recipe.rollout.replay_folder
+    return {key: path for key, path in found.items() if path is not None}
+
+
+# ---------------------------------------------------------------- doing it
+
+
+def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
+    """Make the held folder that of a run after `step` steps: remove what is replaced and what killed writers left,
+    record the start in the history, write the resolved recipe. A run without a step left (its export is missing) keeps
+    its recipe and summary: they say what trained it. Raises UserError when the operating system refuses."""
+    folder = recipe.run.path
+    with writing(folder):
+        if start.kind == "overwrite":
+            for name in _entries(folder):
+                _remove(folder / name)
+        if start.kind == "restart":
+            for name in OF_AN_ATTEMPT:
+                _remove(folder / name)
+        for part in (".", CHECKPOINTS, EXPORTS, "rollouts"):
+            remove_partial(folder / part)
+        if start.kind == "resume" and start.checkpoint is not None:
+            # It may be an older one: from now on it is the run's newest.
+            training.name_latest(folder / CHECKPOINTS, Path(start.checkpoint).resolve().name)
+        origin = None if start.checkpoint is None else os.path.realpath(start.checkpoint)
+        record(folder, start.kind, step, stage=stage, checkpoint=origin)
+        if step < recipe.run.steps:
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)
+            for change in start.changes:
+                record(folder, "change", step, key=change.key, old=change.old, new=change.new)
+            atomic_write(folder / RECIPE_FILE, dump_recipe(recipe))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- history
+
+
+def record(folder: Path, event: str, step: int, **values: Any) -> None:
+    """Append an event after `step` steps to RUN/history.jsonl: a start (its kind), a `change` of a recipe key, the
+    `end`."""
+    line = {"time_utc": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, **values}
+    with (folder / HISTORY_FILE).open("ab+") as file:
+        torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * torn + to_json(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The events of RUN/history.jsonl; a line that a kill tore is skipped."""
+    events = []
+    with suppress(FileNotFoundError):
+        for line in (folder / HISTORY_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict):
+                    events.append(event)
+    return events
+
+
+def changes_of(folder: Path) -> list[dict[str, Any]]:
+    """The settings that changed in the middle of a run, for its summary: step, key, old, new."""
+    found = [event for event in read_history(folder) if event.get("event") == "change" and event.get("step")]
+    return [{name: event.get(name) for name in ("step", "key", "old", "new")} for event in found]

@@ -1,0 +1,151 @@
+"""One rank of two fails in a phase of the step: the run ends within seconds, and the cause is what is said first.
+
+One process has imported the program and forks the two ranks of each case; it ends the rank that is left as torchrun
+does when another has failed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.world import World
+
+PHASES = (
+    "collect",
+    "build_batch",
+    "score_teacher",
+    "score_student",
+    "gate_step",
+    "update",
+    "observe",
+    "checkpoint",
+    "export",
+)
+CAUSE = "the cause of it all"
+LIMIT = 20.0  # seconds from the failure to the end of both ranks; a hang would take an hour
+
+
+@pytest.fixture(scope="module")
+def endings(world: World) -> dict[tuple[str, int], tuple[list[int], float, str]]:
+    """By phase and failing rank: the exit statuses, the seconds from the failure to the end, what was printed."""
+    recipe = world.recipe(
+        "two_ranks.yaml",
+        parallelism={"data": 2},
+        algorithm={"name": "antisd", "updates_per_batch": 2},
+        checkpoint={"every": 1, "export_every": 1},
+    )
+    # Half of the cases with the failure on rank 0, the other half on rank 1; both for what rank 0 does alone.
+    alone = [(phase, rank) for rank in (0, 1) for phase in ("observe", "checkpoint", "export")]
+    cases = [(phase, n % 2) for n, phase in enumerate(PHASES) if (phase, 0) not in alone] + alone
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(_endings, (cases, str(recipe), str(world.folder)))
+    return dict(zip(cases, found, strict=True))
+
+
+@pytest.mark.timeout(300)
+def test_the_run_ends_soon_and_says_why(endings: dict[tuple[str, int], tuple[list[int], float, str]]) -> None:
+    for case, (statuses, seconds, printed) in endings.items():
+        assert seconds < LIMIT, (case, seconds, printed)
+        assert statuses[case[1]] > 0 and 0 not in statuses, (case, statuses, printed)
+        errors = [line for line in printed.splitlines() if re.match(r"(error|\w*Error)\b", line)]
+        assert errors and CAUSE in errors[0], (case, printed)
+
+
+def _endings(cases: list[tuple[str, int]], recipe: str, folder: str) -> list[tuple[list[int], float, str]]:
+    import torch
+
+    from asd_megatron import train
+    from asd_megatron.distributed import device
+    from asd_megatron.run import report, rl, session  # noqa: F401 (imported once for all cases)
+
+    torch.set_num_threads(1)
+    device.prepare()
+    assert train.main is not None
+    return [_ending(phase, rank, recipe, Path(folder) / f"{phase}_{rank}") for phase, rank in cases]
+
+
+def _ending(phase: str, failing: int, recipe: str, files: Path) -> tuple[list[int], float, str]:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    failed, output = files.with_suffix(".failed"), files.with_suffix(".txt")
+    pids = [_fork(lambda rank=rank: _rank(rank, phase, failing, recipe, files, port)) for rank in (0, 1)]
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(pids):
+        pid, status = os.wait()
+        statuses[pid] = os.waitstatus_to_exitcode(status)
+        for other in set(pids) - set(statuses):
+            os.kill(other, signal.SIGTERM)
+    seconds = time.time() - float(failed.read_text()) if failed.exists() else float("inf")
+    return [statuses[pid] for pid in pids], seconds, output.read_text()
+
+
+def _fork(program: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        program()
+    finally:
+        os._exit(99)
+
+
+def _rank(rank: int, phase: str, failing: int, recipe: str, files: Path, port: int) -> None:
+    import sys
+    import traceback
+
+    from asd_megatron import train
+
+    out = os.open(files.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    signal.alarm(int(2 * LIMIT))  # for a rank that hangs
+    if rank == failing:
+        _make_fail(phase, files.with_suffix(".failed"))
+    try:
+        status = train.main([recipe, "--run.name", files.name])
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _make_fail(phase: str, failed: Path) -> None:
+    """This rank raises inside the phase, beside what the other rank does in it."""
+    from asd_megatron.checkpoint import training
+    from asd_megatron.rollout.embedded.engine import EmbeddedEngine
+    from asd_megatron.run import rl, session
+    from asd_megatron.trainer import passes
+
+    def fail(*_: Any, **__: Any) -> None:
+        failed.write_text(str(time.time()))
+        raise OSError(CAUSE)
+
+    where: dict[str, tuple[Any, str]] = {
+        "collect": (EmbeddedEngine, "collect"),
+        "build_batch": (rl.LocalBatch, "build"),
+        "score_teacher": (passes, "score_teacher"),
+        "score_student": (passes, "score_student"),
+        "gate_step": (passes, "gate_entropy"),
+        "update": (rl, "update"),
+        "observe": (rl, "gather_table"),
+        "checkpoint": (training, "_state"),
+        "export": (session, "write_folder"),
+    }
+    setattr(*where[phase], fail)
