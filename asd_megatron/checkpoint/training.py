@@ -189,13 +189,13 @@ def _prune(folder: Path, step: int, previous: int, keep: int) -> None:
     others = {s: path for s, path in _steps(folder).items() if s != step}
     own = sorted(s for s in others if s <= min(previous, step))
     abandoned = sorted(others.keys() - set(own))
+    if abandoned:
+        log.warning("removing the checkpoints of an abandoned branch: %s", ", ".join(name(s) for s in abandoned))
     for s in (*abandoned, *own[: max(0, len(own) - (keep - 1))]):
         try:
             remove_folder(others[s])
         except OSError as error:
             log.warning("the old checkpoint %s cannot be removed: %s", others[s], error)
-    if abandoned:
-        log.warning("checkpoints of an abandoned branch were removed: %s", ", ".join(name(s) for s in abandoned))
 
 
 def _chunks(port: ModelPort) -> dict[str, MegatronModule]:
@@ -220,9 +220,7 @@ def _state(
     }
     model = {}
     for key, chunk in _chunks(port).items():
-        sharded = chunk.sharded_state_dict(
-            metadata=dict(metadata)
-        )  # Megatron completes it in place: every call its own
+        sharded = chunk.sharded_state_dict(metadata=dict(metadata))  # a copy: Megatron completes it in place
         model[key] = {k: v for k, v in sharded.items() if not _is_extra_state(k)}
     optimizer_state.fill(optimizer)
     # The optimizer finds its parameters' shards in the nested dict: chunks share key names, a flat one would lose some.

@@ -144,30 +144,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert "damaged" in found["missing shard"]
 
 
-def _keep(rank: int, folder: str) -> list[list[str]]:
+def _kept(rank: int, folder: str) -> tuple[list[list[str]], dict[str, list[str]]]:
+    """What is left after each save, and after 20, 40, 60, a resume from one of them, and saves."""
     trainer = Trainer({}, False, seed=1)
-    seen = []
+    after_each, lineages = [], {}
     for step in (5, 10, 15, 15):
-        trainer.steps(range(step, step + 1))
-        trainer.save(Path(folder), step, {"step": step}, keep=2)
-        seen.append(sorted(os.listdir(folder)))
-    stored = json.loads((Path(folder) / "step_000015" / "run_state.json").read_text())
+        trainer.save(Path(folder) / "plain", step, {"step": step}, keep=2)
+        after_each.append(sorted(os.listdir(Path(folder) / "plain")))
+    stored = json.loads((Path(folder) / "plain" / "step_000015" / "run_state.json").read_text())
     assert stored["run_state"] == {"step": 15}
-    return seen
-
-
-def test_the_newest_are_kept(tmp_path: Path) -> None:
-    seen = run_ranks(_keep, 1, str(tmp_path))[0]
-    assert seen[0] == ["latest", "step_000005"]
-    assert seen[1] == ["latest", "step_000005", "step_000010"]
-    assert seen[2] == seen[3] == ["latest", "step_000010", "step_000015"]
-
-
-def _lineage(rank: int, folder: str) -> dict[str, list[str]]:
-    """Checkpoints after 20, 40, 60, a resume from one of them, and saves."""
-    trainer = Trainer({}, False, seed=1)
-    trainer.steps(range(1))
-    seen = {}
     for case, (resumed, saves, keep) in LINEAGES.items():
         root = Path(folder) / case
         for step in (20, 40, 60):
@@ -176,8 +161,8 @@ def _lineage(rank: int, folder: str) -> dict[str, list[str]]:
         for step in saves:
             trainer.save(root, step, keep=keep)
             assert training.latest(root) == root / training.name(step)
-        seen[case] = sorted(os.listdir(root))
-    return seen
+        lineages[case] = sorted(os.listdir(root))
+    return after_each, lineages
 
 
 LINEAGES: dict[str, tuple[int, tuple[int, ...], int]] = {
@@ -190,9 +175,12 @@ LINEAGES: dict[str, tuple[int, tuple[int, ...], int]] = {
 }
 
 
-def test_pruning_follows_the_lineage(tmp_path: Path) -> None:
-    seen = run_ranks(_lineage, 1, str(tmp_path))[0]
-    steps = {case: [int(name[5:]) for name in names if name != "latest"] for case, names in seen.items()}
+def test_the_newest_of_the_lineage_are_kept(tmp_path: Path) -> None:
+    seen, lineages = run_ranks(_kept, 1, str(tmp_path))[0]
+    assert seen[0] == ["latest", "step_000005"]
+    assert seen[1] == ["latest", "step_000005", "step_000010"]
+    assert seen[2] == seen[3] == ["latest", "step_000010", "step_000015"]
+    steps = {case: [int(name[5:]) for name in names if name != "latest"] for case, names in lineages.items()}
     assert steps == {
         "from the newest": [60, 80],
         "between": [20, 30],
