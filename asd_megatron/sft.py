@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from asd_megatron.cli.guard import guarded
+from asd_megatron.cli.guard import as_rank, leave
 from asd_megatron.config import SftRecipe, load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.observe.metrics import supervised_metrics
@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(SupervisedRun(recipe, session))
         return 0
 
-    return guarded(program)
+    return as_rank(program)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

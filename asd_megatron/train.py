@@ -1,6 +1,6 @@
 """AntiSD training: `torchrun --nproc-per-node N -m asd_megatron.train RECIPE [--section.key value ...]`.
 
-The loop below is Algorithm 1; `training.py` holds what its lines do.
+The loop below is Algorithm 1; `run/rl.py` holds what its lines do.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from asd_megatron.cli.guard import guarded
+from asd_megatron.cli.guard import as_rank, leave
 from asd_megatron.config import Recipe, load_recipe
 from asd_megatron.run.rl import TrainingRun
 from asd_megatron.run.session import open_session
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(TrainingRun(recipe, session))
         return 0
 
-    return guarded(program)
+    return as_rank(program)
 
 
 def _recipe_and_overrides(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -50,4 +50,4 @@ def _recipe_and_overrides(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -130,3 +130,10 @@ def shutdown() -> None:
         if _joined:
             dist.destroy_process_group()
     _joined = False
+
+
+def leave(error_type: type[BaseException] | None, *_: object) -> None:
+    """`shutdown` as the exit of a context (`ExitStack.push(leave)`). After an exception with other ranks still joined
+    it does nothing: destroying the groups waits for ranks that may be in a collective. The process has to end then."""
+    if error_type is None or not dist.is_initialized() or dist.get_world_size() == 1:
+        shutdown()

@@ -88,7 +88,7 @@ class Session:
         data = check_world(recipe, world)
         check_devices(recipe)
         self.layout = _layout(recipe, data)
-        closing.callback(layouts.shutdown)
+        closing.push(layouts.leave)
         self.process_groups: ProcessGroups = layouts.init(self.layout)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         log.setLevel(recipe.logging.level.upper() if self.is_root else "ERROR")

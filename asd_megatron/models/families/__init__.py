@@ -12,7 +12,7 @@ from asd_megatron.models.families.qwen3 import QWEN3
 
 FAMILIES: tuple[Family, ...] = (QWEN3, LLAMA)
 
-__all__ = ["FAMILIES", "Family", "ModelShape", "family_of"]
+__all__ = ["FAMILIES", "Family", "ModelShape", "family_of", "shape_of"]
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -26,3 +26,13 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
         f"config.json names the architecture {', '.join(found) or '(none)'}, which is not supported; "
         f"supported are {known}"
     )
+
+
+def shape_of(hf_config: Mapping[str, Any]) -> tuple[Family, ModelShape]:
+    """The family of a Hugging Face config and its translation. Raises UserError for an architecture or a setting that
+    is not supported, and for values of the wrong kind. Needs no device."""
+    family = family_of(hf_config)
+    try:
+        return family, family.translate(hf_config)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"config.json holds a value of the wrong kind: {error}") from None
