@@ -41,6 +41,16 @@ class TolerantStream:
         except ValueError:  # closed
             return False
 
+    def finish(self) -> None:
+        """Flush for the last time. Text that still cannot be written is dropped: Python flushes the stream again when
+        it exits, and would turn the failure into exit status 120."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                _to_devnull(self._stream.fileno())
+                self._stream.flush()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
@@ -66,14 +76,16 @@ def tolerant_output() -> Iterator[None]:
     """Make sys.stdout and sys.stderr tolerant inside. Characters that an encoding lacks are written as escapes."""
     _open_missing()
     saved = sys.stdout, sys.stderr
-    for stream in saved:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (cast(TextIO, TolerantStream(stream)) for stream in saved)
+    for text in saved:
+        if isinstance(text, io.TextIOWrapper):
+            text.reconfigure(errors="backslashreplace")
+    tolerant = [TolerantStream(stream) for stream in saved]
+    sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in tolerant)
     try:
         yield
     finally:
-        flush_output()  # at exit Python flushes the streams below, and would turn a failure into exit status 120
+        for stream in tolerant:
+            stream.finish()
         sys.stdout, sys.stderr = saved
 
 

@@ -1,8 +1,8 @@
 """The device the program runs on, and what Megatron-Core needs to run on one without CUDA.
 
 Megatron-Core calls `torch.cuda` unguarded in many places. `prepare` replaces exactly those entry points by CPU
-equivalents, once, before the first Megatron object is built; with CUDA present it only picks this rank's device. No
-other module touches them.
+equivalents, once, before the first Megatron object is built; with CUDA it picks this rank's device and keeps float32
+products exact. No other module replaces them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _quieten() -> None:
 
 
 class _Stream:
-    """A stream of a device that has none: everything has already happened."""
+    """A stream of a device without streams: all work on it is complete."""
 
     device = CPU
 

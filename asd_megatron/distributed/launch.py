@@ -1,4 +1,4 @@
-"""Starting local ranks: the torchrun command line and the environment that its workers want."""
+"""Starting local ranks: the torchrun command line, and the environment of the ranks."""
 
 from __future__ import annotations
 

@@ -6,14 +6,13 @@ import importlib
 import os
 import re
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 
 from asd_megatron.errors import UserError
 
 OLDEST_CUDA_TORCH = (2, 8)  # the first whose `mm` has half-precision operands and a float32 result
-NOT_INSTALLED = "it is not installed (extra `asd_megatron[gpu]`)"
+NOT_INSTALLED = "it is not installed (install the extra `asd_megatron[gpu]`)"
 ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
@@ -67,14 +66,13 @@ def bfloat16_problem() -> str | None:
     )
 
 
-@cache
 def transformer_engine_problem() -> str | None:
-    """Why Transformer Engine cannot be imported; None if it can. An installation may be broken, so it
-    is imported and not just looked for."""
+    """Why Transformer Engine cannot be imported; None if it can. An installation may be broken, so it is imported and
+    not just looked for."""
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a library that is missing or made for another CUDA: ImportError, OSError, RuntimeError
-        if isinstance(error, ModuleNotFoundError) and error.name in ("transformer_engine", "transformer_engine.pytorch"):
+        if isinstance(error, ModuleNotFoundError) and error.name == "transformer_engine":
             return NOT_INSTALLED
         reason = (str(error).splitlines() or [""])[0]
         return f"importing it failed ({type(error).__name__}: {reason})"
@@ -89,12 +87,13 @@ def attention_switch_problem(environment: Mapping[str, str] = os.environ) -> str
     return None
 
 
-def torch_problem(version: str = torch.__version__) -> str | None:
+def torch_problem() -> str | None:
     """Why this release of torch is too old for CUDA; None if it is not."""
+    version = str(torch.__version__)
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or (int(numbers[1]), int(numbers[2])) >= OLDEST_CUDA_TORCH:
         return None
     return (
-        f"torch {version} on CUDA: its half-precision products have no float32 result, so the head would run in float32;"
-        " install torch 2.8 or newer"
+        f"torch {version} on CUDA: its half-precision products have no float32 result, so the head would run in"
+        " float32; install torch 2.8 or newer"
     )

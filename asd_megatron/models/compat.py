@@ -25,7 +25,9 @@ def resolve_layers(asked: str, dtype: torch.dtype) -> str:
         return "local"
     problem = why_not_transformer_engine(dtype)
     if asked == "te" and problem is not None:
-        raise UserError(f"model.layers te: Transformer Engine cannot be used: {problem}; set model.layers auto or local")
+        raise UserError(
+            f"model.layers te: Transformer Engine cannot be used: {problem}; set model.layers auto or local"
+        )
     return "te" if problem is None else "local"
 
 
