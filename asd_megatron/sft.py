@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from asd_megatron.cli.guard import as_rank, leave
+from asd_megatron.cli.guard import as_rank, leave, report_at_once
 from asd_megatron.config import SftRecipe, load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.observe.metrics import supervised_metrics
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0].startswith("-"):
             raise UserError("give a recipe first: python -m asd_megatron.sft RECIPE [--section.key value ...]")
         recipe = load_recipe(arguments[0], arguments[1:], kind="sft")
-        with open_session(recipe) as session:
+        with open_session(recipe) as session, report_at_once():
             train(SupervisedRun(recipe, session))
         return 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from asd_megatron.cli.guard import as_rank, leave
+from asd_megatron.cli.guard import as_rank, leave, report_at_once
 from asd_megatron.config import Recipe, load_recipe
 from asd_megatron.run.rl import TrainingRun
 from asd_megatron.run.session import open_session
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> int:
         recipe: Recipe = load_recipe(*_recipe_and_overrides(arguments))
-        with open_session(recipe) as session:
+        with open_session(recipe) as session, report_at_once():
             train(TrainingRun(recipe, session))
         return 0
 

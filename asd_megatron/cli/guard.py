@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from asd_megatron.cli.console import flush_output, tolerant_output
@@ -18,6 +19,8 @@ from asd_megatron.errors import UserError
 FAILED = 1  # exit status
 USER_ERROR = 2  # exit status
 INTERRUPTED = 130  # exit status: 128 + SIGINT
+LINE = 160  # characters of another rank's error
+_reported: BaseException | None = None  # by `report_at_once`
 
 
 def guarded(program: Callable[[], int]) -> int:
@@ -49,13 +52,25 @@ def as_rank(program: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             return INTERRUPTED
         except (Exception, SystemExit) as error:
-            if _alone():
-                if not isinstance(error, UserError | SystemExit):
-                    raise
+            if not _alone():
+                _report_among_ranks(error)
+            elif isinstance(error, UserError | SystemExit):
                 _report(error)
             else:
-                _report_among_ranks(error)
+                raise
             return USER_ERROR if isinstance(error, UserError) else FAILED
+
+
+@contextmanager
+def report_at_once() -> Iterator[None]:
+    """Inside `as_rank`: report an error of the block among several ranks before what is open around it is closed, which
+    may take long (servers)."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if not _alone():
+            _report_among_ranks(error)
+        raise
 
 
 def leave(status: int) -> NoReturn:
@@ -89,19 +104,23 @@ def _report(error: BaseException) -> None:
 
 
 def _report_among_ranks(error: BaseException) -> None:
+    global _reported
     from asd_megatron.distributed.first_error import report_once  # imports torch
 
+    if error is _reported:
+        return
+    _reported = error
     message = _one_line(error)
     first = report_once(message, lambda: _report(error))
     if first is None:
         return
     if os.environ.get("LOGLEVEL"):
         traceback.print_exception(error)
-    elif first not in message and str(error) not in first:
+    elif first not in message and message not in first:
         print(f"rank {os.environ['RANK']} ended too: {message}", file=sys.stderr)
     flush_output()
 
 
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}"
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if isinstance(error, UserError) else f"{type(error).__name__}: {line[:LINE]}"

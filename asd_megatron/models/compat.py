@@ -32,8 +32,9 @@ def resolve_layers(asked: str, dtype: torch.dtype) -> str:
 
 
 def layers_text(asked: str, layers: str, dtype: torch.dtype) -> str:
-    """For the start-up report: the layer implementation, and why `auto` chose it."""
-    if asked != "auto" or layers == "te":
+    """For the start-up report: the layer implementation, and why `auto` chose another than Transformer Engine's on a
+    GPU."""
+    if asked != "auto" or layers == "te" or not has_cuda():
         return layers
     return f"local; not Transformer Engine: {why_not_transformer_engine(dtype)}"
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from asd_megatron.cli import launch
 from asd_megatron.cli.main import VERBS, main
+from asd_megatron.distributed import first_error
 from asd_megatron.distributed.launch import cores, set_defaults
 
 ROOT = Path(__file__).parents[2]
@@ -218,6 +220,33 @@ def test_the_launcher_creates_no_cuda_context(tmp_path: Path, monkeypatch: pytes
     assert main(["train", recipe(tmp_path, "parallelism: {tensor: 2}\n")]) == 0
     assert main(["sft", recipe(tmp_path, "parallelism: {tensor: 2, data: 1}\n")]) == 0
     assert started == [8, 2]
+
+
+def test_guard_passes_bugs_on() -> None:
+    def bug() -> int:
+        raise RuntimeError("ours")
+
+    for run in (guarded, as_rank):
+        with pytest.raises(RuntimeError, match="ours"):
+            run(bug)
+
+
+def test_an_error_is_reported_before_anything_is_closed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Closing may take long (servers), and rank 0 would then leave the report to another rank."""
+    monkeypatch.setattr(first_error, "HEAD_START", 0.0)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+
+    def refuse() -> int:
+        with ExitStack() as closing:
+            closing.callback(lambda: print("closed", file=sys.stderr))
+            with report_at_once():
+                raise UserError("theirs")
+
+    assert as_rank(refuse) == 2
+    assert capsys.readouterr().err == "error (rank 3): theirs\nclosed\n"
 
 
 def start(folder: Path, ranks: int, outcome: str) -> subprocess.Popen[str]:
