@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from asd_megatron.cli import launch
+from asd_megatron.cli.guard import as_rank, guarded, report_at_once
 from asd_megatron.cli.main import VERBS, main
 from asd_megatron.distributed import first_error
 from asd_megatron.distributed.launch import cores, set_defaults
+from asd_megatron.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 # Prints what a rank sees, then ends as OUTCOME says.
