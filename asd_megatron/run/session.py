@@ -63,10 +63,7 @@ def open_session(recipe: AnyRecipe) -> Iterator[Session]:
     """Join the other ranks and open the recipe's session. On leaving, whatever was opened is closed, last first, and
     the ranks part; another session may follow in the same process. Raises RunFinished when there is nothing to do."""
     with ExitStack() as closing:
-        try:
-            yield Session(recipe, closing)
-        except SystemExit as error:  # of a user's or a library's code: it would end an unfinished run with its status
-            raise RuntimeError(f"sys.exit({error.code!r}) was called inside the run") from error
+        yield Session(recipe, closing)
 
 
 class Session:
@@ -381,7 +378,7 @@ def _join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessG
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout = _layout(recipe, check_world(recipe, world))
     check_devices(recipe)
-    closing.callback(layouts.shutdown)
+    closing.push(layouts.leave)
     return layout, layouts.init(layout)
 
 
