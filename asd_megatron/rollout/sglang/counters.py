@@ -1,4 +1,4 @@
-"""Metrics of servers and weight updates since the last step, by metric name."""
+"""What servers and weight updates did since the last reading, by metric name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
 
 
 class Readings:
-    """Collects the reports of weight updates; `take` turns them and the fleet's counters into metrics.
+    """Collects the reports of weight updates; `take` makes metrics of them and of the fleet's counters.
 
-    What describes the weights now served (`receipt_ok`, `probe_max_abs`) is repeated in steps without an update.
+    What describes the weights now served (`receipt_ok`, `probe_max_abs`) is told again in steps without an update.
     """
 
     def __init__(self) -> None:

@@ -147,7 +147,6 @@ class ServerPool:
             if now > deadline:
                 raise UserError(
                     f"{waiting[0].name} was not ready after {self.start_timeout:.0f} s, the limit for a start"
-                    " (rollout.server_start_timeout, serve --start-timeout)"
                     f"{waiting[0].explain()}"
                 )
             if now - said >= PROGRESS_SECONDS:

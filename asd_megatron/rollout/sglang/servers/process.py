@@ -19,7 +19,6 @@ from asd_megatron.errors import UserError
 CHILD = Path(__file__).with_name("child.py")
 RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 HEALTH_SECONDS = 5.0  # for one answer: SGLang generates a token first and looks once a second
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy of the environment
 END_SECONDS = 10.0
 TIDY_SECONDS = 1.0  # SGLang's children end with it, and then multiprocessing removes the memory that they shared
 TAIL_LINES = 15
@@ -133,7 +132,7 @@ class ServerProcess:
         if not self.alive:
             return False
         try:
-            with DIRECT.open(self.url + self._health, timeout=timeout) as answer:
+            with urllib.request.urlopen(self.url + self._health, timeout=timeout) as answer:
                 return bool(answer.status == 200)
         except (OSError, urllib.error.URLError, ValueError):
             return False

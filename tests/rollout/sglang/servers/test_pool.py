@@ -137,15 +137,6 @@ def test_no_server_is_started_while_starts_are_deferred(options: ServerOptions) 
         assert pool.counters["gave_up"] == 0 and pool.processes[0].healthy()
 
 
-def test_a_proxy_of_the_environment_is_not_asked(options: ServerOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with pool_of(options) as pool:
-        assert pool.processes[0].healthy()
-
-
 def test_without_restarts(options: ServerOptions) -> None:
     with pool_of(options, restart=False) as pool:
         pool.processes[0].stop(grace=0)
