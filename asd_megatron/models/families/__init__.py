@@ -9,6 +9,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.models.families.family import Family, ModelShape
 from asd_megatron.models.families.llama import LLAMA
 from asd_megatron.models.families.qwen3 import QWEN3
+from asd_megatron.models.hf_config import shown
 
 FAMILIES: tuple[Family, ...] = (QWEN3, LLAMA)
 
@@ -19,7 +20,7 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
     """The family of a Hugging Face config, by its `architectures`. Raises UserError, listing what is supported."""
     found = hf_config.get("architectures") or ()
     if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
-        raise UserError(f"config.json: architectures is {found!r:.60}, expected a list of names; download it again")
+        raise UserError(f"config.json: architectures is {shown(found)}, expected a list of names; download it again")
     for family in FAMILIES:
         if set(found) & set(family.architectures):
             return family
