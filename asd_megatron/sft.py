@@ -122,7 +122,8 @@ def train(run: SupervisedRun) -> None:
             "loss": session.on_root(lambda: read_metrics(session.folder)[-1].get("sft/loss")),
             "evaluation_before": first,
             "evaluation_after": last,
-        }
+        },
+        sample=run.held_out.sample if run.held_out else None,
     )
 
 

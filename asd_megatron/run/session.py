@@ -27,6 +27,7 @@ from asd_megatron.distributed.objects import first_message, on_rank_zero
 from asd_megatron.errors import NotFinite, UserError
 from asd_megatron.models.families import check_architecture
 from asd_megatron.models.port import ModelPort
+from asd_megatron.observe.closing import Sample, closing_table
 from asd_megatron.observe.progress import Progress, print_line
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run import folder as folders
@@ -343,8 +344,9 @@ class Session:
         if not self.on_root(lambda: folders.is_exported(self.folder, step, checkpoint)):
             self.export(step)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run has made its last step: RUN/summary.json says so, and RUN/curves.png is drawn. Collective."""
+    def finish(self, summary: Mapping[str, Any], sample: Sample | None = None) -> None:
+        """The run has made its last step: RUN/summary.json says so, RUN/curves.png is drawn, and a table of what came
+        of it is printed, with a held-out `sample`. Collective."""
 
         def write() -> None:
             from asd_megatron.observe.plots import plot_run, write_summary  # matplotlib
@@ -356,6 +358,14 @@ class Session:
                 folders.record(self.folder, "end", self.recipe.run.steps)
                 write_summary(self.folder, {**summary, "completed": True, "changed_settings": changes})
                 plot_run(self.folder)
+            self.progress.close()
+            exported = folders.export_folder(self.folder, self.recipe.run.steps)
+            model = exported if exported.is_dir() else None
+            print(
+                "\n"
+                + closing_table(read_metrics(self.folder), run_folder=self.folder, model_folder=model, sample=sample),
+                flush=True,
+            )
 
         self.on_root(write)
 
