@@ -62,10 +62,7 @@ def open_session(recipe: AnyRecipe) -> Iterator[Session]:
     """Join the other ranks and open the recipe's session. On leaving, whatever was opened is closed, last first, and
     the ranks part; another session may follow in the same process. Raises RunFinished when there is nothing to do."""
     with ExitStack() as closing:
-        try:
-            yield Session(recipe, closing)
-        except SystemExit as error:  # of a user's or a library's code: it would end an unfinished run with its status
-            raise RuntimeError(f"sys.exit({error.code!r}) was called inside the run") from error
+        yield Session(recipe, closing)
 
 
 class Session:

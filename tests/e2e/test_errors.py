@@ -15,11 +15,9 @@ import torch
 
 from asd_megatron import train
 from asd_megatron.cli import main as cli
-from asd_megatron.config import load_recipe
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.writer import RunWriter
 from asd_megatron.run.folder import hold
-from asd_megatron.run.session import open_session
 from tests.e2e.world import (
     World,
     call,
@@ -27,7 +25,6 @@ from tests.e2e.world import (
     make_world,
     refusal,
     start,
-    without_torchrun,
     write_lines,
 )
 from tests.models.tiny import tokenizer
@@ -290,13 +287,6 @@ def test_a_full_disk(
     message = refusal(capsys, train.main, [str(fresh.recipe()), "--run.name", "full"])
     assert "cannot be written (No space left on device)" in message
     assert not (fresh.run_folder("full") / "summary.json").exists()
-
-
-def test_an_exit_of_foreign_code_is_an_error(fresh: World) -> None:
-    recipe = load_recipe(str(fresh.recipe()))
-    with pytest.raises(RuntimeError, match="sys.exit"), without_torchrun(), open_session(recipe):
-        raise SystemExit(0)
-    assert not recipe.run.path.exists()
 
 
 # -------------------------------------------------------------------- through the command, on two ranks
