@@ -29,9 +29,9 @@ class Checkpoint(Section):
     resume: Text = Field(
         "auto",
         description=(
-            "`auto`: resume from the run folder's newest checkpoint, if any; `never`: start from step 1; or a checkpoint's"
-            " folder. One of this run: return to it. One of another run: a new run folder starts from it, and resumes"
-            " from its own newest checkpoint when the same command is started again."
+            "`auto`: resume from the run folder's newest checkpoint, if any; `never`: start from step 1; or the folder"
+            " of a checkpoint. One of this run: return to it. One of another run: a new run folder starts from it, and"
+            " resumes from its own newest checkpoint when the same command is started again."
         ),
     )
     accept_changes: KeyList = Field(
