@@ -15,23 +15,24 @@ SGLANG_INSTALLED := $(if $(ASD_MEGATRON_SGLANG_PYTHON),,$(SGLANG_VENV)/.installe
 export NO_COLOR := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install sglang sglang-demo gpu-checks quickstart smollm2 test test-py312 lint docs clean
+.PHONY: help install sglang sglang-demo gpu-checks quickstart smollm2 test test-sglang test-py312 lint docs clean
 
 help:
 	@echo "make quickstart   watch a tiny model learn to search with AntiSD (2 CPU cores, about 10 minutes)"
 	@echo "make sglang-demo  the same with two real SGLang servers making the rollouts (2 CPU cores, some minutes)"
 	@echo "make smollm2      the pretrained SmolLM2-135M-Instruct learns word problems in 14 AntiSD steps (CPU)"
-	@echo "make test         linter, types, generated pages, tests"
+	@echo "make test         linter, types, generated pages, all tests that need no SGLang server (under 8 minutes)"
+	@echo "make test-sglang  the tests with real SGLang servers on the CPU"
 	@echo "make test-py312   the same on Python 3.12 with its own megatron-core release"
 	@echo "make gpu-checks   what only CUDA can run (docs/gpu_checks.md)"
 	@echo "make lint         linter and types alone"
-	@echo "make docs         write the generated pages anew"
+	@echo "make docs         regenerate the generated pages"
 	@echo "make sglang       create $(SGLANG_VENV), the environment of SGLang servers on CPUs"
 	@echo "make install      create $(VENV) and install the package with its development tools"
 
 install: $(INSTALLED)
 
-# An environment without pip (a Python without ensurepip, an interrupted start) is made anew.
+# An environment without pip (a Python without ensurepip, an interrupted start) is created again.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || $(PYTHON_FALLBACK) -m venv --clear $(VENV)
 	@echo "installing into $(VENV) (the first time takes some minutes)"
@@ -67,9 +68,12 @@ smollm2: $(INSTALLED)
 	$(PY) -m asd_megatron.cli.main train examples/smollm2/word_problems.yaml --run.overwrite true
 	$(PY) tools/inspect_pmi.py runs/smollm2
 
-test: lint $(SGLANG_INSTALLED)
+test: lint
 	$(PY) -m asd_megatron.cli.main recipes --check docs/recipes.md
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no -m "not slow and not gpu and not sglang" $(PYTEST_ARGS)
+
+test-sglang: $(INSTALLED) $(SGLANG_INSTALLED)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no -m "sglang and not slow and not gpu" $(PYTEST_ARGS)
 
 test-py312:
 	$(MAKE) test VENV=.venv-py312 PYTHON=$(PYTHON312) PYTHON_FALLBACK=$(PYTHON312)

@@ -1,8 +1,12 @@
-"""Files that are either whole or absent: atomic text, JSON, bytes and folders.
+"""Files and folders that are either complete or absent, and the strict reading of JSON.
 
-Everything is written into a temporary sibling (same file system) and renamed, so that neither a reader nor a run that
-was killed half way ever sees a torn file. Temporary names start with a dot and end in `.partial`; `remove_partial`
-clears what a killed process left.
+Everything is written into a temporary sibling (same file system) and renamed, so that neither a reader nor a process
+that was killed half way leaves a torn file. For a target `hf/step_000060` the siblings are called
+
+    hf/.step_000060.0f3a9c2b7d11.partial             being written
+    hf/.step_000060.0f3a9c2b7d11.replaced.partial    the older version while the new one takes its place
+
+`remove_partial` clears what a killed process left of them.
 """
 
 from __future__ import annotations
@@ -10,20 +14,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from asd_megatron.errors import UserError
 
 PARTIAL = ".partial"
+REPLACED = ".replaced" + PARTIAL
+MAX_JSON_BYTES = 64 << 20  # the tensor index of the largest published models has about 10 MiB
+_REPLACED_NAME = re.compile(rf"\.(?P<target>.+)\.[0-9a-f]{{12}}{re.escape(REPLACED)}")
 
 
-def _sibling(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+def _sibling(path: Path, suffix: str = PARTIAL) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{suffix}")
 
 
 def _sync(path: Path) -> None:
@@ -36,11 +44,22 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _discard(path: Path) -> None:
+    """Remove a temporary file or folder if that is possible: the error that led here must not be hidden by another."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def user_error(what: str, remedy: str) -> Iterator[None]:
+    """Raise an OSError from inside as a UserError: `what` went wrong, the system's reason, then the `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error}; {remedy}") from error
 
 
 @contextmanager
@@ -58,11 +77,11 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, target)
         _sync(target.parent)
     finally:
-        _remove(partial)
+        _discard(partial)
 
 
 def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> Path:
-    """Write text (UTF-8, line ends as given) or bytes as the whole content of `path`. Returns the path."""
+    """Write text (UTF-8, line ends as given) or bytes as the complete content of `path`. Returns the path."""
     with atomic_file(path) as partial:
         partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
     return Path(path)
@@ -72,8 +91,8 @@ def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> Path:
 def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling folder to fill; on leaving without an error it becomes `path`, else it is removed.
 
-    An existing `path` raises UserError before anything is written, unless `replace`: then it is swapped out whole,
-    and only between two renames is there a moment without it.
+    An existing `path` raises UserError before anything is written, unless `replace`: then it is set aside and removed,
+    and only between two renames is there a moment without it (`remove_partial` restores it after a kill there).
     """
     target = Path(path)
     if target.exists() and not replace:
@@ -89,7 +108,7 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
                 _sync(Path(root) / name)
             _sync(Path(root))
         if target.exists() and replace:
-            old = _sibling(target)
+            old = _sibling(target, REPLACED)
             os.rename(target, old)
         try:
             os.rename(partial, target)
@@ -99,16 +118,31 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
             raise
         _sync(target.parent)
     finally:
-        _remove(partial)
+        _discard(partial)
         if old is not None and target.exists():
-            _remove(old)
+            _discard(old)
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Remove a folder so that no reader sees a part of it: it is renamed to a temporary name first."""
+    aside = _sibling(Path(path))
+    os.rename(path, aside)
+    shutil.rmtree(aside)
 
 
 def remove_partial(folder: str | os.PathLike[str]) -> int:
-    """Remove what killed writers left directly in `folder`; returns how many. No other process may be writing there."""
-    left = [p for p in Path(folder).glob(f".*{PARTIAL}")] if Path(folder).is_dir() else []
+    """Remove what killed writers left directly in `folder`; returns how many. No other process may be writing there.
+
+    A folder that was set aside for a new version which never took its place gets its name back.
+    """
+    left = sorted(Path(folder).glob(f".*{PARTIAL}")) if Path(folder).is_dir() else []
     for path in left:
-        _remove(path)
+        replaced = _REPLACED_NAME.fullmatch(path.name)
+        target = None if replaced is None else path.with_name(replaced["target"])
+        if target is not None and not target.exists():
+            os.rename(path, target)
+        else:
+            _discard(path)
     return len(left)
 
 
@@ -137,3 +171,53 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Atomically write `value` as indented JSON with a final newline."""
     return atomic_write(path, to_json(value, indent=2) + "\n")
+
+
+def read_json_object(path: str | os.PathLike[str], remedy: str, *, non_finite: bool = False) -> dict[str, Any]:
+    """The JSON object in the file `path`, whoever wrote it.
+
+    Raises UserError with the file, the reason and the `remedy` when it cannot be read, has more than MAX_JSON_BYTES, is
+    not UTF-8 or not JSON, is nested too deeply, gives a key twice, or holds another value than an object, half of a
+    surrogate pair or (unless `non_finite`) a number that no float can hold, NaN or Infinity.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES >> 20} MiB")
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=None if non_finite else _refuse_number,
+            parse_float=None if non_finite else _finite,
+        )
+        if not isinstance(value, dict):
+            raise ValueError("it does not hold a JSON object")
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        reason = "it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    else:
+        return value
+    raise UserError(f"{os.fspath(path)} cannot be read: {reason}; {remedy}")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for name, inner in pairs:
+        if name in value:
+            raise ValueError(f"the key {name[:80]!r} is given twice")
+        value[name] = inner
+    return value
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"{text[:40]} is not a number that JSON and a 64-bit float can hold")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)

@@ -1,14 +1,14 @@
-"""The typed containers that travel between the rooms: problems, prompts, rollouts, per-token tensors."""
+"""The typed containers that travel between the modules: problems, prompts, rollouts, per-token tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a reward's worker process reads problems without loading torch
+    from torch import Tensor
 
 
 class FinishReason(StrEnum):
@@ -16,7 +16,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # an end token or a stop string
     LENGTH = "length"  # the token budget: a truncated response
-    ABORT = "abort"  # the engine gave up; never trained on
+    ABORT = "abort"  # the engine failed to finish it; never trained on
 
 
 class DemonstrationSource(StrEnum):
@@ -62,7 +62,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an engine samples. `top_k` 0 and `top_p` 1 switch the filters off; temperature 0 is greedy."""
+    """How an engine samples `n` responses to a prompt. `top_k` 0 and `top_p` 1 switch the filters off; temperature 0 is
+    greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -77,11 +78,11 @@ class SamplingParams:
 class Rollout:
     """One sampled response.
 
-    `logprobs[t]` is the engine's log-probability of `response_ids[t]` at the sampling temperature, before top-p /
-    top-k.
+    `logprobs[t]` is the engine's log-probability (nats) of `response_ids[t]` at the sampling temperature, before top-p
+    and top-k.
     `loss_mask[t]` is False for response tokens that were not sampled by the policy (tool output, forced tokens).
     `weight_version` is that of the weights that sampled the first token; `version_changes` are (position, version)
-    pairs: from that response position on, newer weights did.
+    pairs: from that response position on, weights of that version sampled.
     """
 
     prompt_id: str
@@ -110,13 +111,13 @@ class Rollout:
 
     @property
     def across_versions(self) -> bool:
-        """Whether more than one version of the weights sampled it."""
+        """Whether several versions of the weights sampled it."""
         return bool(self.version_changes)
 
 
 @dataclass(frozen=True)
 class Group:
-    """All rollouts of one prompt, delivered whole. `rewards` is filled by the collector."""
+    """All rollouts of one prompt, complete. `rewards` is filled by the collector."""
 
     problem: Problem
     rollouts: tuple[Rollout, ...]
@@ -144,12 +145,15 @@ class PackedTokens:
     """One packed (THD) micro-batch as one context-parallel rank holds it.
 
     Shapes: `input_ids`, `position_ids` int64 [T_local]; `cu_seqlens` int32 [sequences + 1], the padded boundaries of
-    the whole pack before the context-parallel split (every length is a multiple of 2 * CP); `max_seqlen` the longest of
-    them.
-    Each rank holds chunks r and 2 * CP - 1 - r of every sequence (the load-balanced layout of Transformer Engine).
+    the complete pack before the context-parallel split (every length is a multiple of 2 * CP); `max_seqlen` the longest
+    length. Each rank holds chunks r and 2 * CP - 1 - r of every sequence (the load-balanced layout of Transformer
+    Engine).
 
-    With `parents` the boundaries are those of stretches of a tree: stretch i continues stretch `parents[i]`, which lies
-    before it (-1: it begins a sequence), and its tokens attend to all stretches on the way. () means none do.
+    With `parents`, the boundaries are those of the segments of a prefix tree: segment i continues segment `parents[i]`
+    < i (-1: it begins a sequence), and its tokens attend to all segments on the path to the root. (): no sharing. For a
+    prompt of 6 tokens and two responses of 2 and 3:
+
+        cu_seqlens 0 6 8 11      parents (-1, 0, 0)      position_ids 0 1 2 3 4 5 | 6 7 | 6 7 8
     """
 
     input_ids: Tensor
@@ -163,10 +167,17 @@ class PackedTokens:
 class TokenTable:
     """Per-token numbers of a list of rollouts, flat over their response tokens.
 
-    Rollout i owns the flat positions offsets[i]:offsets[i+1]. Columns are [N] tensors on CPU (float32, masks bool); a
-    column that was not computed in this step is absent. Usual columns: `student_logprobs`, `teacher_logprobs`,
-    `engine_logprobs`, `student_entropy`, `teacher_entropy`, `pmi` (u), `term` (the per-token quantity that lambda
-    multiplies), `advantage`, `loss_mask`, `has_context`, `clipped`.
+    Rollout i owns rows offsets[i]:offsets[i+1]. For responses of 2 and 3 tokens:
+
+        offsets            0 2 5
+        row                0    1    2    3    4
+        rollout, position  0,0  0,1  1,0  1,1  1,2
+
+    Columns are [N] tensors on CPU (float32, masks bool), written to dumps and read by the metrics. A column that was
+    not computed in this step is absent. Names: `student_logprobs`, `teacher_logprobs`, `engine_logprobs`,
+    `student_entropy`, `teacher_entropy` (nats), `pmi` (u, nats), `term` (what lambda multiplies), `advantage`,
+    `loss_mask` (tokens that the loss sees), `has_context`, `clipped` (0 or 1), `importance`, `importance_affected`.
+    Inside the trainer the same numbers are typed (`trainer/columns.py`).
     """
 
     offsets: Tensor
@@ -174,6 +185,8 @@ class TokenTable:
 
     @classmethod
     def for_lengths(cls, lengths: Sequence[int]) -> TokenTable:
+        import torch
+
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         offsets[1:] = torch.tensor(list(lengths), dtype=torch.int64).cumsum(0)
         return cls(offsets)
@@ -198,15 +211,18 @@ class TokenTable:
         self.columns[name] = values
 
     def rows(self, name: str) -> list[Tensor]:
-        """The column as one tensor a rollout."""
-        return list(torch.split(self.columns[name], (self.offsets[1:] - self.offsets[:-1]).tolist()))
+        """The column as one tensor for each rollout."""
+        return list(self.columns[name].split((self.offsets[1:] - self.offsets[:-1]).tolist()))
 
     def spread(self, per_rollout: Tensor) -> Tensor:
         """[rollouts] -> [N]: each rollout's value at every one of its tokens."""
-        return torch.repeat_interleave(per_rollout, self.offsets[1:] - self.offsets[:-1])
+        return per_rollout.repeat_interleave(self.offsets[1:] - self.offsets[:-1])
 
     @classmethod
     def concatenate(cls, tables: Sequence[TokenTable]) -> TokenTable:
+        """All rollouts in the order of the tables, with the columns that every table has."""
+        import torch
+
         lengths = torch.cat([t.offsets[1:] - t.offsets[:-1] for t in tables]).tolist()
         out = cls.for_lengths(lengths)
         names = set.intersection(*[set(t.columns) for t in tables]) if tables else set()

@@ -6,6 +6,7 @@ stage.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,7 +63,9 @@ class SupervisedRun:
         if verifier is not None:
             session.closing.callback(verifier.close)
         engine = embedded_engine(session, max_batch_size=256)
-        collector = evaluation_collector(session, engine, self.weights, problems, self.renderer, verifier)
+        collector = evaluation_collector(  # sampling on the training model waits for nobody
+            session, engine, self.weights, problems, self.renderer, verifier, timeout=math.inf
+        )
         return HeldOut(session, collector, problems)
 
     def step(self, step: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A reward of your own: right answers count, and more so when the answer is where it was asked for.
+"""A reward of your own: 1 for a right answer after `####`, 0.5 for a right answer elsewhere.
 
     asd-megatron train RECIPE --reward.name examples/custom_reward.py:reward
 
@@ -18,8 +18,9 @@ def reward(problem: Problem, response: str) -> float:
     """1 for the right number after `####`, 0.5 for the right number at the end without it, else 0.
 
     `problem` has `answer`, `solution` (or None), `question`, and in `extra` every other field of its line. `response`
-    is the text that the model wrote, without special tokens. Bound the time you take yourself; an exception stops the
-    run, naming the problem (with `reward.on_error: zero` it counts as 0 and is logged).
+    is the text that the model wrote, without special tokens. The function runs in a process of its own, which imports
+    this file. A call that raises or takes longer than `reward.wall_timeout_seconds` stops the run, naming the problem
+    (with `reward.on_error: zero` it scores 0, is counted and logged).
     """
     _, mark, tail = response.replace(",", "").rpartition("####")
     numbers = NUMBER.findall(tail)

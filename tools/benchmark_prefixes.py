@@ -107,7 +107,7 @@ def measure(port: Any, process_groups: Any, ratio: int, *, size: int, prompt: in
     tokens = size * response
 
     def logprobs(sequences: Sequence[TokenSequence], share: bool) -> Tensor:
-        return score(port, process_groups, packs(sequences, share, port.device), tokens, temperature=1.0)[0]
+        return score(port, process_groups, packs(sequences, share, port.device), tokens, temperature=1.0).logprobs
 
     def loss(pack: Pack, hidden: Tensor) -> Tensor:
         mean = lambda found, entropy, block: -found.sum() / tokens  # noqa: E731

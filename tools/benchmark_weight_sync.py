@@ -1,4 +1,4 @@
-"""How long weights take into two SGLang servers on this machine, beside a plain gloo broadcast of the same bytes.
+"""How long a weight update of two SGLang servers on this machine takes, and a plain gloo broadcast of the same bytes.
 
 Starts two servers of a random Qwen3 for each size (CPU, float32) and needs nothing but the SGLang environment.
 """
@@ -29,12 +29,13 @@ from asd_megatron.errors import UserError
 from asd_megatron.files import write_json
 from asd_megatron.rollout.sglang.servers.options import ServerOptions
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
+from asd_megatron.rollout.sglang.servers.process import DIRECT
 from asd_megatron.rollout.sglang.weight_sync.buckets import pack
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
-from asd_megatron.rollout.sglang.weight_sync.verification import Receipt
+from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
 
 SERVERS = 2
 KEY = "benchmark"
@@ -44,10 +45,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Row:
-    """One way to bring `megabytes` to both servers, the best of the repetitions."""
+    """One method of sending `megabytes` to both servers, the best of the repetitions."""
 
     megabytes: float
-    way: str
+    method: str
     seconds: float
     gb_per_second: float
 
@@ -60,7 +61,7 @@ class HttpReceiver:
     def call(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
         asked = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(asked, timeout=timeout) as answer:
+        with DIRECT.open(asked, timeout=timeout) as answer:
             return dict(json.load(answer))
 
 
@@ -98,7 +99,7 @@ def _receive(rank: int, port: int, sizes: list[int], rounds: int) -> None:
 
 
 def plain_broadcast(tensors: list[tuple[str, Tensor]], bucket_bytes: int, repeats: int) -> float:
-    """Seconds for the same buckets to as many processes, that do nothing with them."""
+    """Seconds for the same buckets to as many processes, which do nothing with them."""
     buckets = [bucket.data.clone() for bucket in pack(tensors, bucket_bytes, CPU)]
     store = dist.TCPStore("127.0.0.1", 0, SERVERS + 1, True, wait_for_workers=False)
     sizes = [bucket.numel() for bucket in buckets]
@@ -117,7 +118,7 @@ def plain_broadcast(tensors: list[tuple[str, Tensor]], bucket_bytes: int, repeat
 
 
 def measure(megabytes: float, python: Path, bucket_bytes: int, repeats: int, folder: Path) -> list[Row]:
-    """All ways for a model of about that size."""
+    """All methods for a model of about that size."""
     model = folder / "model"
     tensors = make_model(model, megabytes)
     size = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
@@ -127,26 +128,28 @@ def measure(megabytes: float, python: Path, bucket_bytes: int, repeats: int, fol
     rows = [_row(size, "plain broadcast", plain_broadcast(tensors, bucket_bytes, repeats))]
     with ServerPool([options] * SERVERS, folder / "logs", start_timeout=300) as pool:
         receivers = [HttpReceiver(url) for url in pool.urls]
-        ways: dict[str, Transport] = {
+        transports: dict[str, Transport] = {
             "distributed": DistributedTransport(CPU, bucket_bytes=bucket_bytes),
             "disk": DiskTransport(folder / "weights", model),
         }
-        for way, transport in ways.items():
-            for receipt in (None, Receipt(config, dtype=torch.float32, device="cpu")):
-                proof = "" if receipt is None else ", with receipt"
+        for transport_name, transport in transports.items():
+            for verifier in (None, WeightVerifier(config, dtype=torch.float32, device="cpu")):
 
-                def sync(number: int, transport: Transport = transport, receipt: Receipt | None = receipt) -> None:
-                    report = synchronise(transport, receivers, tensors, f"00000000-{number}", receipt=receipt)
+                def sync(
+                    number: int, transport: Transport = transport, verifier: WeightVerifier | None = verifier
+                ) -> None:
+                    report = synchronise(transport, receivers, tensors, f"00000000-{number}", verifier=verifier)
                     if report.failures:
                         raise UserError(f"the weights did not arrive: {report.failures}")
 
-                rows.append(_row(size, way + proof, best_seconds(sync, repeats)))
+                name = transport_name if verifier is None else f"{transport_name}, verified"
+                rows.append(_row(size, name, best_seconds(sync, repeats)))
             transport.close()
     return rows
 
 
-def _row(size: int, way: str, seconds: float) -> Row:
-    return Row(round(size / 1e6, 1), way, round(seconds, 4), round(size / 1e9 / seconds, 3))
+def _row(size: int, method: str, seconds: float) -> Row:
+    return Row(round(size / 1e6, 1), method, round(seconds, 4), round(size / 1e9 / seconds, 3))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows: list[Row] = []
-    print("| MB | way | seconds | GB/s |\n|---|---|---|---|")
+    print("| MB | method | seconds | GB/s |\n|---|---|---|---|")
     try:
         for megabytes in arguments.megabytes:
             with tempfile.TemporaryDirectory(prefix="weight-sync-") as folder:
@@ -167,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     megabytes, Path(arguments.python), arguments.bucket_mib * MIB, arguments.repeats, Path(folder)
                 )
             for row in found:
-                print(f"| {row.megabytes} | {row.way} | {row.seconds} | {row.gb_per_second} |", flush=True)
+                print(f"| {row.megabytes} | {row.method} | {row.seconds} | {row.gb_per_second} |", flush=True)
             rows += found
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The method, as pure functions of tensors; one file a part of the paper. Nothing here communicates or knows about
+"""The method of the paper (arXiv 2605.11609) as pure functions of tensors, one file for each part. No communication, no
 models."""
 
 from asd_megatron.antisd.advantage import AdvantageError, compose, group_advantages
@@ -7,6 +7,7 @@ from asd_megatron.antisd.divergence import (
     Condition,
     UnknownCondition,
     condition,
+    context_tokens,
     entropy_mask,
     phi,
     pmi,
@@ -34,6 +35,7 @@ __all__ = [
     "clipped_policy_loss",
     "compose",
     "condition",
+    "context_tokens",
     "entropy_mask",
     "feedback",
     "finish_term",

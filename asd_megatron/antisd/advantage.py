@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asd_megatron.antisd.divergence import Condition, _resolve
+from asd_megatron.antisd.divergence import Condition, resolve_condition
 from asd_megatron.errors import UserError
 
 STD_EPSILON = 1e-6
@@ -16,10 +16,10 @@ class AdvantageError(UserError, ValueError):
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """A_seq of one group: (R - mean) / (std + 1e-6) with the sample standard deviation (divisor G - 1); float64 [G]
-    from [G].
+    """A_seq of one group: (R - mean) / (std + 1e-6) with the sample standard deviation (divisor G - 1).
 
-    Equal rewards give exactly 0. Raises AdvantageError for fewer than two rollouts or a reward that is not finite.
+    Rewards [G] to float64 [G]. Equal rewards give exactly 0. Raises AdvantageError for fewer than two rollouts or a
+    reward that is not finite.
     """
     r = rewards.detach().double()
     if r.numel() < 2:
@@ -41,7 +41,7 @@ def compose(cond: Condition | str, group_advantage: Tensor, term: Tensor, lam: f
     A constant of the policy gradient (detached). Where the term is 0, and everywhere when lambda is 0, it is A_seq
     exactly. The multiplicative form never changes the sign of A_seq.
     """
-    c = _resolve(cond)
+    c = resolve_condition(cond)
     a, q = group_advantage.detach(), term.detach()
     strength = c.sign * lam
     if strength == 0:

@@ -20,7 +20,7 @@ class UnknownCondition(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Condition:
-    """One experimental condition of the paper: how u becomes an advantage and what the gate listens to.
+    """One experimental condition of the paper: how u becomes an advantage, and which entropy the gate reads.
 
     With q = u (`shape` "identity") or q = phi(u) ("phi"), lambda from the gate and A_seq the group-relative advantage:
 
@@ -33,10 +33,10 @@ class Condition:
         name: the recipe's `algorithm.name`.
         uses_teacher: the term or the gate needs the privileged scoring pass.
         sign: of the term in the advantage; 0 leaves A_seq alone (`grpo`).
-        composition: how the term meets A_seq.
+        composition: how the term and A_seq are combined.
         shape: q as a function of u.
         gated: lambda follows the entropy gate; otherwise it is lambda_max (after a warm-up, if the recipe gives one).
-        gate_entropy: whose full-vocabulary entropy H is the median of. For ungated conditions H is only logged.
+        gate_entropy: whose full-vocabulary entropy the gate's H is the median of. Ungated conditions only log H.
         u_source: "teacher": u = t - s (Eq. 4). "student": u = -s, the ablation `no_teacher`.
     """
 
@@ -106,10 +106,9 @@ def signal(
         student_logprobs: s, under the scoring weights.
         teacher_logprobs: t, under the same weights; None only when the condition's `u_source` is "student".
         has_context: bool [N], the rollout has a privileged prompt. Where False, t means nothing and u is exactly 0
-            (whatever t holds, NaN included). None: all have one. Ignored for `u_source` "student", which needs no
-            context.
+            (whatever t holds, NaN included). None: all have one. Ignored for `u_source` "student".
     """
-    c = _resolve(cond)
+    c = resolve_condition(cond)
     if c.u_source == "student":
         return -student_logprobs.detach()
     if teacher_logprobs is None:
@@ -123,22 +122,22 @@ def term(cond: Condition | str, u: Tensor, *, pmi_clip: float | None = None) -> 
     u = u.detach()
     if pmi_clip is not None:
         u = u.clamp(-pmi_clip, pmi_clip)
-    return SHAPES[_resolve(cond).shape](u)
+    return SHAPES[resolve_condition(cond).shape](u)
 
 
 def term_mask(
     cond: Condition | str,
-    sampled: Tensor,
+    loss_mask: Tensor,
     has_context: Tensor,
     positions: Tensor | None = None,
     max_position: int | None = None,
 ) -> Tensor:
     """Which tokens carry a term: bool [N].
 
-    A token does if it was sampled (`sampled`), its rollout has privileged context (not asked of `u_source` "student")
-    and its response position (`positions`, int64, from 0) is below `max_position`.
+    A token does if the loss sees it (`loss_mask`), its rollout has privileged context (not required for `u_source`
+    "student") and its response position (`positions`, int64, from 0) is below `max_position`.
     """
-    mask = entropy_mask(_resolve(cond), sampled, has_context)
+    mask = entropy_mask(resolve_condition(cond), loss_mask, has_context)
     if max_position is not None:
         if positions is None:
             raise ValueError("term_max_position needs the tokens' response positions")
@@ -146,13 +145,20 @@ def term_mask(
     return mask
 
 
-def entropy_mask(cond: Condition | str, sampled: Tensor, has_context: Tensor) -> Tensor:
-    """Which tokens count in H: bool [N].
+def entropy_mask(cond: Condition | str, loss_mask: Tensor, has_context: Tensor) -> Tensor:
+    """Which tokens count in the gate's H: bool [N].
 
-    Sampled tokens of rollouts with privileged context; for `u_source` "student", which needs none, all sampled tokens.
+    Those of `context_tokens`; for `u_source` "student", which needs no context, all tokens that the loss sees.
     """
-    return sampled if _resolve(cond).u_source == "student" else sampled & has_context
+    return loss_mask if resolve_condition(cond).u_source == "student" else context_tokens(loss_mask, has_context)
 
 
-def _resolve(cond: Condition | str) -> Condition:
+def context_tokens(loss_mask: Tensor, has_context: Tensor) -> Tensor:
+    """Tokens with a meaningful teacher score: bool [N], those that the loss sees in rollouts with privileged
+    context."""
+    return loss_mask & has_context
+
+
+def resolve_condition(cond: Condition | str) -> Condition:
+    """`cond` itself, or the condition of that name."""
     return condition(cond) if isinstance(cond, str) else cond

@@ -1,4 +1,4 @@
-"""The entropy-triggered gate (Eq. 7, Algorithm 1): calibrated during warm-up, then a Schmitt trigger on the median
+"""The entropy-triggered gate (Eq. 7, Algorithm 1): calibrated during a warm-up, then a Schmitt trigger on the median
 entropy H."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from asd_megatron.antisd.divergence import Condition, _resolve
+from asd_megatron.antisd.divergence import Condition, resolve_condition
 from asd_megatron.errors import UserError
 
 DEFAULT_WARMUP_STEPS = 5
@@ -18,17 +18,18 @@ class GateError(UserError, ValueError):
 
 
 class Gate:
-    """lambda of every step from the step's own H, the lower median of the token entropies of the global batch (nats).
+    """Computes each step's lambda from the step's H, the lower median of the token entropies of the global batch
+    (nats).
 
     * Warm-up: the first `warmup_steps` steps that have an H run with lambda 0. H_warm is the lower median of their H,
       unless given.
-    * Afterwards: open at first, and on every step (that one included) g <- 1 if closed and H >= tau_up * H_warm, g <- 0
-      if open and H < tau_down * H_warm; lambda = g * lambda_max.
-    * A step without any token that counts (H is None or NaN) changes nothing, and is not counted as a warm-up step.
-    * `gated=False`: no trigger, always open after `warmup_steps` (usually 0); H is recorded all the same.
+    * Afterwards, g = 1 at first; on every step, that one included, g <- 1 if g = 0 and H >= tau_up * H_warm, g <- 0 if
+      g = 1 and H < tau_down * H_warm; lambda = g * lambda_max.
+    * A step without any counting token (H is None or NaN) changes nothing and does not count as a warm-up step.
+    * `gated=False`: no trigger, always open after `warmup_steps` (usually 0).
 
-    All ranks hold equal gates and feed them the same H. `state_dict` is all that a checkpoint needs; the settings come
-    from the recipe.
+    All ranks hold equal gates and update them with the same H. A checkpoint needs `state_dict` alone; the settings come
+    from the recipe. Raises GateError for settings that contradict each other.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Gate:
 
         `grpo` has no term: its lambda is always 0.
         """
-        c = _resolve(cond)
+        c = resolve_condition(cond)
         if warmup_steps is None:
             warmup_steps = DEFAULT_WARMUP_STEPS if c.gated and h_warm is None else 0
         return cls(lambda_max if c.sign else 0.0, warmup_steps, tau_down, tau_up, h_warm, c.gated)
@@ -101,13 +102,13 @@ class Gate:
 
     @property
     def thresholds(self) -> tuple[float, float] | None:
-        """(closes below, opens again from) in nats; None without a gate or before H_warm is known."""
+        """(closes below, reopens from) in nats; None for an ungated condition or before H_warm is known."""
         if not self.gated or self.h_warm is None:
             return None
         return self.tau_down * self.h_warm, self.tau_up * self.h_warm
 
     def update(self, median_entropy: float | None) -> float:
-        """Take this step's H (None or NaN: no token counts) and return this step's lambda.
+        """This step's lambda, from this step's H (None or NaN: no token counts).
 
         Raises GateError for an H that is no entropy (infinite, or clearly negative).
         """
@@ -137,7 +138,7 @@ class Gate:
             self.h_warm = sorted(self.history)[(len(self.history) - 1) // 2]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values, all that the gate remembers."""
+        """The gate's state as plain JSON values."""
         return {
             "g": self._g,
             "h_warm": self.h_warm,
@@ -147,10 +148,10 @@ class Gate:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state.
+        """Restore a saved state.
 
-        A gate that meets the state of a run without one (`grpo`, `sd`, `no_gate`) recalibrates instead. Without a gate,
-        only the progress of a warm-up is taken over. An `h_warm` given by the recipe stays.
+        A gated condition recalibrates instead when the state is that of an ungated one (`grpo`, `sd`, `no_gate`). An
+        ungated one restores the progress of its warm-up only. An `h_warm` given by the recipe stays.
         """
         self.recalibrate()
         if self.gated and not state["gated"]:

@@ -1,5 +1,5 @@
-"""Importance weights of rollouts that the scoring weights did not sample exactly: an engine with its own arithmetic,
-older weights.
+"""Importance sampling of off-policy rollouts (TIS: truncated, MIS: masked): sampled by an engine whose arithmetic
+differs or by older weights.
 
 With d_t = s_t - b_t (scoring minus behaviour log-prob), the ratio of a token is exp of
 
@@ -7,10 +7,10 @@ With d_t = s_t - b_t (scoring minus behaviour log-prob), the ratio of a token is
 * `sequence`: the sum of d over the response's sampled tokens, the exact ratio of the whole response;
 * `geometric`: their mean, a per-token size that long responses do not inflate.
 
-Truncated: min(ratio, cap). Masked: the ratio inside [floor, cap], 0 outside, so that what the sampler and the policy
-disagree about most is not learnt from. Constants, and no denominator knows them.
+Truncated: min(ratio, cap). Masked: the ratio inside [floor, cap], 0 outside, so that tokens on which sampler and policy
+disagree most do not train. The weights are constants and enter no denominator of the loss.
 
-The sums of a response are pieces that leave every all-reduce to the caller, as in `normalization`.
+The sums over a response come without their all-reduce, which is the caller's, as in `normalization`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def importance_weights(
     Args:
         scoring: log-probs [N] under the trainer's weights before the first update. behaviour: of what sampled.
         cap: largest weight. floor: None truncates; otherwise ratios outside [floor, cap] get weight 0.
-        level: of the ratio; all but `token` read the whole responses' `statistics` [S, 2] through `segment` [N].
+        level: of the ratio; all but `token` read the complete responses' `statistics` [S, 2] through `segment` [N].
+
+    Raises ValueError when such a level has no statistics.
     """
     if level == "token":
         log_ratio = scoring.detach().double() - behaviour.detach().double()

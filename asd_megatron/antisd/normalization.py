@@ -1,7 +1,8 @@
-"""Optional scaling of the per-token term, in pieces that leave every all-reduce to the caller.
+"""Optional standardisation of the per-token term. The all-reduce between the two calls is the caller's:
 
-    statistics = term_statistics(term, mask, segment, segments)   # local sums; add them over the ranks that share the
-    segments term = finish_term(term, mask, statistics=statistics, segment=segment, clip=term_clip)
+    statistics = term_statistics(term, mask, segment, segments)  # local sums
+    dist.all_reduce(statistics)                                  # over ranks that hold other tokens of the segments
+    term = finish_term(term, mask, statistics=statistics, segment=segment, clip=term_clip)
 
 `sequence`: a segment is a rollout; sum over the context-parallel group when its ranks hold parts of a rollout.
 `batch`: one segment (`segment=None`); sum over the data- and context-parallel ranks that hold different tokens.

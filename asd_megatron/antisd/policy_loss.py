@@ -1,7 +1,7 @@
 """The clipped policy gradient with constant per-token advantages (Algorithm 1, line 11).
 
-The loss of a mini-batch is the plain sum of these losses over micro-batches, context-parallel slices and data-parallel
-ranks: the global denominators are inside the weights, so it cannot depend on how the batch was split.
+The loss of a mini-batch is the sum of these losses over micro-batches, context-parallel slices and data-parallel ranks:
+the weights contain the global denominators, so the loss cannot depend on how the batch was split.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def token_weights(
         mask: bool [N], the tokens that the loss sees. segment: int64 [N], each token's row in `lengths`.
         total_tokens: such tokens in the mini-batch, over all data-parallel ranks.
         total_sequences: rollouts with at least one such token, over all data-parallel ranks.
-        lengths: [S] such tokens of each whole rollout; None: counted from `mask`, which is right when the rollouts are
-            here whole.
+        lengths: [S] such tokens of each rollout; None: counted from `mask`, which must then hold complete rollouts.
+
+    Raises AggregationError for an unknown aggregation or a missing constant.
     """
     if aggregation == "token_mean":
         denominator = torch.full(mask.shape, float(total_tokens), dtype=torch.float64, device=mask.device)

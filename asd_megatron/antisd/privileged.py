@@ -49,8 +49,9 @@ def choose_demonstrations(
     masked if that is unknown) or `feedback_only` (no solution block).
 
     Args:
-        per_group: draw from only so many of the group's verified solutions, themselves drawn uniformly, so that teacher
-            prompts are alike; whose own solution is the only one of them gets one more, the same for all. None: all.
+        per_group: size of a uniformly drawn subset of the group's verified solutions to draw from, so that teacher
+            prompts repeat and their prefixes can be shared; a rollout whose own solution is the whole subset draws one
+            more, the same for all such rollouts. None: all solutions.
         key: (seed, step, prompt_id). The draw is a hash of the key and the rollout's index: the same in every process
             and layout.
         eligible: rollouts that may demonstrate at all (for instance: not aborted, text not empty); None: all.
@@ -91,9 +92,9 @@ def _draw(key: tuple[int, int, str], sample: int, what: str = "demonstration") -
 
 
 def feedback(reward: float, kind: str = "binary", *, success_threshold: float = 1.0, tests: int | None = None) -> str:
-    """The assessment of the student's own response.
+    """The feedback line on the student's own response.
 
-    `binary`: correct from `success_threshold` on. `fraction`: the reward is the share of `tests` cases passed.
+    `binary`: correct from `success_threshold` on. `fraction`: the reward is the fraction of `tests` cases passed.
     """
     if kind == "binary":
         return f"Your answer is {'correct' if reward >= success_threshold else 'incorrect'}."

@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out, and training checkpoints that a run goes on from."""
+"""Hugging Face folders in and out, and training checkpoints that a run resumes from."""

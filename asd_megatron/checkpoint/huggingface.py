@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from torch import Tensor
 
 from asd_megatron.distributed.objects import share_outcome
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_folder, to_json
+from asd_megatron.files import atomic_folder, read_json_object, to_json, user_error
 from asd_megatron.models.port import ModelPort
 
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 4 << 30
@@ -28,21 +31,50 @@ OTHER_NAMES = ("LICENSE", "NOTICE")
 CHAT_TEMPLATES = "additional_chat_templates"
 
 
+LARGEST = {  # the sizes in config.json, and what no published model comes near
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 24,
+    "intermediate_size": 1 << 24,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "max_position_embeddings": 1 << 30,
+}
+MAX_PARAMETERS = 10**13
+
+
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The folder's config.json. Raises UserError when there is no folder, no file, or no JSON in it."""
+    """The folder's config.json. Raises UserError when there is no folder, no file, no JSON object in it, or a size that
+    no model has."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist (from {Path.cwd()}): check model.path")
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json: it is not a Hugging Face model folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}; download the model again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object; download the model again")
+    with user_error(f"the model folder {folder} cannot be read", "check model.path"):
+        if not folder.is_dir():
+            raise UserError(f"model folder {folder} does not exist (from {Path.cwd()}): check model.path")
+        if not (folder / CONFIG).exists():
+            raise UserError(f"{folder} has no {CONFIG}: it is not a Hugging Face model folder")
+    config = read_json_object(folder / CONFIG, "download the model again")
+    wrong = _wrong_value(config)
+    if wrong is not None:
+        raise UserError(f"{folder / CONFIG}: {wrong}; download the model again")
     return config
+
+
+def _wrong_value(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the architectures or the sizes of a config, None if nothing is. Absent keys are not missed:
+    families say what they require."""
+    architectures = config.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        return "`architectures` must be a list of names"
+    sizes = {key: config[key] for key in LARGEST if config.get(key) is not None}
+    for key, value in sizes.items():
+        if type(value) is not int or not 1 <= value <= LARGEST[key]:
+            return f"`{key}` must be a whole number from 1 to {LARGEST[key]}, found {value!r:.40}"
+    vectors = 2 * sizes.get("vocab_size", 1) + 3 * sizes.get("num_hidden_layers", 1) * sizes.get("intermediate_size", 1)
+    parameters = sizes.get("hidden_size", 1) * vectors  # of embedding, head and feed-forward layers
+    return f"its sizes make a model of {parameters:.1e} parameters" if parameters > MAX_PARAMETERS else None
 
 
 class FolderReader:
@@ -51,35 +83,26 @@ class FolderReader:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._files = ExitStack()
-        self._where: dict[str, Any] = {}
-        for path in self._paths():
-            try:
-                handle = self._files.enter_context(safe_open(str(path), framework="pt"))
-            except FileNotFoundError:
-                raise UserError(f"{path} is missing, though {INDEX} names it: download the model again") from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a readable safetensors file ({error}): download it again") from None
-            for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
-                if name in self._where:
-                    raise UserError(f"tensor {name} is in {path} and in {self._where[name][1]}: download them again")
-                self._where[name] = (handle, path)
+        self._where: dict[str, tuple[Any, Path]] = {}  # tensor name: its file's handle and path
+        try:
+            for path in weight_files(self.folder):
+                self._open(path)
+        except BaseException:
+            self.close()
+            raise
 
-    def _paths(self) -> list[Path]:
-        index = self.folder / INDEX
-        if (self.folder / SINGLE).is_file():  # first, as transformers does
-            return [self.folder / SINGLE]
-        if index.is_file():
-            try:
-                files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                if any(Path(name).name != name for name in files):
-                    raise ValueError("weight_map names files outside the folder")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index} is damaged ({error!r}): download it again") from None
-            return [self.folder / name for name in sorted(files)]
-        raise UserError(
-            f"{self.folder} holds neither {SINGLE} nor {INDEX}: convert the model to safetensors "
-            "(pickled weights are not read)"
-        )
+    def _open(self, path: Path) -> None:
+        try:
+            handle = self._files.enter_context(safe_open(str(path), framework="pt"))
+            names = list(handle.keys())
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing, though {INDEX} names it: download the model again") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a readable safetensors file ({error}): download it again") from None
+        for name in names:
+            if name in self._where:
+                raise UserError(f"tensor {name} is in {path} and in {self._where[name][1]}: download them again")
+            self._where[name] = (handle, path)
 
     def keys(self) -> set[str]:
         return set(self._where)
@@ -89,10 +112,13 @@ class FolderReader:
         if name not in self._where:
             raise UserError(f"{self.folder} has no tensor {name}: the model folder is incomplete")
         handle, path = self._where[name]
-        found = tuple(handle.get_slice(name).get_shape())
-        if found != shape:
-            raise UserError(f"{path}: tensor {name} has shape {found}, config.json asks for {shape}")
-        return handle.get_tensor(name)
+        try:
+            found = tuple(handle.get_slice(name).get_shape())
+            if found != shape:
+                raise UserError(f"{path}: tensor {name} has shape {found}, {CONFIG} asks for {shape}")
+            return handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: tensor {name} cannot be read ({error}): download it again") from None
 
     def close(self) -> None:
         self._files.close()
@@ -102,6 +128,40 @@ class FolderReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model's weights, by the index where there are several. UserError when there
+    are none, or when the index is damaged or names a file outside the folder."""
+    with user_error(f"the model folder {folder} cannot be read", "check model.path"):
+        if (folder / SINGLE).is_file():  # first, as transformers does
+            return [folder / SINGLE]
+        if not (folder / INDEX).is_file():
+            raise UserError(
+                f"{folder} holds neither {SINGLE} nor {INDEX}: convert the model to safetensors "
+                "(pickled weights are not read)"
+            )
+    weight_map = read_json_object(folder / INDEX, "download it again").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(
+            f"{folder / INDEX} is damaged (`weight_map` must be an object of file names): download it again"
+        )
+    for name in weight_map.values():
+        if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name):
+            raise UserError(
+                f"{folder / INDEX} is damaged (`weight_map` names {name!r:.80}, which is no safetensors file in the "
+                "folder): download it again"
+            )
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def is_complete(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a config and every file of weights that it should."""
+    folder = Path(folder)
+    try:
+        return (folder / CONFIG).is_file() and all(path.is_file() for path in weight_files(folder))
+    except UserError:
+        return False
 
 
 def write_folder(
@@ -114,12 +174,12 @@ def write_folder(
     """Export the port's weights as a complete folder: safetensors files of at most `max_shard_bytes` (a larger tensor
     gets a file of its own) and `source`'s config, generation config, tokenizer, chat templates and licence.
 
-    Atomic: `target` is whole or absent; an older one is replaced. Collective over all ranks; global rank 0 writes. When
-    it cannot (disk full, no permission), UserError on every rank.
+    Atomic: `target` is complete or absent; an older one is replaced. Collective over all ranks; global rank 0 writes.
+    When it cannot (disk full, no permission), UserError on every rank.
     """
     target = Path(target)
     tensors = port.export()
-    failure: UserError | None = None
+    failure: Exception | None = None
     try:
         if port.process_groups.world.rank() == 0:
             with atomic_folder(target, replace=True) as folder:
@@ -129,7 +189,7 @@ def write_folder(
         failure = UserError(
             f"the model cannot be exported to {target}: {error}; free space there, or choose another run.folder"
         )
-    except UserError as error:
+    except Exception as error:
         failure = error
     finally:
         for _ in tensors:  # every rank takes part in all of its collectives
@@ -138,17 +198,43 @@ def write_folder(
 
 
 def copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Everything of a model folder but its weights; the config names `dtype`, which the weights will have."""
-    for path in source.iterdir():
-        wanted = path.suffix in OTHER_SUFFIXES or path.name.startswith(OTHER_NAMES)
-        if path.is_file() and wanted and path.name != "config.json" and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
-    if (source / CHAT_TEMPLATES).is_dir():
-        shutil.copytree(source / CHAT_TEMPLATES, folder / CHAT_TEMPLATES)
+    """Everything of a model folder but its weights; the config names `dtype`, which the weights will have.
+
+    A model folder may come from anybody: a link in it is followed only to a file of the same model, never to, say,
+    /etc/passwd. What is left out for that is logged.
+    """
     config = read_config(source)
+    left_out = []
+    for path in sorted([*source.iterdir(), *(source / CHAT_TEMPLATES).glob("*.jinja")]):
+        wanted = path.suffix in OTHER_SUFFIXES or path.name.startswith(OTHER_NAMES)
+        if not (wanted and path.is_file()) or path.name == CONFIG or path.name.endswith(".index.json"):
+            continue
+        if not _belongs(path.resolve(), source):
+            left_out.append(path.name)
+            continue
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path.resolve(), copy)
+    if left_out:
+        log.warning(
+            "left out of the exported model: %s, since a link leads out of the model folder %s; put the file itself "
+            "there, or into the exported folder",
+            ", ".join(left_out),
+            source,
+        )
     # Readers that know only transformers 4's name of the key keep finding it.
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _belongs(file: Path, source: Path) -> bool:
+    """Whether a resolved file is one of the model folder `source`, or of the cache repository that it is a snapshot of:
+
+    hub/models--Qwen--Qwen3-8B/snapshots/b968826/tokenizer.json -> ../../blobs/aeb13307a71a
+    """
+    folder = source.resolve()
+    caches = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    return any(file.is_relative_to(home) for home in (folder, *caches))
 
 
 def write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
@@ -160,7 +246,7 @@ def write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard
     def flush() -> None:
         path = folder / f"shard-{len(shards):05d}.safetensors"
         save_file(pending, str(path), metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", path)  # safetensors writes for the owner alone
+        shutil.copymode(folder / CONFIG, path)  # safetensors writes for the owner alone
         shards.append(list(pending))
         pending.clear()
 

@@ -1,9 +1,12 @@
-"""Megatron's optimizers in a checkpoint: what `torch.optim.Adam` under them needs, and who owns the hyper-parameters.
+"""Megatron's optimizers in a checkpoint: the Adam state that must exist before a save or a load, and which
+hyper-parameters are in force after a load.
 
-With Transformer Engine's or Apex's Adam the first two change nothing. With PyTorch's (no GPU), Megatron's distributed
-optimizer
+An Adam of Transformer Engine, Apex or PyTorch has no state before its first step, and every step may have been left out
+so far: `fill` creates what the first step would.
 
-* reads its Adam state, `step` included, before that exists;
+With PyTorch's Adam (no GPU), Megatron's distributed optimizer
+
+* reads the state, `step` included, before it exists;
 * loads no `step` of its own but insists on one, then lets all parameters share one tensor, so that every parameter's
   update advances the step of all (a wrong bias correction, silently).
 
@@ -17,51 +20,56 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 KIND_OF_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 RATES_OF_GROUP = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
-def parts(optimizer: Any) -> list[Any]:
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers of a chain that hold parameters."""
     chain = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
 
 
-def is_distributed(optimizer: Any) -> bool:
+def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
+    return [part for part in parts(optimizer) if isinstance(part, DistributedOptimizer)]
 
 
-def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    return bool(_distributed_parts(optimizer))
+
+
+def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     inner = [part.optimizer for part in parts(optimizer)]
     return [o for o in inner if isinstance(o, torch.optim.Adam | torch.optim.AdamW)]
 
 
-def fill(optimizer: Any) -> None:
-    """Give parameters without Adam state the state they would get at their first step."""
-    for adam in _torch_adams(optimizer):
+def fill(optimizer: MegatronOptimizer) -> None:
+    """Give parameters without Adam state the state that they would get at their first step."""
+    for part in parts(optimizer):
+        part.init_state_fn(part.optimizer, part.config)  # `exp_avg` and `exp_avg_sq`, of whichever Adam
+    for adam in _torch_adams(optimizer):  # it alone counts steps by parameter; the others by group, from the first on
         for group in adam.param_groups:
             for p in group["params"]:
-                if not adam.state[p]:
-                    where = p.device if group["fused"] else None
-                    adam.state[p].update(
-                        step=torch.zeros((), device=where), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                    )
+                adam.state[p].setdefault("step", torch.zeros((), device=p.device if group["fused"] else None))
 
 
 @contextmanager
-def gathering(optimizer: Any) -> Iterator[None]:
+def gathering(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Around `optimizer.sharded_state_dict`: the gathered state has the padding that its offsets count."""
     with ExitStack() as stack:
         if _drops_padding():
-            for part in parts(optimizer):
-                if hasattr(part, "get_parameter_state_dp_zero"):
-                    stack.enter_context(_padded(part))
+            for part in _distributed_parts(optimizer):
+                stack.enter_context(_padded(part))
         yield
 
 
@@ -72,7 +80,7 @@ def _drops_padding() -> bool:
 
 
 @contextmanager
-def _padded(part: Any) -> Iterator[None]:
+def _padded(part: DistributedOptimizer) -> Iterator[None]:
     original = part.get_parameter_state_dp_zero
 
     def padded(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +89,7 @@ def _padded(part: Any) -> Iterator[None]:
             for gathered in state[index].values():
                 for key, dense in gathered.items():
                     if isinstance(dense, torch.Tensor):
-                        gathered[key] = _spread(dense, buffer)
+                        gathered[key] = _insert_padding(dense, buffer)
         return state
 
     part.get_parameter_state_dp_zero = padded
@@ -91,8 +99,14 @@ def _padded(part: Any) -> Iterator[None]:
         del part.get_parameter_state_dp_zero
 
 
-def _spread(dense: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """A buffer's state without padding [numel_unpadded] to one with it [numel]."""
+def _insert_padding(dense: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """A buffer's state without padding, [numel_unpadded], to one with it, [numel].
+
+    Two buckets with 3 and 2 numbers, each padded to 4 (offsets 0 and 4):
+
+        dense  a b c d e            the second bucket begins at 3
+        wide   a b c 0 d e 0 0      and here at 4, where Megatron's offsets look for it
+    """
     wide = dense.new_zeros(buffer.numel)
     start = 0
     for bucket in buffer.buckets:
@@ -102,31 +116,35 @@ def _spread(dense: torch.Tensor, buffer: Any) -> torch.Tensor:
 
 
 @contextmanager
-def loading(optimizer: Any, state: Any) -> Iterator[None]:
-    """Around `optimizer.load_state_dict(state)`: state is loaded, hyper-parameters stay those of the recipe at hand."""
+def loading(optimizer: MegatronOptimizer, state: Any) -> Iterator[None]:
+    """Around `optimizer.load_state_dict(state)`: moments and step counts are loaded, hyper-parameters stay the
+    recipe's."""
     hyper = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
-    _rename_groups(state, hyper)
+    _use_own_rates(state, hyper)
+    if _torch_adams(optimizer):
+        _add_first_steps(state)
     with ExitStack() as stack:
-        for part in parts(optimizer):
-            if hasattr(part, "_set_main_param_and_optimizer_states"):
-                stack.enter_context(_keeping_steps(part))
+        for part in _distributed_parts(optimizer):
+            stack.enter_context(_keeping_steps(part))
         yield
     for adam in _torch_adams(optimizer):
-        for state in adam.state.values():
-            state["step"] = state["step"].clone()
+        for of_parameter in adam.state.values():
+            of_parameter["step"] = of_parameter["step"].clone()
     for group, values in zip(optimizer.param_groups, hyper, strict=True):
         group.update(values)
 
 
-def _rename_groups(state: Any, hyper: Sequence[Mapping[str, Any]]) -> None:
-    """Give the saved parameter groups the rates of the groups at hand.
+def _use_own_rates(state: Any, hyper: Sequence[Mapping[str, Any]]) -> None:
+    """Give the saved parameter groups, wherever they are in the nested state, the rates of the optimizer's groups.
 
-    From 0.18 on, Megatron tells groups apart by them too, and a recipe may have changed its learning rate since.
+    From 0.18 on, Megatron tells groups apart by their rates too, and a recipe may have changed its learning rate since:
+
+        saved {wd_mult: 1, max_lr: 1e-6}, own {wd_mult: 1, max_lr: 2e-6}: the same group, saved gets max_lr 2e-6
     """
     if isinstance(state, dict):
         for key, value in state.items():
             if key != "param_groups":
-                _rename_groups(value, hyper)
+                _use_own_rates(value, hyper)
                 continue
             for saved in value:
                 same = [g for g in hyper if all(saved.get(k) == g.get(k) for k in KIND_OF_GROUP)]
@@ -134,11 +152,27 @@ def _rename_groups(state: Any, hyper: Sequence[Mapping[str, Any]]) -> None:
                     saved.update({k: same[0][k] for k in RATES_OF_GROUP if k in saved and k in same[0]})
     elif isinstance(state, list | tuple):
         for part in state:
-            _rename_groups(part, hyper)
+            _use_own_rates(part, hyper)
+
+
+def _add_first_steps(state: Any) -> None:
+    """Give the saved parameters of PyTorch's Adam, wherever they are in the nested state, a step: Megatron stores one
+    for all as `common_step`, but none while it is 0."""
+    if not isinstance(state, dict):
+        return
+    if "param_groups" in state and "state" in state:
+        if "common_step" not in state["state"]:
+            for of_parameter in state["state"].values():
+                of_parameter.setdefault("step", torch.zeros(()))
+        return
+    for part in state.values():
+        _add_first_steps(part)
 
 
 @contextmanager
-def _keeping_steps(part: Any) -> Iterator[None]:
+def _keeping_steps(part: DistributedOptimizer) -> Iterator[None]:
+    """Megatron copies a parameter's loaded tensors over every entry of its Adam state, and none of them is `step`:
+    give it the one that is there, which the load of the groups has set."""
     original = part._set_main_param_and_optimizer_states
 
     def with_step(model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
 """Reading checkpoint files that somebody else may have written, without running what they contain.
 
 Two parts of the `torch_dist` format are pickles: `.metadata`, which PyTorch reads with plain `pickle.load`, and
-objects that are no tensors, which it reads with `torch.load(weights_only=False)`.
+objects that are no tensors, which it reads with `torch.load(weights_only=False)`. Extra states of modules, which
+Transformer Engine unpickles, are never handed over (`training`).
 """
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 from collections.abc import Iterator
@@ -50,15 +50,15 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def check_metadata(folder: str | os.PathLike[str]) -> None:
-    """UserError unless the checkpoint's `.metadata` is a pickle of tensor descriptions alone (or when it is missing
-    or torn).
-    """
+    """UserError unless the checkpoint's `.metadata` is there, complete, and a pickle of tensor descriptions alone."""
     path = Path(folder) / ".metadata"
     try:
         with path.open("rb") as file:
             _MetadataUnpickler(file).load()
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: the checkpoint is not whole, resume from another one") from error
+        raise UserError(f"{path} is missing: the checkpoint is incomplete, resume from another one") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}; resume from another checkpoint") from error
     except Exception as error:  # whatever a hostile or torn pickle raises
         raise UserError(
             f"{path} is not safe to read: {error}. Do not load this checkpoint unless you trust who wrote it"
@@ -72,8 +72,7 @@ def weights_only() -> Iterator[None]:
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals([io.BytesIO]):  # Transformer Engine's extra states
-            yield
+        yield
     finally:
         if before is None:
             del os.environ[name]

@@ -1,116 +1,135 @@
-"""Training checkpoints: weights, optimizer, schedule and run state, for going on exactly where a run stopped.
+"""Training checkpoints: weights, optimizer, schedule and run state, for resuming exactly where a run stopped.
 
     CHECKPOINTS/step_000060/   .metadata, *.distcp, common.pt, metadata.json   Megatron's `torch_dist` format
                                run_state.json                                  what the run itself must know
-    CHECKPOINTS/latest         the name of the newest whole one
+    CHECKPOINTS/latest         the name of the newest complete one
 
 Tensors are stored in their model's shape, so that another layout (or data-parallel size) can load them. `CHECKPOINTS`
-must be on a file system that all ranks share. Every function here is collective over all ranks, but for `latest` and
-`name_latest`.
+must be on a file system that all ranks share. `save` and `load` are collective over all ranks.
+
+Lineage: `latest` names the checkpoint that the run continues from, so a checkpoint with a higher number is of a branch
+that was abandoned when the run was resumed from an older one. The first save after that removes it:
+
+    20, 40, 60    resumed from 20: `latest` names 20    30 is saved: 20, 30
+
+Extra states of modules (keys `..._extra_state`) are neither stored nor loaded. Transformer Engine unpickles its own, so
+a crafted one would run code; its modules have some where Megatron's have none, so checkpoints of one would not load
+into the other; and only FP8's delayed scaling, which is not used here, keeps anything in them.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
-import shutil
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
 
 from asd_megatron.checkpoint import optimizer_state
 from asd_megatron.checkpoint.safety import check_metadata, weights_only
-from asd_megatron.distributed.objects import on_rank_zero
+from asd_megatron.distributed.objects import first_message, on_rank_zero, share_outcome
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_folder, atomic_write, remove_partial
+from asd_megatron.files import (
+    atomic_folder,
+    atomic_write,
+    read_json_object,
+    remove_folder,
+    remove_partial,
+    user_error,
+)
+from asd_megatron.models.port import ModelPort
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer import MegatronModule
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 RUN_STATE = "run_state.json"
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{6,})")
+_TORCH_SAVE = ("inline_container", "iostream error")  # in what `torch.save` raises on a full disk
 
 
 def save(
     folder: str | Path,
     step: int,
-    port: Any,
-    optimizer: Any,
-    scheduler: Any,
+    port: ModelPort,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
     run_state: dict[str, Any],
     *,
     keep: int = 2,
 ) -> Path:
-    """Write `folder`/step_NNNNNN, name it in `folder`/latest, then remove all but the newest `keep` checkpoints.
+    """Write `folder`/step_NNNNNN, name it in `folder`/latest, then remove the checkpoints of abandoned branches and all
+    but the newest `keep` of this one.
 
-    `port` is a ModelPort wrapped in Megatron's DDP, `optimizer` and `scheduler` are Megatron's. `run_state` holds
-    numbers, strings, lists and string-keyed dicts (else ValueError); rank 0's is stored. Readers see a whole checkpoint
-    or none: it is written aside and renamed. An error on any rank is raised on all.
+    `port` is wrapped in Megatron's DDP. `run_state` holds numbers, strings, lists and string-keyed dicts (else
+    ValueError); rank 0's is stored. Readers see a complete checkpoint or none: it is written aside and renamed.
+
+    An error on any rank is raised on all, a UserError where the operating system refused; older checkpoints and
+    `latest` then stay as they were.
     """
-    text = _run_state_text(step, optimizer, run_state)
     folder = Path(folder)
+    host = port.process_groups.host
+    saving = partial(_saving, folder, step)
     with ExitStack() as written:
 
-        def begin() -> str:
-            remove_partial(folder)
-            return str(written.enter_context(atomic_folder(folder / name(step), replace=True)))
+        def begin() -> tuple[str, str]:
+            text = _run_state_text(step, optimizer, run_state)
+            with saving():
+                remove_partial(folder)
+                return str(written.enter_context(atomic_folder(folder / name(step), replace=True))), text
 
-        partial = on_rank_zero(begin, port.process_groups.host)
-        _save_shards(partial, _state(port, optimizer, scheduler, loading=False))
+        aside, text = on_rank_zero(begin, host)
+        _save_shards(aside, _state(port, optimizer, scheduler, loading=False), host, saving)
 
         def finish() -> None:
-            (Path(partial) / RUN_STATE).write_text(text)
-            written.close()
-            name_latest(folder, name(step))
-            _prune(folder, step, keep)
+            with saving():
+                (Path(aside) / RUN_STATE).write_text(text, encoding="utf-8")
+                written.close()
+                previous = _number(_named(folder) or "") or 0
+                _write_latest(folder, name(step))
+            _prune(folder, step, previous, keep)
 
-        on_rank_zero(finish, port.process_groups.host)
+        on_rank_zero(finish, host)
     return folder / name(step)
 
 
-def load(path: str | Path, port: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+def load(
+    path: str | Path, port: ModelPort, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+) -> dict[str, Any]:
     """Load the checkpoint `path` (a step_NNNNNN folder) into the port, the optimizer and the scheduler; return its
     run state.
 
     The layout may differ from the one that wrote it, the kind of optimizer (distributed or not) may not. The
     optimizer's and the schedule's hyper-parameters stay those they were built with: from the checkpoint come the
-    moments and the step counts. UserError when the folder is not a whole checkpoint, contains more than data, or
-    belongs to another model.
+    moments and the step counts. UserError, on every rank, when the folder is not a complete checkpoint, contains more
+    than data, or belongs to another model.
     """
-    from megatron.core import dist_checkpointing
-    from torch.distributed.checkpoint.api import CheckpointException
-
     path = Path(path)
-    stored = _read_run_state(path)
-    if stored["distributed_optimizer"] != optimizer_state.is_distributed(optimizer):
-        kind = (
-            "the distributed optimizer" if stored["distributed_optimizer"] else "an optimizer that is not distributed"
-        )
-        raise UserError(f"{path} was written with {kind}: set parallelism.distributed_optimizer as it was")
-    check_metadata(path)
+    world = port.process_groups.world
+    stored = _on_every_rank(lambda: _check(path, optimizer_state.is_distributed(optimizer)), world)
     state = _state(port, optimizer, scheduler, loading=True)
-    try:
-        with weights_only():
-            loaded = dist_checkpointing.load(state, str(path), strict="raise_all")
-    except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        raise UserError(f"{path} does not fit this model and optimizer, or is damaged: {error}") from error
-    for key, chunk in _chunks(port).items():
-        result = chunk.load_state_dict(loaded[key], strict=False)
-        wrong = [k for k in (*result.missing_keys, *result.unexpected_keys) if not k.endswith("_extra_state")]
-        if wrong:
-            raise UserError(f"{path} does not fit this model: {', '.join(sorted(wrong))}")
-    with optimizer_state.loading(optimizer, loaded["optimizer"]):
-        optimizer.load_state_dict(loaded["optimizer"])
-    scheduler.num_steps = loaded["scheduler"]["num_steps"]
-    scheduler.step(0)
-    return stored["run_state"]
+    loaded = _on_every_rank(lambda: _read(path, state), world)
+    _on_every_rank(lambda: _restore(path, loaded, port, optimizer, scheduler), world)
+    run_state: dict[str, Any] = stored["run_state"]
+    return run_state
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run's `checkpoints` folder, None when there is none."""
+    """The newest complete checkpoint of a run's `checkpoints` folder, None when there is none."""
     folder = Path(folder)
-    try:
-        named = (folder / LATEST).read_text().strip()
-    except (FileNotFoundError, NotADirectoryError):
+    named = _named(folder)
+    if named is None:
         return None
     if not _NAME.fullmatch(named) or not (folder / named / RUN_STATE).is_file():
         raise UserError(
@@ -121,8 +140,18 @@ def latest(folder: str | Path) -> Path | None:
 
 
 def name_latest(folder: str | Path, checkpoint: str) -> None:
-    """Make `checkpoint` the one that `latest` finds in a run's `checkpoints` folder. Not collective."""
-    atomic_write(Path(folder) / LATEST, checkpoint + "\n")
+    """Make `checkpoint` the one that `latest` finds in a run's `checkpoints` folder: the run resumes from it."""
+    folder = Path(folder)
+    _write_latest(folder, checkpoint)
+    number = _number(checkpoint)
+    later = [name(step) for step in sorted(_steps(folder)) if number is not None and step > number]
+    if later:
+        log.warning(
+            "the run resumes from %s: its next checkpoint replaces the later ones in %s (%s); move them to keep them",
+            checkpoint,
+            folder,
+            ", ".join(later),
+        )
 
 
 def name(step: int) -> str:
@@ -130,21 +159,71 @@ def name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def _chunks(port: Any) -> dict[str, Any]:
+def _number(checkpoint: str) -> int | None:
+    match = _NAME.fullmatch(checkpoint)
+    return None if match is None else int(match[1])
+
+
+def _named(folder: Path) -> str | None:
+    """What `latest` holds, None when there is no such file."""
+    with user_error(f"{folder / LATEST} cannot be read", "check the run folder's permissions"):
+        try:
+            return (folder / LATEST).read_bytes()[:100].decode(errors="replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def _write_latest(folder: Path, checkpoint: str) -> None:
+    atomic_write(folder / LATEST, checkpoint + "\n")
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by step."""
+    found = {_number(path.name): path for path in folder.iterdir() if path.is_dir()}
+    return {step: path for step, path in found.items() if step is not None}
+
+
+def _prune(folder: Path, step: int, previous: int, keep: int) -> None:
+    """After the save of `step` by a run that continued from `previous`: remove what follows `previous` (another
+    branch's) and the oldest checkpoints, never the one just written. What cannot be removed stays, with a warning."""
+    others = {s: path for s, path in _steps(folder).items() if s != step}
+    own = sorted(s for s in others if s <= min(previous, step))
+    abandoned = sorted(others.keys() - set(own))
+    for s in (*abandoned, *own[: max(0, len(own) - (keep - 1))]):
+        try:
+            remove_folder(others[s])
+        except OSError as error:
+            log.warning("the old checkpoint %s cannot be removed: %s", others[s], error)
+    if abandoned:
+        log.warning("checkpoints of an abandoned branch were removed: %s", ", ".join(name(s) for s in abandoned))
+
+
+def _chunks(port: ModelPort) -> dict[str, MegatronModule]:
     """The model chunks without their DDP wrapper, under Megatron's keys."""
     bare = [getattr(chunk, "module", chunk) for chunk in port.chunks]
     return {"model": bare[0]} if len(bare) == 1 else {f"model{i}": chunk for i, chunk in enumerate(bare)}
 
 
-def _state(port: Any, optimizer: Any, scheduler: Any, *, loading: bool) -> dict[str, Any]:
-    """Megatron's sharded state of everything that is not run state."""
+def _is_extra_state(key: str) -> bool:
+    """`final_layernorm._extra_state`, and what Megatron renames it to: `linear_qkv.layer_norm__extra_state`."""
+    return "_extra_state" in key.rpartition(".")[2]
+
+
+def _state(
+    port: ModelPort, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, loading: bool
+) -> dict[str, Any]:
+    """Megatron's sharded state of everything that is not run state, without extra states."""
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
     }
-    # Megatron completes the metadata in place: every call gets its own.
-    model = {key: chunk.sharded_state_dict(metadata=dict(metadata)) for key, chunk in _chunks(port).items()}
+    model = {}
+    for key, chunk in _chunks(port).items():
+        sharded = chunk.sharded_state_dict(
+            metadata=dict(metadata)
+        )  # Megatron completes it in place: every call its own
+        model[key] = {k: v for k, v in sharded.items() if not _is_extra_state(k)}
     optimizer_state.fill(optimizer)
     # The optimizer finds its parameters' shards in the nested dict: chunks share key names, a flat one would lose some.
     with optimizer_state.gathering(optimizer):
@@ -152,28 +231,87 @@ def _state(port: Any, optimizer: Any, scheduler: Any, *, loading: bool) -> dict[
     return {**model, "optimizer": sharded, "scheduler": {"num_steps": scheduler.num_steps}}
 
 
-def _save_shards(folder: str, state: dict[str, Any]) -> None:
+# ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def _saving(folder: Path, step: int) -> Iterator[None]:
+    """Raise what the operating system refused inside as a UserError."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        reason = _system_reason(error)
+        if reason is not None:
+            raise UserError(
+                f"the checkpoint of step {step} cannot be saved in {folder}: {reason}; free space there, or choose "
+                "another run.folder"
+            ) from error
+        if isinstance(error, CheckpointException):  # a BaseException
+            raise RuntimeError(f"the checkpoint of step {step} cannot be saved in {folder}: {error}") from error
+        raise
+
+
+def _system_reason(error: BaseException | None) -> str | None:
+    """The operating system's message behind a failed write, None when something else failed."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    if isinstance(error, CheckpointException):  # what failed, by rank
+        reasons = [_system_reason(failure) for failure, _ in error.failures.values()]
+        return next((reason for reason in reasons if reason is not None), None)
+    while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError):
+            return str(error)
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCH_SAVE):
+            return f"a file cannot be written ({str(error).splitlines()[0]})"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _save_shards(
+    folder: str, state: dict[str, Any], host: dist.ProcessGroup, saving: Callable[[], AbstractContextManager[None]]
+) -> None:
     """Megatron's save with a writer that stays in this process.
 
     Its own forks workers out of a process full of threads, keeps a helper process alive and hangs when a worker dies.
+    What global rank 0 writes alone, before and after the shards, is shared with the others, who would wait for it.
     """
     import torch.distributed.checkpoint as torch_checkpoint
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.dist_checkpointing.strategies import torch as strategies
 
     class InProcess(strategies.TorchDistSaveShardedStrategy):
+        begun = False
+
         def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+            self.begun = True
+            share_outcome(None, None, host)  # common.pt is written
             flat = strategies._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)[0]
             planner = strategies.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-            writer = torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=2)
+            # One thread: torch loses the error of a second one, and completes the checkpoint without its tensors.
+            writer = torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1)
             torch_checkpoint.save(
                 strategies.mcore_to_pyt_state_dict(flat, False), storage_writer=writer, planner=planner
             )
+            on_rank_zero(partial(self._save_config, str(checkpoint_dir)), host)
 
-    dist_checkpointing.save(state, folder, sharded_strategy=InProcess("torch_dist", 1))
+        def _save_config(self, checkpoint_dir: str) -> None:
+            with saving():
+                save_config(CheckpointingConfig(self.backend, self.version), checkpoint_dir)
+
+    strategy = InProcess("torch_dist", 1)
+    try:
+        with saving():
+            dist_checkpointing.save(state, folder, sharded_strategy=strategy)
+    except Exception as error:
+        if not strategy.begun:  # the others wait in its `save`
+            share_outcome(None, error, host)
+        raise
 
 
-def _run_state_text(step: int, optimizer: Any, run_state: dict[str, Any]) -> str:
+def _run_state_text(step: int, optimizer: MegatronOptimizer, run_state: dict[str, Any]) -> str:
     content = {
         "format": FORMAT,
         "step": step,
@@ -198,23 +336,98 @@ def _check_plain(value: Any, where: str) -> None:
         raise ValueError(f"{where} is a {type(value).__name__}: a checkpoint keeps numbers, strings, lists and dicts")
 
 
-def _read_run_state(path: Path) -> dict[str, Any]:
+# ---------------------------------------------------------------- reading
+
+
+def _on_every_rank(action: Callable[[], T], world: dist.ProcessGroup) -> T:
+    """This rank's result of `action`; a UserError on any rank is raised on all. Collective."""
+    result: list[T] = []
+    message: str | None = None
     try:
-        stored = json.loads((path / RUN_STATE).read_text())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{path} is no training checkpoint ({RUN_STATE} is missing): give a folder checkpoints/step_NNNNNN of a run"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path / RUN_STATE} is damaged ({error}): resume from another checkpoint") from error
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-        raise UserError(f"{path / RUN_STATE} is not of format {FORMAT}: another version of asd_megatron wrote it")
+        result.append(action())
+    except UserError as error:
+        message = str(error)
+    message = first_message(message, world)
+    if message is not None:
+        raise UserError(message)
+    return result[0]
+
+
+def _check(path: Path, distributed: bool) -> dict[str, Any]:
+    """The content of run_state.json, of a checkpoint whose metadata is safe to read and whose optimizer is of this
+    kind."""
+    stored = _read_run_state(path)
+    if stored["distributed_optimizer"] != distributed:
+        kind = "an optimizer that is not distributed" if distributed else "the distributed optimizer"
+        raise UserError(f"{path} was written with {kind}: set parallelism.distributed_optimizer as it was")
+    check_metadata(path)
     return stored
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Remove the oldest checkpoints, never the one just written."""
-    found = [(int(m.group(1)), p) for p in folder.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))]
-    others = sorted((s, p) for s, p in found if s != step)
-    for _, path in others[: max(0, len(others) - (keep - 1))]:
-        shutil.rmtree(path)
+def _read_run_state(path: Path) -> dict[str, Any]:
+    if not (path / RUN_STATE).is_file():
+        raise UserError(
+            f"{path} is no training checkpoint ({RUN_STATE} is missing): give a folder checkpoints/step_NNNNNN of a run"
+        )
+    stored = read_json_object(path / RUN_STATE, "it is damaged, resume from another checkpoint", non_finite=True)
+    if stored.get("format") != FORMAT:
+        raise UserError(f"{path / RUN_STATE} is not of format {FORMAT}: another version of asd_megatron wrote it")
+    if not isinstance(stored.get("distributed_optimizer"), bool) or not isinstance(stored.get("run_state"), dict):
+        raise UserError(f"{path / RUN_STATE} is damaged: resume from another checkpoint")
+    return stored
+
+
+def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's content in place of the shards in `state`."""
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    wanted = {key: part.keys() for key, part in state.items()}
+    try:
+        with weights_only():
+            loaded, missing, unexpected = dist_checkpointing.load(state, str(path), strict="return_all")
+        # Only what was asked for: common.pt, which is merged in, may name anything.
+        content = {key: {k: v for k, v in loaded[key].items() if k in wanted[key]} for key in wanted}
+    except (Exception, CheckpointException) as error:
+        raise _unfit(path, error) from error
+    differing = sorted(key for key in missing | unexpected if not _is_extra_state(key))
+    if differing:
+        raise UserError(
+            f"{path} does not fit this model and optimizer: {len(differing)} tensors are in one of them only, such as "
+            f"{', '.join(differing[:3])}; resume with the model that wrote it"
+        )
+    return content
+
+
+def _restore(
+    path: Path,
+    loaded: dict[str, Any],
+    port: ModelPort,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> None:
+    try:
+        for key, chunk in _chunks(port).items():
+            result = chunk.load_state_dict(loaded[key], strict=False)
+            wrong = [k for k in (*result.missing_keys, *result.unexpected_keys) if not _is_extra_state(k)]
+            if wrong:
+                raise UserError(f"{path} does not fit this model: {', '.join(sorted(wrong)[:3])}")
+        with optimizer_state.loading(optimizer, loaded["optimizer"]):
+            optimizer.load_state_dict(loaded["optimizer"])
+        scheduler.num_steps = int(loaded["scheduler"]["num_steps"])
+        scheduler.step(0)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unfit(path, error) from error
+
+
+def _unfit(path: Path, error: BaseException) -> UserError:
+    """The UserError for what Megatron or torch raised while reading, in one line."""
+    failures = getattr(error, "failures", None)  # of a CheckpointException: what failed, by rank
+    first = next(iter(failures.values()))[0] if failures else error
+    reason = " ".join(f"{type(first).__name__}: {first}".split())
+    return UserError(
+        f"{path} does not fit this model and optimizer, or is damaged ({reason:.400}): resume from another checkpoint, "
+        "or with the model that wrote it"
+    )

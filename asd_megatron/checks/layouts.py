@@ -1,4 +1,4 @@
-"""The cells of the parity check: every layout that the frame supports, each against one process."""
+"""The cells of the parity check: the supported parallel layouts and the settings they are run with."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from asd_megatron.distributed.layout import Layout
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One layout and the settings it is tried with. `tokens_per_microbatch` small: many micro-batches of uneven
-    size."""
+class ParityCell:
+    """One layout and its settings. A small `tokens_per_microbatch` makes many micro-batches of unequal size."""
 
     name: str
     layout: Layout = field(default_factory=Layout)
@@ -30,36 +29,36 @@ class Cell:
         return "single_tied" if self.tied else "single"
 
 
-def _cells() -> dict[str, Cell]:
+def _cells() -> dict[str, ParityCell]:
     cells = [
-        Cell("single"),
-        Cell("single_tied", tied=True),
-        Cell("micro_batches", tokens_per_microbatch=64),
-        Cell("shared", share_prefixes=True, tokens_per_microbatch=128),
-        Cell("recompute_full", recompute="full", tokens_per_microbatch=64),
-        Cell("recompute_selective", recompute="selective"),
-        Cell("tp2", Layout(tensor=2)),
-        Cell("tp2_tied", Layout(tensor=2), tied=True, tokens_per_microbatch=64),
-        Cell("tp2_sp", Layout(tensor=2, sequence_parallel=True), tokens_per_microbatch=64),
-        Cell(
+        ParityCell("single"),
+        ParityCell("single_tied", tied=True),
+        ParityCell("micro_batches", tokens_per_microbatch=64),
+        ParityCell("shared", share_prefixes=True, tokens_per_microbatch=128),
+        ParityCell("recompute_full", recompute="full", tokens_per_microbatch=64),
+        ParityCell("recompute_selective", recompute="selective"),
+        ParityCell("tp2", Layout(tensor=2)),
+        ParityCell("tp2_tied", Layout(tensor=2), tied=True, tokens_per_microbatch=64),
+        ParityCell("tp2_sp", Layout(tensor=2, sequence_parallel=True), tokens_per_microbatch=64),
+        ParityCell(
             "tp2_sp_shared",
             Layout(tensor=2, sequence_parallel=True),
             tied=True,
             share_prefixes=True,
             tokens_per_microbatch=128,
         ),
-        Cell("pp2", Layout(pipeline=2), tokens_per_microbatch=64),
-        Cell("pp2_tied", Layout(pipeline=2), tied=True, tokens_per_microbatch=64),
-        Cell("pp2_vpp2", Layout(pipeline=2, virtual_pipeline=2), tokens_per_microbatch=64),
-        Cell("cp2", Layout(context=2), tokens_per_microbatch=96),
-        Cell("dp2", Layout(data=2), tokens_per_microbatch=64),
-        Cell("dp2_distopt", Layout(data=2), distributed_optimizer=True, tokens_per_microbatch=64),
-        Cell("dp2_overlap", Layout(data=2), distributed_optimizer=True, overlap=True, tokens_per_microbatch=64),
-        Cell("dp2_overlap_tied", Layout(data=2), tied=True, overlap=True, tokens_per_microbatch=64),
-        Cell("dp2_shared", Layout(data=2), share_prefixes=True, tokens_per_microbatch=128),
-        Cell("tp2_pp2", Layout(tensor=2, pipeline=2, sequence_parallel=True), tokens_per_microbatch=64),
-        Cell("tp2_cp2", Layout(tensor=2, context=2, sequence_parallel=True), tokens_per_microbatch=96),
-        Cell(
+        ParityCell("pp2", Layout(pipeline=2), tokens_per_microbatch=64),
+        ParityCell("pp2_tied", Layout(pipeline=2), tied=True, tokens_per_microbatch=64),
+        ParityCell("pp2_vpp2", Layout(pipeline=2, virtual_pipeline=2), tokens_per_microbatch=64),
+        ParityCell("cp2", Layout(context=2), tokens_per_microbatch=96),
+        ParityCell("dp2", Layout(data=2), tokens_per_microbatch=64),
+        ParityCell("dp2_distopt", Layout(data=2), distributed_optimizer=True, tokens_per_microbatch=64),
+        ParityCell("dp2_overlap", Layout(data=2), distributed_optimizer=True, overlap=True, tokens_per_microbatch=64),
+        ParityCell("dp2_overlap_tied", Layout(data=2), tied=True, overlap=True, tokens_per_microbatch=64),
+        ParityCell("dp2_shared", Layout(data=2), share_prefixes=True, tokens_per_microbatch=128),
+        ParityCell("tp2_pp2", Layout(tensor=2, pipeline=2, sequence_parallel=True), tokens_per_microbatch=64),
+        ParityCell("tp2_cp2", Layout(tensor=2, context=2, sequence_parallel=True), tokens_per_microbatch=96),
+        ParityCell(
             "pp2_vpp2_dp2",
             Layout(pipeline=2, virtual_pipeline=2, data=2),
             tied=True,
@@ -68,7 +67,7 @@ def _cells() -> dict[str, Cell]:
             recompute="full",
             tokens_per_microbatch=64,
         ),
-        Cell("cp2_dp2", Layout(context=2, data=2), distributed_optimizer=True, tokens_per_microbatch=96),
+        ParityCell("cp2_dp2", Layout(context=2, data=2), distributed_optimizer=True, tokens_per_microbatch=96),
     ]
     return {c.name: c for c in cells}
 

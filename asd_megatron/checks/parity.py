@@ -1,5 +1,5 @@
-"""Is an AntiSD update the same in every layout? Each cell against one process: loss, every gradient, every weight
-change."""
+"""The parity check: an AntiSD update in every parallel layout against one process, comparing the loss, every gradient
+and every weight change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from asd_megatron.checks.cases import write_tiny_model
-from asd_megatron.checks.layouts import CELLS, Cell
+from asd_megatron.checks.layouts import CELLS, ParityCell
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_write
 
@@ -31,12 +31,13 @@ LAUNCHER_GRACE_SECONDS = 40  # torchrun gives its ranks 30
 
 
 class ParityError(UserError):
-    """A layout could not be run at all."""
+    """A layout failed to run."""
 
 
 @dataclass(frozen=True)
-class CellResult:
-    """Errors of one cell: losses relative to the mean absolute advantage, tensors as max |difference| / max |value|."""
+class ParityResult:
+    """Errors of one cell against one process: losses relative to the mean absolute advantage, tensors as
+    max |difference| / max |value|. `gradient_error` is None where gradients are sharded."""
 
     layout: str
     ranks: int
@@ -51,7 +52,7 @@ class CellResult:
 
     @property
     def max_relative_error(self) -> float:
-        """The larger of the loss' and the gradients' (the updates have a bound of their own)."""
+        """The larger of the loss error and the gradient error; the updates have a tolerance of their own."""
         return _largest([self.loss_error, self.gradient_error or 0.0])
 
 
@@ -74,7 +75,7 @@ def _worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     return worst, where
 
 
-def compare(cell: Cell, found: dict[str, Any], expected: dict[str, Any]) -> CellResult:
+def compare(cell: ParityCell, found: dict[str, Any], expected: dict[str, Any]) -> ParityResult:
     scale = expected["advantage_scale"]
     pairs = list(zip(found["losses"], expected["losses"], strict=True))
     pairs += list(zip(found["losses_clipped"], expected["losses_clipped"], strict=True))
@@ -91,7 +92,7 @@ def compare(cell: Cell, found: dict[str, Any], expected: dict[str, Any]) -> Cell
         and long_run <= LONG_TOLERANCE
         and found["clipped_tokens"] == expected["clipped_tokens"] > 0
     )
-    return CellResult(
+    return ParityResult(
         layout=cell.name,
         ranks=cell.ranks,
         loss_error=loss,
@@ -107,9 +108,9 @@ def compare(cell: Cell, found: dict[str, Any], expected: dict[str, Any]) -> Cell
 
 def run(
     names: Sequence[str], folder: Path, *, timeout: float = 900, say: Callable[[str], None] = print
-) -> list[CellResult]:
-    """Run cells (and the single-process references they need) in `folder` and compare. One torchrun a number of
-    ranks."""
+) -> list[ParityResult]:
+    """Run the named cells, and the single-process references they need, in `folder` and compare. One torchrun for each
+    number of ranks. Raises UserError for an unknown name, ParityError when a cell fails to run."""
     unknown = [n for n in names if n not in CELLS]
     if unknown:
         raise UserError(f"no such parity layout: {', '.join(unknown)}; there are {', '.join(CELLS)}")
@@ -144,7 +145,7 @@ def _launch(ranks: int, folder: Path, cells: Sequence[str], timeout: float) -> N
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop a launcher that still runs; asked politely first, because only it can end its ranks."""
+    """Stop a launcher that still runs: SIGTERM first, so that it can end its ranks, SIGKILL after the grace time."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -154,7 +155,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def table(results: Sequence[CellResult]) -> str:
+def table(results: Sequence[ParityResult]) -> str:
     lines = [f"{'layout':22s} {'ranks':>5s} {'loss':>9s} {'gradients':>10s} {'updates':>9s} {'11 steps':>9s}"]
     for r in results:
         gradient = "sharded" if r.gradient_error is None else f"{r.gradient_error:.1e}"
@@ -165,7 +166,7 @@ def table(results: Sequence[CellResult]) -> str:
 
 
 def _as_json(cell: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: null."""
+    """NaN, which JSON does not have, becomes null."""
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in cell.items()}
 
 

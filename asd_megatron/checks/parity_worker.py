@@ -1,13 +1,14 @@
-"""The ranks of the parity check: `python -m asd_megatron.checks.parity_worker FOLDER CELL...` under torchrun.
+"""One rank of the parity check: `python -m asd_megatron.checks.parity_worker FOLDER CELL...` under torchrun.
 
-Runs the product's own path (packs, teacher pass, gate, update, Megatron's schedules and optimizer) in each cell's
-layout and leaves `FOLDER/CELL.pt`: losses, gradients of the first update and weight changes, as full tensors by Hugging
+Runs the trainer's own path (packs, teacher pass, gate, update, Megatron's schedules and optimizer) in each cell's
+layout and writes `FOLDER/CELL.pt`: losses, gradients of the first update and weight changes, as full tensors by Hugging
 Face name.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,38 +19,39 @@ from torch import Tensor
 
 from asd_megatron.antisd import Gate, condition
 from asd_megatron.checks.cases import hard_batch
-from asd_megatron.checks.layouts import CELLS, Cell
+from asd_megatron.checks.layouts import CELLS, ParityCell
 from asd_megatron.distributed import device
+from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.models.port import ModelPort
 from asd_megatron.records import Example
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.optimizer import Optimizer
-from asd_megatron.trainer.pass_plan import plan
+from asd_megatron.trainer.pass_plan import plan_passes
 from asd_megatron.trainer.updater import UpdateStats, update
 
 TEMPERATURE = 0.7
 LEARNING_RATE = 1e-3
 ADAM_EPSILON = 1e-4
-"""Large on purpose: an entry whose gradient is far below this is rounding noise, and Adam would blow it up to a whole
+"""Large on purpose: an entry whose gradient is far below this is rounding noise, which Adam would amplify to a full
 step."""
 
 
 @dataclass
 class Trained:
-    """One rank's model with everything an update needs."""
+    """One rank's model, optimizer and layout in a cell."""
 
-    port: Any
-    process_groups: Any
+    port: ModelPort
+    process_groups: ProcessGroups
     optimizer: Optimizer
     layout: PackLayout
-    cell: Cell
+    cell: ParityCell
 
 
-def build(folder: Path, cell: Cell) -> Trained:
+def build(folder: Path, cell: ParityCell) -> Trained:
     from asd_megatron.checkpoint.huggingface import FolderReader, read_config
     from asd_megatron.distributed import layout as layouts
-    from asd_megatron.models.port import ModelPort
 
     process_groups = layouts.init(cell.layout)
     source = folder / ("tied" if cell.tied else "untied")
@@ -82,7 +84,7 @@ def run_step(
 ) -> UpdateStats:
     """Teacher pass, gate, update: what one training step does after the rollouts."""
     method = token_method.Method(condition(name))
-    passes_needed = plan(method.condition, updates, epochs=epochs)
+    needed = plan_passes(method.condition, updates, epochs=epochs)
     batch = LocalBatch.build(
         examples,
         ranks=t.process_groups.dp.size(),
@@ -92,36 +94,37 @@ def run_step(
         tokens_per_microbatch=t.cell.tokens_per_microbatch,
     )
     inputs = token_method.token_inputs(batch, method)
-    teacher = passes.score_teacher(t.port, t.process_groups, batch, passes_needed, temperature=TEMPERATURE)
-    student = passes.score_student(t.port, t.process_groups, batch, passes_needed, temperature=TEMPERATURE)
+    teacher = passes.score_teacher(t.port, t.process_groups, batch, needed, temperature=TEMPERATURE)
+    student = passes.score_student(t.port, t.process_groups, batch, needed, temperature=TEMPERATURE)
     lam = gate.update(passes.gate_entropy(t.process_groups, inputs, method, teacher, student))
     return update(
         t.port,
         t.process_groups,
         t.optimizer,
         batch,
-        {**inputs, **teacher},
+        inputs,
+        teacher=teacher,
+        student=student,
         method=method,
-        plan=passes_needed,
+        plan=needed,
         lam=lam,
         temperature=TEMPERATURE,
         epochs=epochs,
-        scored=student,
     )
 
 
-def snapshot(tensors: Any) -> dict[str, Tensor]:
+def snapshot(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors}
 
 
-def run_cell(folder: Path, cell: Cell) -> None:
+def run_cell(folder: Path, cell: ParityCell) -> None:
     """Two on-policy updates, then a batch with two clipped updates over two epochs, then a batch smaller than the
     data-parallel size."""
     t = build(folder, cell)
     result: dict[str, Any] = {}
     before = snapshot(t.port.export())
     gate = Gate(0.5, warmup_steps=0, h_warm=1e-3)
-    with _gradients_of_first_step(t) as gradients:
+    with _CapturedGradients(t) as gradients:
         stats = [run_step(t, hard_batch(1), gate, name="antisd")]
     result["gradients"] = dict(gradients)
     stats.append(run_step(t, hard_batch(2), gate, name="antisd"))
@@ -129,13 +132,13 @@ def run_cell(folder: Path, cell: Cell) -> None:
     result["updates"] = {name: after[name] - before[name] for name in after}
     clipped = run_step(t, hard_batch(3), gate, name="antisd", updates=2, epochs=4)
     result["losses_clipped"] = clipped.losses
-    result["clipped_tokens"] = _total(t, clipped.columns["clipped"])
+    result["clipped_tokens"] = _total(t, clipped.columns.clipped)
     few = run_step(t, hard_batch(4)[2:3], gate, name="antisd")
     final = snapshot(t.port.export())
     result["updates_all"] = {name: final[name] - before[name] for name in final}
     result["losses"] = [s.loss for s in stats] + [few.loss]
     result["grad_norms"] = [s.grad_norm for s in stats] + [few.grad_norm]
-    result["advantage_scale"] = _total(t, stats[0].columns["advantage"].abs()) / sum(
+    result["advantage_scale"] = _total(t, stats[0].columns.constants.advantage.abs()) / sum(
         len(e.rollout.response_ids) for e in hard_batch(1)
     )
     if dist.get_rank() == 0:
@@ -145,8 +148,8 @@ def run_cell(folder: Path, cell: Cell) -> None:
     layouts.shutdown_model_parallel()
 
 
-class _gradients_of_first_step:
-    """Captures full gradients between the backward pass and the optimizer's clipping."""
+class _CapturedGradients:
+    """Captures full gradients inside, between the backward pass and the optimizer's clipping."""
 
     def __init__(self, t: Trained) -> None:
         self.t = t

@@ -1,10 +1,15 @@
-"""`asd-megatron serve`: start SGLang servers of a model on this machine, and keep them running."""
+"""`asd-megatron serve`: start SGLang servers of a model on this machine, and keep them running until Ctrl-C.
+
+The servers are OpenAI-compatible: any OpenAI client works with `URL/v1` as its base URL and the generation key.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
+import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +23,7 @@ from asd_megatron.rollout.sglang.servers.options import ServerOptions, devices_o
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 
 LOOK_SECONDS = 0.5
+QUESTION = "What is 6 * 7?"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,11 +31,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="asd-megatron serve",
         usage="asd-megatron serve MODEL [--option value ...] [-- SGLang's own arguments]",
         description="Start SGLang servers of a model on this machine and keep them running until Ctrl-C."
-        " A run uses them with `rollout.server_urls`.",
+        " A run uses them with `rollout.server_urls`, any OpenAI client with URL/v1 as its base URL.",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help="a Hugging Face folder")
-    parser.add_argument("--servers", type=int, metavar="N", help="how many [one for each entry of --devices, else 1]")
+    parser.add_argument(
+        "--servers", type=int, metavar="N", help="number of servers [one for each entry of --devices, else 1]"
+    )
     parser.add_argument(
         "--devices", nargs="+", default=[], metavar="IDS", help="CUDA devices of each server: --devices 0,1 2,3"
     )
@@ -39,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         default="127.0.0.1",
         help="the address of the one interface to listen on [127.0.0.1: this machine only]",
     )
-    parser.add_argument("--port", type=int, default=0, help="of the first server, the others follow [0: free ones]")
+    parser.add_argument("--port", type=int, default=0, help="of the first server, the others follow [0: free ports]")
     parser.add_argument("--dtype", default="auto", help="as SGLang names it [auto: the model's; float32 without GPUs]")
     parser.add_argument("--context-length", type=int, metavar="TOKENS", help="prompt and response [the model's limit]")
     parser.add_argument(
@@ -56,10 +64,10 @@ def main(argv: Sequence[str]) -> int:
     words = list(argv)
     split = words.index("--") if "--" in words else len(words)
     given = _parser().parse_args(words[:split])
-    api_key, admin_key, where = keys(os.environ, given.log_folder)
+    api_key, admin_key, file = keys(os.environ, given.log_folder)
     options = server_options(given, parse_arguments(words[split + 1 :]), api_key, admin_key)
     for name in pass_through(options[0]):
-        print(f"handed on to SGLang unchecked: --{name}")
+        print(f"passed on to SGLang unchecked: --{name}")
     print(
         f"starting {len(options)} SGLang server{'s' * (len(options) > 1)} of {given.model}, logs in {given.log_folder}"
     )
@@ -68,7 +76,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         with pool:
             print("\n".join([*pool.urls, *([f"{pool.router_url}  (router)"] if pool.router_url else [])]))
-            print(f"keys: {where}\nready; Ctrl-C ends the servers", flush=True)
+            print(_keys_line(file))
+            print(
+                "OpenAI-compatible API under URL/v1; to try it, in a terminal" + " with the keys" * (file is None) + ":"
+            )
+            print(f"  {curl_line(pool.router_url or pool.urls[0], given.model, file)}")
+            print("ready; Ctrl-C ends the servers", flush=True)
             while set(pool.states) != {"given up"}:
                 time.sleep(LOOK_SECONDS)
         print("error: every server has been given up", flush=True)
@@ -106,23 +119,56 @@ def server_options(
     ]
 
 
-def keys(environment: Mapping[str, str], folder: Path) -> tuple[str, str, str]:
-    """(generation key, administration key, where they are): the environment's, else new ones in a file of `folder` that
-    its owner alone can read. Raises UserError if the environment has one without the other, or the same twice.
+def keys(environment: Mapping[str, str], folder: Path) -> tuple[str, str, Path | None]:
+    """(generation key, administration key, file that holds them): those of the environment, without a file, else new
+    ones in a file of `folder` that its owner alone can read. Raises UserError if the environment has one without the
+    other, or the same twice.
     """
     given = [environment.get(name, "") for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE)]
     if all(given):
         if given[0] == given[1]:
             raise UserError(f"{API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE} are the same: who generates could administer")
-        return given[0], given[1], f"those of {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE}"
+        return given[0], given[1], None
     if any(given):
         raise UserError(f"set both {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE}, or none of them")
     made = [secrets.token_urlsafe(32) for _ in range(2)]
-    path = folder / "keys.env"
+    path = (folder / "keys.env").absolute()
     with atomic_file(path) as partial:
         partial.touch(mode=0o600)
         partial.write_text(f"export {API_KEY_VARIABLE}={made[0]}\nexport {ADMIN_KEY_VARIABLE}={made[1]}\n")
-    return made[0], made[1], f"in {path} (before you start a run: . {path})"
+    return made[0], made[1], path
+
+
+def _keys_line(file: Path | None) -> str:
+    if file is None:
+        return f"keys: those of {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE}"
+    return f"keys: in {file} (before you start a run: . {shlex.quote(str(file))})"
+
+
+def curl_line(url: str, model: Path, file: Path | None) -> str:
+    """A shell command that asks the server at `url` a question: a chat completion for a model with a chat template, a
+    plain completion otherwise. It reads the generation key from `file` (None: from the environment), so that the
+    terminal does not show it."""
+    body: dict[str, object]
+    if _has_chat_template(model):
+        path, body = "chat/completions", {"messages": [{"role": "user", "content": QUESTION}]}
+    else:
+        path, body = "completions", {"prompt": QUESTION}
+    request = json.dumps({"model": "default", **body, "max_tokens": 64})
+    words = ["curl", "--noproxy", "*", "-sS", f"{url}/v1/{path}", "-H", "Content-Type: application/json"]
+    load = [] if file is None else [f". {shlex.quote(str(file))};"]
+    key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}"'
+    return " ".join([*load, shlex.join(words), key, "-d", shlex.quote(request)])
+
+
+def _has_chat_template(model: Path) -> bool:
+    if (model / "chat_template.jinja").is_file() or (model / "chat_template.json").is_file():
+        return True
+    try:
+        config = json.loads((model / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("chat_template"))
 
 
 def _say(text: str) -> None:

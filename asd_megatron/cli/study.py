@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--parallel", metavar="N", type=int, help="cells at a time, instead of the file's `parallel`")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--dry-run", action="store_true", help="list the cells and what they are waiting for")
-    action.add_argument("--report", action="store_true", help="run nothing: make the tables and plots anew")
+    action.add_argument("--report", action="store_true", help="run nothing: regenerate the tables and plots")
     arguments = parser.parse_args(argv)
     study = load_study(arguments.file)
     only = None if arguments.only is None else [name.strip() for name in arguments.only.split(",")]
@@ -79,7 +79,7 @@ def _run(study: Study, records: dict[Cell, CellRecord | None], parallel: int) ->
         try:
             Runner(parallel=parallel, timeout=study.timeout, progress=progress, lock=lock).run(waiting)
         except KeyboardInterrupt:
-            progress.note("interrupted: start the same command again to go on")
+            progress.note("interrupted: start the same command again to continue")
             raise
         finally:
             progress.close()
@@ -115,7 +115,7 @@ def _state(record: CellRecord | None) -> str:
 def _report(study: Study) -> int:
     """Tables and plots of the whole study, from whatever is there."""
     from asd_megatron.study.plots import plot_study  # matplotlib and more
-    from asd_megatron.study.report import Findings, write_report
+    from asd_megatron.study.report import Findings, equal_arms, equal_arms_text, write_report
     from asd_megatron.study.results import finished, write_results
 
     cells = plan_cells(study)
@@ -124,6 +124,8 @@ def _report(study: Study) -> int:
     write_results(study.path, results)
     findings = Findings(study, records, results)
     report = write_report(findings, plot_study(findings))
+    for pair in equal_arms(findings):
+        print(f"warning: {equal_arms_text(*pair)}")
     failed = [str(key) for key, record in records.items() if record is not None and record.status == "failed"]
     print(f"{report}: {len(results)} of {len(cells)} cells" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return FAILED if failed else 0

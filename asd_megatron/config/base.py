@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -39,6 +40,8 @@ _NAMES: dict[Any, tuple[str, str]] = {
     float: ("a number", "numbers"),
     str: ("text", "texts"),
 }
+_SHORT = reprlib.Repr()  # YAML aliases can make a short text a value of any size
+_SHORT.maxstring = _SHORT.maxother = 200
 _BOUNDS = ((at.Ge, "ge", ">="), (at.Gt, "gt", ">"), (at.Le, "le", "<="), (at.Lt, "lt", "<"))
 
 
@@ -108,9 +111,9 @@ def value_in_words(value: Any) -> str:
     if isinstance(value, bool):
         return f"{'true' if value else 'false'} (true or false)"
     if isinstance(value, dict):
-        return f"{value} (a mapping)"
+        return f"{_SHORT.repr(value)} (a mapping)"
     if isinstance(value, list | tuple):
-        return f"{list(value)} (a list)"
+        return f"{_SHORT.repr(list(value))} (a list)"
     name = _NAMES.get(type(value), (type(value).__name__, ""))[0]
     return f"{value!r} ({name})"
 

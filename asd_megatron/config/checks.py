@@ -12,11 +12,13 @@ from typing import Any
 
 from asd_megatron.config.algorithm import Algorithm
 from asd_megatron.config.checkpoint import ALL
+from asd_megatron.config.data import texts_for_booleans
 from asd_megatron.config.gym_checks import gym_findings
 from asd_megatron.config.parallelism import Parallelism
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 from asd_megatron.config.refusals import dotted_keys, nearest_key
 from asd_megatron.config.rollout_checks import device_findings, rollout_findings
+from asd_megatron.data.templates import PAPER_WORDING, teacher_template_fault
 from asd_megatron.errors import UserError
 
 CORPUS = "puzzle:corpus"
@@ -92,6 +94,7 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
         )
     if evaluation.every and data.test is None:
         yield "evaluation.every needs problems to measure on: set data.test, or evaluation.every 0"
+    yield from texts_for_booleans(data.chat_template_kwargs, "data.chat_template_kwargs")
     if data.format == "raw":
         if data.raw_prompt.count("{prompt}") != 1:
             yield f"data.raw_prompt {data.raw_prompt!r} must hold the problem's place once: put {{prompt}} into it"
@@ -106,7 +109,29 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
         if key != ALL and key not in dotted_keys(type(recipe)):
             nearest = nearest_key(type(recipe), key)
             yield f"checkpoint.accept_changes: {key} is no recipe key; the nearest one is {nearest} (or give {ALL})"
+    reward = recipe.reward
+    if reward is not None and (reward.wall_timeout_seconds or reward.timeout_seconds) < reward.timeout_seconds:
+        yield (
+            f"reward.wall_timeout_seconds {reward.wall_timeout_seconds:g} is below reward.timeout_seconds"
+            f" {reward.timeout_seconds:g}, which counts processor time: raise the first or lower the second"
+        )
     yield from gym_findings(recipe)
+
+
+def _teacher_wording(recipe: Recipe) -> Iterator[str]:
+    wording = recipe.privileged.chat_template
+    fault = teacher_template_fault(wording, paragraphs=True)
+    if fault is not None:
+        yield f"privileged.chat_template {fault}"
+    raw = recipe.privileged.raw_template
+    fault = None if raw is None else teacher_template_fault(raw, paragraphs=False)
+    if fault is not None:
+        yield f"privileged.raw_template {fault}"
+    if recipe.data.format == "raw" and wording != PAPER_WORDING:
+        yield (
+            "privileged.chat_template is read only with data.format chat: write the teacher's prompt as"
+            " privileged.raw_template, or leave privileged.chat_template out"
+        )
 
 
 def _train(recipe: Recipe) -> Iterator[str]:
@@ -128,16 +153,14 @@ def _train(recipe: Recipe) -> Iterator[str]:
             f"privileged.max_teacher_tokens {privileged.max_teacher_tokens} leaves no room for a prompt beside a"
             f" response of sampling.max_response_tokens {s.max_response_tokens}: raise the first or lower the second"
         )
+    yield from _teacher_wording(recipe)
     if privileged.raw_template is not None and data.format != "raw":
         yield (
             "privileged.raw_template is read only with data.format raw: set data.format raw, or leave"
             " privileged.raw_template out"
         )
     if rollout.engine == "replay" and rollout.replay_folder is None:
-        yield (
-            "rollout.engine replay needs rollout.replay_folder: the `rollouts` folder of a run with run.dump_rollouts"
-            " true"
-        )
+        yield ("rollout.engine replay needs rollout.replay_folder: the folder of a run with run.dump_rollouts true")
     if rollout.engine != "replay" and rollout.replay_folder is not None:
         yield (
             "rollout.replay_folder is read only with rollout.engine replay: set rollout.engine replay, or leave the"

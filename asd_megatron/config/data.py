@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -39,10 +40,34 @@ class Data(Section):
         "chat", description="`chat`: prompts go through the tokenizer's chat template; `raw`: through `raw_prompt`."
     )
     raw_prompt: Text = Field(
-        "{prompt}", description="With `format: raw`, the prompt's text; `{prompt}` stands for the problem."
+        "{prompt}",
+        description=(
+            "With `format: raw`, the prompt's text; `{prompt}` stands for the problem. The tokenizer's begin token is"
+            " put before it unless it is there, its end token never after it."
+        ),
     )
     system: str | None = Field(None, description="System turn put before chat prompts; null: none.")
-    shuffle: bool = Field(True, description="Shuffle the training problems anew each epoch; false: the file's order.")
-    chat_template_kwargs: dict[str, Any] = Field(
-        {}, description="Arguments handed to the chat template, such as `{enable_thinking: false}`."
+    shuffle: bool = Field(
+        True, description="Visit the training problems in a new order each epoch; false: the file's order."
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {},
+        description=(
+            "Variables of the chat template, such as `{enable_thinking: false}`; `yes`, `no`, `on` and `off` are"
+            " refused: write true or false."
+        ),
+    )
+
+
+_BOOLEANS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
+
+
+def texts_for_booleans(values: Mapping[str, Any], key: str) -> Iterator[str]:
+    """What is wrong with values such as `no`, which is text in YAML 1.2 and so true in a template; `key` names them."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from texts_for_booleans(value, f"{key}.{name}")
+        elif isinstance(value, str):
+            meant = _BOOLEANS.get(value.lower(), value.lower())
+            if meant in ("true", "false"):
+                yield f"{key}: {name} is the text {value!r}, which a template takes for true: write {name}: {meant}"

@@ -15,6 +15,6 @@ class Evaluation(Section):
     at_end: bool = Field(True, description="Evaluate after the last step.")
     problems: int | None = Field(None, ge=1, description="How many problems of `data.test`, from its start; null: all.")
     samples: int = Field(1, ge=1, description="Responses for each problem; accuracy is the mean over them.")
-    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus filter; 1 is off.")
+    temperature: float = Field(0.7, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus filter; 1 is off.")
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 is off.")

@@ -19,10 +19,10 @@ class Gate(Section):
         ),
     )
     tau_down: float = Field(
-        0.93, gt=0, description="The gate closes when the entropy falls below this share of the calibrated one."
+        0.93, gt=0, description="The gate closes when the entropy falls below this fraction of the calibrated one."
     )
     tau_up: float = Field(
-        1.0, gt=0, description="The gate opens when the entropy reaches this share of the calibrated one."
+        1.0, gt=0, description="The gate opens when the entropy reaches this fraction of the calibrated one."
     )
     h_warm: float | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Section `optimizer`: AdamW and the learning rate's course."""
+"""Section `optimizer`: AdamW and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Optimizer(Section):
     learning_rate: float = Field(1e-6, gt=0, description="The learning rate after its warm-up.")
     min_learning_rate: float = Field(0.0, ge=0, description="Where the `linear` and `cosine` schedules end.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Course of the learning rate after its warm-up."
+        "constant", description="Learning-rate schedule after the warm-up."
     )
     warmup_steps: int = Field(
         0, ge=0, description="Optimizer steps over which the learning rate rises linearly from 0."

@@ -54,7 +54,7 @@ def apply_overrides(values: dict[str, Any], arguments: Sequence[str], schema: ty
             outer = key.partition(".")[0]
             if outer != key and outer in fields:
                 raise UserError(
-                    f"override --{dotted}: {section_name}.{outer} is given whole: `--{section_name}.{outer} VALUE`, "
+                    f"override --{dotted}: {section_name}.{outer} is one value: `--{section_name}.{outer} VALUE`, "
                     "a mapping as '{name: value}'"
                 )
             raise UserError(f"override {unknown_key(schema, dotted)}")

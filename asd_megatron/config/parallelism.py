@@ -10,14 +10,14 @@ from asd_megatron.config.base import Section
 class Parallelism(Section):
     """The layout. Ranks needed: tensor x pipeline x context x data."""
 
-    tensor: int = Field(1, ge=1, description="Tensor-parallel size: ranks that share every layer.")
+    tensor: int = Field(1, ge=1, description="Tensor-parallel size: ranks that each layer is divided over.")
     pipeline: int = Field(1, ge=1, description="Pipeline-parallel size: stages that the layers are divided into.")
     virtual_pipeline: int | None = Field(
         None,
         ge=1,
         description="Chunks of layers a pipeline stage holds (interleaved schedule); null: one, not interleaved.",
     )
-    context: int = Field(1, ge=1, description="Context-parallel size: ranks that share every sequence.")
+    context: int = Field(1, ge=1, description="Context-parallel size: ranks that each sequence is divided over.")
     data: int | None = Field(
         None,
         ge=1,
@@ -28,12 +28,12 @@ class Parallelism(Section):
     )
     distributed_optimizer: bool = Field(False, description="Divide the optimizer's state over the data-parallel ranks.")
     overlap_grad_reduce: bool = Field(
-        False, description="Reduce gradients over data-parallel ranks while the backward pass goes on."
+        False, description="Reduce gradients over data-parallel ranks during the backward pass."
     )
 
     @property
     def model_parallel(self) -> int:
-        """Ranks that hold one copy of the model and one share of the batch: tensor x pipeline x context."""
+        """Ranks that hold one copy of the model and one part of the batch: tensor x pipeline x context."""
         return self.tensor * self.pipeline * self.context
 
     @property

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from asd_megatron.config.base import Section, Text
+from asd_megatron.data.templates import PAPER_WORDING
 
 
 class Privileged(Section):
@@ -38,24 +39,32 @@ class Privileged(Section):
         ),
     )
     exclude_self: bool = Field(
-        True, description="A rollout is never its own demonstration; false: its own success may be drawn as well."
+        True, description="A rollout is never its own demonstration; false: its own success may be drawn too."
     )
     demonstrations_per_group: int | None = Field(
         None,
         ge=1,
         description=(
             "Verified solutions of a group that its rollouts draw from (plus one, for a rollout whose own is the only "
-            "one): few make teacher prompts alike, and `batching.share_prefixes` computes each once. null: 1 when "
-            "`sampling.max_response_tokens` is 4096 or more, else all."
+            "one). With few of them teacher prompts are equal, and `batching.share_prefixes` computes each once. null: "
+            "1 when `sampling.max_response_tokens` is 4096 or more, else all."
         ),
     )
     strip_thinking: bool = Field(False, description="Cut `<think>` blocks from demonstrations.")
     success_threshold: float = Field(1.0, description="A rollout with at least this reward is a verified solution.")
+    chat_template: Text = Field(
+        PAPER_WORDING,
+        description=(
+            "With `data.format: chat`, the teacher's last user turn: `{prompt}` stands for the student's, `{solution}`"
+            " for the demonstration, `{feedback}` for the assessment. A paragraph whose value is missing is left out;"
+            " with neither value the turn is the student's. The default is the paper's wording."
+        ),
+    )
     raw_template: Text | None = Field(
         None,
         description=(
-            "With `data.format: raw`, the teacher's whole prompt, with `{prompt}`, `{solution}` and `{feedback}`; a"
-            " line whose value is missing is left out. null: `data.raw_prompt` with the ordinary block after the"
-            " problem."
+            "With `data.format: raw`, the teacher's complete prompt, with `{prompt}`, `{solution}` and `{feedback}`; a"
+            " line whose value is missing is left out. null: `data.raw_prompt` with the paper's wording in place of"
+            " `{prompt}`."
         ),
     )

@@ -37,7 +37,9 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, tuple | dict):
         return str(list(value)) if isinstance(value, tuple) else str(value)
-    return to_yaml(value).removesuffix("...\n").strip() if not isinstance(value, str) else value or '""'
+    if isinstance(value, str):
+        return value.replace("\n", "\\n") or '""'
+    return to_yaml(value).removesuffix("...\n").strip()
 
 
 def _sections(schema: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:

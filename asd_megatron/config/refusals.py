@@ -7,7 +7,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from asd_megatron.config import foreign
 from asd_megatron.config.base import section_schema, type_in_words, value_in_words
+
+GENERIC = {"name", "path", "every"}  # keys that mean another thing in each section
+RENAMED_KEYS = {
+    "rollout.receipt": "rollout.verify_weights",
+    "rollout.receipt_tolerance": "rollout.verify_tolerance",
+}
+"""Keys of earlier versions, each with its new name."""
 
 
 def dotted_keys(schema: type[BaseModel]) -> list[str]:
@@ -15,36 +23,54 @@ def dotted_keys(schema: type[BaseModel]) -> list[str]:
     return [f"{name}.{key}" for name in schema.model_fields for key in section_schema(schema, name).model_fields]
 
 
-def nearest_key(schema: type[BaseModel], dotted: str) -> str:
-    """The valid key most like `dotted`: first in its own section, then the same key elsewhere, then over all keys."""
+def nearest_key(schema: type[BaseModel], dotted: str) -> str | None:
+    """The valid key or section that `dotted` plausibly means; None when nothing is like it.
+
+    In this order: the same key in another section (`optimizer.steps` -> `run.steps`), a similar one in its own section,
+    a similar one anywhere.
+    """
     keys = dotted_keys(schema)
     section, _, key = dotted.partition(".")
     if not key:  # a bare key or section: `--steps`, `algoritm:`
-        same = [candidate for candidate in keys if candidate.partition(".")[2] == section]
-        if same:
-            return same[0]
-        sections = difflib.get_close_matches(section, list(schema.model_fields), n=1, cutoff=0.6)
-        if sections:
-            return sections[0]
-        key = section
+        section, key = "", section
+    same = [candidate for candidate in keys if candidate.partition(".")[2] == key]
+    if same and key in GENERIC and section in schema.model_fields:
+        return None
+    if same:
+        return difflib.get_close_matches(dotted, same, n=1, cutoff=0.0)[0] if section else same[0]
     own = [candidate.partition(".")[2] for candidate in keys if candidate.startswith(f"{section}.")]
-    close = difflib.get_close_matches(key, own, n=1, cutoff=0.7)
-    if close:
+    if close := difflib.get_close_matches(key, own, n=1, cutoff=0.7):
         return f"{section}.{close[0]}"
-    elsewhere = [candidate for candidate in keys if candidate.partition(".")[2] == key]
-    if elsewhere:
-        return difflib.get_close_matches(dotted, elsewhere, n=1, cutoff=0.0)[0]
-    return difflib.get_close_matches(dotted, keys, n=1, cutoff=0.0)[0]
+    if not section and (close := difflib.get_close_matches(key, list(schema.model_fields), n=1, cutoff=0.6)):
+        return close[0]
+    by_name = {candidate.partition(".")[2]: candidate for candidate in reversed(keys)}
+    close = difflib.get_close_matches(key, list(by_name), n=1, cutoff=0.8)
+    return by_name[close[0]] if close else None
 
 
 def unknown_key(schema: type[BaseModel], dotted: str) -> str:
-    """`algorithm.lamda: unknown key; the nearest valid one is algorithm.lambda_max`."""
-    nearest = nearest_key(schema, dotted)
+    """`algorithm.lamda: unknown key; the nearest valid one is algorithm.lambda_max`; another framework's key gets the
+    one that does its work here, or why there is none."""
+    if (new := RENAMED_KEYS.get(dotted)) in dotted_keys(schema):
+        return f"{dotted}: this key is now called {new}"
     if dotted in schema.model_fields:
         keys = ", ".join(f"{dotted}.{key}" for key in section_schema(schema, dotted).model_fields)
         return f"{dotted}: a section takes no value of its own; its keys: {keys}"
-    kind = "key" if "." in dotted or "." in nearest else "section"
-    return f"{dotted}: unknown {kind}; the nearest valid one is {nearest}"
+    if ours := foreign.counterparts(dotted, {*dotted_keys(schema), *schema.model_fields}):
+        return f"{_unknown(dotted, ours[0])}; here it is {' or '.join(ours)}"
+    if reason := foreign.reason_without(dotted):
+        return f"{_unknown(dotted, '')}; {reason}"
+    if nearest := nearest_key(schema, dotted):
+        return f"{_unknown(dotted, nearest)}; the nearest valid one is {nearest}"
+    section = dotted.partition(".")[0]
+    if "." in dotted and section in schema.model_fields:
+        keys = ", ".join(section_schema(schema, section).model_fields)
+        return f"{_unknown(dotted, '')}; the keys of {section} are {keys}"
+    return f"{_unknown(dotted, '')}; the sections are {', '.join(schema.model_fields)} (docs/recipes.md, or --help)"
+
+
+def _unknown(dotted: str, meant: str) -> str:
+    return f"{dotted}: unknown {'key' if '.' in dotted + meant else 'section'}"
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:

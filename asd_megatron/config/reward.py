@@ -25,8 +25,27 @@ class Reward(Section):
             " `package.module:function` or `path/to/file.py:function`."
         ),
     )
-    timeout_seconds: float = Field(5.0, gt=0, description="Longest time (seconds) for one answer; then it scores 0.")
-    workers: int = Field(2, ge=1, description="Processes that check answers side by side.")
+    timeout_seconds: float = Field(
+        5.0,
+        gt=0,
+        description=(
+            "`math` and `reasoning_gym`: longest processor time (seconds) for one answer; then it scores 0 and counts"
+            " in `reward/timeouts`."
+        ),
+    )
+    wall_timeout_seconds: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "Longest wall time (seconds) for one answer, or for one call of your own function; null: 10 times"
+            " `timeout_seconds`. At least `timeout_seconds`."
+        ),
+    )
+    workers: int = Field(2, ge=1, description="Processes in which `math` and `reasoning_gym` judge in parallel.")
     on_error: Literal["stop", "zero"] = Field(
-        "stop", description="When a reward raises: stop the run, or score 0 and count it."
+        "stop",
+        description=(
+            "When your own function raises, exits, exceeds its time or returns no number: stop the run, or score 0,"
+            " count and log it."
+        ),
     )

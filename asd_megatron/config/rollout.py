@@ -19,9 +19,19 @@ class Rollout(Section):
             " the dumps of an earlier run."
         ),
     )
-    replay_folder: Text | None = Field(None, description="The folder of dumps that `replay` reads: a run's `rollouts`.")
+    replay_folder: Text | None = Field(
+        None, description="`replay`: the run folder whose rollout dumps are read, or its folder `rollouts`."
+    )
     max_batch_size: int = Field(
         256, ge=1, description="`embedded`: responses that a model-parallel group samples at once."
+    )
+    collect_timeout: float = Field(
+        3600.0,
+        gt=0,
+        description=(
+            "Seconds within which the engine must finish at least one more group (`embedded`: all of them); otherwise"
+            " the run saves its state and stops."
+        ),
     )
 
     overlap: bool = Field(
@@ -32,22 +42,22 @@ class Rollout(Section):
         1.0,
         ge=1,
         description=(
-            "`sglang`: problems asked for over problems trained on; the groups that finish last are cut, so short"
-            " responses are preferred."
+            "`sglang`: problems requested over problems trained on; the groups that finish last are cancelled, which"
+            " prefers short responses."
         ),
     )
     partial_rollouts: bool = Field(
         False,
         description=(
-            "`sglang` with `oversampling`: keep what the cut groups have, and let them go on in the next step under its"
-            " weights."
+            "`sglang` with `oversampling`: keep the tokens of cancelled groups, and continue them in the next step"
+            " under its weights."
         ),
     )
     max_staleness: int = Field(
         1,
         ge=0,
         description=(
-            "`sglang`: a group with a response that was begun more than this many weight versions ago is drawn again."
+            "`sglang`: groups with a response staler than this many weight versions are discarded and resampled."
         ),
     )
 
@@ -80,33 +90,34 @@ class Rollout(Section):
         None,
         description=(
             "`sglang`: `start` starts a sglang-router before the servers and generates through it; a URL uses a running"
-            " one; null spreads the requests over the servers without one."
+            " one; null distributes the requests without a router."
         ),
     )
     max_concurrent_requests: int = Field(
-        256, ge=1, description="`sglang`: responses in the making on one server; the others wait."
+        256, ge=1, description="`sglang`: responses in flight on one server; further ones wait."
     )
     request_timeout: float = Field(
-        3600.0, gt=0, description="`sglang`: seconds for one response, after which it is made again elsewhere."
+        3600.0, gt=0, description="`sglang`: seconds for one response, after which it is retried on another server."
     )
     max_retries: int = Field(
-        3, ge=0, description="`sglang`: times a failed response is made again before its group is given up."
+        3, ge=0, description="`sglang`: times a failed response is retried before its group is given up."
     )
     placement: Literal["disaggregated", "colocated"] = Field(
         "disaggregated",
         description=(
             "`sglang`: `disaggregated`: the servers have devices of their own; `colocated`: they share the trainer's"
-            " devices, and give their memory back while it trains."
+            " devices, and release their memory while it trains."
         ),
     )
     offload_optimizer: bool = Field(
-        False, description="`colocated`: keep the optimizer's state in host memory while rollouts are made."
+        False, description="`colocated`: keep the optimizer's state in host memory while rollouts are generated."
     )
     weight_sync: Literal["distributed", "cuda_ipc", "disk"] = Field(
         "distributed",
         description=(
-            "`sglang`: how weights reach the servers (docs/weight_sync.md). `distributed`: broadcast, NCCL or gloo;"
-            " `cuda_ipc`: shared device memory, for `colocated`; `disk`: a folder that the servers read too."
+            "`sglang`: transport of the weights to the servers (docs/weight_sync.md). `distributed`: broadcast, NCCL or"
+            " gloo; `cuda_ipc`: shared device memory, for one `colocated` server; `disk`: a folder that the servers"
+            " read."
         ),
     )
     weight_sync_folder: Text | None = Field(
@@ -119,26 +130,29 @@ class Rollout(Section):
         180.0,
         gt=0,
         description=(
-            "`sglang`: seconds for one bucket, or for the servers to read a folder; a server that hangs is noticed"
-            " after them."
+            "`sglang`: seconds for one bucket, or for the servers to read a folder, after which a server counts as"
+            " hanging."
         ),
     )
     weight_sync_address: Text | None = Field(
         None,
         description=(
-            "`weight_sync: distributed`: the trainer's address that the servers meet it at; null: that of the interface"
-            " from which they are reached."
+            "`weight_sync: distributed`: the trainer's address to which the servers connect; null: that of the"
+            " interface from which they are reached."
         ),
     )
-    receipt: bool = Field(
+    verify_weights: bool = Field(
         True,
         description=(
             "`sglang`: after every weight update compare the servers' checksum of each tensor, and their log-probs of a"
-            " fixed sequence, with the trainer's; a difference stops the run."
+            " fixed sequence (the probe), with the trainer's. A wrong checksum stops the run; log-probs beyond"
+            " `verify_tolerance` warn, and stop it after the second update in a row."
         ),
     )
-    receipt_tolerance: float | None = Field(
+    verify_tolerance: float | None = Field(
         None,
         gt=0,
-        description="Largest difference of those log-probs (nats); null: 1e-3 in float32, 0.5 in bfloat16.",
+        description=(
+            "Largest mean absolute difference of the probe's log-probs (nats); null: 1e-3 in float32, 0.1 in bfloat16."
+        ),
     )

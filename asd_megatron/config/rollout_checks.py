@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -12,12 +13,12 @@ from asd_megatron.distributed.addresses import is_loopback
 if TYPE_CHECKING:
     from asd_megatron.config.recipe import Recipe
 
-ANY_ENGINE = ("engine", "replay_folder", "max_batch_size")
+ANY_ENGINE = ("engine", "replay_folder", "max_batch_size", "collect_timeout")
 STARTED_ONLY = ("servers", "server_devices", "server_tensor_parallel", "server_args", "server_python")
 
 
 def rollout_findings(recipe: Recipe) -> Iterator[str]:
-    """What is wrong with the section, one finding a yield, each with what to change."""
+    """What cannot work in the section, one finding a yield, each with its remedy."""
     rollout = recipe.rollout
     if rollout.engine != "sglang":
         for key in _changed(rollout, *(k for k in Rollout.model_fields if k not in ANY_ENGINE)):
@@ -28,20 +29,64 @@ def rollout_findings(recipe: Recipe) -> Iterator[str]:
     yield from _off_policy(recipe)
 
 
-def device_findings(rollout: Rollout) -> Iterator[str]:
-    """What cannot work on a machine with CUDA devices."""
-    if rollout.engine != "sglang":
+def device_findings(rollout: Rollout, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """What cannot work on a machine with CUDA devices. `environment`: the variables of a trainer's rank, which say
+    which devices the trainer's ranks on this machine use."""
+    if rollout.engine != "sglang" or rollout.server_urls:
         return
     if rollout.placement == "colocated" and rollout.weight_sync == "distributed":
         yield (
             "rollout.weight_sync distributed: NCCL does not connect two processes on one device, and colocated servers"
             " are on the trainer's: set rollout.weight_sync cuda_ipc (or disk)"
         )
-    if rollout.placement == "disaggregated" and not rollout.server_urls and not rollout.server_devices:
+    if any(name.lstrip("-") == "device" and value == "cpu" for name, value in rollout.server_args.items()):
+        yield (
+            "rollout.server_args device cpu: a trainer on CUDA devices sends its weights to servers on CUDA devices"
+            " alone: leave it out"
+        )
+    if rollout.placement == "disaggregated" and not rollout.server_devices:
         yield (
             "rollout.server_devices is empty, so the servers would take the trainer's devices: name theirs, one text a"
             ' server ("4,5"), or set rollout.placement colocated'
         )
+    if rollout.servers > 1 and not rollout.server_devices and rollout.placement == "colocated":
+        yield (
+            f"rollout.server_devices is empty, so {rollout.servers} servers would share the same devices: name theirs,"
+            ' one text a server ("0,1"), or set rollout.servers 1'
+        )
+    if environment.get("RANK", "0") == environment.get("LOCAL_RANK", "0"):  # the first machine, which has the servers
+        yield from _shared_devices(rollout, trainer_devices(environment))
+
+
+def trainer_devices(environment: Mapping[str, str]) -> list[str]:
+    """The devices of the trainer's ranks on this machine, as CUDA_VISIBLE_DEVICES names them."""
+    ranks = int(environment.get("LOCAL_WORLD_SIZE") or 1)
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(index) for index in range(ranks)]
+    return [name.strip() for name in visible.split(",")][:ranks]
+
+
+def _shared_devices(rollout: Rollout, trainers: list[str]) -> Iterator[str]:
+    """Servers on devices of the trainer that must not be there, or the reverse. A device may be named by its number or
+    its UUID; names of different kinds are not compared."""
+    servers = [name for entry in rollout.server_devices for name in _devices(entry)]
+    shared = [name for name in trainers if name in servers]
+    comparable = {name.isdigit() for name in trainers} == {name.isdigit() for name in servers}
+    if rollout.placement == "disaggregated" and shared:
+        yield (
+            f"rollout.server_devices names {', '.join(shared)}, on which the trainer's ranks run: name other devices,"
+            " or set rollout.placement colocated"
+        )
+    if rollout.weight_sync == "cuda_ipc" and servers and comparable and trainers[0] not in servers:
+        yield (
+            f"rollout.weight_sync cuda_ipc shares the memory of the trainer's first device, {trainers[0]}, and"
+            f" rollout.server_devices does not name it: add it, or set rollout.weight_sync disk"
+        )
+
+
+def _devices(entry: str) -> list[str]:
+    return [name.strip() for name in entry.split(",")]
 
 
 def _changed(rollout: Rollout, *keys: str) -> list[str]:
@@ -52,7 +97,7 @@ def _servers(rollout: Rollout) -> Iterator[str]:
     if rollout.server_urls:
         for key in _changed(rollout, *STARTED_ONLY):
             yield (
-                f"rollout.{key} is about servers that the run starts, and rollout.server_urls names running ones: leave"
+                f"rollout.{key} is for servers that the run starts, and rollout.server_urls names running ones: leave"
                 " one of the two out"
             )
         if rollout.router == "start":
@@ -70,18 +115,34 @@ def _servers(rollout: Rollout) -> Iterator[str]:
             yield f"rollout.server_urls: {url!r} is no URL; write it like http://127.0.0.1:30000"
     if len(set(rollout.server_urls)) < len(rollout.server_urls):
         yield "rollout.server_urls names a server twice: name each once"
-    if rollout.server_devices and len(rollout.server_devices) != rollout.servers:
-        yield (
-            f"rollout.server_devices names the devices of {len(rollout.server_devices)} servers and rollout.servers is"
-            f" {rollout.servers}: give one text a server"
-        )
+    yield from _server_devices(rollout)
     if not rollout.server_urls and rollout.router not in (None, "start"):
         yield (
-            "rollout.router names a running router, which knows nothing of servers that the run starts: set it to"
+            "rollout.router names a running router, which does not know the servers that the run starts: set it to"
             " `start`, or give rollout.server_urls too"
         )
     if rollout.router not in (None, "start") and urlsplit(rollout.router).scheme not in ("http", "https"):
         yield f"rollout.router {rollout.router!r} is neither `start` nor a URL like http://127.0.0.1:31000"
+
+
+def _server_devices(rollout: Rollout) -> Iterator[str]:
+    if not rollout.server_devices:
+        return
+    if len(rollout.server_devices) != rollout.servers:
+        yield (
+            f"rollout.server_devices names the devices of {len(rollout.server_devices)} servers and rollout.servers is"
+            f" {rollout.servers}: give one text a server"
+        )
+    for entry in rollout.server_devices:
+        if len(_devices(entry)) != rollout.server_tensor_parallel:
+            yield (
+                f"rollout.server_devices {entry!r}: a server with rollout.server_tensor_parallel"
+                f" {rollout.server_tensor_parallel} needs as many devices: change one of the two"
+            )
+    names = [name for entry in rollout.server_devices for name in _devices(entry)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        yield f"rollout.server_devices names device {twice} twice: give every server devices of its own"
 
 
 def _weight_sync(rollout: Rollout) -> Iterator[str]:
@@ -89,10 +150,30 @@ def _weight_sync(rollout: Rollout) -> Iterator[str]:
         yield (
             "rollout.weight_sync_folder is read only with rollout.weight_sync disk: set that, or leave the folder out"
         )
-    if rollout.weight_sync == "cuda_ipc" and rollout.placement != "colocated":
+    if rollout.weight_sync != "distributed" and rollout.weight_sync_address is not None:
+        yield (
+            "rollout.weight_sync_address is read only with rollout.weight_sync distributed: set that, or leave the"
+            " address out"
+        )
+    if rollout.weight_sync == "disk":
+        for key in _changed(rollout, "weight_sync_bucket_mib"):
+            yield f"rollout.{key} is not read with rollout.weight_sync disk: leave it out"
+    if rollout.weight_sync == "cuda_ipc" and rollout.server_urls:
+        yield (
+            "rollout.weight_sync cuda_ipc needs a server that the run starts, and rollout.server_urls names running"
+            " ones: set rollout.weight_sync distributed (or disk), or leave rollout.server_urls out"
+        )
+    elif rollout.weight_sync == "cuda_ipc" and rollout.placement != "colocated":
         yield (
             "rollout.weight_sync cuda_ipc shares the memory of one device: set rollout.placement colocated, or"
             " rollout.weight_sync distributed"
+        )
+    if rollout.weight_sync == "cuda_ipc" and rollout.servers > 1:
+        yield (
+            "rollout.weight_sync cuda_ipc reaches only a server that sees the trainer's first device, and"
+            f" rollout.servers is {rollout.servers}: set rollout.servers 1 with rollout.server_tensor_parallel over all"
+            " devices, or rollout.weight_sync disk, or rollout.placement disaggregated with rollout.weight_sync"
+            " distributed"
         )
     if rollout.weight_sync == "distributed":
         if rollout.weight_sync_address in ("0.0.0.0", "::"):
@@ -106,11 +187,14 @@ def _weight_sync(rollout: Rollout) -> Iterator[str]:
                 f"rollout.weight_sync_address {rollout.weight_sync_address} cannot be reached from {far[0]}: name this"
                 " machine's address on the cluster's network"
             )
-    if not rollout.receipt and rollout.receipt_tolerance is not None:
-        yield "rollout.receipt_tolerance is read only with rollout.receipt true: set that, or leave the tolerance out"
+    if not rollout.verify_weights and rollout.verify_tolerance is not None:
+        yield (
+            "rollout.verify_tolerance is read only with rollout.verify_weights true: set that, or leave the tolerance"
+            " out"
+        )
     if rollout.offload_optimizer and rollout.placement != "colocated":
         yield (
-            "rollout.offload_optimizer makes room for servers on the trainer's devices: set rollout.placement"
+            "rollout.offload_optimizer frees memory for servers on the trainer's devices: set rollout.placement"
             " colocated, or rollout.offload_optimizer false"
         )
 
@@ -119,13 +203,13 @@ def _off_policy(recipe: Recipe) -> Iterator[str]:
     rollout = recipe.rollout
     if rollout.partial_rollouts and rollout.oversampling == 1:
         yield (
-            "rollout.partial_rollouts keeps what over-sampling cuts, and rollout.oversampling is 1: raise it, or set"
+            "rollout.partial_rollouts keeps what over-sampling cancels, and rollout.oversampling is 1: raise it, or set"
             " rollout.partial_rollouts false"
         )
     if rollout.partial_rollouts and recipe.sampling.stop:
         yield (
-            "rollout.partial_rollouts: a stop string (sampling.stop) across the place where a response was interrupted"
-            " would be missed: use sampling.stop_token_ids, or set rollout.partial_rollouts false"
+            "rollout.partial_rollouts: a stop string (sampling.stop) that spans the interruption of a response would be"
+            " missed: use sampling.stop_token_ids, or set rollout.partial_rollouts false"
         )
     for key in ("overlap", "partial_rollouts"):
         if not getattr(rollout, key):
@@ -136,9 +220,9 @@ def _off_policy(recipe: Recipe) -> Iterator[str]:
                 " masked"
             )
         if rollout.max_staleness == 0:
-            yield f"rollout.max_staleness 0 leaves nothing of what rollout.{key} makes: set it to 1 or more"
+            yield f"rollout.max_staleness 0 discards every rollout of rollout.{key}: set it to 1 or more"
     if rollout.overlap and rollout.placement == "colocated":
         yield (
-            "rollout.overlap generates while the trainer works, and colocated servers have given their memory to it by"
-            " then: set rollout.placement disaggregated, or rollout.overlap false"
+            "rollout.overlap generates while the trainer works, and colocated servers release their memory then: set"
+            " rollout.placement disaggregated, or rollout.overlap false"
         )

@@ -15,7 +15,10 @@ class Generation(Section):
     stop: TextList = Field((), description="Strings that end a response.")
     stop_token_ids: TokenIdList | None = Field(
         None,
-        description="Token ids that end a response; null: the end tokens of the tokenizer and the generation config.",
+        description=(
+            "Token ids that end a response; null: the end tokens of the tokenizer, generation_config.json and"
+            " config.json."
+        ),
     )
 
 

@@ -11,6 +11,8 @@ from yaml.constructor import ConstructorError
 
 from asd_megatron.errors import UserError
 
+MAX_DIGITS = 21  # of a 64-bit number with its sign
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2's core schema."""
@@ -31,7 +33,15 @@ class _Loader(yaml.SafeLoader):
                 seen[key] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+        """A whole number of at most 64 bits. Nothing in a recipe is larger; Python itself refuses very long ones."""
+        value = int(node.value) if len(node.value) <= MAX_DIGITS else 2**64
+        if not -(2**63) <= value < 2**64:
+            raise ConstructorError(None, None, "a whole number of more than 64 bits", node.start_mark)
+        return value
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
 _FLOAT = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
@@ -46,12 +56,16 @@ def parse_yaml(text: str, source: str) -> Any:
     """Parse one YAML document. Raises UserError that names `source`, the line and the column."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML: nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
         raise UserError(f"{where}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {error}") from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # `!!float x` and the like
+        raise UserError(f"{source}: a value does not fit its YAML tag: {error}") from None
 
 
 def read_yaml(path: Path, what: str) -> Any:

@@ -1,53 +1,112 @@
-r"""Where the answer is in a mathematical text: the last `\boxed{...}`, the last `#### N`. In linear time."""
+r"""Where the final answer stands in a text: answer tags, the last `\boxed{...}`, the last `#### N`. In linear time."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-BOXED = r"\boxed"
 HASHES = "####"
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character (`\{`) is skipped
+# A box without braces, `\boxed 2`: the rest of its formula, or else one number, symbol or pair of brackets.
+REST_OF_FORMULA = re.compile(r"([^$\n]{0,200}?)[ \t]*(?:\$|\\\)|\\\])")
+PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
+BARE = re.compile(
+    r"[-+]?(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)(?:/\d+)?|\$[^$\n]{1,200}\$|\([^()\n]{1,200}\)|\[[^\[\]\n]{1,200}\]"
+    r"|[A-Za-z](?![A-Za-z'])"
+)
+THINKING = re.compile(r"<\s*(/?)\s*(?:think|thinking|thought|reasoning)\b[^<>]*>", re.IGNORECASE)
+ANSWER = re.compile(r"<\s*(/?)\s*answer\b[^<>]*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Boxed:
-    r"""One `\boxed{content}`; text[start:end] is the whole of it, braces included."""
+    r"""One `\boxed{content}`; text[start:end] is all of it, braces included. Not `closed`: the text ends inside it."""
 
     start: int
     end: int
     content: str
+    closed: bool = True
 
 
 def last_boxed(text: str) -> Boxed | None:
-    r"""The last `\boxed{...}` whose braces balance (`\{` and `\}` do not count), None if there is none."""
-    stop = len(text)
-    while (start := text.rfind(BOXED, 0, stop)) >= 0:
-        # never looks past the next box, so that many unclosed boxes cost no more than one scan of the text
-        box = _read_box(text, start, stop)
-        if box is not None:
-            return box
-        stop = start
-    return None
+    r"""The last box; None if there is none, or if the text ends inside the last one.
 
-
-def _read_box(text: str, start: int, stop: int) -> Boxed | None:
-    i = start + len(BOXED)
-    while i < stop and text[i].isspace():
-        i += 1
-    if i >= stop or text[i] != "{":
-        return None
-    opening, depth = i, 0
-    while i < stop:
-        if text[i] == "\\":
-            i += 2
-            continue
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return Boxed(start, i + 1, text[opening + 1 : i].strip())
-        i += 1
-    return None
+    Boxes are `\boxed{...}`, `\fbox{...}` and, as in some solutions of MATH, `\boxed 2` without braces. Braces must
+    balance (`\{` and `\}` do not count). Of nested boxes the innermost counts.
+    """
+    box = _last_box(text)
+    return box if box is not None and box.closed else None
 
 
 def last_hashes(text: str) -> str | None:
     """What follows the last `####` on its line, stripped (`#### 72` gives `72`); None if there is no `####`."""
     start = text.rfind(HASHES)
     return None if start < 0 else text[start + len(HASHES) :].partition("\n")[0].strip()
+
+
+def outside_thinking(text: str) -> str | None:
+    """The text without its `<think>...</think>` blocks; None if it ends inside a block.
+
+    A `</think>` without `<think>` ends a block that the prompt opened: everything before it is thinking.
+    `<thinking>`, `<thought>` and `<reasoning>` count too, in upper case or with attributes as well.
+    """
+    kept: list[str] = []
+    start, inside = 0, False
+    for tag in THINKING.finditer(text):
+        if tag[1]:
+            kept = kept if inside else []
+            start, inside = tag.end(), False
+        elif not inside:
+            kept.append(text[start : tag.start()])
+            inside = True
+    return None if inside else "".join([*kept, text[start:]])
+
+
+def marked_answer(text: str) -> str | None:
+    r"""What the text marks as its answer: the content of the last `<answer>` tag (of the last box in it, if any), else
+    of the last box, else what follows the last `####` on its line.
+
+    Empty if the last mark is empty or the text ends inside it; None if the text marks no answer. Think blocks are for
+    the caller to remove.
+    """
+    opening = next((m for m in reversed(list(ANSWER.finditer(text))) if not m[1]), None)
+    if opening is None:
+        box = _last_box(text)
+        return last_hashes(text) if box is None else box.content
+    closing = next((m for m in ANSWER.finditer(text, opening.end()) if m[1]), None)
+    content = text[opening.end() : closing.start() if closing else len(text)].strip()
+    box = _last_box(content)
+    if box is not None:
+        return box.content
+    return content if closing else ""
+
+
+def _last_box(text: str) -> Boxed | None:
+    for command in reversed(list(BOX.finditer(text))):
+        box = _read_box(text, command.start(), command.end())
+        if box is not None:  # else a mere mention: `I use \boxed notation`
+            return box
+    return None
+
+
+def _read_box(text: str, start: int, content: int) -> Boxed | None:
+    cut_off = Boxed(start, len(text), "", closed=False)
+    if content == len(text):
+        return cut_off
+    if text[content] != "{":
+        return _read_bare(text, start, content)
+    depth = 0
+    for brace in BRACE.finditer(text, content):
+        depth += (brace[0] == "{") - (brace[0] == "}")
+        if depth == 0:
+            return Boxed(start, brace.end(), text[content + 1 : brace.start()].strip())
+    return cut_off
+
+
+def _read_bare(text: str, start: int, content: int) -> Boxed | None:
+    formula = REST_OF_FORMULA.match(text, content)
+    if formula is not None and formula[1] and not PROSE.search(formula[1]):
+        return Boxed(start, formula.end(1), formula[1])
+    bare = BARE.match(text, content)
+    return None if bare is None else Boxed(start, bare.end(), bare[0])

@@ -41,7 +41,7 @@ def special_token_texts(tokenizer: PreTrainedTokenizerBase, end_token_ids: Seque
     """The texts of all special tokens and end tokens, longest first (one may contain another)."""
     texts = {str(t) for t in tokenizer.all_special_tokens}
     texts |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    texts |= {str(t) for t in tokenizer.convert_ids_to_tokens(list(end_token_ids))}
+    texts |= {str(t) for t in tokenizer.convert_ids_to_tokens(list(end_token_ids)) if t is not None}
     return tuple(sorted((t for t in texts if t.strip()), key=lambda t: (-len(t), t)))
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from asd_megatron.data.jsonl import DataError, FrozenDict, LineError, freeze, prompt_or_messages, read_jsonl, text_field
+from asd_megatron.data.jsonl import (
+    DataError,
+    FrozenDict,
+    LineError,
+    freeze,
+    optional_text_field,
+    prompt_or_messages,
+    read_jsonl,
+    scalar_field,
+)
 from asd_megatron.data.shapes import SHAPES, shape_of
 from asd_megatron.records import Problem
 
@@ -42,9 +50,10 @@ class ProblemSet:
 
         A function of (step, n, seed), so that a resumed run needs no other state.
 
-        Shuffled: each epoch of `len(self) // n` steps has an order of its own, and the problems left over sit that
-        epoch out. Not shuffled: the file's order, round and round. Raises DataError if the set has fewer than `n`
-        problems.
+        Shuffled: each epoch of `len(self) // n` steps has an order of its own; the problems left over are dropped for
+        that epoch. Not shuffled: the file's order, repeated. Raises DataError if the set has fewer than `n` problems.
+
+        Example: 5 problems and n = 2 make epochs of two steps; epoch 0 may visit [3, 0], [4, 1] and drop 2.
         """
         total = len(self.problems)
         if n > total:
@@ -61,7 +70,7 @@ class ProblemSet:
 
 @lru_cache(maxsize=4)
 def _order(total: int, seed: int, epoch: int) -> tuple[int, ...]:
-    # sorting by a hash: the same order for ever, whatever the version of a random number library
+    # sorted by a hash: the same order in every version of every random number library
     def key(i: int) -> bytes:
         return hashlib.blake2b(f"order/{seed}/{epoch}/{i}".encode(), digest_size=16).digest()
 
@@ -99,24 +108,13 @@ def load_problems(path: str | Path, *, shuffle: bool = True) -> ProblemSet:
 
 def _problem(line: dict[str, Any]) -> Problem:
     prompt, messages = prompt_or_messages(line)
-    answer = _scalar(line, "answer")
+    answer = scalar_field(line, "answer")
     if answer is None:
         raise LineError("`answer` is missing")
-    solution = text_field(line, "solution")
-    prompt_id = _scalar(line, "id") or _content_hash(prompt, messages, answer)
+    solution = optional_text_field(line, "solution")
+    prompt_id = scalar_field(line, "id") or _content_hash(prompt, messages, answer)
     extra = freeze({k: v for k, v in line.items() if k not in FIELDS})
     return Problem(prompt_id, answer, prompt, messages, solution, extra)
-
-
-def _scalar(line: dict[str, Any], name: str) -> str | None:
-    """Text or a number as text; a whole number loses its `.0`."""
-    value = line.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise LineError(f"`{name}` is too large a number; write it as text")
-        return str(int(value)) if value == int(value) else str(value)
-    text = text_field(line, name)
-    return None if text is None else text.strip()
 
 
 def _content_hash(prompt: str | None, messages: tuple[FrozenDict, ...] | None, answer: str) -> str:

@@ -1,41 +1,34 @@
-"""Prompts and privileged prompts as text and ids (the method's section 4 set-up and Appendix C).
+"""Prompts and privileged prompts as text and token ids (the method's section 4 set-up and Appendix C).
 
-The teacher's prompt is the student's with a block put after the question:
-
-    QUESTION
-
-    Your previous attempt:
-    SOLUTION
-
-    Previous assessment:
-    FEEDBACK
-
-    Now solve this problem step by step.
-
-A part that is not known is left out with its heading; with neither part the teacher's ids are the student's.
+The teacher's prompt is the student's with a block after the question, in the paper's wording
+(`templates.PAPER_WORDING`) or a recipe's own. A part that is not known is left out with its heading; with neither
+demonstration nor feedback the teacher's ids are the student's, so that u is exactly 0.
 """
 
 from __future__ import annotations
 
-import re
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+from asd_megatron.data.chat import TemplateError, render_chat
 from asd_megatron.data.demonstration import clean, count, shorten, special_token_texts
+from asd_megatron.data.templates import (
+    PAPER_WORDING,
+    fill_lines,
+    fill_paragraphs,
+    student_template_fault,
+    teacher_template_fault,
+)
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ATTEMPT_HEADING = "Your previous attempt:"
-ASSESSMENT_HEADING = "Previous assessment:"
-INSTRUCTION = "Now solve this problem step by step."
-
-PLACEHOLDER = re.compile(r"\{(prompt|solution|feedback)\}")
 REMEMBERED = 256  # texts whose tokens are kept
 OWN_ARGUMENTS = (
     "add_generation_prompt",
@@ -47,6 +40,8 @@ OWN_ARGUMENTS = (
     "tokenize",
 )
 
+log = logging.getLogger("asd_megatron")
+
 
 class PromptError(UserError, ValueError):
     """A prompt cannot be rendered, is too long, or its template is unusable."""
@@ -57,7 +52,7 @@ class TeacherLimits:
     """Bounds on a teacher's sequence, in tokens.
 
     The demonstration has at most `max_solution_tokens`; prompt, demonstration and response together at most
-    `max_teacher_tokens` (None: no bound). A demonstration is shortened to make room, but not below
+    `max_teacher_tokens` (None: no bound). A demonstration is shortened to fit, but not below
     `min_solution_tokens`.
     """
 
@@ -76,16 +71,6 @@ class TeacherInfo:
     shortened: bool
 
 
-def privileged_block(solution: str | None, feedback: str | None) -> str:
-    """The block that the teacher's prompt has and the student's has not; empty if nothing is known."""
-    parts = []
-    if solution is not None:
-        parts.append(f"{ATTEMPT_HEADING}\n{solution}")
-    if feedback is not None:
-        parts.append(f"{ASSESSMENT_HEADING}\n{feedback}")
-    return "\n\n".join([*parts, INSTRUCTION]) if parts else ""
-
-
 class PromptRenderer:
     """Renders problems for the student and, with privileged context, for the teacher.
 
@@ -93,8 +78,10 @@ class PromptRenderer:
         format: `chat` renders through the tokenizer's chat template, `raw` through `raw_prompt`.
         system: a system turn for chat problems that do not start with one of their own.
         raw_prompt: text that holds `{prompt}` once; braces elsewhere are plain text.
-        raw_template: the teacher's whole prompt in raw format, with `{prompt}`, `{solution}` and `{feedback}`; a
-            line whose placeholder has no value is left out. None: `raw_prompt`, the ordinary block after `{prompt}`.
+        chat_template: the teacher's last user turn in chat format, with `{prompt}`, `{solution}` and `{feedback}`; a
+            paragraph whose placeholder has no value is left out.
+        raw_template: the teacher's complete prompt in raw format, with the same placeholders; a line whose placeholder
+            has no value is left out. None: `raw_prompt` with the paper's wording in place of `{prompt}`.
         chat_template_kwargs: variables for the chat template (`enable_thinking: false`, for instance).
         max_prompt_tokens: the longest student prompt that is accepted.
         end_token_ids: end tokens beside the tokenizer's own, removed from demonstrations.
@@ -111,21 +98,25 @@ class PromptRenderer:
         system: str | None = None,
         raw_prompt: str = "{prompt}",
         raw_template: str | None = None,
+        chat_template: str = PAPER_WORDING,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         max_prompt_tokens: int = 2048,
         end_token_ids: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.format, self.system = tokenizer, format, system
-        self.raw_prompt, self.raw_template = raw_prompt, raw_template
+        self.raw_prompt, self.raw_template, self.chat_template = raw_prompt, raw_template, chat_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.max_prompt_tokens = max_prompt_tokens
         self.counters: Counter[str] = Counter()
         self._special_tokens = special_token_texts(tokenizer, end_token_ids)
-        # The rollouts of a group share few demonstrations, so their texts come again and again.
+        self._begin: list[int] = []
+        # The rollouts of a group share few demonstrations, so the same texts are tokenised many times.
         self._shorten = lru_cache(REMEMBERED)(partial(shorten, tokenizer))
         self._count = lru_cache(REMEMBERED)(partial(count, tokenizer))
         self._encode = lru_cache(REMEMBERED)(self._encode_text)
         self._check_templates()
+        if format == "raw":
+            self._begin = self._begin_tokens()
 
     def _check_templates(self) -> None:
         if self.format == "chat":
@@ -137,17 +128,16 @@ class PromptRenderer:
             for name in OWN_ARGUMENTS:
                 if name in self.chat_template_kwargs:
                     raise PromptError(f"data.chat_template_kwargs: {name!r} is set by asd_megatron itself; remove it")
+            fault = teacher_template_fault(self.chat_template, paragraphs=True)
+            if fault is not None:
+                raise PromptError(f"privileged.chat_template {fault}")
         elif self.format == "raw":
-            if PLACEHOLDER.findall(self.raw_prompt) != ["prompt"]:
-                raise PromptError(
-                    "data.raw_prompt must hold {prompt} exactly once, and neither {solution} nor {feedback}"
-                )
-            if self.raw_template is not None:
-                found = PLACEHOLDER.findall(self.raw_template)
-                if found.count("prompt") != 1 or "solution" not in found:
-                    raise PromptError(
-                        "privileged.raw_template must hold {prompt} exactly once and {solution}; {feedback} is optional"
-                    )
+            fault = student_template_fault(self.raw_prompt)
+            if fault is not None:
+                raise PromptError(f"data.raw_prompt {fault}")
+            fault = None if self.raw_template is None else teacher_template_fault(self.raw_template, paragraphs=False)
+            if fault is not None:
+                raise PromptError(f"privileged.raw_template {fault}")
         else:
             raise PromptError(f"data.format {self.format!r} does not exist; choose chat or raw")
 
@@ -159,32 +149,34 @@ class PromptRenderer:
 
     def teacher_text(self, problem: Problem, solution: str | None, feedback: str | None) -> str:
         """The teacher's prompt as text, with `solution` as it is given."""
-        block = privileged_block(solution, feedback)
+        values = {"solution": solution, "feedback": feedback}
+        privileged = any(value is not None for value in values.values())
         if self.format == "chat":
-            return self._chat(problem, block)
-        text = self._raw_question(problem)
-        if block and self.raw_template is not None:
-            return _fill(self.raw_template, {"prompt": text, "solution": solution, "feedback": feedback})
-        return _fill(self.raw_prompt, {"prompt": f"{text}\n\n{block}" if block else text})
+            return self._chat(problem, values if privileged else None)
+        question = self._raw_question(problem)
+        if privileged and self.raw_template is not None:
+            return fill_lines(self.raw_template, {"prompt": question, **values})
+        if privileged:
+            question = fill_paragraphs(PAPER_WORDING, {"prompt": question, **values})
+        return fill_lines(self.raw_prompt, {"prompt": question})
 
-    def _chat(self, problem: Problem, block: str) -> str:
+    def _chat(self, problem: Problem, privileged: Mapping[str, str | None] | None) -> str:
+        """The chat prompt; with `privileged` values the last user turn is written by `chat_template`."""
         if problem.messages is not None:
             turns = [dict(m) for m in problem.messages]
         else:
             turns = [{"role": "user", "content": problem.question}]
-        if block:
+        if privileged is not None:
             last = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
-            turns[last]["content"] += f"\n\n{block}"
+            turns[last]["content"] = fill_paragraphs(
+                self.chat_template, {"prompt": turns[last]["content"], **privileged}
+            )
         if self.system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self.system})
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
-            )
-        except Exception as e:  # a template is a program of the model's authors
-            raise PromptError(f"problem {problem.prompt_id}: the chat template failed: {type(e).__name__}: {e}") from e
-        assert isinstance(text, str)
-        return text
+            return render_chat(self.tokenizer, turns, self.chat_template_kwargs)
+        except TemplateError as e:
+            raise PromptError(f"problem {problem.prompt_id}: {e}") from e
 
     def _raw_question(self, problem: Problem) -> str:
         if problem.messages is not None and [m["role"] for m in problem.messages] != ["user"]:
@@ -193,11 +185,27 @@ class PromptRenderer:
             )
         return problem.question
 
-    def _encode_text(self, text: str) -> tuple[int, ...]:
-        # a chat template writes the special tokens itself; raw text gets those that the tokenizer puts around text
-        return tuple(self.tokenizer(text, add_special_tokens=self.format == "raw", verbose=False)["input_ids"])
-
     # --- ids ---
+
+    def _begin_tokens(self) -> list[int]:
+        """The ids that the tokenizer puts before a text (a begin token), which raw prompts get once; those that it puts
+        after a text (an end token) are left out and named in the log, since a prompt does not end there.
+        """
+        probe = self.tokenizer("1", return_special_tokens_mask=True, verbose=False)
+        ids, added = list(probe["input_ids"]), list(probe["special_tokens_mask"])  # [1, 0, 1]: one before, one after
+        text = [i for i, special in enumerate(added) if not special]
+        first, last = (text[0], text[-1] + 1) if text else (len(ids), len(ids))
+        if ids[last:]:
+            log.warning(
+                "data.format raw: the tokenizer appends %s to a text; prompts do not get it",
+                self.tokenizer.convert_ids_to_tokens(ids[last:]),
+            )
+        return ids[:first]
+
+    def _encode_text(self, text: str) -> tuple[int, ...]:
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        # `_begin` is empty for chat prompts, whose template writes the begin token; raw text may hold it already
+        return tuple(ids if ids[: len(self._begin)] == self._begin else self._begin + ids)
 
     def student(self, problem: Problem) -> Prompt:
         """The student's prompt. Raises PromptError if it is empty or longer than `max_prompt_tokens`."""
@@ -272,13 +280,3 @@ class PromptRenderer:
             tokens = self._count(solution)
         self.counters["demonstration_shortened"] += shortened
         return ids, TeacherInfo(solution, tokens, shortened)
-
-
-def _fill(template: str, values: Mapping[str, str | None]) -> str:
-    """Replace the placeholders; a template line that holds one without a value is left out."""
-    lines = [
-        line
-        for line in template.splitlines(keepends=True)
-        if all(values.get(name) is not None for name in PLACEHOLDER.findall(line))
-    ]
-    return PLACEHOLDER.sub(lambda m: values[m[1]] or "", "".join(lines))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asd_megatron.data.jsonl import DataError, LineError, prompt_or_messages, read_jsonl, text_field
+from asd_megatron.data.jsonl import DataError, LineError, prompt_or_messages, read_jsonl, scalar_field, text_field
 from asd_megatron.data.prompts import PromptError, PromptRenderer
 from asd_megatron.records import Problem
 
@@ -54,7 +54,7 @@ def _example(
     response = text_field(line, "response")
     if response is None:
         raise LineError("`response` is missing")
-    problem = Problem(str(line.get("id", f"of line {number}")), "", prompt, messages)
+    problem = Problem(scalar_field(line, "id") or f"of line {number}", "", prompt, messages)
     prompt_ids = renderer.student(problem).ids
     ids = tuple(renderer.tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
     if ids[-1:] != (end_token_id,):

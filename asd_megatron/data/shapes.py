@@ -1,16 +1,20 @@
-r"""The shapes of problem file that are read as they are.
+r"""The shapes of problem file that are read without conversion.
 
-A file has one shape, recognised by the fields of its first line.
+A file has one shape, recognised by the fields of its first line that are not null, in this order:
 
 =============  ===========================  ==========================================================================
 shape          first line has               read as
 =============  ===========================  ==========================================================================
-`canonical`    `prompt` or `messages`       the fields' own names
-`competition`  `problem`                    prompt = `problem`; answer = `answer`, or if the file has none the last
-                                            `\boxed{}` of `solution`; solution = `solution`; id = `id`, else `idx`
-`gsm8k`        `question`, no `problem`     prompt = `question`; `answer` must end in a line `#### N`: answer = N,
-solution =
-                                            the whole of `answer` without the calculator marks `<<...>>`
+`canonical`    `prompt`, or `messages`      the fields' own names
+               that end with a user turn
+               beside `answer`
+`competition`  `problem`                    prompt = `problem`; answer = `answer`, or without one the last
+                                            `\boxed{}` of `solution`; solution = `solution`; id = `id`, else `idx`;
+                                            `messages` (problem and response as chat turns) are dropped
+`gsm8k`        `question`                   prompt = `question`; `answer` must end in a line `#### N`: answer = N,
+                                            solution = all of `answer` without the calculator marks `<<...>>`;
+                                            `messages` are dropped
+`canonical`    `messages`                   the fields' own names
 =============  ===========================  ==========================================================================
 
 Each function takes a line's object and returns a canonical one, or raises LineError.
@@ -23,7 +27,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from asd_megatron.data.answers import HASHES, last_boxed, last_hashes
-from asd_megatron.data.jsonl import LineError, text_field
+from asd_megatron.data.jsonl import LineError, ends_with_user_turn, optional_text_field, text_field
 
 Line = dict[str, Any]
 CALCULATOR = re.compile(r"<<[^<>\n]*>>")
@@ -31,12 +35,13 @@ CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 def shape_of(line: Line) -> str:
     """The shape of a file whose first line is `line`. Raises LineError if it is none of them."""
-    if "prompt" in line or "messages" in line:
+    given = {name for name, value in line.items() if value is not None}
+    other = given & {"problem", "question"}
+    if "prompt" in given or ends_with_user_turn(line.get("messages")) and ("answer" in given or not other):
         return "canonical"
-    if "problem" in line:
-        return "competition"
-    if "question" in line:
-        return "gsm8k"
+    for field, shape in (("problem", "competition"), ("question", "gsm8k"), ("messages", "canonical")):
+        if field in given:
+            return shape
     found = ", ".join(f"`{k}`" for k in line) or "none"
     raise LineError(f"no `prompt` or `messages` (fields: {found}); docs/data.md lists the fields of a problem file")
 
@@ -46,14 +51,14 @@ def canonical(line: Line) -> Line:
 
 
 def competition(line: Line) -> Line:
-    problem, solution = text_field(line, "problem"), text_field(line, "solution")
+    problem, solution = text_field(line, "problem"), optional_text_field(line, "solution")
     if problem is None:
         raise LineError("`problem` is missing (the first line of this file has it)")
-    out = {k: v for k, v in line.items() if k not in ("problem", "idx")}
+    out = {k: v for k, v in line.items() if k not in ("problem", "idx", "messages")}
     out["prompt"] = problem
     if line.get("id") is None and line.get("idx") is not None:
         out["id"] = line["idx"]
-    if line.get("answer") is None:
+    if line.get("answer") is None or isinstance(line["answer"], str) and not line["answer"].strip():
         boxed = last_boxed(solution or "")
         if boxed is None or not boxed.content:
             raise LineError("no `answer`, and no `\\boxed{...}` in `solution` to take it from")
@@ -70,7 +75,7 @@ def gsm8k(line: Line) -> Line:
         raise LineError(
             f"`answer` has no final line `{HASHES} N`; to give a plain answer name the fields `prompt` and `answer`"
         )
-    out = {k: v for k, v in line.items() if k not in ("question", "answer", "solution")}
+    out = {k: v for k, v in line.items() if k not in ("question", "answer", "solution", "messages")}
     return out | {"prompt": question, "answer": answer, "solution": CALCULATOR.sub("", worked).strip()}
 
 

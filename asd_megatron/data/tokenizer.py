@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,10 @@ from asd_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\ufffd"  # what a token id that the tokenizer does not have is decoded as
+
+log = logging.getLogger("asd_megatron")
 
 
 class TokenizerError(UserError, ValueError):
@@ -39,36 +45,138 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def has_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    """Whether the tokenizer has a token of this id."""
+    # ids are 32-bit in the tokenizers library, which raises for larger ones
+    return 0 <= token_id < 1 << 32 and tokenizer.convert_ids_to_tokens(token_id) is not None
+
+
+# ---------------------------------------------------------------- end tokens
+
+
 def end_token_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a response: those of generation_config.json, then the tokenizer's own."""
-    path = Path(folder) / "generation_config.json"
-    ids: list[Any] = []
-    if path.is_file():
-        try:
-            value = json.loads(path.read_text("utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as e:
-            raise TokenizerError(f"{path} is not a JSON object: {e}") from e
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-        if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
-            raise TokenizerError(f"{path}: `eos_token_id` must be a token id or a list of them, found {value!r}")
+    """The tokens that end a response: `eos_token_id` of generation_config.json, the tokenizer's own, and
+    `eos_token_id` of config.json, in this order and each once.
+
+    The union, because SGLang stops at all of them whatever a request says; transformers reads config.json only when
+    there is no generation_config.json. An id that the tokenizer does not have is left out with a warning.
+    """
+    folder = Path(folder)
+    named = [(i, "generation_config.json") for i in _eos_token_ids(folder / "generation_config.json")]
     if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(ids))
+        named.append((tokenizer.eos_token_id, "the tokenizer"))
+    named += [(i, "config.json") for i in _eos_token_ids(folder / "config.json")]
+    found: dict[int, None] = {}
+    unknown: dict[int, str] = {}
+    for token_id, source in named:
+        if has_token(tokenizer, token_id):
+            found[token_id] = None
+        else:
+            unknown.setdefault(token_id, source)
+    for token_id, source in unknown.items():
+        log.warning(
+            "%s: eos_token_id %d of %s is not a token of the tokenizer, so it is left out: responses end at %s. "
+            "Correct the file, or name the end tokens in sampling.stop_token_ids",
+            folder,
+            token_id,
+            source,
+            list(found) or "no token",
+        )
+    return tuple(found)
+
+
+def _eos_token_ids(path: Path) -> list[int]:
+    """`eos_token_id` of a JSON file as a list; [] if the file or the key is missing, or null."""
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise TokenizerError(f"{path} cannot be read: {type(e).__name__}: {e}; download the model again") from e
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} is not a JSON object: download the model again")
+    value: Any = content.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
+        raise TokenizerError(f"{path}: `eos_token_id` must be a token id or a list of them, found {value!r:.80}")
+    return ids
+
+
+def check_stop_token_ids(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
+    """Raise TokenizerError unless the tokenizer has every id of `sampling.stop_token_ids`."""
+    unknown = [i for i in ids if not has_token(tokenizer, i)]
+    if unknown:
+        raise TokenizerError(
+            f"sampling.stop_token_ids: the tokenizer has no token {', '.join(map(str, unknown))} (its ids go up to "
+            f"{_largest_id(tokenizer)}): correct the id, or leave the key out for the model's own end tokens"
+        )
+
+
+# ---------------------------------------------------------------- vocabulary
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise TokenizerError unless every id of the tokenizer is a row of the model's `vocab_size` embeddings."""
-    needed = max(tokenizer.get_vocab().values()) + 1
+    """Raise TokenizerError unless every id of the tokenizer is a row of the model's `vocab_size` embeddings; warn when
+    rows are left over, whose ids can be sampled but have no text.
+    """
+    needed = _largest_id(tokenizer) + 1
     if needed > vocab_size:
         raise TokenizerError(
             f"the model's vocabulary is smaller than the tokenizer's: vocab_size is {vocab_size}, "
             f"the tokenizer has ids up to {needed - 1}. "
             "The folder mixes two models, or tokens were added without resizing the embeddings"
         )
+    tokens = len(set(tokenizer.get_vocab().values()))
+    if tokens < vocab_size:
+        log.warning(
+            "the model has %s embeddings and the tokenizer %s tokens: %s ids have no text. They are almost never "
+            "sampled; one that is reads as U+FFFD in the response and counts in rollouts/undecodable_tokens",
+            f"{vocab_size:,}",
+            f"{tokens:,}",
+            f"{vocab_size - tokens:,}",
+        )
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of response ids: without special tokens, otherwise exactly as written."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values(), default=-1)
+
+
+# ---------------------------------------------------------------- text
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of token ids exactly as written: the tokenizer's clean-up of spaces ("x != y ." -> "x!= y.") is off.
+
+    An id that the tokenizer does not have becomes U+FFFD: [5, 151935, 5] -> "a\ufffda".
+    """
+    ids = list(ids)
+    unknown = _unknown(tokenizer, ids)
+    if not unknown:
+        return _decode(tokenizer, ids, skip_special_tokens)
+    return "".join(
+        REPLACEMENT * len(part) if missing else _decode(tokenizer, part, skip_special_tokens)
+        for missing, part in _runs(ids, unknown)
+    )
+
+
+def undecodable(tokenizer: PreTrainedTokenizerBase, responses: Iterable[Sequence[int]]) -> int:
+    """How many tokens of the responses have an id that the tokenizer does not have."""
+    responses = list(responses)
+    unknown = _unknown(tokenizer, {i for ids in responses for i in ids})
+    return sum(i in unknown for ids in responses for i in ids) if unknown else 0
+
+
+def _unknown(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> set[int]:
+    return {i for i in set(ids) if not has_token(tokenizer, i)}
+
+
+def _runs(ids: Sequence[int], unknown: set[int]) -> Iterator[tuple[bool, list[int]]]:
+    """Runs of known and of unknown ids, in order."""
+    for missing, part in groupby(ids, key=unknown.__contains__):
+        yield missing, list(part)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text

@@ -7,7 +7,7 @@ from typing import Any
 
 from asd_megatron.gym.tasks import findings, parameters_of, registry, why_unusable
 
-LONGEST = 40  # characters of a default that is shown whole
+LONGEST = 40  # characters of a default that is shown in full
 
 INTRO = """\
 # The tasks of reasoning-gym

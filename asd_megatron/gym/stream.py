@@ -1,8 +1,7 @@
 """Problems of one reasoning-gym task: an endless stream to train on, a fixed list that is held out.
 
-Held out are the first distinct items of seed 0; a training step draws from a seed of its own out of a disjoint range,
-and skips every question that is held out. Both are functions of the task, its parameters and `test_problems`, whatever
-else a recipe says.
+The held-out problems are the first distinct items of seed 0. A training step draws from a seed of its own out of a
+disjoint range and skips every held-out question. Both depend on the task, its parameters and `test_problems` alone.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from asd_megatron.errors import UserError
 from asd_megatron.gym.tasks import PREFIX, answer_text, digest, make_dataset, make_item
 from asd_megatron.records import Problem
 
-TEST_SEED = 0  # items of seed s and index i are those of seed s + 1 and index i - 1: the ranges must not touch
+TEST_SEED = 0  # item i of seed s is item i - 1 of seed s + 1, so the ranges of seeds must be far apart
 TRAIN_SEEDS = range(1 << 20, 1 << 31)  # NumPy takes seeds below 2^32
 DRAWS = 10  # items drawn, at most, for each one wanted
-LOOKED_AT = 100  # training problems whose prompts are measured before the first step
+LOOKED_AT = 100  # training problems whose prompt lengths are checked before the first step
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Task:
         for index in range(size):
             try:
                 item = make_item(dataset, index)
-            except Exception as e:  # some generators give up on some items, always on the same ones
+            except Exception as e:  # some generators fail on some items, always on the same ones
                 failure = f", and failed on others ({type(e).__name__}: {e})"
                 continue
             question = item["question"]
@@ -84,7 +83,7 @@ class Drawn:
 
 @lru_cache(maxsize=4)
 def _held_out(name: str, parameters: str, n: int) -> tuple[Problem, ...]:
-    """Kept, as both the training stream and the held-out list need it."""
+    """Cached, because both the training stream and the held-out list need it."""
     drawn = Task(name, json.loads(parameters), n).draw(TEST_SEED, n)
     if len(drawn.problems) < n:
         raise UserError(

@@ -1,6 +1,6 @@
 """The tasks of the reasoning-gym package: which can be used, with which parameters, and their items.
 
-Light on purpose: reward workers import it to make an item anew.
+Without heavy imports at module level, because reward workers import it to generate an item again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from asd_megatron.errors import UserError, did_you_mean
 
 PREFIX = "reasoning_gym:"
 COMPOSITE = "composite"
-OURS = ("seed", "size")  # which items a split has is not the recipe's to say
+OURS = ("seed", "size")  # set by asd_megatron, which decides the items of each split
 PAGE = "docs/reasoning_gym_tasks.md"
 FINDINGS = Path(__file__).with_name("findings.json")
 MOST_TEST_PROBLEMS = 10_000
@@ -50,17 +50,17 @@ def registry() -> Mapping[str, tuple[type, type]]:
 
 @cache
 def findings() -> Mapping[str, Mapping[str, Any]]:
-    """What a sweep over all tasks found of each (tools/sweep_reasoning_gym.py)."""
+    """What a sweep over all tasks found about each (tools/sweep_reasoning_gym.py)."""
     return json.loads(FINDINGS.read_text(encoding="utf-8"))["tasks"]  # type: ignore[no-any-return]
 
 
 def why_unusable(task: str) -> str | None:
-    """The reason why a recipe may not name `task`, as far as the sweep found one."""
+    """Why a recipe may not name `task`, as the sweep found; None if it may."""
     return findings().get(task, {}).get("unusable")
 
 
 def check_task(task: str, parameters: Mapping[str, Any]) -> None:
-    """Raises UserError for a task that is unknown or cannot be used, and for parameters that it does not take."""
+    """Raises UserError for a task that is unknown or cannot be used, and for parameters that it does not have."""
     reason = why_unusable(task)
     if reason is not None:
         raise UserError(f"{PREFIX}{task} cannot be used: {reason}. Take another task; {PAGE} lists them")
@@ -72,13 +72,13 @@ def check_task(task: str, parameters: Mapping[str, Any]) -> None:
 
 def make_dataset(task: str, parameters: Mapping[str, Any], *, seed: int, size: int) -> Any:
     """The `reasoning_gym` data set of items 0 to size - 1; item i depends on (task, parameters, seed, size, i) alone.
-    Raises UserError for a task that is unknown and parameters that it does not take."""
+    Raises UserError for a task that is unknown and for parameters that it does not have."""
     config = _config(task, parameters, seed=seed, size=size)
     return registry()[task][0](config)
 
 
 def make_item(dataset: Any, index: int) -> dict[str, Any]:
-    """Item `index` as reasoning-gym makes it (`question`, `answer`, `metadata`); whatever its generator raises."""
+    """Item `index` as reasoning-gym makes it (`question`, `answer`, `metadata`). Its generator may raise anything."""
     with _random_state_kept():
         item = dataset[index]
     return item  # type: ignore[no-any-return]
@@ -91,7 +91,7 @@ def digest(item: Mapping[str, Any]) -> str:
 
 
 def answer_text(item: Mapping[str, Any]) -> str:
-    """The item's answer; empty when it has none (its verifier judges by the rules alone)."""
+    """The item's answer; empty if it has none (then its verifier checks the rules of the task alone)."""
     return "" if item["answer"] is None else str(item["answer"])
 
 
@@ -125,10 +125,10 @@ def _config(task: str, parameters: Mapping[str, Any], *, seed: int, size: int) -
 
 
 def _value(task: str, config_class: type, name: str, value: Any) -> Any:
-    """The parameter as its annotation has it: a YAML list may be a tuple, a text an enum's member."""
+    """The parameter in its annotated type: a YAML list may become a tuple, a text an enum's member."""
     if name in OURS:
         raise UserError(
-            f"data.reasoning_gym: {name} is not given: training and held-out problems have seeds of their own"
+            f"data.reasoning_gym: {name} cannot be set: training and held-out problems have seeds of their own"
             " (data.test_problems says how many are held out)"
         )
     defaults = parameters_of(task)
@@ -164,7 +164,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Some generators seed the global random state of Python or NumPy, which is the program's own."""
+    """Restore the global random state of Python and NumPy, which some generators seed, afterwards."""
     import numpy as np
 
     python, numpy = random.getstate(), np.random.get_state()

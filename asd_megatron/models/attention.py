@@ -1,11 +1,12 @@
-"""Core attention without Transformer Engine: packed (THD) sequences, context parallelism, the cache while sampling."""
+"""Core attention without Transformer Engine: packed (THD) sequences, prefix trees, context parallelism, and the hook
+for the key/value cache of the sampler."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,27 +18,60 @@ from torch.nn.attention.bias import causal_lower_right
 from asd_megatron.records import PackedTokens
 
 MAX_PADDING = 1.5
-"""Rows of a pack share one attention call while padding to the longest costs at most this factor in query-key pairs."""
+"""Rows share one attention call while padding them to the longest multiplies the query-key pairs by at most this."""
 
-SMALL = 8192
-"""Query-key pairs of padding that are cheaper than another call, whatever the factor."""
+SMALL_PADDING = 8192
+"""Query-key pairs of padding that cost less than another call, whatever the factor."""
 
-MAX_STRANGERS = 1.5
-"""Siblings share a row, and with it one copy of the keys before them, while what they must not see of each other costs
-at most this factor in query-key pairs."""
+MAX_CROSS_PAIRS = 1.5
+"""Sibling segments share a row, and with it one copy of the keys before them, while the masked cross-segment pairs
+multiply the row's query-key pairs by at most this."""
 
 MIN_ROWS = 4
-"""A CPU's BLAS multiplies fewer rows by other kernels, which add in another order: a sample would see its company."""
+"""Fewest rows of a matrix product. For fewer, a CPU's BLAS takes other kernels, which sum in another order: a sample's
+numbers would then depend on how many others are in its batch."""
+
+
+class Attends(Protocol):
+    """Attention as `models.decoder` calls it: over the sampler's key/value cache, or over a pack (`PackAttention`)."""
+
+    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
+        """query [s, B, hkv, h / hkv, d], key and value [s, B, hkv, d], after RoPE. Returns [s, B, h * d]."""
+        ...
+
+
+class DecodingCache(Attends, Protocol):
+    """The sampler's key/value cache."""
+
+    def newest(self, hidden: Tensor) -> Tensor:
+        """Hidden states of each row's newest token, [s, B, H] -> [1, B, H]."""
+        ...
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Rows of similar size that attend in one padded call. A row is a stretch, or several that continue the same one.
+class AttentionBucket:
+    """Rows of similar size that attend in one padded call of scaled_dot_product_attention.
 
-    `queries` int64 [n, S] and `keys` int64 [n, K] are tokens of the pack (0 in the padding); `valid` bool [n, S]. A
-    row's keys are those before it on its way from the root, then its own. `mask`: bool [n, 1, S, K] (True: attend),
-    torch's lower-right causal bias where all rows are one stretch of the same size, or None for whole sequences
-    (causal).
+    A row is one segment of the pack, or several siblings (segments with the same parent). Its keys are the tokens on
+    the path from the root to the parent, then its own tokens. Example: a prompt of 6 tokens and its responses A (2
+    tokens) and B (3), so `cu_seqlens` 0 6 8 11 and `parents` (-1, 0, 0). A and B share a row:
+
+        queries  6 7 8 9 10 -        valid  1 1 1 1 1 0        row 0: A and B
+                 0 1 2 3 4  5               1 1 1 1 1 1        row 1: the prompt
+        keys     0 1 2 3 4 5 6 7 8 9 10
+                 0 1 2 3 4 5 - - - - -
+
+        mask of row 0    0 1 2 3 4 5 | 6 7 | 8 9 10            (queries down, keys across)
+            A  6         1 1 1 1 1 1 | 1 . | . . .
+               7         1 1 1 1 1 1 | 1 1 | . . .
+            B  8         1 1 1 1 1 1 | . . | 1 . .             cross-segment pairs (B, A) are computed and masked
+               9         1 1 1 1 1 1 | . . | 1 1 .
+              10         1 1 1 1 1 1 | . . | 1 1 1
+
+    Attributes:
+        queries, keys: int64 [n, S] and [n, K], places in the pack; 0 in the padding. valid: bool [n, S].
+        mask: bool [n, 1, S, K] (True: attend); or torch's lower-right causal bias, where all rows are one segment of
+            the same size; or None (causal), where no row has a parent.
     """
 
     queries: Tensor
@@ -47,128 +81,133 @@ class Bucket:
 
 
 @dataclass
-class _Row:
-    before: np.ndarray  # int64: the tokens on the way from the root
-    spans: list[tuple[int, int]]  # of the stretches: their tokens
+class _SegmentRow:
+    """A row of a bucket before padding. `path`: int64, tokens on the path from the root to the segments' parent."""
+
+    path: np.ndarray
+    spans: list[tuple[int, int]]  # (first token, end) of each segment
     queries: int
-    pairs: int  # of queries and the keys that they see, the causal half included
+    pairs: int  # query-key pairs within each segment and with the path; the causal half is not subtracted
 
     @property
     def keys(self) -> int:
-        return len(self.before) + self.queries
+        return len(self.path) + self.queries
 
     @property
     def own(self) -> np.ndarray:
         return np.concatenate([np.arange(a, e) for a, e in self.spans])
 
     @property
-    def begins(self) -> np.ndarray:
-        """For each query where its stretch begins among the row's own tokens."""
+    def segment_starts(self) -> np.ndarray:
+        """For each query, where its segment begins among the row's own tokens: 0 0 2 2 2 for A and B above."""
         lengths = [e - a for a, e in self.spans]
         return np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
 
 
-def plan_buckets(cu_seqlens: Sequence[int], parents: Sequence[int], device: torch.device) -> list[Bucket]:
-    """Group a pack's stretches into rows, and rows by size. `parents` as in `PackedTokens`: () for whole sequences."""
-    return [_bucket(rows, device) for rows in _alike(_rows(cu_seqlens, parents))]
+def plan_buckets(cu_seqlens: Sequence[int], parents: Sequence[int], device: torch.device) -> list[AttentionBucket]:
+    """Group a pack's segments into rows, and rows of similar size into buckets. `cu_seqlens`, `parents` as in
+    `PackedTokens`: `parents` () for sequences that share nothing."""
+    return [_bucket(rows, device) for rows in _by_size(_rows(cu_seqlens, parents))]
 
 
-def _rows(cu_seqlens: Sequence[int], parents: Sequence[int]) -> list[_Row]:
-    rows: list[_Row] = []
-    last: dict[int, _Row] = {}  # by parent
-    ways: list[np.ndarray] = []  # of each stretch, its own tokens included
+def _rows(cu_seqlens: Sequence[int], parents: Sequence[int]) -> list[_SegmentRow]:
+    """Each segment starts a row or joins the latest row with the same parent."""
+    rows: list[_SegmentRow] = []
+    latest: dict[int, _SegmentRow] = {}  # by parent
+    paths: list[np.ndarray] = []  # of each segment, its own tokens included
     nothing = np.zeros(0, dtype=np.int64)
     for i, (a, e) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
         parent = parents[i] if parents else -1
-        before = ways[parent] if parent >= 0 else nothing
+        path = paths[parent] if parent >= 0 else nothing
         if parents:
-            ways.append(np.concatenate([before, np.arange(a, e)]))
-        length, pairs = e - a, (e - a) * (len(before) + e - a)
-        row = last.get(parent) if parent >= 0 else None
+            paths.append(np.concatenate([path, np.arange(a, e)]))
+        length, pairs = e - a, (e - a) * (len(path) + e - a)
+        row = latest.get(parent) if parent >= 0 else None
         if row is not None and _joins(row, length, pairs):
             row.spans.append((a, e))
             row.queries, row.pairs = row.queries + length, row.pairs + pairs
         else:
-            rows.append(_Row(before, [(a, e)], length, pairs))
-            last[parent] = rows[-1]
+            rows.append(_SegmentRow(path, [(a, e)], length, pairs))
+            latest[parent] = rows[-1]
     return rows
 
 
-def _joins(row: _Row, length: int, pairs: int) -> bool:
+def _joins(row: _SegmentRow, length: int, pairs: int) -> bool:
+    """Whether a segment of `length` tokens joins the row. B joins A above: 5 * (6 + 5) = 55 <= 1.5 * (16 + 27)."""
     queries = row.queries + length
-    return queries * (len(row.before) + queries) <= MAX_STRANGERS * (row.pairs + pairs)
+    return queries * (len(row.path) + queries) <= MAX_CROSS_PAIRS * (row.pairs + pairs)
 
 
-def _alike(rows: list[_Row]) -> list[list[_Row]]:
-    groups: list[list[_Row]] = []
-    wide = long = used = 0  # of the last group: most keys, most queries, query-key pairs without padding
+def _by_size(rows: list[_SegmentRow]) -> list[list[_SegmentRow]]:
+    """Rows from the largest down, into buckets that waste little on padding."""
+    buckets: list[list[_SegmentRow]] = []
+    most_keys = most_queries = used = 0  # of the latest bucket; `used`: its query-key pairs without padding
     for row in sorted(rows, key=lambda r: (r.keys, r.queries), reverse=True):
         pairs = row.keys * row.queries
-        together = (len(groups[-1]) + 1) * wide * max(long, row.queries) if groups else 0
-        if groups and together <= max(MAX_PADDING * (used + pairs), used + pairs + SMALL):
-            groups[-1].append(row)
-            long, used = max(long, row.queries), used + pairs
+        padded = (len(buckets[-1]) + 1) * most_keys * max(most_queries, row.queries) if buckets else 0
+        if buckets and padded <= max(MAX_PADDING * (used + pairs), used + pairs + SMALL_PADDING):
+            buckets[-1].append(row)
+            most_queries, used = max(most_queries, row.queries), used + pairs
         else:
-            groups.append([row])
-            wide, long, used = row.keys, row.queries, pairs
-    return groups
+            buckets.append([row])
+            most_keys, most_queries, used = row.keys, row.queries, pairs
+    return buckets
 
 
-def _bucket(rows: list[_Row], device: torch.device) -> Bucket:
-    # numpy: for small packs the plan would else take as long as the attention
-    wide, long = max(r.keys for r in rows), max(r.queries for r in rows)
-    queries, begins = np.zeros((2, len(rows), long), dtype=np.int64)
+def _bucket(rows: list[_SegmentRow], device: torch.device) -> AttentionBucket:
+    # NumPy: with tensors, planning a small pack would take as long as its attention.
+    width, length = max(r.keys for r in rows), max(r.queries for r in rows)
+    queries, starts = np.zeros((2, len(rows), length), dtype=np.int64)
     for i, row in enumerate(rows):
         queries[i, : row.queries] = row.own
-    at = np.arange(long)
-    valid = at < np.array([[r.queries] for r in rows])
-    known = torch.from_numpy(valid).to(device)
-    where = torch.from_numpy(queries).to(device)
-    depths = np.array([[len(r.before)] for r in rows])
+    at = np.arange(length)
+    valid = torch.from_numpy(at < np.array([[r.queries] for r in rows])).to(device)
+    query_places = torch.from_numpy(queries).to(device)
+    depths = np.array([[len(r.path)] for r in rows])
     if not depths.any():
-        return Bucket(where, where, known, None)
-    keys = np.zeros((len(rows), wide), dtype=np.int64)
+        return AttentionBucket(query_places, query_places, valid, None)
+    keys = np.zeros((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
-        keys[i, : len(row.before)] = row.before
-        keys[i, len(row.before) : row.keys] = queries[i, : row.queries]
+        keys[i, : len(row.path)] = row.path
+        keys[i, len(row.path) : row.keys] = queries[i, : row.queries]
     mask: Any
-    alone = all(len(r.spans) == 1 for r in rows)
-    if alone and len({(r.keys, r.queries) for r in rows}) == 1:
-        mask = causal_lower_right(long, wide)
+    single = all(len(r.spans) == 1 for r in rows)
+    if single and len({(r.keys, r.queries) for r in rows}) == 1:
+        mask = causal_lower_right(length, width)
     else:
-        # padding's queries see something too: the mean of nothing would be no number
-        seen = np.arange(wide) <= (depths + at)[..., None]
-        if not alone:
+        # Queries in the padding attend to something too: a softmax over nothing would be NaN.
+        attend = np.arange(width) <= (depths + at)[..., None]
+        if not single:
             for i, row in enumerate(rows):
-                begins[i, : row.queries] = row.begins
-            own = np.arange(wide) - depths  # [n, K]: places among the row's own tokens
-            seen &= (own[:, None] < 0) | (own[:, None] >= begins[..., None])
-        mask = torch.from_numpy(seen[:, None]).to(device)
-    return Bucket(where, torch.from_numpy(keys).to(device), known, mask)
+                starts[i, : row.queries] = row.segment_starts
+            own = np.arange(width) - depths  # [n, K]: place among the row's own tokens, negative on the path
+            attend &= (own[:, None] < 0) | (own[:, None] >= starts[..., None])
+        mask = torch.from_numpy(attend[:, None]).to(device)
+    return AttentionBucket(query_places, torch.from_numpy(keys).to(device), valid, mask)
 
 
-def operand(x: Tensor) -> Tensor:
-    """A query, key or value in the dtype that attention takes: on a CPU float64 for float32 and float32 for bfloat16,
-    else its own.
+def attention_operand(x: Tensor) -> Tensor:
+    """A query, key or value in the dtype that attention computes in: on a CPU float64 for float32 and float32 for
+    bfloat16, otherwise its own.
 
-    A token attends over its cache while it is sampled and over its pack while it is scored, so attention sums in a
-    different order; in float32 the layers above blow that up (to 3e-5 in SmolLM2-135M's log-probs). In float64 both
-    round to the same float32 numbers, and whatever follows treats a token alike in any batch. It costs a tenth of a
-    forward pass on short sequences. For bfloat16 the wider dtype is also the faster one: a CPU's backward pass takes
-    half the time.
+    A token attends over the cache while it is sampled and over its pack while it is scored, so the sums of attention
+    run in different orders; in float32 the layers above amplify that difference (to 3e-5 in SmolLM2-135M's log-probs).
+    In float64 both round to the same float32 numbers, and everything else computes a token alike in any batch. It costs
+    a tenth of a forward pass on short sequences. For bfloat16 the wider dtype is also faster: a CPU's backward pass
+    takes half the time.
     """
     if x.device.type != "cpu":
         return x
     return x.to({torch.float32: torch.float64, torch.bfloat16: torch.float32}.get(x.dtype, x.dtype))
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Any = None) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Any = None) -> Tensor:
     """query [n, h, s, d], key and value [n, hkv, t, d]; causal, or by `mask` (True: attend; or torch's causal
     bias)."""
     dtype = query.dtype
-    query, key, value = operand(query), operand(key), operand(value)
+    query, key, value = attention_operand(query), attention_operand(key), attention_operand(value)
     repeat, grouped = query.shape[1] // key.shape[1], query.device.type == "cpu"
-    if repeat > 1 and not grouped:  # CUDA's kernels that take a mask want a key head for each query head
+    if repeat > 1 and not grouped:  # CUDA's kernels that take a mask need a key head for each query head
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=repeat > 1 and grouped
@@ -179,9 +218,10 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Any =
 class SDPACoreAttention(torch.nn.Module):
     """Megatron's core attention by PyTorch's scaled_dot_product_attention, for packed causal sequences.
 
-    Called by Megatron's SelfAttention with query [T, h, d], key and value [T, hkv, d] after RoPE and the pack's
-    boundaries; returns [T, 1, h * d]. Under context parallelism T is this rank's share (`zigzag` of every sequence) and
-    keys are gathered over the group.
+    Megatron's SelfAttention calls it with query [T, h, d], key and value [T, hkv, d] after RoPE, heads of this
+    tensor-parallel rank, and with the pack's boundaries; it returns [T, 1, h * d]. Under context parallelism T counts
+    this rank's tokens (`zigzag` of every sequence), and keys and values are gathered over the group. Raises ValueError
+    for sequences that are not packed.
     """
 
     def __init__(
@@ -221,40 +261,41 @@ class SDPACoreAttention(torch.nn.Module):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
         buckets = getattr(packed, "buckets", None)
-        if buckets is None:  # every layer of the micro-batch shares the plan
+        if buckets is None:  # all layers of the micro-batch share the plan
             parents = getattr(packed, "parents", ())
             buckets = packed.buckets = plan_buckets(packed.cu_seqlens_q.tolist(), parents, query.device)
         return _attend(query, key, value, buckets, self.scale)
 
 
 class PackAttention:
-    """Attention over one pack for `models.decoder`, as the engine's cache attends while it samples."""
+    """Attention over one pack for `models.decoder`, which sees the pack as a batch of one long row."""
 
     def __init__(self, packed: PackedTokens) -> None:
         self._buckets = plan_buckets(packed.cu_seqlens.tolist(), packed.parents, packed.cu_seqlens.device)
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
-        """query [T, 1, hkv, h / hkv, d]; key and value [T, 1, hkv, d], after RoPE. Returns [T, 1, h * d]."""
+        """query [T, 1, hkv, h / hkv, d], key and value [T, 1, hkv, d], after RoPE. Returns [T, 1, h * d]."""
         query = query.flatten(2, 3).squeeze(1)
         out = _attend(query, key.squeeze(1), value.squeeze(1), self._buckets, softmax_scale)
         return out.reshape(len(query), 1, -1)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, buckets: Sequence[Bucket], scale: float) -> Tensor:
-    """query [T, h, d], key and value [T, hkv, d]; [T, h, d]."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, buckets: Sequence[AttentionBucket], scale: float) -> Tensor:
+    """query [T, h, d], key and value [T, hkv, d]. Returns [T, h, d]."""
     rows, values = [], []
     for bucket in buckets:
         q = query[bucket.queries].transpose(1, 2)
         k, v = (x[bucket.keys].transpose(1, 2) for x in (key, value))
-        out = _causal(q, k, v, scale, bucket.mask).transpose(1, 2)
+        out = _attention(q, k, v, scale, bucket.mask).transpose(1, 2)
         rows.append(bucket.queries[bucket.valid])
         values.append(out[bucket.valid])
-    # Back to the pack's order by gathering: the inverse permutation.
+    # Restore the pack's order: `argsort` of the places is their inverse permutation.
     return torch.cat(values)[torch.cat(rows).argsort()]
 
 
 class _GatherContext(torch.autograd.Function):
-    """[T, ...] of every context-parallel rank: [cp, T, ...]. Backward sums over the ranks, keeps this rank's share."""
+    """All-gather [T, ...] over the context-parallel ranks to [cp, T, ...]; backward sums over the ranks and keeps this
+    rank's slice."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -271,7 +312,11 @@ class _GatherContext(torch.autograd.Function):
 
 
 def zigzag(length: int, size: int, rank: int) -> Tensor:
-    """Positions of one sequence that context-parallel rank `rank` holds: chunks `rank` and `2 * size - 1 - rank`."""
+    """Positions of one sequence that context-parallel rank `rank` of `size` holds: chunks `rank` and
+    `2 * size - 1 - rank` of 2 * size, so that all ranks have equally many causal pairs. Int64 [length / size].
+
+    Length 8, size 2: rank 0 holds 0 1 6 7, rank 1 holds 2 3 4 5.
+    """
     chunk = length // (2 * size)
     return torch.cat([torch.arange(c * chunk, (c + 1) * chunk) for c in (rank, 2 * size - 1 - rank)])
 
@@ -279,6 +324,8 @@ def zigzag(length: int, size: int, rank: int) -> Tensor:
 def _context_parallel(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: list[int], scale: float, group: dist.ProcessGroup
 ) -> Tensor:
+    """This rank's queries of every sequence against the sequence's gathered keys, put back in the order of
+    positions."""
     size, rank = group.size(), group.rank()
     both = _GatherContext.apply(torch.stack([key, value], 1), group)  # [cp, T, 2, hkv, d]
     outputs, start = [], 0
@@ -291,25 +338,32 @@ def _context_parallel(
         at = zigzag(length, size, rank).to(query.device)
         mask = torch.arange(length, device=query.device)[None] <= at[:, None]
         q = query[span].transpose(0, 1)[None]
-        outputs.append(_causal(q, keys[0], keys[1], scale, mask)[0].transpose(0, 1))
+        outputs.append(_attention(q, keys[0], keys[1], scale, mask)[0].transpose(0, 1))
         start += local
     return torch.cat(outputs)
 
 
+@dataclass
+class CacheHolder:
+    """The cache of the current forward, for all layers. It holds the first `rows` rows of the batch; the others are
+    fill (`fill_rows`)."""
+
+    cache: Attends | None = None
+    rows: int = 0
+
+
 class CachedAttention(torch.nn.Module):
-    """Stands in for a layer's core attention while the embedded engine samples.
+    """Replaces a layer's core attention while the embedded engine samples: attends over the engine's cache."""
 
-    `holder.cache` is the engine's; it knows of the first `holder.rows` rows, others only fill the batch up.
-    """
+    holder: CacheHolder
 
-    holder: Any
-
-    def __init__(self, holder: Any, layer_number: int, softmax_scale: float | None) -> None:
+    def __init__(self, holder: CacheHolder, layer_number: int, softmax_scale: float) -> None:
         super().__init__()
         self.__dict__["holder"] = holder  # not a submodule, not state
         self.layer_number, self.softmax_scale = layer_number, softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        assert self.holder.cache is not None
         filled = query.shape[1]
         query, key, value = (x[:, : self.holder.rows] for x in (query, key, value))
         out = self.holder.cache.attend(self.layer_number, query, key, value, self.softmax_scale)
@@ -317,7 +371,7 @@ class CachedAttention(torch.nn.Module):
 
 
 def fill_rows(x: Tensor, rows: int, dim: int = 0) -> Tensor:
-    """`x` with its last row repeated until there are `rows` along `dim`; `x` itself when there are."""
+    """`x` with its last row repeated until there are `rows` along `dim`; `x` itself when there are enough."""
     missing = rows - x.shape[dim]
     if missing <= 0:
         return x

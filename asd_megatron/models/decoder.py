@@ -1,8 +1,8 @@
-"""The forward without gradients, which samples and scores: a small one over the live parameters of a chunk, without
-Megatron's modules.
+"""The inference forward, for sampling and scoring: without gradients and without Megatron's modules, over the live
+parameters of a chunk.
 
-It repeats the training forward operation by operation, so that a token's hidden state is the same number while it is
-sampled, while it is scored and while it is trained.
+It repeats the training forward operation by operation, so that a token's hidden state is the same number when it is
+sampled, scored and trained.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from asd_megatron.models.attention import fill_rows
+from asd_megatron.models.attention import Attends, fill_rows
 from asd_megatron.models.families import ModelShape
 from asd_megatron.models.gpt import softmax_scale
 
 
 class Stack(Protocol):
-    """A chunk's embedding, where it has one, and its layers, as they sample."""
+    """Inference forward of a chunk: its embedding, on the first pipeline stage, and its layers."""
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """ids and positions int64 [B, s] -> hidden states [s, B, H]."""
         ...
 
-    def run(self, hidden: Tensor, position_ids: Tensor, cache: Any, rows: int) -> Tensor:
-        """hidden [s, B, H], positions [B, s]. `cache` attends (the engine's `KVCache`; for a pack, which is one long
-        row, `PackAttention`). Only the first `rows` of the batch are in it, others fill it up.
+    def run(self, hidden: Tensor, position_ids: Tensor, cache: Attends, rows: int) -> Tensor:
+        """hidden [s, B, H] and positions [B, s] through the layers: [s, B, H], on the last stage after the final norm.
 
-        Returns [s, B, H], on the last stage after the final norm.
+        `cache` computes attention, for the first `rows` rows of the batch; the others are fill (`attention.fill_rows`).
+        A pack is a batch of one long row.
         """
         ...
 
 
 class _Layer(NamedTuple):
-    """One layer's parameters; matrices are transposed views [in, out]."""
+    """One layer's live parameters; matrices are transposed views [in, out]."""
 
     number: int
     attention_norm: Tensor
     qkv: Tensor
-    head_norms: Tensor | None  # [query heads of a key head + 1, head_dim]: theirs, then that of the key
+    head_norms: Tensor | None  # [queries of a key head + 1, head_dim]: the query norm for each, then the key norm
     projection: Tensor
     mlp_norm: Tensor
     gate_up: Tensor
@@ -49,10 +49,10 @@ class _Layer(NamedTuple):
 
 
 class LocalStack:
-    """The layers of one chunk that is built of Megatron's local layers, with the embedding where the chunk has it.
+    """The layers of one chunk of Megatron's local layers, and its embedding on the first pipeline stage.
 
-    It holds the live parameters, but copies of the query and key norms: make a new one when parameters have changed.
-    config: Megatron's. group: the tensor-parallel group, or None for a model that is not cut.
+    It refers to the live parameters but holds copies of the query and key norms: construct it anew when parameters have
+    changed. config: Megatron's. group: the tensor-parallel group; None: the model is not sharded.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class LocalStack:
         self._inverse_frequencies, self._group = inverse_frequencies, group
         self._activation, self._scale = config.activation_func, softmax_scale(config)
         self._epsilon, self._dim = shape.norm_epsilon, shape.head_dim
-        self._queries, self._head_norms = shape.heads // shape.kv_heads, shape.qk_norm  # queries of one key head
+        self._queries, self._head_norms = shape.heads // shape.kv_heads, shape.qk_norm  # query heads of one key head
         self._layers = [self._read(layer) for layer in chunk.decoder.layers]
         self._embedding = chunk.embedding.word_embeddings.weight if chunk.pre_process else None
         self._final_norm = chunk.decoder.final_layernorm.weight if chunk.post_process else None
@@ -98,7 +98,7 @@ class LocalStack:
         hidden = F.embedding(ids.masked_fill(outside, 0), self._embedding)
         return self._sum(hidden.masked_fill_(outside[..., None], 0.0))
 
-    def run(self, hidden: Tensor, position_ids: Tensor, cache: Any, rows: int) -> Tensor:
+    def run(self, hidden: Tensor, position_ids: Tensor, cache: Attends, rows: int) -> Tensor:
         steps, filled, _ = hidden.shape
         x = hidden.flatten(0, 1)
         half = position_ids.t().reshape(-1, 1).float() * self._inverse_frequencies
@@ -108,11 +108,12 @@ class LocalStack:
         for layer in self._layers:
             qkv = torch.mm(self._norm(x, layer.attention_norm), layer.qkv)
             qkv = qkv.view(len(x), -1, self._queries + 2, self._dim)
-            turned = qkv[:, :, :-1]
+            # [tokens, key heads, its query heads, then its key, then its value, head_dim]: RoPE turns all but the value
+            rotated = qkv[:, :, :-1]
             if layer.head_norms is not None:
-                turned = self._norm(turned, layer.head_norms)
-            turned = (turned * cos).add_(turned.roll(self._dim // 2, -1).mul_(sin))
-            parts = (turned[:, :, :-1], turned[:, :, -1], qkv[:, :, -1])
+                rotated = self._norm(rotated, layer.head_norms)
+            rotated = (rotated * cos).add_(rotated.roll(self._dim // 2, -1).mul_(sin))
+            parts = (rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1])
             out = self._attend(layer.number, parts, steps, filled, cache, rows)
             x = self._sum(torch.mm(out, layer.projection)).add_(x)
             gate, up = torch.mm(self._norm(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
@@ -121,13 +122,15 @@ class LocalStack:
             x = self._norm(x, self._final_norm)
         return x.view(steps, filled, -1)
 
-    def _attend(self, number: int, parts: tuple[Tensor, ...], steps: int, filled: int, cache: Any, rows: int) -> Tensor:
+    def _attend(
+        self, number: int, parts: tuple[Tensor, ...], steps: int, filled: int, cache: Attends, rows: int
+    ) -> Tensor:
         query, key, value = (part.view(steps, filled, *part.shape[1:])[:, :rows] for part in parts)
         out = cache.attend(number, query, key, value, self._scale)
         return fill_rows(out, filled, dim=1).view(steps * filled, -1)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`models.norm.RMSNorm` over the last dimension."""
+        """The numbers of `models.norm.RMSNorm`, over the last dimension."""
         if x.dtype is torch.float32:
             return F.rms_norm(x, x.shape[-1:], None, self._epsilon).mul_(weight)
         wide = x.float()
@@ -135,7 +138,7 @@ class LocalStack:
         return wide.to(x.dtype).mul_(weight)
 
     def _sum(self, partial: Tensor) -> Tensor:
-        """Over the tensor-parallel ranks, in place."""
+        """Sum over the tensor-parallel ranks, in place."""
         if self._group is not None:
             dist.all_reduce(partial, group=self._group)
         return partial

@@ -1,7 +1,9 @@
-"""The tensors of a model that is cut over ranks, whole again, as a stream on one rank.
+"""The full tensors of a sharded model as a stream on one rank.
 
 Parameters travel in buckets: gathered on tensor-parallel rank 0 of their pipeline stage, sent from there to the first
-stage, made whole and handed out one by one. The next bucket is on its way while the present one is handed out.
+stage, unsharded and yielded one by one. The next bucket is in flight while the current one is consumed:
+
+    tp 0, tp 1 of stage 1  --gather-->  tp 0 of stage 1  --send-->  tp 0 of stage 0: unshard, yield (name, tensor)
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from asd_megatron.models.weights import Rule, Shapes
 
 BUCKET_BYTES = 256 * 2**20
 Key = tuple[int, int | None]
-"""A parameter of the whole model: the number of its rule among the family's, its global layer (None: no layer's)."""
+"""A parameter of the complete model: the index of its rule in the family, its global layer (None: outside the
+layers)."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter of the model. `stage` is the first pipeline stage that has it, `shard` this rank's part, if any."""
+    """One parameter of the model. `stage` is the first pipeline stage that has it, `shard` this rank's shard, if
+    any."""
 
     rule: Rule
     layer: int | None
@@ -34,7 +38,7 @@ class Part:
 
 
 @dataclass
-class _Bucket:
+class _StageBucket:
     """Consecutive parameters of one stage; `numel` counts the elements of one rank's shards of them."""
 
     stage: int
@@ -43,17 +47,17 @@ class _Bucket:
 
 
 @dataclass
-class _Flight:
-    """A bucket on its way. `gathered` [tp, numel], on the ranks that it passes, is whole after `work`."""
+class _Transfer:
+    """A bucket in flight. `gathered` [tp, numel], on the ranks that it passes, is complete after `work`."""
 
-    bucket: _Bucket
+    bucket: _StageBucket
     gathered: Tensor | None
     work: dist.Work | None
 
     def wait(self) -> None:
         if self.work is not None:
             self.work.wait()
-        self.work = None  # with it goes the copy of this rank's shards
+        self.work = None  # frees the copy of this rank's shards
 
 
 def first_stages(keys: Iterable[Key], pp: dist.ProcessGroup) -> dict[Key, int]:
@@ -66,8 +70,8 @@ def first_stages(keys: Iterable[Key], pp: dist.ProcessGroup) -> dict[Key, int]:
 
 
 @dataclass(frozen=True)
-class WholeTensors:
-    """How one replica's parameters are made whole: its groups, the model's sizes, what `Part.shard` is made of."""
+class FullTensors:
+    """Gathers one replica's parameters. `dtype` and `device` are those of every `Part.shard`."""
 
     process_groups: ProcessGroups
     shapes: Shapes
@@ -75,76 +79,76 @@ class WholeTensors:
     device: torch.device
 
     def stream(self, parts: Sequence[Part], bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        """Each part's tensors by Hugging Face name, whole, in the order of `parts`, on the first rank of `pp` and `tp`;
+        """Each part's full tensors by Hugging Face name, in the order of `parts`, on the first rank of `pp` and `tp`;
         nothing on the others, which take part until the iterator is exhausted.
 
-        Every tensor has memory of its own. No more than two buckets are alive at a time, beside what is being handed
-        out; a parameter above `bucket_bytes` is a bucket of its own.
+        Every tensor owns its memory. At most two buckets are alive at a time, beside the tensor being consumed; a
+        parameter above `bucket_bytes` is a bucket of its own.
         """
         pp, tp = self.process_groups.pp.rank(), self.process_groups.tp.rank()
         is_root = pp == tp == 0
-        flights = (self._start(b) for b in self._buckets(parts, bucket_bytes) if is_root or b.stage == pp)
-        flight = next(flights, None)
+        transfers = (self._start(b) for b in self._buckets(parts, bucket_bytes) if is_root or b.stage == pp)
+        transfer = next(transfers, None)
         following = None
         try:
-            while flight is not None:
-                following = next(flights, None)
-                flight.wait()
+            while transfer is not None:
+                following = next(transfers, None)
+                transfer.wait()
                 if is_root:
-                    yield from self._hand_out(flight)
-                elif tp == 0 and flight.gathered is not None:
-                    dist.send(flight.gathered, group=self.process_groups.pp, group_dst=0)
-                flight = following
-        except GeneratorExit:  # whoever reads stops early; the others send all the same
+                    yield from self._unsharded(transfer)
+                elif tp == 0 and transfer.gathered is not None:
+                    dist.send(transfer.gathered, group=self.process_groups.pp, group_dst=0)
+                transfer = following
+        except GeneratorExit:  # the consumer stops early; the other ranks send all the same
             while following is not None:
                 following.wait()
-                following = next(flights, None)
+                following = next(transfers, None)
             raise
 
-    def _buckets(self, parts: Sequence[Part], bucket_bytes: int) -> list[_Bucket]:
+    def _buckets(self, parts: Sequence[Part], bucket_bytes: int) -> list[_StageBucket]:
         """The same on every rank. Bytes are those of the shards of all tensor-parallel ranks."""
         size = self.process_groups.tp.size()
         limit = bucket_bytes // (size * self.dtype.itemsize)
-        buckets: list[_Bucket] = []
+        buckets: list[_StageBucket] = []
         for part in parts:
-            numel = _cut(part.rule, self.shapes, size).numel()
+            numel = _shard_shape(part.rule, self.shapes, size).numel()
             if not buckets or buckets[-1].stage != part.stage or buckets[-1].numel + numel > limit:
-                buckets.append(_Bucket(part.stage, [], 0))
+                buckets.append(_StageBucket(part.stage, [], 0))
             buckets[-1].parts.append(part)
             buckets[-1].numel += numel
         return buckets
 
-    def _start(self, bucket: _Bucket) -> _Flight:
-        """Begin what brings the bucket to this rank, or takes this rank's shards out of it."""
+    def _start(self, bucket: _StageBucket) -> _Transfer:
+        """Start the transfer that brings the bucket to this rank, or takes this rank's shards from it."""
         tp, pp = self.process_groups.tp, self.process_groups.pp
         if bucket.stage != pp.rank():
             gathered = self._empty(tp.size(), bucket.numel)
-            return _Flight(bucket, gathered, dist.irecv(gathered, group=pp, group_src=bucket.stage))
+            return _Transfer(bucket, gathered, dist.irecv(gathered, group=pp, group_src=bucket.stage))
         mine = self._empty(1, bucket.numel)
         for part, shard in self._shards(bucket, mine):
             assert part.shard is not None, part.rule
             shard[0].copy_(part.shard.detach())
         if tp.size() == 1:
-            return _Flight(bucket, mine, None)
+            return _Transfer(bucket, mine, None)
         if tp.rank() != 0:
-            return _Flight(bucket, None, dist.gather(mine[0], group=tp, group_dst=0, async_op=True))
+            return _Transfer(bucket, None, dist.gather(mine[0], group=tp, group_dst=0, async_op=True))
         gathered = self._empty(tp.size(), bucket.numel)
-        return _Flight(bucket, gathered, dist.gather(mine[0], list(gathered), group=tp, group_dst=0, async_op=True))
+        return _Transfer(bucket, gathered, dist.gather(mine[0], list(gathered), group=tp, group_dst=0, async_op=True))
 
-    def _hand_out(self, flight: _Flight) -> Iterator[tuple[str, Tensor]]:
-        assert flight.gathered is not None
-        storage = flight.gathered.untyped_storage().data_ptr()
-        for part, shards in self._shards(flight.bucket, flight.gathered):
-            whole = part.rule.operation.unshard(shards, self.shapes)
-            for name, tensor in zip(part.rule.names(part.layer), whole, strict=True):
-                # One that is kept must not keep the bucket.
+    def _unsharded(self, transfer: _Transfer) -> Iterator[tuple[str, Tensor]]:
+        assert transfer.gathered is not None
+        storage = transfer.gathered.untyped_storage().data_ptr()
+        for part, shards in self._shards(transfer.bucket, transfer.gathered):
+            full = part.rule.operation.unshard(shards, self.shapes)
+            for name, tensor in zip(part.rule.names(part.layer), full, strict=True):
+                # A tensor that the consumer keeps must not keep the bucket's memory.
                 yield name, tensor.clone() if tensor.untyped_storage().data_ptr() == storage else tensor.contiguous()
 
-    def _shards(self, bucket: _Bucket, flat: Tensor) -> Iterator[tuple[Part, list[Tensor]]]:
-        """Views of `flat` [n, numel]: each part's shards, of the n ranks whose rows these are."""
+    def _shards(self, bucket: _StageBucket, flat: Tensor) -> Iterator[tuple[Part, list[Tensor]]]:
+        """Each part's shards as views of `flat` [n, numel], one row for each of n ranks."""
         start = 0
         for part in bucket.parts:
-            shape = _cut(part.rule, self.shapes, self.process_groups.tp.size())
+            shape = _shard_shape(part.rule, self.shapes, self.process_groups.tp.size())
             end = start + shape.numel()
             yield part, [row[start:end].view(shape) for row in flat]
             start = end
@@ -154,7 +158,7 @@ class WholeTensors:
 
 
 @cache
-def _cut(rule: Rule, shapes: Shapes, size: int) -> torch.Size:
+def _shard_shape(rule: Rule, shapes: Shapes, size: int) -> torch.Size:
     """The shape of one of `size` ranks' shards, which all have the same."""
     full = [torch.empty(shape, device="meta") for shape in rule.operation.shapes(shapes)]
     return rule.operation.shard(full, 0, size, shapes).shape

@@ -1,16 +1,16 @@
-"""The sampling forward through Megatron's own modules: for Transformer Engine's layers, which nothing else computes."""
+"""Sampling through Megatron's own modules: for Transformer Engine's layers, whose numbers `models.decoder` does not
+reproduce."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from asd_megatron.models.attention import CachedAttention
+from asd_megatron.models.attention import Attends, CachedAttention, CacheHolder
 from asd_megatron.models.gpt import softmax_scale
 from asd_megatron.models.rope import angles
 
@@ -18,16 +18,16 @@ SEQUENCE_PARALLEL_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", 
 
 
 class ModuleStack:
-    """A chunk's embedding and layers (a `models.decoder.Stack`)."""
+    """A chunk's embedding and layers as Megatron's modules (a `models.decoder.Stack`)."""
 
-    def __init__(self, chunk: Any, holder: Any, inverse_frequencies: Tensor) -> None:
+    def __init__(self, chunk: Any, holder: CacheHolder, inverse_frequencies: Tensor) -> None:
         self._chunk, self._holder, self._inverse_frequencies = chunk, holder, inverse_frequencies
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         hidden: Tensor = self._chunk.embedding(input_ids=input_ids, position_ids=position_ids)
         return hidden
 
-    def run(self, hidden: Tensor, position_ids: Tensor, cache: Any, rows: int) -> Tensor:
+    def run(self, hidden: Tensor, position_ids: Tensor, cache: Attends, rows: int) -> Tensor:
         self._holder.cache, self._holder.rows = cache, rows
         if not self._chunk.pre_process:
             self._chunk.decoder.set_input_tensor(hidden)
@@ -38,8 +38,8 @@ class ModuleStack:
 
 @contextmanager
 def sampling_modules(chunk: Any, config: Any, inverse_frequencies: Tensor) -> Iterator[ModuleStack]:
-    """The chunk as a sampler: evaluation mode, the engine's cache in place of core attention, no sequence parallelism
-    (a token cannot be cut). Everything is as before afterwards.
+    """The chunk prepared for sampling: evaluation mode, the engine's cache in place of core attention, no sequence
+    parallelism (a single token cannot be sharded). Restored on leaving.
     """
     saved: list[tuple[Any, str, Any]] = [(config, "sequence_parallel", config.sequence_parallel)]
     saved.append((config, "apply_rope_fusion", config.apply_rope_fusion))
@@ -47,7 +47,7 @@ def sampling_modules(chunk: Any, config: Any, inverse_frequencies: Tensor) -> It
         saved += [(module, f, True) for f in SEQUENCE_PARALLEL_FLAGS if getattr(module, f, False) is True]
     attentions = [layer.self_attention for layer in chunk.decoder.layers]
     cores = [a.core_attention for a in attentions]
-    holder = SimpleNamespace(cache=None, rows=0)
+    holder = CacheHolder()
     try:
         for owner, name, _ in saved:
             setattr(owner, name, False)
@@ -65,8 +65,8 @@ def sampling_modules(chunk: Any, config: Any, inverse_frequencies: Tensor) -> It
 
 @contextmanager
 def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """`eval()`, and back to what each module was. Written into the modules' dictionaries: for a small model torch's own
-    way takes a tenth of its forward pass."""
+    """Evaluation mode inside, each module's own mode restored on leaving. Sets `training` in the modules' dictionaries:
+    torch's `eval()` takes a tenth of a small model's forward pass."""
     before = [(module.__dict__, module.training) for chunk in chunks for module in chunk.modules()]
     try:
         for attributes, _ in before:

@@ -11,7 +11,7 @@ from torch import Tensor
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight over the last dimension, computed in float32; returns the dtype of x.
 
-    Under sequence parallelism the weight is marked, so that Megatron sums its gradient over the tensor-parallel ranks.
+    Under sequence parallelism the weight is marked, so that Megatron sums its gradient over tensor-parallel ranks.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

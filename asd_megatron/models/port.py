@@ -1,14 +1,14 @@
-"""The model as everybody else sees it: built from a Hugging Face config, loaded, run, sampled from, exported.
+"""The interface to a Megatron-Core model: built from a Hugging Face config, loaded, run, sampled from, exported.
 
-Nobody outside this room names GPTModel, a Megatron parameter or a layout of weights.
+No other module names GPTModel, a Megatron parameter or a layout of weights.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,12 @@ from asd_megatron.distributed import device
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.errors import UserError
 from asd_megatron.models import gpt
-from asd_megatron.models.attention import MIN_ROWS, PackAttention, fill_rows
+from asd_megatron.models.attention import MIN_ROWS, DecodingCache, PackAttention, fill_rows
 from asd_megatron.models.compat import resolve_layers
 from asd_megatron.models.decoder import LocalStack, Stack
-from asd_megatron.models.export import BUCKET_BYTES, Key, Part, WholeTensors, first_stages
+from asd_megatron.models.export import BUCKET_BYTES, FullTensors, Key, Part, first_stages
 from asd_megatron.models.families import Family, ModelShape, family_of
+from asd_megatron.models.loading import TensorReader, check_names, read_unquantized
 from asd_megatron.models.module_stack import evaluating, sampling_modules
 from asd_megatron.models.rope import angles
 from asd_megatron.models.weights import Copy, Row, Rule, Shapes
@@ -31,23 +32,17 @@ from asd_megatron.ops.vocab_shard import VocabShard
 from asd_megatron.records import PackedTokens
 
 
-class TensorReader(Protocol):
-    """A source of full tensors by Hugging Face name (a model folder, a dictionary)."""
-
-    def keys(self) -> set[str]: ...
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor; raises UserError, naming where it looked, if it is missing or of another shape."""
-        ...
-
-
 class ModelPort:
-    """This rank's share of one model.
+    """This rank's part of one model.
 
-    Attributes: `chunks` (wrapped in Megatron's DDP after `wrap_ddp`; one, or one for each virtual stage), `config`
-    (Megatron's), `vocab_size`, `padded_vocab_size` (a multiple of the tensor-parallel size), `max_positions`, `dtype`
-    (of all parameters), `device`, `tied`, `is_first_stage`, `is_last_stage` (of the pipeline: the embedding, the head
-    is here), `shares_prefixes` (whether `forward` takes packs with `parents`).
+    Attributes:
+        chunks: the model chunks, one or one for each virtual stage; wrapped in Megatron's DDP after `wrap_ddp`.
+        config: Megatron's TransformerConfig.
+        vocab_size, padded_vocab_size: the latter is a multiple of the tensor-parallel size.
+        max_positions, tied: of the Hugging Face config; tied: the embedding is the head.
+        dtype, device: of all parameters.
+        is_first_stage, is_last_stage: of the pipeline; the first has the embedding, the last the head.
+        shares_prefixes: whether `forward` takes packs with `parents`.
     """
 
     def __init__(
@@ -73,17 +68,17 @@ class ModelPort:
             shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab, self.padded_vocab_size
         )
         self._layers = layers
-        self._stack: Stack | None = None  # inside `sampling`, as is the next
+        self._stack: Stack | None = None  # set inside `sampling`, as is the next
         self._head: Tensor | None = None
-        self._scorers: dict[int, LocalStack] = {}  # inside `scoring`, by id of the chunk
-        self._stages: dict[Key, int] | None = None  # for the export; worked out together, the first time
+        self._scorers: dict[int, LocalStack] = {}  # set inside `scoring`, by id of the chunk
+        self._stages: dict[Key, int] | None = None  # of every parameter, for `export`; communicated once
         self._inverse_frequencies = shape.rotary.inverse_frequencies().to(self.device)
         self._mark_sharded()
 
     def _mark_sharded(self) -> None:
-        """Tell Megatron which parameters differ between tensor-parallel ranks: the gradient norm counts others once.
+        """Mark the parameters that are sharded over tensor-parallel ranks: the gradient norm counts the others once.
 
-        Its own initialization would, but is skipped (every weight is loaded).
+        Megatron's own initialization would do so, but is skipped (every weight is loaded).
         """
         from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
@@ -121,9 +116,11 @@ class ModelPort:
     # ---------------------------------------------------------------- training
 
     def wrap_ddp(self, *, distributed_optimizer: bool, overlap_grad_reduce: bool) -> None:
-        """Wrap the chunks in Megatron's DDP: gradients accumulate in float32 `main_grad` buffers and are *summed* over
-        data and context parallel ranks; nothing is averaged or divided by token counts, because the losses hold global
-        denominators."""
+        """Wrap the chunks in Megatron's DDP.
+
+        Gradients accumulate in float32 `main_grad` buffers and are *summed* over data- and context-parallel ranks;
+        nothing is averaged or divided by token counts, because the losses contain the global denominators.
+        """
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -152,10 +149,10 @@ class ModelPort:
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def forward(self, chunk: torch.nn.Module, packed: PackedTokens) -> Tensor:
-        """One chunk over one micro-batch: hidden states, on the last stage those after the final norm.
+        """Forward pass of one chunk over one micro-batch: its hidden states, on the last stage after the final norm.
 
-        [T, 1, H], or [T / tp, 1, H] under sequence parallelism (T a multiple of tp). Megatron's schedules hand the
-        previous stage's output over.
+        Returns [T, 1, H] in the model's dtype, or [T / tp, 1, H] under sequence parallelism (T a multiple of tp). On
+        later pipeline stages the input is what Megatron's schedules set as the previous stage's output.
         """
         if id(chunk) in self._scorers:
             return self._score(_bare(chunk), self._scorers[id(chunk)], packed)
@@ -170,7 +167,7 @@ class ModelPort:
             max_seqlen_q=packed.max_seqlen,
             max_seqlen_kv=packed.max_seqlen,
         )
-        if packed.parents:  # for our own attention and, as a stretch does not begin at position 0, for RoPE
+        if packed.parents:  # for our attention and, because a segment need not begin at position 0, for RoPE
             params.parents = packed.parents
             params.angles = angles(packed.position_ids[:, None], self._inverse_frequencies)
         return chunk(packed.input_ids[None], packed.position_ids[None], None, packed_seq_params=params)
@@ -182,10 +179,11 @@ class ModelPort:
 
     @contextmanager
     def scoring(self, *, through_modules: bool | None = None) -> Iterator[None]:
-        """`forward` without gradients, on the weights that the model has now: they must not change inside.
+        """Inside, `forward` computes no gradients. The weights must not change inside.
 
-        through_modules: whether Megatron's modules run; by default where the sampler's small forward, which gives the
-        same numbers, cannot: Transformer Engine's layers, context and sequence parallelism.
+        through_modules: run Megatron's modules instead of the inference forward (`models.decoder`), which gives the
+        same numbers. None: only where the latter is impossible, with Transformer Engine's layers and with context or
+        sequence parallelism.
         """
         if through_modules is None:
             cut = self.layout.context > 1 or self.config.sequence_parallel
@@ -206,7 +204,7 @@ class ModelPort:
 
     @property
     def _tensor_group(self) -> dist.ProcessGroup | None:
-        """None for a model that is not cut."""
+        """None for a model that is not sharded."""
         return self.process_groups.tp if self.process_groups.tp.size() > 1 else None
 
     def head_weight(self) -> Tensor:
@@ -215,7 +213,7 @@ class ModelPort:
         return last.shared_embedding_or_output_weight() if self.tied else last.output_layer.weight
 
     def head_shard(self) -> VocabShard:
-        """How `head_weight` is cut over the tensor-parallel group."""
+        """How `head_weight` is sharded over the tensor-parallel group."""
         rows = self.padded_vocab_size // self.layout.tensor
         return VocabShard.of(self.vocab_size, rows, self._tensor_group, self.config.sequence_parallel)
 
@@ -267,65 +265,42 @@ class ModelPort:
         raise RuntimeError(f"family {self.family.name} has no rule for the parameter {name}")
 
     def load(self, reader: TensorReader) -> None:
-        """Fill every parameter from full tensors. Strict: raises UserError for missing, unknown (both on every rank),
-        misshapen and quantized ones."""
+        """Fill every parameter from full tensors. Raises UserError for missing or unknown tensors (on every rank), for
+        wrong shapes and quantized numbers."""
         expected = self.expected()
-        found = reader.keys()
-        missing = [n for n in expected if n not in found]
-        if missing:
-            raise UserError(
-                f"the model folder is incomplete: it has no tensor {_some(missing)}; download the model again"
-            )
-        ignored = {"lm_head.weight"} if self.tied else set()
-        unknown = sorted(n for n in found - set(expected) - ignored if not n.endswith("rotary_emb.inv_freq"))
-        if unknown:
-            raise UserError(
-                f"the model folder holds tensors that a {self.family.name} model of its config.json does not have: "
-                f"{_some(unknown)}; is that config.json of another model?"
-            )
-        if "lm_head.weight" in found & ignored:
-            self._refuse_other_head(reader)
+        check_names(reader, expected, family=self.family.name, tied=self.tied)
         with torch.no_grad():
             for chunk in map(_bare, self.chunks):
                 for name, parameter in chunk.named_parameters():
                     key = self._identify(chunk, name)
                     rule = self._rule(key)
-                    full = [_float(reader.get(n, expected[n]), n) for n in rule.names(key[1])]
+                    full = [read_unquantized(reader, n, expected[n]) for n in rule.names(key[1])]
                     parameter.copy_(
                         rule.operation.shard(full, self.process_groups.tp.rank(), self.layout.tensor, self._shapes)
                     )
 
-    def _refuse_other_head(self, reader: TensorReader) -> None:
-        """A tied model's folder may repeat the embedding as its head; `transformers` unties a head that differs."""
-        shape = (self.vocab_size, self.shape.hidden)
-        if not torch.equal(reader.get("lm_head.weight", shape), reader.get("model.embed_tokens.weight", shape)):
-            raise UserError(
-                "config.json ties the embedding to the head (tie_word_embeddings), but the model folder holds an "
-                "lm_head.weight that differs from model.embed_tokens.weight: set tie_word_embeddings to false there"
-            )
-
     def export(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor exactly once, whole, by Hugging Face name, on global rank 0 alone; copies, never the live
-        parameters, with memory of their own.
+        """Stream every full tensor exactly once, by Hugging Face name, on global rank 0 alone, as copies that own their
+        memory.
 
-        Collective over one replica, the ranks that are first of `dp_cp`: all of them must exhaust the iterator (it is
-        empty but on rank 0); for the others it ends at once. The next bucket of at most `bucket_bytes` is on its way
-        while the present one is handed out: about two are alive at a time. Parameters must not change meanwhile.
-        A reader that is slow keeps the replica waiting, no longer than a group's timeout for each bucket. One that
-        stops early must close the iterator, which then receives the rest and drops it. When a rank fails, the others
+        Collective over one replica, the ranks that are first of `dp_cp`: all of them must exhaust the iterator, which
+        yields nothing except on rank 0; on the other replicas it ends at once. The next bucket of at most
+        `bucket_bytes` is in flight while the current one is consumed, so about two are alive at a time. Parameters must
+        not change meanwhile. A slow consumer keeps the replica waiting, at most a group's timeout for each bucket. One
+        that stops early must close the iterator, which then receives and drops the rest. When a rank fails, the others
         raise, at the latest after the timeout.
         """
         return self._stream(lambda parameter: parameter, self.dtype, bucket_bytes)
 
     def export_gradients(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
-        """The same of the accumulated float32 gradients, between the backward pass and the optimizer step. Not with the
-        distributed optimizer, which leaves each rank a shard of them."""
+        """As `export`, of the accumulated float32 gradients, between backward pass and optimizer step. Not with the
+        distributed optimizer, which leaves each rank only a shard of them."""
         return self._stream(lambda parameter: parameter.main_grad, torch.float32, bucket_bytes)
 
     def _stream(
         self, of: Callable[[Any], Tensor], dtype: torch.dtype, bucket_bytes: int
     ) -> Iterator[tuple[str, Tensor]]:
-        """`of` each parameter, a tensor of its shape and of `dtype`."""
+        """Export `of(parameter)`, a tensor of the parameter's shape in `dtype`."""
         if self.process_groups.dp_cp.rank() != 0:
             return  # another replica
         local = self._local()
@@ -335,16 +310,16 @@ class ModelPort:
         for key in self._keys():
             rule, layer = self._rule(key), key[1]
             parts.append(Part(rule, layer, self._stages[key], of(local[key]) if key in local else None))
-        yield from WholeTensors(self.process_groups, self._shapes, dtype, self.device).stream(parts, bucket_bytes)
+        yield from FullTensors(self.process_groups, self._shapes, dtype, self.device).stream(parts, bucket_bytes)
 
     # ---------------------------------------------------------------- sampling
 
     @contextmanager
     def sampling(self, *, through_modules: bool | None = None) -> Iterator[None]:
-        """The model as a sampler, on the weights that it has now: they must not change inside. Without gradients.
+        """Inside, `decode` samples with the model, without gradients. The weights must not change inside.
 
-        through_modules: whether `decode` runs Megatron's modules; by default for Transformer Engine's layers alone.
-        Refuses virtual stages and context parallelism.
+        through_modules: run Megatron's modules; None: only with Transformer Engine's layers. Raises UserError for
+        virtual stages and context parallelism.
         """
         if len(self.chunks) > 1 or self.layout.context > 1:
             raise UserError("sampling on the training model needs one chunk a stage and no context parallelism")
@@ -362,13 +337,14 @@ class ModelPort:
             finally:
                 self._stack = self._head = None
 
-    def decode(self, input_ids: Tensor, position_ids: Tensor, cache: Any) -> Tensor | None:
-        """One forward of the whole pipeline inside `sampling`: ids and positions int64 [B, s].
+    def decode(self, input_ids: Tensor, position_ids: Tensor, cache: DecodingCache) -> Tensor | None:
+        """One forward of the complete pipeline inside `sampling`: ids and positions int64 [B, s]. Collective over the
+        model-parallel group.
 
         Returns float32 logits of each row's newest token [B, 1, vocab] on the last stage (equal on its tensor-parallel
-        ranks), None on others. `cache` attends (`attend`) and says which hidden states are newest (`newest`).
+        ranks), None on the others.
         """
-        assert self._stack is not None, "decode is for inside of sampling"
+        assert self._stack is not None, "decode works inside `sampling` only"
         pp = self.process_groups.pp
         rows, steps = input_ids.shape
         filled = max(rows, -(-MIN_ROWS // steps))
@@ -395,26 +371,12 @@ def _bare(chunk: Any) -> Any:
     return chunk.module if hasattr(chunk, "module") and hasattr(chunk, "ddp_config") else chunk
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _float(tensor: Tensor, name: str) -> Tensor:
-    """The tensor, if it holds numbers that are not quantized. Copying others would succeed and give nonsense."""
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise UserError(
-            f"tensor {name} of the model folder has type {tensor.dtype}: quantized weights cannot be trained, use the "
-            "unquantized model"
-        )
-    return tensor
-
-
 def _padded(vocab: int, tensor: int) -> int:
     return -(-vocab // tensor) * tensor
 
 
 def _check_layout(shape: ModelShape, layout: Layout) -> None:
-    """What cannot be cut is refused here too, for those who build a port without a recipe."""
+    """Refuse what cannot be sharded; recipes are checked earlier, this is for callers without one."""
     for size, name in ((shape.heads, "attention heads"), (shape.kv_heads, "key/value heads"), (shape.ffn, "ffn size")):
         if size % layout.tensor:
             raise UserError(f"tensor parallelism {layout.tensor} does not divide the model's {name} ({size})")

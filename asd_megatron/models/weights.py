@@ -1,7 +1,8 @@
-"""How one Megatron parameter corresponds to Hugging Face tensors, and how it is cut over tensor-parallel ranks.
+"""Weight rules: which Hugging Face tensors a Megatron parameter corresponds to, and how it is sharded over
+tensor-parallel ranks.
 
-A rule is declarative; an operation converts in both directions between full Hugging Face tensors and one rank's shard.
-Nothing here communicates: the port gathers shards and hands them over.
+A rule is declarative; its operation converts in both directions between full Hugging Face tensors and one rank's shard.
+Nothing here communicates: `models.export` gathers the shards.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes that operations need. `padded_vocab` is a multiple of the tensor-parallel size."""
+    """The model's sizes that operations need. `padded_vocab` is a multiple of the tensor-parallel size."""
 
     hidden: int
     heads: int
@@ -28,7 +29,7 @@ class Shapes:
 
 
 class Operation(Protocol):
-    """Between full tensors (in the order of the rule's names) and rank `rank`'s shard of `size`."""
+    """Converts between full tensors, in the order of the rule's names, and the shard of rank `rank` of `size`."""
 
     def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
         """The full tensors' shapes."""
@@ -37,13 +38,13 @@ class Operation(Protocol):
     def shard(self, full: Sequence[Tensor], rank: int, size: int, s: Shapes) -> Tensor: ...
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
-        """New tensors; they may be views of `shards`, never of a live parameter unless a shard is."""
+        """The full tensors; they may be views of `shards`."""
         ...
 
 
 @dataclass(frozen=True)
 class Copy:
-    """The same tensor on every rank. `dims` name its sizes in `Shapes`."""
+    """Replicated: the same tensor on every rank. `dims` name its sizes in `Shapes`."""
 
     dims: tuple[str, ...]
 
@@ -59,7 +60,8 @@ class Copy:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """[vocab, hidden], padded with zero rows to [padded_vocab, hidden], cut along rows; padding never leaves."""
+    """[vocab, hidden], padded with zero rows to [padded_vocab, hidden], sharded along rows; never exported with
+    padding."""
 
     def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
         return ((s.vocab, s.hidden),)
@@ -77,7 +79,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class QKV:
-    """q, k and v projections, interleaved: for each key/value head its query heads, its key head, its value head."""
+    """q, k and v projections in Megatron's interleaved order: for each key/value head its query heads, then its key,
+    then its value. With 4 query and 2 key/value heads: q0 q1 k0 v0 | q2 q3 k1 v1, of which rank 0 of 2 holds the first
+    half.
+    """
 
     def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
         return (
@@ -89,19 +94,19 @@ class QKV:
     def shard(self, full: Sequence[Tensor], rank: int, size: int, s: Shapes) -> Tensor:
         per_head = [t.reshape(s.kv_heads, -1, s.head_dim, s.hidden) for t in full]
         interleaved = torch.cat(per_head, 1)
-        groups = s.kv_heads // size
-        return interleaved[rank * groups : (rank + 1) * groups].reshape(-1, s.hidden)
+        heads = s.kv_heads // size
+        return interleaved[rank * heads : (rank + 1) * heads].reshape(-1, s.hidden)
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
-        per_group = s.heads // s.kv_heads
-        whole = torch.cat(list(shards)).reshape(s.kv_heads, per_group + 2, s.head_dim, s.hidden)
-        parts = whole.split([per_group, 1, 1], 1)
+        per_key = s.heads // s.kv_heads
+        full = torch.cat(list(shards)).reshape(s.kv_heads, per_key + 2, s.head_dim, s.hidden)
+        parts = full.split([per_key, 1, 1], 1)
         return tuple(p.reshape(-1, s.hidden) for p in parts)
 
 
 @dataclass(frozen=True)
 class GateUp:
-    """Gate and up projections: each cut along rows, each rank holding its gate rows before its up rows."""
+    """Gate and up projections, each sharded along rows: a rank holds its gate rows, then its up rows."""
 
     def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
         return ((s.ffn, s.hidden), (s.ffn, s.hidden))
@@ -116,7 +121,8 @@ class GateUp:
 
 @dataclass(frozen=True)
 class Row:
-    """[out, in] cut along its input: the projection back to the hidden size. `source` names the input's size."""
+    """[out, in] sharded along its input (Megatron's row-parallel linear): the projection back to the hidden size.
+    `source` names the input's size."""
 
     source: str  # "attention" or "ffn"
 
@@ -132,9 +138,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Rule:
-    """`megatron`: parameter names that the rule covers (local layers and Transformer Engine name norms differently).
+    """One Megatron parameter of a family, for every layer that has it.
 
-    `{layer}` stands for the global layer number in all names.
+    `megatron`: its names (local layers and Transformer Engine name norms differently). `huggingface`: the tensors that
+    it holds. `{layer}` stands for the global layer number in all names.
     """
 
     megatron: tuple[str, ...]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asd_megatron.antisd import context_tokens
 from asd_megatron.observe.names import PHASES, QUANTILES, reference_page, undocumented
 from asd_megatron.records import DemonstrationSource, Example, TokenTable
 
@@ -47,6 +48,7 @@ PROMPT_COUNTERS = {
     "demonstration_shortened": "demonstration/shortened",
     "demonstration_empty": "demonstration/empty",
     "teacher_too_long": "demonstration/too_long",
+    "undecodable_tokens": "rollouts/undecodable_tokens",
 }
 ROLLOUT_COUNTERS = {
     "aborted_rollouts": "rollouts/aborted",
@@ -86,6 +88,11 @@ def context_mask(examples: Sequence[Example], table: TokenTable) -> Tensor:
     if "teacher_logprobs" not in table:
         return torch.ones(table.tokens, dtype=torch.bool)
     return table.spread(torch.tensor([e.has_context for e in examples], dtype=torch.bool))
+
+
+def _loss_mask(examples: Sequence[Example], table: TokenTable) -> Tensor:
+    """Bool [N]: tokens that the loss sees; the sampled ones where the table does not say."""
+    return table["loss_mask"].to("cpu", torch.bool) if "loss_mask" in table else sampled_mask(examples)
 
 
 def _finite(values: Tensor) -> np.ndarray:
@@ -139,14 +146,15 @@ def _average(values: Sequence[float]) -> float:
 def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple[str, float]]:
     sampled = sampled_mask(examples)
     with_context = sampled & context_mask(examples, table)
-    loss_mask = table["loss_mask"].to("cpu", torch.bool) if "loss_mask" in table else sampled
+    loss_mask = _loss_mask(examples, table)
 
     if "student_entropy" in table:
-        student = table["student_entropy"].cpu()[sampled]
+        student = table["student_entropy"].cpu()[loss_mask]
         yield "entropy/student_mean", _mean(student)
         yield "entropy/student_median", _lower_median(student)
     if "teacher_entropy" in table:
-        teacher = table["teacher_entropy"].cpu()[with_context]
+        counted = context_tokens(loss_mask, context_mask(examples, table))  # as for the gate's H
+        teacher = table["teacher_entropy"].cpu()[counted]
         yield "entropy/teacher_mean", _mean(teacher)
         yield "entropy/teacher_median", _lower_median(teacher)
     for name in ("pmi", "term"):
@@ -194,12 +202,12 @@ def _mismatch(examples: Sequence[Example], table: TokenTable, loss_mask: Tensor)
     yield "mismatch/mean_abs", float(np.abs(found).mean()) if found.size else NAN
     with np.errstate(over="ignore"):
         yield "mismatch/k3", float((np.expm1(found) - found).mean()) if found.size else NAN
-    yield "mismatch/ess", _effective_share(found)
-    yield "mismatch/ess_sequence", _effective_share(by_rollout[owner.unique()].numpy())
+    yield "mismatch/ess", _effective_fraction(found)
+    yield "mismatch/ess_sequence", _effective_fraction(by_rollout[owner.unique()].numpy())
 
 
-def _effective_share(log_weights: np.ndarray) -> float:
-    """(sum w)^2 / (n * sum w^2), in (0, 1]: the share of n samples that as many equal weights would come to."""
+def _effective_fraction(log_weights: np.ndarray) -> float:
+    """(sum w)^2 / (n * sum w^2), in (0, 1]: effective sample size over n."""
     if not log_weights.size:
         return NAN
     w = np.exp(log_weights - log_weights.max())  # the scale cancels: no overflow
@@ -223,10 +231,11 @@ def _not_finite(table: TokenTable, sampled: Tensor, with_context: Tensor) -> int
     return int(bad.sum())
 
 
-def _of_gate(gate: GateReading) -> Iterator[tuple[str, float]]:
+def _of_gate(gate: GateReading, tokens: int) -> Iterator[tuple[str, float]]:
     yield "gate/open", float(gate.open)
     yield "gate/lambda", gate.lam
     yield "gate/entropy", NAN if gate.entropy is None else gate.entropy
+    yield "gate/tokens", float(tokens)
     yield "gate/h_warm", NAN if gate.h_warm is None else gate.h_warm
     yield "gate/close_below", NAN if gate.close_below is None else gate.close_below
     yield "gate/warming_up", float(gate.warming_up)
@@ -279,7 +288,8 @@ def step_metrics(
     if computed is not None:
         out.update(_of_packs(*computed))
     if gate is not None:
-        out.update(_of_gate(gate))
+        counts = _loss_mask(examples, table) & context_mask(examples, table)
+        out.update(_of_gate(gate, int(counts.sum())))
     out["loss/policy"] = policy_loss
     out["optimizer/grad_norm"] = grad_norm
     out["optimizer/learning_rate"] = learning_rate

@@ -19,7 +19,16 @@ PHASES = {
     "update": "forward, backward and optimizer of every update of the batch",
     "evaluate": "the held-out evaluation",
     "checkpoint": "writing checkpoints and exports",
-    "total": "the whole step",
+    "total": "the complete step",
+}
+
+
+WARNINGS = {
+    "no_context": "no rollout had privileged context, several steps in a row",
+    "out_of_distribution": "u < 0 for nearly all tokens, mean below -1 nat, several steps in a row",
+    "equal_rewards": "equal rewards in every group, several steps in a row",
+    "gate_closed": "lambda was 0 in more than half of the steps since the warm-up",
+    "short_calibration": "H_warm was calibrated on few tokens",
 }
 
 
@@ -52,7 +61,7 @@ def _distribution(prefix: str, what: str) -> tuple[Metric, ...]:
     return (
         Metric(f"{prefix}/mean", "nats", f"mean of {what}"),
         *quantiles,
-        Metric(f"{prefix}/negative_share", "share of tokens", f"tokens where {what} is below 0"),
+        Metric(f"{prefix}/negative_share", "fraction of tokens", f"tokens where {what} is below 0"),
     )
 
 
@@ -62,8 +71,8 @@ SECTIONS = (
         "Every step of reinforcement learning.",
         (
             Metric("reward/mean", "reward", "mean reward of the step's rollouts"),
-            Metric("reward/pass_rate", "share of rollouts", "rewards of at least `privileged.success_threshold`"),
-            Metric("reward/mixed_groups", "share of groups", "groups with unequal rewards; others have advantage 0"),
+            Metric("reward/pass_rate", "fraction of rollouts", "rewards of at least `privileged.success_threshold`"),
+            Metric("reward/mixed_groups", "fraction of groups", "groups with unequal rewards; others have advantage 0"),
             Metric("reward/timeouts", "answers", "judging took too long: reward 0 (held-out answers of the step too)"),
             Metric("reward/errors", "answers", "judging failed: reward 0 (held-out answers of the step too)"),
             Metric("reward/restarts", "workers", "reward workers that died or were ended, and replaced"),
@@ -75,7 +84,8 @@ SECTIONS = (
         (
             Metric("response/length_mean", "tokens", "mean response length, the end token included"),
             Metric("response/length_max", "tokens", "longest response"),
-            Metric("response/truncated", "share of rollouts", "responses that the token budget cut off"),
+            Metric("response/truncated", "fraction of rollouts", "responses that the token budget cut off"),
+            Metric("rollouts/undecodable_tokens", "tokens", "sampled ids that the tokenizer lacks"),
             Metric("rollouts/total", "rollouts", "rollouts of the step, over all ranks"),
             Metric("rollouts/masked", "rollouts", "rollouts without privileged context: their u is 0 in the loss"),
             Metric("rollouts/stale", "versions", "mean age of the weights that rollouts began with; 0: present ones"),
@@ -106,12 +116,16 @@ SECTIONS = (
     ),
     Section(
         "Entropy",
-        "Full-vocabulary entropy; the teacher's with a teacher, over rollouts with context.",
+        "Full-vocabulary entropy of the tokens that the loss sees; the teacher's of those in rollouts with context.",
         (
             Metric("entropy/student_mean", "nats", "mean entropy of the student's next-token distribution"),
             Metric("entropy/student_median", "nats", "lower median of the same"),
             Metric("entropy/teacher_mean", "nats", "mean entropy of the teacher's next-token distribution"),
-            Metric("entropy/teacher_median", "nats", "lower median of the same: H of a gate on the teacher"),
+            Metric(
+                "entropy/teacher_median",
+                "nats",
+                "lower median of the same; the gate's H where the gate reads the teacher",
+            ),
         ),
     ),
     Section(
@@ -120,7 +134,7 @@ SECTIONS = (
         "With `no_teacher`: u = -log-prob under the student, over all rollouts, and no coverage.",
         (
             *_distribution("pmi", "u"),
-            Metric("pmi/coverage", "share of rollouts", "rollouts with privileged context"),
+            Metric("pmi/coverage", "fraction of rollouts", "rollouts with privileged context"),
         ),
     ),
     Section(
@@ -135,6 +149,7 @@ SECTIONS = (
             Metric("gate/open", "0 or 1", "1 while the per-token term acts"),
             Metric("gate/lambda", "weight", "lambda of this step: 0 while closed or warming up"),
             Metric("gate/entropy", "nats", "H: the median entropy that the gate read, null if no token counted"),
+            Metric("gate/tokens", "tokens", "tokens that H is the median of"),
             Metric("gate/h_warm", "nats", "H_warm: the calibrated entropy, at which the gate reopens; null before"),
             Metric("gate/close_below", "nats", "`gate.tau_down` x H_warm: below it the gate closes; null before"),
             Metric("gate/warming_up", "0 or 1", "1 during the calibration steps"),
@@ -148,7 +163,7 @@ SECTIONS = (
             Metric("advantage/std", "1", "its standard deviation"),
             Metric("advantage/abs_mean", "1", "mean of its absolute value"),
             Metric("loss/policy", "1", "clipped policy loss; near 0 on-policy by construction"),
-            Metric("loss/clip_fraction", "share of tokens", "tokens whose ratio was clipped"),
+            Metric("loss/clip_fraction", "fraction of tokens", "tokens whose ratio was clipped"),
         ),
     ),
     Section(
@@ -168,8 +183,8 @@ SECTIONS = (
             Metric("mismatch/max_abs", "nats", "largest absolute d"),
             Metric("mismatch/mean_abs", "nats", "mean absolute d"),
             Metric("mismatch/k3", "nats", "mean of exp(d) - 1 - d: estimates KL(engine, trainer) of a token"),
-            Metric("mismatch/ess", "share of tokens", "effective sample size of weights exp(d); 1: all are equal"),
-            Metric("mismatch/ess_sequence", "share of rollouts", "the same of one weight a rollout, exp(sum of its d)"),
+            Metric("mismatch/ess", "fraction of tokens", "effective sample size of weights exp(d); 1: all are equal"),
+            Metric("mismatch/ess_sequence", "fraction of rollouts", "the same, one weight exp(sum of d) per rollout"),
         ),
     ),
     Section(
@@ -177,13 +192,23 @@ SECTIONS = (
         "With `rollout.engine: sglang`. What an update did, in steps that had one; what was compared, of the weights "
         "being served.",
         (
-            Metric("weight_sync/seconds", "s", "from pausing the servers to their generating on"),
+            Metric("weight_sync/seconds", "s", "from pausing the servers until the last one resumes"),
             Metric("weight_sync/megabytes", "MB", "weights sent, counted once for all servers"),
             Metric("weight_sync/gb_per_second", "GB/s", "the same over those seconds"),
-            Metric("weight_sync/failures", "servers", "servers that did not get them whole"),
-            Metric("weight_sync/receipt_ok", "0 or 1", "every checksum equals the trainer's; otherwise the run stops"),
+            Metric("weight_sync/failures", "servers", "servers whose synchronisation failed"),
+            Metric("weight_sync/verified", "0 or 1", "every checksum equals the trainer's; otherwise the run stops"),
             Metric("weight_sync/checked", "tensors", "checksums compared, over all servers and their ranks"),
-            Metric("weight_sync/probe_max_abs", "nats", "largest difference of a fixed sequence's log-probs"),
+            Metric(
+                "weight_sync/probe_mean_abs",
+                "nats",
+                "mean absolute difference of the probe's log-probs to the trainer's; of the worst server",
+            ),
+            Metric("weight_sync/probe_max_abs", "nats", "largest such difference of a token, over all servers"),
+            Metric(
+                "weight_sync/probe_exceeded",
+                "servers",
+                "servers whose mean exceeds `rollout.verify_tolerance`: a warning; twice in a row stops the run",
+            ),
         ),
     ),
     Section(
@@ -205,7 +230,7 @@ SECTIONS = (
         "With `algorithm.importance_correction`; over the tokens that the loss sees.",
         (
             Metric("importance/mean", "1", "mean weight"),
-            Metric("importance/affected", "share of tokens", "tokens whose weight was cut or set to 0"),
+            Metric("importance/affected", "fraction of tokens", "tokens whose weight was cut or set to 0"),
         ),
     ),
     Section(
@@ -219,10 +244,10 @@ SECTIONS = (
             Metric(
                 "tokens/computed", "tokens", "tokens that go through the model in all passes of the step, padding too"
             ),
-            Metric("tokens/padding_share", "share of computed", "of these, padding"),
+            Metric("tokens/padding_share", "fraction of computed", "of these, padding"),
             Metric(
                 "tokens/shared_share",
-                "share of tokens",
+                "fraction of tokens",
                 "not computed, because they are in a prefix that was (`batching.share_prefixes`)",
             ),
             Metric("tokens/per_second", "tokens / s", "response tokens over the whole step's time, all ranks together"),
@@ -238,9 +263,9 @@ SECTIONS = (
         "Held-out evaluation",
         "At the steps that the recipe's `evaluation` section names (step 0 is before training).",
         (
-            Metric("evaluation/accuracy", "reward", "mean reward: of rewards 0 and 1, the share of right answers"),
+            Metric("evaluation/accuracy", "reward", "mean reward: of rewards 0 and 1, the fraction of right answers"),
             Metric("evaluation/length_mean", "tokens", "mean response length"),
-            Metric("evaluation/truncated", "share of responses", "responses that the token budget cut off"),
+            Metric("evaluation/truncated", "fraction of responses", "responses that the token budget cut off"),
         ),
     ),
     Section(
@@ -248,11 +273,11 @@ SECTIONS = (
         "With the built-in puzzle; the held-out numbers at the steps of the evaluation.",
         (
             Metric("puzzle/u_<class>", "nats", "mean u of one class of the puzzle's tokens (docs/puzzle.md)"),
-            Metric("puzzle/deliberation_rate", "share of tokens", "deliberation words among the response tokens"),
+            Metric("puzzle/deliberation_rate", "fraction of tokens", "deliberation words among the response tokens"),
             Metric("evaluation/deliberations", "words", "deliberation words a held-out response"),
-            Metric("evaluation/deliberation_rate", "share of tokens", "deliberation words of held-out responses"),
-            Metric("evaluation/verified", "share of responses", "held-out responses that end with a tested answer"),
-            Metric("evaluation/accuracy_verified", "share of responses", "accuracy among those"),
+            Metric("evaluation/deliberation_rate", "fraction of tokens", "deliberation words of held-out responses"),
+            Metric("evaluation/verified", "fraction of responses", "held-out responses that end with a tested answer"),
+            Metric("evaluation/accuracy_verified", "fraction of responses", "accuracy among those"),
         ),
     ),
     Section(
@@ -268,6 +293,11 @@ SECTIONS = (
         ),
     ),
     Section(
+        "Warnings",
+        "While the condition holds; the first time, the console and `summary.json` say what to look at.",
+        tuple(Metric(f"warnings/{kind}", "1", meaning) for kind, meaning in WARNINGS.items()),
+    ),
+    Section(
         "Supervised stage",
         "`asd-megatron sft`; with the optimizer, token and time metrics above.",
         (Metric("sft/loss", "nats", "cross-entropy per unit of loss weight over the global batch"),),
@@ -281,10 +311,10 @@ to TensorBoard (`RUN/tensorboard`). A number that does not exist (a mean over no
 TensorBoard.
 
 Token statistics are over the *sampled* response tokens of all ranks (`loss_mask` of the rollouts), the end token
-included, the prompt never; those of the teacher, of u and of the per-token term only over rollouts that have privileged
-context. Medians and quantiles are exact and are values that occur: the smallest with at least that share of the tokens
-at or below it. Entropies and log-probabilities are in nats, at the sampling temperature, under the weights before the
-step's update. Unit 1 is a plain number.
+included, the prompt never; those of the teacher, of u and of the per-token term only over rollouts that have
+privileged context. Medians and quantiles are exact and are values that occur: the smallest with at least that fraction
+of the tokens at or below it. Entropies and log-probabilities are in nats, at the sampling temperature, under the
+weights before the step's update. Unit 1 is a plain number.
 
 `python tools/plot_run.py RUN` plots a run into `RUN/curves.png`, finished or not.
 

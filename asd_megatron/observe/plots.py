@@ -15,7 +15,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_file, write_json
 from asd_megatron.observe.writer import read_metrics
 
-STUDENT, TEACHER, NEUTRAL, ACCENT = "#2563a8", "#d1622b", "#6b7280", "#2f8f5b"
+STUDENT, TEACHER, NEUTRAL, ACCENT, BESIDE = "#2563a8", "#d1622b", "#6b7280", "#2f8f5b", "#a2428f"
 # colour-blind safe, in the order in which classes are drawn
 CLASSES = ("#2563a8", "#d1622b", "#2f8f5b", "#a2428f", "#b0891c", "#4fa3c7", "#6b7280", "#8c4a2f", "#1f1f1f")
 U_PREFIX = "puzzle/u_"
@@ -33,10 +33,10 @@ class Curve:
 
 
 class Curves:
-    """The run's metrics by name."""
+    """The run's metrics by name; `beside`: another run's, with its label, to compare with."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.rows = rows
+    def __init__(self, rows: Sequence[Mapping[str, Any]], beside: tuple[str, Curves] | None = None) -> None:
+        self.rows, self.beside = rows, beside
         self.names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
         self.last = max((row["step"] for row in rows), default=0)
 
@@ -70,6 +70,13 @@ def _line(
     marker = "." if len(curve.steps) == 1 else None
     axis.plot(curve.steps, values, style, color=color, linewidth=1.7, label=label, marker=marker)
     return values
+
+
+def _beside(axis: Any, curves: Curves, metric: str, label: str = "", style: str = "-") -> None:
+    """The compared run's curve, in the colour that no curve of the run itself has."""
+    if curves.beside is not None and metric in curves.beside[1]:
+        name, other = curves.beside
+        _line(axis, other[metric], BESIDE, f"{name}{label}", style, faint=0)
 
 
 def _legend(axis: Any, columns: int = 1) -> None:
@@ -111,6 +118,7 @@ def label_ends(axis: Any, ends: Sequence[tuple[str, str, float, float]]) -> None
 
 def _accuracy(axis: Any, curves: Curves) -> None:
     _line(axis, curves["reward/pass_rate"], NEUTRAL, "training rollouts")
+    _beside(axis, curves, "evaluation/accuracy", ", held-out")
     held_out = curves["evaluation/accuracy"]
     if held_out:
         style = {"color": STUDENT, "linewidth": 1.7, "marker": "o", "markersize": 4.5, "clip_on": False}
@@ -132,11 +140,12 @@ def _reward(axis: Any, curves: Curves) -> None:
 
 def _length(axis: Any, curves: Curves) -> None:
     _line(axis, curves["response/length_mean"], STUDENT, "training rollouts")
+    _beside(axis, curves, "response/length_mean")
     held_out = curves["evaluation/length_mean"]
     if held_out:
         axis.plot(held_out.steps, held_out.values, "o", color=NEUTRAL, markersize=4.5, label="held-out")
     axis.set_ylim(bottom=0)
-    if held_out:
+    if held_out or curves.beside is not None:
         _legend(axis, 2)
 
 
@@ -144,6 +153,7 @@ def _entropies(axis: Any, curves: Curves) -> None:
     for who, color in (("student", STUDENT), ("teacher", TEACHER)):
         _line(axis, curves[f"entropy/{who}_mean"], color, f"{who}, mean")
         _line(axis, curves[f"entropy/{who}_median"], color, f"{who}, median", "--", faint=0)
+    _beside(axis, curves, "entropy/student_mean", ", student, mean")
     axis.set_ylim(bottom=0)
     _legend(axis, 2)
 
@@ -169,19 +179,20 @@ def _u(axis: Any, curves: Curves) -> None:
 
 
 def _gate(axis: Any, curves: Curves) -> None:
-    """H against its two thresholds above, lambda below."""
+    """H against its two thresholds above, lambda below. The axis of H is logarithmic where H is far above both."""
     lower = axis.inset_axes([0, -0.02, 1, 0.2])
     upper = axis.inset_axes([0, 0.28, 1, 0.72])
     axis.axis("off")
     axis.set_title("", loc="left")
     for part in (upper, lower):
         dress(part)
-    upper.set_title("Gate: H (nats) and lambda", loc="left", fontsize=10)
-    _line(upper, curves["gate/entropy"], TEACHER, "H", faint=0.45)
-    for name, style, label in (("gate/h_warm", "--", "H_warm"), ("gate/close_below", ":", "closes below")):
-        curve = curves[name]
-        if curve:
-            upper.plot(curve.steps, curve.values, style, color="black", linewidth=1.0, label=label)
+    upper.set_title("Gate: median entropy (nats) and its thresholds", loc="left", fontsize=10)
+    _line(upper, curves["gate/entropy"], TEACHER, "median entropy", faint=0.45)
+    for name, style, label in (("gate/h_warm", "--", "opens from"), ("gate/close_below", ":", "closes below")):
+        if curve := curves[name]:
+            text = f"{label} {curve.values[-1]:.3g}"
+            upper.plot(curve.steps, curve.values, style, color="black", linewidth=1.2, label=text, zorder=3)
+    _show_thresholds(upper, curves)
     lam = curves["gate/lambda"]
     lower.fill_between(lam.steps, lam.values, step="mid", color=ACCENT, alpha=0.35, linewidth=0)
     lower.step(lam.steps, lam.values, where="mid", color=ACCENT, linewidth=1.4)
@@ -192,6 +203,17 @@ def _gate(axis: Any, curves: Curves) -> None:
     upper.set_xlabel("")
     upper.tick_params(labelbottom=False)
     _legend(upper, 3)
+
+
+def _show_thresholds(axis: Any, curves: Curves) -> None:
+    """Keep the thresholds apart from the bottom of the panel and, where H is many times as large, visible at all."""
+    threshold, entropy = curves["gate/h_warm"], curves["gate/entropy"]
+    if not threshold or not entropy:
+        return
+    level, positive = float(threshold.values[-1]), entropy.values[entropy.values > 0]
+    if positive.size and level > 0 and positive.max() > 5 * level:
+        axis.set_yscale("log")
+        axis.set_ylim(0.5 * min(level, positive.min()), 3 * positive.max())
 
 
 def _loss(axis: Any, curves: Curves) -> None:
@@ -208,6 +230,10 @@ def _speed(axis: Any, curves: Curves) -> None:
     axis.set_ylim(bottom=0)
 
 
+def _equal(curves: Curves, one: str, other: str) -> bool:
+    return np.array_equal(curves[one].values, curves[other].values)
+
+
 @dataclass(frozen=True)
 class Panel:
     """A panel is drawn when one of `needs` has a number (a trailing * stands for any ending)."""
@@ -215,9 +241,10 @@ class Panel:
     title: str
     needs: tuple[str, ...]
     draw: Callable[[Any, Curves], None]
+    repeats: tuple[str, str] | None = None  # left out where these two metrics are equal: another panel shows one
 
     def wanted(self, curves: Curves) -> bool:
-        return any(
+        return not (self.repeats and _equal(curves, *self.repeats)) and any(
             any(n.startswith(need[:-1]) for n in curves.names) if need.endswith("*") else need in curves
             for need in self.needs
         )
@@ -225,11 +252,11 @@ class Panel:
 
 TRAINING_PANELS = (
     Panel("Accuracy", ("evaluation/accuracy", "reward/pass_rate"), _accuracy),
-    Panel("Mean reward", ("reward/mean",), _reward),
+    Panel("Mean reward", ("reward/mean",), _reward, repeats=("reward/mean", "reward/pass_rate")),
     Panel("Response length (tokens)", ("response/length_mean",), _length),
-    Panel("Entropy (nats)", ("entropy/student_mean", "entropy/teacher_mean"), _entropies),
-    Panel("Mean u by token class (nats)", (U_PREFIX + "*",), _u),
-    Panel("u (nats)", ("pmi/mean",), _u),
+    Panel("Entropy of the next token (nats)", ("entropy/student_mean", "entropy/teacher_mean"), _entropies),
+    Panel("PMI u by token class, mean (nats)", (U_PREFIX + "*",), _u),
+    Panel("PMI u = teacher - student log-prob (nats)", ("pmi/mean",), _u),
     Panel("Gate", ("gate/lambda",), _gate),
 )
 SUPERVISED_PANELS = (
@@ -280,13 +307,20 @@ def _choose(curves: Curves) -> list[Panel]:
     return [p for p in panels if by_draw[id(p.draw)] is p]
 
 
-def plot_run(folder: str | os.PathLike[str], target: str | os.PathLike[str] | None = None) -> Path:
-    """Draw RUN/curves.png (or `target`) from RUN/metrics.jsonl; returns its path. Works while the run goes on.
+def plot_run(
+    folder: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None = None,
+    *,
+    beside: tuple[str, str | os.PathLike[str]] | None = None,
+) -> Path:
+    """Draw RUN/curves.png (or `target`) from RUN/metrics.jsonl; returns its path. Works while the run is in progress.
+    `beside` (label, folder): another run's held-out accuracy, length and entropy in the same panels.
 
     Raises UserError when there is no metrics.jsonl or no number to plot in it.
     """
     folder = Path(folder)
-    curves = Curves(read_metrics(folder))
+    other = None if beside is None else (beside[0], Curves(read_metrics(beside[1])))
+    curves = Curves(read_metrics(folder), other)
     panels = _choose(curves)
     if not panels:
         raise UserError(f"{folder}/metrics.jsonl holds nothing to plot yet: wait for the first step")

@@ -22,6 +22,9 @@ from asd_megatron.records import Example, TokenTable
 class Decoder(Protocol):
     """What the report needs of a tokenizer: Hugging Face's."""
 
+    @property
+    def all_special_ids(self) -> Sequence[int]: ...
+
     def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
 
 
@@ -80,23 +83,36 @@ def token_means(ids: Tensor, pmi: Tensor, *, min_count: int = 1) -> list[TokenMe
 def _table(title: str, rows: Sequence[TokenMean], tokenizer: Decoder) -> list[str]:
     lines = [title, f"  {'token':<20} {'id':>8} {'count':>7} {'mean u':>8} {'std':>7} {'u < 0':>6}"]
     for row in rows:
-        text = repr(tokenizer.decode([row.token_id]))[1:-1]
+        text = repr(tokenizer.decode([row.token_id], clean_up_tokenization_spaces=False))[1:-1]
         text = text if len(text) <= 18 else text[:17] + "~"
         cells = f"{row.token_id:>8} {row.count:>7} {row.mean:>+8.3f} {row.std:>7.3f} {row.negative_share:>6.0%}"
         lines.append(f"  {'|' + text + '|':<20} {cells}")
     return lines
 
 
-def pmi_report(ids: Tensor, pmi: Tensor, tokenizer: Decoder, *, min_count: int = 5, top: int = 15) -> str:
-    """A table of the `top` tokens with the lowest and with the highest mean u, as text.
+def lowest_and_highest(means: Sequence[TokenMean], top: int) -> tuple[Sequence[TokenMean], Sequence[TokenMean]]:
+    """At most `top` tokens of each end of `means` (lowest mean first); no token is in both, so that a token in the
+    table of the highest is above every token in that of the lowest."""
+    lower = min(top, (len(means) + 1) // 2)
+    upper = min(top, len(means) - lower)
+    return means[:lower], means[::-1][:upper]
 
+
+def pmi_report(ids: Tensor, pmi: Tensor, tokenizer: Decoder, *, min_count: int = 5, top: int = 15) -> str:
+    """Tables of the `top` tokens with the lowest and with the highest mean u, and of the special tokens, as text.
+
+    Special tokens (the end token above all) stand apart: their u says how much likelier the response ends there.
     Raises UserError when no token was seen `min_count` times.
     """
-    means = token_means(ids, pmi, min_count=min_count)
-    if not means:
+    special_ids = set(tokenizer.all_special_ids)
+    every = token_means(ids, pmi, min_count=min_count)
+    means = [mean for mean in every if mean.token_id not in special_ids]
+    if not every:
         raise UserError(f"no token was seen {min_count} times in {len(ids)} tokens: lower the minimum count")
     overall = f"{len(ids)} tokens with privileged context, mean u {pmi[torch.isfinite(pmi)].mean():+.3f} nats"
-    lines = [f"{overall}; {len(means)} tokens seen at least {min_count} times", ""]
-    lines += [*_table("Lowest mean u (deliberation)", means[:top], tokenizer), ""]
-    lines += _table("Highest mean u (shortcuts)", means[::-1][:top], tokenizer)
+    lines = [f"{overall}; {len(every)} token ids seen at least {min_count} times", ""]
+    low, high = lowest_and_highest(means, top)
+    special = [mean for mean in every if mean.token_id in special_ids]
+    tables = (("Lowest mean u (deliberation)", low), ("Highest mean u (shortcuts)", high), ("Special tokens", special))
+    lines += "\n\n".join("\n".join(_table(title, rows, tokenizer)) for title, rows in tables if rows).splitlines()
     return "\n".join(lines) + "\n"

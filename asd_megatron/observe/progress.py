@@ -84,7 +84,7 @@ class Progress:
         if enabled and self._stream.isatty():
             from tqdm import tqdm
 
-            # the numbers go on a line of their own: they would not fit beside the bar
+            # the numbers are on a line of their own: they would not fit beside the bar
             form = "step {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}"
             self._bar = tqdm(total=steps, initial=done, file=self._stream, bar_format=form, position=1, leave=True)
             self._numbers = tqdm(total=0, file=self._stream, bar_format="{desc}", position=0, leave=True)

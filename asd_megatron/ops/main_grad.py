@@ -1,4 +1,4 @@
-"""Where a weight's gradient goes: Megatron's `main_grad` buffer when there is one, autograd otherwise.
+"""Accumulation of a weight's gradient: in Megatron's `main_grad` buffer when there is one, otherwise through autograd.
 
 Megatron's DistributedDataParallel gives every parameter a `main_grad` buffer and a hook on its gradient accumulator
 that does
@@ -19,10 +19,11 @@ from torch import Tensor
 
 
 class WeightGradient:
-    """Accumulates one backward's gradient of `weight` [rows, H] in `buffer` (accumulation dtype, same shape).
+    """Accumulates the gradient of `weight` [rows, H] from one backward pass in `buffer` (accumulation dtype, same
+    shape).
 
-    `buffer` is `weight.main_grad` itself when its dtype allows; adding to it is then final, whatever backward does
-    later.
+    `buffer` is `weight.main_grad` itself when that has the accumulation dtype: what is added is then final, and
+    backward cannot scale it any more.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -38,14 +39,14 @@ class WeightGradient:
         return self.main_grad is not None
 
     def flush(self) -> None:
-        """Bring what was accumulated into `main_grad`, if the buffer is not that already. Call once."""
+        """Add the buffer to `main_grad` unless it is that already. Call once."""
         if self.main_grad is not None and self.buffer is not self.main_grad:
             self.main_grad.add_(self.buffer)
         if self.main_grad is not None:
             del self.buffer
 
     def result(self) -> Tensor | None:
-        """What backward returns for the weight."""
+        """What backward returns for the weight: the gradient, a dummy, or None (see the module's docstring)."""
         if self.main_grad is None:
             return self.buffer.to(self.weight.dtype)
         if not hasattr(self.weight, "grad_added_to_main_grad"):

@@ -1,7 +1,10 @@
 """Softmax statistics and logit gradients of a tile [n, v] of logits, in place.
 
-Both go through the tile a slab of rows at a time, so that all passes over a slab but the first find it in a cache, and
-what they need beside the tile is one slab.
+Both process the tile in slabs of rows, so that every pass over a slab but the first finds it in the processor's cache,
+and the scratch memory is one slab:
+
+    tile [n, v]    slab 0: rows 0 .. step        exp, sum, multiply, ... on these rows before the next slab
+                   slab 1: rows step .. 2 step
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)
 
 
-def statistics(tile: Tensor, local: Tensor, owned: Tensor) -> Tensor:
+def softmax_statistics(tile: Tensor, local: Tensor, owned: Tensor) -> Tensor:
     """(maximum, total, moment, target's logit) [4, n] over the columns; `tile` becomes z - maximum.
 
     total = sum(e^(z - maximum)) and moment = sum(e^(z - maximum) (z - maximum)), as `merge_softmax` takes them.
-    `local` int64 [n] is the target's column, where `owned` bool [n]; elsewhere the target's logit is -inf. Without
-    columns, both it and the maximum are.
+    `local` int64 [n] is the target's column where `owned` bool [n] is True; elsewhere the target's logit is -inf. A
+    tile without columns has maximum and target's logit -inf.
     """
     n, v = tile.shape
     out = torch.zeros(4, n, dtype=tile.dtype, device=tile.device)
@@ -49,7 +52,8 @@ def logit_gradient_(
 ) -> Tensor:
     """Turn `tile` into the gradient in z [n, v] of g_logprob * log p(target) + g_entropy * entropy, summed over rows.
 
-    `tile` is z plus any per-row constant, `offset` [n] makes it log p; `entropy` [n] is the whole vocabulary's.
+    `tile` is z plus any per-row constant; adding `offset` [n] makes it log p. `entropy` [n] is that of the complete
+    vocabulary.
     """
     for rows, slab, scratch in _slabs(tile):
         logp = slab.add_(offset[rows, None])
@@ -65,7 +69,7 @@ def logit_gradient_(
 
 
 def _slabs(tile: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their part of the tile, scratch of the same shape) until the tile is through."""
+    """(rows, their part of the tile, scratch of the same shape) for consecutive slabs of the tile."""
     n, v = tile.shape
     step = max(1, _slab_elements(tile) // max(1, v))
     scratch = torch.empty((min(step, n), v), dtype=tile.dtype, device=tile.device)
@@ -75,11 +79,11 @@ def _slabs(tile: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def _slab_elements(tile: Tensor) -> int:
-    """64 MiB of float32 on a GPU, where a pass should be worth its launch; half a MiB for each thread elsewhere."""
+    """64 MiB of float32 on a GPU, so that a kernel outweighs its launch; half a MiB for each thread elsewhere."""
     return 1 << 24 if tile.is_cuda else torch.get_num_threads() << 17
 
 
 def _exp(x: Tensor, out: Tensor) -> Tensor:
-    """exp(x) to the rounding of x. On CPUs torch.exp is MKL's, which is slow on AMD and far slower where the result
-    underflows."""
+    """exp(x) to the rounding of x, by exp2. On CPUs torch.exp is MKL's, which is slow on AMD and far slower where the
+    result underflows."""
     return torch.mul(x, LOG2_E, out=out).exp2_()

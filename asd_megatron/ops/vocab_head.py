@@ -1,14 +1,29 @@
-"""The LM head fused with what is wanted of its logits: a target's log-probability and the whole entropy.
+"""Fused linear cross-entropy: the LM head with log-probabilities and full-vocabulary entropies, without the logits.
 
-The head is sharded over the vocabulary on a tensor-parallel group. Logits exist one tile at a time, [token_block,
-local rows], in float32; log-probs and entropies (nats) are exact over the valid vocabulary. Two forms:
+The head is sharded over the vocabulary on a tensor-parallel group. Logits exist one tile at a time, [rows of a tile,
+local vocabulary], in float32; log-probs and entropies (nats) are exact over the valid vocabulary. Two forms:
 
-* `linear_logprob` is differentiable in the ordinary way and computes every tile again in backward: 8 N H V flops, and
-  one collective in each direction (plus those of sequence parallelism).
-* `linear_token_loss` is told the loss, so that a tile gives log-probs, loss and gradient at once: 6 N H V flops, one
-  small collective a tile. The gradient exists when forward returns.
+* `linear_logprob` is an ordinary differentiable function that recomputes every tile in backward: 8 N H V flops, and one
+  collective in each direction (plus those of sequence parallelism).
+* `linear_token_loss` takes the loss as a callback, so that a tile gives log-probs, loss and gradient at once: 6 N H V
+  flops, one small collective for each tile. The gradient is complete when forward returns.
 
-With log p = z - logsumexp(z) and H = -sum(p log p), all at the temperature:
+Both loop over tiles of the N rows. With tensor parallelism 2 and three tiles:
+
+                    rank 0         rank 1
+    rows of tile 0  z [n, V / 2]   z [n, V / 2]
+    rows of tile 1  z [n, V / 2]   z [n, V / 2]
+    rows of tile 2  z [n, V / 2]   z [n, V / 2]
+
+    1. z = hidden[rows] @ weight.T / temperature, on each rank for its columns of the vocabulary
+    2. each rank: max, sum exp, sum z exp and the target's logit of its columns, [4, n]
+    3. all-gather of [4, n], merged: logsumexp, log-prob and entropy of the complete vocabulary
+    4. d loss / d z in the tile's memory, then two products with it: d hidden[rows] and an addition to d weight
+
+`linear_token_loss` does 1 to 4 for each tile; `linear_logprob` does 1 and 2 for each tile, 3 once, and in backward 1
+and 4 for each tile.
+
+With log p = z - logsumexp(z) and H = -sum(p log p), both at the temperature:
 
     d log p_y / d z_v = [v = y] - p_v          d H / d z_v = -p_v (log p_v + H)
 """
@@ -30,7 +45,7 @@ from asd_megatron.ops.vocab_shard import VocabShard, merge_softmax
 __all__ = ["TokenLoss", "VocabShard", "linear_logprob", "linear_token_loss"]
 
 TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
-"""(logprobs [n], entropy [n], block) to the block's share of the loss; `block` is the slice of the N rows in hand."""
+"""(logprobs [n], entropy [n], block) -> the block's part of the loss, a scalar. `block`: which slice of the N rows."""
 
 
 def linear_logprob(
@@ -46,12 +61,12 @@ def linear_logprob(
     """log p(target) and full-vocabulary entropy from hidden states, both differentiable.
 
     `hidden` [T_local, H] and `weight` [padded rows, H] share a dtype; `target` int64 [N] holds global token ids;
-    `rows` int64 [N] selects the tokens (None: all, N = T) of the whole, sequence-gathered token dimension.
+    `rows` int64 [N] selects tokens of the complete, sequence-gathered token dimension (None: all, N = T).
     `token_block` bounds a tile's rows (None: by memory). Returns float32 [N] twice, equal on every rank. A target
-    outside the vocabulary gives -inf.
+    outside the vocabulary gives -inf. Raises ValueError for shapes or values outside these.
 
-    Collective over `shard.group`: forward and backward, same N, target and rows on all its ranks; N = 0 is fine.
-    Upstream gradients must be equal on all ranks. The weight's gradient goes to `weight.main_grad` if that exists,
+    Collective over `shard.group`, forward and backward: N, target and rows are the same on all its ranks; N may be 0.
+    Upstream gradients must be equal on all ranks. The weight's gradient is added to `weight.main_grad` if that exists,
     see `main_grad.py`.
     """
     rows, block = _checked(hidden, weight, target, shard, rows, temperature, token_block)
@@ -69,12 +84,13 @@ def linear_token_loss(
     temperature: float = 1.0,
     token_block: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A sum of per-token losses of log p(target) and entropy, with its gradient.
+    """A sum of per-token losses that are functions of log p(target) and entropy, with its gradient.
 
     Returns (loss scalar, logprobs [N], entropy [N]), float32, the last two detached.
 
     `token_loss(logprobs [n], entropy [n], block)` is called for consecutive blocks under autograd and returns the
-    block's share; it must be token-local and deterministic. Arguments as in `linear_logprob`.
+    block's part of the loss; it must be deterministic, and a token's loss may depend on that token alone. Arguments as
+    in `linear_logprob`.
 
     With `weight.main_grad`, its gradient is added there *in forward*, and backward requires an upstream gradient of
     exactly 1 (scale inside `token_loss`): RuntimeError otherwise. Under `torch.no_grad` nothing is differentiated and
@@ -113,14 +129,14 @@ def _checked(
 
 
 def _default_block(weight: Tensor) -> int:
-    """Rows of a tile: 512 MiB of float32 on a GPU, 32 MiB elsewhere, but not so few that packing the weight for every
-    tile's products is felt. Equal on all ranks, as their weights' length."""
+    """Rows of a tile: 512 MiB of float32 on a GPU, 32 MiB elsewhere, but at least 256, below which packing the weight
+    for each tile's products takes noticeable time. Equal on all ranks, because their weights have equally many rows."""
     elements = 1 << 27 if weight.is_cuda else 1 << 23
     return max(256, elements // max(weight.shape[0], 1) // 64 * 64)
 
 
 class _Tiles:
-    """The logits of one call, tile by tile."""
+    """The logits of one call, one tile at a time in the same buffer."""
 
     def __init__(
         self,
@@ -132,7 +148,7 @@ class _Tiles:
         temperature: float,
         block: int,
     ) -> None:
-        self.whole = shard.gather_tokens(hidden)  # [T, H]
+        self.gathered = shard.gather_tokens(hidden)  # [T, H]
         self.weight = operand(weight[: shard.rows])  # [v, H]
         self.rows = rows
         self.shard = shard
@@ -140,32 +156,34 @@ class _Tiles:
         self.count = target.shape[0]
         self.tiles = -(-self.count // block)
         local = target - shard.start
-        self.owned = (local >= 0) & (local < shard.rows)  # [N]
+        self.owned = (local >= 0) & (local < shard.rows)  # bool [N]: the target's column is on this rank
         self.local = local.clamp(0, max(shard.rows - 1, 0))
         self.dtype = accumulation_dtype(hidden.dtype)
         longest = -(-self.count // max(self.tiles, 1))
         self.buffer = torch.empty((longest, shard.rows), dtype=self.dtype, device=hidden.device)
 
     def blocks(self) -> Iterator[slice]:
-        """As few as fit, of nearly equal length: a tile of a few rows costs almost as much as a full one."""
+        """The tiles' slices of the N rows: as few as fit, of nearly equal length, because a tile of a few rows costs
+        almost as much as a full one."""
         for tile in range(self.tiles):
             yield slice(tile * self.count // self.tiles, (tile + 1) * self.count // self.tiles)
 
     def hidden(self, block: slice) -> Tensor:
-        return operand(self.whole[block] if self.rows is None else self.whole[self.rows[block]])
+        return operand(self.gathered[block] if self.rows is None else self.gathered[self.rows[block]])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits over the temperature [n, v], in the accumulation dtype. The next tile takes this one's place."""
+        """Logits divided by the temperature [n, v], in the accumulation dtype. The next call overwrites them."""
         tile = self.buffer[: hidden.shape[0]]
         product(tile, hidden, self.weight)
         return tile if self.temperature == 1.0 else tile.mul_(1.0 / self.temperature)
 
     def statistics(self, tile: Tensor, block: slice) -> Tensor:
         """(maximum, total, moment, target's logit) [4, n] of this rank's vocabulary; `tile` becomes z - maximum."""
-        return softmax_tile.statistics(tile, self.local[block], self.owned[block])
+        return softmax_tile.softmax_statistics(tile, self.local[block], self.owned[block])
 
     def reduce(self, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[4, n] of every rank to (logsumexp, log-prob of the target, entropy), each [n]. One collective."""
+        """Every rank's statistics [4, n] merged into (logsumexp, log-prob of the target, entropy), each [n]. One
+        collective."""
         parts = self.shard.gather_ranks(statistics)
         top, total, moment = merge_softmax(parts[:, 0], parts[:, 1], parts[:, 2])
         log_total = total.log()
@@ -176,7 +194,7 @@ class _Tiles:
     ) -> Tensor:
         """d loss / d (hidden @ weight.T) [n, v].
 
-        `tile` is z plus any per-row constant, `offset` [n] makes it log p. Destroys `tile`.
+        `tile` is z plus any per-row constant; adding `offset` [n] makes it log p. Overwrites `tile`.
         """
         g_logprob = g_logprob / self.temperature
         g_entropy = None if g_entropy is None else g_entropy / self.temperature
@@ -206,7 +224,7 @@ class _Gradients:
         if self.local is None:
             return None
         tiles = self.tiles
-        return tiles.shard.reduce_hidden_gradient(self.local, tiles.rows, tiles.whole.shape[0])
+        return tiles.shard.reduce_hidden_gradient(self.local, tiles.rows, tiles.gathered.shape[0])
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -274,8 +292,8 @@ class _LinearTokenLoss(torch.autograd.Function):
             tile = tiles.logits(h)
             statistics = tiles.statistics(tile, b)
             lse, logprobs[b], entropy[b] = tiles.reduce(statistics)
-            share, g_logprobs, g_entropy = _differentiated(token_loss, logprobs[b], entropy[b], b, differentiate)
-            loss += share
+            part, g_logprobs, g_entropy = _differentiated(token_loss, logprobs[b], entropy[b], b, differentiate)
+            loss += part
             if differentiate:
                 offset = statistics[0] - lse
                 gradients.add(tiles.logit_gradient(tile, offset, entropy[b], g_logprobs, g_entropy, b), h, b)
@@ -317,8 +335,8 @@ def _differentiated(
     with torch.enable_grad():
         logprobs.requires_grad_()
         entropy.requires_grad_()
-        share = token_loss(logprobs, entropy, block)
-        if not share.requires_grad:  # a block of weightless tokens may be a constant
-            return share.detach(), zero, None
-        g_logprobs, g_entropy = torch.autograd.grad(share, (logprobs, entropy), allow_unused=True)
-    return share.detach(), zero if g_logprobs is None else g_logprobs, g_entropy
+        part = token_loss(logprobs, entropy, block)
+        if not part.requires_grad:  # of tokens without weight the loss may be a constant
+            return part.detach(), zero, None
+        g_logprobs, g_entropy = torch.autograd.grad(part, (logprobs, entropy), allow_unused=True)
+    return part.detach(), zero if g_logprobs is None else g_logprobs, g_entropy

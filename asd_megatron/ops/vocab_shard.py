@@ -1,4 +1,4 @@
-"""How an LM head is cut over the vocabulary, and the collectives that this cut needs."""
+"""The vocabulary-parallel shard of an LM head, and the collectives that it needs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's slice of a head whose rows (vocabulary entries) are spread over `group`.
+    """This rank's slice of a head whose rows (vocabulary entries) are sharded over `group`.
 
-    Local row r < `rows` is the logit of token id `start + r`; local rows from `rows` on are padding, whatever they
-    hold. `group` None is a head that is not cut. With `sequence_parallel`, hidden states arrive as this rank's
+    Local row r < `rows` gives the logit of token id `start + r`; local rows from `rows` on are padding and may hold
+    anything. `group` None: the head is not sharded. With `sequence_parallel`, hidden states arrive as this rank's
     contiguous slice of the token dimension (all slices equally long), and so does their gradient. Every rank's weight
-    has the same number of rows, padding included.
+    has the same number of rows, padding included. A vocabulary of 99 on 2 ranks, 50 rows each: rank 0 start 0, rows 50;
+    rank 1 start 50, rows 49.
     """
 
     group: dist.ProcessGroup | None
@@ -32,7 +33,7 @@ class VocabShard:
         group: dist.ProcessGroup | None = None,
         sequence_parallel: bool = False,
     ) -> VocabShard:
-        """Megatron's cut: rank r holds ids r * local_rows onwards, ids from `vocab_size` on are padding."""
+        """Megatron's sharding: rank r holds ids from r * local_rows on, ids from `vocab_size` on are padding."""
         start = 0 if group is None else group.rank() * local_rows
         return cls(group, start, max(0, min(local_rows, vocab_size - start)), sequence_parallel)
 
@@ -41,16 +42,16 @@ class VocabShard:
         return 1 if self.group is None else self.group.size()
 
     def gather_tokens(self, hidden: Tensor) -> Tensor:
-        """[T_local, H] to the whole token dimension [T, H]; the same tensor when it is whole already."""
+        """All-gather [T_local, H] to [T, H] under sequence parallelism; otherwise `hidden` itself."""
         if not self.sequence_parallel or self.world == 1:
             return hidden
-        whole = hidden.new_empty((self.world * hidden.shape[0], *hidden.shape[1:]))
-        if whole.numel():
-            dist.all_gather_into_tensor(whole, hidden.contiguous(), group=self.group)
-        return whole
+        gathered = hidden.new_empty((self.world * hidden.shape[0], *hidden.shape[1:]))
+        if gathered.numel():
+            dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=self.group)
+        return gathered
 
     def gather_ranks(self, values: Tensor) -> Tensor:
-        """[...] to [ranks, ...]."""
+        """All-gather [...] to [ranks, ...]."""
         if self.world == 1:
             return values[None]
         out = values.new_empty((self.world, *values.shape))
@@ -77,7 +78,7 @@ class VocabShard:
         out = gradient.new_empty((local, gradient.shape[1]))
         if not out.numel():
             return out
-        if dist.get_backend(self.group) == "gloo":  # has no reduce_scatter_tensor in every release
+        if dist.get_backend(self.group) == "gloo":  # not every release has reduce_scatter_tensor
             dist.all_reduce(gradient, group=self.group)
             start = self.group.rank() * local
             return out.copy_(gradient[start : start + local])
@@ -86,10 +87,10 @@ class VocabShard:
 
 
 def merge_softmax(maximum: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial softmax statistics [parts, n] to those of the union [n].
+    """Softmax statistics of the parts of a vocabulary [parts, n] to those of the complete vocabulary [n].
 
-    For logits z of one part: maximum m, total sum(e^(z - m)), moment sum(e^(z - m) (z - m)). An empty part has m =
-    -inf.
+    Of one part's logits z: maximum m, total sum(e^(z - m)), moment sum(e^(z - m) (z - m)). An empty part has m = -inf.
+    From the result: logsumexp = m + log total, entropy = log total - moment / total.
     """
     top = maximum.amax(0)
     shift = torch.where(maximum == -torch.inf, 0.0, maximum - top)

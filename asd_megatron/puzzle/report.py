@@ -11,7 +11,7 @@ from asd_megatron.puzzle.task import ANSWER_WORD, DELIBERATION_WORDS, END_TOKEN,
 
 TOKEN_CLASSES = (
     "deliberation",  # Let, Wait, Maybe, Hmm
-    "wait",  # the same without Let: going on after a failed test
+    "wait",  # the same without Let: continuing after a failed test
     "candidate",  # the x after a deliberation word
     "so",  # announces an answer
     "so_early",  # the same, not right after a `yes`: giving up
@@ -85,11 +85,11 @@ class PuzzleReport:
     responses: int
     accuracy: float
     length: float  # mean tokens a response, the end token included
-    truncated: float  # share of responses without an end token
+    truncated: float  # fraction of responses without an end token
     deliberations: float  # mean deliberation words a response
     deliberation_rate: float  # deliberation words over all response tokens
     early_answers: float  # mean early `So` a response
-    verified: float  # share of responses that end `yes So x`
+    verified: float  # fraction of responses that end `yes So x`
     accuracy_verified: float  # accuracy among those
     pmi: Mapping[str, float] = field(default_factory=dict)  # mean u by token class (nats); empty without u
     pmi_tokens: Mapping[str, int] = field(default_factory=dict)  # tokens behind each mean

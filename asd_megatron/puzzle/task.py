@@ -32,7 +32,7 @@ END_TOKEN = "<|end|>"
 
 SPLITS = ("train", "test")
 TEST_PUZZLES = 500  # the default held-out set
-TEST_ONE_IN = 20  # share of all puzzles that the content hash puts on the test side
+TEST_ONE_IN = 20  # fraction of all puzzles that the content hash puts on the test side
 PUZZLES = {"train": 912_555, "test": 48_405}  # distinct puzzles by split, of C(16, 10) * 3 * 4 * 10 = 960,960
 
 

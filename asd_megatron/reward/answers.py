@@ -1,80 +1,98 @@
-r"""Finding the final answer in a response, and writing it so that math-verify reads the whole of it."""
+r"""Finding the final answer in a response, and writing it so that math-verify reads all of it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 
-from asd_megatron.data.answers import last_boxed, last_hashes
+from asd_megatron.data.answers import last_boxed, last_hashes, marked_answer, outside_thinking
 
 MAX_ANSWER_CHARS = 2_000  # a longer "answer" is none
 TAIL_CHARS = 2_000  # where a response without a marked answer is searched
 
-WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-INTEGER = re.compile(r"[-+]?\d{1,40}")
-GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+")
+# Spaces, as LaTeX and Unicode write them. `{,}` is a comma without a space after it; zero-width characters are dropped.
+SPACE = re.compile(
+    r"(?<!\\)\\(?:[,;:> ]|(?:thinspace|medspace|thickspace|enspace|enskip|quad|qquad|space|nobreakspace)(?![A-Za-z]))"
+    r"|(?<!\\)\\hspace\*?\{[^{}]*\}|~(?!=)|[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"
+)
+NOTHING = re.compile(r"(?<!\\)\\(?:!|negthinspace(?![A-Za-z]))\s*|[\u00ad\u200b-\u200f\u2060\ufeff]")
+BRACED_SPACE = re.compile(r"\{[ ]*\}")
+CHARACTERS = str.maketrans(
+    {"\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2013": "-", "\uff0d": "-", "\uff0b": "+"}
+    | {chr(0xFF10 + i): str(i) for i in range(10)}
+)
+
+# Digits in groups of three: 12 345 (not the mixed number 12 345/346), 1'234'567, 10_000; 0.123 456; 1,234.
+GROUPS = re.compile(r"(?<![\w.,])\d{1,3}(?:(?: {1,3}\d{3})+(?! ?/)|(?:['\u2019]\d{3})+|(?:_\d{3})+)(?!['\u2019_]?\d)")
+DECIMAL_GROUPS = re.compile(r"(?<=\d)\.\d{3}(?: \d{3})+(?! ?\d)")
+COMMA_GROUPS = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+(?:\.\d*)?)")
+# 3e6, and 1.5 \times 10^{8}, 3*10^8, 3 x 10^8, 10^{23}. Not part of a longer number, power or fraction.
+ALONE = r"(?<![\w.^/*})\]\\])(?<![\^/*] )"
+MANTISSA = r"(?P<mantissa>\d{1,100}(?:\.\d{0,100})?|\.\d{1,100})"
+SCIENTIFIC = re.compile(ALONE + MANTISSA + r"[eE](?P<exponent>[-+]?\d{1,3})(?!\w|\.\d)")
+TIMES = r"\s*(?:\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|\\ast(?![A-Za-z])|[*\u00d7\u00b7\u22c5\u2217xX])\s*"
+POWER = (
+    r"(?:(?:\^|\*\*)\s*(?:\{\s*(?P<e1>[-+]?\s*\d{1,3})\s*\}|\(\s*(?P<e2>[-+]?\s*\d{1,3})\s*\)|(?P<e3>[-+]?\d{1,3}))"
+    r"|(?P<e4>[\u207b\u207a]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]{1,3}))"
+)
+POWER_OF_TEN = re.compile(ALONE + rf"(?:{MANTISSA}{TIMES})?10{POWER}(?![\w^!]|\.\d| *\^)")
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+WHOLE_DECIMAL = re.compile(r"(?<=\d)\.(?=[/*])")  # -1./3
+
+# What stands around an answer without being part of it.
+DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+MARKDOWN = (("**", "**"), ("__", "__"), ("```", "```"), ("`", "`"), ("*", "*"), ('"', '"'), ("\u201c", "\u201d"))
+WRAPPER = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|md|up|sl)?|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|pmb|mbox|hbox|emph"
+    r"|underline|ensuremath|operatorname|displaystyle|textstyle|bf|rm|it)(?![A-Za-z])\s*"
+)
+BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]+?)(?<=[^\s*])\*\*(?![\w(*])")
+PARENTHESES = re.compile(r"(?:\\left)?\(\s*([-+]?[\d.]+|[A-Za-z])\s*(?:\\right)?\)")
+LEAD_IN = re.compile(
+    r"(?:#+\s*)|(?:so|thus|therefore|hence)?,?\s*(?:the|my|our)?\s*(?:final|correct)?\s*answer\s*(?:(?:is|=)\s*:?|:)\s*",
+    re.IGNORECASE,
+)
+CURRENCY = r"(?:US|A|C)?\\?\$|[\u00a3\u00a5\u20a0-\u20cf]|\\(?:pounds|euro|yen)(?:\{\})?(?![A-Za-z])"
+CURRENCY_FIRST = re.compile(rf"([-+]?)\s*(?:{CURRENCY})\s*(?=[-+\d.])")
+CURRENCY_LAST = re.compile(rf"(?<=\d)\s*(?:{CURRENCY})$")
+LAST_MARK = re.compile(r"(?<!\.)[.,;:]$")
+
+INTEGER = re.compile(r"[-+]?\d{1,1200}")
+NUMBER = re.compile(r"[-+]?(?:\d{1,1200}(?:\.\d{0,1200})?|\.\d{1,1200})")
 MIXED = re.compile(r"([-+]?\d+)\s+(\d+)\s*/\s*(\d+)")
-SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
 QUANTITY = re.compile(r"([-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?)\s+((?:[A-Za-z]{3,})(?: [A-Za-z]+){0,2})\.?")
 NOT_UNITS = frozenset(
-    [
-        "and",
-        "or",
-        "half",
-        "third",
-        "quarter",
-        "percent",
-        "dozen",
-        "hundred",
-        "thousand",
-        "million",
-        "billion",
-        "trillion",
-        "to",
-        "times",
-        "plus",
-        "minus",
-    ]
-)
+    ("and", "or", "half", "third", "quarter", "percent", "dozen", "hundred", "thousand", "million", "billion")
+) | {"trillion", "to", "times", "plus", "minus"}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """`text` is the marked answer, or (marked False) the end of a response that marks none."""
+    """`text` is the marked answer, tidied, or (marked False) the end of a response that marks none."""
 
     text: str
     marked: bool
 
 
 def final_answer(response: str) -> Candidate | None:
-    r"""The last `\boxed{...}`, else what follows the last `####`, else the tail; None if there is nothing to judge."""
-    box = last_boxed(response)
-    marked = last_hashes(response) if box is None else box.content
+    r"""The response's answer, or None if it gives none.
+
+    Think blocks do not count; a response that ends inside one has no answer. Then the last `<answer>...</answer>`,
+    else the last `\boxed{...}` or `\fbox{...}`, else what follows the last `####`, else the tail. A response that ends
+    inside its last tag or box has no answer either: it was about to take an earlier one back.
+    """
+    text = outside_thinking(response)
+    if text is None:
+        return None
+    marked = marked_answer(text)
     if marked is None:
-        tail = response[-TAIL_CHARS:].strip()
+        tail = plain_numbers(text[-TAIL_CHARS:]).replace("`", "")
         return Candidate(tail, False) if tail else None
     if not marked or len(marked) > MAX_ANSWER_CHARS:
         return None
     return Candidate(tidy(marked), True)
-
-
-def tidy(answer: str) -> str:
-    r"""Plain spellings to LaTeX: `$1,234` is 1234, `50%` is `50\%`, `17 apples` is 17; also `3 1/2`, `1.5e5`."""
-    text = answer.strip()
-    for left, right in WRAPPERS:
-        if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
-            text = text[len(left) : -len(right)].strip()
-            break
-    text = text.replace(r"\$", "").replace("$", "").removesuffix(".").strip()
-    if GROUPED.fullmatch(text):
-        return text.replace(",", "")
-    if m := MIXED.fullmatch(text):
-        return rf"{m[1]}\frac{{{m[2]}}}{{{m[3]}}}"
-    if m := SCIENTIFIC.fullmatch(text):
-        return rf"{m[1]} \times 10^{{{m[2]}}}"
-    if (m := QUANTITY.fullmatch(text)) and not NOT_UNITS & set(m[2].lower().split()):
-        return tidy(m[1])
-    return re.sub(r"(?<!\\)%", r"\\%", text)
 
 
 def gold_answer(answer: str) -> str:
@@ -84,9 +102,86 @@ def gold_answer(answer: str) -> str:
 
 
 def quick_verdict(gold: str, answer: str) -> bool | None:
-    """Equality where it needs no algebra: the same text, or two whole numbers. None: not decided."""
+    """Equality where it needs no algebra: the same text, the same number, two integers. None: not decided."""
     if gold == answer:
         return True
     if INTEGER.fullmatch(gold) and INTEGER.fullmatch(answer):
         return int(gold) == int(answer)
+    if NUMBER.fullmatch(gold) and NUMBER.fullmatch(answer) and Fraction(gold) == Fraction(answer):
+        return True
     return None
+
+
+def tidy(answer: str) -> str:
+    r"""The answer alone, plain spellings as LaTeX.
+
+    `**$1,234**` is 1234, `10\,000` is 10000, `1.5e5` is 150000, `\textbf{(073)}` is 073, `50%` is `50\%`, `17 apples`
+    is 17, `3 1/2` is `3\frac{1}{2}`.
+    """
+    text, previous = " ".join(plain_numbers(answer).split()), ""
+    while text != previous:
+        previous, text = text, _without_surroundings(text)
+    if m := COMMA_GROUPS.fullmatch(text):
+        return m[1] + m[2].replace(",", "")
+    if m := MIXED.fullmatch(text):
+        return rf"{m[1]}\frac{{{m[2]}}}{{{m[3]}}}"
+    if (m := QUANTITY.fullmatch(text)) and not NOT_UNITS & set(m[2].lower().split()):
+        return tidy(m[1])
+    return re.sub(r"(?<!\\)%", r"\\%", text)
+
+
+def plain_numbers(text: str) -> str:
+    r"""`text` with ordinary spaces, and with numbers that math-verify would misread written out: `10\,000` as 10000,
+    `3e6` and `3 \times 10^{6}` as 3000000."""
+    text = NOTHING.sub("", text.translate(CHARACTERS)).replace("{,}", ",")
+    text = BRACED_SPACE.sub(" ", SPACE.sub(" ", text))
+    text = GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), text)
+    text = DECIMAL_GROUPS.sub(lambda m: m[0].replace(" ", ""), text)
+    text = WHOLE_DECIMAL.sub("", text)
+    return SCIENTIFIC.sub(_written_out, POWER_OF_TEN.sub(_written_out, text)).strip()
+
+
+def _written_out(m: re.Match[str]) -> str:
+    groups = m.groupdict()
+    exponent = next(v for k, v in groups.items() if k.startswith("e") and v is not None)
+    shift = int(re.sub(r"\s", "", exponent.translate(SUPERSCRIPTS)))
+    mantissa = Decimal(groups["mantissa"] or "1").as_tuple()
+    assert isinstance(mantissa.exponent, int)
+    return format(Decimal((mantissa.sign, mantissa.digits, mantissa.exponent + shift)), "f")
+
+
+def _without_surroundings(text: str) -> str:
+    """One layer less of delimiters, markdown, text macros, brackets, currency, `the answer is`."""
+    text = text.strip()
+    for left, right in DELIMITERS + MARKDOWN:
+        inner = text[len(left) : -len(right)]
+        if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right) and left not in inner:
+            return inner
+    text = BOLD.sub(r"\1", text)
+    if m := PARENTHESES.fullmatch(text):
+        return m[1]
+    macro = WRAPPER.match(text)
+    body = text[macro.end() :] if macro else text
+    if body and _is_one_group(body):
+        return body[1:-1]
+    if macro and not body.startswith("{") and body:  # \displaystyle 5, \bf 5
+        return body
+    if (m := LEAD_IN.match(text)) and m.end() < len(text):
+        return text[m.end() :]
+    text = CURRENCY_LAST.sub("", CURRENCY_FIRST.sub(r"\1", text)) if len(text) < 100 else text
+    text = text.replace(r"\$", "").replace("$", "")
+    for mark in ("**", "`"):  # `**#### 5**` leaves its second half
+        text = text.removesuffix(mark).removeprefix(mark) if text.count(mark) == 1 else text
+    return LAST_MARK.sub("", text)
+
+
+def _is_one_group(text: str) -> bool:
+    """Whether `text` is `{...}` whose first brace closes at the end."""
+    if not (text.startswith("{") and text.endswith("}")):
+        return False
+    depth = 0
+    for m in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += (m[0] == "{") - (m[0] == "}")
+        if depth == 0:
+            return m.end() == len(text)
+    return False

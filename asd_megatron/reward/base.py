@@ -1,4 +1,4 @@
-"""The seam between the trainer and whatever judges a response."""
+"""The interface between the trainer and what scores a response."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ Item = tuple[Problem, str]
 
 
 class RewardError(UserError):
-    """Rewards cannot be had: a user's function raised or returned no number, workers keep dying, no such verifier."""
+    """No rewards: a user's function raised, hung or returned no number; workers keep dying; no such verifier."""
 
 
 class Verifier(Protocol):
     """Scores responses. Lives on global rank 0 alone; calls come from one thread at a time."""
 
     feedback_kind: str
-    """What the teacher hears of the student's response: `binary` (correct or not) or `fraction` (tests passed)."""
+    """What the teacher's prompt says of the response: `binary` (correct or not) or `fraction` (tests passed)."""
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """What went wrong since the start: `timeouts` and `errors` (answers that scored 0 unjudged), `restarts`."""
+        """Failures since the start: `timeouts` and `errors` (answers that scored 0 unjudged), `restarts` of workers."""
         ...
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """One finite reward an item (problem, decoded response), in order. Raises RewardError."""
+        """One finite reward for each item (problem, decoded response), in order. Raises RewardError."""
         ...
 
     def close(self) -> None:

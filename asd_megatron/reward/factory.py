@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from asd_megatron.errors import did_you_mean
+from asd_megatron.records import Problem
 from asd_megatron.reward.base import RewardError, Verifier
 from asd_megatron.reward.custom import CustomVerifier
 from asd_megatron.reward.exact import ExactVerifier
@@ -10,28 +13,60 @@ from asd_megatron.reward.math import MathVerifier
 from asd_megatron.reward.puzzle import PuzzleVerifier
 from asd_megatron.reward.reasoning_gym import ReasoningGymVerifier
 
+FAKE_RESPONSE = "The answer is \\boxed{0}.\n#### 0"
 NAMES = ("exact", "math", "puzzle", "reasoning_gym")
 
 
-def make_verifier(name: str, *, timeout_seconds: float = 5.0, workers: int = 2, on_error: str = "stop") -> Verifier:
+def make_verifier(
+    name: str,
+    *,
+    timeout_seconds: float = 5.0,
+    wall_timeout_seconds: float | None = None,
+    workers: int = 2,
+    on_error: str = "stop",
+) -> Verifier:
     """The verifier `name`: `math`, `exact`, `puzzle`, `reasoning_gym`, or a user's `module:function` or
     `file.py:function`.
 
-    `timeout_seconds` bounds one answer of `math` and `reasoning_gym`, `workers` is their number of processes;
-    `on_error` is for a user's function.
+    One answer takes at most `timeout_seconds` of processor time with `math` and `reasoning_gym`, which judge in
+    `workers` processes, and `wall_timeout_seconds` in all (None: 10 times as long) with these and a user's function.
+    `on_error` is for a user's function. Raises RewardError if there is no such verifier or it cannot start.
     """
+    limits: dict[str, Any] = {"timeout_seconds": timeout_seconds, "wall_timeout_seconds": wall_timeout_seconds}
     if name == "math":
-        return MathVerifier(timeout_seconds=timeout_seconds, workers=workers)
+        return MathVerifier(**limits, workers=workers)
     if name == "exact":
         return ExactVerifier()
     if name == "puzzle":
         return PuzzleVerifier()
     if name == "reasoning_gym":
-        return ReasoningGymVerifier(timeout_seconds=timeout_seconds, workers=workers)
+        return ReasoningGymVerifier(**limits, workers=workers)
     if ":" in name:
-        return CustomVerifier(name, on_error=on_error)
+        return CustomVerifier(name, on_error=on_error, **limits)
     hint = did_you_mean(name, NAMES)
     raise RewardError(
         f"reward.name {name!r} does not exist{f'; {hint}' if hint else '.'}"
         f" Choose {', '.join(NAMES)}, or your own as package.module:function or path/to/file.py:function"
     )
+
+
+def check_signature(
+    name: str,
+    problem: Problem,
+    response: str = FAKE_RESPONSE,
+    *,
+    timeout_seconds: float = 5.0,
+    wall_timeout_seconds: float | None = None,
+) -> float:
+    """The reward of a made-up response to `problem`, from a verifier that is started for it and closed again.
+
+    Raises RewardError as training would at its first step: a function that cannot be imported, has another framework's
+    signature, raises, hangs or returns no number.
+    """
+    verifier = make_verifier(
+        name, timeout_seconds=timeout_seconds, wall_timeout_seconds=wall_timeout_seconds, workers=1, on_error="stop"
+    )
+    try:
+        return verifier.score([(problem, response)])[0]
+    finally:
+        verifier.close()

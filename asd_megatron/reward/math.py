@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from asd_megatron.reward.answers import final_answer, gold_answer, quick_verdict
+from asd_megatron.reward.answers import final_answer, gold_answer, quick_verdict, tidy
 from asd_megatron.reward.base import Item, new_counters
 from asd_megatron.reward.workers import Outcome, count_unjudged, judge_pool
 
@@ -13,22 +13,24 @@ JUDGE = Path(__file__).with_name("math_worker.py")
 
 
 class MathVerifier:
-    """1.0 if the response's final answer equals the problem's, else 0.0.
+    r"""1.0 if the response's final answer equals the problem's, else 0.0.
 
-    The final answer is the last `\\boxed{...}`, else what follows the last `####`, else what math-verify finds in the
-    last part of the response. LaTeX and plain spellings are compared by value (1/2, 0.5 and \\frac12; 50% and 0.5;
-    1,234 and 1234).
+    The final answer stands in `<answer>` tags, in a box or after `####` (`answers.final_answer`), or is what
+    math-verify finds in the last part of a response that marks none. LaTeX and plain spellings are compared by value
+    (1/2, 0.5 and \frac12; 50% and 0.5; 1,234 and 1234); `math_worker` says when two numbers are equal.
 
-    One answer takes at most `timeout_seconds`: then its worker is killed and replaced, the answer scores 0 and
-    `timeouts` counts it. An answer that math-verify fails on, or that two workers died of, scores 0, is logged and
-    counted in `errors`.
+    One answer takes at most `timeout_seconds` of processor time and `wall_timeout_seconds` in all: then its worker is
+    ended and replaced, the answer scores 0 and `timeouts` counts it. An answer that math-verify fails on, or that two
+    workers died of, scores 0, is logged and counted in `errors`.
     """
 
     feedback_kind = "binary"
 
-    def __init__(self, *, timeout_seconds: float = 5.0, workers: int = 2) -> None:
+    def __init__(
+        self, *, timeout_seconds: float = 5.0, wall_timeout_seconds: float | None = None, workers: int = 2
+    ) -> None:
         self.counters = new_counters()
-        self._pool = judge_pool(JUDGE, workers, timeout_seconds, self.counters)
+        self._pool = judge_pool(JUDGE, workers, timeout_seconds, wall_timeout_seconds, self.counters)
 
     def score(self, items: Sequence[Item]) -> list[float]:
         keys = [self._key(answer=problem.answer, response=text) for problem, text in items]
@@ -42,8 +44,12 @@ class MathVerifier:
 
     @staticmethod
     def _key(*, answer: str, response: str) -> tuple[str, str, bool] | None:
-        candidate = final_answer(response)
-        return None if candidate is None else (gold_answer(answer), candidate.text, candidate.marked)
+        candidate, gold = final_answer(response), gold_answer(answer)
+        if candidate is None:
+            return None
+        if not candidate.marked and tidy(candidate.text) == gold:  # a response that is nothing but the answer
+            return gold, gold, True
+        return gold, candidate.text, candidate.marked
 
     def _verdict(self, key: tuple[str, str, bool], outcome: Outcome) -> bool:
         if outcome.answer is not None and "equal" in outcome.answer:
@@ -57,5 +63,5 @@ class MathVerifier:
 
 
 def _request(gold: str, text: str, marked: bool) -> dict[str, str]:
-    # boxed, so that the whole of it is the answer: `17 or 18` is a set, not whichever number math-verify likes
+    # boxed, so that all of it is the answer: `17 or 18` is a set, not whichever number math-verify likes
     return {"gold": f"\\boxed{{{gold}}}", "text": f"\\boxed{{{text}}}" if marked else text}

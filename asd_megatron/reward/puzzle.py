@@ -1,4 +1,4 @@
-"""The built-in puzzle's verifier, through the same seam as the others."""
+"""The built-in puzzle's verifier, behind the same interface as the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from asd_megatron.reward.base import Item, new_counters
 
 
 class PuzzleVerifier:
-    """Scores with `asd_megatron.puzzle.task.score_response`, imported here and only when asked for."""
+    """Scores with `asd_megatron.puzzle.task.score_response`, imported only when a puzzle verifier is made."""
 
     feedback_kind = "binary"
 

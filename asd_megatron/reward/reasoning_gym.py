@@ -6,41 +6,37 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from asd_megatron.data.answers import last_boxed, last_hashes
+from asd_megatron.data.answers import marked_answer, outside_thinking
 from asd_megatron.records import Problem
 from asd_megatron.reward.base import Item, RewardError, new_counters
 from asd_megatron.reward.workers import Outcome, count_unjudged, judge_pool
 
 JUDGE = Path(__file__).with_name("reasoning_gym_worker.py")
-OPENING, CLOSING = "<answer>", "</answer>"
 ORIGIN = ("task", "parameters", "seed", "size", "index", "digest")
 
 
 def given_answer(response: str) -> str | None:
-    r"""The text of the last `<answer>...</answer>`, else of the last `\boxed{...}`, else what follows the last `####`
-    on its line; None if the response marks no answer. White space around it is cut."""
-    end = response.rfind(CLOSING)
-    start = response.rfind(OPENING, 0, end) if end >= 0 else -1
-    if start >= 0:
-        return response[start + len(OPENING) : end].strip()
-    box = last_boxed(response)
-    return last_hashes(response) if box is None else box.content
+    r"""The text that the response marks as its answer outside think blocks: in `<answer>` tags, else in the last box,
+    else after the last `####` on its line. None if there is none, or if the response ends inside its last mark."""
+    return marked_answer(outside_thinking(response) or "") or None
 
 
 class ReasoningGymVerifier:
     """The task's own score of the response's marked answer, from 0 to 1; 0 for a response that marks none.
 
-    One answer takes at most `timeout_seconds`, making the problem's item anew included: then its worker is killed and
-    replaced, the answer scores 0 and `timeouts` counts it. An answer on which the task's verifier fails, or that two
-    workers died of, scores 0, is logged and counted in `errors`. Raises RewardError for a problem whose item comes out
-    otherwise than it did.
+    One answer takes at most `timeout_seconds` of processor time and `wall_timeout_seconds` in all, regenerating the
+    problem's item included: then its worker is ended and replaced, the answer scores 0 and `timeouts` counts it. An
+    answer on which the task's verifier fails, or that two workers died of, scores 0, is logged and counted in `errors`.
+    Raises RewardError for a problem whose item is generated differently than in the trainer.
     """
 
     feedback_kind = "binary"
 
-    def __init__(self, *, timeout_seconds: float = 5.0, workers: int = 2) -> None:
+    def __init__(
+        self, *, timeout_seconds: float = 5.0, wall_timeout_seconds: float | None = None, workers: int = 2
+    ) -> None:
         self.counters = new_counters()
-        self._pool = judge_pool(JUDGE, workers, timeout_seconds, self.counters)
+        self._pool = judge_pool(JUDGE, workers, timeout_seconds, wall_timeout_seconds, self.counters)
 
     def score(self, items: Sequence[Item]) -> list[float]:
         keys = [(problem.prompt_id, given_answer(text)) for problem, text in items]
@@ -55,7 +51,7 @@ class ReasoningGymVerifier:
         answer = outcome.answer or {}
         if "changed" in answer:
             raise RewardError(
-                f"problem {key[0]} comes out otherwise in a reward worker than it did in the trainer, so it cannot be"
+                f"problem {key[0]} is generated differently in a reward worker than in the trainer, so it cannot be"
                 " scored: has another version of reasoning-gym been installed since the start? Start the run again"
             )
         score = answer.get("score", math.nan)

@@ -1,5 +1,5 @@
-"""The judge of `reasoning_gym.py`'s workers (`worker_program.py`): makes a problem's item anew and scores an answer
-with the task's own verifier.
+"""The judge of `reasoning_gym.py`'s workers (`worker_program.py`): regenerates a problem's item and scores an
+answer with the task's own verifier.
 
 From `{"task", "parameters", "seed", "size", "index", "digest", "answer"}` to `{"score": NUMBER}`, or to
 `{"changed": true}` when the item is not the one that the problem was made from.
@@ -40,7 +40,7 @@ FORBIDDEN = (
 
 
 def load() -> Callable[[dict[str, Any]], dict[str, Any]]:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would eat up the bounded address space
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would use up the bounded address space
     sys.path.append(str(Path(__file__).resolve().parents[2]))
     _guard_sympy()
     tasks = importlib.import_module("asd_megatron.gym.tasks")

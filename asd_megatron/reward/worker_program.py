@@ -1,9 +1,13 @@
-"""A worker of `workers.py`, a program of its own: `python -P worker_program.py JUDGE.py ALARM_SECONDS MEMORY_BYTES`.
+"""A worker of `workers.py`, a program of its own: `python -P worker_program.py SETTINGS`.
 
-It imports the standard library alone, so that it starts fast and cannot hurt the trainer, and JUDGE.py, whose
-`load()` returns a function from a request (a JSON object) to an answer (likewise). It prints a JSON line
-`{"ready": true}`, then answers each line; what the judge raises is answered `{"error": REASON}`. The parent bounds the
-time of an answer; should the parent be gone, the alarm's default action ends the process even inside native code.
+SETTINGS is a JSON object: `judge`, the file whose `load(*arguments)` returns a function from a request (a JSON object)
+to an answer (likewise); `arguments`; `cpu_seconds` and `memory_bytes`, limits of one answer and of the process (null:
+none); `quiet`, whether logging is off and output limited; `path`, where modules are looked up (null: as usual).
+
+It imports the standard library alone, so that it starts fast and cannot hurt the trainer. It prints a JSON line
+`{"ready": true}`, then answers each line; what the judge raises, SystemExit included, is answered `{"error": REASON}`.
+More processor time than `cpu_seconds` ends the process (SIGPROF, even inside native code); the parent bounds wall time.
+Should the parent be gone, the process ends.
 """
 
 from __future__ import annotations
@@ -13,8 +17,10 @@ import json
 import logging
 import os
 import resource
+import select
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,35 +28,53 @@ MAX_STDERR_BYTES = 65_536
 
 
 def main() -> None:
-    judge_file, alarm_seconds, memory_bytes = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+    settings = json.loads(sys.argv[1])
+    requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever a library prints must not reach the parent as an answer
+    # what a library reads or prints must not meet requests and answers
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    logging.disable(logging.CRITICAL)
-    judge = _load(judge_file)
+    if settings["memory_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (settings["memory_bytes"],) * 2)
+    if settings["quiet"]:
+        logging.disable(logging.CRITICAL)
+    if settings["path"] is not None:
+        sys.path[:] = settings["path"]
+    threading.Thread(target=_end_with_parent, args=(requests.fileno(),), daemon=True).start()
+    judge = _load(settings["judge"], settings["arguments"])
     answers.write(b'{"ready": true}\n')
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, alarm_seconds)
+    for line in requests:
+        if settings["cpu_seconds"] is not None:
+            signal.setitimer(signal.ITIMER_PROF, settings["cpu_seconds"])
         answer: dict[str, Any]
         try:
             answer = judge(json.loads(line))
-        except Exception as e:  # reported, counted and logged by the parent
+        except BaseException as e:  # reported, counted and logged by the parent
             answer = {"error": f"{type(e).__name__}: {e}"[:300]}
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if settings["cpu_seconds"] is not None:
+            signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(json.dumps(answer).encode() + b"\n")
-        if os.fstat(2).st_size > MAX_STDERR_BYTES:
+        if settings["quiet"] and os.fstat(2).st_size > MAX_STDERR_BYTES:
             os.ftruncate(2, 0)
 
 
-def _load(judge_file: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _end_with_parent(requests: int) -> None:
+    """Wait until nobody can write requests any more."""
+    poll = select.poll()
+    poll.register(requests, 0)  # no events but the implied ones: hang-up and errors
+    poll.poll()
+    os._exit(1)
+
+
+def _load(judge_file: str, arguments: list[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     spec = importlib.util.spec_from_file_location("judge", judge_file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.load()  # type: ignore[no-any-return]
+    return module.load(*arguments)  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Worker processes that answer one JSON request at a time, each within a bounded time, whatever happens to a worker.
 
-The workers are programs of their own on pipes: nothing is forked from a process that holds CUDA or gloo threads, no
-module of the trainer is imported again, and no signal is used here, so that the pool works in any thread.
+The workers are programs of their own on pipes: nothing is forked from a process that holds CUDA or gloo threads, and no
+signal is used here, so that the pool works in any thread.
+
+Two limits hold for an answer. Processor time is what counts for a computation: a busy machine does not turn a right
+answer into a timeout. Wall time, much longer, catches a worker that waits without computing.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import json
 import logging
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,13 +29,23 @@ from asd_megatron.reward.base import RewardError
 
 log = logging.getLogger(__name__)
 
-START_SECONDS = 120.0  # importing, on a machine that is busy
 MAX_FAILED_STARTS = 3
 MAX_DEATHS_IN_A_ROW = 20
 ATTEMPTS = 2  # a request that two workers died of is given up
 PROGRAM = Path(__file__).with_name("worker_program.py")
 MEMORY_BYTES = 4 << 30  # of one worker's address space: an answer like 10^(10^10) must not take the machine down
-ALARM_SLACK_SECONDS = 5.0
+WALL_FACTOR = 10  # wall time of an answer where reward.wall_timeout_seconds is not set, in units of its processor time
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a worker may take: seconds of wall and of processor time (None: no limit) for an answer, wall time to load,
+    bytes of address space (None: no limit)."""
+
+    wall_seconds: float
+    cpu_seconds: float | None = None
+    start_seconds: float = 300.0  # importing, on a busy machine
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,62 +65,85 @@ class Outcome:
 class _Worker:
     """One process: starting, idle, or busy with request `job` until `deadline`."""
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self.stderr = tempfile.TemporaryFile(mode="a+b", buffering=0)  # noqa: SIM115 - closed by kill()
+    def __init__(self, command: Sequence[str], start_seconds: float, *, own_stderr: bool) -> None:
+        self.stderr = tempfile.TemporaryFile(mode="a+b", buffering=0) if own_stderr else None  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, bufsize=0
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.stderr,
+            bufsize=0,
+            start_new_session=True,  # so that kill() ends what it started too
         )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.buffer = b""
         self.ready = False
         self.job: int | None = None
-        self.deadline = time.monotonic() + START_SECONDS
+        self.deadline = time.monotonic() + start_seconds
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
-        """Whole lines that have arrived, and whether the pipe is closed (the worker is dead)."""
+        """The complete lines that have arrived, and whether the pipe is closed (the worker is dead)."""
         data = os.read(self.stdout.fileno(), 65_536)
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         return [json.loads(line) for line in lines], not data
 
-    def last_words(self) -> str:
+    def stderr_tail(self) -> str:
+        if self.stderr is None:
+            return "its output, if any, is above"
         self.stderr.seek(0)
         lines = self.stderr.read()[-2_000:].decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it wrote nothing"
 
     def kill(self) -> int:
-        """End the process and free its pipes; returns the exit status."""
-        self.process.kill()
+        """End the process and its children, and free its pipes; returns the exit status."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         status = self.process.wait()
         for pipe in (self.stdin, self.stdout, self.stderr):
-            with suppress(OSError):
-                pipe.close()
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
         return status
 
 
 class WorkerPool:
-    """`size` workers running `command`. One that dies or exceeds `timeout_seconds` is replaced and counted.
+    """`size` workers running `command`. One that dies or exceeds a limit is replaced and counted.
 
-    Raises RewardError when workers cannot be started, or keep dying with no answer in between.
+    `own_stderr`: what a worker writes to stderr is kept for error messages; else it goes where the trainer's goes.
+    The limits on processor time and memory are the worker's to set (`worker_program`). Raises RewardError when workers
+    cannot be started, or keep dying with no answer in between.
     """
 
-    def __init__(self, command: Sequence[str], size: int, timeout_seconds: float, counters: dict[str, int]) -> None:
-        self.command, self.timeout_seconds, self.counters = list(command), timeout_seconds, counters
+    def __init__(
+        self,
+        command: Sequence[str],
+        size: int,
+        limits: Limits,
+        counters: dict[str, int],
+        *,
+        own_stderr: bool = True,
+    ) -> None:
+        self.command, self.limits, self.counters, self.own_stderr = list(command), limits, counters, own_stderr
         self._failed_starts = self._deaths = 0
         self._closed = False
         self._workers: list[_Worker] = []
         for _ in range(size):
             self._workers.append(self._start())
-        self.run([])  # a broken installation shows at the start
+        try:
+            self.run([])  # a broken installation shows at the start
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self) -> _Worker:
         try:
-            return _Worker(self.command)
+            return _Worker(self.command, self.limits.start_seconds, own_stderr=self.own_stderr)
         except OSError as e:
             raise RewardError(f"cannot start a reward worker: {e}") from e
 
     def run(self, requests: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-        """One outcome a request, in order. Without requests: returns when all workers are ready."""
+        """One outcome for each request, in order. Without requests: returns when all workers are ready."""
         if self._closed:
             raise RewardError("the reward workers are closed already")
         outcomes: list[Outcome | None] = [None] * len(requests)
@@ -127,7 +164,7 @@ class WorkerPool:
             if not queue or not worker.ready or worker.job is not None:
                 continue
             worker.job = queue.popleft()
-            worker.deadline = time.monotonic() + self.timeout_seconds
+            worker.deadline = time.monotonic() + self.limits.wall_seconds
             try:
                 worker.stdin.write(json.dumps(requests[worker.job]).encode() + b"\n")
             except OSError:  # it died while idle, through no fault of the request
@@ -136,7 +173,7 @@ class WorkerPool:
                 self._died(slot, queue, tries, outcomes)
 
     def _wait(self, queue: deque[int], tries: list[int], outcomes: list[Outcome | None]) -> None:
-        """Sleep until a worker says something or the next deadline has come, and act on it."""
+        """Wait until a worker writes or the next deadline passes, and act on it."""
         waiting = [(slot, w) for slot, w in enumerate(self._workers) if w.job is not None or not w.ready]
         if not waiting:
             return
@@ -145,8 +182,8 @@ class WorkerPool:
                 selector.register(worker.stdout, selectors.EVENT_READ, slot)
             pause = min(w.deadline for _, w in waiting) - time.monotonic()
             events = selector.select(max(pause, 0.0))
-        spoke = {key.data for key, _ in events}
-        for slot in spoke:
+        readable = {key.data for key, _ in events}
+        for slot in readable:
             worker = self._workers[slot]
             messages, dead = worker.read()
             for message in messages:
@@ -154,8 +191,8 @@ class WorkerPool:
             if dead:
                 self._died(slot, queue, tries, outcomes)
         for slot, worker in waiting:
-            if slot not in spoke and time.monotonic() >= worker.deadline:
-                self._expired(slot, queue, tries, outcomes)
+            if slot not in readable and time.monotonic() >= worker.deadline:
+                self._expired(slot, outcomes)
 
     def _take(self, worker: _Worker, message: dict[str, Any], outcomes: list[Outcome | None]) -> None:
         if not worker.ready:
@@ -164,19 +201,24 @@ class WorkerPool:
             outcomes[worker.job], worker.job = Outcome(message), None
             self._deaths = 0
 
-    def _expired(self, slot: int, queue: deque[int], tries: list[int], outcomes: list[Outcome | None]) -> None:
+    def _expired(self, slot: int, outcomes: list[Outcome | None]) -> None:
         worker = self._workers[slot]
         if worker.job is None:
-            self._died(slot, queue, tries, outcomes)
-            return
-        outcomes[worker.job] = Outcome(None, "timeout", f"no verdict within {self.timeout_seconds:g} s")
+            raise RewardError(f"reward workers do not start: none was ready within {self.limits.start_seconds:g} s")
         worker.kill()
+        limit = f"{self.limits.wall_seconds:g} s of wall time (reward.wall_timeout_seconds)"
+        outcomes[worker.job] = Outcome(None, "timeout", f"no answer within {limit}")
         self._replace(slot)
 
     def _died(self, slot: int, queue: deque[int], tries: list[int], outcomes: list[Outcome | None]) -> None:
         worker = self._workers[slot]
-        words = worker.last_words()
-        reason = f"a reward worker ended with status {worker.kill()}: {words}"
+        tail, status = worker.stderr_tail(), worker.kill()
+        if status == -signal.SIGPROF and worker.job is not None:
+            limit = f"{self.limits.cpu_seconds:g} s of processor time (reward.timeout_seconds)"
+            outcomes[worker.job] = Outcome(None, "timeout", f"no answer within {limit}")
+            self._replace(slot)
+            return
+        reason = f"a reward worker ended with status {status}: {tail}"
         if not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
@@ -204,7 +246,7 @@ class WorkerPool:
         self._workers[slot] = self._start()
 
     def _abandon(self) -> None:
-        """Leave no worker busy with a request that nobody waits for."""
+        """Replace the workers that are busy with a request that nobody waits for."""
         for slot, worker in enumerate(self._workers):
             if worker.job is not None or not worker.ready:
                 worker.kill()
@@ -225,11 +267,43 @@ def count_unjudged(counters: dict[str, int], what: str, outcome: Outcome, error:
     log.warning("%s counted as 0: %s (%s so far: %d)", what, outcome.error or error, name, counters[name])
 
 
-def judge_pool(judge: Path, size: int, timeout_seconds: float, counters: dict[str, int]) -> WorkerPool:
+def judge_pool(
+    judge: Path, size: int, timeout_seconds: float, wall_timeout_seconds: float | None, counters: dict[str, int]
+) -> WorkerPool:
     """`size` workers of bounded memory that answer with the judge in a file (see `worker_program`)."""
-    if not timeout_seconds > 0 or size < 1:
-        raise RewardError("reward.timeout_seconds must be above 0 and reward.workers at least 1")
-    alarm = timeout_seconds + ALARM_SLACK_SECONDS
+    wall = wall_seconds(timeout_seconds, wall_timeout_seconds)
+    if size < 1:
+        raise RewardError("reward.workers must be at least 1")
+    limits = Limits(wall, timeout_seconds, memory_bytes=MEMORY_BYTES)
+    return WorkerPool(worker_command(judge, limits), size, limits, counters)
+
+
+def wall_seconds(timeout_seconds: float, wall_timeout_seconds: float | None) -> float:
+    """The limit on wall time. Raises RewardError for limits that contradict each other."""
+    wall = WALL_FACTOR * timeout_seconds if wall_timeout_seconds is None else wall_timeout_seconds
+    if not 0 < timeout_seconds <= wall:
+        raise RewardError(
+            f"reward.timeout_seconds ({timeout_seconds:g}, processor time) must be above 0 and at most"
+            f" reward.wall_timeout_seconds ({wall:g}): lower the first, or raise or leave out the second"
+        )
+    return wall
+
+
+def worker_command(
+    judge: Path,
+    limits: Limits,
+    arguments: Sequence[str] = (),
+    *,
+    quiet: bool = True,
+    path: Sequence[str] | None = None,
+) -> list[str]:
+    settings = {
+        "judge": str(judge),
+        "arguments": list(arguments),
+        "cpu_seconds": limits.cpu_seconds,
+        "memory_bytes": limits.memory_bytes,
+        "quiet": quiet,
+        "path": None if path is None else list(path),
+    }
     # -P: the folder of the program, where math.py is not the standard library's, stays off the worker's module path
-    command = [sys.executable, "-P", str(PROGRAM), str(judge), str(alarm), str(MEMORY_BYTES)]
-    return WorkerPool(command, size, timeout_seconds, counters)
+    return [sys.executable, "-P", str(PROGRAM), json.dumps(settings)]

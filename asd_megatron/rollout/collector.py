@@ -1,4 +1,4 @@
-"""From an engine, a verifier and a problem set to rewarded whole groups."""
+"""From an engine, a verifier and a problem set to complete, rewarded groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from asd_megatron.rollout.engine import RolloutEngine, RolloutError, WeightSourc
 
 
 class Problems(Protocol):
-    """What the collector needs of a problem set: a step's problems, and the first `n` for evaluation."""
+    """What the collector needs of a problem set: a step's problems, and its first `n` for evaluation."""
 
     def batch(self, step: int, n: int, seed: int) -> list[Problem]: ...
 
@@ -42,24 +42,24 @@ class Timings:
 
 @dataclass
 class Counts:
-    """What did not go straight since the start of the run (global rank 0)."""
+    """Failure and staleness counters since the start of the run (global rank 0)."""
 
     aborted_rollouts: int = 0
     redrawn_groups: int = 0
     dropped_groups: int = 0
     stale_groups: int = 0
-    cut_groups: int = 0  # asked for beyond the need (over-sampling), not finished in time, thrown away
-    carried_groups: int = 0  # the same, but kept for the next step (partial rollouts)
+    cut_groups: int = 0  # over-sampled groups that were not needed: discarded
+    carried_groups: int = 0  # over-sampled groups carried over to the next step (partial rollouts)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How rollouts and training take turns.
+    """The schedule of generation and training.
 
-    overlap: step k + 1 is generated while step k trains (one step off-policy). oversampling: problems asked for over
-    problems needed; the groups that finish last are cut, or carried to the next step with `carry`. max_staleness: a
-    group with a rollout whose first token was sampled more than this many versions before the step's weights is drawn
-    again.
+    overlap: step k + 1 is generated while step k trains (one step off-policy). oversampling: problems requested over
+    problems needed; the groups that finish last are discarded, or carried over to the next step with `carry`.
+    max_staleness: a group with a rollout whose first token is staler than this many weight versions is discarded and
+    resampled.
     """
 
     overlap: bool = False
@@ -71,7 +71,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A held-out evaluation: one rewarded group a problem, in the set's order."""
+    """A held-out evaluation: one rewarded group per problem, in the set's order."""
 
     groups: tuple[Group, ...]
     scores: tuple[tuple[float, ...], ...] = field(init=False)  # per problem, per sample
@@ -92,15 +92,15 @@ class Evaluation:
 
     @property
     def truncated(self) -> float:
-        """Share of the responses that ran into the token limit."""
+        """Fraction of the responses cut off by the token limit."""
         flags = [r.truncated for g in self.groups for r in g.rollouts]
         return sum(flags) / len(flags)
 
 
 @dataclass
 class Draw:
-    """The groups of a step in the making. `found` lives on global rank 0, in order of completion; `missing` (numbers of
-    prompts) is agreed on all ranks."""
+    """The groups requested for a step. `found`: the rewarded ones by prompt index, in order of completion, on global
+    rank 0 alone. `missing`: the prompt indices without a group, the same on all ranks."""
 
     step: int
     prompts: Sequence[Prompt]
@@ -118,29 +118,29 @@ class Draw:
         return len(self.prompts) - len(self.missing) >= self.wanted
 
     def place(self, group: Group) -> int:
-        """The number of the group's prompt."""
+        """The index of the group's prompt."""
         name = group.problem.prompt_id
         return next(i for i, p in enumerate(self.prompts) if p.problem.prompt_id == name and i not in self.found)
 
     def first_groups(self) -> list[Group]:
-        """The `wanted` groups that were finished first, in the order of the prompts."""
+        """The `wanted` groups that finished first, in the order of the prompts."""
         return [self.found[i] for i in sorted(list(self.found)[: self.wanted])]
 
     def spare(self) -> list[int]:
-        """The numbers of those finished beyond that."""
+        """The prompt indices of the other finished groups."""
         return list(self.found)[self.wanted :]
 
 
 class Collector:
-    """Delivers the rewarded groups of a training step, and evaluates: from problems, an engine and a verifier.
+    """Delivers the rewarded groups of a training step, and evaluates, with an engine and a verifier.
 
     Collective: every rank calls the same methods in the same order. Results come on global rank 0; an error that only
     rank 0 can see (a reward that raises) is raised on every rank.
 
-    The engine gets the newest weights before it is asked for anything. A group with an aborted or stale rollout is
-    asked for again, at most `redraws` times, then dropped whole and counted; a group is never delivered in part.
-    Finished groups are rewarded while the engine makes the others. timeout: seconds within which the engine must
-    deliver something, per wait.
+    The engine is given the newest weights before any request. A group with an aborted or stale rollout is discarded and
+    resampled, at most `redraws` times, then dropped and counted; a group is never delivered in part. Finished groups
+    are rewarded while the engine generates the others. timeout: seconds within which the engine must deliver at least
+    one group, per wait.
     """
 
     def __init__(
@@ -156,11 +156,10 @@ class Collector:
         problems_per_step: int,
         seed: int,
         plan: Plan = Plan(),
-        timeout: float = 3600.0,
+        timeout: float,
         redraws: int = 1,
     ) -> None:
-        """weights: what the engine is given; its version counts optimizer steps. params: how training rollouts are
-        sampled."""
+        """weights: the engine's weights; their version counts optimizer steps. params: of training rollouts."""
         self.timings = Timings()
         self.counts = Counts()
         self._engine = engine
@@ -175,12 +174,12 @@ class Collector:
         self._plan = plan
         self._timeout = timeout
         self._redraws = redraws
-        self._draw: Draw | None = None  # the step in the making, between a submit and its collect
+        self._draw: Draw | None = None  # the step in flight
         self._carried: list[Prompt] = []  # suspended in the engine, for the next step
-        self._restart: list[Prompt] = []  # carried ones that had to make room: asked for again
-        self._spare: list[Prompt] = []  # finished beyond the need, for the next step; their groups on global rank 0
+        self._restart: list[Prompt] = []  # carried ones that an evaluation aborted: resampled
+        self._spare: list[Prompt] = []  # finished but not needed: for the next step; their groups on global rank 0
         self._spare_groups: list[Group] = []
-        self._asleep = False
+        self._released = False  # whether the engine has given its memory to the trainer
         self._evaluated: tuple[Problems, int | None, list[Prompt]] | None = None
 
     def take_timings(self) -> Timings:
@@ -200,7 +199,7 @@ class Collector:
         missing = self._finish(draw)
         if missing >= draw.wanted:
             raise RolloutError(
-                f"step {step}: the engine aborted every group, {self._redraws + 1} times; see its log or the server's"
+                f"step {step}: the engine aborted every group, {self._redraws + 1} times; see its log or the servers'"
             )
         self.counts.dropped_groups += missing
         self._stop_tail(draw)
@@ -208,7 +207,7 @@ class Collector:
             self._load()
             self._draw = self._begin(step + 1)
         else:
-            self._rest()
+            self._release()
         return draw.first_groups()
 
     def evaluate(
@@ -229,7 +228,7 @@ class Collector:
         self._engine.submit(draw.prompts, params, draw.step)
         missing = self._finish(draw)
         if self._draw is None:
-            self._rest()
+            self._release()
         if missing:
             raise RolloutError(
                 f"evaluation after step {step}: the engine aborted {missing} problem(s), {self._redraws + 1} times; "
@@ -237,7 +236,7 @@ class Collector:
             )
         return Evaluation(tuple(draw.first_groups())) if self._is_root else None
 
-    # ---------------------------------------------------------------- the engine's turns
+    # ---------------------------------------------------------------- the engine's weights and memory
 
     @property
     def _is_root(self) -> bool:
@@ -245,19 +244,19 @@ class Collector:
 
     def _load(self) -> None:
         started = time.perf_counter()
-        if self._asleep:
+        if self._released:
             self._engine.resume()
-            self._asleep = False
+            self._released = False
         self._engine.load_weights(self._weights)
         self.timings.weight_sync += time.perf_counter() - started
 
-    def _rest(self) -> None:
-        """Give the engine's memory to the trainer."""
+    def _release(self) -> None:
+        """Give the engine's accelerator memory to the trainer."""
         self._engine.release()
-        self._asleep = True
+        self._released = True
 
     def _begin(self, step: int) -> Draw:
-        """Ask for a step's groups: what the last step left over counts first, the rest are new problems."""
+        """Request a step's groups: first those that the last step left over, then new problems."""
         asked = math.ceil(self._wanted * self._plan.oversampling)
         spare, self._spare = self._spare, []
         carried, self._carried = self._carried, []
@@ -275,7 +274,7 @@ class Collector:
         return draw
 
     def _finish(self, draw: Draw) -> int:
-        """Collect until the draw has enough groups, asking again for what was given up; returns how many it lacks in
+        """Collect until the draw has enough groups, resampling those that were given up; returns how many it lacks in
         the end."""
         for attempt in range(self._redraws + 1):
             if attempt:
@@ -288,8 +287,7 @@ class Collector:
         return draw.wanted - (len(draw.prompts) - len(draw.missing))
 
     def _collect(self, draw: Draw, *, all_of_it: bool) -> None:
-        """Take what the engine finishes until it has nothing pending or, unless all of it is asked for, the draw has
-        enough groups."""
+        """Reward finished groups until the engine has nothing pending or, unless `all_of_it`, the draw has enough."""
         while self._engine.pending and (all_of_it or not draw.enough):
             started = time.perf_counter()
             groups = self._engine.collect(self._timeout)
@@ -309,7 +307,7 @@ class Collector:
         draw.missing = set(share_outcome(missing, draw.error, self._process_groups.host))
 
     def _stop_tail(self, draw: Draw) -> None:
-        """Cut or carry the groups that were asked for beyond the need."""
+        """Discard or carry over the over-sampled groups that the step does not need."""
         unfinished = [draw.prompts[i] for i in sorted(draw.missing)] if self._engine.pending else []
         spare: list[int] = []
         if self._plan.oversampling > 1:
@@ -326,7 +324,7 @@ class Collector:
             self.counts.cut_groups += len(unfinished) + len(spare)
 
     def _settle(self) -> None:
-        """Finish or give up what is in the making, so that an evaluation is alone in the engine."""
+        """Finish the step in flight and abort carried groups, so that only the evaluation is in the engine."""
         if self._draw is not None:
             self._collect(self._draw, all_of_it=True)
         if self._carried:
@@ -335,21 +333,21 @@ class Collector:
             self._restart, self._carried = [*self._restart, *self._carried], []
 
     def _take(self, groups: Iterable[Group], draw: Draw) -> None:
-        """Reward the whole groups among `groups` into `draw.found`."""
-        whole: list[Group] = []
+        """Reward the complete groups among `groups` into `draw.found`."""
+        complete: list[Group] = []
         for group in groups:
             aborted = sum(r.finish_reason is FinishReason.ABORT for r in group.rollouts)
             self.counts.aborted_rollouts += aborted
             stale = not aborted and self._is_stale(group)
             self.counts.stale_groups += stale
             if not aborted and not stale:
-                whole.append(group)
+                complete.append(group)
         if self._verifier is None:
             raise ValueError("global rank 0 has no verifier")
         started = time.perf_counter()
-        items = [(group.problem, rollout.text) for group in whole for rollout in group.rollouts]
+        items = [(group.problem, rollout.text) for group in complete for rollout in group.rollouts]
         rewards = iter(self._verifier.score(items)) if items else iter(())
-        for group in whole:
+        for group in complete:
             scores = tuple(float(next(rewards)) for _ in group.rollouts)
             if not all(math.isfinite(score) for score in scores):
                 raise UserError(

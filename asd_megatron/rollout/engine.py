@@ -1,4 +1,4 @@
-"""The seam between the trainer and whatever makes rollouts."""
+"""The interface between the trainer and the engines that generate rollouts."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def check_lengths(prompts: Sequence[Prompt], params: SamplingParams, max_positio
 
 
 class WeightSource(Protocol):
-    """The trainer's weights as they are now.
+    """The trainer's current weights.
 
-    Iterating yields (Hugging Face name, whole tensor), each exactly once, on global rank 0 and nothing elsewhere. It is
-    a collective: every rank reads it to its end. It can be read again, and then yields the weights of that moment.
+    Iterating yields (Hugging Face name, full tensor), each exactly once, on global rank 0 and nothing elsewhere. It is
+    a collective: every rank reads it to its end. It can be iterated again, and then yields the weights of that moment.
     """
 
     @property
@@ -44,31 +44,31 @@ class WeightSource(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Turns prompts into whole groups of responses.
+    """Turns prompts into complete groups of responses.
 
     **Lifecycle.** `load_weights` once, then any number of `submit` ... `collect` until `pending` is 0, `load_weights`
     again when the weights have changed, `close` at the end. `submit` may be called again while groups are still
-    pending, and `load_weights` while they are: responses in the making go on under the new weights and say so.
-    `suspend` stops generation but keeps what is unfinished; it goes on at the next `submit`. `release` gives the
-    engine's accelerator memory to the trainer, `resume` takes it back before the next `load_weights`; an engine that
-    holds none ignores both.
+    pending, and `load_weights` while they are: responses in flight continue under the new weights and record it.
+    `suspend` stops generation but keeps unfinished responses; they continue at the next `submit`. `release` gives the
+    engine's accelerator memory to the trainer, weights included; `resume` takes it back, and `load_weights` must follow
+    even if the version has not changed. An engine that holds no memory ignores both.
 
     **All ranks.** The program is the same on every rank: every rank calls every method in the same order with the same
-    arguments. Groups come back on global rank 0 and `[]` on all other ranks. `pending` and every exception are the same
-    on all ranks, so that no rank waits for one that has given up.
+    arguments. Groups are returned on global rank 0 and `[]` on all other ranks. `pending` and every exception are the
+    same on all ranks, so that no rank waits for one that has given up.
 
-    **Groups.** A group is delivered once, whole (all `params.n` samples, in order of `sample`) or not at all. One
-    `collect` returns what is finished, in submitted order; over several calls the order is that of completion. A
+    **Groups.** A group is delivered once and complete (all `params.n` samples, in order of `sample`) or not at all. One
+    `collect` returns the finished groups in submitted order; over several calls the order is that of completion. A
     rollout that the engine had to give up is in its group with `FinishReason.ABORT`: the caller decides what happens to
     the group, and never trains on it.
 
     **Weights.** Each rollout carries the `weight_version` under which its first token was sampled, and in
     `version_changes` where newer weights took over: versions are those of the sources given to `load_weights` (0 before
-    the first). `logprobs` are those of the sampled distribution before top-p and
-    top-k filtering; at temperature 0 they are taken at temperature 1.
+    the first). `logprobs` are those of the sampled distribution before top-p and top-k filtering; at temperature 0 they
+    are taken at temperature 1.
 
-    **Failures.** When a server dies, what it had not delivered is made again elsewhere, each sample exactly once; a
-    server that comes back gets the current weights before it serves. When none is left within the engine's own time
+    **Failures.** When a server dies, its undelivered samples are retried elsewhere, each delivered exactly once; a
+    server that comes back is sent the current weights before it serves. When none is left within the engine's own time
     limit, or nothing is finished within `collect`'s `timeout`, `collect` raises `RolloutError` on every rank: groups
     delivered earlier stay valid, everything pending is dropped as by `abort`. Weights are replaced completely or
     `load_weights` raises; never a mix.
@@ -85,7 +85,7 @@ class RolloutEngine(Protocol):
         ...
 
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> None:
-        """Ask for `params.n` responses to each prompt. Returns at once.
+        """Request `params.n` responses to each prompt. Returns at once.
 
         `step` enters the sampling noise of engines that own it: the same (seed, step, prompt_id, sample) draws the same
         noise. Raises UserError when a prompt or `params` cannot be served.
@@ -105,16 +105,16 @@ class RolloutEngine(Protocol):
         ...
 
     def suspend(self) -> None:
-        """Stop generating. What is unfinished stays pending with the tokens it has and goes on at the next `submit`
-        (of no prompts, if there are none), under the weights of then."""
+        """Stop generating. Unfinished responses stay pending with their tokens so far and continue at the next `submit`
+        (which may have no prompts), under the weights of that time."""
         ...
 
     def release(self) -> None:
-        """Free the engine's accelerator memory until `resume`. What is pending must be suspended before."""
+        """Free the engine's accelerator memory until `resume`. Pending responses must be suspended before."""
         ...
 
     def resume(self) -> None:
-        """Take the memory back; `load_weights` must follow, since the engine may have given its weights up."""
+        """Take the memory back; `load_weights` must follow, since the weights may be lost."""
         ...
 
     def load_weights(self, weights: WeightSource) -> None:
@@ -126,8 +126,7 @@ class RolloutEngine(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What there is to tell of the last step beside the rollouts, by metric name, since the last call. Global rank
-        0; {} elsewhere."""
+        """The engine's metrics since the last call, by metric name. Global rank 0; {} elsewhere."""
         ...
 
     def close(self) -> None:

@@ -6,8 +6,9 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from asd_megatron.data.tokenizer import decode
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import on_rank_zero
 from asd_megatron.errors import UserError
@@ -15,26 +16,26 @@ from asd_megatron.observe.dumps import dump_path, read_dump
 from asd_megatron.records import Group, Prompt, Rollout, SamplingParams
 from asd_megatron.rollout.engine import WeightSource
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class ReplayEngine:
     """`RolloutEngine` over the dumps of an earlier run (`run.dump_rollouts: true`).
 
-    `submit(prompts, params, step)` is answered with the groups that RUN/rollouts/step_XXXXXX.parquet recorded for that
-    step: response ids, log-probs, masks and weight versions as they were. Refuses (UserError from `collect`, on every
-    rank) when a prompt, its token ids, the number of samples or the temperature differ from the recording. Evaluation
-    rollouts are not recorded, so an evaluation is refused too.
+    `submit(prompts, params, step)` is answered with the groups recorded in step_XXXXXX.parquet for that step: response
+    ids, log-probs, masks and weight versions as recorded. Refuses (UserError from `collect`, on every rank) when a
+    prompt, its token ids, the number of samples or the temperature differ from the recording. Evaluation rollouts are
+    not recorded, so an evaluation is refused too.
 
-    folder: the run folder that holds `rollouts/`. tokenizer: for `Rollout.text`, which dumps do not carry and verifiers
-    read; None leaves it empty.
+    folder: a run folder, or its folder `rollouts`. tokenizer: for `Rollout.text`, which dumps do not contain and
+    verifiers read; None leaves it empty.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], process_groups: ProcessGroups, tokenizer: Any | None) -> None:
-        self._folder = Path(folder)
-        if not (self._folder / "rollouts").is_dir():
-            raise UserError(
-                f"rollout.replay_folder {self._folder} has no folder `rollouts`: name a run folder that was made with "
-                "`run.dump_rollouts: true`"
-            )
+    def __init__(
+        self, folder: str | os.PathLike[str], process_groups: ProcessGroups, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        self._folder = _dumps_folder(Path(folder))
         self._process_groups = process_groups
         self._tokenizer = tokenizer
         self._version = 0
@@ -72,13 +73,13 @@ class ReplayEngine:
         self._queue.clear()
 
     def suspend(self) -> None:
-        """Nothing is generated."""
+        """There is no generation to stop."""
 
     def release(self) -> None:
         """Holds no accelerator memory."""
 
     def resume(self) -> None:
-        """Nothing to take back."""
+        """Holds no accelerator memory."""
 
     def load_weights(self, weights: WeightSource) -> None:
         """Record the version; recorded rollouts keep their own."""
@@ -95,7 +96,7 @@ class ReplayEngine:
             raise UserError(
                 "the replay engine has no evaluation rollouts; set evaluation.every, at_start and at_end off"
             )
-        path = dump_path(self._folder, step)
+        path = self._folder / dump_path("", step).name
         dump = read_dump(path)
         if dump.info.temperature != params.temperature:
             raise UserError(
@@ -129,11 +130,21 @@ class ReplayEngine:
                 "tokenizer and the prompt settings (data.*) of the recorded run"
             )
         if self._tokenizer is not None:
-            rollouts = [
-                dataclasses.replace(r, text=self._tokenizer.decode(list(r.response_ids), skip_special_tokens=True))
-                for r in rollouts
-            ]
+            rollouts = [dataclasses.replace(r, text=decode(self._tokenizer, r.response_ids)) for r in rollouts]
         return Group(prompt.problem, tuple(rollouts))
+
+
+def _dumps_folder(given: Path) -> Path:
+    """The folder of step_XXXXXX.parquet: `given`, or its folder `rollouts` if it is a run folder."""
+    inner = given / dump_path("", 0).parent
+    if inner.is_dir():
+        return inner
+    if given.is_dir() and any(given.glob("step_*.parquet")):
+        return given
+    raise UserError(
+        f"rollout.replay_folder {given} holds no rollout dumps: name a run folder, or its folder `{inner.name}`, of a"
+        " run with `run.dump_rollouts: true`"
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from asd_megatron.config import Recipe
 from asd_megatron.config.evaluation import Evaluation
 from asd_megatron.config.sampling import Sampling
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
+from asd_megatron.data.templates import PAPER_WORDING
 from asd_megatron.records import SamplingParams
 from asd_megatron.reward.base import Verifier, tests_of
 from asd_megatron.rollout.collector import Collector, Plan
@@ -20,7 +21,7 @@ from asd_megatron.rollout.replay import ReplayEngine
 from asd_megatron.run.session import Session
 from asd_megatron.run.sources import ProblemSource, held_out_problems, training_problems
 from asd_megatron.trainer.examples import ExampleBuilder
-from asd_megatron.trainer.pass_plan import PassPlan, plan
+from asd_megatron.trainer.pass_plan import PassPlan, plan_passes
 from asd_megatron.trainer.token_method import Method
 
 
@@ -45,7 +46,7 @@ def make_method(recipe: Recipe) -> Method:
 def make_plan(recipe: Recipe) -> PassPlan:
     """Which passes a step needs."""
     a = recipe.algorithm
-    return plan(
+    return plan_passes(
         condition(a.name),
         a.updates_per_batch,
         a.term_normalization,
@@ -106,6 +107,7 @@ def make_renderer(recipe: Any, tokenizer: Any, end_ids: Sequence[int]) -> Prompt
         system=recipe.data.system,
         raw_prompt=recipe.data.raw_prompt,
         raw_template=None if privileged is None else privileged.raw_template,
+        chat_template=PAPER_WORDING if privileged is None else privileged.chat_template,
         chat_template_kwargs=recipe.data.chat_template_kwargs,
         max_prompt_tokens=recipe.sampling.max_prompt_tokens,
         end_token_ids=end_ids,
@@ -155,13 +157,16 @@ def embedded_engine(session: Session, max_batch_size: int) -> EmbeddedEngine:
     )
 
 
-def rollout_engine(recipe: Recipe, session: Session) -> tuple[RolloutEngine, Callable[[], None]]:
-    """The recipe's engine, and what to call before its first use, once the run folder is there."""
+def rollout_engine(
+    recipe: Recipe, session: Session, renderer: PromptRenderer, problems: ProblemSource
+) -> tuple[RolloutEngine, Callable[[], None]]:
+    """The recipe's engine, and what to call before its first use, once the run folder is there. `renderer` and training
+    `problems` make the probe with which servers are verified."""
     rollout = recipe.rollout
     if rollout.engine == "sglang":
         from asd_megatron.run.serving import sglang_engine  # its HTTP client is nobody else's
 
-        engine = sglang_engine(session)
+        engine = sglang_engine(session, renderer, problems)
         return engine, engine.start
     if rollout.engine == "replay":
         return ReplayEngine(str(rollout.replay_folder), session.process_groups, session.tokenizer), lambda: None
@@ -203,6 +208,7 @@ def training_collector(
         problems_per_step=recipe.sampling.problems_per_step,
         seed=recipe.run.seed,
         plan=rollout_plan(recipe),
+        timeout=recipe.rollout.collect_timeout,
     )
 
 
@@ -213,8 +219,9 @@ def evaluation_collector(
     problems: ProblemSource,
     renderer: Any,
     verifier: Verifier | None,
+    timeout: float,
 ) -> Collector:
-    """A collector for evaluations alone."""
+    """A collector for evaluations alone; `timeout` in seconds."""
     return Collector(
         engine,
         weights,
@@ -225,4 +232,5 @@ def evaluation_collector(
         params=evaluation_params(session),
         problems_per_step=1,
         seed=session.recipe.run.seed,
+        timeout=timeout,
     )

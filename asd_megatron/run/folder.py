@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from asd_megatron import locks
 from asd_megatron.checkpoint import training
+from asd_megatron.checkpoint.huggingface import is_complete
 from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
@@ -190,13 +191,22 @@ def _complete(recipe: AnyRecipe) -> bool:
 def _export_is_missing(recipe: AnyRecipe, newest: Path | None) -> bool:
     """Whether the export of the last step was asked for, is not there, and can be made."""
     last = recipe.run.steps
-    can = newest is not None and newest.name == training.name(last)
-    return can and recipe.checkpoint.export_at_end and not export_folder(recipe.run.path, last).is_dir()
+    if newest is None or newest.name != training.name(last) or not recipe.checkpoint.export_at_end:
+        return False
+    return not is_exported(recipe.run.path, last, newest)
 
 
 def export_folder(folder: Path, step: int) -> Path:
     """RUN/hf/step_NNNNNN."""
     return folder / EXPORTS / training.name(step)
+
+
+def is_exported(folder: Path, step: int, checkpoint: Path) -> bool:
+    """Whether the export of `step` is complete and of this branch: not older than the step's checkpoint."""
+    export = export_folder(folder, step)
+    if not is_complete(export):
+        return False
+    return (export / "config.json").stat().st_mtime >= (checkpoint / training.RUN_STATE).stat().st_mtime
 
 
 def _refuse(recipe: AnyRecipe, found: tuple[Change, ...], stage: str) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 from asd_megatron.antisd import Condition, Gate
 from asd_megatron.config import Recipe
 from asd_megatron.config.rollout import Rollout
 from asd_megatron.observe.startup import environment, gate_text, startup_report, suppliers, write_environment
+from asd_megatron.rollout.sglang.servers.options import nccl_settings
 from asd_megatron.run.folder import writing
 from asd_megatron.run.session import Session
 from asd_megatron.trainer.pass_plan import PassPlan
@@ -60,8 +63,15 @@ def _servers(rollout: Rollout) -> dict[str, str]:
         "servers": f"{where}, {rollout.placement}, {turns}"
         + (f", through the router {rollout.router}" if rollout.router else ""),
         "weight updates": f"{rollout.weight_sync}, "
-        + ("with a receipt: checksums and log-probs" if rollout.receipt else "NOT COMPARED (rollout.receipt false)"),
+        + ("verified by checksums and log-probs" if rollout.verify_weights else "NOT VERIFIED (verify_weights false)"),
     }
+    if rollout.weight_sync == "distributed" and torch.cuda.is_available():
+        settings = " ".join(f"{name}={value}" for name, value in nccl_settings(os.environ).items())
+        report["NCCL"] = settings + (
+            " here: servers that `asd-megatron serve` did not start need the same (SGLang's own default is 0)"
+            if rollout.server_urls
+            else ", trainer and servers alike"
+        )
     if rollout.server_args:
         given = ", ".join(f"{name} {value}" for name, value in rollout.server_args.items())
         report["passed on"] = f"to SGLang, unchecked: {given}"

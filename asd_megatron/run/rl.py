@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
 from asd_megatron.antisd import condition
 from asd_megatron.config import Recipe, recipe_hash
+from asd_megatron.data.tokenizer import undecodable
 from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import NotFinite
 from asd_megatron.observe.dumps import dump_path, write_dump
@@ -37,15 +36,16 @@ from asd_megatron.run.session import Session
 from asd_megatron.run.sources import ProblemSource, own_metrics
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
+from asd_megatron.trainer.columns import Scores, TokenInputs, score_columns, table_columns
 from asd_megatron.trainer.guard import Guard, check_rollouts, check_scores
-from asd_megatron.trainer.local_batch import Computed, LocalBatch
+from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
 from asd_megatron.trainer.updater import UpdateStats, update
 
 
 class Batch:
     """A step's examples as this rank holds them, with the columns that need no model."""
 
-    def __init__(self, step: int, local: LocalBatch, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, step: int, local: LocalBatch, inputs: TokenInputs) -> None:
         self.step, self.local, self.inputs = step, local, inputs
 
 
@@ -66,7 +66,7 @@ class TrainingRun:
         self.verifier = session.only_root(lambda: make_verifier(**recipe.reward.model_dump()))
         if self.verifier is not None:
             session.closing.callback(self.verifier.close)
-        self.engine, self._start_engine = rollout_engine(recipe, session)
+        self.engine, self._start_engine = rollout_engine(recipe, session, self.renderer, train_set)
         session.closing.callback(self.engine.close)
         self.collector = training_collector(
             recipe, session, self.engine, self.weights, train_set, self.renderer, self.verifier
@@ -123,25 +123,25 @@ class TrainingRun:
         )
         return Batch(step, local, token_method.token_inputs(local, self.method))
 
-    def score_teacher(self, batch: Batch) -> dict[str, Tensor]:
+    def score_teacher(self, batch: Batch) -> Scores | None:
         with self.clock.phase("teacher"):
             temperature = self.recipe.sampling.temperature
             scores = passes.score_teacher(
                 self.port, self.process_groups, batch.local, self.plan, temperature=temperature
             )
-            self._check_scores("teacher scoring", batch, scores)
+            self._check_scores("teacher scoring", batch, scores, "teacher")
         return scores
 
-    def score_student(self, batch: Batch) -> dict[str, Tensor] | None:
+    def score_student(self, batch: Batch) -> Scores | None:
         with self.clock.phase("student"):
             temperature = self.recipe.sampling.temperature
             scores = passes.score_student(
                 self.port, self.process_groups, batch.local, self.plan, temperature=temperature
             )
-            self._check_scores("student scoring", batch, scores or {})
+            self._check_scores("student scoring", batch, scores, "student")
         return scores
 
-    def gate_step(self, batch: Batch, teacher: dict[str, Tensor], student: dict[str, Tensor] | None) -> float:
+    def gate_step(self, batch: Batch, teacher: Scores | None, student: Scores | None) -> float:
         """This step's lambda, by the gate's state after this step's entropy."""
         entropy = passes.gate_entropy(self.process_groups, batch.inputs, self.method, teacher, student)
         lam = self.gate.update(entropy)
@@ -156,35 +156,32 @@ class TrainingRun:
         )
         return lam
 
-    def update(
-        self, batch: Batch, teacher: dict[str, Tensor], student: dict[str, Tensor] | None, lam: float
-    ) -> UpdateStats:
+    def update(self, batch: Batch, teacher: Scores | None, student: Scores | None, lam: float) -> UpdateStats:
         with self.clock.phase("update"):
             stats = update(
                 self.port,
                 self.process_groups,
                 self.session.optimizer,
                 batch.local,
-                {**batch.inputs, **teacher},
+                batch.inputs,
+                teacher=teacher,
+                student=student,
                 method=self.method,
                 plan=self.plan,
                 lam=lam,
                 temperature=self.recipe.sampling.temperature,
                 epochs=self.recipe.algorithm.epochs,
-                scored=student,
             )
             if student is None:
-                scores = {name: stats.columns[name] for name in ("student_logprobs", "student_entropy")}
-                self._check_scores("update", batch, scores)
+                self._check_scores("update", batch, stats.columns.student, "student")
         self.weights.version = batch.step
         for loss, grad_norm in zip(stats.losses, stats.grad_norms, strict=True):
             self.guard.check_update(loss, grad_norm, batch.step)
         return stats
 
-    def observe(self, step: int, batch: Batch, teacher: dict[str, Tensor], stats: UpdateStats) -> None:
+    def observe(self, step: int, batch: Batch, teacher: Scores | None, stats: UpdateStats) -> None:
         """Metrics, dump and progress of the step; the evaluation when it is due."""
-        columns = {**teacher, **stats.columns, "loss_mask": batch.inputs["loss_mask"]}
-        columns["has_context"] = batch.inputs["has_context"]
+        columns = table_columns(batch.inputs, teacher, stats.columns)
         if not self.plan.teacher_scoring and self.condition.u_source == "teacher":
             columns = {k: v for k, v in columns.items() if k not in ("pmi", "term")}
         table = gather_table(batch.local.table, columns, batch.local.indices, self.process_groups)
@@ -219,7 +216,7 @@ class TrainingRun:
         batch: Batch,
         table: TokenTable | None,
         stats: UpdateStats,
-        computed: Computed,
+        computed: ComputedTokens,
         times: dict[str, float],
         evaluation: dict[str, float],
     ) -> None:
@@ -274,7 +271,10 @@ class TrainingRun:
         if self.recipe.rollout.engine != "replay":
             return self.collector
         engine = embedded_engine(self.session, self.recipe.rollout.max_batch_size)
-        return evaluation_collector(self.session, engine, self.weights, problems, self.renderer, self.verifier)
+        timeout = self.recipe.rollout.collect_timeout
+        return evaluation_collector(
+            self.session, engine, self.weights, problems, self.renderer, self.verifier, timeout=timeout
+        )
 
     def _dump(self, step: int, batch: Batch, table: TokenTable | None) -> None:
         assert table is not None
@@ -293,17 +293,22 @@ class TrainingRun:
             )
 
     def _examples(self, groups: Sequence[Group], step: int) -> list[Example]:
-        check_rollouts((rollout for group in groups for rollout in group.rollouts), step)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        check_rollouts(rollouts, step)
+        responses = [rollout.response_ids for rollout in rollouts]
+        self.renderer.counters["undecodable_tokens"] += undecodable(self.session.tokenizer, responses)
         return self.builder.build(groups, step)
 
-    def _check_scores(self, phase: str, batch: Batch, scores: dict[str, Tensor]) -> None:
-        """Raises NotFinite on every rank when any of them scored something that is not finite. Collective."""
-        if not scores:
+    def _check_scores(self, phase: str, batch: Batch, scores: Scores | None, of: str) -> None:
+        """Raises NotFinite on every rank when any of them scored something that is not finite. Collective.
+
+        `of`: whose scores they are, `student` or `teacher`."""
+        if scores is None:
             return
-        table = TokenTable(batch.local.table.offsets, scores)
+        table = TokenTable(batch.local.table.offsets, score_columns(scores, of))
         found: str | None = None
         try:
-            check_scores(phase, batch.local.examples, table, scores, batch.step)
+            check_scores(phase, batch.local.examples, table, table.columns, batch.step)
         except NotFinite as e:
             found = str(e)
         message = first_message(found, self.process_groups.world)

@@ -1,9 +1,9 @@
-"""The recipe's SGLang servers: started or attached to, and made into a rollout engine."""
+"""The recipe's SGLang servers, started or attached to, as a rollout engine."""
 
 from __future__ import annotations
 
+import ctypes
 import os
-import random
 import secrets
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,31 +14,36 @@ import torch
 
 from asd_megatron.config import Recipe
 from asd_megatron.config.rollout import Rollout
+from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.errors import UserError
-from asd_megatron.models.port import ModelPort
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from asd_megatron.rollout.sglang.client.fleet import Fleet
-from asd_megatron.rollout.sglang.controller import Backend, ServedModel
+from asd_megatron.rollout.sglang.controller import Controller, ServedModel
 from asd_megatron.rollout.sglang.engine import SGLangEngine
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
-from asd_megatron.rollout.sglang.servers.options import ServerOptions, check_environment, devices_of_servers
+from asd_megatron.rollout.sglang.servers.options import ServerOptions, devices_of_servers
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
+from asd_megatron.rollout.sglang.servers.versions import Versions, check_environment, ipc_arguments
 from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import CudaIpcTransport
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
-from asd_megatron.rollout.sglang.weight_sync.verification import Receipt
+from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
 from asd_megatron.run.session import Session
+from asd_megatron.run.sources import ProblemSource
 from asd_megatron.trainer.scorer import score_sequence
 
 MIB = 2**20
-PROBE_TOKENS = 32
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+PROBE_TOKENS = 256
+CONTINUATION = "Now solve this problem step by step. The final answer is:"
+"""Of the probe's prompt; the built-in puzzle's small vocabulary has these words too."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest mean absolute difference of the probe's log-probs, in nats."""
 
 
 @dataclass(frozen=True)
 class Keys:
-    """What the servers are asked with: one key for generation, one for administration."""
+    """The servers' keys: one for generation, one for administration."""
 
     api: str = field(repr=False)
     admin: str = field(repr=False)
@@ -52,25 +57,29 @@ class Keys:
         return cls(secrets.token_urlsafe(32), secrets.token_urlsafe(32))
 
 
-def sglang_engine(session: Session) -> SGLangEngine:
+def sglang_engine(session: Session, renderer: PromptRenderer, problems: ProblemSource) -> SGLangEngine:
     """The engine of a recipe with `rollout.engine: sglang`. Collective. Servers start with `SGLangEngine.start`."""
     port = session.port
     rollout = _rollout(session)
+    ids = probe_ids(renderer, problems, port.max_positions)
     probe = None
-    if rollout.receipt:
-        probe = partial(score_sequence, port, session.process_groups, probe_ids(port), session.pack_layout)
+    if rollout.verify_weights:
+        probe = partial(score_sequence, port, session.process_groups, ids, session.pack_layout)
     return SGLangEngine(
         session.process_groups,
-        session.only_root(lambda: _backend(session, rollout)),
+        session.only_root(lambda: _controller(session, rollout, ids)),
         probe=probe,
         max_positions=port.max_positions,
         end_ids=session.end_ids,
     )
 
 
-def probe_ids(port: ModelPort) -> tuple[int, ...]:
-    """A fixed sequence of any tokens: who computes the same model gives it the same log-probs."""
-    return tuple(random.Random(0).choices(range(port.vocab_size), k=min(PROBE_TOKENS, port.max_positions)))
+def probe_ids(renderer: PromptRenderer, problems: ProblemSource, max_positions: int) -> tuple[int, ...]:
+    """The sequence of the probe: the prompt of the first training problem and a fixed continuation, cut to
+    `PROBE_TOKENS`. It is text of the kind that the model is trained on, where log-probs in bfloat16 are most alike."""
+    (problem,) = problems.take(1)
+    continuation = renderer.tokenizer(CONTINUATION, add_special_tokens=False)["input_ids"]
+    return (*renderer.student(problem).ids, *continuation)[: min(PROBE_TOKENS, max_positions)]
 
 
 def _rollout(session: Session) -> Rollout:
@@ -78,28 +87,56 @@ def _rollout(session: Session) -> Rollout:
     return session.recipe.rollout
 
 
-def _backend(session: Session, rollout: Rollout) -> Backend:
+def _controller(session: Session, rollout: Rollout, probe: tuple[int, ...]) -> Controller:
     """Everything that global rank 0 needs, nothing of it started yet. Raises UserError for an environment that cannot
     serve."""
     port, labels, closing = session.port, Labels(), ExitStack()
-    receipt = None
-    if rollout.receipt:  # refuses an architecture that it does not know
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        receipt = Receipt(session.hf_config, dtype=port.dtype, device=device)
-    pool: ServerPool | None = None
+    verifier = _verifier(session, rollout)
     keys = Keys.given() if rollout.server_urls else Keys.new()
-    if not rollout.server_urls:
-        pool = ServerPool(
-            server_options(session, rollout, keys),
-            session.folder / "servers",
-            start_timeout=rollout.server_start_timeout,
-            router=rollout.router == "start",
-            say=lambda text: session.progress.note(text),  # `begin` makes the one that shows
-        )
+    pool = None if rollout.server_urls else _pool(session, rollout, keys)
+    if pool is not None:
         closing.callback(pool.close)
     transport = _transport(session, rollout)
     closing.callback(transport.close)
-    fleet = Fleet(
+    fleet = _fleet(rollout, keys, pool)
+    closing.callback(fleet.close)
+    return Controller(
+        fleet,
+        transport,
+        Assembler(session.tokenizer, session.recipe.run.seed, labels),
+        labels,
+        model=ServedModel(tuple(session.hf_config.get("architectures") or ()), port.vocab_size),
+        pool=pool,
+        verifier=verifier,
+        probe_ids=probe,
+        tolerance=rollout.verify_tolerance or TOLERANCE[port.dtype],
+        start_timeout=rollout.server_start_timeout,
+        wait_timeout=rollout.server_wait_timeout,
+        colocated=rollout.placement == "colocated",
+        closing=closing,
+    )
+
+
+def _verifier(session: Session, rollout: Rollout) -> WeightVerifier | None:
+    """Raises UserError for an architecture that cannot be verified."""
+    if not rollout.verify_weights:
+        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return WeightVerifier(session.hf_config, dtype=session.port.dtype, device=device)
+
+
+def _pool(session: Session, rollout: Rollout, keys: Keys) -> ServerPool:
+    return ServerPool(
+        server_options(session, rollout, keys),
+        session.folder / "servers",
+        start_timeout=rollout.server_start_timeout,
+        router=rollout.router == "start",
+        say=lambda text: session.progress.note(text),  # looked up late: `begin` replaces `progress`
+    )
+
+
+def _fleet(rollout: Rollout, keys: Keys, pool: ServerPool | None) -> Fleet:
+    return Fleet(
         list(rollout.server_urls) if pool is None else pool.urls,
         api_key=keys.api,
         admin_key=keys.admin,
@@ -108,26 +145,10 @@ def _backend(session: Session, rollout: Rollout) -> Backend:
         retries=rollout.max_retries,
         router_url=rollout.router if pool is None else pool.router_url,
     )
-    closing.callback(fleet.close)
-    return Backend(
-        fleet,
-        transport,
-        Assembler(session.tokenizer, session.recipe.run.seed, labels),
-        labels,
-        model=ServedModel(tuple(session.hf_config.get("architectures") or ()), port.vocab_size),
-        pool=pool,
-        receipt=receipt,
-        probe_ids=probe_ids(port),
-        tolerance=rollout.receipt_tolerance or TOLERANCE[port.dtype],
-        start_timeout=rollout.server_start_timeout,
-        wait_timeout=rollout.server_wait_timeout,
-        colocated=rollout.placement == "colocated",
-        closing=closing,
-    )
 
 
 def server_options(session: Session, rollout: Rollout, keys: Keys) -> list[ServerOptions]:
-    """One a server that the run starts."""
+    """One for each server that the run starts."""
     arguments = dict(rollout.server_args)
     if rollout.placement == "colocated" and torch.cuda.is_available():
         arguments.setdefault("enable-memory-saver", True)
@@ -153,12 +174,12 @@ def _transport(session: Session, rollout: Rollout) -> Transport:
         return DiskTransport(folder, session.source, timeout=rollout.weight_sync_timeout)
     if rollout.weight_sync == "cuda_ipc":
         return CudaIpcTransport(
-            check_environment(Path(rollout.server_python)).torch,
+            ipc_arguments(Path(rollout.server_python)),
             bucket_bytes=rollout.weight_sync_bucket_mib * MIB,
             timeout=rollout.weight_sync_timeout,
         )
     if not rollout.server_urls and torch.cuda.is_available():
-        _check_nccl(Path(rollout.server_python))
+        check_nccl(loaded_nccl(), check_environment(Path(rollout.server_python)))
     return DistributedTransport(
         address=rollout.weight_sync_address,
         device=session.port.device,
@@ -167,12 +188,24 @@ def _transport(session: Session, rollout: Rollout) -> Transport:
     )
 
 
-def _check_nccl(python: Path) -> None:
-    """Two NCCL versions in one group hang or fail obscurely."""
-    theirs, ours = check_environment(python).nccl, ".".join(map(str, torch.cuda.nccl.version()))
-    if theirs is not None and theirs != ours:
-        raise UserError(
-            f"rollout.weight_sync distributed: the trainer has NCCL {ours} and the servers' environment has {theirs};"
-            " both sides of a broadcast need the same: install the trainer with the servers' torch"
-            " (docs/gpu_checks.md), or set rollout.weight_sync disk"
-        )
+def loaded_nccl() -> str:
+    """Version of the NCCL library in this process. torch reports the one that it was built with, which is another one
+    after LD_PRELOAD."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libnccl.so.2", mode=os.RTLD_NOW | os.RTLD_NOLOAD).ncclGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):  # linked into torch statically
+        return ".".join(map(str, torch.cuda.nccl.version()))
+    return f"{version.value // 10000}.{version.value // 100 % 100}.{version.value % 100}"
+
+
+def check_nccl(ours: str, servers: Versions) -> None:
+    """Raises UserError for other versions of NCCL on the two sides of a broadcast, which hang or fail obscurely."""
+    if servers.nccl is None or servers.nccl == ours:
+        return
+    raise UserError(
+        f"rollout.weight_sync distributed: the trainer has NCCL {ours} and the servers' environment has {servers.nccl};"
+        " both sides of a broadcast need the same. Start the trainer with"
+        f" LD_PRELOAD={servers.nccl_library or 'the libnccl.so.2 of the servers'}, or use a container image with equal"
+        " NCCL on both sides (docs/weight_sync.md), or set rollout.weight_sync disk"
+    )

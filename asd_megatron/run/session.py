@@ -19,12 +19,13 @@ import torch
 from asd_megatron.checkpoint import training
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write_folder
 from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_model, check_world, dump_recipe
-from asd_megatron.data.tokenizer import check_vocabulary, end_token_ids, load_tokenizer
+from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed import device
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import first_message, on_rank_zero
 from asd_megatron.errors import NotFinite, UserError
+from asd_megatron.models.families import check_architecture
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.progress import Progress, print_line
 from asd_megatron.observe.writer import RunWriter, read_metrics
@@ -84,9 +85,11 @@ class Session:
 
         self.source = model_folder(recipe.model.path)
         self.hf_config: dict[str, Any] = read_config(self.source)
+        check_architecture(self.hf_config)
         check_model(recipe, self.hf_config)
         self.tokenizer = load_tokenizer(self.source)
         check_vocabulary(self.tokenizer, int(self.hf_config["vocab_size"]))
+        check_stop_token_ids(self.tokenizer, recipe.sampling.stop_token_ids or ())
         self.end_ids = end_token_ids(self.source, self.tokenizer)
 
         self.folder = recipe.run.path
@@ -333,9 +336,11 @@ class Session:
     def _export_if_missing(self, step: int) -> None:
         """The export that was due at the step that the run resumes from: it was killed while it wrote that one.
         Collective."""
-        settings, path = self.recipe.checkpoint, folders.export_folder(self.folder, step)
+        settings, checkpoint = self.recipe.checkpoint, Path(self.start.checkpoint or "")
         due = self.is_due(step, settings.export_every, at_end=settings.export_at_end)
-        if self.start.kind == "resume" and due and not self.on_root(path.is_dir):
+        if self.start.kind != "resume" or not due:
+            return
+        if not self.on_root(lambda: folders.is_exported(self.folder, step, checkpoint)):
             self.export(step)
 
     def finish(self, summary: Mapping[str, Any]) -> None:

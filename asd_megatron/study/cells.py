@@ -53,14 +53,14 @@ def read_record(folder: Path) -> CellRecord | None:
     try:
         return CellRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a cell's record ({error}): remove {folder} to run the cell anew") from None
+        raise UserError(f"{path} is not a cell's record ({error}): remove {folder} to run the cell again") from None
 
 
 def changed_keys(cell: Cell, record: CellRecord) -> list[str]:
     """How the cell's recipe differs from the recorded one, as `gate.tau_down: 0.93 -> 0.9`; [] if it is the same.
 
     Keys that the recipe schema has gained since then count with their defaults, so that a new version of this package
-    goes on with old studies.
+    continues old studies.
     """
     if cell.hash == record.recipe_hash:
         return []
@@ -88,7 +88,7 @@ def check_unchanged(cell: Cell) -> CellRecord | None:
     if changed:
         raise UserError(
             f"cell {cell.key} was run with another recipe ({'; '.join(changed[:5])}): change the study file back, give "
-            f"the study another `name`, or remove {cell.folder} to run the cell anew"
+            f"the study another `name`, or remove {cell.folder} to run the cell again"
         )
     return record
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from asd_megatron.observe.names import METRICS
 from asd_megatron.observe.plots import CLASSES, dress, label_ends, new_figure, save_figure, smooth
 from asd_megatron.study.markdown import count
 from asd_megatron.study.report import Findings
@@ -17,6 +19,7 @@ from asd_megatron.study.statistics import Floats, is_number, mean_and_sd, resamp
 
 POINTS = 200  # of a curve
 SMOOTHING = 20  # a step's metric is averaged over about 1 / SMOOTHING of the steps
+FOREMOST = 3  # arms of the file that are drawn with a thick line
 AXES = {"step": "step", "seconds": "training seconds"}
 PLOTS_FOLDER = "plots"
 
@@ -49,7 +52,7 @@ def plot_study(findings: Findings) -> list[Path]:
     """Draw every plotted metric that a finished cell has; returns the paths, an overview of all metrics first."""
     study = findings.study
     there = {name for result in findings.results for row in result.rows for name, v in row.items() if is_number(v)}
-    metrics = [metric for metric in study.plot if metric in there]
+    metrics = without_repeats([metric for metric in study.plot if metric in there], findings)
     folder = study.path / PLOTS_FOLDER
     paths = []
     if len(metrics) > 1:
@@ -60,6 +63,25 @@ def plot_study(findings: Findings) -> list[Path]:
     return paths
 
 
+def without_repeats(metrics: Sequence[str], findings: Findings) -> list[str]:
+    """The metrics less those that have, in every step of every cell, the value of one before them."""
+    kept: dict[tuple[object, ...], str] = {}
+    for metric in metrics:
+        values = tuple(row.get(metric) for result in findings.results for row in result.rows)
+        kept.setdefault(values, metric)
+    return list(kept.values())
+
+
+def title(metric: str, width: int = 52) -> str:
+    """A panel's title in words: the metric's meaning and unit."""
+    found = next((m for m in METRICS if m.matches(metric)), None)
+    if found is None:
+        return metric
+    meaning = found.meaning if "<" not in found.name else f"{found.meaning} [{metric.rpartition('_')[2]}]"
+    unit = "" if found.unit == "1" else f" ({found.unit})"
+    return "\n".join(textwrap.wrap(meaning.split(";")[0][:1].upper() + meaning.split(";")[0][1:] + unit, width))
+
+
 def _overview(findings: Findings, metrics: Sequence[str], axis: str, path: Path) -> Path:
     """Small multiples, one panel a metric."""
     columns = min(3, len(metrics))
@@ -68,7 +90,7 @@ def _overview(findings: Findings, metrics: Sequence[str], axis: str, path: Path)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, metric in zip(axes, metrics, strict=False):
         _draw(panel, findings, metric, axis)
-        panel.set_title(metric, loc="left", fontsize=10)
+        panel.set_title(title(metric), loc="left", fontsize=9)
     for panel in axes[len(metrics) :]:
         panel.remove()
     _key(figure, findings)
@@ -86,7 +108,7 @@ def _metric(findings: Findings, metric: str, path: Path) -> Path:
         ends = _draw(panel, findings, metric, axis)
         if ends:
             label_ends(panel, ends)
-    upper.suptitle(metric, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    upper.suptitle(title(metric, 100), x=0.01, ha="left", fontsize=11, fontweight="bold")
     panels = list(lower.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for arm, panel in zip(arms, panels, strict=False):
         _arm(panel, findings, arm, metric)
@@ -96,18 +118,25 @@ def _metric(findings: Findings, metric: str, path: Path) -> Path:
 
 
 def _draw(panel: Any, findings: Findings, metric: str, axis: str) -> list[tuple[str, str, float, float]]:
-    """Every arm's mean with its band; returns (arm, colour, x, y) of the curves' ends."""
+    """Every arm's mean with its band; returns (arm, colour, x, y) of the curves' ends.
+
+    Arms lie on top in the file's order. The baseline is dashed above all of them, so that an arm that it coincides with
+    can still be seen.
+    """
     dress(panel)
     panel.set_xlabel(AXES[axis], fontsize=8)
     ends = []
-    for arm in findings.arms:
+    for place, arm in enumerate(findings.arms):
         found = arm_curve(findings.of(arm), metric, axis)
         if found is None:
             continue
         grid, mean, sd = found
         color = _color(findings, arm)
         panel.fill_between(grid, mean - sd, mean + sd, color=color, alpha=0.13, linewidth=0)
-        panel.plot(grid, mean, color=color, linewidth=1.6, marker="." if len(grid) < 3 else None)
+        baseline = arm == findings.study.baseline_arm
+        style = {"linestyle": (0, (4, 1.5)), "zorder": 4.0} if baseline else {"zorder": 3.0 - 0.01 * place}
+        width = 2.0 if place < FOREMOST else 1.1
+        panel.plot(grid, mean, color=color, linewidth=width, marker="." if len(grid) < 3 else None, **style)
         ends.append((arm, color, float(grid[-1]), float(mean[-1])))
     return ends
 

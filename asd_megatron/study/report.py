@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from asd_megatron.files import atomic_write
 from asd_megatron.study.cells import LOG_FILE, CellRecord
 from asd_megatron.study.markdown import NOTHING, count, counted, decimals, number, spread, table, when
 from asd_megatron.study.plan import CellKey
-from asd_megatron.study.results import CellResult, Point
+from asd_megatron.study.results import CellResult, Point, trained_alike
 from asd_megatron.study.schema import Study
 from asd_megatron.study.statistics import (
     crossing,
@@ -68,6 +69,24 @@ def at(step: int, metric: str) -> Value:
     return lambda result: result.at(step, metric)
 
 
+def equal_arms(findings: Findings) -> list[tuple[str, str]]:
+    """Pairs of arms whose cells of the same start and seed, one at least, all trained alike."""
+    cells = {arm: {(r.key.start, r.key.seed): r for r in findings.of(arm)} for arm in findings.arms}
+    found = []
+    for one, other in combinations(findings.arms, 2):
+        shared = cells[one].keys() & cells[other].keys()
+        if shared and all(trained_alike(cells[one][pair], cells[other][pair]) for pair in shared):
+            found.append((one, other))
+    return found
+
+
+def equal_arms_text(one: str, other: str) -> str:
+    return (
+        f"arms {one} and {other} trained alike to the last digit: what they differ in had no effect (is the gate open, "
+        "does any rollout have privileged context? Look at gate/lambda, pmi/coverage and the runs' summary.json)"
+    )
+
+
 def write_report(findings: Findings, plots: Sequence[Path] = ()) -> Path:
     """Write FOLDER/report.md; returns its path."""
     study = findings.study
@@ -107,6 +126,7 @@ def _overview(findings: Findings) -> list[str]:
         "",
         *table(["arm", "overrides", "finished cells", "seconds a cell", "CPU seconds"], rows, left=2),
         "",
+        *[line for pair in equal_arms(findings) for line in (f"**Warning:** {equal_arms_text(*pair)}.", "")],
     ]
 
 
@@ -126,7 +146,7 @@ def _how_to_read(findings: Findings) -> list[str]:
         "* p is the sign-flip test's, two-sided. Its smallest value is 2 / 2^n: 0.25 for 3 pairs. Of many differences, "
         "one in twenty has a p below 0.05 by chance.",
         "* Training seconds are wall-clock without evaluations (`time/total` less `time/evaluate`): they compare only "
-        "if nothing else ran. CPU seconds are a whole cell's, all its processes and threads.",
+        "if nothing else ran. CPU seconds are a complete cell's, all its processes and threads.",
         "",
     ]
 
@@ -209,7 +229,7 @@ def _target(findings: Findings) -> list[str]:
     return [
         f"## Until {target.metric} is at least {target.at_least:g}",
         "",
-        "The first crossing, on straight lines between the evaluations. Means are over the cells that got there; in "
+        "The first crossing, interpolated linearly between evaluations. Means are over the cells that got there; in "
         "the median the others count as later than any (a dash: half or more never did).",
         "",
         *table(header, rows),
@@ -236,7 +256,7 @@ def _equal_seconds(findings: Findings) -> list[str]:
         f"## {metric} at equal training seconds",
         "",
         f"Columns: the mean seconds after which `{findings.study.baseline_arm}` has made so many steps. Values between "
-        "evaluations are on straight lines; a cell that has ended by then has none.",
+        "evaluations are interpolated linearly; a cell that has ended by then has none.",
         "",
         *_by_arm(findings, values),
         "",
@@ -255,7 +275,7 @@ def _starts(findings: Findings) -> list[str]:
     places = [(arm, start) for arm in arms for start in study.starts if findings.of(arm, start)]
     rows = [_level(findings, arm, start, values) for arm, start in places]
     gaps = [row for arm, start in places if arm != study.baseline_arm and (row := _gap(findings, arm, start, values))]
-    shares = [row for arm in arms for row in _spreads(findings, arm, values)]
+    fractions = [row for arm in arms for row in _spreads(findings, arm, values)]
     steps = list(map(str, columns))
     lines = [f"## {metric} from each start", "", *table(["arm", "start", "n", *steps], rows, left=2), ""]
     if gaps:
@@ -265,7 +285,7 @@ def _starts(findings: Findings) -> list[str]:
         "Standard deviations of a random-effects model (analysis of variance; an estimate below 0 is 0). With few "
         "starts the first is rough.",
         "",
-        *table(["arm", "spread", *steps], shares, left=2),
+        *table(["arm", "spread", *steps], fractions, left=2),
         "",
     ]
     return lines

@@ -16,6 +16,15 @@ from asd_megatron.study.plan import CellKey
 from asd_megatron.study.statistics import is_number
 
 EVALUATION = "evaluation/"
+BEHAVIOUR = (
+    "evaluation/accuracy",
+    "evaluation/length_mean",
+    "reward/mean",
+    "response/length_mean",
+    "entropy/student_mean",
+    "sft/loss",
+)
+"""Metrics of the trained model itself, which every condition has: equal ones mean equal weights."""
 RESULTS_FILE = "results.jsonl"
 NO_METRIC = ("step", "time_utc")
 
@@ -50,6 +59,15 @@ class CellResult:
 
     def column(self, metric: str) -> list[float | None]:
         return [point.metrics.get(metric) for point in self.points]
+
+
+def trained_alike(one: CellResult, other: CellResult) -> bool:
+    """Whether two cells did the same in every step: equal numbers in all of `BEHAVIOUR` that both have."""
+    after = [[row for row in result.rows if row["step"] > 0] for result in (one, other)]
+    if not after[0] or [row["step"] for row in after[0]] != [row["step"] for row in after[1]]:
+        return False
+    pairs = [(a[n], b[n]) for a, b in zip(*after, strict=True) for n in BEHAVIOUR if n in a and n in b]
+    return bool(pairs) and all(a == b for a, b in pairs)
 
 
 def training_seconds(rows: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -96,7 +114,7 @@ def read_result(key: CellKey, run_folder: Path) -> CellResult:
     rows = read_metrics(run_folder)
     if not rows:
         raise UserError(
-            f"{run_folder}/metrics.jsonl is empty though cell {key} is finished: remove its folder to run it anew"
+            f"{run_folder}/metrics.jsonl is empty though cell {key} is finished: remove its folder to run it again"
         )
     return CellResult(key, points(rows), rows, training_seconds(rows))
 

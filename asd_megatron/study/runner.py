@@ -127,7 +127,7 @@ class Runner:
             parallel=self.parallel,
             started=_now(),
         )
-        if not (cell.run_folder / "recipe.yaml").is_file():  # else the run itself goes on or overwrites
+        if not (cell.run_folder / "recipe.yaml").is_file():  # else the run itself resumes or overwrites
             shutil.rmtree(cell.run_folder, ignore_errors=True)
         write_record(cell.folder, record)
         with (cell.folder / LOG_FILE).open("wb") as log:
@@ -137,7 +137,7 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                start_new_session=True,  # a process group of its own, to end it whole; Ctrl-C reaches us alone
+                start_new_session=True,  # a process group of its own, to end all of it; Ctrl-C reaches us alone
                 pass_fds=self._kept_open,
             )
         self._running.append(_Running(cell, record, process, time.monotonic()))

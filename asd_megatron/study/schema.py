@@ -68,7 +68,7 @@ class Study(Section):
     target: Target | None = Field(None, description="A level to reach; null: none.")
     table: Table = Field(Table(), description="What the report's tables show.")
     plot: TextList = Field(("evaluation/accuracy",), description="Names of the metrics to plot (docs/metrics.md).")
-    parallel: int = Field(1, ge=1, description="Cells at a time; each gets its share of the cores.")
+    parallel: int = Field(1, ge=1, description="Cells at a time; the cores are divided among them.")
     timeout: float = Field(86400.0, gt=0, description="Seconds after which a cell is ended and counts as failed.")
 
     @property

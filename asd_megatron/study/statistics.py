@@ -103,8 +103,8 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def sign_flip_p(values: Sequence[float]) -> float:
-    """Two-sided p value of "the differences are symmetric about 0": the share of all sign flips whose mean is at least
-    as far from 0 as the observed one. Exact up to 16 values, else from random flips; NaN without values."""
+    """Two-sided p value of "the differences are symmetric about 0": the fraction of all sign flips whose mean is at
+    least as far from 0 as the observed one. Exact up to 16 values, else from random flips; NaN without values."""
     array = np.asarray(values, dtype=np.float64)
     n = len(array)
     if n == 0:
@@ -122,7 +122,7 @@ def sign_flip_p(values: Sequence[float]) -> float:
 
 
 def crossing(x: Sequence[float], y: Sequence[float | None], level: float) -> float | None:
-    """The first x at which y is at least `level`, on straight lines between the points; None if it never is. `x` rises;
+    """The first x at which y is at least `level`, interpolated linearly; None if it never is. `x` rises;
     points whose y is missing are left out."""
     last: tuple[float, float] | None = None
     for at, value in zip(x, y, strict=True):
@@ -137,7 +137,7 @@ def crossing(x: Sequence[float], y: Sequence[float | None], level: float) -> flo
 
 
 def value_at(x: Sequence[float], y: Sequence[float | None], where: float) -> float | None:
-    """y at `where` on straight lines between the points; None outside them."""
+    """y at `where`, interpolated linearly; None outside the points."""
     found = float(resample(x, y, np.asarray([where]))[0])
     return found if math.isfinite(found) else None
 

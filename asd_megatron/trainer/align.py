@@ -1,77 +1,80 @@
-"""Per-token numbers that stay with their token: (rollout, response position) wherever it was computed.
+"""Per-token numbers that stay with their token: keyed by (rollout, response position), wherever they were computed.
 
 Student and teacher sequences of a rollout are packed separately, may lie in different packs and are cut differently by
-context parallelism; every row of every pack therefore carries its row of the data-parallel rank's token table
-(`Pack.flat`), and results come home through it.
+context parallelism. Every scored row of every pack therefore carries its row of the data-parallel rank's token table
+(`Pack.flat`), and results are written back through it:
+
+    table of this rank    rollout A: rows 0 1 2 | rollout B: rows 3 4
+    student pack 0        [prompt_B B0 B1 | prompt_A A0 A1 A2]             flat = [3, 4, 0, 1, 2]
+    teacher pack 0        [prompt_A solution_A A0 A1 A2]                   flat = [0, 1, 2]
+    teacher pack 1        [prompt_B solution_B B0 B1], context parallel:   flat = [3] on one rank, [4] on the other
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import gather_objects
 from asd_megatron.records import TokenTable
-from asd_megatron.trainer.batch import Pack
 
 
-class TokenColumns:
-    """Float32 columns [K, N] over a data-parallel rank's response tokens, filled pack by pack on the last pipeline
-    stage."""
+def share_columns(values: Tensor, *, cp: dist.ProcessGroup, pp: dist.ProcessGroup) -> None:
+    """Make columns [K, N] complete on every rank of the model-parallel group, in place.
 
-    def __init__(self, names: tuple[str, ...], tokens: int, device: torch.device) -> None:
-        self.names = names
-        self.values = torch.zeros(len(names), tokens, dtype=torch.float32, device=device)
-
-    def put(self, flat: Tensor, values: Mapping[str, Tensor]) -> None:
-        for k, name in enumerate(self.names):
-            if name in values:
-                self.values[k, flat] = values[name].to(torch.float32)
-
-    def share(self, *, cp: dist.ProcessGroup, pp: dist.ProcessGroup) -> dict[str, Tensor]:
-        """Every rank of the model-parallel group gets whole columns: summed over the context-parallel slices
-        (disjoint), then broadcast from the last pipeline stage. Collective on `cp` and `pp`."""
-        if cp.size() > 1:
-            dist.all_reduce(self.values, group=cp)
-        if pp.size() > 1:
-            dist.broadcast(self.values, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
-        return {name: self.values[k] for k, name in enumerate(self.names)}
-
-
-def gather_rows(columns: Mapping[str, Tensor], pack: Pack) -> dict[str, Tensor]:
-    """The columns' values at the pack's response rows, in the pack's order."""
-    return {name: column[pack.flat] for name, column in columns.items()}
+    On entry each context-parallel rank of the last pipeline stage has filled its own, disjoint rows and left the others
+    0: the slices are summed over `cp`, then broadcast from the last stage of `pp`. Collective on both.
+    """
+    if cp.size() > 1:
+        dist.all_reduce(values, group=cp)
+    if pp.size() > 1:
+        dist.broadcast(values, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
 
 
 def gather_table(
-    table: TokenTable, columns: Mapping[str, Tensor], indices: Sequence[int], process_groups: Any
+    table: TokenTable, columns: Mapping[str, Tensor], indices: Sequence[int], process_groups: ProcessGroups
 ) -> TokenTable | None:
     """The global batch's token table on global rank 0, its rollouts in the order of the examples; None elsewhere.
 
-    `table` holds this data-parallel rank's rows, `columns` [N] what is known of them (whole on every rank of the
-    model-parallel group), `indices` the global number of each of its rollouts. Collective over rank 0's data-parallel
-    group.
+    Collective over rank 0's data-parallel group.
+
+    Args:
+        table: this data-parallel rank's, for its offsets. columns: [N] each, complete on every rank of the
+            model-parallel group. indices: global number of each of the table's rollouts.
     """
     root = dist.get_global_rank(process_groups.dp, 0)
     if process_groups.dp.size() > 1 and root != 0:
-        return None  # another replica's model-parallel rank: rank 0's own group has everything
+        return None  # another model-parallel rank: rank 0's data-parallel group holds every column already
     local = TokenTable(table.offsets)
     for name, column in columns.items():
         local[name] = column.detach().cpu()
-    shares = gather_objects((list(indices), local), 0, process_groups.dp)
-    if process_groups.world.rank() != 0 or shares is None:
+    gathered = gather_objects((list(indices), local), 0, process_groups.dp)
+    if process_groups.world.rank() != 0 or gathered is None:
         return None
-    whole = TokenTable.concatenate([t for _, t in shares])
-    order = torch.tensor([i for found, _ in shares for i in found]).argsort()
-    lengths = whole.offsets[1:] - whole.offsets[:-1]
-    starts = whole.offsets[:-1][order]
+    merged = TokenTable.concatenate([part for _, part in gathered])
+    return _reordered(merged, [index for found, _ in gathered for index in found])
+
+
+def _reordered(table: TokenTable, indices: Sequence[int]) -> TokenTable:
+    """Rollout k of `table` moved to place `indices[k]`.
+
+    Example: rank 0 had rollouts 0 (2 tokens) and 2 (1 token), rank 1 had rollout 1 (3 tokens):
+
+        merged rows   0 1 | 2 | 3 4 5      indices [0, 2, 1]
+        order         [0, 2, 1]            merged number of the rollout at each place
+        starts        [0, 3, 2]            its first merged row
+        rows          0 1 | 3 4 5 | 2      start of its rollout + position within it
+    """
+    order = torch.tensor(list(indices)).argsort()
+    lengths = table.offsets[1:] - table.offsets[:-1]
+    starts = table.offsets[:-1][order]
     out = TokenTable.for_lengths(lengths[order].tolist())
-    within = torch.arange(out.tokens) - out.spread(out.offsets[:-1])
-    rows = out.spread(starts) + within
-    for name, column in whole.columns.items():
+    position = torch.arange(out.tokens) - out.spread(out.offsets[:-1])
+    rows = out.spread(starts) + position
+    for name, column in table.columns.items():
         out[name] = column[rows]
     return out

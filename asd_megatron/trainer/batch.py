@@ -1,8 +1,18 @@
-"""From ragged sequences to balanced, packed (THD) micro-batches.
+"""Micro-batch packing (THD): from sequences of unequal length to balanced packs.
 
-Three deterministic steps that every rank repeats for itself, so that nothing has to be communicated: sequences are
-assigned to data-parallel ranks, each rank's share is cut into packs by a token budget, and each pack is laid out for
-this rank's slice of the context-parallel group. Nothing here knows what the sequences mean.
+Three deterministic steps that every rank computes for itself, without communication: sequences are assigned to
+data-parallel ranks, each rank's sequences are binned into packs by a token budget, and each pack is laid out for this
+rank's slice of the context-parallel group. Nothing here knows what the sequences mean.
+
+A pack of two sequences (prompt P, response R), without and with context parallelism 2:
+
+    place          0  1  2  3  4  5  6  7  8            cu_seqlens  0 5 9
+    input_ids      P  P  R0 R1 R2 P  R0 R1 R2
+    rows           1  2  3  5  6  7                     a hidden state predicts the next token: from the last prompt
+    targets        R0 R1 R2 R0 R1 R2                    token to the token before the last
+
+    Context parallelism 2 pads each sequence to a multiple of 4: lengths 8 and 4, chunks of 2 and 1. Rank 0 holds chunks
+    0 and 3 of each, rank 1 chunks 1 and 2, and each keeps the rows whose place it holds.
 """
 
 from __future__ import annotations
@@ -16,14 +26,14 @@ import torch
 from torch import Tensor
 
 from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.models.attention import zigzag
 from asd_megatron.records import PackedTokens
 from asd_megatron.trainer import prefixes
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One prompt + response. Response token j (id `ids[prompt_length + j]`) owns row `first_row + j` of the batch's
-    token table."""
+    """One prompt + response. Response token j, `ids[prompt_length + j]`, has row `first_row + j` of the token table."""
 
     ids: tuple[int, ...]
     prompt_length: int
@@ -36,37 +46,40 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Pack:
-    """One micro-batch: packed tokens and the response rows that the head scores.
+    """One micro-batch: packed tokens and the rows whose logits the head computes, one for each response token.
 
-    `rows` int64 [N] index this rank's local token dimension (the position whose hidden state predicts the target; with
-    sequence parallelism the gathered dimension), `targets` int64 [N] are the response ids, `flat` int64 [N] the rows of
-    the token table. A context-parallel rank holds only its own share of the rows; the shares are disjoint and complete.
+    Under context parallelism each rank has the rows whose hidden state it holds: disjoint, together all of them. A pack
+    without rows is a zero-weight micro-batch.
     """
 
     tokens: PackedTokens
-    rows: Tensor
-    targets: Tensor
-    flat: Tensor
-    real_tokens: int  # of the whole pack, without padding; a shared prefix counts once
+    rows: (
+        Tensor  # int64 [N]: place in this rank's tokens (gathered, under sequence parallelism) that predicts the target
+    )
+    targets: Tensor  # int64 [N]: ids of the response tokens
+    flat: Tensor  # int64 [N]: rows of the token table
+    real_tokens: int  # of the complete pack, without padding; a shared prefix counts once
     sequence_tokens: int  # the same if nothing were shared
 
 
 def assign(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Items to ranks, longest first onto the least loaded rank (ties: the lower rank). Returns sorted item indices per
-    rank."""
+    """Items to ranks, the most expensive first, each to the least loaded rank (ties: the lower rank).
+
+    Returns each rank's item indices, sorted: costs 5 3 3 2 on 2 ranks give [[0, 3], [1, 2]].
+    """
     loads = [0] * ranks
-    shares: list[list[int]] = [[] for _ in range(ranks)]
+    assigned: list[list[int]] = [[] for _ in range(ranks)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = min(range(ranks), key=lambda r: (loads[r], r))
         loads[rank] += costs[item]
-        shares[rank].append(item)
-    return [sorted(share) for share in shares]
+        assigned[rank].append(item)
+    return [sorted(items) for items in assigned]
 
 
 def fill_bins(lengths: Sequence[int], budget: int, at_least: int = 1) -> list[list[int]]:
-    """Items into bins of at most `budget` tokens (a longer item gets a bin of its own), first fit decreasing.
+    """Items into bins of at most `budget` tokens by first fit decreasing; a longer item gets a bin of its own.
 
-    With `at_least` bins asked for and enough items, they are spread evenly instead, when that respects the budget.
+    With `at_least` above 1 and as many items, they are spread evenly over that many bins where the budget allows it.
     """
     if len(lengths) >= at_least > 1:
         spread = assign(lengths, at_least)
@@ -92,8 +105,8 @@ def _round_up(n: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class PackLayout:
-    """What the parallel layout asks of a pack: padding multiples, this rank's context-parallel slice, how many packs
-    there must be."""
+    """What the parallel layout requires of packs: padding multiples, this rank's context-parallel slice, the number of
+    packs."""
 
     context: int = 1
     context_rank: int = 0
@@ -107,7 +120,7 @@ class PackLayout:
 
     def __post_init__(self) -> None:
         if self.share_prefixes and self.context > 1:
-            raise ValueError("sequences that are cut over context-parallel ranks cannot share prefixes")
+            raise ValueError("sequences that are split over context-parallel ranks cannot share prefixes")
 
     @classmethod
     def of(
@@ -118,7 +131,7 @@ class PackLayout:
         pad_id: int = 0,
         share_prefixes: bool = False,
     ) -> PackLayout:
-        """This rank's, in a parallel layout."""
+        """This rank's, in a parallel layout. Raises ValueError for shared prefixes under context parallelism."""
         return cls(
             context=layout.context,
             context_rank=process_groups.cp.rank(),
@@ -140,7 +153,7 @@ class PackLayout:
         return self.sequence_multiple * (self.tensor if self.sequence_parallel else 1)
 
     def count(self, needed: int) -> int:
-        """Packs per rank: interleaved schedules need whole rounds of the pipeline."""
+        """Packs per rank: at least one, and for the interleaved schedule a multiple of the pipeline's stages."""
         needed = max(needed, 1)
         return _round_up(needed, self.pipeline) if self.virtual_pipeline else needed
 
@@ -149,32 +162,32 @@ class PackLayout:
 
 
 class Bin(NamedTuple):
-    """A pack to be: which sequences, and what each shares with the one before if that is known (`prefixes.tree`)."""
+    """The sequences of one pack. `shared`: as for `prefixes.build_tree`, where it is known."""
 
     items: list[int]
     shared: list[int] | None = None
 
 
 def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout, shared: Sequence[int] | None = None) -> Pack:
-    """Lay sequences out as one micro-batch and take this rank's slice. `shared`: as for `prefixes.tree`.
+    """Lay sequences out as one micro-batch and take this rank's slice of it.
 
-    Without shared prefixes each is padded to the context-parallel multiple; the whole is padded to the
-    sequence-parallel one. With no sequences: the smallest legal pack, without response rows (a zero-weight
-    micro-batch).
+    Without shared prefixes each sequence is padded to the context-parallel multiple; then the pack is padded to the
+    sequence-parallel one. Without sequences it is the smallest pack that the layout allows, without rows.
+    `shared`: as for `prefixes.build_tree`.
     """
     segments, real = _segments(sequences, layout, shared)
     ids, positions, cu = segments.ids, segments.positions, segments.cu
     pairs = list(zip(segments.where, sequences, strict=False))
-    row = prefixes.joined([where[s.prompt_length - 1 : len(s.ids) - 1] for where, s in pairs])
-    target = prefixes.joined([np.asarray(s.ids[s.prompt_length :], dtype=np.int64) for s in sequences])
-    flat = prefixes.joined([np.arange(s.first_row, s.first_row + s.response_length) for s in sequences])
+    row = prefixes.concatenated([where[s.prompt_length - 1 : len(s.ids) - 1] for where, s in pairs])
+    target = prefixes.concatenated([np.asarray(s.ids[s.prompt_length :], dtype=np.int64) for s in sequences])
+    flat = prefixes.concatenated([np.arange(s.first_row, s.first_row + s.response_length) for s in sequences])
     if layout.context > 1:
-        local = _context_slice(cu, layout)
-        where = np.full(cu[-1], -1, dtype=np.int64)
-        where[local] = np.arange(len(local))
-        ids, positions = ids[local], positions[local]
-        mine = where[row] >= 0
-        row, target, flat = where[row][mine], target[mine], flat[mine]
+        held = _context_slice(cu, layout)
+        local_place = np.full(cu[-1], -1, dtype=np.int64)  # of each place of the pack; -1: another rank holds it
+        local_place[held] = np.arange(len(held))
+        ids, positions = ids[held], positions[held]
+        mine = local_place[row] >= 0
+        row, target, flat = local_place[row][mine], target[mine], flat[mine]
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(layout.device)
@@ -193,12 +206,11 @@ def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout, shared: S
 def _segments(
     sequences: Sequence[TokenSequence], layout: PackLayout, shared: Sequence[int] | None
 ) -> tuple[prefixes.Segments, int]:
-    """The sequences' tokens, a stretch a sequence or the tree of their prefixes, padded; and how many are no
-    padding."""
+    """(padded tokens, the number that is not padding): a segment for each sequence, or the tree of their prefixes."""
     if layout.share_prefixes and sequences:
-        found = prefixes.tree([s.ids for s in sequences], shared)
-        real = found.cu[-1]
-        return found.padded(_round_up(real, layout.pack_multiple) - real, layout.pad_id), real
+        tree = prefixes.build_tree([s.ids for s in sequences], shared)
+        real = tree.cu[-1]
+        return tree.padded(_round_up(real, layout.pack_multiple) - real, layout.pad_id), real
     lengths = [layout.padded_length(len(s.ids)) for s in sequences] or [layout.pack_multiple]
     lengths[-1] += _round_up(sum(lengths), layout.pack_multiple) - sum(lengths)
     given: list[tuple[int, ...]] = [s.ids for s in sequences] or [()]
@@ -207,33 +219,34 @@ def _segments(
 
 
 def _context_slice(cu: Sequence[int], layout: PackLayout) -> np.ndarray:
-    """Positions of the whole pack that this rank holds: chunks r and 2 * CP - 1 - r of every sequence, in that
-    order."""
-    pieces = []
-    for start, end in zip(cu[:-1], cu[1:], strict=True):
-        chunk = (end - start) // (2 * layout.context)
-        for c in (layout.context_rank, 2 * layout.context - 1 - layout.context_rank):
-            pieces.append(np.arange(start + c * chunk, start + (c + 1) * chunk))
+    """Places of the pack that this context-parallel rank holds, in its order: `zigzag` of every sequence."""
+    pieces = [
+        start + zigzag(end - start, layout.context, layout.context_rank).numpy()
+        for start, end in zip(cu[:-1], cu[1:], strict=True)
+    ]
     return np.concatenate(pieces)
 
 
-def build_packs(shares: Sequence[Sequence[TokenSequence]], rank: int, budget: int, layout: PackLayout) -> list[Pack]:
-    """This data-parallel rank's packs. `shares[r]` are rank r's sequences: all ranks' counts are needed, because every
-    rank must run equally many micro-batches; a rank that has fewer gets zero-weight ones."""
-    bins = [_bins(share, budget, layout) for share in shares]
+def build_packs(by_rank: Sequence[Sequence[TokenSequence]], rank: int, budget: int, layout: PackLayout) -> list[Pack]:
+    """This data-parallel rank's packs, of at most `budget` tokens each.
+
+    `by_rank[r]` are rank r's sequences. Those of all ranks are needed, because every rank must run equally many
+    micro-batches: a rank with fewer packs gets zero-weight ones.
+    """
+    bins = [_bins(sequences, budget, layout) for sequences in by_rank]
     count = layout.count(max(len(b) for b in bins))
-    mine = [build_pack([shares[rank][i] for i in b.items], layout, b.shared) for b in bins[rank]]
+    mine = [build_pack([by_rank[rank][i] for i in b.items], layout, b.shared) for b in bins[rank]]
     return mine + [build_pack([], layout) for _ in range(count - len(mine))]
 
 
-def _bins(share: Sequence[TokenSequence], budget: int, layout: PackLayout) -> list[Bin]:
+def _bins(sequences: Sequence[TokenSequence], budget: int, layout: PackLayout) -> list[Bin]:
     at_least = layout.pipeline if layout.pipeline > 1 else 1
     if not layout.share_prefixes:
-        return [Bin(b) for b in fill_bins([layout.padded_length(len(s.ids)) for s in share], budget, at_least)]
-    indices, shared = prefixes.order([s.ids for s in share])  # neighbours in this order share most
-    whole = [len(share[i].ids) for i in indices]
-    own = [n - s for n, s in zip(whole, shared, strict=True)]
+        return [Bin(b) for b in fill_bins([layout.padded_length(len(s.ids)) for s in sequences], budget, at_least)]
+    indices, shared = prefixes.sort_by_prefix([s.ids for s in sequences])
+    complete = [len(sequences[i].ids) for i in indices]
+    own = [n - s for n, s in zip(complete, shared, strict=True)]
     return [
         Bin([indices[place] for place in places], [0, *(shared[place] for place in places[1:])])
-        for places in prefixes.cut(own, whole, budget, at_least)
+        for places in prefixes.bin_consecutive(own, complete, budget, at_least)
     ]

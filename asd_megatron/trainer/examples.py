@@ -1,9 +1,9 @@
-"""From rewarded groups to examples: group-relative advantages and each rollout's privileged prompt. Global rank 0
-only."""
+"""From rewarded groups to training examples: group-relative advantages and each rollout's privileged prompt. On global
+rank 0 only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from asd_megatron.records import DemonstrationSource, Example, FinishReason, Gro
 
 
 class TeacherPrompts(Protocol):
-    """What is needed of the prompt renderer: ids of a privileged prompt, or None when there can be none."""
+    """What is needed of the prompt renderer: (ids of a privileged prompt, anything), or None when there can be none."""
 
     def teacher(
         self, problem: Problem, demonstration: str | None, feedback: str | None, response_len: int, limits: Any
@@ -22,11 +22,11 @@ class TeacherPrompts(Protocol):
 
 
 class ExampleBuilder:
-    """Turns whole groups into examples.
+    """Turns complete, rewarded groups into examples.
 
     Args:
-        renderer, limits: of the privileged prompt. seed: of the draw of demonstrations.
-        privileged: False leaves the teacher out altogether (conditions without a teacher pass).
+        renderer, limits: of the privileged prompt; the limits are the renderer's. seed: of the draw of demonstrations.
+        privileged: False for conditions without a teacher pass: no rollout gets a privileged prompt.
         success_threshold, exclude_self, demonstrations_per_group, when_no_solution: see `antisd.privileged`.
         feedback_kind: `binary` or `fraction`, as the verifier says; `tests_of` counts a problem's test cases for the
         latter.
@@ -44,7 +44,7 @@ class ExampleBuilder:
         demonstrations_per_group: int | None = None,
         when_no_solution: str = "mask",
         feedback_kind: str = "binary",
-        tests_of: Any = lambda problem: None,
+        tests_of: Callable[[Problem], int | None] = lambda problem: None,
     ) -> None:
         self.renderer, self.limits, self.seed, self.privileged = renderer, limits, seed, privileged
         self.success_threshold, self.exclude_self = success_threshold, exclude_self

@@ -1,10 +1,10 @@
-"""One step's examples as a data-parallel rank holds them: its share, its token table, its student and teacher packs."""
+"""One step's examples as a data-parallel rank holds them: its examples, their token table, student and teacher
+packs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,35 +16,39 @@ from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, 
 
 
 def split_mini_batches(count: int, updates: int) -> list[range]:
-    """`count` examples into `updates` contiguous, disjoint mini-batches of equal size (the remainder goes to the first
-    ones)."""
+    """`count` examples into `updates` contiguous, disjoint mini-batches of equal size; the first ones get one more each
+    if there is a remainder: 7 into 3 gives 0-2, 3-4, 5-6."""
     size, extra = divmod(count, updates)
     starts = [k * size + min(k, extra) for k in range(updates + 1)]
     return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
 
 
-def sampled_mask(example: Example, *, mask_truncated: bool) -> tuple[bool, ...]:
-    """Which response tokens the loss sees: the sampled ones, none of a truncated response when the recipe masks
-    those."""
+def loss_mask(example: Example, *, mask_truncated: bool) -> tuple[bool, ...]:
+    """Which response tokens the loss sees: those that the policy sampled; none of a truncated response with
+    `mask_truncated`."""
     if mask_truncated and example.rollout.truncated:
         return (False,) * len(example.rollout.response_ids)
     return example.rollout.loss_mask
 
 
-def _tokens(examples: Sequence[Example], *, share_prefixes: bool) -> int:
-    """Student and teacher tokens to compute for these examples."""
+def _token_cost(examples: Sequence[Example], *, share_prefixes: bool) -> int:
+    """Student and teacher tokens to compute for these examples; a shared prefix counts once."""
     students = [e.rollout.prompt_ids + e.rollout.response_ids for e in examples]
     teachers = [e.teacher_prompt_ids + e.rollout.response_ids for e in examples if e.teacher_prompt_ids is not None]
     if share_prefixes:
-        return prefixes.count(students) + prefixes.count(teachers)
+        return prefixes.unique_tokens(students) + prefixes.unique_tokens(teachers)
     return sum(map(len, students)) + sum(map(len, teachers))
 
 
-def _assign(
+def _assign_examples(
     examples: Sequence[Example], mini_batch: Sequence[int], ranks: int, *, share_prefixes: bool
 ) -> list[list[int]]:
-    """The mini-batch's examples to ranks, so that the busiest computes few tokens: one by one or, where prefixes are
-    shared, prompt by prompt if that is better."""
+    """The mini-batch's example indices for each rank, so that the busiest rank computes few tokens.
+
+    Single examples balance best. With shared prefixes, keeping a group on one rank computes its prompt once instead of
+    on several ranks; the assignment whose busiest rank has fewer tokens wins. Two groups of 2 on 2 ranks, prompts of
+    100 tokens, responses of 10: by example both ranks may hold both prompts, 220 tokens each; by group 120 each.
+    """
     if ranks == 1:
         return [list(mini_batch)]
     by_prompt: dict[tuple[int, ...], list[int]] = {}
@@ -52,69 +56,74 @@ def _assign(
         by_prompt.setdefault(examples[i].rollout.prompt_ids, []).append(i)
 
     def spread(units: Sequence[list[int]], shared: bool) -> list[list[int]]:
-        costs = [_tokens([examples[i] for i in unit], share_prefixes=shared) for unit in units]
-        return [sorted(i for u in share for i in units[u]) for share in assign(costs, ranks)]
+        costs = [_token_cost([examples[i] for i in unit], share_prefixes=shared) for unit in units]
+        return [sorted(i for u in chosen for i in units[u]) for chosen in assign(costs, ranks)]
 
-    def busiest(shares: list[list[int]]) -> int:
-        return max(_tokens([examples[i] for i in share], share_prefixes=True) for share in shares)
+    def busiest(assignment: list[list[int]]) -> int:
+        return max(_token_cost([examples[i] for i in indices], share_prefixes=True) for indices in assignment)
 
-    alone = spread([[i] for i in mini_batch], False)
+    by_example = spread([[i] for i in mini_batch], False)
     if not share_prefixes:
-        return alone
-    return min(alone, spread(list(by_prompt.values()), True), key=busiest)
+        return by_example
+    return min(by_example, spread(list(by_prompt.values()), True), key=busiest)
 
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """The denominators of one mini-batch over all data-parallel ranks."""
+    """The denominators of one mini-batch's loss, over all data-parallel ranks."""
 
-    tokens: int
-    sequences: int
+    tokens: int  # that the loss sees
+    sequences: int  # with at least one such token
 
 
 @dataclass
-class Computed:
-    """Tokens of the packs that were built so far, all passes together: `total` with padding, `real` without,
-    `sequences` as if no prefix were shared."""
+class ComputedTokens:
+    """Counts the tokens of all packs built so far, scoring passes included."""
 
-    total: int = 0
-    real: int = 0
-    sequences: int = 0
+    total: int = 0  # with padding
+    real: int = 0  # without padding; a shared prefix counts once
+    sequences: int = 0  # without padding, as if no prefix were shared
 
     def add(self, packs: Sequence[Pack]) -> None:
         self.total += sum(int(p.tokens.cu_seqlens[-1]) for p in packs)
         self.real += sum(p.real_tokens for p in packs)
         self.sequences += sum(p.sequence_tokens for p in packs)
 
-    def over(self, group: Any, device: torch.device) -> Computed:
+    def over(self, group: dist.ProcessGroup, device: torch.device) -> ComputedTokens:
         """Summed over the ranks of `group`. Collective."""
         counts = torch.tensor([self.total, self.real, self.sequences], device=device)
         if group.size() > 1:
             dist.all_reduce(counts, group=group)
-        return Computed(*counts.tolist())
+        return ComputedTokens(*counts.tolist())
 
 
 @dataclass
 class LocalBatch:
-    """This data-parallel rank's share of a step's examples.
+    """The part of a step's examples that this data-parallel rank trains.
 
-    `shares[m][r]` are the global indices that rank r trains in mini-batch m. The token table's rows follow this rank's
-    examples, mini-batch after mini-batch. Every rank builds all shares itself from the same (broadcast) examples;
-    nothing depends on placement but the rows' order.
+    `assignment[m][r]` are the global indices of the examples that rank r trains in mini-batch m. Every rank computes
+    the complete assignment from the same (broadcast) examples, without communication. Rows of the token table follow
+    this rank's examples, mini-batch after mini-batch:
+
+        assignment  mini-batch 0: rank 0 [0, 3], rank 1 [1, 2]   mini-batch 1: rank 0 [4], rank 1 [5]
+        rank 0      indices [0, 3, 4]; rows: tokens of example 0, of 3, of 4
+        rank 1      indices [1, 2, 5]; rows: tokens of example 1, of 2, of 5
+
+    Only the order of the rows depends on the assignment, no result does.
     """
 
     all_examples: Sequence[Example]
-    shares: list[list[list[int]]]
+    assignment: list[list[list[int]]]
     rank: int
     layout: PackLayout
     tokens_per_microbatch: int
     mask_truncated: bool = False
 
     def __post_init__(self) -> None:
-        self.indices = [i for mini_batch in self.shares for i in mini_batch[self.rank]]
+        self.indices = [i for mini_batch in self.assignment for i in mini_batch[self.rank]]
         self.examples = [self.all_examples[i] for i in self.indices]
         self.table = TokenTable.for_lengths([len(e.rollout.response_ids) for e in self.examples])
-        self.computed = Computed()
+        self.computed = ComputedTokens()
         self._first_row = dict(zip(self.indices, self.table.offsets.tolist(), strict=False))
 
     @classmethod
@@ -129,25 +138,31 @@ class LocalBatch:
         tokens_per_microbatch: int,
         mask_truncated: bool = False,
     ) -> LocalBatch:
-        shares = [
-            _assign(examples, mini_batch, ranks, share_prefixes=layout.share_prefixes)
+        """Rank `rank`'s part among `ranks` data-parallel ranks, in `updates` mini-batches; packs of at most
+        `tokens_per_microbatch` tokens."""
+        assignment = [
+            _assign_examples(examples, mini_batch, ranks, share_prefixes=layout.share_prefixes)
             for mini_batch in split_mini_batches(len(examples), updates)
         ]
-        return cls(examples, shares, rank, layout, tokens_per_microbatch, mask_truncated)
+        return cls(examples, assignment, rank, layout, tokens_per_microbatch, mask_truncated)
+
+    @property
+    def mini_batches(self) -> int:
+        return len(self.assignment)
 
     # ---------------------------------------------------------------- packs
 
     def _packs(
-        self, shares: Sequence[Sequence[int]], prompt: Callable[[Example], tuple[int, ...] | None]
+        self, by_rank: Sequence[Sequence[int]], prompt: Callable[[Example], tuple[int, ...] | None]
     ) -> list[Pack]:
         sequences: list[list[TokenSequence]] = []
-        for share in shares:
+        for indices in by_rank:
             rank_sequences = []
-            for i in share:
+            for i in indices:
                 example = self.all_examples[i]
                 ids = prompt(example)
                 if ids is not None and example.rollout.response_ids:
-                    row = self._first_row.get(i, 0)  # other ranks' sequences only count
+                    row = self._first_row.get(i, 0)  # of other ranks' sequences only the number of packs matters
                     rank_sequences.append(TokenSequence(ids + example.rollout.response_ids, len(ids), row))
             sequences.append(rank_sequences)
         packs = build_packs(sequences, self.rank, self.tokens_per_microbatch, self.layout)
@@ -155,21 +170,21 @@ class LocalBatch:
         return packs
 
     def _every_mini_batch(self) -> list[list[int]]:
-        return [[i for mini_batch in self.shares for i in mini_batch[r]] for r in range(len(self.shares[0]))]
+        return [[i for mini_batch in self.assignment for i in mini_batch[r]] for r in range(len(self.assignment[0]))]
 
     def teacher_packs(self) -> list[Pack]:
-        """Privileged prompts with the same response ids; rollouts without context are left out."""
+        """Privileged prompts followed by the same response ids; rollouts without context are left out."""
         return self._packs(self._every_mini_batch(), lambda e: e.teacher_prompt_ids)
 
     def student_packs(self, mini_batch: int | None = None) -> list[Pack]:
-        """One mini-batch's student sequences (None: the whole batch's, for a scoring pass)."""
-        shares = self._every_mini_batch() if mini_batch is None else self.shares[mini_batch]
-        return self._packs(shares, lambda e: e.rollout.prompt_ids)
+        """The student sequences of one mini-batch; None: of the complete batch, for a scoring pass."""
+        by_rank = self._every_mini_batch() if mini_batch is None else self.assignment[mini_batch]
+        return self._packs(by_rank, lambda e: e.rollout.prompt_ids)
 
     # ---------------------------------------------------------------- columns
 
-    def sampled(self, example: Example) -> tuple[bool, ...]:
-        return sampled_mask(example, mask_truncated=self.mask_truncated)
+    def loss_mask(self, example: Example) -> tuple[bool, ...]:
+        return loss_mask(example, mask_truncated=self.mask_truncated)
 
     def column(self, of: Callable[[Example], Sequence[float]], dtype: torch.dtype = torch.float32) -> Tensor:
         """A per-token column [N] on the pack layout's device."""
@@ -192,15 +207,14 @@ class LocalBatch:
 
     def mini_batch_rows(self, mini_batch: int) -> slice:
         """The table rows of one mini-batch (they are contiguous)."""
-        before = sum(len(m[self.rank]) for m in self.shares[:mini_batch])
-        own = len(self.shares[mini_batch][self.rank])
+        before = sum(len(m[self.rank]) for m in self.assignment[:mini_batch])
+        own = len(self.assignment[mini_batch][self.rank])
         return slice(int(self.table.offsets[before]), int(self.table.offsets[before + own]))
 
     def counts(self, mini_batch: int) -> GlobalCounts:
-        """Loss tokens and sequences with any of one mini-batch, over all ranks: the global denominators."""
         tokens = sequences = 0
-        for i in (i for share in self.shares[mini_batch] for i in share):
-            n = sum(self.sampled(self.all_examples[i]))
+        for i in (i for indices in self.assignment[mini_batch] for i in indices):
+            n = sum(self.loss_mask(self.all_examples[i]))
             tokens += n
             sequences += n > 0
         return GlobalCounts(tokens, sequences)

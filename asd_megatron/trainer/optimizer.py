@@ -1,4 +1,4 @@
-"""Megatron's AdamW with its learning-rate schedule and gradient clipping, behind three plain functions."""
+"""Megatron's AdamW with its learning-rate schedule and gradient clipping."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from typing import Any
 
 import torch
 
+from asd_megatron.models.port import ModelPort
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """`applied` is False for an update that was left out: weights and optimizer state are untouched then."""
+    """One optimizer step: the global L2 gradient norm before clipping (NaN when Megatron found a non-finite gradient),
+    and whether the update was applied. A skipped update leaves weights and optimizer state untouched."""
 
     grad_norm: float
     applied: bool
 
 
 class Optimizer:
-    """Megatron's (chained) optimizer and scheduler over a port's DDP-wrapped chunks.
+    """Megatron's (chained) optimizer and learning-rate scheduler over a port's DDP-wrapped chunks.
 
-    The steps are Megatron's own; they are called one by one because Megatron's `step` would apply a non-finite gradient
-    in float32.
+    `step` calls the stages of Megatron's own `step` one by one, because that would apply a non-finite gradient in
+    float32.
 
-    The learning rate of update n (from 1): n / warmup_steps of `learning_rate` during the warm-up, all of it at its end
-    (without a warm-up: at update 1), from there down to `min_learning_rate`, which the update after `total_steps` would
-    have. An update that is left out takes its place in the schedule.
+    The learning rate of update n (from 1): n / warmup_steps of `learning_rate` during the warm-up, `learning_rate` at
+    its end (without a warm-up: at update 1), from there along `schedule` (constant, linear, cosine) towards
+    `min_learning_rate`, which the update after `total_steps` would have. A skipped update advances the schedule too.
+    `distributed` shards optimizer state over data-parallel ranks.
     """
 
     def __init__(
         self,
-        port: Any,
+        port: ModelPort,
         *,
         learning_rate: float,
         min_learning_rate: float,
@@ -46,12 +50,10 @@ class Optimizer:
         clip_grad: float,
         distributed: bool,
     ) -> None:
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-        half = port.dtype is not torch.float32
-        config = OptimizerConfig(
-            optimizer="adam",
+        self.port = port
+        self.clip_grad = clip_grad
+        self.megatron = _megatron_optimizer(
+            port,
             lr=learning_rate,
             min_lr=min_learning_rate,
             weight_decay=weight_decay,
@@ -60,36 +62,20 @@ class Optimizer:
             adam_eps=epsilon,
             clip_grad=clip_grad,
             use_distributed_optimizer=distributed,
-            bf16=half,
-            params_dtype=port.dtype,
-            log_num_zeros_in_grad=False,
         )
-        self.port = port
-        self.clip_grad = clip_grad
-        self.megatron = get_megatron_optimizer(config, port.chunks, use_gloo_process_groups=False)
         for part in self._parts():
-            _one_pass(part.optimizer)
-        self.scheduler = OptimizerParamScheduler(
-            self.megatron,
-            init_lr=0.0 if warmup_steps else learning_rate,
-            max_lr=learning_rate,
-            min_lr=min_learning_rate,
-            lr_warmup_steps=warmup_steps,
-            lr_decay_steps=max(total_steps, warmup_steps) + (1 if warmup_steps else 0),
-            lr_decay_style=schedule,
-            start_wd=weight_decay,
-            end_wd=weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
+            _fuse(part.optimizer)
+        self.scheduler = _scheduler(
+            self.megatron, learning_rate, min_learning_rate, schedule, warmup_steps, total_steps, weight_decay
         )
         # Megatron's scheduler starts at step 0 of the warm-up, whose rate is 0: the first update has step 1's.
         self._first = 1 if warmup_steps else 0
         self.seek(0)
-        self._homes: list[torch.device] = []  # where offloaded tensors came from
+        self._homes: list[torch.device] = []  # devices of the offloaded tensors, in the order of `_move`
 
     @property
     def learning_rate(self) -> float:
-        """Of the update to come; `last_learning_rate` is that of the update just made."""
+        """Of the next update; `last_learning_rate` is that of the latest one."""
         return float(self.megatron.param_groups[0]["lr"])
 
     def seek(self, updates: int) -> None:
@@ -106,19 +92,25 @@ class Optimizer:
         self.megatron.zero_grad()
 
     def offload(self) -> None:
-        """Move the optimizer's own tensors to host memory: its moments and, where they are not the model's weights
-        themselves, the float32 master weights. `reload` must follow before anything else is done with it."""
+        """Move the optimizer's own tensors to host memory: Adam's moments and, in half precision, the float32 master
+        weights (in float32 those are the model's weights themselves). Nothing but `reload` may follow."""
         self._homes = self._move(itertools.repeat(torch.device("cpu")))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def reload(self) -> None:
-        """Move them back to where they were."""
+        """Move offloaded tensors back to their devices."""
         self._move(iter(self._homes))
         self._homes = []
 
     def _move(self, targets: Iterator[torch.device]) -> list[torch.device]:
-        """Each tensor to the next device of `targets`; returns where they were."""
+        """Move each of the optimizer's tensors to the next device of `targets`; returns the devices they came from.
+
+        The order of the tensors is the same in every call, which is how `reload` restores what `offload` moved:
+
+            offload   targets cpu, cpu, ...        returns [cuda:0 (exp_avg), cuda:0 (exp_avg_sq), cpu (step), ...]
+            reload    targets cuda:0, cuda:0, cpu, ...
+        """
         homes = []
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -135,15 +127,15 @@ class Optimizer:
         return homes
 
     def _parts(self) -> list[Any]:
-        """The optimizers of the chain that hold parameters."""
+        """The optimizers of Megatron's chain that hold parameters."""
         chain = getattr(self.megatron, "chained_optimizers", [self.megatron])
         return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
 
     @torch.no_grad()
     def step(self, *, loss: float = 0.0) -> StepResult:
-        """Clip to the global gradient norm and update, then advance the schedule. Collective over all ranks.
+        """Clip to the global gradient norm, update, and advance the schedule. Collective over all ranks.
 
-        The update is left out when the gradient norm or `loss`, the same on every rank, is not finite.
+        The update is skipped when the gradient norm or `loss` (the same on every rank) is not finite.
         """
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -162,9 +154,52 @@ class Optimizer:
         return StepResult(norm, applied)
 
 
-def _one_pass(optimizer: Any) -> None:
-    """Let torch's own Adam, used where Transformer Engine and Apex are not, update each tensor in one pass over memory:
-    Megatron does not ask for it, and the default makes ten."""
+def _megatron_optimizer(port: ModelPort, **settings: Any) -> Any:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config = OptimizerConfig(
+        optimizer="adam",
+        bf16=port.dtype is not torch.float32,
+        params_dtype=port.dtype,
+        log_num_zeros_in_grad=False,
+        **settings,
+    )
+    return get_megatron_optimizer(config, port.chunks, use_gloo_process_groups=False)
+
+
+def _scheduler(
+    optimizer: Any,
+    learning_rate: float,
+    min_learning_rate: float,
+    schedule: str,
+    warmup_steps: int,
+    total_steps: int,
+    weight_decay: float,
+) -> Any:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if warmup_steps else learning_rate,
+        max_lr=learning_rate,
+        min_lr=min_learning_rate,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=max(total_steps, warmup_steps) + (1 if warmup_steps else 0),
+        lr_decay_style=schedule,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    # Megatron's scheduler starts at step 0 of the warm-up, whose rate is 0: the first update has step 1's.
+    if warmup_steps:
+        scheduler.step(1)
+    return scheduler
+
+
+def _fuse(optimizer: Any) -> None:
+    """Select the fused kernel of torch's Adam, which is used where Transformer Engine and Apex are absent: it passes
+    over memory once, the default ten times, and Megatron does not ask for it."""
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in (optimizer.defaults, *optimizer.param_groups):
             group["fused"] = True

@@ -1,12 +1,11 @@
-"""Which passes over the model one step of a recipe needs, and why. Pure: no tensors, no model."""
+"""Which forward and backward passes one step of a recipe needs, and why. A pure function of the recipe's values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from asd_megatron.antisd.divergence import Condition
-from asd_megatron.antisd.divergence import condition as condition_named
+from asd_megatron.antisd.divergence import Condition, resolve_condition
 from asd_megatron.antisd.importance import Level
 
 BACKWARD_COST = 2  # a backward pass in forwards
@@ -17,13 +16,13 @@ class PassPlan:
     """The passes of one step.
 
     Attributes:
-        student_scoring: a forward pass of the student over the whole batch, before the update.
-        teacher_scoring: a forward pass of the privileged sequences, before the update.
-        head: of the update. "fused": loss and gradient in one sweep over the vocabulary (6 T H V). "two_phase":
-            log-probs first, the backward pass recomputes the logits (8 T H V).
-        updates: optimizer steps.
-        forwards_per_step: cost of the step over the batch in forward passes, a backward counted as two.
-        reasons: one sentence a decision, for the start-up report.
+        student_scoring: a forward pass over the batch's student sequences, before the update.
+        teacher_scoring: a forward pass over the privileged sequences, before the update.
+        head: of the update. "fused": logits, loss and gradient of a tile at once, 6 T H V flops. "two_phase": log-probs
+            first, the backward pass recomputes the logits, 8 T H V flops (T tokens, H hidden size, V vocabulary).
+        updates: optimizer steps of the batch.
+        forwards_per_step: cost of the step in forward passes over the batch; a backward pass counts as two.
+        reasons: one sentence for each decision, for the start-up report.
     """
 
     student_scoring: bool
@@ -34,7 +33,7 @@ class PassPlan:
     reasons: tuple[str, ...]
 
 
-def plan(
+def plan_passes(
     condition: Condition | str,
     updates: int = 1,
     term_normalization: str = "none",
@@ -46,11 +45,13 @@ def plan(
     """Derive the passes from the recipe.
 
     Args:
-        condition: of the algorithm. updates: mini-batches a batch is cut into. epochs: times all of them are trained.
-        term_normalization: none, sequence or batch. log_pmi: score the teacher even where nothing but the log needs it.
-        importance_level: of the correction of off-policy rollouts; "token" where there is none.
+        condition: `algorithm.name`, or what it stands for. updates: mini-batches of a batch. epochs: passes over them.
+        term_normalization: none, sequence or batch. log_pmi: score the teacher even if only the log needs it.
+        importance_level: of the importance-sampling correction; "token" without one.
+
+    Raises ValueError for values outside these.
     """
-    c = condition_named(condition) if isinstance(condition, str) else condition
+    c = resolve_condition(condition)
     if updates < 1 or epochs < 1:
         raise ValueError(f"updates_per_batch {updates} and epochs {epochs} must be at least 1")
     if term_normalization not in ("none", "sequence", "batch"):

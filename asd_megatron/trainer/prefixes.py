@@ -1,10 +1,17 @@
-"""Sequences that begin alike, laid out as a tree: a stretch of tokens that several of them share is computed once.
+"""Prefix sharing (tree attention): sequences with common prefixes laid out as a tree of segments, each computed once.
 
-In a causal model a token's hidden states depend on what stands before it alone, so all responses to a prompt, and all
-prompts that begin with the same examples or the same demonstration, may continue one copy of it. Losses and gradients
-are those of the separate sequences.
+In a causal model a token's hidden state depends on the tokens before it alone. All responses to a prompt, and all
+prompts that begin with the same examples or the same demonstration, may therefore continue one copy of their common
+prefix. Losses and gradients equal those of separate sequences. With a prompt P and responses A, B and C:
 
-Prefixes are shared in whole blocks of BLOCK tokens, so that no stretch is shorter than that.
+    separate            P A | P B | P C                 3 |P| + |A| + |B| + |C| tokens
+    tree                P | A | B | C                   |P| + |A| + |B| + |C| tokens
+    parents             -1  0   0   0                   each response continues segment 0
+    positions           0.. |P|.. |P|.. |P|..           as in the separate sequence
+
+A token attends to the tokens before it in its own segment and to all segments on the path to the root.
+
+Prefixes are shared in multiples of BLOCK tokens, so that no segment that has children is shorter than that.
 """
 
 from __future__ import annotations
@@ -19,21 +26,21 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Segments:
-    """Consecutive stretches of a pack's tokens.
+    """The tokens of a pack as consecutive segments, the nodes of a forest of prefixes.
 
-    `ids`, `positions` int64 [T]; stretch i is `ids[cu[i]:cu[i + 1]]` and continues stretch `parents[i]`, which lies
-    before it (-1: it begins a sequence). `where[k]` int64 is the place of each token of sequence k. Arrays, since with
-    tensors laying out a small model's pack takes as long as a layer.
+    Segment i is `ids[cu[i]:cu[i + 1]]` and continues segment `parents[i]` < i (-1: it begins a sequence). `where[k][t]`
+    is the place in `ids` of token t of sequence k: places of several sequences coincide in a shared prefix. NumPy
+    arrays, because with tensors the layout of a small model's pack takes as long as one of its layers.
     """
 
-    ids: np.ndarray
-    positions: np.ndarray
-    cu: list[int]
+    ids: np.ndarray  # int64 [T]
+    positions: np.ndarray  # int64 [T], of each token in its sequence
+    cu: list[int]  # [segments + 1], boundaries
     parents: tuple[int, ...]
-    where: list[np.ndarray]
+    where: list[np.ndarray]  # int64 [length of the sequence], one array for each sequence
 
     def padded(self, tokens: int, pad_id: int) -> Segments:
-        """With `tokens` more at the end of the last stretch, which is nobody's parent."""
+        """With `tokens` padding tokens at the end of the last segment, which has no children."""
         more = np.arange(tokens)
         positions = np.concatenate([self.positions, more + (self.positions[-1:] + 1)])
         ids = np.concatenate([self.ids, np.full_like(more, pad_id)])
@@ -41,26 +48,30 @@ class Segments:
 
 
 def separate(sequences: Sequence[Sequence[int]]) -> Segments:
-    """One stretch a sequence, in their order; nothing is shared."""
+    """One segment for each sequence, in their order; nothing is shared."""
     cu = [0]
     for ids in sequences:
         cu.append(cu[-1] + len(ids))
     return Segments(
-        ids=joined([np.asarray(ids, dtype=np.int64) for ids in sequences]),
-        positions=joined([np.arange(len(ids)) for ids in sequences]),
+        ids=concatenated([np.asarray(ids, dtype=np.int64) for ids in sequences]),
+        positions=concatenated([np.arange(len(ids)) for ids in sequences]),
         cu=cu,
         parents=(-1,) * len(sequences),
         where=[np.arange(a, e) for a, e in zip(cu, cu[1:], strict=False)],
     )
 
 
-def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One int64 array; of no parts an empty one."""
+def concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One int64 array; empty if there are no parts."""
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
-def order(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """(indices in lexicographic order, for each place the tokens shared with the place before: whole blocks)."""
+def sort_by_prefix(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Lexicographic order, in which each sequence stands next to those it shares most with.
+
+    Returns (indices of the sequences in that order, for each place the tokens shared with the place before, in
+    multiples of BLOCK).
+    """
     indices = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     arrays = [np.asarray(sequences[i], dtype=np.int64) for i in indices]
     shared = [0] * len(indices)
@@ -72,41 +83,58 @@ def order(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
     return indices, shared
 
 
-def count(sequences: Sequence[Sequence[int]]) -> int:
-    """Tokens that are left to compute when the sequences share their prefixes."""
-    indices, shared = order(sequences)
+def unique_tokens(sequences: Sequence[Sequence[int]]) -> int:
+    """Tokens to compute when the sequences share their prefixes."""
+    indices, shared = sort_by_prefix(sequences)
     return sum(len(sequences[i]) for i in indices) - sum(shared)
 
 
-def tree(sequences: Sequence[Sequence[int]], shared: Sequence[int] | None = None) -> Segments:
+def build_tree(sequences: Sequence[Sequence[int]], shared: Sequence[int] | None = None) -> Segments:
     """The sequences with every common prefix laid out once.
 
-    `shared`: for sequences in the order of `order`, what it says they share, if that is known already.
+    `shared`: when the sequences are in the order of `sort_by_prefix` already, the shared lengths that it returned.
+
+    Each sequence in turn adds the tokens beyond what it shares with the one before, cut into segments where later
+    sequences branch off. The path from the root to the latest leaf is all that the next sequence can attach to. For
+    lengths 80, 64 and 96 that share 32 (second with first) and 48 (third with second):
+
+        sequence  shared  new tokens    segments (depth)                   path afterwards
+        0          0      0 to 80       s0 0-32, s1 32-80                  s0 s1
+        1         32      32 to 64      s2 32-48, s3 48-64, parent s0      s0 s2 s3
+        2         48      48 to 96      s4 48-96, parent s2                s0 s2 s4
+
+        0 ---s0--- 32 ---s1--------------- 80
+                    \\--s2-- 48 --s3-- 64
+                              \\--s4---------------- 96
     """
     indices: Sequence[int] = range(len(sequences))
     if shared is None:
-        indices, shared = order(sequences)
-    where: list[np.ndarray] = [joined([])] * len(sequences)
+        indices, shared = sort_by_prefix(sequences)
+    where: list[np.ndarray] = [concatenated([])] * len(sequences)
     cu, parents = [0], []
     ids, positions = [], []
-    path: list[tuple[int, int]] = []  # (stretch, the depth at which it ends) of the sequence in hand
-    before = joined([])
+    path: list[tuple[int, int]] = []  # (segment, depth at which it ends), root first
+    before = concatenated([])  # `where` of the sequence before
     for place, index in enumerate(indices):
         start, length = shared[place], len(sequences[index])
         while path and path[-1][1] > start:
             path.pop()
-        for a, e in _cuts(shared, place, length):
+        for a, e in _branch_cuts(shared, place, length):
             parents.append(path[-1][0] if path else -1)
             path.append((len(parents) - 1, e))
             cu.append(cu[-1] + e - a)
         ids.append(np.asarray(sequences[index][start:], dtype=np.int64))
         positions.append(np.arange(start, length))
         before = where[index] = np.concatenate([before[:start], np.arange(cu[-1] - (length - start), cu[-1])])
-    return Segments(joined(ids), joined(positions), cu, tuple(parents), where)
+    return Segments(concatenated(ids), concatenated(positions), cu, tuple(parents), where)
 
 
-def _cuts(shared: Sequence[int], place: int, length: int) -> list[tuple[int, int]]:
-    """The own part of a sequence, cut where later ones leave it: (start, end) depths."""
+def _branch_cuts(shared: Sequence[int], place: int, length: int) -> list[tuple[int, int]]:
+    """(start, end) depths of the segments that the sequence at `place` adds.
+
+    A later sequence branches off this one at the smallest `shared` between them, if that lies inside the new tokens. In
+    the example of `build_tree`, sequence 1 adds depths 32 to 64 and sequence 2 leaves it at 48: (32, 48), (48, 64).
+    """
     start, deepest = shared[place], length
     ends = {length}
     for later in shared[place + 1 :]:
@@ -118,31 +146,35 @@ def _cuts(shared: Sequence[int], place: int, length: int) -> list[tuple[int, int
     return list(zip(depths, depths[1:], strict=False))
 
 
-def cut(own: Sequence[int], whole: Sequence[int], budget: int, at_least: int = 1) -> list[range]:
-    """Consecutive places into bins of at most `budget` tokens, about equally full.
+def bin_consecutive(own: Sequence[int], complete: Sequence[int], budget: int, at_least: int = 1) -> list[range]:
+    """Consecutive places into bins of at most `budget` tokens that are about equally full.
 
-    A bin's first sequence costs its `whole` length, each further one what is its `own`; one that is longer than the
-    budget gets a bin of its own. There are at least `at_least` bins if there are as many sequences and that keeps
-    the budget.
+    A bin's first sequence costs its `complete` length, each further one only its `own` tokens (those not shared with
+    the place before). A sequence longer than the budget gets a bin of its own. There are at least `at_least` bins where
+    there are as many sequences and the budget allows it.
+
+        complete  80 64 96 30      own  80 32 48 30      budget 120
+        bins      [80 + 32] [96] [30]: the second bin starts anew, so its first sequence costs 96, not 48
     """
-    bins = _fill(own, whole, budget)
+    bins = _fill(own, complete, budget)
     wanted = max(len(bins), min(at_least, len(own)))
-    low, high = 1, budget  # the smallest capacity that is enough for so many bins
+    low, high = 1, budget  # bisection: the smallest capacity that needs no more than the wanted bins
     while low < high:
         middle = (low + high) // 2
-        if len(_fill(own, whole, middle)) <= wanted:
+        if len(_fill(own, complete, middle)) <= wanted:
             high = middle
         else:
             low = middle + 1
-    return _fill(own, whole, low)
+    return _fill(own, complete, low)
 
 
-def _fill(own: Sequence[int], whole: Sequence[int], capacity: int) -> list[range]:
+def _fill(own: Sequence[int], complete: Sequence[int], capacity: int) -> list[range]:
+    """Each bin takes the next sequences until one does not fit."""
     bins: list[range] = []
     load = first = 0
     for place in range(len(own)):
         if place > first and load + own[place] > capacity:
             bins.append(range(first, place))
             first = place
-        load = whole[place] if place == first else load + own[place]
+        load = complete[place] if place == first else load + own[place]
     return [*bins, range(first, len(own))] if len(own) else bins

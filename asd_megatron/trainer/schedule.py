@@ -1,32 +1,25 @@
-"""Running packs through Megatron's forward-backward schedules: the one place that calls them."""
+"""Runs packs (micro-batches) through Megatron's pipeline schedules: the only caller of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from asd_megatron.models.port import ModelPort
 from asd_megatron.trainer.batch import Pack
 
 
-class ScheduledModel(Protocol):
-    """What the schedules need of a model port."""
-
-    chunks: list[torch.nn.Module]
-
-    def forward(self, chunk: torch.nn.Module, packed: Any) -> Tensor: ...
-
-
 def _iterators(packs: Sequence[Pack], chunks: int) -> Any:
-    """Every model chunk of an interleaved pipeline walks through the same packs."""
+    """One iterator over the packs for each model chunk: the interleaved schedule feeds every chunk all packs."""
     return iter(packs) if chunks == 1 else [iter(packs) for _ in range(chunks)]
 
 
 def _run(
-    port: ScheduledModel, packs: Sequence[Pack], loss: Callable[..., Any], *, forward_only: bool, collect: bool
+    port: ModelPort, packs: Sequence[Pack], loss: Callable[..., Any], *, forward_only: bool, collect: bool
 ) -> list[Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -48,8 +41,12 @@ def _run(
 
 
 @torch.no_grad()
-def forward(port: ScheduledModel, packs: Sequence[Pack], visit: Callable[[Pack, Tensor], None]) -> None:
-    """One forward of every pack; `visit(pack, hidden [T, H])` runs on the last pipeline stage."""
+def forward(port: ModelPort, packs: Sequence[Pack], visit: Callable[[Pack, Tensor], None]) -> None:
+    """A forward pass of every pack without gradient; `visit(pack, hidden)` runs on the last pipeline stage.
+
+    `hidden` is [T, H] in the model's dtype, or [T / tp, H] under sequence parallelism. Collective over the
+    model-parallel group.
+    """
 
     def loss(pack: Pack, output: Tensor, non_loss_data: bool = False) -> int:
         visit(pack, output.squeeze(1))
@@ -58,14 +55,12 @@ def forward(port: ScheduledModel, packs: Sequence[Pack], visit: Callable[[Pack, 
     _run(port, packs, loss, forward_only=True, collect=True)
 
 
-def forward_backward(
-    port: ScheduledModel, packs: Sequence[Pack], loss: Callable[[Pack, Tensor], Tensor]
-) -> list[Tensor]:
-    """Forward and backward of every pack, gradients reduced over data and context parallel ranks by sum.
+def forward_backward(port: ModelPort, packs: Sequence[Pack], loss: Callable[[Pack, Tensor], Tensor]) -> list[Tensor]:
+    """Forward and backward of every pack; gradients are summed over data- and context-parallel ranks. Collective.
 
-    `loss(pack, hidden [T, H])` returns the pack's share of the loss, already divided by its global denominator: nothing
-    is rescaled afterwards, so the gradient cannot depend on how the batch was split. Returns the packs' detached losses
-    on the last stage ([] elsewhere).
+    `loss(pack, hidden)` returns the pack's part of the loss (scalar), already divided by its global denominator:
+    nothing is rescaled afterwards, so the gradient cannot depend on how the batch was split. `hidden` as for `forward`.
+    Returns the packs' detached losses on the last pipeline stage, [] elsewhere.
     """
 
     def with_count(pack: Pack, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,45 +1,50 @@
-"""Scoring passes: log-probability and full-vocabulary entropy of every response token, no gradient."""
+"""Scoring passes: log-probability and full-vocabulary entropy of every response token, without gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import torch
 from torch import Tensor
 
+from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.models.port import ModelPort
 from asd_megatron.ops.vocab_head import linear_logprob
 from asd_megatron.trainer import schedule
-from asd_megatron.trainer.align import TokenColumns
+from asd_megatron.trainer.align import share_columns
 from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, build_packs
+from asd_megatron.trainer.columns import Scores
 
 
 def score(
-    port: Any, process_groups: Any, packs: Sequence[Pack], tokens: int, *, temperature: float
-) -> tuple[Tensor, Tensor]:
+    port: ModelPort, process_groups: ProcessGroups, packs: Sequence[Pack], tokens: int, *, temperature: float
+) -> Scores:
     """Score `packs` under the live weights. Collective over the model-parallel group.
 
-    Returns (log-probs [tokens], entropies [tokens]), float32 nats at `temperature`, the same on every rank of the
-    model-parallel group; rows that no pack covers (rollouts without privileged context) are 0.
+    Returns the scores of `tokens` table rows, the same on every rank of the model-parallel group. Rows that no pack
+    covers (rollouts without privileged context) are 0.
     """
-    columns = TokenColumns(("logprobs", "entropy"), tokens, port.device)
+    values = torch.zeros(2, tokens, dtype=torch.float32, device=port.device)
+    scores = Scores(*values)
 
     def visit(pack: Pack, hidden: Tensor) -> None:
         logprobs, entropy = linear_logprob(
             hidden, port.head_weight(), pack.targets, port.head_shard(), rows=pack.rows, temperature=temperature
         )
-        columns.put(pack.flat, {"logprobs": logprobs, "entropy": entropy})
+        scores.put(pack.flat, Scores(logprobs, entropy))
 
     with port.scoring():
         schedule.forward(port, packs, visit)
-    shared = columns.share(cp=process_groups.cp, pp=process_groups.pp)
-    return shared["logprobs"], shared["entropy"]
+    share_columns(values, cp=process_groups.cp, pp=process_groups.pp)
+    return scores
 
 
-def score_sequence(port: Any, process_groups: Any, ids: Sequence[int], layout: PackLayout) -> list[float]:
-    """log p(ids[t] | ids[:t]) for t from 1, at temperature 1 under the live weights. Collective over all ranks, the
-    same on each."""
+def score_sequence(
+    port: ModelPort, process_groups: ProcessGroups, ids: Sequence[int], layout: PackLayout
+) -> list[float]:
+    """log p(ids[t] | ids[:t]) for t from 1 on, in nats at temperature 1 under the live weights. Collective over all
+    ranks; every rank gets the same values."""
     sequence = TokenSequence(tuple(ids), 1, 0)
     replicas = process_groups.dp.size()
     packs = build_packs([[sequence]] * replicas, process_groups.dp.rank(), len(ids), layout)
-    logprobs, _ = score(port, process_groups, packs, len(ids) - 1, temperature=1.0)
-    return [float(value) for value in logprobs]
+    return score(port, process_groups, packs, len(ids) - 1, temperature=1.0).logprobs.tolist()

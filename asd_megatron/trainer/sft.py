@@ -1,19 +1,22 @@
-"""The supervised stage: weighted cross-entropy on given responses, through the same head, packs and schedules as the RL
-update."""
+"""The update of the supervised stage: weighted cross-entropy on given responses, with the same head, packs and
+schedules as the RL update."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.models.port import ModelPort
 from asd_megatron.ops.vocab_head import linear_token_loss
 from asd_megatron.trainer import schedule
 from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, build_packs
+from asd_megatron.trainer.optimizer import Optimizer
 
 
 class SupervisedExample(Protocol):
@@ -29,7 +32,8 @@ class SupervisedExample(Protocol):
 
 @dataclass(frozen=True)
 class SupervisedStats:
-    """`loss` is the weighted mean cross-entropy in nats per unit of weight, over the global batch."""
+    """Of one optimizer step: `loss` is the weighted mean cross-entropy of the global batch in nats, `grad_norm` the
+    global L2 norm before clipping, `applied` False for a skipped step, `tokens` all response tokens."""
 
     loss: float
     grad_norm: float
@@ -38,9 +42,9 @@ class SupervisedStats:
 
 
 def supervised_update(
-    port: Any,
-    process_groups: Any,
-    optimizer: Any,
+    port: ModelPort,
+    process_groups: ProcessGroups,
+    optimizer: Optimizer,
     examples: Sequence[SupervisedExample],
     *,
     layout: PackLayout,
@@ -48,21 +52,22 @@ def supervised_update(
 ) -> SupervisedStats:
     """One optimizer step on `examples` (the same list on every rank). Collective over all ranks.
 
-    The loss is sum(weight * -log p) / sum(weight) with both sums over the global batch, whatever the layout.
+    The loss is sum(weight * -log p) / sum(weight), both sums over the global batch, in every layout. Raises ValueError
+    when no weight is positive.
     """
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
-    shares = assign(lengths, process_groups.dp.size())
+    assigned = assign(lengths, process_groups.dp.size())
     rank = process_groups.dp.rank()
     sequences, weights = [], torch.zeros(0)
-    for r, share in enumerate(shares):
+    for r, indices in enumerate(assigned):
         row, rank_sequences = 0, []
-        for i in share:
+        for i in indices:
             e = examples[i]
             rank_sequences.append(TokenSequence((*e.prompt_ids, *e.response_ids), len(e.prompt_ids), row))
             row += len(e.response_ids)
         sequences.append(rank_sequences)
         if r == rank:
-            weights = torch.tensor([w for i in share for w in examples[i].loss_weights], dtype=torch.float32)
+            weights = torch.tensor([w for i in indices for w in examples[i].loss_weights], dtype=torch.float32)
     total = sum(sum(e.loss_weights) for e in examples)
     if not total > 0:
         raise ValueError("no response token of this batch has a positive loss weight: nothing to learn from")
@@ -87,9 +92,9 @@ def supervised_update(
     return SupervisedStats(value, result.grad_norm, result.applied, tokens)
 
 
-def sum_over_ranks(losses: Sequence[Tensor], process_groups: Any, device: torch.device) -> float:
-    """The global loss from the packs' shares: summed over data and context parallel ranks, known to every pipeline
-    stage."""
+def sum_over_ranks(losses: Sequence[Tensor], process_groups: ProcessGroups, device: torch.device) -> float:
+    """The global loss from the packs' parts of it: summed over data- and context-parallel ranks, then broadcast from
+    the last pipeline stage. Float64 sum; collective, the same on every rank."""
     total = torch.stack(list(losses)).sum() if losses else torch.zeros((), device=device)
     total = total.to(torch.float64).reshape(1)
     if process_groups.dp_cp.size() > 1:

@@ -1,10 +1,13 @@
-"""The method applied to a data-parallel rank's tokens: columns in, per-token terms, advantages and losses out."""
+"""The method on a data-parallel rank's tokens: from log-probs to per-token terms, advantages and losses.
+
+Applies the pure functions of `antisd` to typed columns (`columns.py`). All tensors are [N]; communication is left to
+the caller, except in `freeze`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,13 +27,17 @@ from asd_megatron.antisd import (
     token_weights,
 )
 from asd_megatron.antisd.importance import Level
+from asd_megatron.trainer.columns import FrozenScores, LossConstants, LossInputs, Scores, TokenInputs
 from asd_megatron.trainer.local_batch import LocalBatch
 
 
 @dataclass(frozen=True)
 class Method:
-    """What the recipe says of the algorithm, as plain values. `importance_cap` None: no correction of off-policy
-    rollouts; `importance_floor` None: it truncates, a number: it masks."""
+    """The recipe's algorithm section as plain values; see `antisd` for what each does.
+
+    `importance_cap` None: no correction of off-policy rollouts. `importance_floor` None: weights are truncated at the
+    cap; a number: weights outside [floor, cap] are masked (set to 0).
+    """
 
     condition: Condition
     clip_low: float = 0.2
@@ -46,128 +53,124 @@ class Method:
     importance_level: Level = "token"
 
 
-Columns = Mapping[str, Tensor]
-IMPORTANCE = ("importance", "importance_affected")
-
-
 class Sums(NamedTuple):
-    """Local sums that the recipe needs before any of their tokens' loss, to be added over the ranks that share the
-    segments. None: not needed. `term`: of `term_statistics`; `ratio`: of `ratio_statistics`."""
+    """Sums over this rank's tokens that must be complete before any of the tokens' losses; the caller adds them over
+    the ranks that hold other tokens of the same rollouts. None: the recipe does not need them."""
 
-    term: Tensor | None = None
-    ratio: Tensor | None = None
+    term: Tensor | None = None  # float64, of `term_statistics`
+    ratio: Tensor | None = None  # float64, of `ratio_statistics`
 
 
 NO_SUMS = Sums()
 
 
-def token_inputs(batch: LocalBatch, method: Method) -> dict[str, Tensor]:
-    """The columns [N] that do not depend on any forward pass: `group_advantage`, `weight` (global denominators of each
-    row's mini-batch inside), `term_mask`, `has_context`, `loss_mask`, `engine_logprobs`, `segment` (local rollout
-    number)."""
-    sampled = batch.column(batch.sampled, torch.bool)
+def token_inputs(batch: LocalBatch, method: Method) -> TokenInputs:
+    """The columns of the batch's local tokens that no forward pass computes."""
+    loss_mask = batch.column(batch.loss_mask, torch.bool)
     has_context = batch.per_rollout(lambda e: e.has_context, torch.bool)
     segment, positions = batch.segments(), batch.positions()
-    weight = torch.zeros(batch.table.tokens, dtype=torch.float32, device=sampled.device)
-    for m in range(len(batch.shares)):
+    weight = torch.zeros(batch.table.tokens, dtype=torch.float32, device=loss_mask.device)
+    for m in range(batch.mini_batches):
         rows, counts = batch.mini_batch_rows(m), batch.counts(m)
         weight[rows] = token_weights(
-            sampled[rows],
+            loss_mask[rows],
             segment[rows],
             aggregation=method.aggregation,
             total_tokens=counts.tokens,
             total_sequences=counts.sequences,
             constant_length=method.constant_length,
         )
-    return {
-        "group_advantage": batch.per_rollout(lambda e: e.group_advantage),
-        "weight": weight,
-        "term_mask": term_mask(method.condition, sampled, has_context, positions, method.term_max_position),
-        "has_context": has_context,
-        "loss_mask": sampled,
-        "engine_logprobs": batch.column(lambda e: e.rollout.logprobs),
-        "segment": segment,
-    }
+    return TokenInputs(
+        group_advantage=batch.per_rollout(lambda e: e.group_advantage),
+        weight=weight,
+        term_mask=term_mask(method.condition, loss_mask, has_context, positions, method.term_max_position),
+        has_context=has_context,
+        loss_mask=loss_mask,
+        engine_logprobs=batch.column(lambda e: e.rollout.logprobs),
+        segment=segment,
+    )
 
 
-def raw_term(columns: Columns, student: Tensor, method: Method) -> tuple[Tensor, Tensor]:
-    """(u, unnormalised term) of the columns' tokens; both exactly 0 where the rollout has no context."""
-    if not method.condition.sign and "teacher_logprobs" not in columns:
+def raw_term(tokens: LossInputs, student: Tensor, method: Method) -> tuple[Tensor, Tensor]:
+    """(u, unnormalised term) under the student's scoring log-probs; both exactly 0 where the rollout has no context."""
+    teacher = None if tokens.teacher is None else tokens.teacher.logprobs
+    if not method.condition.sign and teacher is None:
         zero = student.detach().new_zeros(student.shape)
         return zero, zero
-    u = signal(method.condition, student, columns.get("teacher_logprobs"), columns["has_context"])
+    u = signal(method.condition, student, teacher, tokens.inputs.has_context)
     return u, term(method.condition, u, pmi_clip=method.pmi_clip)
 
 
-def advantages(
-    columns: Columns, student: Tensor, method: Method, lam: float, *, statistics: Tensor | None = None
-) -> dict[str, Tensor]:
-    """`pmi`, `term`, `advantage` [N] under the scoring log-probs `student`. `statistics`: of the whole rollout or
-    batch, when the term is normalised; one row means the whole batch, otherwise rows are indexed by the `segment`
-    column."""
-    u, q = raw_term(columns, student, method)
-    segment = columns["segment"] if statistics is not None and method.term_normalization == "sequence" else None
-    q = finish_term(q, columns["term_mask"], statistics=statistics, segment=segment, clip=method.term_clip)
-    return {"pmi": u, "term": q, "advantage": compose(method.condition, columns["group_advantage"], q, lam)}
+def loss_constants(
+    tokens: LossInputs, student: Tensor, method: Method, lam: float, sums: Sums = NO_SUMS
+) -> LossConstants:
+    """u, the finished term, the advantage and the importance weight of every token, detached.
 
-
-def importance(columns: Columns, scoring: Tensor, method: Method, ratio: Tensor | None = None) -> dict[str, Tensor]:
-    """`importance` (constant weights) and `importance_affected` (1 where a weight was cut or set to 0) [N]; {} without
-    a correction. `ratio`: of the whole responses, for the levels above the token."""
+    Args:
+        student: log-probs [N] under the scoring weights.
+        sums: of the complete rollouts (or, with `term_normalization: batch`, of the complete batch), where needed.
+    """
+    u, q = raw_term(tokens, student, method)
+    by_rollout = sums.term is not None and method.term_normalization == "sequence"
+    segment = tokens.inputs.segment if by_rollout else None
+    q = finish_term(q, tokens.inputs.term_mask, statistics=sums.term, segment=segment, clip=method.term_clip)
+    advantage = compose(method.condition, tokens.inputs.group_advantage, q, lam)
     if method.importance_cap is None:
-        return {}
+        return LossConstants(u, q, advantage)
     weights, affected = importance_weights(
-        scoring,
-        columns["engine_logprobs"],
+        student,
+        tokens.inputs.engine_logprobs,
         method.importance_cap,
         method.importance_floor,
         level=method.importance_level,
-        statistics=ratio,
-        segment=columns["segment"],
+        statistics=sums.ratio,
+        segment=tokens.inputs.segment,
     )
-    return dict(zip(IMPORTANCE, (weights, affected.to(weights.dtype)), strict=True))
+    return LossConstants(u, q, advantage, weights, affected.to(weights.dtype))
 
 
-def local_sums(columns: Columns, student: Tensor, method: Method, rollouts: int) -> Sums:
-    """This rank's sums over its tokens, under the scoring log-probs `student`."""
-    term = ratio = None
+def local_sums(tokens: LossInputs, student: Tensor, method: Method, rollouts: int) -> Sums:
+    """This rank's sums over its tokens, under the scoring log-probs `student`; `rollouts`: in the rank's table."""
+    inputs = tokens.inputs
+    of_term = of_ratio = None
     if method.term_normalization != "none" and method.condition.sign:
-        _, q = raw_term(columns, student, method)
-        by_rollout = method.term_normalization == "sequence"
-        term = term_statistics(
-            q, columns["term_mask"], columns["segment"] if by_rollout else None, max(rollouts, 1) if by_rollout else 1
-        )
+        _, q = raw_term(tokens, student, method)
+        if method.term_normalization == "sequence":
+            of_term = term_statistics(q, inputs.term_mask, inputs.segment, max(rollouts, 1))
+        else:
+            of_term = term_statistics(q, inputs.term_mask)
     if method.importance_cap is not None and method.importance_level != "token":
-        ratio = ratio_statistics(
-            student, columns["engine_logprobs"], columns["loss_mask"], columns["segment"], max(rollouts, 1)
-        )
-    return Sums(term, ratio)
+        of_ratio = ratio_statistics(student, inputs.engine_logprobs, inputs.loss_mask, inputs.segment, max(rollouts, 1))
+    return Sums(of_term, of_ratio)
 
 
-def frozen_columns(
-    columns: Columns, student: Tensor, method: Method, lam: float, rollouts: int, dp: Any
-) -> dict[str, Tensor]:
-    """Advantages and importance weights of the whole local table from a scoring pass of the student, before the first
-    update. Collective over `dp` when the term is normalised over the batch. Columns are whole on every context-parallel
-    rank, so no other sum is due."""
-    sums = local_sums(columns, student, method, rollouts)
+def freeze(
+    tokens: LossInputs, student: Scores, method: Method, lam: float, rollouts: int, dp: dist.ProcessGroup
+) -> FrozenScores:
+    """Loss constants of the rank's whole table from a scoring pass of the student, before the first update.
+
+    Collective over `dp` when the term is normalised over the batch. Columns are complete on every context-parallel
+    rank, so nothing is summed over those.
+    """
+    sums = local_sums(tokens, student.logprobs, method, rollouts)
     if sums.term is not None and method.term_normalization == "batch" and dp.size() > 1:
         dist.all_reduce(sums.term, group=dp)
-    found = advantages(columns, student, method, lam, statistics=sums.term)
-    return found | importance(columns, student, method, sums.ratio)
+    return FrozenScores(student, loss_constants(tokens, student.logprobs, method, lam, sums))
 
 
 def policy_loss(
-    columns: Columns, logprobs: Tensor, old: Tensor, constants: Columns, method: Method
+    inputs: TokenInputs, logprobs: Tensor, old: Tensor, constants: LossConstants, method: Method
 ) -> tuple[Tensor, Tensor]:
-    """The tokens' share of the loss (denominators inside) and the mask of clipped tokens. `constants`: the tokens'
-    `advantage` and, with a correction, `importance`."""
+    """The tokens' part of the loss (global denominators included) and the mask of clipped tokens, bool [N].
+
+    `logprobs` carry the gradient, `old` are those under the scoring weights.
+    """
     return clipped_policy_loss(
         logprobs,
         old,
-        constants["advantage"],
-        columns["weight"],
+        constants.advantage,
+        inputs.weight,
         method.clip_low,
         method.clip_high,
-        constants.get("importance"),
+        constants.importance,
     )

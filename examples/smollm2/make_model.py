@@ -39,7 +39,7 @@ def packaged_weights() -> Path:
 
 
 def make_model(folder: Path = FOLDER) -> Path:
-    """Write the model folder unless it is there already; whole or not at all. Returns it."""
+    """Write the model folder unless it is there already; complete or not at all. Returns it."""
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
         return folder
     weights = packaged_weights()

@@ -4,7 +4,7 @@
     python examples/studies/make_warm_starts.py
 
 writes runs/puzzle-warm-start-2 and runs/puzzle-warm-start-3 (one after the other, some minutes each on one CPU core),
-goes on with one that was interrupted, leaves finished ones alone, and then checks each: exit status 1 if one is not
+continues one that was interrupted, leaves finished ones alone, and then checks each: exit status 1 if one is not
 fit to start from.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from asd_megatron.checkpoint.huggingface import FolderReader, copy_others, read_config
+from asd_megatron.checkpoint.huggingface import FolderReader, copy_others, is_complete, read_config
 from asd_megatron.errors import UserError
 from tests.distributed.harness import run_ranks
 from tests.models.tiny import tiny_llama, tiny_qwen3
@@ -197,23 +198,57 @@ def test_the_gate_is_strict(folder: Path, tmp_path: Path) -> None:
     assert "lm_head.weight" in headless
 
 
+CONFIGS = [
+    ("{", "cannot be read"),
+    ("[]", "JSON object"),
+    ("[" * 200_000, "nested too deeply"),
+    ('{"a":' * 200_000, "nested too deeply"),
+    ('{"hidden_size": 1' + "0" * 5000 + "}", "digits"),
+    ('{"hidden_size": 64, "hidden_size": 32}', "hidden_size' is given twice"),
+    ('{"rms_norm_eps": NaN}', "NaN"),
+    ('{"rms_norm_eps": -Infinity}', "-Infinity"),
+    ('{"rope_theta": 1e999}', "1e999"),
+    ('{"_name_or_path": "\\ud800"}', "surrogate"),
+    ("\xff", "utf-8"),
+    (" " * (65 << 20), "64 MiB"),
+    ('{"architectures": "Qwen3ForCausalLM"}', "`architectures`"),
+    ('{"architectures": [[]]}', "`architectures`"),
+    ('{"vocab_size": 1000000000000000000000000}', "`vocab_size`"),
+    ('{"vocab_size": "61"}', "`vocab_size`"),
+    ('{"vocab_size": 61.0}', "`vocab_size`"),
+    ('{"hidden_size": true}', "`hidden_size`"),
+    ('{"num_hidden_layers": -1}', "`num_hidden_layers`"),
+    ('{"num_attention_heads": 0}', "`num_attention_heads`"),
+    ('{"num_hidden_layers": 4096, "hidden_size": 1000000, "intermediate_size": 1000000}', "parameters"),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), CONFIGS, ids=[reason for _, reason in CONFIGS])
+def test_damaged_configs(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="download the model again") as caught:
+        read_config(tmp_path)
+    message = str(caught.value)
+    assert str(path) in message and reason in message and len(message) < 400
+
+
 def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist.*model.path"):
         read_config(tmp_path / "none")
     with pytest.raises(UserError, match="no config.json"):
         read_config(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_config(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="JSON object"):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match="config.json cannot be read"):
         read_config(tmp_path)
     with pytest.raises(UserError, match="neither.*pickled weights are not read"):
         FolderReader(tmp_path)
+    assert not is_complete(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    for text in ("{}", "[]", "{", '{"weight_map": 1}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../b"}}'):
+    maps = ("1", "{}", '{"a": 1}', '{"a": null}', *(f'{{"a": "{name}"}}' for name in OUTSIDE))
+    for text in ("{}", "[]", "{", "[" * 200_000, *(f'{{"weight_map": {names}}}' for names in maps)):
         index.write_text(text)
-        with pytest.raises(UserError, match="index.json is damaged"):
+        with pytest.raises(UserError, match="index.json (is damaged|cannot be read).*download it again"):
             FolderReader(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
     with pytest.raises(UserError, match="model-00001-of-00001.safetensors is missing"):
@@ -226,3 +261,58 @@ def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"GGUF" * 10)
     with pytest.raises(UserError, match="not a readable safetensors file"):
         FolderReader(tmp_path)
+    torn = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(torn[: len(torn) // 2])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        FolderReader(tmp_path)
+
+
+OUTSIDE = ("../b.safetensors", "/b.safetensors", "a/b.safetensors", "..", "", "pytorch_model.bin")
+
+
+def test_links_out_of_the_folder_are_left_out(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "rag.jinja").write_text("secret")
+    source = tmp_path / "model"
+    shutil.copytree(folder, source)
+    shutil.rmtree(source / "additional_chat_templates")
+    (source / "notes.txt").symlink_to(secret)
+    (source / "second.txt").symlink_to("notes.txt")  # a link to a link
+    (source / "vocab.json").symlink_to("../model/../secret.txt")
+    (source / "LICENSE").unlink()
+    (source / "LICENSE").symlink_to(secret)
+    (source / "additional_chat_templates").symlink_to(tmp_path / "templates")
+    (source / "merges.txt").symlink_to("config.json")  # stays inside
+    (source / "loop.txt").symlink_to("loop.txt")
+    target = tmp_path / "target"
+    target.mkdir()
+    copy_others(source, target, torch.float32)
+    kept = _names(folder) - {"LICENSE", "optimizer.pt", "model.safetensors", "additional_chat_templates"}
+    assert _names(target) == kept | {"merges.txt"}
+    assert all(path.is_file() and not path.is_symlink() for path in target.iterdir())
+    for name in ("notes.txt", "second.txt", "vocab.json", "LICENSE", "rag.jinja"):
+        assert name in caplog.text
+    assert str(source) in caplog.text
+
+
+def test_a_snapshot_of_the_cache_is_copied_completely(folder: Path, tmp_path: Path) -> None:
+    """hub/models--NAME: files are links to blobs."""
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "0123"
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(p for p in folder.rglob("*") if p.is_file()):
+        link = snapshot / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, blobs / str(number))
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    (tmp_path / "model").symlink_to(snapshot)  # and a link to the snapshot is as good
+    for source in (snapshot, tmp_path / "model"):
+        target = tmp_path / f"target_{source.name}"
+        target.mkdir()
+        copy_others(source, target, torch.float32)
+        assert _names(target) == _names(folder) - {"optimizer.pt", "model.safetensors"}
+        assert (target / "additional_chat_templates" / "rag.jinja").is_file()
+        assert read_config(source) == read_config(folder)
+        assert is_complete(source)

@@ -1,9 +1,8 @@
-"""Training checkpoints: a run that was saved and loaded goes on bit for bit like the one that was not stopped."""
+"""Training checkpoints: a run that was saved and loaded continues bit for bit like the one that was not stopped."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 from pathlib import Path
@@ -11,115 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from asd_megatron.checkpoint import training
 from asd_megatron.errors import UserError
+from tests.checkpoint.trainer import RUN_STATE, Trainer
 from tests.distributed.harness import run_ranks
-from tests.models import everywhere
-
-CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 62,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-    "attention_bias": False,
-}
-RUN_STATE = {"step": 2, "gate": {"open": True, "h_warm": 0.1 + 0.2, "history": [math.inf, None]}, "text": "é"}
-
-
-class _Weights:
-    """Random full tensors for `ModelPort.load`."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
-        g = torch.Generator().manual_seed(seed)
-        self.tensors = {name: 0.1 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
-
-    def keys(self) -> set[str]:
-        return set(self.tensors)
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.tensors[name]
-
-
-class _Trainer:
-    """A port, Megatron's optimizer and its schedule, without data: gradients are a function of the weights."""
-
-    def __init__(
-        self, layout: dict[str, Any], distributed: bool, seed: int, dtype: torch.dtype = torch.float32, **config: Any
-    ) -> None:
-        from asd_megatron.distributed.layout import Layout, init
-
-        sizes = Layout(**layout)
-        groups = init(sizes)
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-        from asd_megatron.models.port import ModelPort
-
-        self.port = ModelPort.build({**CONFIG, **config}, groups, sizes, dtype=dtype, layers="local")
-        self.port.load(_Weights(self.port.expected(), seed))
-        self.port.wrap_ddp(distributed_optimizer=distributed, overlap_grad_reduce=False)
-        settings = OptimizerConfig(
-            optimizer="adam",
-            lr=1e-2,
-            min_lr=0.0,
-            weight_decay=0.01,
-            clip_grad=1.0,
-            use_distributed_optimizer=distributed,
-            bf16=dtype is torch.bfloat16,
-            params_dtype=dtype,
-        )
-        self.optimizer = get_megatron_optimizer(settings, self.port.chunks, use_gloo_process_groups=False)
-        self.scheduler = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=1e-2,
-            min_lr=0.0,
-            lr_warmup_steps=2,
-            lr_decay_steps=10,
-            lr_decay_style="linear",
-            start_wd=0.01,
-            end_wd=0.01,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
-        self.scheduler.step(1)
-
-    def steps(self, numbers: range) -> None:
-        for number in numbers:
-            for chunk in self.port.chunks:
-                chunk.zero_grad_buffer()
-                parameter: Any
-                for parameter in chunk.parameters():
-                    parameter.main_grad.copy_(torch.sin(parameter.detach().float() * 37 * (number + 1)))
-            self.optimizer.step()
-            self.scheduler.step(1)
-
-    def save(self, folder: Path, step: int, run_state: dict[str, Any] = RUN_STATE, keep: int = 2) -> Path:
-        return training.save(folder, step, self.port, self.optimizer, self.scheduler, run_state, keep=keep)
-
-    def load(self, path: Path | None) -> dict[str, Any]:
-        assert path is not None
-        return training.load(path, self.port, self.optimizer, self.scheduler)
-
-    def weights(self) -> dict[str, Tensor]:
-        return everywhere.weights(self.port)
-
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
 
 # Everything below that names a `rank` runs on two ranks.
 
@@ -139,20 +34,20 @@ def _continue(rank: int, folder: str) -> dict[str, Any]:
     report = {}
     for case, (layout, distributed, dtype) in LAYOUTS.items():
         path = Path(folder) / case
-        whole = _Trainer(layout, distributed, seed=1, dtype=dtype)
-        whole.steps(range(2))
-        whole.save(path, 2)
-        saved_rate = whole.learning_rate
-        whole.steps(range(2, 5))
+        straight = Trainer(layout, distributed, seed=1, dtype=dtype)
+        straight.steps(range(2))
+        straight.save(path, 2)
+        saved_rate = straight.learning_rate
+        straight.steps(range(2, 5))
         for used in (False, True)[: 1 + (case in USED)]:  # into a fresh trainer, and into one that has made steps
-            again = _Trainer(layout, distributed, seed=2, dtype=dtype)
+            again = Trainer(layout, distributed, seed=2, dtype=dtype)
             if used:
                 again.steps(range(7, 9))
             before = again.weights()
             state = again.load(training.latest(path))
             same_rate = again.learning_rate == saved_rate
             again.steps(range(2, 5))
-            got, want = again.weights(), whole.weights()
+            got, want = again.weights(), straight.weights()
             report[f"{case} used={used}"] = {
                 "state": state,
                 "same_rate": same_rate,
@@ -162,7 +57,7 @@ def _continue(rank: int, folder: str) -> dict[str, Any]:
     return report
 
 
-def test_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_continues_bit_for_bit(tmp_path: Path) -> None:
     for report in run_ranks(_continue, 2, str(tmp_path)):
         assert len(report) == len(LAYOUTS) + len(USED)
         for case, found in report.items():
@@ -174,13 +69,13 @@ def _other_layout(rank: int, folder: str) -> dict[str, float]:
     report = {}
     for distributed in (False, True):
         path = Path(folder) / f"distributed_{distributed}"
-        first = _Trainer({"tensor": 2}, distributed, seed=1)
+        first = Trainer({"tensor": 2}, distributed, seed=1)
         first.steps(range(2))
         first.save(path, 2)
         first.steps(range(2, 4))
         want = first.weights()
         for layout in ({"data": 2}, {"pipeline": 2, "virtual_pipeline": 2}):
-            again = _Trainer(layout, distributed, seed=2)
+            again = Trainer(layout, distributed, seed=2)
             again.load(training.latest(path))
             again.steps(range(2, 4))
             got = again.weights()
@@ -188,7 +83,7 @@ def _other_layout(rank: int, folder: str) -> dict[str, float]:
     return report
 
 
-def test_another_layout_can_go_on(tmp_path: Path) -> None:
+def test_another_layout_can_resume(tmp_path: Path) -> None:
     for case, error in run_ranks(_other_layout, 2, str(tmp_path))[0].items():
         assert error < 1e-6, case
 
@@ -200,31 +95,16 @@ def _refusals(rank: int, folder: str) -> dict[str, str]:
         return str(caught.value)
 
     found: dict[str, str] = {}
-    trainer = _Trainer({}, False, seed=1)
+    trainer = Trainer({}, False, seed=1)
     trainer.steps(range(1))
     root = Path(folder)
     path = trainer.save(root, 1)
-    found["distributed"] = refusal(lambda: _Trainer({}, True, seed=1).load(path))
-    found["layers"] = refusal(lambda: _Trainer({}, False, seed=1, num_hidden_layers=2).load(path))
-    found["width"] = refusal(lambda: _Trainer({}, False, seed=1, intermediate_size=48).load(path))
+    found["distributed"] = refusal(lambda: Trainer({}, True, seed=1).load(path))
+    found["layers"] = refusal(lambda: Trainer({}, False, seed=1, num_hidden_layers=2).load(path))
+    found["width"] = refusal(lambda: Trainer({}, False, seed=1, intermediate_size=48).load(path))
     found["not a checkpoint"] = refusal(lambda: trainer.load(root))
     found["tuple"] = refusal(lambda: trainer.save(root, 2, {"a": {1: 2}}), ValueError)
     found["tensor"] = refusal(lambda: trainer.save(root, 2, {"a": [torch.ones(1)]}), ValueError)
-
-    # A save that fails half way leaves what was there.
-    original = training._save_shards
-
-    def broken(folder: str, state: Any) -> None:
-        original(folder, state)
-        raise OSError("disk full")
-
-    training._save_shards = broken
-    try:
-        found["half"] = refusal(lambda: trainer.save(root, 2), OSError)
-    finally:
-        training._save_shards = original
-    found["files after half"] = " ".join(sorted(os.listdir(root)))
-    found["latest after half"] = str(training.latest(root))
 
     mark = root / "executed"
     metadata = (path / ".metadata").read_bytes()
@@ -235,8 +115,11 @@ def _refusals(rank: int, folder: str) -> dict[str, str]:
     shard = next(path.glob("*.distcp"))
     shard.unlink()
     found["missing shard"] = refusal(lambda: trainer.load(path))
-    (path / training.RUN_STATE).write_text("{")
-    found["damaged"] = refusal(lambda: trainer.load(path))
+    stored = json.loads((path / training.RUN_STATE).read_text())
+    broken = [{}, [], {**stored, "run_state": 1}, {**stored, "distributed_optimizer": None}, {**stored, "format": 2}]
+    for content in ("{", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", *map(json.dumps, broken)):
+        (path / training.RUN_STATE).write_text(content)
+        assert str(path / training.RUN_STATE) in refusal(lambda: trainer.load(path)), content[:40]
     return found
 
 
@@ -256,26 +139,20 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert "is no training checkpoint" in found["not a checkpoint"]
     assert "run_state.a has the key 1" in found["tuple"]
     assert "run_state.a[0] is a Tensor" in found["tensor"]
-    assert found["half"] == "disk full"
-    assert found["files after half"] == "latest step_000001"
-    assert found["latest after half"].endswith("step_000001")
     assert "not safe to read" in found["malicious"]
     assert found["executed"] == "False"
     assert "damaged" in found["missing shard"]
-    assert "damaged" in found["damaged"]
 
 
 def _keep(rank: int, folder: str) -> list[list[str]]:
-    trainer = _Trainer({}, False, seed=1)
+    trainer = Trainer({}, False, seed=1)
     seen = []
-    for step in (5, 10, 15, 15, 7):
+    for step in (5, 10, 15, 15):
         trainer.steps(range(step, step + 1))
         trainer.save(Path(folder), step, {"step": step}, keep=2)
         seen.append(sorted(os.listdir(folder)))
-    stored = json.loads((Path(folder) / "step_000007" / "run_state.json").read_text())
-    assert stored["run_state"] == {"step": 7}
-    newest = training.latest(folder)
-    assert newest is not None and newest.name == "step_000007"
+    stored = json.loads((Path(folder) / "step_000015" / "run_state.json").read_text())
+    assert stored["run_state"] == {"step": 15}
     return seen
 
 
@@ -284,7 +161,55 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert seen[0] == ["latest", "step_000005"]
     assert seen[1] == ["latest", "step_000005", "step_000010"]
     assert seen[2] == seen[3] == ["latest", "step_000010", "step_000015"]
-    assert seen[4] == ["latest", "step_000007", "step_000015"]  # the one just written is never removed
+
+
+def _lineage(rank: int, folder: str) -> dict[str, list[str]]:
+    """Checkpoints after 20, 40, 60, a resume from one of them, and saves."""
+    trainer = Trainer({}, False, seed=1)
+    trainer.steps(range(1))
+    seen = {}
+    for case, (resumed, saves, keep) in LINEAGES.items():
+        root = Path(folder) / case
+        for step in (20, 40, 60):
+            trainer.save(root, step, keep=3)
+        training.name_latest(root, training.name(resumed))
+        for step in saves:
+            trainer.save(root, step, keep=keep)
+            assert training.latest(root) == root / training.name(step)
+        seen[case] = sorted(os.listdir(root))
+    return seen
+
+
+LINEAGES: dict[str, tuple[int, tuple[int, ...], int]] = {
+    "from the newest": (60, (80,), 2),
+    "between": (20, (30,), 2),
+    "over an abandoned one": (20, (40,), 3),
+    "past them all": (20, (70,), 3),
+    "one kept": (40, (50,), 1),
+    "twice": (20, (30, 45), 3),
+}
+
+
+def test_pruning_follows_the_lineage(tmp_path: Path) -> None:
+    seen = run_ranks(_lineage, 1, str(tmp_path))[0]
+    steps = {case: [int(name[5:]) for name in names if name != "latest"] for case, names in seen.items()}
+    assert steps == {
+        "from the newest": [60, 80],
+        "between": [20, 30],
+        "over an abandoned one": [20, 40],
+        "past them all": [20, 70],
+        "one kept": [50],
+        "twice": [20, 30, 45],
+    }
+
+
+def test_a_resume_names_what_its_next_save_replaces(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (20, 40):
+        (tmp_path / training.name(step)).mkdir()
+    training.name_latest(tmp_path, "step_000040")
+    assert not caplog.messages
+    training.name_latest(tmp_path, "step_000020")
+    assert "step_000040" in caplog.text and "move them" in caplog.text
 
 
 def test_latest(tmp_path: Path) -> None:
@@ -294,6 +219,11 @@ def test_latest(tmp_path: Path) -> None:
         (tmp_path / "latest").write_text(named + "\n")
         with pytest.raises(UserError, match="no checkpoint in"):
             training.latest(tmp_path)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(UserError, match="latest cannot be read"):
+        training.latest(tmp_path)
+    (tmp_path / "latest").rmdir()
     (tmp_path / "step_000003").mkdir()
     (tmp_path / "step_000003" / "run_state.json").write_text("{}")
     (tmp_path / "latest").write_text("step_000003\n")

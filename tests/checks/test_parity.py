@@ -14,7 +14,7 @@ import torch
 
 from asd_megatron.checks import parity
 from asd_megatron.checks.layouts import CELLS
-from asd_megatron.checks.parity import CellResult
+from asd_megatron.checks.parity import ParityResult
 from asd_megatron.cli import main as cli
 from asd_megatron.errors import UserError
 
@@ -28,11 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> list[CellResult]:
+def results(folder: Path) -> list[ParityResult]:
     return parity.run(SOME, folder, timeout=280, say=lambda _: None)
 
 
-def test_cells_of_two_ranks(results: list[CellResult]) -> None:
+def test_cells_of_two_ranks(results: list[ParityResult]) -> None:
     assert [r.layout for r in results] == SOME
     for r in results:
         assert r.passed and r.ranks == 2 and r.clipped_tokens > 0, parity.table(results)
@@ -79,7 +79,7 @@ def _other_clipping(found: dict[str, Any]) -> None:
     ],
 )
 def test_a_difference_fails(
-    doctor: Callable[[dict[str, Any]], None], tensor: str, results: list[CellResult], folder: Path
+    doctor: Callable[[dict[str, Any]], None], tensor: str, results: list[ParityResult], folder: Path
 ) -> None:
     found, expected = files(folder, "cp2")
     assert parity.compare(CELLS["cp2"], found, expected).passed
@@ -91,7 +91,7 @@ def test_a_difference_fails(
         assert math.isnan(result.max_relative_error)
 
 
-def test_gradients_that_are_missing_fail(results: list[CellResult], folder: Path) -> None:
+def test_gradients_that_are_missing_fail(results: list[ParityResult], folder: Path) -> None:
     found, expected = files(folder, "cp2")
     found["gradients"] = {}
     with pytest.raises(parity.ParityError, match="other tensors than one process"):
@@ -99,13 +99,13 @@ def test_gradients_that_are_missing_fail(results: list[CellResult], folder: Path
 
 
 def test_exit_status_and_json(
-    results: list[CellResult],
+    results: list[ParityResult],
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def cells(names: Any, _: Path, **__: Any) -> list[CellResult]:
+    def cells(names: Any, _: Path, **__: Any) -> list[ParityResult]:
         return [parity.compare(CELLS[n], *files(folder, n)) for n in names]
 
     monkeypatch.setattr(parity, "run", cells)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,11 +15,12 @@ from typing import Any
 
 import pytest
 
+import asd_megatron
 from asd_megatron.cli.main import main
-from asd_megatron.cli.serve import keys, server_options
+from asd_megatron.cli.serve import curl_line, keys, server_options
 from asd_megatron.errors import UserError
 from tests.rollout.sglang.fake_environment import fake_python, group_members
-from tests.rollout.sglang.sglang_world import request
+from tests.rollout.sglang.sglang_world import request, sglang_python
 
 SECONDS = 60.0
 
@@ -31,8 +34,9 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_servers_from_start_to_end(model: Path, tmp_path: Path) -> None:
+    """The printed curl command is run as it stands, in a folder whose name has a space."""
     words = [str(model), "--servers", "2", "--python", str(fake_python(tmp_path / "environment")), "--log-folder"]
-    words += [str(tmp_path / "logs"), "--router", "--", "--max-running-requests", "3"]
+    words += [str(tmp_path / "the logs"), "--router", "--", "--max-running-requests", "3"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ASD_MEGATRON_")}
     command = [sys.executable, "-m", "asd_megatron.cli.main", "serve", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as serve:
@@ -41,13 +45,17 @@ def test_servers_from_start_to_end(model: Path, tmp_path: Path) -> None:
             said = ""
             while "ready" not in said and (line := serve.stdout.readline()):
                 said += line
-            assert "handed on to SGLang unchecked: --max-running-requests\n" in said
+            assert "passed on to SGLang unchecked: --max-running-requests\n" in said
             urls = re.findall(r"^http://127.0.0.1:\d+", said, re.MULTILINE)
             assert len(urls) == 3 and [request(url, "/health")[0] for url in urls] == [200] * 3
-            path = tmp_path / "logs" / "keys.env"
+            assert "OpenAI-compatible" in said and urls[2] in curl(said)  # the router
+            asked = subprocess.run(curl(said), shell=True, capture_output=True, text=True, timeout=SECONDS)
+            answer = json.loads(asked.stdout)
+            assert answer["path"] == "/v1/completions" and answer["body"]["max_tokens"] > 0
+            path = tmp_path / "the logs" / "keys.env"
             assert f"keys: in {path}" in said and path.stat().st_mode & 0o077 == 0
             made = dict(re.findall(r"export (\w+)=(\S{30,})", path.read_text()))
-            log = (tmp_path / "logs" / "server_0.log").read_text()
+            log = (tmp_path / "the logs" / "server_0.log").read_text()
             assert f"'--admin-api-key={made['ASD_MEGATRON_ADMIN_KEY']}'" in log
             assert "'--max-running-requests', '3'" in log
             groups = [int(pid) for pid in children(serve.pid)]
@@ -58,6 +66,11 @@ def test_servers_from_start_to_end(model: Path, tmp_path: Path) -> None:
             assert [group_members(group) for group in groups] == [[], [], []]
         finally:
             serve.kill()
+
+
+def curl(said: str) -> str:
+    (line,) = [line for line in said.splitlines() if "curl " in line]
+    return line.strip()
 
 
 def children(pid: int) -> list[str]:
@@ -103,3 +116,36 @@ def test_made_keys_are_new_each_time(tmp_path: Path) -> None:
     assert len({*first[:2], *second[:2]}) == 4
     text = (tmp_path / "keys.env").read_text()
     assert second[0] in text and second[1] in text and first[0] not in text
+
+
+def test_a_model_with_a_chat_template_is_asked_in_chat(model: Path) -> None:
+    """With the keys in the environment, the command reads them there."""
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    line = curl_line("http://127.0.0.1:30000", model, None)
+    words = shlex.split(line)
+    assert words[0] == "curl" and "http://127.0.0.1:30000/v1/chat/completions" in words
+    assert '"Authorization: Bearer $ASD_MEGATRON_API_KEY"' in line  # in double quotes: the shell fills the key in
+    assert json.loads(words[words.index("-d") + 1])["messages"][0]["role"] == "user"
+    (model / "tokenizer_config.json").write_text("{}")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    assert "/chat/completions" in curl_line("http://127.0.0.1:30000", model, None)
+
+
+@pytest.mark.sglang
+def test_a_real_server_answers_the_printed_line(tmp_path: Path) -> None:
+    """The puzzle's model, which has a chat template."""
+    model = Path(asd_megatron.__file__).parent / "puzzle" / "warm_start"
+    command = [sys.executable, "-m", "asd_megatron.cli.main", "serve", str(model), "--python", str(sglang_python())]
+    with subprocess.Popen([*command, "--log-folder", str(tmp_path)], stdout=subprocess.PIPE, text=True) as serve:
+        try:
+            assert serve.stdout is not None
+            said = ""
+            while "ready" not in said and (line := serve.stdout.readline()):
+                said += line
+            asked = subprocess.run(curl(said), shell=True, capture_output=True, text=True, timeout=SECONDS)
+            answer = json.loads(asked.stdout)
+            assert answer["object"] == "chat.completion" and answer["choices"][0]["message"]["content"]
+            serve.send_signal(signal.SIGTERM)
+            assert serve.wait(SECONDS) == 0
+        finally:
+            serve.kill()

@@ -89,6 +89,10 @@ def refusal(text: str, kind: Any = "train") -> str:
         ("privileged.max_teacher_tokens=1024", "leaves no room for a prompt", "privileged.max_teacher_tokens=4096"),
         ("privileged.raw_template={prompt}{solution}", "set data.format raw",
          "privileged.raw_template={prompt}{solution} data.format=raw"),
+        ("privileged.raw_template={problem}{solution} data.format=raw", "write {prompt}",
+         "privileged.raw_template={prompt}{solution} data.format=raw"),
+        ("privileged.chat_template={prompt}", "privileged.chat_template must hold", "data.format=chat"),
+        ("privileged.chat_template={prompt}{solution}", "put an empty line between", "data.format=chat"),
         ("data.raw_prompt=Q:{prompt}", "set data.format raw", "data.raw_prompt=Q:{prompt} data.format=raw"),
         ("data.format=raw data.raw_prompt=Q:", "must hold the problem's place once", "data.format=raw"),
         ("data.format=raw data.system=hello", "data.system belongs to chat prompts", "data.system=hello"),
@@ -96,6 +100,7 @@ def refusal(text: str, kind: Any = "train") -> str:
         ("optimizer.min_learning_rate=1e-3", "is above optimizer.learning_rate", "optimizer.min_learning_rate=1e-7"),
         ("data.train=puzzle:corpus", "use puzzle:train", "data.train=puzzle:train data.test=puzzle:test"),
         ("data.test=puzzle:tset", "use puzzle:test", "data.test=puzzle:test"),
+        ("reward.wall_timeout_seconds=2", "below reward.timeout_seconds 5", "reward.wall_timeout_seconds=5"),
     ],
 )  # fmt: skip
 def test_a_combination_is_refused_with_what_to_change(bad: str, message: str, good: str) -> None:
@@ -118,6 +123,15 @@ def test_a_combination_is_refused_with_what_to_change(bad: str, message: str, go
 def test_supervised_combinations(bad: str, message: str, good: str) -> None:
     assert message in refusal(bad, "sft")
     make(good, "sft")
+
+
+@pytest.mark.parametrize("text", ["no", "No", "off", '"no"', '"false"', "n"])
+def test_a_text_for_a_boolean_of_the_chat_template_is_refused(text: str) -> None:
+    for given in (f"{{enable_thinking: {text}}}", f"{{tools: {{enable_thinking: {text}}}}}"):
+        with pytest.raises(UserError, match=r"data\.chat_template_kwargs.* write enable_thinking: false"):
+            make_recipe(MINIMAL, ["--data.chat_template_kwargs", given])
+    given = "{enable_thinking: false, language: norwegian, budget: 5}"
+    assert make_recipe(MINIMAL, ["--data.chat_template_kwargs", given]).data.chat_template_kwargs["budget"] == 5
 
 
 def test_several_findings_are_one_refusal() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asd_megatron.config import Recipe, SftRecipe, dump_recipe, load_recipe, make_recipe, recipe_hash
+from asd_megatron.config import Recipe, SftRecipe, dump_recipe, foreign, load_recipe, make_recipe, recipe_hash
 from asd_megatron.config.recipe import SCHEMAS
 from asd_megatron.config.refusals import dotted_keys
 from asd_megatron.config.yaml_text import parse_yaml, to_yaml
@@ -77,7 +78,7 @@ def test_text_overrides_are_literal() -> None:
 def test_a_mapping_override() -> None:
     recipe = make_recipe(MINIMAL, ["--data.chat_template_kwargs", "{enable_thinking: false}"])
     assert recipe.data.chat_template_kwargs == {"enable_thinking": False}
-    assert "given whole" in refusal("--data.chat_template_kwargs.enable_thinking", "false")
+    assert "is one value" in refusal("--data.chat_template_kwargs.enable_thinking", "false")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,49 @@ def test_an_unknown_override_names_the_nearest_key(override: str, nearest: str) 
     message = refusal(override, "1")
     assert "unknown key" in message and override[2:] in message
     assert message.endswith(nearest)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--lr", "optimizer.learning_rate"),
+        ("--optimizer.lr", "optimizer.learning_rate"),
+        ("--actor_rollout_ref.actor.optim.lr", "optimizer.learning_rate"),
+        ("--tensor-model-parallel-size", "parallelism.tensor"),
+        ("--trainer.n_gpus_per_node", "torchrun --nproc-per-node"),
+        ("--algorithm.kl_coef", "not supported: the method has no KL term"),
+        ("--lora.r", "not supported"),
+        ("--trainer.wandb", "not supported: metrics go to metrics.jsonl and TensorBoard"),
+        ("--data.path", "the keys of data are train, test"),  # not model.path
+        ("--frobnicate", "the sections are run, model"),
+    ],
+)
+def test_a_key_of_another_framework_gets_ours_or_the_reason(override: str, expected: str) -> None:
+    message = refusal(override, "1")
+    assert expected in message and "nearest" not in message
+
+
+def test_the_keys_named_for_other_frameworks_exist() -> None:
+    named = {key for ours in foreign.OURS.values() for key in ours}
+    assert named <= {*dotted_keys(Recipe), *Recipe.model_fields}
+    assert not set(foreign.OURS) & set(foreign.WITHOUT)
+    own = {key.partition(".")[2] for key in dotted_keys(Recipe)}
+    assert not own & set(foreign.WITHOUT)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 5000, "a: " + "9" * 5000, f"a: {2**64}", "a: !!float x", "a: !!int 0x1", "a: !!timestamp 2001-99-99", "\0"],
+)
+def test_yaml_that_no_recipe_can_mean_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="^recipe.*(YAML)"):
+        parse_yaml(text, "recipe")
+
+
+def test_a_refusal_of_a_huge_value_is_short() -> None:
+    doubling = ", ".join(f"&{b} [*{a}, *{a}, *{a}]" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz"))
+    tree = parse_yaml(f"[&a [x], {doubling}]", "recipe")  # 3^25 leaves
+    assert len(refusal(sampling={"stop": {"x": tree}})) < 10_000
 
 
 def test_an_unknown_section_names_the_nearest() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from asd_megatron.config import check_devices
+from asd_megatron.config import Recipe, check_devices, make_recipe
+from asd_megatron.config.refusals import RENAMED_KEYS, dotted_keys
+from asd_megatron.config.rollout_checks import device_findings
 from asd_megatron.errors import UserError
 from tests.config.test_checks import make, refusal
 
 S = "rollout.engine=sglang "
 URLS = S + 'rollout.server_urls=["http://127.0.0.1:3","http://127.0.0.1:4"] '
 FAR = S + 'rollout.server_urls=["http://10.1.2.3:30000"] '
+COLOCATED = S + "rollout.placement=colocated "
 IS = " algorithm.importance_correction=truncated"
 
 
@@ -28,7 +31,7 @@ IS = " algorithm.importance_correction=truncated"
         (S + 'rollout.server_devices=["0"] rollout.servers=2', "devices of 1 servers and rollout.servers is 2",
          S + 'rollout.server_devices=["0","1"] rollout.servers=2'),
         (S + "rollout.router=somewhere", "neither `start` nor a URL", S + "rollout.router=start"),
-        (S + "rollout.router=http://127.0.0.1:5", "knows nothing of servers that the run starts",
+        (S + "rollout.router=http://127.0.0.1:5", "does not know the servers that the run starts",
          URLS + "rollout.router=http://127.0.0.1:5"),
         (S + "rollout.weight_sync_folder=w", "read only with rollout.weight_sync disk",
          S + "rollout.weight_sync_folder=w rollout.weight_sync=disk"),
@@ -36,9 +39,25 @@ IS = " algorithm.importance_correction=truncated"
          S + "rollout.weight_sync=cuda_ipc rollout.placement=colocated"),
         (URLS + "rollout.weight_sync_address=0.0.0.0", "let anybody join", URLS),
         (FAR + "rollout.weight_sync_address=127.0.0.1", "cannot be reached from http://10.1.2.3:30000", FAR),
-        (S + "rollout.receipt=false rollout.receipt_tolerance=0.1", "read only with rollout.receipt true",
-         S + "rollout.receipt_tolerance=0.1"),
-        (S + "rollout.offload_optimizer=true", "makes room for servers on the trainer's devices",
+        (COLOCATED + "rollout.weight_sync=cuda_ipc rollout.servers=2", "set rollout.servers 1 with",
+         COLOCATED + "rollout.weight_sync=cuda_ipc rollout.server_tensor_parallel=2"),
+        (COLOCATED + 'rollout.weight_sync=cuda_ipc rollout.servers=2 rollout.server_devices=["0","1"]',
+         "or rollout.weight_sync disk",
+         COLOCATED + 'rollout.weight_sync=disk rollout.servers=2 rollout.server_devices=["0","1"]'),
+        (URLS + "rollout.weight_sync=cuda_ipc", "set rollout.weight_sync distributed (or disk)",
+         URLS + "rollout.weight_sync=disk"),
+        (S + "rollout.weight_sync=disk rollout.weight_sync_address=10.0.0.1", "read only with rollout.weight_sync dist",
+         S + "rollout.weight_sync_address=10.0.0.1"),
+        (S + "rollout.weight_sync=disk rollout.weight_sync_bucket_mib=64", "not read with rollout.weight_sync disk",
+         S + "rollout.weight_sync_bucket_mib=64"),
+        (S + 'rollout.server_devices=["0,1"]', "rollout.server_tensor_parallel 1 needs as many",
+         S + 'rollout.server_devices=["0,1"] rollout.server_tensor_parallel=2'),
+        (S + 'rollout.server_devices=["0,1","1,2"] rollout.servers=2 rollout.server_tensor_parallel=2',
+         "names device 1 twice",
+         S + 'rollout.server_devices=["0,1","2,3"] rollout.servers=2 rollout.server_tensor_parallel=2'),
+        (S + "rollout.verify_weights=false rollout.verify_tolerance=0.1", "read only with rollout.verify_weights true",
+         S + "rollout.verify_tolerance=0.1"),
+        (S + "rollout.offload_optimizer=true", "frees memory for servers on the trainer's devices",
          S + "rollout.offload_optimizer=true rollout.placement=colocated"),
         (S + "rollout.partial_rollouts=true" + IS, "rollout.oversampling is 1: raise it",
          S + "rollout.partial_rollouts=true rollout.oversampling=1.5" + IS),
@@ -46,13 +65,13 @@ IS = " algorithm.importance_correction=truncated"
          S + "sampling.stop=[x]"),
         (S + "rollout.overlap=true", "set algorithm.importance_correction truncated or masked",
          S + "rollout.overlap=true" + IS),
-        (S + "rollout.overlap=true rollout.max_staleness=0" + IS, "leaves nothing of what rollout.overlap makes",
+        (S + "rollout.overlap=true rollout.max_staleness=0" + IS, "discards every rollout of rollout.overlap",
          S + "rollout.max_staleness=0"),
         (S + "rollout.overlap=true rollout.placement=colocated" + IS, "set rollout.placement disaggregated",
          S + "rollout.overlap=true" + IS),
     ],
 )  # fmt: skip
-def test_refused_and_mended(bad: str, message: str, good: str) -> None:
+def test_refused_with_the_remedy(bad: str, message: str, good: str) -> None:
     assert message in refusal(bad)
     make(good)
 
@@ -62,12 +81,47 @@ def test_virtual_stages_and_context_parallelism_are_fine_with_servers() -> None:
     assert "rollout.engine sglang" in refusal("parallelism.context=2")
 
 
-def test_what_cannot_work_on_gpus() -> None:
-    for bad, message, good in (
-        ("rollout.placement=colocated", "NCCL does not connect two processes", "rollout.weight_sync=disk"),
-        ("", "would take the trainer's devices", 'rollout.server_devices=["1"]'),
-    ):
-        with pytest.raises(UserError, match=message):
-            check_devices(make(S + bad), cuda=True)
-        check_devices(make(S + bad), cuda=False)
-        check_devices(make(f"{S}{bad} {good}"), cuda=True)
+@pytest.mark.parametrize(
+    ("bad", "message", "good"),
+    [
+        (COLOCATED, "NCCL does not connect two processes", COLOCATED + "rollout.weight_sync=disk"),
+        (S, "would take the trainer's devices", S + 'rollout.server_devices=["4"]'),
+        (S + 'rollout.server_devices=["3"]', "names 3, on which the trainer's ranks run",
+         S + 'rollout.server_devices=["4"]'),
+        (COLOCATED + "rollout.weight_sync=disk rollout.servers=2", "would share the same devices: name theirs",
+         COLOCATED + 'rollout.weight_sync=disk rollout.servers=2 rollout.server_devices=["2","3"]'),
+        (COLOCATED + 'rollout.weight_sync=cuda_ipc rollout.server_devices=["3"]', "first device, 2, and .* does not",
+         COLOCATED + 'rollout.weight_sync=cuda_ipc rollout.server_devices=["2,3"] rollout.server_tensor_parallel=2'),
+        (S + 'rollout.server_devices=["4"] rollout.server_args={"device":"cpu"}', "rollout.server_args device cpu",
+         S + 'rollout.server_devices=["4"] rollout.server_args={}'),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_on_gpus(bad: str, message: str, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,4,5")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the trainer has 2 and 3
+    with pytest.raises(UserError, match=message):
+        check_devices(make(bad), cuda=True)
+    check_devices(make(bad), cuda=False)
+    check_devices(make(good), cuda=True)
+
+
+def test_devices_of_another_machine_are_not_the_servers() -> None:
+    rollout = make(S + 'rollout.server_devices=["0"]').rollout
+    second = {"RANK": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+    assert list(device_findings(rollout, second)) == []
+    assert len(list(device_findings(rollout, {**second, "RANK": "1"}))) == 1
+
+
+def test_names_of_different_kinds_are_not_compared() -> None:
+    rollout = make(COLOCATED + "rollout.weight_sync=cuda_ipc rollout.server_devices=[GPU-aa]").rollout
+    assert list(device_findings(rollout, {"CUDA_VISIBLE_DEVICES": "0,1"})) == []
+    assert len(list(device_findings(rollout, {"CUDA_VISIBLE_DEVICES": "GPU-bb"}))) == 1
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_a_renamed_key_is_refused_with_its_new_name(old: str, new: str) -> None:
+    section, _, key = old.partition(".")
+    assert new in dotted_keys(Recipe) and old not in dotted_keys(Recipe)
+    for refused in (lambda: make(f"{old}=1"), lambda: make_recipe({section: {key: 1}})):
+        with pytest.raises(UserError, match=rf"{old}.* now called {new}"):
+            refused()

@@ -79,6 +79,9 @@ def test_the_custom_reward(capsys: pytest.CaptureFixture[str]) -> None:
     verifier = make_verifier(f"{EXAMPLES / 'custom_reward.py'}:reward")
     problem = Problem("p", "1,017", prompt="?")
     texts = ["so #### 1017", "it is 1,017", "#### 17", "", "#### none"]
-    assert verifier.score([(problem, t) for t in texts]) == [1.0, 0.5, 0.0, 0.0, 0.0]
+    try:
+        assert verifier.score([(problem, t) for t in texts]) == [1.0, 0.5, 0.0, 0.0, 0.0]
+    finally:
+        verifier.close()
     runpy.run_path(str(EXAMPLES / "custom_reward.py"), run_name="__main__")
     assert "1.0  12 + 5 = 17. #### 17" in capsys.readouterr().out

@@ -81,9 +81,16 @@ def test_prompt_ids_without_an_id_depend_on_the_content_alone(tmp_path: Path) ->
         ("nonsense", "not JSON"),
         ('{"prompt": "x", "answer": NaN}', "NaN is not JSON"),
         ('{"prompt": "x", "answer": 1e999}', "too large"),
+        ('{"prompt": "x", "answer": "1", "extra": [-1e999]}', "too large"),
+        ('{"prompt": "x", "answer": ' + "7" * 5000 + "}", "too large a number (5,000 digits)"),
+        ('{"prompt": "x", "answer": "1", "extra": {"a": [' + "7" * 5000 + "]}}", "too large"),
+        ('{"prompt": "x", "answer": "1", "id": -' + "7" * 5000 + "}", "too large"),
         ('{"prompt": "x", "prompt": "y", "answer": "1"}', "'prompt' is given twice"),
         ('{"prompt": "\\ud800", "answer": "1"}', "surrogate"),
         ('{"prompt": ' + "[" * 50_000 + "]" * 50_000 + "}", "nested too deeply"),
+        ('{"prompt": "x", "answer": "1", "extra": ' + "[" * 600 + "]" * 600 + "}", "nested too deeply"),
+        ('{"prompt": "x", "answer": "1", "extra": ' + '{"a":' * 990 + "1" + "}" * 991, "nested too deeply"),
+        ('{"messages": ' + "[" * 101 + "]" * 101 + ', "answer": "1"}', "nested too deeply"),
         ({"answer": "1", "extra": 1}, "give `prompt` or `messages`, found neither"),
         ({"prompt": "x"}, "`answer` is missing"),
         ({"prompt": "x", "answer": None}, "`answer` is missing"),
@@ -92,6 +99,7 @@ def test_prompt_ids_without_an_id_depend_on_the_content_alone(tmp_path: Path) ->
         ({"prompt": "x", "answer": " "}, "`answer` is empty"),
         ({"prompt": "", "answer": "1"}, "`prompt` is empty"),
         ({"prompt": 3, "answer": "1"}, "`prompt` must be text, found a number"),
+        ({"prompt": [{"role": "user", "content": "x"}], "answer": "1"}, "give chat turns as `messages`"),
         ({"prompt": "x", "messages": [{"role": "user", "content": "x"}], "answer": "1"}, "not both"),
         ({"prompt": "x", "answer": "1", "solution": 5}, "`solution` must be text"),
         ({"prompt": "x", "answer": "1", "id": {}}, "`id` must be text, found an object"),
@@ -109,6 +117,45 @@ def test_prompt_ids_without_an_id_depend_on_the_content_alone(tmp_path: Path) ->
 def test_a_malformed_line_is_named_with_file_line_and_reason(tmp_path: Path, line: Any, reason: str) -> None:
     message = refused(tmp_path / "p.jsonl", GOOD, "", line)
     assert message.startswith(f"{tmp_path / 'p.jsonl'}:3: ") and reason in message
+
+
+def test_numbers_are_read_as_they_are_written(tmp_path: Path) -> None:
+    written = ["6.02e23", "1e23", "1E-400", "1.50", "27.0", "100", "-0.5", "9007199254740993", "12345678901234567890.5"]
+    lines = [f'{{"prompt": "{i}", "answer": {text}, "id": {i}.0, "n": {text}}}' for i, text in enumerate(written)]
+    problems = load_problems(write(tmp_path / "p.jsonl", *lines))
+    assert [p.answer for p in problems] == [*written[:4], "27", *written[5:]]
+    assert [p.prompt_id for p in problems] == [str(i) for i in range(len(written))]
+    numbers = [p.extra["n"] for p in problems]
+    assert numbers == [json.loads(text) for text in written] and {type(n) for n in numbers} == {int, float}
+
+
+def test_a_blank_solution_is_none(tmp_path: Path) -> None:
+    for shape in ({"prompt": "x"}, {"problem": "x"}):
+        lines = [shape | {"answer": "1", "id": i, "solution": s} for i, s in enumerate(["", " \n", None, "S"])]
+        assert [p.solution for p in load_problems(write(tmp_path / "p.jsonl", *lines))] == [None, None, None, "S"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "remedy"),
+    [
+        (b"PAR1\x15\x04", "Parquet", "pq.read_table"),
+        (b"\x1f\x8b\x08\x00", "gzip", "gunzip"),
+        (b"PK\x03\x04", "zip", "unzip"),
+        (b"\x28\xb5\x2f\xfd\x00", "Zstandard", "unzstd"),
+        (b"\x93NUMPY\x01\x00", "binary", "convert"),
+        ('{"prompt": "x", "answer": "1"}'.encode("utf-16"), "UTF-16", "iconv"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer", "git lfs pull"),
+        (b'[{"prompt": "x", "answer": "1"}]', "JSON array", "json.load"),
+        (b'\n[\n  {"prompt": "x", "answer": "1"}\n]\n', "JSON array", "json.load"),
+        (b'{\n  "prompt": "x",\n  "answer": "1"\n}\n', "over several lines", "json.load"),
+    ],
+)
+def test_other_kinds_of_file_are_named(tmp_path: Path, content: bytes, kind: str, remedy: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as e:
+        load_problems(path)
+    assert str(path) in str(e.value) and kind in str(e.value) and remedy in str(e.value)
 
 
 def test_first_line_without_known_fields(tmp_path: Path) -> None:
@@ -164,7 +211,28 @@ def test_competition_shape(tmp_path: Path) -> None:
     assert [(p.prompt_id, p.answer) for p in problems][:2] == [("60", "27"), ("3", r"\frac{1}{2}")]
     assert problems.problems[0].extra == {"question": "P1", "url": "u"} and problems.problems[0].solution is None
     assert problems.problems[2].answer == "204" and problems.problems[2].solution == "S"
+    blank = load_problems(write(tmp_path / "c.jsonl", {"problem": "P", "answer": " ", "solution": r"\boxed{3}"}))
+    assert blank.problems[0].answer == "3"
     assert "no `answer`, and no `\\boxed{...}`" in refused(tmp_path / "c.jsonl", {"problem": "P", "solution": "no box"})
+
+
+def test_problem_and_response_as_messages_beside_the_problem(tmp_path: Path) -> None:
+    """Lines of NuminaMath-CoT and OpenR1-Math."""
+    turns = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "So 3."}]
+    line = {"source": "x", "problem": "1 + 2?", "solution": "So \\boxed{3}.", "messages": turns}
+    first, second = load_problems(write(tmp_path / "n.jsonl", line, line | {"problem": "2?", "messages": turns[:1]}))
+    assert (first.prompt, first.answer, first.messages, first.extra) == ("1 + 2?", "3", None, {"source": "x"})
+    assert second.prompt == "2?"
+    asked = load_problems(write(tmp_path / "n.jsonl", line | {"messages": turns[:1]}))
+    assert asked.shape == "competition"  # without `answer` the messages alone would not do
+    canonical = load_problems(write(tmp_path / "m.jsonl", {"messages": turns[:1], "answer": "3", "problem": "tag"}))
+    assert canonical.problems[0].extra == {"problem": "tag"} and canonical.problems[0].messages is not None
+    gsm8k = load_problems(write(tmp_path / "g.jsonl", {"question": "Q", "answer": "#### 5", "messages": turns}))
+    assert (gsm8k.shape, gsm8k.problems[0].answer) == ("gsm8k", "5")
+    null = load_problems(write(tmp_path / "c.jsonl", {"prompt": None, "messages": None, "problem": "P", "answer": "1"}))
+    assert null.problems[0].prompt == "P"
+    reason = refused(tmp_path / "n.jsonl", {"messages": turns, "answer": "3"})
+    assert "`messages` is read as the prompt" in reason and "remove" in reason
 
 
 def problem_set(n: int, shuffle: bool = True) -> ProblemSet:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 
+from asd_megatron.data import chat
 from asd_megatron.data.demonstration import ELLIPSIS, clean, count, shorten
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.errors import UserError
@@ -93,8 +95,23 @@ def test_raw_template_and_missing_parts() -> None:
     assert "Attempt: {feedback} {prompt}\n" in r.teacher_text(PROBLEM, "{feedback} {prompt}", RIGHT)
 
 
+def test_another_wording_for_chat() -> None:
+    r = renderer(chat_template="{prompt}\n\nSolved:\n{solution}\n\nYours: {feedback}\n\nIn \\boxed{}.")
+    assert r.student_text(PROBLEM) == renderer().student_text(PROBLEM)
+    turn = "<|start|>user\n2 + 2?\n\nSolved:\n{prompt}\n\nYours: Your answer is correct.\n\nIn \\boxed{}.<|end|>"
+    assert turn in r.teacher_text(PROBLEM, "{prompt}", RIGHT)
+    assert "user\n2 + 2?\n\nYours: Your answer" in r.teacher_text(PROBLEM, None, RIGHT)
+    assert "And 3 + 3?\n\nSolved:\nS\n\nYours" in r.teacher_text(TURNS, "S", RIGHT)
+
+
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"format": "raw", "raw_prompt": RAW}, {"format": "raw", "raw_template": RAW_TEMPLATE}]
+    "kwargs",
+    [
+        {},
+        {"chat_template": "Seen: {solution}\n\n{prompt}"},
+        {"format": "raw", "raw_prompt": RAW},
+        {"format": "raw", "raw_template": RAW_TEMPLATE},
+    ],
 )
 def test_an_empty_context_gives_the_students_ids(kwargs: dict[str, Any]) -> None:
     r = renderer(**kwargs)
@@ -204,6 +221,7 @@ def test_prompts_too_long() -> None:
         ({"format": "raw", "raw_prompt": "no placeholder"}, "data.raw_prompt must hold {prompt} exactly once"),
         ({"format": "raw", "raw_prompt": "{prompt} {prompt}"}, "exactly once"),
         ({"format": "raw", "raw_prompt": "{prompt} {solution}"}, "neither {solution}"),
+        ({"chat_template": "{solution}"}, "privileged.chat_template must hold {prompt}"),
         ({"format": "raw", "raw_template": "{solution}"}, "privileged.raw_template must hold {prompt}"),
         ({"format": "raw", "raw_template": "{prompt}"}, "privileged.raw_template must hold"),
         ({"chat_template_kwargs": {"tokenize": True}}, "'tokenize' is set by asd_megatron itself"),
@@ -221,3 +239,56 @@ def test_chat_templates_that_are_missing_or_fail() -> None:
     failing = PromptRenderer(byte_tokenizer("{{ raise_exception('no system turn here') }}"))
     with pytest.raises(UserError, match="problem p1: the chat template failed: .*no system turn here"):
         failing.student(PROBLEM)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ i * j }}{% endfor %}{% endfor %}",
+        "{{ 9 ** (9 ** 9) }}",  # computed when Jinja compiles the template
+        "{% for m in messages %}{{ (m['content'] | length) ** (9 ** 9) }}{% endfor %}",
+    ],
+)
+def test_a_chat_template_that_does_not_end_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "RENDER_SECONDS", 0.2)
+    endless = PromptRenderer(byte_tokenizer(template))
+    with pytest.raises(UserError, match=r"problem p1: the chat template did not end .* data.format raw"):
+        endless.check([PROBLEM])
+    renderer().check([PROBLEM])  # nothing is left of the time limit
+
+
+def with_special_tokens(before: str, after: str) -> Any:
+    """The byte tokenizer, which puts tokens before and after every text."""
+    from tokenizers import processors
+
+    tokenizer = byte_tokenizer()
+    tokens = [(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<|start|>", "<|end|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{before} $A {after}".strip(), special_tokens=tokens
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("before", ["", "<|start|>"])
+@pytest.mark.parametrize("after", ["", "<|end|>", "<|end|> <|end|>"])
+@pytest.mark.parametrize("written", ["", "<|start|>"])
+def test_raw_prompts_begin_once_and_never_end(
+    before: str, after: str, written: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="asd_megatron"):
+        r = PromptRenderer(
+            with_special_tokens(before, after),
+            format="raw",
+            raw_prompt=written + "Q: {prompt}",
+            raw_template=written + "Q: {prompt}\n{solution}",
+        )
+    assert ("<|end|>" in caplog.text) == bool(after)
+    begin = written or before
+    assert TOKENIZER.decode(list(r.student(PROBLEM).ids)) == begin + "Q: 2 + 2?"
+    assert text_of(r.teacher(PROBLEM, "S", RIGHT, 1, NO_LIMITS)) == begin + "Q: 2 + 2?\nS"
+    assert text_of(r.teacher(PROBLEM, None, None, 1, NO_LIMITS)) == begin + "Q: 2 + 2?"
+
+
+def test_an_end_token_without_a_text_takes_nothing_from_demonstrations() -> None:
+    r = renderer(end_token_ids=(256, 100_000))
+    assert "None of them is real." in text_of(r.teacher(PROBLEM, "None of them is real.", RIGHT, 1, NO_LIMITS))

@@ -35,6 +35,7 @@ def test_examples(tmp_path: Path) -> None:
     assert plain.response_ids[-1] == END and TOKENIZER.decode(plain.response_ids[:-1]) == "It is 4"
     assert plain.loss_weights == (1.0,) * 8
     assert weighted.loss_weights == (1.0, 0.0, 0.5) and len(weighted.response_ids) == 3
+    assert {type(w) for w in weighted.loss_weights} == {float}
     assert TOKENIZER.decode(ended.response_ids) == "4<|end|>"
 
 
@@ -42,6 +43,8 @@ def test_examples(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ("{", "not JSON"),
+        ({"prompt": "x", "response": "y", "id": [1]}, "`id` must be text"),
+        ('{"prompt": "x", "response": "y", "loss_weights": [' + "7" * 5000 + "]}", "too large"),
         ({"prompt": "x"}, "`response` is missing"),
         ({"response": "x"}, "found neither"),
         ({"prompt": "x", "response": ""}, "`response` is empty"),

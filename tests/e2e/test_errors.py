@@ -192,9 +192,9 @@ def test_a_missing_model_folder(fresh: World, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("raise KeyError('tests')", ["raised KeyError", "problem p", "Mend the function, or set reward.on_error"]),
-        ("return float('nan')", ["not finite", "Mend the function"]),
-        ("return 'yes'", ["returned str, not a number", "Mend the function"]),
+        ("raise KeyError('tests')", ["raised KeyError", "problem p", "Fix the function, or set reward.on_error"]),
+        ("return float('nan')", ["not finite", "Fix the function"]),
+        ("return 'yes'", ["returned str, not a number", "Fix the function"]),
     ],
 )
 def test_a_reward_that_fails(fresh: World, capsys: pytest.CaptureFixture[str], body: str, words: list[str]) -> None:
@@ -301,3 +301,10 @@ def test_two_ranks_speak_once(fresh: World) -> None:
     errors = [line for line in found.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "raised ZeroDivisionError" in errors[0]
     assert "Traceback" not in found.stderr
+
+
+def test_rollouts_that_take_longer_than_the_recipe_allows(fresh: World, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(fresh.recipe()), "--run.name", "late", "--rollout.collect_timeout", "1e-9"]
+    assert call(train.main, argv) != 0
+    err = capsys.readouterr().err
+    assert "rollout.collect_timeout" in err and "Traceback" not in err

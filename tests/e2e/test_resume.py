@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from asd_megatron import train
+from asd_megatron.checkpoint.huggingface import is_complete
 from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.models.port import ModelPort
@@ -88,14 +90,6 @@ def test_a_finished_run_started_again_builds_no_model(
     assert "nothing is left to do" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
-    # killed while it wrote the export: summary.json, which is written last, is not there
-    exported = folder / "hf" / "step_000002"
-    exported.rename(folder / "hf" / ".step_000002.0123456789ab.partial")
-    (folder / "summary.json").unlink()
-    world.train("finished", **options)
-    assert [path.name for path in (folder / "hf").iterdir()] == ["step_000002"]
-    assert (exported / "config.json").is_file() and (folder / "summary.json").is_file()
-
 
 @pytest.fixture
 def stop_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
@@ -159,6 +153,31 @@ def test_changed_settings_are_listed_or_refused(
     world.train("changed", "--sampling.temperature", "0.5", **{**options, "run": {"steps": 8}})
     found = [row["optimizer/learning_rate"] for row in read_metrics(folder)]
     assert found[4:] == pytest.approx([1e-3 * (8 - step) / 8 for step in range(4, 8)])
+
+
+def test_an_export_that_was_killed_is_made_at_the_next_start(world: World) -> None:
+    options = {"checkpoint": {"every": 2, "export_at_end": True}}
+    folder = world.train("killed_export", **options)
+    export = folder / "hf" / "step_000002"
+    partial = export.with_name(".step_000002.0123456789ab.partial")
+
+    export.rename(partial)  # killed while it was written: summary.json is written after it
+    (folder / "summary.json").unlink()
+    world.train("killed_export", **options)
+    assert is_complete(export) and not partial.exists() and (folder / "summary.json").is_file()
+
+    for damage in (
+        lambda: (export / "model.safetensors").unlink(),
+        lambda: os.utime(export / "config.json", (0, 0)),  # older than the checkpoint: of an abandoned branch
+    ):
+        (export / "mark").touch()
+        damage()
+        world.train("killed_export", **options)
+        assert is_complete(export) and not (export / "mark").exists()
+
+    export.rename(partial)  # of a step in between: before the run continues
+    world.train("killed_export", "--run.steps", "3", "--checkpoint.export_every", "2", **options)
+    assert is_complete(export) and is_complete(folder / "hf" / "step_000003") and not partial.exists()
 
 
 @pytest.fixture(scope="module")

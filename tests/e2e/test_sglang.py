@@ -47,11 +47,11 @@ def rollout(pair: SGLangWorld, **keys: Any) -> dict[str, Any]:
 
 
 def check_steps(folder: Path, number: int) -> list[dict[str, Any]]:
-    """Every step is there, has every sample once, from weights whose receipt is green."""
+    """Every step is there, has every sample once, from verified weights."""
     rows = [row for row in read_metrics(folder) if row["step"] > 0]
     assert [row["step"] for row in rows] == list(range(1, number + 1))
     for row in rows:
-        assert row["weight_sync/receipt_ok"] == 1 and row["mismatch/max_abs"] < MISMATCH
+        assert row["weight_sync/verified"] == 1 and row["mismatch/max_abs"] < MISMATCH
         assert row["rollouts/total"] == ROLLOUTS and row["rollouts/aborted"] == row["rollouts/dropped_groups"] == 0
         rollouts = [example.rollout for example in dump(folder, row["step"]).examples]
         assert set(Counter((r.prompt_id, r.sample) for r in rollouts).values()) == {1}
@@ -93,8 +93,11 @@ def test_a_run_starts_its_servers_and_a_router_and_shares_its_device_with_them(w
         "own",
         run={"folder": str(world.folder / "runs" / "{name}"), "steps": 2, "dump_rollouts": True},
         rollout=rollout,
+        data={"train": str(world.problems), "test": str(world.problems)},
+        evaluation={"every": 1, "problems": 2, "at_start": True},
     )
-    check_steps(folder, 2)
+    rows = check_steps(folder, 2)
+    assert all("evaluation/accuracy" in row and row["servers/serving"] == 1 for row in rows)
     logs = folder / "servers"
     assert sorted(path.name for path in logs.iterdir()) == ["router.log", "server_0.log"]
     assert all(path.stat().st_mode & 0o077 == 0 for path in logs.iterdir()), "they are nobody else's to read"
@@ -121,8 +124,8 @@ class Disturbed(TrainingRun):
             thread.join()
 
     def disturb(self, event: Callable[[], None]) -> None:
-        assert isinstance(self.engine, SGLangEngine) and self.engine._backend is not None
-        fleet, deadline = self.engine._backend._fleet, time.monotonic() + 60
+        assert isinstance(self.engine, SGLangEngine) and self.engine._controller is not None
+        fleet, deadline = self.engine._controller._fleet, time.monotonic() + 60
         while fleet.pending < ROLLOUTS and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(0.3)  # of more than a second that the responses take

@@ -35,7 +35,7 @@ def trained(world: World, name: str, rollout: dict[str, Any], **sections: Any) -
 
 def check(rows: list[dict[str, Any]]) -> None:
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert all(row["weight_sync/receipt_ok"] == 1 and row["weight_sync/probe_max_abs"] < 0.5 for row in rows)
+    assert all(row["weight_sync/verified"] == 1 and row["weight_sync/probe_exceeded"] == 0 for row in rows)
     assert all(row["mismatch/mean_abs"] < 0.05 for row in rows), "bfloat16 on both sides"
 
 

@@ -65,7 +65,7 @@ class World:
             "optimizer": {"learning_rate": 1e-3},
             "batching": {"tokens_per_microbatch": 256},
             "logging": {"progress": False, "tensorboard": False},
-            "checkpoint": {"export_at_end": False},
+            "checkpoint": {"every": 0, "export_at_end": False},
         }
 
     def recipe(self, file: str = "recipe.yaml", **sections: dict[str, Any]) -> Path:

@@ -199,7 +199,7 @@ def _on_two_stages(rank: int, folder: str, target: str, prompts: list[Any]) -> d
             sequences.append(TokenSequence(r.prompt_ids + r.response_ids, len(r.prompt_ids), row))
             row += len(r.response_ids)
         packs = build_packs([sequences], 0, 1024, PackLayout(pipeline=2))
-        logprobs, _ = score(port, groups, packs, row, temperature=params.temperature)
+        logprobs = score(port, groups, packs, row, temperature=params.temperature).logprobs
         result[way] = (torch.tensor([x for r in rollouts[0] for x in r.logprobs]), logprobs)
 
     generator = torch.Generator().manual_seed(7)  # the embedding and its tied copy get the same change

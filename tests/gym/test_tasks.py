@@ -31,8 +31,8 @@ def refusal(task: str, parameters: dict[str, Any]) -> str:
         ({"min_terms": True}, "min_terms was given True: Input should be a valid integer"),
         ({"min_terms": 2.0}, "min_terms was given 2.0: Input should be a valid integer"),
         ({"min_terms": 9}, f"chain_sum refuses its parameters: max_terms must be >= min_terms. {OFFER}"),
-        ({"seed": 3}, "seed is not given: training and held-out problems have seeds of their own"),
-        ({"size": 3}, "size is not given"),
+        ({"seed": 3}, "seed cannot be set: training and held-out problems have seeds of their own"),
+        ({"size": 3}, "size cannot be set"),
     ],
 )
 def test_unusable_parameters(parameters: dict[str, Any], message: str) -> None:

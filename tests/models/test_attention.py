@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asd_megatron.models.attention import MAX_PADDING, MAX_STRANGERS, SMALL, SDPACoreAttention, plan_buckets, zigzag
+from asd_megatron.models.attention import (
+    MAX_CROSS_PAIRS,
+    MAX_PADDING,
+    SMALL_PADDING,
+    SDPACoreAttention,
+    plan_buckets,
+    zigzag,
+)
 from tests.distributed.harness import run_ranks
 
 PACKS = ([5], [1, 1, 1], [7, 2, 9, 2, 8, 1, 30], [64, 3, 3, 60, 4, 61], [16, 1], [200, 3, 3, 180, 4])
@@ -71,23 +78,23 @@ def test_packs_against_dense_attention(lengths: list[int], scale: float | None) 
 
 TREES = {
     "a group": ([20, 3, 9, 4], (-1, 0, 0, 0)),
-    "equal stretches": ([6, 5, 5], (-1, 0, 0)),
+    "equal segments": ([6, 5, 5], (-1, 0, 0)),
     "branches": ([16, 7, 2, 30, 1, 5], (-1, 0, 1, 1, 0, -1)),
     "two groups in turn": ([48, 32, 3, 2, 5, 4, 3, 1], (-1, -1, 0, 1, 0, 1, 0, 1)),
     "a large group": ([64, *[5] * 24, 40], (-1, *[0] * 24, 0)),
 }
 
 
-def _way(stretch: int, parents: tuple[int, ...]) -> list[int]:
-    return [*(_way(parents[stretch], parents) if parents[stretch] >= 0 else []), stretch]
+def _path(segment: int, parents: tuple[int, ...]) -> list[int]:
+    return [*(_path(parents[segment], parents) if parents[segment] >= 0 else []), segment]
 
 
 def _dense_tree(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], parents: tuple[int, ...], scale: float) -> Tensor:
-    """Each stretch as the end of its own whole sequence: [T, h * d]."""
+    """Each segment as the end of its own complete sequence: [T, h * d]."""
     start = _boundaries(lengths).tolist()
     rows = []
     for i, length in enumerate(lengths):
-        tokens = torch.cat([torch.arange(start[s], start[s + 1]) for s in _way(i, parents)])
+        tokens = torch.cat([torch.arange(start[s], start[s + 1]) for s in _path(i, parents)])
         rows.append(_dense(q[tokens], k[tokens], v[tokens], [len(tokens)], scale)[-length:])
     return torch.cat(rows)
 
@@ -111,19 +118,30 @@ def test_buckets_hold_every_token_once_and_little_padding(lengths: list[int]) ->
     for bucket in buckets:
         n, longest = bucket.valid.shape
         pairs = int(bucket.valid.sum(1).square().sum())
-        assert n * longest**2 <= max(MAX_PADDING * pairs, pairs + SMALL)
+        assert n * longest**2 <= max(MAX_PADDING * pairs, pairs + SMALL_PADDING)
     assert len(buckets) <= len(set(lengths))  # equally long sequences always share a call
 
 
 def test_siblings_share_the_keys_before_them() -> None:
-    """24 short responses to a prompt of 64 tokens: some rows, not 24 copies of the prompt; and few pairs in vain."""
+    """24 short responses to a prompt of 64 tokens: some rows, not 24 copies of the prompt; and few cross-segment
+    pairs."""
     lengths, parents = TREES["a large group"]
     buckets = plan_buckets(_boundaries(lengths).tolist(), parents, torch.device("cpu"))
     tokens = torch.cat([b.queries[b.valid] for b in buckets])
     assert tokens.sort().values.tolist() == list(range(sum(lengths)))
     rows = [int(v.sum()) for b in buckets for v, q in zip(b.valid, b.queries, strict=True) if q[0] > 0]
     assert len(rows) == 4 and sum(rows) == sum(lengths[1:])
-    assert sum(n * (64 + n) for n in rows) <= MAX_STRANGERS * sum(n * (64 + n) for n in lengths[1:])
+    assert sum(n * (64 + n) for n in rows) <= MAX_CROSS_PAIRS * sum(n * (64 + n) for n in lengths[1:])
+
+
+def test_the_example_of_the_buckets_docstring() -> None:
+    (bucket,) = plan_buckets([0, 6, 8, 11], (-1, 0, 0), torch.device("cpu"))
+    assert bucket.queries.tolist() == [[6, 7, 8, 9, 10, 0], [0, 1, 2, 3, 4, 5]]
+    assert bucket.valid.tolist() == [[True] * 5 + [False], [True] * 6]
+    assert bucket.keys.tolist() == [list(range(11)), [0, 1, 2, 3, 4, 5, 0, 0, 0, 0, 0]]
+    own = ["1....", "11...", "..1..", "..11.", "..111"]
+    mask = ["".join("1" if seen else "." for seen in row) for row in bucket.mask[0, 0].tolist()]
+    assert mask[:5] == ["1" * 6 + row for row in own]
 
 
 def test_other_calls_are_refused() -> None:

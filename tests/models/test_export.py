@@ -165,17 +165,17 @@ class _Watched:
         self.replacements = replacements
 
     def __enter__(self) -> None:
-        from asd_megatron.models.export import WholeTensors
+        from asd_megatron.models.export import FullTensors
 
-        self.saved = {name: getattr(WholeTensors, name) for name in self.replacements}
+        self.saved = {name: getattr(FullTensors, name) for name in self.replacements}
         for name, made in self.replacements.items():
-            setattr(WholeTensors, name, made(self.saved[name]))
+            setattr(FullTensors, name, made(self.saved[name]))
 
     def __exit__(self, *_: object) -> None:
-        from asd_megatron.models.export import WholeTensors
+        from asd_megatron.models.export import FullTensors
 
         for name, function in self.saved.items():
-            setattr(WholeTensors, name, function)
+            setattr(FullTensors, name, function)
 
 
 def _one_bucket_ahead(port: Any) -> None:
@@ -196,7 +196,7 @@ def _one_bucket_ahead(port: Any) -> None:
 
         return handing_out
 
-    with _Watched(_start=start, _hand_out=hand_out):
+    with _Watched(_start=start, _unsharded=hand_out):
         for _ in port.export(bucket_bytes=BUCKET):
             pass
     if dist.get_rank() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from transformers import AutoConfig, LlamaConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from asd_megatron.errors import UserError
-from asd_megatron.models.families import ModelShape, family_of
+from asd_megatron.models.families import ModelShape, check_architecture, family_of
+from asd_megatron.models.rope import RotarySettings
 
 BASE: dict[str, Any] = {
     "hidden_size": 32,
@@ -78,6 +80,47 @@ def test_llama3_frequencies(original: int) -> None:
         torch.testing.assert_close(_shape(config).rotary.inverse_frequencies(), theirs, rtol=1e-6, atol=0)
 
 
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": {}},
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {**SCALED, "original_max_position_embeddings": 64}},
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {**SCALED, "rope_theta": 2e5}},
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"type": "default"}, "rope_theta": 5e5},
+        {"rope_parameters": {**SCALED, "rope_theta": 1e6}, "rope_scaling": {"rope_type": "default"}},
+        {"rope_parameters": {**SCALED, "original_max_position_embeddings": 64}, "rope_theta": 5e5},
+        {"rope_scaling": {**SCALED, "type": "linear", "partial_rotary_factor": 1.0}},
+        {"rope_scaling": SCALED, "original_max_position_embeddings": 32},
+    ],
+)
+@pytest.mark.parametrize("model_class", [LlamaConfig, Qwen3Config])
+def test_every_spelling_of_rope_is_read_as_transformers_reads_it(model_class: Any, rope: dict[str, Any]) -> None:
+    kept = {k: v for k, v in BASE.items() if k != "rope_theta"} | {"head_dim": 16}
+    # transformers fills in the dictionaries that it is given
+    theirs = model_class(**kept, **{k: dict(v) if isinstance(v, dict) else v for k, v in rope.items()})
+    kind = theirs.rope_parameters["rope_type"]
+    ours = RotarySettings.from_config({**kept, **rope}, 16)
+    assert ours.theta == theirs.rope_parameters["rope_theta"] and (ours.llama3 is not None) == (kind == "llama3")
+    if kind == "llama3":
+        expected, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
+        torch.testing.assert_close(ours.inverse_frequencies(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_base_that_rope_scaling_replaces_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    rope = {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": SCALED, "max_position_embeddings": 128}
+    with caplog.at_level(logging.WARNING, logger="asd_megatron"):
+        assert RotarySettings.from_config(rope, 16).theta == 1e4
+    assert "rope_theta is 10000" in caplog.text and "1000000.0" in caplog.text
+    caplog.clear()
+    assert RotarySettings.from_config({**rope, "rope_theta": 1e6}, 16).theta == 1e6 and not caplog.text
+
+
 def test_plain_frequencies_and_their_spellings() -> None:
     expected = 5e5 ** -(torch.arange(0, 8, 2) / 8)
     new = {k: v for k, v in LLAMA.items() if k != "rope_theta"}
@@ -108,6 +151,24 @@ def test_what_transformers_writes_is_understood(config: dict[str, Any], tmp_path
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn.*not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear.*not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "llama3 needs"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}},
+            "yarn.*rope_scaling",
+        ),
+        ({"rope_parameters": {"rope_type": "longrope"}}, r"longrope.*rope_parameters.*not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "has no 'full_attention'"),
+        ({"rope_scaling": {"factor": 4.0}}, "has no 'factor'.*name the rope_type"),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}}, "has no 'mrope_section'"),
+        ({"rope_scaling": {"rope_type": ["llama3"]}}, "not supported"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+        ({"rope_scaling": {**LLAMA3, "factor": 0}}, "factor is 0"),
+        ({"rope_scaling": {**LLAMA3, "factor": "8"}}, "factor is '8'"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor.*below"),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192.5}}, "original_max_position_embeddings"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000.*expected a number"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+        ({"head_dim": 7}, "head_dim of 7"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"use_sliding_window": True}, "sliding"),
         ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types"),
@@ -118,3 +179,48 @@ def test_what_transformers_writes_is_understood(config: dict[str, Any], tmp_path
 def test_refusals(over: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         _shape({**LLAMA, **over})
+
+
+@pytest.mark.parametrize(
+    "value", [10**12, -1, 0, "64", 64.0, True, [64], {}, float("nan"), float("inf"), 10**5000], ids=range(11)
+)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "head_dim",
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(
+        UserError, match=rf"config\.json: {key} is .*, expected a whole number from 1 to [\d,]+: .*again"
+    ):
+        check_architecture({**QWEN3, key: value})
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"hidden_size": 33}, "hidden_size 33 is no multiple of num_attention_heads 4"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', expected a number"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+        ({"initializer_range": float("nan")}, "initializer_range is nan"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
+        ({"layer_types": 3}, "layer_types"),
+        ({"layer_types": [["full_attention"]]}, "layer_types"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', expected a list"),
+        ({"architectures": [{}]}, "architectures"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM.*not supported.*Qwen3ForCausalLM"),
+    ],
+)
+def test_other_values_that_are_refused(over: dict[str, Any], message: str) -> None:
+    check_architecture(LLAMA)
+    with pytest.raises(UserError, match=message):
+        check_architecture({**LLAMA, **over})

@@ -1,16 +1,27 @@
-"""Atomic files and folders: whole or absent."""
+"""Atomic files and folders: complete or absent."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from asd_megatron import files
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_file, atomic_folder, atomic_write, json_safe, remove_partial, write_json
+from asd_megatron.files import (
+    atomic_file,
+    atomic_folder,
+    atomic_write,
+    json_safe,
+    remove_folder,
+    remove_partial,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -39,7 +50,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["x"]
 
 
-def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "step_000001"
     with atomic_folder(target) as partial:
         (partial / "sub").mkdir()
@@ -76,6 +87,40 @@ def test_leftovers_are_removed(tmp_path: Path) -> None:
     assert remove_partial(tmp_path) == 2
     assert names(tmp_path) == ["kept"]
     assert remove_partial(tmp_path / "missing") == 0
+
+
+def test_a_folder_killed_while_it_was_replaced_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "step_000001"
+    with atomic_folder(target) as partial:
+        (partial / "old").touch()
+
+    class Killed(BaseException):
+        """Ends the program at once: nothing is cleaned up."""
+
+    rename = os.rename
+
+    def killed(source: Path, to: Path) -> None:
+        if to == target:
+            raise Killed
+        rename(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        patch.setattr(files, "_discard", lambda path: None)
+        with pytest.raises(Killed), atomic_folder(target, replace=True) as partial:
+            (partial / "new").touch()
+    assert not target.exists() and len(names(tmp_path)) == 2
+    assert remove_partial(tmp_path) == 2
+    assert names(tmp_path) == ["step_000001"] and names(target) == ["old"]
+
+
+def test_a_folder_is_removed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", lambda path: None)  # killed there
+    remove_folder(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    monkeypatch.undo()
+    assert remove_partial(tmp_path) == 1 and names(tmp_path) == []
 
 
 def test_json_is_strict(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from asd_megatron.observe.metrics import (
     supervised_metrics,
 )
 from asd_megatron.observe.names import METRICS, PHASES, reference_page, undocumented
+from asd_megatron.observe.warnings import MethodWarnings
 from asd_megatron.puzzle.metrics import PuzzleMetrics
 from asd_megatron.puzzle.tokenizer import write_tokenizer
 from asd_megatron.records import Example, FinishReason, Rollout, TokenTable
@@ -30,6 +31,7 @@ from asd_megatron.rollout.collector import Counts
 from asd_megatron.rollout.sglang.client.requests import Counters as ServerCounters
 from asd_megatron.rollout.sglang.counters import Readings
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
+from asd_megatron.rollout.sglang.weight_sync.verification import ProbeDifference
 from tests.observe.batch import make_examples, make_table
 
 GATE = GateReading(open=True, lam=0.5, entropy=2.0, h_warm=1.5, close_below=1.395)
@@ -139,8 +141,18 @@ def puzzle_names() -> set[str]:
 
 def server_names() -> set[str]:
     readings = Readings()
-    readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.5, checked=1, probe=0.0))
+    probes = {"http://a": ProbeDifference(0.0, 0.0, False)}
+    readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.5, checked=1, probes=probes))
     return set(readings.take(ServerCounters(), serving=1, restarts=0))
+
+
+def warning_names() -> set[str]:
+    """All that one misguided run shows."""
+    watch = MethodWarnings()
+    warm_up = {"gate/lambda": 0.0, "gate/warming_up": 1.0, "gate/tokens": 1.0}
+    useless = {"pmi/coverage": 0.0, "pmi/negative_share": 1.0, "pmi/mean": -9.0, "reward/mixed_groups": 0.0}
+    steps = [warm_up] + [{**useless, "gate/lambda": 0.0, "gate/h_warm": 1.0}] * 20
+    return {name for i, metrics in enumerate(steps) for name in watch.of_step(i, metrics)[0]}
 
 
 def test_every_name_is_documented_and_every_documented_name_exists() -> None:
@@ -151,6 +163,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *puzzle_names(),
         *Increments().of(prompts={}, rollouts={}, rewards={}),
         *server_names(),
+        *warning_names(),
     }
     assert undocumented(emitted) == []
     assert [m.name for m in METRICS if not any(m.matches(name) for name in emitted)] == []

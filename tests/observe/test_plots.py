@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asd_megatron.errors import UserError
-from asd_megatron.observe.plots import Curves, _choose, plot_run, smooth, spread_out, write_summary
+from asd_megatron.observe.plots import Curves, _choose, new_figure, plot_run, smooth, spread_out, write_summary
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from tools import plot_run as plot_tool
 
@@ -60,25 +61,53 @@ def test_training_run(tmp_path: Path) -> None:
     assert width > 1500 and height > 700
     assert titles(tmp_path) == [
         "Accuracy",
-        "Mean reward",
         "Response length (tokens)",
-        "Entropy (nats)",
-        "Mean u by token class (nats)",
+        "Entropy of the next token (nats)",
+        "PMI u by token class, mean (nats)",
         "Gate",
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
 
 
+def test_rewards_that_are_not_the_pass_rate_have_a_panel(tmp_path: Path) -> None:
+    assert "Mean reward" in titles(write_run(tmp_path, 5, **{"reward/pass_rate": 0.0}))
+
+
+def gate_axis(folder: Path) -> Any:
+    curves = Curves(read_metrics(folder))
+    axis = new_figure(4, 3).subplots()
+    panel = next(panel for panel in _choose(curves) if panel.title == "Gate")
+    panel.draw(axis, curves)
+    return axis.child_axes[1]
+
+
+@pytest.mark.parametrize("h_warm", [0.3, 0.001])
+def test_the_gates_thresholds_are_visible_and_named(tmp_path: Path, h_warm: float) -> None:
+    write_run(tmp_path, 5, **{"gate/h_warm": h_warm, "gate/close_below": 0.93 * h_warm, "gate/entropy": 0.35})
+    axis = gate_axis(tmp_path)
+    low, high = axis.transAxes.inverted().transform(axis.transData.transform([(1, 0.93 * h_warm), (1, h_warm)]))[:, 1]
+    assert 0.02 < low < high < 1  # inside the panel, above its bottom
+    assert f"closes below {0.93 * h_warm:.3g}" in axis.get_legend_handles_labels()[1]
+
+
+def test_another_run_is_drawn_beside(tmp_path: Path) -> None:
+    run, other = write_run(tmp_path / "antisd", 5), write_run(tmp_path / "grpo", 5)
+    curves = Curves(read_metrics(run), ("grpo", Curves(read_metrics(other))))
+    axis = new_figure(4, 3).subplots()
+    _choose(curves)[0].draw(axis, curves)
+    assert axis.get_legend_handles_labels()[1] == ["training rollouts", "grpo, held-out", "held-out"]
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_short_runs(tmp_path: Path, steps: int) -> None:
     png_size(plot_run(write_run(tmp_path, steps)))
-    assert "u (nats)" in titles(tmp_path)
+    assert "PMI u = teacher - student log-prob (nats)" in titles(tmp_path)
 
 
 def test_runs_with_less_to_show(tmp_path: Path) -> None:
     with RunWriter(tmp_path / "grpo", tensorboard=False) as writer:
         writer.write(1, {"reward/mean": 0.5, "entropy/student_mean": 0.3, "entropy/student_median": NAN})
-    assert titles(tmp_path / "grpo") == ["Mean reward", "Entropy (nats)"]
+    assert titles(tmp_path / "grpo") == ["Mean reward", "Entropy of the next token (nats)"]
     plot_run(tmp_path / "grpo")
     with RunWriter(tmp_path / "sft", tensorboard=False) as writer:
         for step in range(1, 4):
@@ -99,7 +128,7 @@ def test_nothing_to_plot(tmp_path: Path) -> None:
 def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", 3)
     target = tmp_path / "picture.png"
-    assert plot_tool.main([str(tmp_path / "run"), "--output", str(target)]) == 0
+    assert plot_tool.main([str(tmp_path / "run"), "--beside", str(tmp_path / "run"), "--output", str(target)]) == 0
     assert capsys.readouterr().out.strip() == str(target)
     png_size(target)
     assert plot_tool.main([str(tmp_path / "nowhere")]) == 2

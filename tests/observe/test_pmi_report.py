@@ -19,6 +19,8 @@ METADATA: dict[str, Any] = {"lam": 0.5, "H": 0.3, "h_warm": 0.3, "temperature": 
 
 
 class Words:
+    all_special_ids = (8,)
+
     def decode(self, token_ids: list[int], **kwargs: Any) -> str:
         return {7: "Wait", 8: "\n", 9: "a" * 30}.get(token_ids[0], f"w{token_ids[0]}")
 
@@ -48,11 +50,13 @@ def test_report() -> None:
     ids, pmi = examples_pmi(make_examples(), make_table())
     text = pmi_report(ids, pmi, Words(), min_count=1, top=2)
     assert text.splitlines()[0] == (
-        "4 tokens with privileged context, mean u -0.188 nats; 3 tokens seen at least 1 times"
+        "4 tokens with privileged context, mean u -0.188 nats; 3 token ids seen at least 1 times"
     )
-    low, high = text.split("Highest mean u")
-    assert "|Wait|" in low and "-0.500" in low and "|aaaaaaaaaaaaaaaaa~|" in low and "\\n" not in low
-    assert "|\\n|" in high and "+0.500" in high
+    low, rest = text.split("Highest mean u")
+    high, special = rest.split("Special tokens")
+    assert "|Wait|" in low and "-0.500" in low
+    assert "|aaaaaaaaaaaaaaaaa~|" in high and "Wait" not in high  # a token is lowest or highest, never both
+    assert "|\\n|" in special and "+0.500" in special and "|\\n|" not in low + high
     with pytest.raises(UserError, match="no token was seen 3 times in 4 tokens"):
         pmi_report(ids, pmi, Words(), min_count=3)
 

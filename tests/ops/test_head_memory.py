@@ -61,7 +61,7 @@ def test_bfloat16_weights_are_not_widened_whole(fused: bool, slabs: None, monkey
 
     if not gemm._has_onednn_bfloat16(torch.empty(1, dtype=torch.bfloat16)):
         pytest.skip("this CPU multiplies no bfloat16")
-    monkeypatch.setattr(gemm, "WIDENED", 128 * H)
+    monkeypatch.setattr(gemm, "WIDENED_ELEMENTS", 128 * H)
     peak = _peak(fused, torch.bfloat16, main_grad=True)
     # a part of the weight, a tile's gradient in bfloat16, hidden states and their gradient
     assert peak <= TILE + TILE // 2 + SLAB + 4 * 128 * H + 4 * T * H + SMALL

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import os
 import signal
 import sys
@@ -14,7 +16,7 @@ import pytest
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
 from asd_megatron.reward import math as math_reward
-from asd_megatron.reward import workers
+from asd_megatron.reward import math_worker, workers
 from asd_megatron.reward.math import MathVerifier
 
 SLOW = r"\boxed{10^{10^{10}} + 1}"  # math-verify would evaluate it
@@ -61,6 +63,41 @@ RIGHT = [
     ("5", "The final answer is $5$."),  # no mark: what math-verify finds at the end
     ("27.0", "We get 27"),
     ("5", "word " * 200_000 + r"\boxed{5}"),
+    # numbers in any spelling, marked or not
+    ("3e6", "3e6"),
+    ("3e6", "The answer is 3e6."),
+    ("1.5e8", r"The answer is 1.5 \times 10^{8}."),
+    ("1.5e8", r"It is $1.5 \times 10^{8}$ m"),
+    ("3e8", "The answer is 3*10^8"),
+    ("3e-8", "about 3 × 10⁻⁸ m"),
+    ("6.02e23", r"\boxed{602000000000000000000000}"),
+    ("602000000000000000000000", r"\boxed{6.02 \cdot 10^{23}}"),
+    ("10000", r"The answer is $10\,000$."),
+    (r"(10\,000, 1)", r"\boxed{(10000, 1)}"),
+    ("-1./3", r"\boxed{-\frac13}"),
+    ("073", r"\boxed{\textbf{(073)}}"),
+    ("B", r"\boxed{\textbf{(B)}}"),
+    # what math-verify cannot read is compared as text
+    ("12:00", r"\boxed{12:00}"),
+    ("12:00", "12:00"),
+    # where the answer is
+    ("42", r"so \fbox{42}"),
+    ("42", "Final answer: **42**"),
+    ("42", "The answer is `42`."),
+    ("42", "**#### 42**"),
+    ("42", "<think>6 * 7</think><answer>42</answer>"),
+    ("5", r'<Answer type="int">$\boxed{5}$</Answer>'),
+    ("9", r"<think>\boxed{1}</think> hm <think>\boxed{2}</think> The answer is 9."),
+    ("9", r"maybe \boxed{7}</think> The answer is 9."),
+    # precision
+    ("1/3", "#### 0.333333"),
+    (r"\frac{1}{12}", "#### 0.0833333"),
+    (r"\sqrt{2}", "#### 1.414214"),
+    (r"\frac{1}{2^{99}}", r"\boxed{2^{-99}}"),
+    (r"10^{-20} \pi x", r"\boxed{x \pi / 10^{20}}"),
+    ("1.6e-19", "#### 1.60e-19"),
+    ("1.6e-400", "#### 16e-401"),
+    (r"\begin{pmatrix} 1/3 \\ 2 \end{pmatrix}", r"\boxed{\begin{pmatrix} 0.333333 \\ 2 \end{pmatrix}}"),
 ]
 WRONG = [
     ("72", "#### 73"),
@@ -78,6 +115,32 @@ WRONG = [
     ("5", "no number at all"),
     ("5", "\x00\ud83d"),
     ("x", "🙂" * 10_000),
+    ("0", r"\boxed{10\,000}"),
+    ("0", r"The answer is $10\,000$."),
+    ("4140", "#### 12 345"),
+    ("12:00", r"\boxed{12:30}"),
+    ("42", r"first 42, then \fbox{7}"),
+    ("5", r"I get \boxed{5}. Wait, that is wrong, it should be \boxed{7"),
+    ("7", r"<think>maybe \boxed{7}? no</think> The answer is 9."),
+    ("7", r"<think>maybe \boxed{7}? let me check"),
+    ("18", "<answer>17 or 18 or 19</answer>"),
+    # precision
+    ("0.0000001", "#### 0.0000004"),
+    ("0.0000001", "#### 0.0"),
+    ("0", "#### 0.0000001"),
+    ("6.6e-34", "#### 9.1e-31"),
+    ("1.6e-19", "#### 1.602e-19"),
+    ("1.6e-400", "#### 1.7e-400"),
+    (r"\frac{1}{2^{99}}", r"\boxed{\frac{1}{2^{98}}}"),
+    (r"10^{-20} \pi", r"\boxed{10^{-21} \pi}"),
+    (r"10^{-20} x", r"\boxed{10^{-21} x}"),
+    ("(0.0000001, 1)", r"\boxed{(0.0000002, 1)}"),
+    ("0.0000005%", "#### 0.0000006%"),
+    ("1/3", "#### 0.333"),
+    (r"\frac{1}{12}", "#### 0.083333"),
+    (r"\frac13", r"\boxed{\frac{333333}{1000000}}"),
+    ("1234567", "#### 1234567.5"),
+    ("99999999999999999999", r"\boxed{99999999999999999998}"),
 ]
 
 
@@ -96,7 +159,7 @@ def test_workers_hold_no_torch_and_import_nothing_of_ours(verifier: MathVerifier
         source = ast.parse(file.read_text())
         names = {a.name for n in ast.walk(source) if isinstance(n, ast.Import) for a in n.names}
         names |= {n.module or "" for n in ast.walk(source) if isinstance(n, ast.ImportFrom)}
-        assert {name.partition(".")[0] for name in names} - {"math_verify"} <= set(sys.stdlib_module_names)
+        assert {name.partition(".")[0] for name in names} - {"math_verify", "sympy"} <= set(sys.stdlib_module_names)
     for pid in pids(verifier):
         assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
 
@@ -109,9 +172,23 @@ def test_a_slow_answer_is_bounded_counted_and_its_worker_replaced(caplog: pytest
         assert time.monotonic() - start < 15
         assert rewards == [1.0, 0.0, 1.0]
         assert v.counters == {"timeouts": 1, "errors": 0, "restarts": 1} and pids(v) != before
-        assert "no verdict within 1 s" in caplog.text
+        assert "1 s of processor time (reward.timeout_seconds)" in caplog.text
         with pytest.raises(ProcessLookupError):
             os.kill(before[0], 0)
+    finally:
+        v.close()
+
+
+def test_waiting_is_bounded_by_wall_time_and_is_no_processor_time() -> None:
+    v = MathVerifier(timeout_seconds=0.5, wall_timeout_seconds=60, workers=1)
+    try:
+        [pid] = pids(v)
+        os.kill(pid, signal.SIGSTOP)  # as on a busy machine: time passes and the worker computes nothing
+        threading.Timer(1.5, os.kill, (pid, signal.SIGCONT)).start()
+        assert v.score([(problem("0.5"), r"\boxed{\frac{2}{4}}")]) == [1.0] and v.counters["timeouts"] == 0
+        v._pool.limits = dataclasses.replace(v._pool.limits, wall_seconds=0.2)
+        os.kill(pid, signal.SIGSTOP)
+        assert v.score([(problem("0.5"), r"\boxed{\frac{3}{6}}")]) == [0.0] and v.counters["timeouts"] == 1
     finally:
         v.close()
 
@@ -164,7 +241,25 @@ def test_close_ends_the_workers() -> None:
         v.score([(problem("0.5"), r"\boxed{\frac12}")])
 
 
-@pytest.mark.parametrize("kwargs", [{"timeout_seconds": 0}, {"workers": 0}])
-def test_unusable_settings(kwargs: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="reward.timeout_seconds must be above 0 and reward.workers at least 1"):
+@pytest.mark.parametrize(
+    ("kwargs", "key"),
+    [
+        ({"timeout_seconds": 0}, "reward.timeout_seconds"),
+        ({"timeout_seconds": 2, "wall_timeout_seconds": 1}, "reward.wall_timeout_seconds"),
+        ({"workers": 0}, "reward.workers"),
+    ],
+)
+def test_unusable_settings(kwargs: dict[str, int], key: str) -> None:
+    with pytest.raises(UserError, match=key):
         MathVerifier(**kwargs)
+
+
+def test_an_error_of_math_verify_is_counted_and_does_not_hide_another_reading(verifier: MathVerifier) -> None:
+    compare = math_worker.load_compare()
+    grader = importlib.import_module("math_verify.grader")
+    original = grader.sympy_expr_eq
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grader, "sympy_expr_eq", lambda *args, **kwargs: original(None, None, 6, 15).missing)
+        assert compare(r"\boxed{x}", r"\boxed{x}")  # the text is the same
+        with pytest.raises(AttributeError):
+            compare(r"\boxed{x}", r"\boxed{y}")

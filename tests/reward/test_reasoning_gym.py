@@ -39,7 +39,10 @@ def marked(text: str) -> str:
         ("so <answer> 17\n</answer>.", "17"),
         ("<answer>1</answer> no, <answer>2</answer>", "2"),
         ("<answer>1 2\n3 4</answer>", "1 2\n3 4"),
-        ("<answer>1</answer> and <answer>2", "1"),
+        ("<answer>1</answer> and <answer>2", None),
+        (r"<answer>\boxed{1}</answer>", "1"),
+        ("<think><answer>1</answer></think> <answer>2</answer>", "2"),
+        ("<think><answer>1</answer>", None),
         (r"<answer>1</answer> \boxed{2} #### 3", "1"),
         (r"\boxed{1} or \boxed{2} #### 3", "2"),
         ("</answer> #### 3\nrest", "3"),
@@ -121,7 +124,7 @@ def test_failures_are_counted(verifier: ReasoningGymVerifier, caplog: pytest.Log
 def test_items_that_are_not_those_of_the_problem(verifier: ReasoningGymVerifier) -> None:
     p = problem("chain_sum")
     other = dataclasses.replace(p, extra=freeze({**p.extra, "digest": "0"}))
-    with pytest.raises(UserError, match="comes out otherwise in a reward worker"):
+    with pytest.raises(UserError, match="is generated differently in a reward worker"):
         verifier.score([(other, marked("1"))])
     with pytest.raises(UserError, match="problem q, which is not of its sets"):
         verifier.score([(Problem("q", "1", prompt="?"), marked("1"))])
@@ -129,7 +132,7 @@ def test_items_that_are_not_those_of_the_problem(verifier: ReasoningGymVerifier)
 
 # the last one: its worker is replaced, and nobody has to wait for the new one
 def test_a_slow_answer_is_bounded(verifier: ReasoningGymVerifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifier._pool, "timeout_seconds", 1.0)
+    monkeypatch.setattr(verifier._pool, "limits", dataclasses.replace(verifier._pool.limits, wall_seconds=1.0))
     before, pid = verifier.counters["timeouts"], verifier._pool._workers[0].process.pid
     assert verifier.score([(problem("countdown"), marked("9**9**9**9"))]) == [0.0]
     assert verifier.counters["timeouts"] == before + 1

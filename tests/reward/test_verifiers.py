@@ -1,48 +1,101 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
+from asd_megatron.reward.base import Verifier
 from asd_megatron.reward.base import tests_of as count_tests
 from asd_megatron.reward.custom import CustomVerifier
+from asd_megatron.reward.custom_worker import NotANumber, load_function, number, refuse_other_signatures
 from asd_megatron.reward.exact import ExactVerifier
-from asd_megatron.reward.factory import make_verifier
+from asd_megatron.reward.factory import check_signature, make_verifier
+from asd_megatron.reward.workers import Limits
 
 PROBLEM = Problem("p7", "a  b", prompt="?", extra={"tests": (1, 2, 3)})
 
 REWARDS = """
+import os, sys, time
 from dataclasses import dataclass
-import torch
+from decimal import Decimal
+from fractions import Fraction
 
 @dataclass
 class Helper:
     value: float
 
+calls = 0
+
 def length(problem, response): return Helper(len(response) / 10).value
 def same(problem, response): return response == problem.answer
-def broken(problem, response): return 1 / (len(response) - 3)
-def nothing(problem, response): pass
-def text(problem, response): return "1.0"
-def tensor(problem, response): return torch.tensor(1.0)
-def infinite(problem, response): return float("inf")
+def fields(problem, response): return len(problem.extra["tests"]) + len(problem.question)
+def count(problem, response):
+    global calls
+    calls += 1
+    return calls
 def fraction(problem, response): return 2 / 3
 fraction.feedback_kind = "fraction"
 def odd(problem, response): return 0.0
 odd.feedback_kind = "stars"
 constant = 3
+def prints(problem, response):
+    print("seen by the user")
+    return 1
+class Callable:
+    def __call__(self, problem, response): return 0.25
+instance = Callable()
+
+def by_name(problem, response):
+    if response == "divide": return 1 / 0
+    if response == "exit": sys.exit(0)
+    if response == "interrupt": raise KeyboardInterrupt
+    if response == "die": os._exit(0)
+    if response == "sleep": time.sleep(600)
+    while response == "spin": pass
+    if response == "text": return "1.0"
+    if response == "nan": return float("nan")
+    if response == "huge": return 10**400
+    return 0.5
+
+def verl(data_source, solution_str, ground_truth, extra_info=None): return 1.0
+def trl(prompts, completions, **kwargs): return [1.0]
+def trl_short(completions, **kwargs): return [1.0]
+def openrlhf(queries, prompts, labels): return 1.0
+def nemo_rl(message_log_batch, metadata): return 1.0
+def reversed_arguments(response, problem): return 1.0
+def one(response): return 1.0
+def keyword_only(problem, response, *, level): return 1.0
+async def asynchronous(problem, response): return 1.0
+def generator(problem, response): yield 1.0
+def own_keyword(problem, response, *, extra_info=None): return 1.0
+def anything(*args): return 1.0
 """
 
 
-@pytest.fixture
-def rewards(tmp_path: Path) -> Path:
-    path = tmp_path / "math.py"  # shadows nothing
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rewards") / "math.py"  # shadows nothing
     path.write_text(REWARDS)
     return path
+
+
+@contextmanager
+def custom(name: str, **kwargs: Any) -> Iterator[Verifier]:
+    verifier = make_verifier(name, **kwargs)
+    try:
+        yield verifier
+    finally:
+        verifier.close()
 
 
 def test_exact() -> None:
@@ -51,42 +104,128 @@ def test_exact() -> None:
     v.close()
 
 
-def test_custom_from_a_file(rewards: Path) -> None:
-    v = make_verifier(f"{rewards}:length")
-    assert v.score([(PROBLEM, "12345"), (PROBLEM, "")]) == [0.5, 0.0] and v.feedback_kind == "binary"
-    assert make_verifier(f"{rewards}:same").score([(PROBLEM, "a  b"), (PROBLEM, "x")]) == [1.0, 0.0]
-    fraction = make_verifier(f"{rewards}:fraction")
-    assert fraction.feedback_kind == "fraction" and fraction.score([(PROBLEM, "x")]) == [2 / 3]
-    with pytest.raises(UserError, match="problem q has no field `tests`"):
-        fraction.score([(Problem("q", "1", prompt="?"), "x")])
+def test_custom_from_a_file(rewards: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with custom(f"{rewards}:length") as v:
+        assert v.score([(PROBLEM, "12345"), (PROBLEM, "")]) == [0.5, 0.0] and v.feedback_kind == "binary"
+    with custom(f"{rewards}:same") as v:
+        assert v.score([(PROBLEM, "a  b"), (PROBLEM, "x")]) == [1.0, 0.0]
+    with custom(f"{rewards}:fields") as v:
+        assert v.score([(PROBLEM, ""), (Problem("q", "1", prompt="", extra={"tests": ()}), "")]) == [4.0, 0.0]
+    with custom(f"{rewards}:count") as v:
+        assert v.score([(PROBLEM, "")] * 2) + v.score([(PROBLEM, "")]) == [1.0, 2.0, 3.0]  # state is kept
+    with custom(f"{rewards}:prints") as v:
+        assert v.score([(PROBLEM, "")]) == [1.0] and "seen by the user" in capfd.readouterr().err
+    with custom(f"{rewards}:fraction") as v:
+        assert v.feedback_kind == "fraction" and v.score([(PROBLEM, "x")]) == [2 / 3]
+        with pytest.raises(UserError, match="problem q has no field `tests`"):
+            v.score([(Problem("q", "1", prompt="?"), "x")])
 
 
 def test_custom_from_a_module_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_rewards_module.py").write_text("def reward(problem, response): return 0.25\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    assert make_verifier("my_rewards_module:reward").score([(PROBLEM, "x")]) == [0.25]
+    with custom("my_rewards_module:reward") as v:
+        assert v.score([(PROBLEM, "x")]) == [0.25]
+
+
+FAILURES = [
+    ("divide", "raised ZeroDivisionError: division by zero"),
+    ("exit", "raised SystemExit: 0"),  # must not end the run with status 0
+    ("interrupt", "raised KeyboardInterrupt"),
+    ("die", "ended its process (a reward worker ended with status 0"),
+    ("text", "returned str, not a number"),
+    ("nan", "returned nan, which is not finite"),
+    ("huge", "which is not finite"),
+]
+
+
+def test_a_reward_that_fails(rewards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = f"{rewards}:by_name"
+    with custom(name) as v:
+        for response, reason in FAILURES:
+            with pytest.raises(UserError) as e:
+                v.score([(PROBLEM, response)])
+            assert all(x in str(e.value) for x in (name, reason, f"(problem p7, response {response!r})"))
+            assert "reward.on_error" in str(e.value)
+            assert (") at math.py:" in str(e.value)) == ("raised" in reason)
+        assert v.counters["errors"] == v.counters["timeouts"] == 0
+    with custom(name, on_error="zero") as v:
+        responses = [response for response, _ in FAILURES]
+        assert v.score([(PROBLEM, response) for response in [*responses, "fine"]]) == [0.0] * len(responses) + [0.5]
+        assert v.counters == {"errors": 7, "timeouts": 0, "restarts": 2}  # `die` was tried in two processes
+        assert all(reason in caplog.text for _, reason in FAILURES)
+
+
+@pytest.mark.parametrize("response", ["sleep", "spin"])
+def test_a_reward_that_hangs(rewards: Path, response: str, caplog: pytest.LogCaptureFixture) -> None:
+    for on_error in ("stop", "zero"):
+        with custom(f"{rewards}:by_name", on_error=on_error, wall_timeout_seconds=60.0) as v:
+            assert isinstance(v, CustomVerifier)
+            v._pool.limits = Limits(wall_seconds=0.3)
+            if on_error == "stop":
+                with pytest.raises(UserError, match=r"by_name gave no answer .* \(reward.wall_timeout_seconds\)"):
+                    v.score([(PROBLEM, response)])
+            else:
+                assert v.score([(PROBLEM, response)]) == [0.0]
+                assert v.counters == {"errors": 0, "timeouts": 1, "restarts": 1}
+                assert "counted as 0 (timeouts so far: 1)" in caplog.text
+            v._pool.limits = Limits(wall_seconds=60.0)
+            assert v.score([(PROBLEM, "fine")]) == [0.5]
+
+
+VALUES = [
+    *(numpy.dtype(kind).type(1) for kind in ("bool", "int8", "uint64", "float16", "float32", "float64")),
+    *(numpy.array(1.0), numpy.array(True), torch.tensor(1.0, requires_grad=True), torch.tensor(1), torch.tensor(True)),
+    *(torch.tensor(1.0, dtype=torch.bfloat16), True, 1, Fraction(2, 2), Decimal("1.0")),
+]
+NO_NUMBERS = [
+    *(None, "1", 1j, [1.0], float("nan"), float("inf"), 10**400, numpy.float32("nan"), torch.tensor(float("inf"))),
+    *(numpy.array([1.0]), torch.ones(1), numpy.str_("1"), numpy.complex64(1), numpy.datetime64("2020-01-01"), object()),
+]
+
+
+def test_numbers_of_every_kind() -> None:
+    assert [number(value) for value in VALUES] == [1.0] * len(VALUES)
+    assert all(type(number(value)) is float for value in VALUES)
+    for value in NO_NUMBERS:
+        with pytest.raises(NotANumber, match="returned"):
+            number(value)
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("name", "words"),
     [
-        ("broken", "raised ZeroDivisionError: division by zero"),
-        ("nothing", "returned NoneType, not a number"),
-        ("text", "returned str, not a number"),
-        ("tensor", "returned Tensor, not a number"),
-        ("infinite", "returned inf, which is not finite"),
+        ("verl", ["verl has it", "verl(problem.extra.get('data_source'), response, problem.answer"]),
+        ("trl", ["TRL has it", "completions=[response]"]),
+        ("trl_short", ["TRL has it"]),
+        ("openrlhf", ["OpenRLHF has it"]),
+        ("nemo_rl", ["NeMo RL has it"]),
+        ("reversed_arguments", ["the other way round"]),
+        ("one", ["(response)", "two arguments"]),
+        ("keyword_only", ["level", "two arguments"]),
+        ("asynchronous", ["async"]),
+        ("generator", ["yield"]),
+        ("Helper", ["is a class"]),
     ],
 )
-def test_a_reward_that_fails(rewards: Path, name: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    items = [(PROBLEM, "abc")]
+def test_other_signatures_are_refused_with_the_expected_one(rewards: Path, name: str, words: list[str]) -> None:
+    function = load_function(f"{rewards}:{name}")
     with pytest.raises(UserError) as e:
-        CustomVerifier(f"{rewards}:{name}").score(items)
-    message = str(e.value)
-    assert f"{rewards}:{name} {reason} (problem p7, response 'abc')" in message and "reward.on_error" in message
-    zero = make_verifier(f"{rewards}:{name}", on_error="zero")
-    assert zero.score(items * 2) == [0.0, 0.0] and zero.counters["errors"] == 2
-    assert reason in caplog.text
+        refuse_other_signatures(function, f"{rewards}:{name}")
+    assert all(word in str(e.value) for word in [*words, "reward(problem, response)"])
+
+
+@pytest.mark.parametrize("name", ["length", "instance", "own_keyword", "anything"])
+def test_usable_signatures(rewards: Path, name: str) -> None:
+    refuse_other_signatures(load_function(f"{rewards}:{name}"), name)
+
+
+def test_check_signature_tries_one_made_up_response(rewards: Path) -> None:
+    assert check_signature(f"{rewards}:instance", PROBLEM) == 0.25
+    assert check_signature("exact", PROBLEM, "a b") == 1.0
+    with pytest.raises(UserError, match="verl has it"):
+        check_signature(f"{rewards}:verl", PROBLEM)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +233,7 @@ def test_a_reward_that_fails(rewards: Path, name: str, reason: str, caplog: pyte
     [
         ("nowhere.py:f", "there is no file nowhere.py"),
         ("no.such.module:f", "importing no.such.module failed: ModuleNotFoundError"),
-        ("{rewards}:missing", "has no 'missing'; it has Helper, broken, dataclass, fraction, infinite, length"),
+        ("{rewards}:missing", "has no 'missing'; it has Callable, Decimal, Fraction, Helper, anything, asynchronous"),
         ("{rewards}:constant", "'constant' is a int, not a function"),
         ("{rewards}:odd", "feedback_kind 'stars' does not exist"),
         ("{rewards}:", "write package.module:function"),
@@ -110,12 +249,25 @@ def test_unusable_names(rewards: Path, name: str, reason: str) -> None:
     assert reason in str(e.value)
 
 
-def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
-    (tmp_path / "r.py").write_text("raise RuntimeError('not today')")
-    with pytest.raises(UserError, match="failed: RuntimeError: not today"):
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise RuntimeError('not today')", "failed: RuntimeError: not today"),
+        ("import sys; sys.exit(0)", "failed: SystemExit: 0"),
+        ("import os; os._exit(0)", "reward workers do not start"),
+    ],
+)
+def test_a_file_that_cannot_be_imported(tmp_path: Path, code: str, reason: str) -> None:
+    (tmp_path / "r.py").write_text(code)
+    with pytest.raises(UserError, match=rf"reward.name .*r\.py:f.*{reason}"):
         make_verifier(f"{tmp_path}/r.py:f")
+
+
+def test_unusable_settings_of_a_custom_reward(rewards: Path) -> None:
     with pytest.raises(UserError, match="reward.on_error 'ignore' does not exist"):
-        make_verifier(f"{tmp_path}/r.py:f", on_error="ignore")
+        make_verifier(f"{rewards}:length", on_error="ignore")
+    with pytest.raises(UserError, match="reward.wall_timeout_seconds"):
+        make_verifier(f"{rewards}:length", timeout_seconds=2.0, wall_timeout_seconds=1.0)
 
 
 @pytest.mark.parametrize(("tests", "number"), [((1, 2), 2), (5, 5), ([], 0), (True, None), ("x", None), (None, None)])

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from asd_megatron.errors import UserError
 from asd_megatron.reward import workers
 from asd_megatron.reward.base import new_counters
-from asd_megatron.reward.workers import WorkerPool
+from asd_megatron.reward.workers import Limits, WorkerPool, worker_command
 
 WORKER = """
 import json, os, sys, time
@@ -23,7 +26,7 @@ for line in sys.stdin:
 
 
 def pool(size: int = 2, timeout: float = 1.0, code: str = WORKER) -> WorkerPool:
-    return WorkerPool([sys.executable, "-S", "-c", code], size, timeout, new_counters())
+    return WorkerPool([sys.executable, "-S", "-c", code], size, Limits(timeout), new_counters())
 
 
 def test_order_and_failures_of_every_kind() -> None:
@@ -45,13 +48,75 @@ def test_workers_that_do_not_start() -> None:
     with pytest.raises(UserError, match="reward workers do not start. The last one: .*No module named 'absent'"):
         pool(code="import absent")
     with pytest.raises(UserError, match="cannot start a reward worker"):
-        WorkerPool(["/none/python"], 1, 1.0, new_counters())
+        WorkerPool(["/none/python"], 1, Limits(1.0), new_counters())
 
 
-def test_a_worker_that_hangs_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "START_SECONDS", 0.3)
+def test_a_worker_that_hangs_while_it_starts() -> None:
+    code = "import time; time.sleep(60)"
     with pytest.raises(UserError, match="do not start"):
-        pool(code="import time; time.sleep(60)")
+        WorkerPool([sys.executable, "-S", "-c", code], 1, Limits(1.0, start_seconds=0.3), new_counters())
+
+
+JUDGE = """
+import os, select, subprocess, sys, time
+def load(folder):
+    def judge(request):
+        what = request["do"]
+        if what == "spin":
+            while True: pass
+        if what == "exit": sys.exit(0)
+        if what == "read": return {"read": sys.stdin.read()}
+        if what == "children":
+            child = subprocess.Popen(["sleep", "600"])
+            open(folder + "/child", "w").write(str(child.pid))
+            time.sleep(600)
+        print("noise")
+        return {"echo": what}
+    return judge
+"""
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_judge_that_spins_exits_reads_or_leaves_children(tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text(JUDGE)
+    limits = Limits(wall_seconds=20.0, cpu_seconds=0.2)
+    p = WorkerPool(worker_command(tmp_path / "judge.py", limits, [str(tmp_path)]), 1, limits, new_counters())
+    try:
+        spin, left, read, echo = p.run([{"do": what} for what in ("spin", "exit", "read", "a")])
+        assert spin.failure == "timeout" and "processor time (reward.timeout_seconds)" in spin.reason
+        assert left.error == "SystemExit: 0" and read.answer == {"read": ""} and echo.answer == {"echo": "a"}
+        assert p.counters["restarts"] == 1
+        worker = p._workers[0]
+        worker.stdin.write(b'{"do": "children"}\n')
+        child = tmp_path / "child"
+        until(lambda: child.exists() and child.read_text().isdigit())
+        worker.kill()
+        state = Path(f"/proc/{child.read_text()}/stat")
+        until(lambda: not state.exists() or state.read_text().split()[2] == "Z")  # Z: nobody has waited for it
+    finally:
+        p.close()
+
+
+def test_a_busy_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text("import time\ndef load(): return lambda request: time.sleep(600)")
+    worker = subprocess.Popen(
+        worker_command(tmp_path / "judge.py", Limits(600.0)), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert worker.stdin is not None and worker.stdout is not None
+    try:
+        assert worker.stdout.readline() == b'{"ready": true}\n'
+        worker.stdin.write(b"{}\n")
+        worker.stdin.close()
+        assert worker.wait(30) == 1
+    finally:
+        worker.kill()
+        worker.stdout.close()
 
 
 def test_workers_that_keep_dying(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ class _Batch:
 @pytest.mark.parametrize("block", [1, 3, 256])
 def test_prefill_expand_decode_keep(lengths: list[int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if block == 3:  # parts of one or two batch items
-        monkeypatch.setattr("asd_megatron.rollout.embedded.cache.WIDENED", 50)
+        monkeypatch.setattr("asd_megatron.rollout.embedded.cache.WIDENED_ELEMENTS", 50)
     batch = _Batch(lengths, block, scale=0.3 if block == 3 else None)
     batch.prefill(0, 3)
     batch.select([0, 0, 1, 1, 2, 2], "expand")

@@ -105,6 +105,7 @@ def _collector(process_groups: Any, engine: ScriptedEngine, verifier: Any = None
         params=PARAMS,
         problems_per_step=3,
         seed=0,
+        timeout=60.0,
         **kwargs,
     )
 
@@ -120,7 +121,7 @@ def test_rewarded_groups_in_the_order_of_the_problems(process_groups: Any) -> No
     assert collector.timings.rollout > 0 and collector.timings.reward > 0
 
 
-def test_a_group_with_an_aborted_rollout_is_redrawn_whole(process_groups: Any) -> None:
+def test_a_group_with_an_aborted_rollout_is_resampled(process_groups: Any) -> None:
     engine, verifier = ScriptedEngine({"b": 1}), Verifier()
     collector = _collector(process_groups, engine, verifier)
     found = collector.next(1)
@@ -195,4 +196,4 @@ def _two_ranks(rank: int) -> tuple[str, bool, list[str]]:
 def test_every_rank_makes_the_same_calls_and_hears_of_rank_0s_error() -> None:
     first, second = run_ranks(_two_ranks, 2, timeout=60)
     assert first == ("abc", False, ["UserError: bad reward", "KeyError: 'x'"])
-    assert second == ("", True, ["UserError: bad reward", "UserError: KeyError('x')"])
+    assert second == ("", True, ["UserError: bad reward", "RuntimeError: global rank 0 failed: KeyError: 'x'"])

@@ -10,7 +10,7 @@ import torch
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import FinishReason, Group, SamplingParams
-from asd_megatron.rollout.embedded.engine import EmbeddedEngine, Piece, plan_chunks
+from asd_megatron.rollout.embedded.engine import EmbeddedEngine, GroupSlice, plan_chunks
 from asd_megatron.rollout.engine import RolloutEngine, RolloutError
 from tests.rollout.toy import VOCAB, ToyPort, ToyTokenizer, Versioned, prompt
 
@@ -211,7 +211,7 @@ def test_non_finite_logits_stop_the_run(process_groups: Any, forward: int) -> No
 def test_time_limit(process_groups: Any) -> None:
     engine = _engine(process_groups)
     engine.submit(PROMPTS, PARAMS, 1)
-    with pytest.raises(RolloutError, match="time limit"):
+    with pytest.raises(RolloutError, match="rollout.collect_timeout"):
         engine.collect(0.0)
     assert engine.pending == 0
     assert len(_run(engine)) == len(PROMPTS)
@@ -231,6 +231,6 @@ def test_abort_and_two_submissions(process_groups: Any) -> None:
 
 
 def test_plan_chunks() -> None:
-    assert plan_chunks([4, 2, 7], 3, 6) == [[Piece(4, 0, 3), Piece(2, 0, 3)], [Piece(7, 0, 3)]]
-    assert plan_chunks([4, 2], 5, 2) == [[Piece(i, f, c)] for i in (4, 2) for f, c in ((0, 2), (2, 2), (4, 1))]
+    assert plan_chunks([4, 2, 7], 3, 6) == [[GroupSlice(4, 0, 3), GroupSlice(2, 0, 3)], [GroupSlice(7, 0, 3)]]
+    assert plan_chunks([4, 2], 5, 2) == [[GroupSlice(i, f, c)] for i in (4, 2) for f, c in ((0, 2), (2, 2), (4, 1))]
     assert plan_chunks([], 5, 2) == []

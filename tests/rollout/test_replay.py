@@ -55,8 +55,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_serves_what_was_recorded_in_the_order_asked(folder: Path, process_groups: Any) -> None:
-    engine = ReplayEngine(folder, process_groups, ToyTokenizer())
+@pytest.mark.parametrize("given", [".", "rollouts", "copied"])
+def test_serves_what_was_recorded_in_the_order_asked(folder: Path, process_groups: Any, given: str) -> None:
+    if given == "copied":
+        (folder / "rollouts").rename(folder / given)
+    engine = ReplayEngine(folder / given, process_groups, ToyTokenizer())
     engine.submit(PROMPTS, PARAMS, 7)
     assert engine.pending == 3
     found = engine.collect(1)
@@ -90,5 +93,6 @@ def test_refuses_what_was_not_recorded(folder: Path, process_groups: Any) -> Non
 
 
 def test_refuses_a_folder_without_dumps(tmp_path: Path, process_groups: Any) -> None:
-    with pytest.raises(UserError, match="replay_folder.*dump_rollouts"):
-        ReplayEngine(tmp_path, process_groups, None)
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match="replay_folder.*dump_rollouts"):
+            ReplayEngine(folder, process_groups, None)

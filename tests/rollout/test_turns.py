@@ -1,4 +1,4 @@
-"""How the collector lets rollouts and training take turns: overlap, over-sampling, carried and stale groups."""
+"""The collector's off-policy schedules: overlap, over-sampling, carried and stale groups."""
 
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ class Loop:
             params=PARAMS,
             problems_per_step=3,
             seed=0,
+            timeout=60.0,
             plan=plan,
         )
 
@@ -111,12 +112,12 @@ def test_in_turns(process_groups: Any) -> None:
 def test_overlap_is_one_step_off_policy(process_groups: Any) -> None:
     loop = Loop(process_groups, engine := Engine(), Plan(overlap=True, max_staleness=1, last_step=3))
     assert loop.step(1) == "a0 b0 c0"
-    assert engine.said() == "v0 abc@1 v0 def@2"  # step 2 is in the making while step 1 trains
+    assert engine.said() == "v0 abc@1 v0 def@2"  # step 2 is in flight while step 1 trains
     assert loop.step(2) == "d0 e0 f0" and engine.said() == "v1 ghi@3"
     assert loop.step(3) == "g1 h1 i1" and engine.said() == "release"  # nothing after the last step
 
 
-def test_an_evaluation_waits_for_what_is_in_the_making(process_groups: Any) -> None:
+def test_an_evaluation_waits_for_the_step_in_flight(process_groups: Any) -> None:
     loop = Loop(process_groups, engine := Engine(), Plan(overlap=True, max_staleness=1, last_step=9))
     loop.step(1)
     engine.said()
@@ -139,12 +140,12 @@ def test_carried_groups_come_first_in_the_next_step(process_groups: Any) -> None
     loop = Loop(process_groups, engine := Engine(slow="bd"), Plan(oversampling=1.5, carry=True))
     assert loop.step(1) == "a0 c0 e0" and engine.said() == "v0 abcde@1 suspend release"
     engine.slow = ""
-    # b and d go on; the step asks for five in all and needs three
+    # b and d continue; the step asks for five in all and needs three
     assert loop.step(2) == "b0 d0 f1" and engine.said() == "resume v1 fgh@2 suspend release"
     assert loop.collector.counts.carried_groups == 4 and loop.collector.counts.cut_groups == 0
 
 
-def test_an_evaluation_makes_carried_groups_start_again(process_groups: Any) -> None:
+def test_carried_groups_are_resampled_after_an_evaluation(process_groups: Any) -> None:
     loop = Loop(process_groups, engine := Engine(slow="bd"), Plan(oversampling=1.5, carry=True))
     loop.step(1)
     engine.said()
@@ -169,10 +170,10 @@ def test_groups_finished_beyond_the_need_are_kept_or_cut(process_groups: Any) ->
     assert loop.step(1) == "a0 b0 c0" and loop.step(2) == "f1 g1 h1" and loop.collector.counts.cut_groups == 4
 
 
-def test_stale_groups_are_drawn_again(process_groups: Any) -> None:
+def test_stale_groups_are_discarded_and_resampled(process_groups: Any) -> None:
     loop = Loop(process_groups, engine := Engine(), Plan(overlap=True, max_staleness=1, last_step=9))
     loop.step(1)
-    loop.weights.version = 2  # d, e and f were begun under version 0
+    loop.weights.version = 2  # the first tokens of d, e and f are of version 0
     engine.load_weights(loop.weights)
     engine.said()
     found = loop.collector.next(2)

@@ -70,7 +70,10 @@ class ToyPort(nn.Module):
 class ToyTokenizer:
     """Token i is the letter i (a, b, ... from 1), 0 a special token."""
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def convert_ids_to_tokens(self, token_id: int) -> str | None:
+        return chr(96 + token_id) if token_id < VOCAB else None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool, **kwargs: bool) -> str:
         return "".join(chr(96 + i) if i else ("" if skip_special_tokens else "<end>") for i in ids)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asd_megatron.study.plots import arm_curve, curve, plot_study
-from asd_megatron.study.report import Findings, write_report
+from asd_megatron.study.plots import arm_curve, curve, plot_study, title, without_repeats
+from asd_megatron.study.report import Findings, equal_arms, write_report
 from tests.study.world import findings, record
 
 
@@ -39,6 +39,18 @@ def test_means_and_differences(found: Findings) -> None:
     assert 0.12 <= low < 0.14 < high <= 0.16
     assert "No finished cell has this metric" not in text
     assert cells(text, "pmi/mean: differences from `grpo`", "10")[0][3] == "+0.000 ± 0.000"
+
+
+def test_arms_that_trained_alike_are_pointed_out(found: Findings) -> None:
+    assert "Warning" not in write_report(found).read_text()
+    grpo = {(r.key.start, r.key.seed): r for r in found.of("grpo")}
+    copies = [r if r.key.arm == "grpo" else replace(grpo[r.key.start, r.key.seed], key=r.key) for r in found.results]
+    same = replace(found, results=copies)
+    assert equal_arms(same) == [("grpo", "antisd")]
+    assert "**Warning:** arms grpo and antisd trained alike" in write_report(same).read_text()
+    last = copies[-1]
+    rows = [*last.rows[:-1], {**last.rows[-1], "evaluation/accuracy": 0.123}]
+    assert equal_arms(replace(found, results=[*copies[:-1], replace(last, rows=rows)])) == []
 
 
 def test_steps_and_seconds_to_the_target(found: Findings) -> None:
@@ -97,6 +109,16 @@ def test_curves_of_an_arm(found: Findings) -> None:
     assert grid.tolist() == [0.0, 10.0, 20.0] and mean == pytest.approx([0.27, 0.47, 0.67])
     assert sd == pytest.approx([0.0548] * 3, abs=1e-3)
     assert arm_curve(found.of("grpo"), "gate/lambda", "step") is None
+
+
+def test_panels_have_titles_in_words_and_do_not_repeat(found: Findings) -> None:
+    assert title("evaluation/accuracy", 200).startswith(
+        "Mean reward: of rewards 0 and 1, the fraction of right answers"
+    )
+    assert title("puzzle/u_wait", 200).endswith("[wait] (nats)")
+    doubled = [replace(r, rows=[{**row, "gate/entropy": row.get("pmi/mean")} for row in r.rows]) for r in found.results]
+    metrics = ["pmi/mean", "gate/entropy", "evaluation/accuracy"]
+    assert without_repeats(metrics, replace(found, results=doubled)) == ["pmi/mean", "evaluation/accuracy"]
 
 
 def test_plots_are_drawn_and_shown(found: Findings) -> None:

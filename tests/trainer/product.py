@@ -21,9 +21,10 @@ from asd_megatron.records import Example, TokenTable
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.batch import PackLayout
+from asd_megatron.trainer.columns import table_columns
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.optimizer import Optimizer, StepResult
-from asd_megatron.trainer.pass_plan import PassPlan, plan
+from asd_megatron.trainer.pass_plan import PassPlan, plan_passes
 from asd_megatron.trainer.sft import SupervisedStats, supervised_update
 from asd_megatron.trainer.updater import UpdateStats, update
 from tests.models import everywhere
@@ -74,14 +75,14 @@ class Step:
     weights: list[dict[str, Tensor]] = field(default_factory=list)  # after each update
 
 
-class RecordingOptimizer:
-    """Megatron's optimizer, keeping every update's gradients and weights. Without a learning rate the weights stay."""
+class RecordingOptimizer(Optimizer):
+    """Keeps every update's gradients and weights. Without a learning rate the weights stay."""
 
     def __init__(self, port: ModelPort, recipe: DenseRecipe, *, distributed: bool = False) -> None:
-        self.port, self.frozen = port, recipe.learning_rate is None
+        self.frozen = recipe.learning_rate is None
         self.gradients: list[dict[str, Tensor]] = []
         self.weights: list[dict[str, Tensor]] = []
-        self.inner = Optimizer(
+        super().__init__(
             port,
             learning_rate=recipe.learning_rate or 1.0,
             min_learning_rate=0.0,
@@ -96,15 +97,12 @@ class RecordingOptimizer:
             distributed=distributed,
         )
 
-    def zero_grad(self) -> None:
-        self.inner.zero_grad()
-
-    def step(self, **arguments: Any) -> StepResult:
+    def step(self, *, loss: float = 0.0) -> StepResult:
         self.gradients.append(snapshot(everywhere.gradients(self.port).items()))
         if self.frozen:
             norm = math.sqrt(sum(float((g * g).sum()) for g in self.gradients[-1].values()))
             return StepResult(norm, True)
-        result = self.inner.step(**arguments)
+        result = super().step(loss=loss)
         self.weights.append(snapshot(everywhere.weights(self.port).items()))
         return result
 
@@ -145,7 +143,7 @@ class Product:
     ) -> Step:
         """The lines of `train.train` from `build_batch` on."""
         method = method_of(recipe)
-        needed = plan(
+        needed = plan_passes(
             method.condition,
             recipe.updates,
             recipe.term_normalization,
@@ -164,15 +162,16 @@ class Product:
             self.process_groups,
             optimizer,
             batch,
-            {**inputs, **teacher},
+            inputs,
+            teacher=teacher,
+            student=student,
             method=method,
             plan=needed,
             lam=lam,
             temperature=recipe.temperature,
             epochs=recipe.epochs,
-            scored=student,
         )
-        columns = {**teacher, **stats.columns, "loss_mask": inputs["loss_mask"]}
+        columns = table_columns(inputs, teacher, stats.columns)
         table = gather_table(batch.table, columns, batch.indices, self.process_groups)
         return Step(needed, entropy, lam, stats, table, optimizer.gradients, optimizer.weights)
 

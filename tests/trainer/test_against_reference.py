@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asd_megatron.antisd import CONDITIONS, condition
 from asd_megatron.checks.cases import hard_batch
+from asd_megatron.observe.metrics import step_metrics
 from asd_megatron.records import Example, FinishReason
 from tests.reference.dense import DenseGate, DenseRecipe, DenseResult, dense_update, score_batch
 from tests.trainer.product import Product, Step, gate_of
@@ -114,7 +115,7 @@ def test_every_condition(name: str, aggregation: str, product: Product, dense: A
     assert found.plan.teacher_scoring == c.uses_teacher
     assert found.plan.student_scoring == (c.gate_entropy == "student")
     assert found.plan.head == "fused"
-    assert found.stats.columns["clipped"].sum() == 0
+    assert found.stats.columns.clipped.sum() == 0
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -267,6 +268,20 @@ def test_an_empty_context_has_no_pmi(product: Product, examples: list[Example]) 
     assert max(float(found.table.rows("pmi")[i].abs().max()) for i in range(1, len(mixed), 2)) <= 1e-6
 
 
+@pytest.mark.parametrize("mask_truncated", [False, True])
+@pytest.mark.parametrize(("name", "whose"), [("antisd", "teacher"), ("no_teacher", "student")])
+def test_the_entropy_metric_counts_the_tokens_of_the_gate(
+    name: str, whose: str, mask_truncated: bool, product: Product, examples: list[Example]
+) -> None:
+    recipe = settings(name, mask_truncated=mask_truncated)
+    found = product.step(examples, recipe, gate_of(recipe, H_WARM))
+    assert found.table is not None
+    metrics = step_metrics(examples, found.table, learning_rate=0.0, grad_norm=0.0, policy_loss=0.0, times={})
+    assert metrics[f"entropy/{whose}_median"] == found.median_entropy
+    other = settings(name, mask_truncated=not mask_truncated)
+    assert product.step(examples, other, gate_of(other, H_WARM)).median_entropy != found.median_entropy
+
+
 def test_gate_decisions_over_steps(product: Product, dense: Any) -> None:
     """Two warm-up steps; then temperature moves the entropies across the thresholds."""
     temperatures = [1.0, 0.9, 1.0, 0.5, 0.92, 1.1, 1.0, 0.4]
@@ -334,7 +349,7 @@ def test_several_updates_with_frozen_scores(
             # Adam divides by the root of second moments that can be tiny.
             assert relative(found.weights[k][name] - start[name], weight - start[name]) < 5e-4, (k, name)
     assert expected.clipped[0] == 0 and sum(expected.clipped) > 0
-    clipped = float(found.stats.columns["clipped"].sum())
+    clipped = float(found.stats.columns.clipped.sum())
     if epochs == 1:
         assert clipped == sum(expected.clipped)
     else:
@@ -354,10 +369,10 @@ def test_the_two_clips_are_separate(
     product.reload()
     check_update(found, expected, tolerance=1e-4)
     assert expected.clipped[1] > 0
-    assert found.stats.columns["clipped"].sum() == expected.clipped[1]
+    assert found.stats.columns.clipped.sum() == expected.clipped[1]
     assert found.table is not None
-    clipped = found.stats.columns["clipped"].bool()
-    positive = found.stats.columns["advantage"][clipped] > 0
+    clipped = found.stats.columns.clipped.bool()
+    positive = found.stats.columns.constants.advantage[clipped] > 0
     assert positive.all() if high < low else not positive.any()
 
 
@@ -373,10 +388,12 @@ def test_several_updates_need_scores(product: Product, examples: list[Example]) 
     with pytest.raises(ValueError, match="scoring pass of the student"):
         update(
             product.port,
-            product.groups,
+            product.process_groups,
             RecordingOptimizer(product.port, recipe),
             batch,
             inputs,
+            teacher=None,
+            student=None,
             method=method,
             plan=product.step(examples, settings("grpo"), gate_of(settings("grpo"))).plan,
             lam=0.0,

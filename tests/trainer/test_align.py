@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.records import TokenTable
-from asd_megatron.trainer.align import TokenColumns, gather_rows, gather_table
+from asd_megatron.trainer.align import gather_table, share_columns
 from asd_megatron.trainer.batch import Pack, PackLayout
+from asd_megatron.trainer.columns import LossConstants, LossInputs, Scores, TokenInputs, UpdateColumns, table_columns
 from asd_megatron.trainer.local_batch import LocalBatch
 from tests.distributed.harness import run_ranks
 
@@ -74,15 +75,49 @@ def test_teacher_and_student_meet_at_rollout_and_position(ranks: int, context: i
         assert len(student) == row == batch.table.tokens
 
 
-def test_columns_are_filled_pack_by_pack() -> None:
+@pytest.mark.parametrize("importance", [False, True])
+def test_columns_are_filled_pack_by_pack(importance: bool) -> None:
+    """Every column of an update reaches its own row of the one tensor that is shared, and is read back from there."""
     batch = build(1, 0, PackLayout())
-    columns = TokenColumns(("a", "b"), batch.table.tokens, torch.device("cpu"))
+    count = UpdateColumns.count(importance=importance)
+    values = torch.zeros(count, batch.table.tokens)
+    columns = UpdateColumns.of_rows(values)
     for pack in batch.student_packs():
-        columns.put(pack.flat, {"a": pack.targets, "unknown": pack.targets})
+        given = [pack.targets * 10 + k for k in range(count)]
+        scores, clipped, constants = Scores(*given[:2]), given[2], LossConstants(*given[3:])
+        columns.put(pack.flat, UpdateColumns(scores, clipped, constants))
     ids = batch.column(lambda e: e.rollout.response_ids)
-    assert torch.equal(columns.values[0], ids) and not columns.values[1].any()
+    assert torch.equal(values, torch.stack([ids * 10 + k for k in range(count)]))
     for pack in batch.student_packs():
-        assert torch.equal(gather_rows({"ids": ids}, pack)["ids"], pack.targets.float())
+        assert torch.equal(columns.at(pack.flat).clipped, pack.targets * 10.0 + 2)
+
+
+def token_inputs(n: int) -> TokenInputs:
+    at, mask = torch.arange(n), torch.arange(n) % 2 == 0
+    return TokenInputs(at + 0.5, at + 0.25, mask, ~mask, mask, -at.float(), at)
+
+
+def test_rows_are_picked_in_nested_columns_and_absent_ones_stay_absent() -> None:
+    scores = Scores(torch.arange(5.0), torch.arange(5.0) + 10)
+    whole = LossInputs(token_inputs(5), teacher=scores)
+    for rows in (torch.tensor([4, 1]), slice(1, 3)):
+        part = whole.at(rows)
+        assert part.frozen is None and part.teacher is not None
+        assert torch.equal(part.teacher.entropy, scores.entropy[rows])
+        assert torch.equal(part.inputs.segment, torch.arange(5)[rows])
+        assert part.inputs.loss_mask.dtype is torch.bool
+
+
+def test_the_table_names_what_was_computed() -> None:
+    scores = Scores(torch.arange(3.0), torch.arange(3.0) + 10)
+    plain = LossConstants(torch.zeros(3), torch.ones(3), torch.full((3,), 2.0))
+    corrected = LossConstants(plain.pmi, plain.term, plain.advantage, torch.full((3,), 3.0), torch.ones(3))
+    clipped = torch.tensor([0.0, 1.0, 0.0])
+    alone = table_columns(token_inputs(3), None, UpdateColumns(scores, clipped, plain))
+    both = table_columns(token_inputs(3), scores, UpdateColumns(scores, clipped, corrected))
+    assert set(both) - set(alone) == {"teacher_logprobs", "teacher_entropy", "importance", "importance_affected"}
+    assert torch.equal(both["teacher_entropy"], scores.entropy) and torch.equal(both["pmi"], plain.pmi)
+    assert torch.equal(both["clipped"], clipped) and torch.equal(both["importance"], torch.full((3,), 3.0))
 
 
 def _tables(rank: int) -> list[Any]:
@@ -128,13 +163,14 @@ def _shares(rank: int) -> list[float]:
     """Two ranks as context-parallel ones with disjoint slices, then as two pipeline stages."""
     world = dist.group.WORLD
     assert world is not None
-    columns = TokenColumns(("a",), 4, torch.device("cpu"))
-    columns.put(torch.tensor([0, 2] if rank == 0 else [1, 3]), {"a": torch.tensor([1.0, 2.0]) + 10 * rank})
+    summed, last = torch.zeros(1, 4), torch.zeros(1, 2)
+    summed[0, [0, 2] if rank == 0 else [1, 3]] = torch.tensor([1.0, 2.0]) + 10 * rank
+    if rank == 1:
+        last[0] = torch.tensor([5.0, 6.0])
     alone: Any = SimpleNamespace(size=lambda: 1)
-    summed = columns.share(cp=world, pp=alone)["a"].tolist()
-    last = TokenColumns(("a",), 2, torch.device("cpu"))
-    last.put(torch.arange(2), {"a": torch.tensor([5.0, 6.0]) if rank == 1 else torch.zeros(2)})
-    return [*summed, *last.share(cp=alone, pp=world)["a"].tolist()]
+    share_columns(summed, cp=world, pp=alone)
+    share_columns(last, cp=alone, pp=world)
+    return [*summed[0].tolist(), *last[0].tolist()]
 
 
 def test_columns_are_shared_over_slices_and_stages(ranks: list[Any]) -> None:

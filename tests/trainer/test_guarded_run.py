@@ -21,6 +21,7 @@ from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.run.rl import TrainingRun
 from asd_megatron.run.session import open_session
 from asd_megatron.trainer import passes
+from asd_megatron.trainer.columns import Scores
 from asd_megatron.trainer.guard import NotFinite
 from tests.e2e.world import call, without_torchrun
 
@@ -92,12 +93,12 @@ def test_a_student_pass_without_numbers(
     """Through the program: one line, exit status 2, and the checkpoint of the step before is there."""
     original, passed = passes.score_student, 0
 
-    def score(*arguments: Any, **how: Any) -> dict[str, torch.Tensor] | None:
+    def score(*arguments: Any, **how: Any) -> Scores | None:
         nonlocal passed
         passed += 1
         found = original(*arguments, **how)
         if found is not None and passed == 2:
-            found["student_entropy"][0] = math.inf
+            found.entropy[0] = math.inf
         return found
 
     monkeypatch.setattr(passes, "score_student", score)

@@ -1,4 +1,4 @@
-"""A rank's share of a batch: shares, mini-batches, columns and denominators."""
+"""A rank's part of a batch: assignment, mini-batches, columns and denominators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.records import Example, FinishReason
 from asd_megatron.trainer.batch import PackLayout
-from asd_megatron.trainer.local_batch import Computed, GlobalCounts, LocalBatch, sampled_mask, split_mini_batches
+from asd_megatron.trainer.local_batch import ComputedTokens, GlobalCounts, LocalBatch, loss_mask, split_mini_batches
 
 
 def build(examples: list[Example], ranks: int = 1, rank: int = 0, updates: int = 1, **how: Any) -> LocalBatch:
@@ -37,9 +37,9 @@ def test_every_example_belongs_to_one_rank(ranks: int, updates: int) -> None:
     examples = hard_batch(1)
     batches = [build(examples, ranks, rank, updates) for rank in range(ranks)]
     assert sorted(i for b in batches for i in b.indices) == list(range(len(examples)))
-    assert all(b.shares == batches[0].shares for b in batches)  # every rank works them out alike
-    for mini_batch, part in zip(batches[0].shares, split_mini_batches(len(examples), updates), strict=True):
-        assert sorted(i for share in mini_batch for i in share) == list(part)
+    assert all(b.assignment == batches[0].assignment for b in batches)  # every rank works them out alike
+    for mini_batch, part in zip(batches[0].assignment, split_mini_batches(len(examples), updates), strict=True):
+        assert sorted(i for indices in mini_batch for i in indices) == list(part)
     for b in batches:
         assert [b.all_examples[i] for i in b.indices] == list(b.examples)
         assert b.table.tokens == sum(map(length, b.examples))
@@ -68,7 +68,7 @@ def test_rows_follow_the_rollouts() -> None:
     assert rewards == [batch.examples[k].reward for k, _ in expected]
     first, second = batch.mini_batch_rows(0), batch.mini_batch_rows(1)
     assert (first.start, first.stop, second.stop) == (0, second.start, batch.table.tokens)
-    in_first = {i for share in batch.shares[0] for i in share}
+    in_first = {i for indices in batch.assignment[0] for i in indices}
     owners = [batch.indices[k] for k, _ in expected]
     assert [i in in_first for i in owners] == [r < first.stop for r in range(batch.table.tokens)]
 
@@ -80,7 +80,7 @@ def test_denominators_are_of_all_ranks(mask_truncated: bool) -> None:
         for i, e in enumerate(hard_batch(1))
     ]
     examples[1] = replace(examples[1], rollout=replace(examples[1].rollout, loss_mask=(False, False)))
-    masks = [sampled_mask(e, mask_truncated=mask_truncated) for e in examples]
+    masks = [loss_mask(e, mask_truncated=mask_truncated) for e in examples]
     for m, part in enumerate(split_mini_batches(len(examples), 2)):
         wanted = GlobalCounts(sum(sum(masks[i]) for i in part), sum(any(masks[i]) for i in part))
         for rank in range(3):
@@ -129,7 +129,7 @@ def _sharing(examples: list[Example], ranks: int, share: bool) -> list[LocalBatc
 
 def test_groups_stay_together_where_their_prefixes_are_shared() -> None:
     examples = [e for seed in (1, 2) for e in hard_batch(seed)]
-    counts: dict[bool, list[Computed]] = {}
+    counts: dict[bool, list[ComputedTokens]] = {}
     for share in (False, True):
         batches = _sharing(examples, 2, share)
         for batch in batches:

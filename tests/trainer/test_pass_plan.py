@@ -6,7 +6,7 @@ import pytest
 
 from asd_megatron.antisd import CONDITIONS, condition
 from asd_megatron.antisd.importance import Level
-from asd_megatron.trainer.pass_plan import plan
+from asd_megatron.trainer.pass_plan import plan_passes
 
 TEACHER = [c.name for c in CONDITIONS.values() if c.uses_teacher]
 
@@ -25,31 +25,31 @@ TEACHER = [c.name for c in CONDITIONS.values() if c.uses_teacher]
     ],
 )
 def test_one_update(name: str, student: bool, teacher: bool, forwards: int) -> None:
-    p = plan(condition(name))
+    p = plan_passes(condition(name))
     assert (p.student_scoring, p.teacher_scoring, p.forwards_per_step) == (student, teacher, forwards)
     assert p.head == "fused" and p.updates == 1
-    assert plan(name) == p
+    assert plan_passes(name) == p
 
 
 @pytest.mark.parametrize("name", list(CONDITIONS))
 def test_several_updates_score_the_student_first(name: str) -> None:
-    p = plan(name, updates=4)
+    p = plan_passes(name, updates=4)
     assert p.student_scoring and p.head == "fused" and p.updates == 4
     assert p.forwards_per_step == 4 + (name in TEACHER)
-    twice = plan(name, updates=2, epochs=2)
+    twice = plan_passes(name, updates=2, epochs=2)
     assert twice.student_scoring and twice.updates == 4
     assert twice.forwards_per_step == 7 + (name in TEACHER)
 
 
 def test_term_normalization() -> None:
-    sequence = plan("antisd", term_normalization="sequence")
+    sequence = plan_passes("antisd", term_normalization="sequence")
     assert not sequence.student_scoring and sequence.head == "two_phase"
-    batch = plan("antisd", term_normalization="batch")
+    batch = plan_passes("antisd", term_normalization="batch")
     assert batch.student_scoring and batch.head == "fused" and batch.forwards_per_step == 5
-    assert plan("antisd", 2, "sequence").head == "fused"  # advantages are known from the scoring passes
-    assert plan("student_entropy_gate", term_normalization="sequence").head == "fused"
+    assert plan_passes("antisd", 2, "sequence").head == "fused"  # advantages are known from the scoring passes
+    assert plan_passes("student_entropy_gate", term_normalization="sequence").head == "fused"
     for mode in ("sequence", "batch"):  # grpo has no term to scale
-        p = plan("grpo", term_normalization=mode, log_pmi=True)
+        p = plan_passes("grpo", term_normalization=mode, log_pmi=True)
         assert not p.student_scoring and p.head == "fused"
 
 
@@ -57,25 +57,25 @@ def test_term_normalization() -> None:
 def test_importance_of_whole_responses(level: Level) -> None:
     """A response's log-probs are needed before its loss: from the first phase of the head, or a scoring pass."""
     for name in CONDITIONS:
-        p = plan(name, importance_level=level)
+        p = plan_passes(name, importance_level=level)
         assert p.head == ("fused" if p.student_scoring else "two_phase")
-        assert p.forwards_per_step == plan(name).forwards_per_step
-    several = plan("antisd", 2, importance_level=level)
+        assert p.forwards_per_step == plan_passes(name).forwards_per_step
+    several = plan_passes("antisd", 2, importance_level=level)
     assert several.student_scoring and several.head == "fused"
-    assert plan("antisd", term_normalization="batch", importance_level=level).head == "fused"
-    assert plan("antisd", importance_level="token") == plan("antisd")
+    assert plan_passes("antisd", term_normalization="batch", importance_level=level).head == "fused"
+    assert plan_passes("antisd", importance_level="token") == plan_passes("antisd")
 
 
 def test_log_pmi_scores_the_teacher_for_the_log_only() -> None:
-    p = plan("grpo", log_pmi=True)
+    p = plan_passes("grpo", log_pmi=True)
     assert p.teacher_scoring and p.forwards_per_step == 4
     assert any("only to log u" in r for r in p.reasons)
-    assert plan("antisd", log_pmi=True) == plan("antisd")
+    assert plan_passes("antisd", log_pmi=True) == plan_passes("antisd")
 
 
 def test_reasons_name_what_decided() -> None:
     def told(*args: object, **options: object) -> str:
-        return "\n".join(plan(*args, **options).reasons)  # type: ignore[arg-type]
+        return "\n".join(plan_passes(*args, **options).reasons)  # type: ignore[arg-type]
 
     assert "the gate its entropy" in told("antisd")
     assert "the gate" not in told("sd")
@@ -94,6 +94,6 @@ def test_reasons_name_what_decided() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        plan("antisd", updates=0)
+        plan_passes("antisd", updates=0)
     with pytest.raises(ValueError, match="none, sequence or batch"):
-        plan("antisd", term_normalization="tokens")
+        plan_passes("antisd", term_normalization="tokens")

@@ -1,4 +1,4 @@
-"""Shared prefixes: every sequence is whole on its way from the root, and nothing is laid out twice."""
+"""Prefix sharing: the path from the root spells every sequence completely, and nothing is laid out twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asd_megatron.trainer import prefixes
-from asd_megatron.trainer.prefixes import BLOCK, Segments, count, cut, order, separate, tree
+from asd_megatron.trainer.prefixes import (
+    BLOCK,
+    Segments,
+    bin_consecutive,
+    build_tree,
+    separate,
+    sort_by_prefix,
+    unique_tokens,
+)
 
 SEQUENCES = st.lists(
     st.lists(st.integers(0, 1), min_size=0, max_size=6).map(lambda blocks: sum(([b] * 9 for b in blocks), [7])),
@@ -19,24 +27,24 @@ SEQUENCES = st.lists(
 
 
 def _check(segments: Segments, sequences: list[list[int]]) -> None:
-    stretch_of = {
+    segment_of = {
         token: i for i, (a, e) in enumerate(zip(segments.cu, segments.cu[1:], strict=False)) for token in range(a, e)
     }
     for ids, where in zip(sequences, segments.where, strict=True):
         assert segments.ids[where].tolist() == list(ids)
         assert segments.positions[where].tolist() == list(range(len(ids)))
-        way = list(dict.fromkeys(stretch_of[token] for token in where.tolist()))
-        for parent, child in zip([-1, *way], way, strict=False):
+        path = list(dict.fromkeys(segment_of[token] for token in where.tolist()))
+        for parent, child in zip([-1, *path], path, strict=False):
             assert segments.parents[child] == parent  # so a token's ancestors are its sequence's earlier tokens
-        assert sum(segments.cu[i + 1] - segments.cu[i] for i in way) == len(ids)
+        assert sum(segments.cu[i + 1] - segments.cu[i] for i in path) == len(ids)
 
 
 @settings(deadline=None, max_examples=200)
 @given(SEQUENCES)
-def test_every_sequence_is_whole_and_stretches_are_not_short(sequences: list[list[int]]) -> None:
-    found = tree(sequences)
+def test_every_sequence_is_complete_and_shared_segments_are_not_short(sequences: list[list[int]]) -> None:
+    found = build_tree(sequences)
     _check(found, sequences)
-    assert found.cu[-1] == len(found.ids) == count(sequences) <= sum(map(len, sequences))
+    assert found.cu[-1] == len(found.ids) == unique_tokens(sequences) <= sum(map(len, sequences))
     inner = {p for p in found.parents if p >= 0}
     assert all(found.cu[i + 1] - found.cu[i] >= BLOCK for i in inner)
 
@@ -47,7 +55,7 @@ def test_a_group_computes_its_prompt_once_and_demonstrations_branch() -> None:
     prompt, first, second = draw(3 * BLOCK), draw(2 * BLOCK), draw(2 * BLOCK)
     first[0], second[0] = 1, 2
     sequences = [prompt + (second if i == 2 else first) + [i] + draw(11) for i in range(5)]
-    found = tree(sequences)
+    found = build_tree(sequences)
     _check(found, sequences)
     assert found.cu[-1] == 3 * BLOCK + 2 * (2 * BLOCK) + 5 * 12
     assert sorted(found.parents) == [-1, 0, 0, 1, 1, 1, 1]  # prompt, two demonstrations, five responses
@@ -59,8 +67,8 @@ def test_separate_sequences_share_nothing() -> None:
     _check(found, [[1, 2, 3], [1, 2, 3, 4]])
 
 
-def test_padding_stays_behind_the_last_stretch() -> None:
-    found = tree([[1] * 20, [1] * 20 + [2]]).padded(3, 9)
+def test_padding_stays_behind_the_last_segment() -> None:
+    found = build_tree([[1] * 20, [1] * 20 + [2]]).padded(3, 9)
     assert found.ids[-3:].tolist() == [9, 9, 9] and found.cu[-1] == len(found.ids)
     assert len(found.cu) - 2 not in found.parents
     assert found.positions[-4:].tolist() == list(range(int(found.positions[-4]), int(found.positions[-4]) + 4))
@@ -71,27 +79,27 @@ def test_padding_stays_behind_the_last_stretch() -> None:
 def test_bins_keep_the_budget_and_are_about_equally_full(seed: int, at_least: int) -> None:
     rng = random.Random(seed)
     sequences = [[rng.randrange(3)] * 32 + [rng.randrange(9) for _ in range(rng.randrange(1, 60))] for _ in range(23)]
-    indices, shared = order(sequences)
-    whole = [len(sequences[i]) for i in indices]
-    own = [n - s for n, s in zip(whole, shared, strict=True)]
-    bins = cut(own, whole, 200, at_least)
+    indices, shared = sort_by_prefix(sequences)
+    complete = [len(sequences[i]) for i in indices]
+    own = [n - s for n, s in zip(complete, shared, strict=True)]
+    bins = bin_consecutive(own, complete, 200, at_least)
     assert [place for places in bins for place in places] == list(range(23))
-    loads = [count([sequences[indices[place]] for place in places]) for places in bins]
+    loads = [unique_tokens([sequences[indices[place]] for place in places]) for places in bins]
     assert max(loads) <= 200 and len(bins) >= at_least
-    fewer = prefixes._fill(own, whole, max(loads) - 1)
+    fewer = prefixes._fill(own, complete, max(loads) - 1)
     assert len(fewer) > len(bins)  # no smaller capacity would do with so many bins
 
 
 def test_a_sequence_longer_than_the_budget_has_a_bin_of_its_own() -> None:
-    assert cut([5, 90, 5], [5, 90, 5], 20) == [range(0, 1), range(1, 2), range(2, 3)]
-    assert cut([], [], 20) == []
-    assert tree([]).ids.shape == (0,) and tree([]).ids.dtype == "int64"
+    assert bin_consecutive([5, 90, 5], [5, 90, 5], 20) == [range(0, 1), range(1, 2), range(2, 3)]
+    assert bin_consecutive([], [], 20) == []
+    assert build_tree([]).ids.shape == (0,) and build_tree([]).ids.dtype == "int64"
 
 
-def test_an_order_that_is_known_gives_the_same_tree() -> None:
+def test_an_order_that_is_known_gives_the_same_build_tree() -> None:
     rng = random.Random(3)
     sequences = [[rng.randrange(2)] * 20 + [rng.randrange(3)] * 20 + [i] for i in range(9)]
-    indices, shared = order(sequences)
-    known = tree([sequences[i] for i in indices], shared)
+    indices, shared = sort_by_prefix(sequences)
+    known = build_tree([sequences[i] for i in indices], shared)
     _check(known, [sequences[i] for i in indices])
-    assert known.parents == tree(sequences).parents and known.ids.tolist() == tree(sequences).ids.tolist()
+    assert known.parents == build_tree(sequences).parents and known.ids.tolist() == build_tree(sequences).ids.tolist()

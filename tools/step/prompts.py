@@ -9,6 +9,7 @@ from typing import Any
 from step.conditions import overrides
 
 from asd_megatron.config import load_recipe
+from asd_megatron.data.tokenizer import decode
 from asd_megatron.run.build import make_renderer
 from asd_megatron.run.session import open_session
 from asd_megatron.run.sources import model_folder, training_problems
@@ -26,7 +27,7 @@ def collect(spec: dict[str, Any]) -> dict[str, Any]:
             for step in range(1, spec["steps"] + 1)
             for problem in problems.batch(step, per_step, recipe.run.seed)
         ]
-        texts = [session.tokenizer.decode(list(ids), skip_special_tokens=False) for ids in found]
+        texts = [decode(session.tokenizer, ids, skip_special_tokens=False) for ids in found]
     return {"model": str(Path(model_folder(recipe.model.path)).resolve()), "ids": found, "texts": texts}
 
 

@@ -12,12 +12,14 @@ from asd_megatron.models.families.qwen3 import QWEN3
 
 FAMILIES: tuple[Family, ...] = (QWEN3, LLAMA)
 
-__all__ = ["FAMILIES", "Family", "ModelShape", "family_of"]
+__all__ = ["FAMILIES", "Family", "ModelShape", "check_architecture", "family_of"]
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
     """The family of a Hugging Face config, by its `architectures`. Raises UserError, listing what is supported."""
-    found = tuple(hf_config.get("architectures") or ())
+    found = hf_config.get("architectures") or ()
+    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+        raise UserError(f"config.json: architectures is {found!r:.60}, expected a list of names; download it again")
     for family in FAMILIES:
         if set(found) & set(family.architectures):
             return family
@@ -26,3 +28,10 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
         f"config.json names the architecture {', '.join(found) or '(none)'}, which is not supported; "
         f"supported are {known}"
     )
+
+
+def check_architecture(hf_config: Mapping[str, Any]) -> None:
+    """Refuse (UserError) a Hugging Face config whose model cannot be trained: an unsupported architecture, options and
+    sizes that it cannot have. Builds nothing and needs no ranks.
+    """
+    family_of(hf_config).translate(hf_config)

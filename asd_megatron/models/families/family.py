@@ -9,8 +9,22 @@ from typing import Any
 import torch
 
 from asd_megatron.errors import UserError
+from asd_megatron.models.hf_config import flag, number, required, whole_number
 from asd_megatron.models.rope import RotarySettings
 from asd_megatron.models.weights import QKV, Copy, GateUp, Row, Rule, Vocabulary
+
+# The largest sizes that are believed. Beyond them a file is damaged, and building such a model would take all memory.
+MOST = {
+    "num_hidden_layers": 1 << 12,
+    "hidden_size": 1 << 18,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "intermediate_size": 1 << 21,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": (1 << 31) - 1,
+}
+OPTIONAL = ("num_key_value_heads", "head_dim")
 
 
 @dataclass(frozen=True)
@@ -43,12 +57,6 @@ class Family:
     activation: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.silu
 
 
-def required(config: Mapping[str, Any], key: str) -> Any:
-    if config.get(key) is None:
-        raise UserError(f"config.json has no `{key}`: the model folder is incomplete, or of another architecture")
-    return config[key]
-
-
 def refuse_unless(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...], why: str) -> None:
     if config.get(key, allowed[0]) not in allowed:
         raise UserError(f"config.json: {key} is {config[key]!r}; {why}")
@@ -66,25 +74,40 @@ def translate_decoder(config: Mapping[str, Any], *, qk_norm: bool, explicit: tup
     refuse_unless(config, "attention_bias", (False, None), "projections with a bias are not supported")
     refuse_unless(config, "mlp_bias", (False, None), "projections with a bias are not supported")
     refuse_unless(config, "use_sliding_window", (False, None), "sliding-window attention is not supported")
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
+    layer_types = config.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list | tuple) or any(kind != "full_attention" for kind in layer_types)
+    ):
         raise UserError("config.json: layer_types asks for other layers than full_attention, which are not supported")
-    heads, hidden = int(required(config, "num_attention_heads")), int(required(config, "hidden_size"))
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    positions = int(required(config, "max_position_embeddings"))
+    size = {key: whole_number(config, key, most) for key, most in MOST.items() if key not in OPTIONAL}
+    heads, hidden = size["num_attention_heads"], size["hidden_size"]
+    kv_heads, head_dim = (None if config.get(key) is None else whole_number(config, key, MOST[key]) for key in OPTIONAL)
+    kv_heads = heads if kv_heads is None else kv_heads
+    if heads % kv_heads:
+        raise UserError(
+            f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}: the file is"
+            " damaged, or of another model; download the model again"
+        )
+    if head_dim is None and hidden % heads:
+        raise UserError(
+            f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads} and there is no head_dim:"
+            " the file is damaged, or of another model; download the model again"
+        )
+    head_dim = hidden // heads if head_dim is None else head_dim
     return ModelShape(
-        layers=int(required(config, "num_hidden_layers")),
+        layers=size["num_hidden_layers"],
         hidden=hidden,
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
+        kv_heads=kv_heads,
         head_dim=head_dim,
-        ffn=int(required(config, "intermediate_size")),
-        vocab=int(required(config, "vocab_size")),
-        max_positions=positions,
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        ffn=size["intermediate_size"],
+        vocab=size["vocab_size"],
+        max_positions=size["max_position_embeddings"],
+        norm_epsilon=number(config, "rms_norm_eps", 1e-6, zero=True),
         qk_norm=qk_norm,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=flag(config, "tie_word_embeddings"),
         rotary=RotarySettings.from_config(config, head_dim),
-        initializer_range=float(config.get("initializer_range", 0.02)),
+        initializer_range=number(config, "initializer_range", 0.02, zero=True),
     )
 
 

@@ -1,12 +1,26 @@
-"""The key/value cache of the embedded engine.
+"""The key/value cache of the embedded engine: prompts stored once, decoded tokens in a grid of samples.
 
-A prompt is stored once, however many samples it has. Samples are cells of a grid, equally many to each stored prompt (a
-group), so that one batched product attends over the prompts, with the queries of a group as its rows, and another over
-the decoded tokens. A finished sample leaves its cell empty; when too many are, the grid is laid out anew, in smaller
-groups if need be.
+A prompt's keys and values are stored once, however many samples (rows of the batch) continue it. The samples are cells
+of a grid: a group is one stored prompt with equally many cells in every group. One batched product per layer attends
+over the prompts, with all queries of a group as rows of one matrix, and another over the decoded tokens.
 
-All samples produce one token per forward, so decoded tokens share a slot and need no mask; only prompts of different
-lengths do. Slots need no order otherwise, because keys are stored after RoPE.
+Two prompts, P of 3 tokens and Q of 2, with 3 samples each (batch rows 0 to 5), after 2 decoded tokens:
+
+            stored prompt     cells           slots of decoded tokens (one for each forward)
+    group 0 P0 P1 P2          0 1 2           cell 0: a0 a1    cell 1: b0 b1    cell 2: c0 c1
+    group 1 Q0 Q1 --          3 4 5           cell 3: d0 d1    cell 4: e0 e1    cell 5: f0 f1
+
+    query of cell 4 attends to   Q0 Q1 (the padding is masked), e0 e1
+
+All samples decode one token per forward, so a slot is filled in every cell at once and decoded tokens need no mask;
+only prompts of different lengths do. Keys are stored after RoPE, so the order of slots carries no meaning.
+
+A finished sample leaves its cell empty. `keep([0, 1, 3, 4, 5])` leaves cell 2 empty: 6 cells for 5 rows, still within
+EMPTY. `keep([0, 3, 4, 5])` would leave 6 cells for 4 rows, too many, so the grid is laid out anew with the largest
+groups that fit, here of one cell, and Q is stored three times:
+
+    group 0 P0 P1 P2    cell 0 (was 0)          group 2 Q0 Q1 --    cell 2 (was 4)
+    group 1 Q0 Q1 --    cell 1 (was 3)          group 3 Q0 Q1 --    cell 3 (was 5)
 """
 
 from __future__ import annotations
@@ -15,28 +29,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asd_megatron.models.attention import operand
+from asd_megatron.models.attention import attention_operand
 
 EMPTY = 1.25
-"""The grid has at most so many cells a row."""
+"""Most cells of the grid for each row of the batch."""
 
-
-WIDENED = 1 << 17
-"""Elements of decoded keys or values that are widened at a time: 1 MiB of float64, multiplied while in a cache."""
+WIDENED_ELEMENTS = 1 << 17
+"""Elements of decoded keys or values that are converted to a wider dtype at a time: 1 MiB of float64, so that they are
+multiplied while they are in the processor's cache."""
 
 
 class KVCache:
     """Keys and values of every layer of one pipeline stage, for a batch of rows.
 
-    Use: perhaps `prefix`, then `prefill` (repeat for further prompts), each before its forward; `expand` once to repeat
-    each prompt's row for its samples; then `decode` before every one-token forward, and `keep` when rows finish.
-    `attend` is called by the model, once per layer and forward.
+    Call order: `prefix` if all prompts begin alike, then `prefill` (repeated for further prompts), each before its
+    forward; `expand` once, to repeat each prompt's row for its samples; then `decode` before every one-token forward,
+    and `keep` when rows finish. The model calls `attend`, once per layer and forward.
 
-    rows: prompts in the batch. width: the longest prompt. block: slots by which the store of decoded tokens grows.
-    `lengths`, int64 [rows]: the rows' prompt lengths.
+    rows: prompts in the batch. width: length of the longest prompt. block: slots by which the storage of decoded tokens
+    grows. `lengths`, int64 [rows]: the rows' prompt lengths.
     Storage per layer, with the key/value heads of this tensor-parallel rank: prompts [2, groups, heads, width,
-    head_dim] in the dtype that attention takes (`models.attention.operand`), decoded tokens [2, groups * heads * cells
-    of a group, slots, head_dim] in their own, widened whenever they are read: half the memory to wait for.
+    head_dim] in the dtype that attention takes (`models.attention.attention_operand`), decoded tokens [2, groups *
+    heads * cells of a group, slots, head_dim] in their own, widened whenever they are read: half the memory to wait
+    for.
     """
 
     def __init__(self, rows: int, width: int, *, block: int = 256) -> None:
@@ -46,33 +61,33 @@ class KVCache:
         self._prompts: dict[int, Tensor] = {}
         self._decoded: dict[int, Tensor] = {}
         self._block = block
-        self._slots = self._capacity = 0  # of decoded tokens, that of the forward in progress included
-        self._span: tuple[int, int] | None = None  # prompts of the prefill in progress; None while decoding
-        self._begin = self._shared = 0  # where that prefill begins; tokens that every prompt begins with
-        self._newest: Tensor | None = None  # positions in the forward in progress; None for its only one
-        self._group_lengths = self.lengths  # int64 [groups], of the prompts
-        self._members = 1  # cells of a group
-        self._cells = torch.arange(rows)  # of the rows
-        self._maps: tuple[Tensor, Tensor] | None = None  # each cell's row (any, if empty), each row's cell
-        self._bias: Tensor | None = None
-        self._padded = False
+        self._slots = self._capacity = 0  # of decoded tokens: in use (this forward's included), allocated
+        self._span: tuple[int, int] | None = None  # prompts of the current prefill; None while decoding
+        self._begin = self._shared = 0  # position where that prefill begins; tokens common to all prompts
+        self._newest: Tensor | None = None  # each row's newest position in the current forward; None: it has only one
+        self._group_lengths = self.lengths  # int64 [groups]: lengths of the stored prompts
+        self._members = 1  # cells of each group
+        self._cells = torch.arange(rows)  # int64 [rows]: each row's cell
+        self._maps: tuple[Tensor, Tensor] | None = None  # each cell's row (any row, if empty), each row's cell
+        self._bias: Tensor | None = None  # the mask of `_mask`, computed once for each layout
+        self._padded = False  # whether it masks anything
 
     def prefix(self, length: int) -> None:
-        """The next forward carries, as one row, the first `length` tokens, which all prompts have in common."""
+        """The next forward holds, as one row, the first `length` tokens, which all prompts have in common."""
         self._span, self._begin, self._shared = (0, self.rows), 0, length
         self._newest = torch.tensor([length - 1])
 
     def prefill(self, start: int, lengths: Tensor) -> None:
-        """The next forward carries prompts start:start+len(lengths), right-padded, without a common `prefix`.
+        """The next forward holds prompts start:start+len(lengths), right-padded, without the common `prefix`.
 
-        lengths: int64 [b], of the whole prompts.
+        lengths: int64 [b], of the complete prompts.
         """
         self._span, self._begin = (start, start + len(lengths)), self._shared
         self.lengths[slice(*self._span)] = lengths.cpu()
         self._newest = lengths.cpu() - 1 - self._begin
 
     def decode(self) -> None:
-        """The next forward carries one token of every row; its keys take the next slot."""
+        """The next forward holds one token of every row; its keys and values take the next slot."""
         self._span = self._newest = None
         self._slots += 1
         if self._slots <= self._capacity:
@@ -85,11 +100,11 @@ class KVCache:
     def attend(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None = None
     ) -> Tensor:
-        """Store this forward's keys and values, and attend.
+        """Store this forward's keys and values, then attend over everything stored.
 
         query [s, B, h, d], or [s, B, hkv, h / hkv, d]; key and value [s, B, hkv, d], after RoPE, heads of this
         tensor-parallel rank, h a multiple of hkv with consecutive query heads sharing a key head. softmax_scale:
-        default 1/sqrt(d). Returns [s, B, h*d].
+        default 1/sqrt(d). Returns [s, B, h*d]. Raises RuntimeError while decoding when B is not the cache's rows.
         """
         steps, rows, kv_heads, dim = key.shape
         scale = dim**-0.5 if softmax_scale is None else softmax_scale
@@ -98,15 +113,15 @@ class KVCache:
         if self._span is not None:
             return self._attend_prompt(layer_number, self._span, query, key, value, scale)
         if rows != self.rows:
-            raise RuntimeError(f"{rows} rows came to a cache of {self.rows}")
+            raise RuntimeError(f"the forward has {rows} rows, the cache holds {self.rows}")
         out = self._attend_cells(layer_number, self._grid(query), self._grid(key), self._grid(value), scale)
-        # The heads of a cell side by side again, the cells in the order of rows.
+        # [groups, hkv, cells, h / hkv, d] to [1, cells, h * d], then cells to rows.
         out = query.new_empty(out.transpose(1, 2).shape).copy_(out.transpose(1, 2)).view(1, -1, query[0, 0].numel())
         return out if self._maps is None else out.index_select(1, self._maps[1])
 
     def newest(self, hidden: Tensor) -> Tensor:
-        """Hidden states of each row's newest token in the current forward: [s, B, H] -> [1, B, H]. Only these need
-        logits."""
+        """Hidden states of each row's newest token in the current forward, which alone need logits: [s, B, H] ->
+        [1, B, H]."""
         if self._newest is None:
             return hidden
         last = self._newest.to(hidden.device)
@@ -118,7 +133,7 @@ class KVCache:
         self._lay_out()
 
     def keep(self, indices: Tensor) -> None:
-        """New row i is row indices[i] (int64, no repeats); all other rows leave."""
+        """New row i is row indices[i] (int64, no repeats); all other rows are dropped."""
         self._select(indices)
         if len(self._group_lengths) * self._members > EMPTY * self.rows:
             self._lay_out()
@@ -126,7 +141,7 @@ class KVCache:
             self._map()
 
     def _grid(self, x: Tensor) -> Tensor:
-        """[1, rows, hkv, ...] as [groups, hkv, cells of a group, ...]."""
+        """From rows to cells: [1, rows, hkv, ...] to [groups, hkv, cells of a group, ...]."""
         if self._maps is not None:
             x = x.index_select(1, self._maps[0])
         return x.view(-1, self._members, *x.shape[2:]).transpose(1, 2)
@@ -136,7 +151,7 @@ class KVCache:
     ) -> Tensor:
         steps, rows, kv_heads, dim = key.shape
         dtype, begin, end = query.dtype, self._begin, self._begin + steps
-        query, key, value = operand(query.flatten(2, 3)), operand(key), operand(value)
+        query, key, value = attention_operand(query.flatten(2, 3)), attention_operand(key), attention_operand(value)
         if layer not in self._prompts:
             self._prompts[layer] = key.new_zeros(2, self.rows, kv_heads, self.width, dim)
         store = self._prompts[layer][:, slice(*span)]
@@ -147,15 +162,21 @@ class KVCache:
         if begin:
             key, value = store[:, :, :, :end]
             mask = torch.ones(steps, end, dtype=torch.bool, device=key.device).tril(begin)
-        # Padding is on the right: a causal mask alone keeps it from every real position.
+        # Padding is on the right, so the causal mask alone hides it from every real position.
         out = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != kv_heads
         )
         return out.permute(2, 0, 1, 3).reshape(steps, rows, -1).to(dtype)
 
     def _attend_cells(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [groups, hkv, cells, h / hkv, d], key and value [groups, hkv, cells, d]; the result is shaped as the
-        query. The query heads of one key head are rows of it: no key is ever repeated."""
+        """query [groups, hkv, cells, h / hkv, d], key and value [groups, hkv, cells, d]; returns the query's shape.
+
+        Scores of prompt and decoded tokens are two products over the same queries, softmaxed together. The query heads
+        that share a key head are rows of one matrix, so no key is repeated:
+
+            prompts   [groups * hkv, cells * h / hkv, d] @ [groups * hkv, d, width]
+            decoded   [groups * hkv * cells, h / hkv, d] @ [groups * hkv * cells, d, slots]
+        """
         groups, kv_heads, cells, heads, dim = query.shape
         prompt_keys, prompt_values = self._prompts[layer].flatten(1, 2)
         if layer not in self._decoded:
@@ -192,6 +213,7 @@ class KVCache:
         self.rows, self.lengths, self._cells = len(indices), self.lengths[indices], self._cells[indices]
 
     def _map(self) -> None:
+        """Set `_maps`; None when row i is cell i and none is empty."""
         cells = len(self._group_lengths) * self._members
         self._maps = None
         if cells != self.rows or not torch.equal(self._cells, torch.arange(cells)):
@@ -201,19 +223,22 @@ class KVCache:
             self._maps = (row_of.to(device), self._cells.to(device))
 
     def _lay_out(self) -> None:
-        """Give the rows new cells: as large groups as leave few cells empty."""
+        """Give the rows new cells, in the largest groups that leave few cells empty (EMPTY).
+
+        An old group of c rows becomes ceil(c / members) groups of `members` cells, each with a copy of its prompt.
+        """
         owners = self._cells // self._members
         counts = owners.bincount(minlength=len(self._group_lengths))
         for members in range(int(counts.max()), 0, -1):
-            groups = (counts + members - 1) // members  # that each old group becomes
+            groups = (counts + members - 1) // members  # int64 [old groups]: how many each becomes
             if members * int(groups.sum()) <= EMPTY * self.rows:
                 break
         order = owners.argsort(stable=True)
-        place = torch.empty_like(order)  # among the rows of the same old group
+        place = torch.empty_like(order)  # of each row among the rows of its old group
         place[order] = torch.arange(self.rows) - (counts.cumsum(0) - counts)[owners[order]]
         cells = ((groups.cumsum(0) - groups)[owners] + place // members) * members + place % members
         group_sources = torch.arange(len(groups)).repeat_interleave(groups)
-        cell_sources = (group_sources * self._members).repeat_interleave(members)  # empty ones copy any cell
+        cell_sources = (group_sources * self._members).repeat_interleave(members)  # an empty cell copies any
         cell_sources[cells] = self._cells
         self._move(group_sources, cell_sources, members)
         self._group_lengths, self._members, self._cells = self._group_lengths[group_sources], members, cells
@@ -221,7 +246,8 @@ class KVCache:
         self._map()
 
     def _move(self, group_sources: Tensor, cell_sources: Tensor, members: int) -> None:
-        """Copy into a new grid: the stored prompt that each group had and the tokens that each cell had before."""
+        """Copy into a new grid: each group's prompt from group `group_sources[i]`, each cell's decoded tokens from cell
+        `cell_sources[j]` of the old one."""
         old_groups = len(self._group_lengths)
         same = torch.equal(group_sources, torch.arange(old_groups))
         for layer, prompts in self._prompts.items():
@@ -242,23 +268,20 @@ class KVCache:
 def _product(a: Tensor, b: Tensor, transpose: bool = False) -> Tensor:
     """Batched a [n, i, k] @ b [n, k, j], or with `transpose` b [n, j, k].
 
-    In `a`'s dtype, which is `b`'s or a wider one; with half precision on CUDA in float32.
+    Returns `a`'s dtype, which is `b`'s or a wider one; float32 for half precision on CUDA.
     """
-    if a.dtype != b.dtype and not b.is_cuda and b.numel() > WIDENED:
+    if a.dtype != b.dtype and not b.is_cuda and b.numel() > WIDENED_ELEMENTS:
         return _product_by_parts(a, b, transpose)
     if b.is_cuda and b.dtype in (torch.bfloat16, torch.float16):
-        b = b.mT if transpose else b
-        if "dtype_out" in torch.ops.aten.bmm.overloads():
-            return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
-        return torch.bmm(a.float(), b.float())
+        return torch.bmm(a.to(b.dtype), b.mT if transpose else b, out_dtype=torch.float32)  # torch 2.8 or newer
     b = b.type_as(a)
     return torch.bmm(a, b.mT if transpose else b)
 
 
 def _product_by_parts(a: Tensor, b: Tensor, transpose: bool) -> Tensor:
-    """`_product` of a part of the batch after the other: what is widened stays in a cache until it is multiplied."""
+    """`_product` in parts of the batch, so that widened elements are still in the processor's cache when multiplied."""
     out = a.new_empty(*a.shape[:2], b.shape[1 if transpose else 2])
-    wide = a.new_empty(max(1, WIDENED // b[0].numel()), *b.shape[1:])
+    wide = a.new_empty(max(1, WIDENED_ELEMENTS // b[0].numel()), *b.shape[1:])
     for start in range(0, len(b), len(wide)):
         part = slice(start, start + len(wide))
         b_part = wide[: len(b[part])].copy_(b[part])

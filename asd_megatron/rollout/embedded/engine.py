@@ -1,4 +1,4 @@
-"""The rollout engine that samples on the training model itself."""
+"""The embedded rollout engine: samples on the training model itself."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asd_megatron.data.tokenizer import decode
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import gather_objects
 from asd_megatron.errors import NotFinite, UserError
@@ -24,23 +25,23 @@ from asd_megatron.rollout.embedded.cache import KVCache
 from asd_megatron.rollout.embedded.sampler import StopCheck, check_params, draw, noise
 from asd_megatron.rollout.engine import RolloutError, WeightSource, check_lengths
 
-PREFILL_TOKENS = 16384  # padded prompt tokens in one forward: bounds its activations, not the batch
-PREFIX_TOKENS = 256  # saved, at least, when the beginning that all prompts of a batch share is computed apart
+PREFILL_TOKENS = 16384  # most padded prompt tokens of one prefill forward: bounds its activations, not the batch
+PREFIX_TOKENS = 256  # fewest tokens saved for which the prefix common to all prompts of a batch is computed separately
 CACHE_BLOCK = 256  # decoded tokens of a row by which the cache grows
 NOISE_BLOCK = 64  # positions of noise drawn at once; a multiple of 4
 
-# What one forward's outcome means for a row, or for everybody.
+# The state of a row after a forward; the last two end the sampling of all rows.
 RUNNING, FINISHED, NON_FINITE, LATE = range(4)
 FAILURES = {
     NON_FINITE: "the model returned non-finite numbers while sampling: the weights are broken (a diverged update, or a "
     "wrong checkpoint); resume from an earlier checkpoint with a lower learning rate",
-    LATE: "sampling did not finish within the time limit; raise the limit, or lower sampling.max_response_tokens",
+    LATE: "sampling did not finish in time: raise rollout.collect_timeout, or lower sampling.max_response_tokens",
 }
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Samples first:first+samples of submitted prompt `prompt`."""
+class GroupSlice:
+    """Part of a group: samples first:first+samples of the submission's prompt number `prompt`."""
 
     prompt: int
     first: int
@@ -48,8 +49,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Response:
-    """One finished row as it travels to global rank 0."""
+class SampledResponse:
+    """One finished row of a batch, as it is sent to global rank 0."""
 
     prompt: int
     sample: int
@@ -61,11 +62,11 @@ class Response:
 
 @dataclass
 class SamplingStats:
-    """What the forwards of the last `collect` did on this rank's model-parallel group."""
+    """Counts of the last `collect` on this rank's model-parallel group."""
 
     prompt_tokens: int = 0  # without padding; each group's prompt once
     forwards: int = 0  # one-token forwards
-    rows: int = 0  # rows summed over those forwards
+    rows: int = 0  # batch rows, summed over those forwards
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class _Submission:
     step: int
 
     def noise_names(self) -> list[str]:
-        """The prompt ids; a prompt that comes again gets a name of its own, else its samples would repeat the first
-        one's."""
+        """The prompt ids, numbered where one occurs again (`p7`, `p7#1`): otherwise its samples would repeat the first
+        ones."""
         seen: Counter[str] = Counter()
         names = []
         for prompt in self.prompts:
@@ -87,16 +88,16 @@ class _Submission:
 
 
 class EmbeddedEngine:
-    """`RolloutEngine` on the training model: no second copy of the weights, nothing to synchronise.
+    """`RolloutEngine` on the training model: no second copy of the weights, no weight sync.
 
-    Groups are spread over data-parallel ranks and sampled in batches of at most `max_batch_size` rows. The last
-    pipeline stage's first tensor-parallel rank draws; its tokens are broadcast, so all ranks of the model-parallel
-    group stay in step. The noise of a token is a function of (seed, step, prompt, sample, position) alone: samples
-    depend on neither the layout nor the batch (up to ties in floating point).
+    Groups are distributed over data-parallel ranks and sampled in batches of at most `max_batch_size` rows. The first
+    tensor-parallel rank of the last pipeline stage draws the tokens and broadcasts them over the model-parallel group.
+    The noise of a token is a function of (seed, step, prompt, sample, position) alone: samples depend on neither the
+    layout nor the batch (up to ties in floating point).
 
     tokenizer: a Hugging Face tokenizer, for stop strings and `Rollout.text`; None leaves the text empty and refuses
-    stop strings. Sampling happens inside `collect`, on the weights the model then has. Raises UserError for virtual
-    pipeline stages and context parallelism.
+    stop strings. Sampling happens inside `collect`, on the weights that the model has then. Raises UserError for
+    virtual pipeline stages and context parallelism.
     """
 
     def __init__(
@@ -109,8 +110,8 @@ class EmbeddedEngine:
     ) -> None:
         if len(port.chunks) > 1:
             raise UserError(
-                "the embedded rollout engine cannot sample with virtual pipeline stages: a token passes the stages one "
-                "after the other, so interleaving has nothing to overlap; set parallelism.virtual_pipeline to null"
+                "the embedded rollout engine cannot sample with virtual pipeline stages: set "
+                "parallelism.virtual_pipeline to null"
             )
         if process_groups.cp.size() > 1:
             raise UserError(
@@ -168,10 +169,11 @@ class EmbeddedEngine:
         """Nothing to free: the cache lives only inside `collect`."""
 
     def resume(self) -> None:
-        """Nothing to take back."""
+        """Nothing was freed."""
 
     def load_weights(self, weights: WeightSource) -> None:
-        """Record the version; the source is not read, the weights are the trainer's own."""
+        """Record the version. The source is not read: the weights are the trainer's own. Raises ValueError for an older
+        version."""
         if weights.version < self._version:
             raise ValueError(f"weight version {weights.version} after {self._version}: versions never decrease")
         self._version = weights.version
@@ -182,12 +184,12 @@ class EmbeddedEngine:
     def close(self) -> None:
         self.abort()
 
-    def _sample(self, submission: _Submission, deadline: float) -> tuple[list[Response], int]:
-        """This data-parallel rank's share of the groups; responses on the rank that draws."""
+    def _sample(self, submission: _Submission, deadline: float) -> tuple[list[SampledResponse], int]:
+        """Sample this data-parallel rank's groups; returns (responses, on the rank that draws; outcome)."""
         replica, replicas = self._process_groups.dp.rank(), self._process_groups.dp.size()
         lengths = [len(prompt.ids) for prompt in submission.prompts]
         mine = sorted(range(replica, len(lengths), replicas), key=lambda i: lengths[i])
-        responses: list[Response] = []
+        responses: list[SampledResponse] = []
         for chunk in plan_chunks(mine, submission.params.n, self._max_batch_size):
             rows, outcome = self._sample_chunk(submission, chunk, deadline)
             if outcome in FAILURES:
@@ -197,16 +199,16 @@ class EmbeddedEngine:
         return responses, FINISHED
 
     def _sample_chunk(
-        self, submission: _Submission, chunk: Sequence[Piece], deadline: float
+        self, submission: _Submission, chunk: Sequence[GroupSlice], deadline: float
     ) -> tuple[_Rows | None, int]:
         device = self._port.device
         rows = _Rows(self._seed, submission, chunk, self._tokenizer) if self._draws else None
-        prompts = [submission.prompts[piece.prompt].ids for piece in chunk]
+        prompts = [submission.prompts[part.prompt].ids for part in chunk]
         new = submission.params.max_new_tokens
         cache = KVCache(len(prompts), max(len(ids) for ids in prompts), block=min(new, CACHE_BLOCK))
         logits = self._prefill(prompts, cache)
-        # From one row a prompt to one row a sample.
-        repeat = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor([piece.samples for piece in chunk]))
+        # From one row for each prompt to one for each sample.
+        repeat = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor([part.samples for part in chunk]))
         cache.expand(repeat)
         logits = logits[repeat.to(device)] if logits is not None else None
         positions = cache.lengths.to(device)
@@ -240,7 +242,8 @@ class EmbeddedEngine:
     def _prefill(self, prompts: list[tuple[int, ...]], cache: KVCache) -> Tensor | None:
         """Compute the prompts' keys and values; logits after each prompt [prompts, vocab] on the last stage.
 
-        Shortest prompt first.
+        `prompts` are sorted by length. If they have a long enough common prefix, it is computed once, as one row, and
+        the rest of every prompt afterwards. Forwards are limited to PREFILL_TOKENS padded tokens.
         """
         lengths = torch.tensor([len(ids) for ids in prompts])
         shared = min(len(os.path.commonprefix(prompts)), len(prompts[0]) - 1)
@@ -264,7 +267,7 @@ class EmbeddedEngine:
         return torch.cat(found) if found else None
 
     def _forward_prompts(self, prompts: Sequence[Sequence[int]], begin: int, cache: KVCache) -> Tensor | None:
-        """One forward of right-padded prompts, or of parts that begin at position `begin`; the longest comes last."""
+        """One forward of right-padded prompts, or of their parts from position `begin` on; the last is the longest."""
         ids = torch.zeros(len(prompts), len(prompts[-1]), dtype=torch.int64)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
@@ -276,7 +279,8 @@ class EmbeddedEngine:
         return logits[:, -1] if logits is not None else None
 
     def _share(self, control: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
-        """The drawing rank's tokens (on the device) and states (on the host), on every rank of the model."""
+        """The drawing rank's `control` [2, B] on every rank of the model-parallel group: (tokens, on the device;
+        states, on the host)."""
         tp, pp = self._process_groups.tp, self._process_groups.pp
         if tp.size() * pp.size() > 1:
             control = control.to(self._port.device)
@@ -286,8 +290,8 @@ class EmbeddedEngine:
                 dist.broadcast(control, group=pp, group_src=pp.size() - 1)
         return control[0].to(self._port.device), control[1].cpu().numpy()
 
-    def _deliver(self, submission: _Submission, responses: list[Response]) -> list[Group]:
-        """All ranks' responses as whole groups in submitted order, on global rank 0."""
+    def _deliver(self, submission: _Submission, responses: list[SampledResponse]) -> list[Group]:
+        """All ranks' responses as complete groups in submitted order, on global rank 0; [] elsewhere."""
         gathered = gather_objects(responses, 0, self._process_groups.world)
         if gathered is None:
             return []
@@ -310,9 +314,9 @@ class EmbeddedEngine:
 
 
 class _Rows:
-    """The responses of a batch in the making, on the rank that draws."""
+    """The unfinished responses of a batch, on the rank that draws."""
 
-    def __init__(self, seed: int, submission: _Submission, chunk: Sequence[Piece], tokenizer: Any | None) -> None:
+    def __init__(self, seed: int, submission: _Submission, chunk: Sequence[GroupSlice], tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
         self._params = submission.params
         names = submission.noise_names()
@@ -325,11 +329,11 @@ class _Rows:
         self._noise = np.zeros((len(self._rows), NOISE_BLOCK))
         self._length = np.zeros(len(self._rows), dtype=np.int64)
         self._reason = [FinishReason.LENGTH] * len(self._rows)
-        self._alive = np.arange(len(self._rows))  # the row that each row of the batch is
-        self._position = 0
+        self._alive = np.arange(len(self._rows))  # which of `_rows` each row of the shrinking batch is
+        self._position = 0  # of the next token
 
     def draw(self, logits: Tensor) -> Tensor:
-        """The next token of every row in the batch: int64 [2, B] on the host, tokens and states."""
+        """Draw the next token of every row of the batch: int64 [2, B] on the host, tokens and states."""
         at, alive = self._position, self._alive
         tokens, logprobs = draw(logits, self._noise_at(at, logits.device), self._params)
         ids, values = tokens.cpu().numpy(), logprobs.cpu().numpy()
@@ -351,17 +355,15 @@ class _Rows:
     def keep(self, indices: NDArray[np.int64]) -> None:
         self._alive = self._alive[indices]
 
-    def responses(self) -> list[Response]:
+    def responses(self) -> list[SampledResponse]:
         found = []
         for row, (prompt, sample) in enumerate(self._rows):
             ids, logprobs = self._ids[row, : self._length[row]], self._logprobs[row, : self._length[row]]
-            found.append(Response(prompt, sample, ids, logprobs, self._reason[row], self._text(ids)))
+            found.append(SampledResponse(prompt, sample, ids, logprobs, self._reason[row], self._text(ids)))
         return found
 
     def _text(self, ids: NDArray[np.int64]) -> str:
-        return (
-            str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)) if self._tokenizer is not None else ""
-        )
+        return "" if self._tokenizer is None else decode(self._tokenizer, ids.tolist())
 
     def _noise_at(self, position: int, device: torch.device) -> Tensor | None:
         if self._params.temperature == 0:
@@ -373,12 +375,13 @@ class _Rows:
 
 def _decoder(tokenizer: Any | None) -> Callable[[Sequence[int]], str] | None:
     """Ids to text with special tokens, for stop strings."""
-    return None if tokenizer is None else lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+    return None if tokenizer is None else lambda ids: decode(tokenizer, ids, skip_special_tokens=False)
 
 
-def plan_chunks(indices: Sequence[int], n: int, max_rows: int) -> list[list[Piece]]:
-    """Batches of at most max_rows rows, whole groups in each; a group larger than that gets batches of its own."""
+def plan_chunks(indices: Sequence[int], n: int, max_rows: int) -> list[list[GroupSlice]]:
+    """Batches of at most max_rows rows made of complete groups; a group larger than that is split into batches of its
+    own. 3 groups of 4 with 8 rows: [0, 1], [2]; with 3 rows: each group 3 samples, then 1."""
     if n > max_rows:
-        return [[Piece(i, first, min(max_rows, n - first))] for i in indices for first in range(0, n, max_rows)]
+        return [[GroupSlice(i, first, min(max_rows, n - first))] for i in indices for first in range(0, n, max_rows)]
     per_chunk = max_rows // n
-    return [[Piece(i, 0, n) for i in indices[at : at + per_chunk]] for at in range(0, len(indices), per_chunk)]
+    return [[GroupSlice(i, 0, n) for i in indices[at : at + per_chunk]] for at in range(0, len(indices), per_chunk)]

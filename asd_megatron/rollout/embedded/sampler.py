@@ -1,4 +1,4 @@
-"""From logits to tokens: pure functions, the noise, and when a response ends."""
+"""From logits to tokens as pure functions: sampling noise, filters, and the check for the end of a response."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from asd_megatron.errors import UserError
 from asd_megatron.records import SamplingParams
 
-HEAD = 1024  # the most probable tokens, which top-p looks at first
+MOST_PROBABLE = 1024  # tokens that top-p sorts first; the complete vocabulary only if they do not reach top_p
 
 
 def check_params(params: SamplingParams) -> None:
-    """Raise UserError for sampling parameters that mean nothing."""
+    """Raise UserError for sampling parameters outside their ranges."""
     bounds = [
         (params.temperature >= 0, "temperature", "0 (greedy) or more"),
         (0 < params.top_p <= 1, "top_p", "above 0 and at most 1 (1 switches it off)"),
@@ -32,11 +32,11 @@ def check_params(params: SamplingParams) -> None:
 
 
 def uniforms(seed: int, step: int, prompt_id: str, sample: int, count: int, start: int = 0) -> NDArray[np.float64]:
-    """[count] float64 in [0, 1): the noise of response positions start:start+count.
+    """Uniform noise of response positions start:start+count, float64 [count] in [0, 1).
 
-    A counter-based function of its arguments (Philox 4x64, keyed by a hash of the first four): any part of the sequence
-    can be had on its own, whatever else was sampled. `start` is a multiple of 4 (one Philox counter yields four
-    numbers).
+    A counter-based function of its arguments (Philox 4x64, keyed by a hash of the first four), so that any part of the
+    sequence can be computed independently of what else is sampled. `start` is a multiple of 4, because one Philox
+    counter yields four numbers; otherwise ValueError.
     """
     return noise([(seed, step, prompt_id, sample)], count, start)[0]
 
@@ -58,33 +58,33 @@ def noise(names: Sequence[tuple[int, int, str, int]], count: int, start: int = 0
 
 
 def weights_of(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """z = logits / temperature less their greatest, exp(z), and log(sum(exp(z))) [..., 1], in float32 over the last
-    dimension; temperature 0 (greedy) counts as 1. log_softmax is z less the last."""
+    """(z, exp(z), log(sum(exp(z))) [..., 1]) in float32 over the last dimension, where z = logits / temperature minus
+    its maximum. Temperature 0 (greedy) counts as 1. log_softmax is the first minus the third."""
     logits = logits.float()
     if temperature not in (0.0, 1.0):
         logits = logits * (1.0 / temperature)
-    # As the trainer's head does it. On a CPU, `log_softmax` loses the tail of a large vocabulary in few partial sums.
+    # As the trainer's head. On a CPU, `log_softmax` rounds away the tail of a large vocabulary in few partial sums.
     shifted = logits - logits.amax(-1, keepdim=True)
     weights = shifted.exp()
     return shifted, weights, weights.sum(-1, keepdim=True).log_()
 
 
 def filter_probabilities(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set to zero what top-k, then top-p on what top-k left, exclude; not renormalised. [B, V] -> [B, V].
+    """Zero the tokens that top-k, then top-p among those left, exclude; not renormalised. [B, V] -> [B, V].
 
     top-k keeps exactly k tokens (ties: lower id first). top-p keeps the smallest set of most probable tokens whose
-    share reaches top_p, the token that crosses it included, so at least one token stays.
+    fraction of the total reaches top_p, the token that crosses it included, so at least one token stays.
     """
     vocabulary = probabilities.shape[-1]
     limited = 0 < top_k < vocabulary
     if not limited and top_p >= 1:
         return probabilities
-    # Only the values are sorted, and only as many as matter: ids would cost a full stable sort of the vocabulary.
+    # Only values are sorted, and only as many as needed: sorting ids too would take a full stable sort.
     if limited:
         values = probabilities.topk(top_k).values
         total = values.sum(-1, keepdim=True)
     else:
-        values = probabilities.topk(min(vocabulary, HEAD)).values
+        values = probabilities.topk(min(vocabulary, MOST_PROBABLE)).values
         total = probabilities.sum(-1, keepdim=True)
         if bool((values.sum(-1, keepdim=True) < top_p * total).any()):
             values = probabilities.sort(-1, descending=True).values
@@ -106,7 +106,7 @@ def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
     """
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1]
-    # noise * total may round up to total, which no cumulative probability exceeds.
+    # noise * total may round up to the total, which no cumulative probability exceeds.
     threshold = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
@@ -121,16 +121,16 @@ def draw(logits: Tensor, noise: Tensor | None, params: SamplingParams) -> tuple[
         tokens = logits.argmax(-1)
     else:
         tokens = inverse_cdf(filter_probabilities(weights.double(), params.top_k, params.top_p), noise)
-    # Non-finite logits may send the search past the end; their log-prob, also non-finite, tells.
+    # Non-finite logits may let the search run past the end; their log-prob is not finite either and is checked.
     tokens = tokens.clamp_(max=logits.shape[-1] - 1)
     return tokens, (shifted.gather(-1, tokens[:, None]) - total)[:, 0]
 
 
 class StopCheck:
-    """Tells which rows' newest token ends their response: an end token, or the last part of a stop string.
+    """Decides which rows' newest token ends their response: an end token, or the one that completes a stop string.
 
-    decode: token ids -> text, special tokens included; needed only for stop strings. `tail` is how many tokens a check
-    needs: enough to hold the longest stop string if every token were one byte of it, and a few for context.
+    decode: token ids -> text, special tokens included; required for stop strings (UserError without). `tail`: tokens
+    that a check needs, enough for the longest stop string at one byte each, plus CONTEXT.
     """
 
     CONTEXT = 4
@@ -146,7 +146,7 @@ class StopCheck:
         self.tail = max(len(s.encode()) for s in stop) + self.CONTEXT if stop else 1
 
     def __call__(self, responses: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """responses [B, t]: the last `tail` ids so far (or all of fewer), the newest last. -> [B]
+        """responses int64 [B, t], the last `tail` ids of each row (or all, if fewer), the newest last -> bool [B].
 
         Earlier tokens were checked when they were the newest.
         """

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -18,29 +17,17 @@ from asd_megatron.rollout.sglang.client.api import ServerError, ServerRefused
 from asd_megatron.rollout.sglang.client.fleet import Fleet, ServerView
 from asd_megatron.rollout.sglang.counters import Readings
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
+from asd_megatron.rollout.sglang.memory import ColocatedMemory, ServerReceiver
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
-from asd_megatron.rollout.sglang.weight_sync.protocol import Receiver, Transport
+from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
-from asd_megatron.rollout.sglang.weight_sync.verification import Probe, Receipt
+from asd_megatron.rollout.sglang.weight_sync.verification import Probe, WeightVerifier
 
 log = logging.getLogger(__name__)
 
-ADMIN_SECONDS = 120.0  # for memory to be released or taken back
-LOOK_SECONDS = 0.2  # between looks at servers that are not there yet
+ANSWER_SECONDS = 120.0  # for the one-token requests that check the vocabulary
+LOOK_SECONDS = 0.2  # between looks at servers that cannot be reached yet
 BAD_REQUEST = 400
-LOADED_LATER = ("kv_cache", "cuda_graph")  # memory that a server takes back only after it has its weights
-
-
-@dataclass(frozen=True)
-class ServerReceiver:
-    """A server as the weight transports see it."""
-
-    fleet: Fleet
-    url: str
-    tensor_parallel: int
-
-    def call(self, path: str, body: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-        return self.fleet.call(self.url, path, body, timeout)
 
 
 @dataclass(frozen=True)
@@ -51,14 +38,18 @@ class ServedModel:
     vocab_size: int
 
 
-class Backend:
-    """Servers that are reached through `fleet` and given weights through `transport`.
+class Controller:
+    """Servers that are reached through `fleet` and sent weights through `transport`.
 
-    model: what the servers have to serve. pool: the servers that are started here, None when they run already. receipt:
-    compares what arrived with what was sent, None: nothing is compared; tolerance: of its log-probs of `probe_ids`.
-    start_timeout: seconds for the servers to be there at first; wait_timeout: seconds without any usable server after
-    which generation or an update gives up. colocated: the servers share the trainer's devices. closing: what ends with
-    the engine (the fleet, the transport, the pool).
+    model: what the servers have to serve. pool: the servers that are started here, None when they run already.
+    verifier: compares what arrived with what was sent, None: nothing is compared; tolerance: of the log-probs of
+    `probe_ids`.
+    start_timeout: seconds within which all servers must work at first; wait_timeout: seconds without any usable server
+    after which generation or an update gives up. colocated: the servers share the trainer's devices. closing: what ends
+    with the engine (the fleet, the transport, the pool).
+
+    The first update must reach every server: one that cannot be sent to is misconfigured. A later one needs one server;
+    the others are sent to again before they serve.
     """
 
     def __init__(
@@ -70,7 +61,7 @@ class Backend:
         *,
         model: ServedModel,
         pool: ServerPool | None,
-        receipt: Receipt | None,
+        verifier: WeightVerifier | None,
         tolerance: float,
         probe_ids: tuple[int, ...],
         start_timeout: float,
@@ -81,25 +72,30 @@ class Backend:
         self._fleet, self._transport, self._assembler, self._labels = fleet, transport, assembler, labels
         self._model = model
         self._pool = pool
-        self._receipt, self._tolerance, self._probe_ids = receipt, tolerance, probe_ids
+        self._verifier, self._tolerance, self._probe_ids = verifier, tolerance, probe_ids
         self._start_timeout = start_timeout
         self._wait_timeout = wait_timeout
-        self._colocated = colocated
+        self._memory: ColocatedMemory | None = None
+        if colocated:
+            assert pool is not None, "colocated servers are started by the run"
+            self._memory = ColocatedMemory(fleet, pool, start_timeout)
         self._closing = closing
-        self._asleep: dict[str, Any] = {}  # servers whose memory is away, and since when each has been running
-        self._awake = ExitStack()  # holds the fleet still while the servers' memory is away
-        self._silent: set[str] = set()
+        self._synchronised = False  # whether the first update has reached every server
+        self._silent: dict[str, float] = {}  # URL -> when it did not answer in an update
+        self._serving = 0  # servers that served when memory was last offloaded
         self._readings = Readings()
 
     def start(self) -> None:
-        """Start the servers, or find them; returns when they are ready. Raises UserError when they do not become so,
-        or serve another model."""
+        """Start the servers, or find them; returns when all are ready. Raises UserError when they do not become so, or
+        serve another model."""
         if self._pool is not None:
             self._pool.start()
         self._fleet.connect(self._start_timeout)
         for view in self._fleet.servers():
-            if view.healthy:
+            try:
                 self._check_model(view.url)
+            except ServerError as error:
+                raise UserError(f"{error}: look at its log and start it again") from error
 
     def _check_model(self, url: str) -> None:
         served = tuple(self._fleet.model_info(url).get("architectures") or ())
@@ -116,8 +112,8 @@ class Backend:
             )
 
     def _takes(self, url: str, token: int) -> bool:
-        """Whether a server knows the token id. It is asked for its log-prob: as an input, an unknown one would go into
-        the model."""
+        """Whether the token id is in a server's vocabulary. The request asks for its log-prob: as an input, an unknown
+        id would reach the model's embedding unchecked."""
         body = {
             "input_ids": [0],
             "sampling_params": {"max_new_tokens": 1},
@@ -125,7 +121,7 @@ class Backend:
             "token_ids_logprob": [token],
         }
         try:
-            self._fleet.call(url, "/generate", body, ADMIN_SECONDS)
+            self._fleet.call(url, "/generate", body, ANSWER_SECONDS)
         except ServerRefused as error:
             if error.status != BAD_REQUEST:
                 raise
@@ -138,7 +134,7 @@ class Backend:
         self._fleet.submit(self._assembler.add(prompts, params, step))
 
     def collect(self, seconds: float) -> list[Group]:
-        """The groups that are finished within `seconds`, as soon as there is one."""
+        """The finished groups: returns as soon as there is one, or after `seconds`."""
         deadline = time.monotonic() + seconds
         groups = self._assembler.take(())
         while not groups and self._fleet.pending and (left := deadline - time.monotonic()) > 0:
@@ -146,13 +142,13 @@ class Backend:
         return groups
 
     def problem(self) -> str | None:
-        """Why waiting is of no use any more."""
-        since = self._fleet.stranded_since
+        """Why `collect` need not be called again, or None."""
+        since = self._fleet.no_healthy_server_since
         if since is None or time.monotonic() - since < self._wait_timeout:
             return None
         return (
             f"no server has been usable for {self._wait_timeout:.0f} s (rollout.server_wait_timeout): "
-            f"{self.complaints()}. Start servers again and resume the run"
+            f"{self.unhealthy_reasons()}. Start servers again and resume the run"
         )
 
     def abort(self) -> None:
@@ -165,38 +161,43 @@ class Backend:
     # ---------------------------------------------------------------- weights
 
     def needs(self, version: int) -> bool:
-        """Whether a server that can be reached lacks this version. Waits for one if there is none."""
+        """Whether a usable server lacks this version. Waits until one is usable; at the first update, until all are.
+
+        Raises RolloutError that names each server's reason after `wait_timeout` seconds.
+        """
         deadline = time.monotonic() + self._wait_timeout
-        while not self._usable():
+        while not self._ready():
             if time.monotonic() > deadline:
+                which = "no server" if self._synchronised else "not every server"
                 raise RolloutError(
-                    f"no server could be reached for {self._wait_timeout:.0f} s (rollout.server_wait_timeout): "
-                    f"{self.complaints()}. Start servers again and resume the run"
+                    f"{which} could be reached for {self._wait_timeout:.0f} s (rollout.server_wait_timeout): "
+                    f"{self.unhealthy_reasons()}. Start servers again and resume the run"
                 )
             time.sleep(LOOK_SECONDS)
         return bool(self._lacking(version))
 
     def returned(self, version: int, *, moved: bool) -> bool:
-        """Whether a server came back and should get the weights now: not while others work and the trainer's weights
-        have `moved` on since the last update, since it would serve another version than they."""
-        return bool(self._lacking(version)) and (not moved or self._fleet.stranded_since is not None)
+        """Whether a server came back and should be sent the weights now: not while others serve and the trainer's
+        weights have `moved` since the last update, since it would serve another version than they."""
+        return bool(self._lacking(version)) and (not moved or self._fleet.no_healthy_server_since is not None)
 
     def send(self, tensors: Iterator[tuple[str, Tensor]], version: int, probe: Sequence[float] | None) -> bool:
-        """Give the weights to every server that can be reached and lacks them; whether one has them now. `tensors` is
-        read to its end. Raises ReceiptError when something else arrived than was sent."""
+        """Send the weights to every usable server that lacks them. Whether enough servers have them now: all at the
+        first update, one at a later one. `tensors` is read to its end. Raises VerificationError when something else
+        arrived
+        than was sent."""
         label = self._labels.label(version)
         receivers = self._lacking(version)
-        if self._receipt is not None:
-            self._receipt.probe = None if probe is None else Probe(self._probe_ids, tuple(probe), self._tolerance)
+        if self._verifier is not None:
+            self._verifier.probe = None if probe is None else Probe(self._probe_ids, tuple(probe), self._tolerance)
         with self._fleet.updating(label):
-            self._awake.close()
             report = synchronise(
                 self._transport,
                 receivers,
                 tensors,
                 label,
-                receipt=self._receipt,
-                before_generating=self._take_memory,
+                verifier=self._verifier,
+                before_generating=None if self._memory is None else self._memory.resume_caches,
             )
             for receiver in receivers:
                 if (why := report.failures.get(receiver.url)) is None:
@@ -204,74 +205,62 @@ class Backend:
                 else:
                     log.warning("weights %s did not reach %s: %s", label, receiver.url, why)
                     self._fleet.withdraw(receiver.url, why)
-        self._silent |= report.failures.keys() - set(report.alive)
+        self._silent |= dict.fromkeys(report.failures.keys() - set(report.alive), time.monotonic())
         self._readings.add(report)
-        return len(report.failures) < len(receivers)
+        have = [view for view in self._fleet.servers() if view.label == label]
+        enough = bool(have) if self._synchronised else len(have) == len(self._fleet.servers())
+        self._synchronised |= enough
+        return enough
+
+    def not_sent(self, version: int, attempts: int) -> str:
+        """Why an update failed after so many attempts, for the user."""
+        which = "any server" if self._synchronised else "every server, as the first update must,"
+        return (
+            f"the weights of version {version} did not reach {which} in {attempts} attempts: "
+            f"{self.unhealthy_reasons()}. Correct or remove these servers, or set another rollout.weight_sync, and"
+            " resume the run"
+        )
 
     def _lacking(self, version: int) -> list[ServerReceiver]:
         label = self._labels.label(version)
-        return [
-            ServerReceiver(self._fleet, view.url, view.tensor_parallel)
-            for view in self._usable()
-            if view.label != label
-        ]
+        return [ServerReceiver.of(self._fleet, view) for view in self._usable() if view.label != label]
+
+    def _ready(self) -> bool:
+        usable = self._usable()
+        return bool(usable) and (self._synchronised or len(usable) == len(self._fleet.servers()))
 
     def _usable(self) -> list[ServerView]:
-        """Servers that work, except those that did not answer a moment ago, until a probe has looked at them too."""
-        healthy = [view for view in self._fleet.servers() if view.healthy]
-        self._silent &= {view.url for view in healthy}
-        return [view for view in healthy if view.url not in self._silent]
+        """Healthy servers, except those that did not answer in an update and have not answered a probe since."""
+        return [v for v in self._fleet.servers() if v.healthy and v.probed >= self._silent.get(v.url, 0.0)]
 
-    def complaints(self) -> str:
-        """What keeps each server from serving."""
-        return "; ".join(f"{view.url}: {view.reason or 'not reachable'}" for view in self._fleet.servers())
+    def unhealthy_reasons(self) -> str:
+        """Why each server that does not serve does not."""
+        idle = [view for view in self._fleet.servers() if view.label is None]
+        return "; ".join(f"{view.url}: {view.reason or 'not reachable'}" for view in idle) or "every server serves"
 
     # ---------------------------------------------------------------- memory
 
     def release(self) -> None:
-        if not self._colocated or self._asleep:
-            return
-        self._awake.enter_context(self._fleet.updating("asleep"))
-        for view in self._fleet.servers():
-            if view.healthy:
-                with self._or_withdraw(view.url):
-                    self._asleep[view.url] = self._running_since(view.url)
-                    self._fleet.call(view.url, "/release_memory_occupation", {}, ADMIN_SECONDS)
+        if self._memory is not None and not self._memory.offloaded:
+            self._serving = self._count_serving()
+            self._memory.offload()
 
     def resume(self) -> None:
-        """Take back the memory of the weights; the rest follows when they are there. A server that was restarted
-        meanwhile has all of it."""
-        for url, since in list(self._asleep.items()):
-            with self._or_withdraw(url):
-                if self._running_since(url) == since:
-                    self._fleet.call(url, "/resume_memory_occupation", {"tags": ["weights"]}, ADMIN_SECONDS)
-                else:
-                    del self._asleep[url]
+        if self._memory is not None:
+            self._memory.resume_weights()
 
-    def _take_memory(self, receiver: Receiver) -> None:
-        if receiver.url in self._asleep:
-            receiver.call("/resume_memory_occupation", {"tags": list(LOADED_LATER)}, ADMIN_SECONDS)
-            del self._asleep[receiver.url]
+    # ---------------------------------------------------------------- metrics and end
 
-    def _running_since(self, url: str) -> Any:
-        return self._fleet.server_info(url, ADMIN_SECONDS).get("startup_time")
-
-    @contextmanager
-    def _or_withdraw(self, url: str) -> Iterator[None]:
-        """A server that does not do it is out, until it has been sent the weights."""
-        try:
-            yield
-        except ServerError as error:
-            log.warning("memory of %s: %s", url, error.what)
-            self._asleep.pop(url, None)
-            self._fleet.withdraw(url, error.what)
-
-    # ---------------------------------------------------------------- the rest
+    def _count_serving(self) -> int:
+        return sum(view.label is not None for view in self._fleet.servers())
 
     def metrics(self) -> dict[str, float]:
-        serving = sum(view.label is not None for view in self._fleet.servers())
-        restarts = 0 if self._pool is None else self._pool.counters["restarts"]
-        return self._readings.take(self._fleet.counters, serving=serving, restarts=restarts)
+        offloaded = self._memory is not None and self._memory.offloaded
+        return self._readings.take(
+            self._fleet.counters,
+            serving=self._serving if offloaded else self._count_serving(),
+            restarts=0 if self._pool is None else self._pool.counters["restarts"],
+        )
 
     def close(self) -> None:
         self._closing.close()

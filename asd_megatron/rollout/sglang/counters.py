@@ -1,17 +1,18 @@
-"""What servers and weight updates did since the last reading, by metric name."""
+"""Metrics of servers and weight updates since the last step, by metric name."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from asd_megatron.rollout.sglang.client.requests import Counters
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
 
 
 class Readings:
-    """Collects the reports of weight updates; `take` makes metrics of them and of the fleet's counters.
+    """Collects the reports of weight updates; `take` turns them and the fleet's counters into metrics.
 
-    What describes the weights now served (`receipt_ok`, `probe_max_abs`) is told again in steps without an update.
+    What describes the weights now served (`verified`, `probe_*`) is repeated in steps without an update.
     """
 
     def __init__(self) -> None:
@@ -22,10 +23,14 @@ class Readings:
     def add(self, report: SyncReport) -> None:
         self._reports.append(report)
         if report.checked:
-            self._served["weight_sync/receipt_ok"] = 1.0  # it would have raised
+            self._served["weight_sync/verified"] = 1.0  # a difference would have raised
             self._served["weight_sync/checked"] = float(report.checked)
-        if report.probe is not None:
-            self._served["weight_sync/probe_max_abs"] = report.probe
+        if probes := report.probes.values():
+            self._served |= {
+                "weight_sync/probe_mean_abs": _largest(probe.mean for probe in probes),
+                "weight_sync/probe_max_abs": _largest(probe.maximum for probe in probes),
+                "weight_sync/probe_exceeded": float(sum(probe.exceeded for probe in probes)),
+            }
 
     def take(self, counters: Counters, *, serving: int, restarts: int) -> dict[str, float]:
         reports, self._reports = self._reports, []
@@ -43,3 +48,8 @@ class Readings:
             metrics[f"servers/{name}"] = float(total - self._counted.get(name, 0))
         self._counted = counted
         return metrics
+
+
+def _largest(values: Iterable[float]) -> float:
+    """NaN if one of them is."""
+    return max(values, key=lambda value: (value != value, value))

@@ -1,4 +1,4 @@
-"""Prompts to requests for single samples, finished samples back to whole groups. Global rank 0 only."""
+"""Turns prompts into requests for single samples, and finished samples into complete groups. Global rank 0 only."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import hashlib
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
+from asd_megatron.data.tokenizer import decode
 from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
 from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Labels:
     """Names of weight versions on the servers: `<tag>-<version>`.
 
-    The tag is this run's own: a server that another run has used is not taken for one with current weights.
+    The tag is unique to this run, so the weights that another run has left on a server are never taken for its own.
     """
 
     def __init__(self, tag: str | None = None) -> None:
@@ -32,74 +36,75 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Response:
-    """What a sample has so far: tokens, their log-probs, and (position, version) from where on which weights."""
+class PartialResponse:
+    """The tokens of a sample so far, their log-probs, and (position, version): the first position of each version of
+    the weights."""
 
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     versions: tuple[tuple[int, int], ...] = ()
 
-    def extended(self, result: SampleResult, labels: Labels) -> Response:
+    def extended(self, result: SampleResult, labels: Labels) -> PartialResponse:
         versions = list(self.versions)
         for start, label in result.spans if result.output_ids else ():
             version = labels.version(label)
             if not versions or versions[-1][1] != version:
                 versions.append((len(self.ids) + start, version))
-        return Response(self.ids + result.output_ids, self.logprobs + result.logprobs, tuple(versions))
+        return PartialResponse(self.ids + result.output_ids, self.logprobs + result.logprobs, tuple(versions))
 
 
 @dataclass
-class Pending:
-    """A group in the making."""
+class PendingGroup:
+    """A group in flight."""
 
     prompt: Prompt
     params: SamplingParams
     step: int
-    begun: dict[int, Response] = field(default_factory=dict)  # suspended samples
-    rollouts: dict[int, Rollout] = field(default_factory=dict)  # finished ones
+    partial: dict[int, PartialResponse] = field(default_factory=dict)  # of suspended samples, by sample
+    rollouts: dict[int, Rollout] = field(default_factory=dict)  # of finished samples, by sample
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return len(self.rollouts) == self.params.n
 
 
 class Assembler:
-    """The groups in the making, by number in the order of submission.
+    """The groups in flight, numbered in the order of submission.
 
     tokenizer: for `Rollout.text`; None leaves it empty.
     """
 
-    def __init__(self, tokenizer: Any | None, seed: int, labels: Labels) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, seed: int, labels: Labels) -> None:
         self._tokenizer = tokenizer
         self._seed = seed
         self._labels = labels
-        self._pending: dict[int, Pending] = {}
+        self._pending: dict[int, PendingGroup] = {}
         self._submitted = 0
         self._suspended = False
 
     def add(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> list[SampleRequest]:
-        """The requests of what was suspended, then those of the new groups."""
+        """The requests for the rest of suspended samples, then those of the new groups."""
         requests = self._restart()
         for prompt in prompts:
             number, self._submitted = self._submitted, self._submitted + 1
-            self._pending[number] = Pending(prompt, params, step)
+            self._pending[number] = PendingGroup(prompt, params, step)
             requests += [self._request(number, sample) for sample in range(params.n)]
         return requests
 
     def take(self, results: Iterable[SampleResult]) -> list[Group]:
-        """The groups that are whole with these results, in submitted order."""
+        """The groups that these results complete, in submitted order."""
         for result in results:
             number, sample = _name(result)
             self._pending[number].rollouts[sample] = self._rollout(number, sample, result)
-        return [self._deliver(number) for number in sorted(self._pending) if self._pending[number].whole]
+        return [self._deliver(number) for number in sorted(self._pending) if self._pending[number].complete]
 
     def suspend(self, results: Iterable[SampleResult]) -> None:
-        """Keep what these samples have; `add` asks for the rest. One that was finished just then is finished."""
+        """Keep these partial results; `add` requests the rest. A sample that finished just before is complete."""
         for result in results:
             number, sample = _name(result)
             group = self._pending[number]
             if result.finish_reason == FinishReason.ABORT:
-                group.begun[sample] = group.begun.get(sample, Response()).extended(result, self._labels)
+                group.partial[sample] = group.partial.get(sample, PartialResponse()).extended(result, self._labels)
             else:
                 group.rollouts[sample] = self._rollout(number, sample, result)
         self._suspended = True
@@ -126,36 +131,35 @@ class Assembler:
 
     def _request(self, number: int, sample: int) -> SampleRequest:
         group = self._pending[number]
-        begun = group.begun.get(sample, Response()).ids
+        prefix = group.partial.get(sample, PartialResponse()).ids
         p = group.params
         return SampleRequest(
             key=(number, sample),
             group=number,
-            input_ids=group.prompt.ids + begun,
+            input_ids=group.prompt.ids + prefix,
             sampling={
                 "temperature": p.temperature,
                 "top_p": p.top_p,
                 "top_k": p.top_k or -1,
-                "max_new_tokens": p.max_new_tokens - len(begun),
+                "max_new_tokens": p.max_new_tokens - len(prefix),
                 "stop_token_ids": list(p.stop_token_ids),
                 "stop": list(p.stop),
                 "ignore_eos": not p.stop_token_ids,
                 "no_stop_trim": True,
                 "skip_special_tokens": False,
                 "spaces_between_special_tokens": False,
-                "sampling_seed": self._noise(group, sample, len(begun)),
+                "sampling_seed": self._noise(group, sample, len(prefix)),
             },
         )
 
-    def _noise(self, group: Pending, sample: int, position: int) -> int:
-        """The seed of servers with deterministic inference; others draw noise of their own."""
+    def _noise(self, group: PendingGroup, sample: int, position: int) -> int:
+        """The sampling seed for servers with deterministic inference; others ignore it."""
         name = f"{self._seed}/{group.step}/{group.prompt.problem.prompt_id}/{sample}/{position}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
     def _rollout(self, number: int, sample: int, result: SampleResult) -> Rollout:
         group = self._pending[number]
-        response = group.begun.pop(sample, Response()).extended(result, self._labels)
-        ids = list(response.ids)
+        response = group.partial.pop(sample, PartialResponse()).extended(result, self._labels)
         return Rollout(
             prompt_id=group.prompt.problem.prompt_id,
             sample=sample,
@@ -165,10 +169,10 @@ class Assembler:
             finish_reason=FinishReason(result.finish_reason),
             weight_version=response.versions[0][1] if response.versions else 0,
             version_changes=response.versions[1:],
-            text="" if self._tokenizer is None else str(self._tokenizer.decode(ids, skip_special_tokens=True)),
+            text="" if self._tokenizer is None else decode(self._tokenizer, response.ids),
         )
 
 
 def _name(result: SampleResult) -> tuple[int, int]:
-    """(group, sample), the key that its request got."""
+    """(group number, sample): the key of its request."""
     return cast(tuple[int, int], result.key)

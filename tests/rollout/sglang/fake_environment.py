@@ -1,7 +1,8 @@
-"""A Python environment whose SGLang is twenty lines of HTTP server: what a pool does with processes, in seconds.
+"""A Python environment with a fake SGLang, a small HTTP server, so that a pool's processes start in a second.
 
-Its server, or router, answers every path, has a child process, and misbehaves as its arguments say: `--fail` (says why
-and ends), `--port-in-use` (the same, the first time), `--never-healthy`, `--stubborn` (ignores SIGTERM).
+Its server, or router, answers every path (a POST with the key alone: what it was sent), has a child process, and
+misbehaves as its arguments say: `--fail` (says why and ends), `--port-in-use` (the same, the first time),
+`--never-healthy`, `--stubborn` (ignores SIGTERM).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 SERVER = """
-import http.server, pathlib, signal, subprocess, sys, time
+import http.server, json, pathlib, signal, subprocess, sys, time
 
 arguments = sys.argv[1:]
 value = lambda name: arguments[arguments.index(name) + 1]
@@ -32,26 +33,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(503 if "--never-healthy" in arguments else 200)
         self.end_headers()
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        allowed = "--api-key=" + self.headers.get("Authorization", "").removeprefix("Bearer ") in arguments
+        self.send_response(200 if allowed else 401)
+        self.end_headers()
+        self.wfile.write(json.dumps({"path": self.path, "body": body}).encode())
     def log_message(self, *arguments):
         pass
 
 http.server.HTTPServer((value("--host"), int(value("--port"))), Handler).serve_forever()
 """
 INTERPRETER = """#!/bin/sh
-case "$1" in
-    -I) echo '{{"sglang": "{version}", "torch": "2.13.0+cpu", "nccl": null}}' ;;
+case "$1 $3" in
+    "-I "*rebuild_cuda_tensor*) echo '{ipc}' ;;
+    "-I "*) echo '{{"sglang": "{version}", "torch": "2.13.0+cpu", "nccl": null, "nccl_library": null}}' ;;
     *) PYTHONPATH={folder} exec {python} "$@" ;;
 esac
 """
 
 
-def fake_python(folder: Path, version: str = "0.5.23") -> Path:
-    """An interpreter in `folder` that finds the fake SGLang, of that version, and is this one otherwise."""
+def fake_python(folder: Path, version: str = "0.5.23", ipc: str = "[]") -> Path:
+    """An interpreter in `folder` that finds the fake SGLang, of that version, whose torch has these arguments of
+    `rebuild_cuda_tensor` (JSON), and is this one otherwise."""
     for module in ("sglang/launch_server.py", "sglang_router/launch_router.py"):
         (folder / module).parent.mkdir(parents=True)
         (folder / module).write_text(SERVER)
     path = folder / "python"
-    path.write_text(INTERPRETER.format(version=version, folder=folder, python=sys.executable))
+    path.write_text(INTERPRETER.format(version=version, ipc=ipc, folder=folder, python=sys.executable))
     path.chmod(0o755)
     return path
 

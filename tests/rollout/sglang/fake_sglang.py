@@ -13,18 +13,28 @@ from typing import Any
 from aiohttp import web
 
 API_KEY, ADMIN_KEY = "generation", "administration"
+TAGS = frozenset({"weights", "kv_cache", "cuda_graph"})
 
 
 def made_from(input_ids: list[int], tokens: int) -> list[int]:
     """What the fake answers: a function of the prompt."""
-    return [(sum(input_ids) * 7 + position) % 1000 for position in range(tokens)]
+    return [(sum(input_ids) * 7 + position) % 999 for position in range(tokens)]
+
+
+GARBAGE = 999  # every token of an answer that was generated with lost weights
 
 
 class FakeSGLang:
     """One server in a thread of its own. Its attributes may be changed while it runs.
 
-    faults: what befalls the next `/generate` requests, one each: hang, reset, slow, label, abort, malformed, nan,
+    faults: what happens to the next `/generate` requests, one each: hang, reset, slow, label, abort, malformed, nan,
     mixed, or an HTTP status. always: the same for all when `faults` is empty. delay: seconds a sample takes.
+    health_delay: seconds a health probe takes, in which it generates. refuse: POST paths answered with status 500.
+    slow_posts: seconds until other POSTs are answered.
+
+    Memory is as in SGLang: `offloaded` holds the released tags; released weights are lost until `/load_weights`. The
+    scheduler dies (`died_of`) of a release while it is not paused, of a tag that is released or resumed twice, and of
+    generating or loading weights without memory.
     """
 
     def __init__(
@@ -48,6 +58,14 @@ class FakeSGLang:
         self.spans: Callable[[int], list[dict[str, Any]]] | None = None
         self.prompts: list[list[int]] = []
         self.posts: list[str] = []
+        self.refuse: set[str] = set()
+        self.slow_posts = 0.0
+        self.health_delay = 0.0
+        self.probing = 0  # health probes that are generating
+        self.probing_at_release: list[int] = []
+        self.offloaded: frozenset[str] = frozenset()
+        self.weights_lost = False
+        self.died_of: list[str] = []
         self.running = self.most_running = self.cancelled = 0
         self._open: set[asyncio.Transport] = set()
         self._aborts = 0
@@ -78,9 +96,15 @@ class FakeSGLang:
         self._loop.call_soon_threadsafe(lambda: [transport.abort() for transport in self._open])
 
     def restart(self) -> None:
-        """A new process: other weights, nothing paused."""
-        self.dead = self.paused = self.hung = False
+        """A new process: other weights, nothing paused, all of its memory."""
+        self.dead = self.paused = self.hung = self.weights_lost = False
+        self.offloaded = frozenset()
         self.label, self.life = "default", self.life + 1
+
+    def crash(self, reason: str) -> None:
+        """The scheduler dies of an error of its own, as of a failed assertion."""
+        self.died_of.append(reason)
+        self.die()
 
     def close(self) -> None:
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(5)
@@ -104,12 +128,26 @@ class FakeSGLang:
             key = ADMIN_KEY if admin else API_KEY
             if not public and request.headers.get("Authorization") != f"Bearer {key}":
                 return web.json_response({"error": "Unauthorized"}, status=401)
-            return await handler(request)
+            response: web.StreamResponse = await handler(request)
+            if self.dead:  # it died of this request
+                transport.abort()
+            return response
         finally:
             self._open.discard(transport)
 
     async def _health(self, _: web.Request) -> web.Response:
+        if self.health_delay:
+            self.probing += 1
+            await asyncio.shield(self._probe())  # a probe that nobody waits for any more goes on all the same
+        elif self.offloaded and not self.paused:
+            self.crash("a health probe generates without memory")
         return web.Response(status=200 if self.healthy and not self.paused else 503)
+
+    async def _probe(self) -> None:
+        try:
+            await asyncio.sleep(self.health_delay)
+        finally:
+            self.probing -= 1
 
     async def _model_info(self, _: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.label, "architectures": ["Fake"]})
@@ -120,7 +158,16 @@ class FakeSGLang:
     async def _admin(self, request: web.Request) -> web.Response:
         self.posts.append(request.path)
         body = await request.json()
-        if request.path == "/abort_request":
+        await asyncio.sleep(self.slow_posts)
+        if request.path in self.refuse:
+            return web.json_response({"error": f"{request.path} refused on purpose"}, status=500)
+        if request.path in ("/release_memory_occupation", "/resume_memory_occupation"):
+            self._move_memory(request.path == "/release_memory_occupation", frozenset(body.get("tags") or TAGS))
+        elif request.path == "/load_weights":  # stands for every transport
+            if "weights" in self.offloaded:
+                self.crash("weights are loaded into released memory")
+            self.weights_lost = False
+        elif request.path == "/abort_request":
             self._aborts += bool(body["abort_all"])
         elif request.path in ("/pause_generation", "/continue_generation"):
             self.paused = request.path == "/pause_generation"
@@ -133,6 +180,20 @@ class FakeSGLang:
         elif request.path == "/list":
             return web.json_response([body])
         return web.json_response({"success": True})
+
+    def _move_memory(self, release: bool, tags: frozenset[str]) -> None:
+        if not release:
+            if not tags <= self.offloaded:
+                self.crash(f"resumed {sorted(tags - self.offloaded)}, which were not released")
+            self.offloaded -= tags
+            return
+        self.probing_at_release.append(self.probing)
+        if not self.paused:
+            self.crash("released memory without a pause: a probe may make it busy at any time")
+        elif tags & self.offloaded:
+            self.crash(f"released {sorted(tags & self.offloaded)} twice")
+        self.offloaded |= tags
+        self.weights_lost |= "weights" in tags
 
     async def _generate(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -161,8 +222,11 @@ class FakeSGLang:
             if (done == wanted and not self.paused) or self._aborts > aborts:
                 break
             await asyncio.sleep(0.01)
+        if self.offloaded and done:
+            self.crash("generated without memory")
         reason = "abort" if self._aborts > aborts or fault == "abort" else "length"
-        return web.json_response(self._answer(made_from(body["input_ids"], done), reason, fault))
+        ids = [GARBAGE] * done if self.weights_lost else made_from(body["input_ids"], done)
+        return web.json_response(self._answer(ids, reason, fault))
 
     def _answer(self, ids: list[int], reason: str, fault: str) -> dict[str, Any]:
         label = "other" if fault == "label" else self.label

@@ -79,7 +79,7 @@ def once_each(results: list[SampleResult], asked: list[SampleRequest]) -> None:
     assert Counter(r.key for r in results) == Counter(r.key for r in asked)
 
 
-def check_whole(results: list[SampleResult], asked: list[SampleRequest]) -> None:
+def check_complete(results: list[SampleResult], asked: list[SampleRequest]) -> None:
     """Each sample once, with its own answer."""
     once_each(results, asked)
     inputs = {r.key: r for r in asked}

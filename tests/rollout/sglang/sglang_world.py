@@ -22,6 +22,7 @@ import pytest
 
 from asd_megatron.rollout.sglang.servers.options import ServerOptions
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
+from asd_megatron.rollout.sglang.servers.process import DIRECT
 
 ROOT = Path(__file__).parents[3]
 API_KEY = "generation-key-of-the-tests"
@@ -48,7 +49,7 @@ def request(url: str, path: str, body: Any = None, *, key: str = "", timeout: fl
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=timeout) as answer:
+        with DIRECT.open(urllib.request.Request(url + path, data, headers), timeout=timeout) as answer:
             status, text = answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         status, text = error.code, error.read().decode()

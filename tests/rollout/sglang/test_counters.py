@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from asd_megatron.rollout.sglang.client.requests import Counters
 from asd_megatron.rollout.sglang.counters import Readings
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
+from asd_megatron.rollout.sglang.weight_sync.verification import ProbeDifference
+
+PROBES = {"http://a": ProbeDifference(1e-6, 2e-6, False), "http://b": ProbeDifference(4e-6, 5e-6, True)}
 
 
-def test_updates_add_up_and_what_is_served_is_told_again() -> None:
+def test_updates_add_up_and_what_is_served_is_repeated() -> None:
     readings = Readings()
-    readings.add(SyncReport({}, (), bytes=3_000_000, tensors=9, seconds=0.5, checked=18, probe=2e-6))
+    readings.add(SyncReport({}, (), bytes=3_000_000, tensors=9, seconds=0.5, checked=18, probes=PROBES))
     failed = {"http://a": "broken"}
-    readings.add(SyncReport(failed, (), bytes=3_000_000, tensors=9, seconds=1.0, checked=9, probe=None))
+    readings.add(SyncReport(failed, (), bytes=3_000_000, tensors=9, seconds=1.0, checked=9, probes={}))
     first = readings.take(Counters(retried=3), serving=1, restarts=1)
     assert first["weight_sync/seconds"] == 1.5 and first["weight_sync/megabytes"] == 6.0
     assert first["weight_sync/gb_per_second"] == pytest.approx(0.004) and first["weight_sync/failures"] == 1
-    assert (first["weight_sync/receipt_ok"], first["weight_sync/checked"]) == (1, 9)
+    assert (first["weight_sync/verified"], first["weight_sync/checked"]) == (1, 9)
     assert (first["servers/retried"], first["servers/restarts"], first["servers/serving"]) == (3, 1, 1)
     second = readings.take(Counters(retried=5), serving=2, restarts=1)
-    assert second["weight_sync/receipt_ok"] == 1 and second["weight_sync/probe_max_abs"] == 2e-6
+    assert second["weight_sync/verified"] == 1 and second["weight_sync/probe_exceeded"] == 1
+    assert (second["weight_sync/probe_mean_abs"], second["weight_sync/probe_max_abs"]) == (4e-6, 5e-6)  # the worst
     assert "weight_sync/seconds" not in second and (second["servers/retried"], second["servers/restarts"]) == (2, 0)
 
 
-def test_without_a_receipt_nothing_is_claimed() -> None:
+def test_the_worst_of_several_servers_may_be_no_number() -> None:
     readings = Readings()
-    readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.1, checked=0, probe=None))
-    assert "weight_sync/receipt_ok" not in readings.take(Counters(), serving=1, restarts=0)
+    probes = {**PROBES, "http://c": ProbeDifference(float("nan"), float("nan"), True)}
+    readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.1, checked=1, probes=probes))
+    found = readings.take(Counters(), serving=1, restarts=0)
+    assert math.isnan(found["weight_sync/probe_mean_abs"]) and found["weight_sync/probe_exceeded"] == 2
+
+
+def test_without_verification_nothing_is_claimed() -> None:
+    readings = Readings()
+    readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.1, checked=0, probes={}))
+    assert "weight_sync/verified" not in readings.take(Counters(), serving=1, restarts=0)

@@ -2,128 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import time
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from asd_megatron.errors import UserError
-from asd_megatron.records import Group, SamplingParams
+from asd_megatron.records import SamplingParams
 from asd_megatron.rollout.engine import RolloutError
-from asd_megatron.rollout.sglang.client.fleet import Fleet
-from asd_megatron.rollout.sglang.controller import Backend, ServedModel
-from asd_megatron.rollout.sglang.engine import SGLangEngine
-from asd_megatron.rollout.sglang.grouping import Assembler, Labels
-from asd_megatron.rollout.sglang.weight_sync.protocol import Receiver
+from asd_megatron.rollout.sglang.controller import ServedModel
+from asd_megatron.rollout.sglang.weight_sync import synchronise
 from tests.distributed.harness import run_ranks
-from tests.rollout.sglang.fake_sglang import ADMIN_KEY, API_KEY, FakeSGLang
-from tests.rollout.toy import ToyTokenizer, one_process_groups, prompt
-
-PARAMS = SamplingParams(n=2, max_new_tokens=6)
-TENSORS = 3
+from tests.rollout.sglang.engine_world import PARAMS, TENSORS, Source, World, engine_of, finish, servers
+from tests.rollout.sglang.fleets import until
+from tests.rollout.toy import one_process_groups, prompt
 
 
-class Source:
-    """Weights whose reader says how often they were read, as a rank of the trainer yields them."""
-
-    def __init__(self, version: int = 0, root: bool = True) -> None:
-        self.version = version
-        self.root = root
-        self.readings = 0
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for i in range(TENSORS):
-            if self.root:
-                yield f"t{i}", torch.full((2,), float(self.version))
-        self.readings += 1
-
-
-class Transport:
-    """Delivers at once. `failing`: URLs that do not get the next transmissions, one list each."""
-
-    needs_session = True
-
-    def __init__(self) -> None:
-        self.failing: list[list[str]] = []
-        self.sent: list[tuple[int, str, int]] = []
-
-    def send(self, receivers: Sequence[Receiver], tensors: Any, label: str) -> dict[str, str]:
-        count = len(list(tensors))
-        self.sent.append((len(receivers), label.rpartition("-")[2], count))
-        bad = self.failing.pop(0) if self.failing else []
-        return {r.url: "broken on purpose" for r in receivers if r.url in bad}
-
-    def close(self) -> None: ...
-
-
-class World:
-    """An engine of one rank, or rank 0's, over fake servers."""
-
-    def __init__(self, process_groups: Any, servers: Sequence[FakeSGLang], closing: ExitStack, **over: Any) -> None:
-        self.servers, self.transport, self.labels = list(servers), Transport(), Labels("cafe")
-        self.fleet = Fleet(
-            [s.url for s in servers],
-            api_key=API_KEY,
-            admin_key=ADMIN_KEY,
-            probe_every=0.1,
-            probe_timeout=0.5,
-            request_timeout=over.pop("request_timeout", 20.0),
-            retries=over.pop("retries", 3),
-        )
-        closing.callback(self.fleet.close)
-        settings: dict[str, Any] = {
-            "model": ServedModel(("Fake",), 1000),
-            "pool": None,
-            "receipt": None,
-            "tolerance": 0.1,
-            "probe_ids": (1, 2),
-            "start_timeout": 10.0,
-            "wait_timeout": 1.0,
-            "colocated": False,
-        }
-        assembler = Assembler(ToyTokenizer(), 5, self.labels)
-        self.backend = Backend(
-            self.fleet, self.transport, assembler, self.labels, closing=ExitStack(), **{**settings, **over}
-        )
-        self.engine = engine_of(process_groups, self.backend)
-        self.fleet.connect(10.0)
-
-
-def engine_of(process_groups: Any, backend: Backend | None) -> SGLangEngine:
-    return SGLangEngine(process_groups, backend, probe=None, max_positions=64, end_ids=(0,))
-
-
-@contextmanager
-def servers(number: int, **settings: Any) -> Iterator[list[FakeSGLang]]:
-    with ExitStack() as closing:
-        made = [FakeSGLang(**settings) for _ in range(number)]
-        for server in made:
-            closing.callback(server.close)
-        yield made
-
-
-def finish(engine: SGLangEngine, timeout: float = 20.0) -> list[Group]:
-    found: list[Group] = []
-    while engine.pending:
-        found += engine.collect(timeout)
-    return found
-
-
-@pytest.fixture
-def closing() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def pair(closing: ExitStack) -> list[FakeSGLang]:
-    return closing.enter_context(servers(2))
-
-
-def test_groups_come_whole_with_the_version_that_made_them(process_groups: Any, pair: Any, closing: ExitStack) -> None:
+def test_groups_are_complete_and_of_the_version_that_generated_them(
+    process_groups: Any, pair: Any, closing: ExitStack
+) -> None:
     world = World(process_groups, pair, closing)
     engine, source = world.engine, Source(3)
     engine.load_weights(source)
@@ -156,23 +54,61 @@ def test_a_server_that_missed_an_update_is_sent_everything_again(
 ) -> None:
     world = World(process_groups, pair, closing)
     engine, source = world.engine, Source(1)
+    engine.load_weights(source)
+    source.version = 2
     world.transport.failing = [[pair[0].url, pair[1].url], [pair[0].url]]
     engine.load_weights(source)
-    # both failed, then one got them: that is enough to go on with
-    assert [n for n, _, _ in world.transport.sent] == [2, 2] and source.readings == 2
-    assert [v.label for v in world.fleet.servers()] == [None, "cafe-1"]
-    engine.submit([prompt("a", (1,))], PARAMS, step=1)
+    # both failed, then one has the weights, which is enough for an update that is not the first
+    assert [n for n, _, _ in world.transport.sent] == [2, 2, 2] and source.readings == 3
+    assert [v.label for v in world.fleet.servers()] == [None, "cafe-2"]
+    engine.submit([prompt("a", (1,))], PARAMS, step=2)
     finish(engine)
-    engine.load_weights(Source(2))
-    assert world.transport.sent[-1] == (2, "2", TENSORS)
-    assert [v.label for v in world.fleet.servers()] == ["cafe-2", "cafe-2"]
+    engine.load_weights(Source(3))
+    assert world.transport.sent[-1] == (2, "3", TENSORS)
+    assert [v.label for v in world.fleet.servers()] == ["cafe-3", "cafe-3"]
+
+
+def test_the_first_update_must_reach_every_server(process_groups: Any, pair: Any, closing: ExitStack) -> None:
+    world = World(process_groups, pair, closing)
+    source = Source(4)
+    world.transport.failing = [[pair[0].url]]
+    world.engine.load_weights(source)
+    assert [n for n, _, _ in world.transport.sent] == [2, 1], "the second attempt is for the one that failed"
+    assert [v.label for v in world.fleet.servers()] == ["cafe-4", "cafe-4"]
+    world = World(process_groups, pair, closing)
+    world.transport.failing = [[pair[0].url]] * 9
+    with pytest.raises(RolloutError, match=f"version 4.*every server.*3 attempts: {pair[0].url}: broken on pur") as e:
+        world.engine.load_weights(source)
+    assert pair[1].url not in str(e.value) and source.readings == 5
+    world = World(process_groups, pair, closing)
+    pair[1].die()
+    until(lambda: not world.fleet.servers()[1].healthy)
+    with pytest.raises(RolloutError, match=f"not every server.*server_wait_timeout.*{pair[1].url}: "):
+        world.engine.load_weights(source)
+
+
+def test_a_server_that_did_not_answer_once_is_sent_to_again(
+    process_groups: Any, pair: Any, closing: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synchronise, "ALIVE_SECONDS", 0.2)
+    world = World(process_groups, pair, closing)
+    world.engine.load_weights(Source(1))
+    world.transport.failing = [[pair[0].url]]
+    pair[0].slow_posts = 0.5
+    world.engine.load_weights(Source(2))
+    pair[0].slow_posts = 0.0
+    probed = time.monotonic()
+    until(lambda: world.fleet.servers()[0].probed > probed)
+    assert world.fleet.counters.ejected == 0
+    world.engine.load_weights(Source(3))
+    assert [v.label for v in world.fleet.servers()] == ["cafe-3", "cafe-3"]
 
 
 def test_weights_that_reach_nobody_end_the_run(process_groups: Any, pair: Any, closing: ExitStack) -> None:
     world = World(process_groups, pair, closing)
     world.transport.failing = [[s.url for s in pair]] * 9
     source = Source(7)
-    with pytest.raises(RolloutError, match="weights of version 7 reached no server in 3 attempts: .*broken on purpose"):
+    with pytest.raises(RolloutError, match="weights of version 7 did not reach .* in 3 attempts: .*broken on purpose"):
         world.engine.load_weights(source)
     assert source.readings == 3, "every attempt reads the source to its end"
 
@@ -200,7 +136,7 @@ def test_when_training_has_moved_on_it_waits_for_the_next_update(process_groups:
     engine.load_weights(source)
     pair[0].die()
     engine.submit([prompt(c, (i + 1,)) for i, c in enumerate("abcdef")], PARAMS, step=2)
-    source.version = 2  # an update while step 2 is in the making
+    source.version = 2  # an update while step 2 is in flight
     engine.collect(20.0)
     pair[0].restart()
     found = finish(engine)
@@ -243,12 +179,12 @@ def test_nothing_finished_in_time(process_groups: Any, pair: Any, closing: ExitS
     world = World(process_groups, pair, closing)
     world.engine.load_weights(Source(1))
     world.engine.submit([prompt("a", (1,))], PARAMS, step=1)
-    with pytest.raises(RolloutError, match="no group was finished within 1 s"):
+    with pytest.raises(RolloutError, match=r"within 1 s \(rollout.collect_timeout\)"):
         world.engine.collect(1.0)
     assert world.engine.pending == 0
 
 
-def test_what_was_suspended_goes_on_under_new_weights(process_groups: Any, closing: ExitStack) -> None:
+def test_suspended_responses_continue_under_new_weights(process_groups: Any, closing: ExitStack) -> None:
     pair = closing.enter_context(servers(2, delay=1.0))
     world = World(process_groups, pair, closing)
     engine = world.engine
@@ -270,48 +206,6 @@ def test_abort_forgets(process_groups: Any, pair: Any, closing: ExitStack) -> No
     world.engine.abort()
     world.engine.submit([prompt("b", (2,))], PARAMS, step=1)
     assert [g.problem.prompt_id for g in finish(world.engine)] == ["b"]
-
-
-def test_memory_goes_away_and_comes_back_around_the_weights(process_groups: Any, pair: Any, closing: ExitStack) -> None:
-    world = World(process_groups, pair, closing, colocated=True)
-    engine = world.engine
-    engine.load_weights(Source(1))
-    for server in pair:
-        server.posts.clear()
-    engine.release()
-    engine.release()
-    engine.resume()
-    engine.load_weights(Source(2))
-    for server in pair:
-        memory = [p for p in server.posts if "memory" in p or p in ("/end_weight_update", "/continue_generation")]
-        assert memory == [
-            "/release_memory_occupation",
-            "/resume_memory_occupation",  # the weights
-            "/end_weight_update",
-            "/resume_memory_occupation",  # the cache, before anything is generated
-            "/continue_generation",
-        ]
-    engine.submit([prompt("a", (1,))], PARAMS, step=1)
-    finish(engine)
-
-
-def test_a_colocated_server_that_died_meanwhile_keeps_nobody_waiting(
-    process_groups: Any, pair: Any, closing: ExitStack
-) -> None:
-    world = World(process_groups, pair, closing, colocated=True, wait_timeout=20.0)
-    engine = world.engine
-    engine.load_weights(Source(1))
-    engine.release()
-    pair[0].die()
-    pair[0].restart()  # with all of its memory
-    pair[1].die()
-    pair[0].posts.clear()
-    engine.resume()
-    engine.load_weights(Source(2))
-    assert "/resume_memory_occupation" not in pair[0].posts
-    engine.submit([prompt("a", (1,))], PARAMS, step=1)
-    (group,) = finish(engine)
-    assert {r.weight_version for r in group.rollouts} == {2}
 
 
 def test_prompts_and_end_tokens_that_cannot_be_served(process_groups: Any, pair: Any, closing: ExitStack) -> None:

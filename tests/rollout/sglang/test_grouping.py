@@ -23,7 +23,7 @@ def answer(request: SampleRequest, ids: tuple[int, ...], reason: str = "stop", *
     return SampleResult(request.key, ids, tuple(-0.5 * i for i in ids), reason, labelled if ids else ())
 
 
-def test_one_request_a_sample_and_whole_groups_in_submitted_order() -> None:
+def test_one_request_per_sample_and_complete_groups_in_submitted_order() -> None:
     made = assembler()
     a0, a1, b0, b1 = made.add([prompt("a", (1, 2)), prompt("b", (3,))], PARAMS, step=4)
     assert [r.input_ids for r in (a0, a1, b0, b1)] == [(1, 2), (1, 2), (3,), (3,)]
@@ -61,7 +61,7 @@ def test_noise_is_a_function_of_seed_step_problem_and_sample() -> None:
     assert len(set(everything)) == 8 and all(0 <= s < 2**63 for s in everything)
 
 
-def test_a_suspended_sample_goes_on_where_it_stopped() -> None:
+def test_a_suspended_sample_continues_where_it_stopped() -> None:
     made = assembler()
     a0, a1 = made.add([prompt("a", (1, 2))], PARAMS, step=4)
     made.suspend([answer(a0, (5, 6, 7), "abort"), answer(a1, (8, 0))])

@@ -1,7 +1,10 @@
 """One SGLang server over HTTP: its native `/generate` with token ids in and out, its health, its administration.
 
 SGLang offers two keys. The generation key opens `/generate` and the information pages, the administration key (once a
-server has one) everything that changes the server; neither opens the other's doors.
+server has one) everything that changes the server; neither is accepted in place of the other.
+
+Requests never go through a proxy of the environment (`http_proxy`, `https_proxy`, `all_proxy`), whatever the server's
+address: a cluster's proxy does not reach its compute nodes, nor anybody's loopback, and would see the keys.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ ADMIN_KEY_VARIABLE = "ASD_MEGATRON_ADMIN_KEY"
 INCOMPLETE = "-incomplete"  # ends the label of weights that are being replaced
 
 FINISH_REASONS = ("stop", "length", "abort")
-CONNECT_SECONDS = 10.0  # a TCP connection (with TLS) stands after this or never
+CONNECT_SECONDS = 10.0  # for a TCP connection (with TLS)
 KEEP_ALIVE_SECONDS = 2.0  # less than a server's five: a connection is never used while the server closes it
 
 
@@ -40,11 +43,11 @@ class ServerDown(ServerError):
 
 
 class ServerLate(ServerDown):
-    """No answer in time: it hangs, or has much to do."""
+    """No answer in time: it hangs or is overloaded."""
 
 
 class ServerBusy(ServerError):
-    """503 or 429: it lives and cannot take this now. Try again later."""
+    """503 or 429: it works and cannot take this request now. Retry later."""
 
 
 class ServerRefused(ServerError, UserError):
@@ -56,7 +59,7 @@ class ServerRefused(ServerError, UserError):
 
 
 class InvalidAnswer(ServerError):
-    """It answered something else than its interface says: ids, log-probs and labels that do not belong together."""
+    """The answer does not follow the interface: ids, log-probs and labels that do not match."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Generation:
 def new_session() -> aiohttp.ClientSession:
     """A session for any number of servers and connections. Made inside the event loop that uses it; close it there."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
-    return aiohttp.ClientSession(connector=connector)
+    return aiohttp.ClientSession(connector=connector, trust_env=False)
 
 
 class SGLangServer:

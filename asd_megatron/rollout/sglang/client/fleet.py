@@ -1,33 +1,35 @@
-"""All rollout servers as one thing to ask: samples in, finished samples out, whatever happens to single servers."""
+"""All rollout servers behind one interface: samples in, results out, whatever happens to single servers."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Coroutine, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import aiohttp
 
 from asd_megatron.errors import UserError
-from asd_megatron.rollout.sglang.client.api import SGLangServer, new_session
+from asd_megatron.rollout.engine import RolloutError
+from asd_megatron.rollout.sglang.client.api import ServerLate, SGLangServer, new_session
 from asd_megatron.rollout.sglang.client.health import Prober
-from asd_megatron.rollout.sglang.client.requests import Attempts, Counters, Member
+from asd_megatron.rollout.sglang.client.loop import LoopThread
+from asd_megatron.rollout.sglang.client.requests import Counters, Dispatcher, Member
 from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
 
 T = TypeVar("T")
 ROUTER_LIMIT = 0  # follows from the servers behind it
+INFO_SECONDS = 20.0
 ABORT_PATIENCE = 30.0  # seconds in which partial outputs are waited for
-CLOSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class ServerView:
-    """A server as it stands. `label`: the weights that it was admitted with, None: it may not serve; `reported`: the
-    label that it gives itself. `reason` says why it does not serve. `in_flight` leaves out what goes through a router.
+    """The state of a server. `label`: the weights that it was admitted with, None: it may not serve; `reported`: the
+    label that it reports. `reason`: why it does not serve. `in_flight` leaves out requests through a router. `probed`:
+    `time.monotonic()` of the last probe that found it healthy.
     """
 
     url: str
@@ -38,23 +40,25 @@ class ServerView:
     reported: str
     version: str
     tensor_parallel: int
+    probed: float
 
 
 class Fleet:
-    """SGLang servers behind one thread-safe, synchronous interface; an event loop in a thread of its own does the work.
+    """SGLang servers behind one thread-safe, synchronous interface; an event loop in its own thread does the work.
 
-    **Serving.** A server serves between `admit(url, label)` and whatever comes first of `withdraw`, two failures in a
-    row, three probes without an answer, a refused connection. Every sample is made under admitted weights: an answer
-    whose label says otherwise is thrown away. `updating(label)` goes around a change of weights: requests that are
-    under way stay where they are.
+    **Serving.** A server serves from `admit(url, label)` until `withdraw`, two failures in a row, three probes without
+    an answer, or a refused connection. Every sample is generated under admitted weights: an answer whose label says
+    otherwise is discarded. A change of weights happens inside `updating(label)`: running requests stay where they are.
+    `quiesced()` also waits for health probes, so that a server's memory can be offloaded.
 
-    **Samples.** Each submitted sample is returned once, by `wait` or by `abort`. A failed attempt is made again,
-    elsewhere if possible; after `retries` of them the sample is returned as an abort. At most `max_concurrent` samples
-    are with a server at a time, and an attempt may take `request_timeout` seconds. Samples of a group go to one server,
-    or where the router at `router_url` places them.
+    **Samples.** Each submitted sample is returned once, by `wait` or by `abort`. A failed attempt is retried, on
+    another server if possible; after `retries` of them the sample is returned as an abort. At most `max_concurrent`
+    samples are in flight on a server, and an attempt may take `request_timeout` seconds. Samples of a group go to one
+    server, or where the router at `router_url` places them.
 
-    **Failures.** While samples wait and nobody serves, `stranded_since` tells since when. What a server refuses for
-    good (a wrong key, a prompt that is too long) is raised by `wait` as UserError until `abort` is called.
+    **Failures.** While samples wait and no server may serve, `no_healthy_server_since` says since when. What a server
+    refuses for good (a wrong key, a prompt that is too long) is raised by `wait` as UserError until `abort` is called.
+    Every call returns within its time limit, or raises an error that names what it waited for.
 
     URLs may be https; `ca_file` (PEM) replaces the system's certificates. Raises UserError for URLs that are none.
     """
@@ -78,19 +82,17 @@ class Fleet:
         self._finished: list[SampleResult] = []
         self._error: Exception | None = None
         self._pending: set[Hashable] = set()
-        self._closed = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-fleet", daemon=True)
-        self._thread.start()
-        self._session = self._do(_open_session())
-
-        def member(url: str, limit: int) -> Member:
-            server = SGLangServer(url, self._session, api_key, admin_key, ca_file)
-            return Member(server.url, limit, server=server)
-
+        self._loop = LoopThread("rollout-fleet")
+        self._probe_timeout = probe_timeout
         try:
+            self._session = self._loop.run(_open_session(), "opening connections")
+
+            def member(url: str, limit: int) -> Member:
+                server = SGLangServer(url, self._session, api_key, admin_key, ca_file)
+                return Member(server.url, limit, server=server)
+
             self._members = {m.url: m for m in [member(url, max_concurrent) for url in urls]}
-            self._attempts = Attempts(
+            self._dispatcher = Dispatcher(
                 list(self._members.values()),
                 None if router_url is None else member(router_url, ROUTER_LIMIT),
                 request_timeout=request_timeout,
@@ -98,7 +100,7 @@ class Fleet:
                 deliver=self._deliver,
                 refuse=self._refuse,
             )
-            self._prober = Prober(self._attempts, probe_every, probe_timeout)
+            self._prober = Prober(self._dispatcher, probe_every, probe_timeout)
         except BaseException:
             self.close()
             raise
@@ -106,85 +108,108 @@ class Fleet:
     # ------------------------------------------------------------------ servers
 
     def connect(self, timeout: float) -> None:
-        """Wait until a server works, at most `timeout` seconds. Raises UserError that names every server's reason if
-        none does, if one refuses a key, or if one is older than SGLang 0.5.10."""
-        self._do(self._prober.connect(timeout))
+        """Wait until all servers work, at most `timeout` seconds. Raises UserError that names each server that does
+        not and why; at once if one refuses a key or is older than SGLang 0.5.10."""
+        self._loop.run(self._prober.connect(timeout), "connecting to the servers", timeout)
 
     def servers(self) -> list[ServerView]:
         """All servers in the order given, without the router."""
 
         async def view() -> list[ServerView]:
-            return [
-                ServerView(m.url, m.healthy, m.label, m.in_flight, m.reason, m.reported, m.version, m.tensor_parallel)
-                for m in self._members.values()
-            ]
+            return [_view(member) for member in self._members.values()]
 
-        return self._do(view())
+        return self._loop.run(view(), "reading the servers' states")
 
     def admit(self, url: str, label: str) -> None:
         """The server at `url` has exactly the weights `label`: it serves from now on."""
 
         async def admit() -> None:
-            self._attempts.admit(self._member(url), label)
+            self._dispatcher.admit(self._member(url), label)
 
-        self._do(admit())
+        self._loop.run(admit(), f"admitting {url}")
 
     def withdraw(self, url: str, reason: str) -> None:
-        """The server at `url` may not serve; what runs there is made again elsewhere.
+        """The server at `url` may not serve; its running samples are sent to others.
 
         It may be left with its generation paused: until it is admitted again it counts as healthy when its scheduler
         answers.
         """
 
         async def withdraw() -> None:
-            self._attempts.withdraw(self._member(url), reason)
+            self._dispatcher.withdraw(self._member(url), reason)
 
-        self._do(withdraw())
+        self._loop.run(withdraw(), f"withdrawing {url}")
+
+    def mark_unhealthy(self, url: str, reason: str) -> None:
+        """The server at `url` does not work; the next successful probe makes it healthy again."""
+
+        async def mark() -> None:
+            self._dispatcher.mark_unhealthy(self._member(url), reason)
+
+        self._loop.run(mark(), f"marking {url} as unhealthy")
 
     @contextmanager
     def updating(self, label: str) -> Iterator[None]:
         """Around a change of the servers' weights to `label`: no server is probed, no sample sent, no time limit runs.
 
-        Samples under way go on when their server does. Answers made under `label` before their server is admitted with
-        it wait for that; those of a server that is not admitted by the end are thrown away. May be entered again
-        inside.
+        Running samples continue when their server does. Answers generated under `label` before their server is admitted
+        with it wait for that; those of a server that is not admitted by the end are discarded. May be nested.
         """
+        with self._held(label):
+            yield
 
+    @contextmanager
+    def quiesced(self) -> Iterator[None]:
+        """While the servers cannot generate because their memory is offloaded: as `updating`, and entered only when no
+        probe is in flight any more (bounded by a probe's time limit)."""
+        with self._held(None):
+            self._loop.run(self._prober.wait_for_probes(), "waiting for health probes in flight", self._probe_timeout)
+            yield
+
+    @contextmanager
+    def _held(self, label: str | None) -> Iterator[None]:
         async def hold() -> None:
             self._prober.hold()
-            self._attempts.hold(label)
+            self._dispatcher.hold(label)
 
         async def release() -> None:
             self._prober.release()
-            self._attempts.release()
+            self._dispatcher.release()
 
-        self._do(hold())
+        self._loop.run(hold(), "holding requests")
         try:
             yield
         finally:
-            self._do(release())
+            if not self._loop.closed:  # while held
+                self._loop.run(release(), "releasing requests")
 
     def call(self, url: str, path: str, body: Mapping[str, Any] | None = None, timeout: float = 60.0) -> dict[str, Any]:
-        """A POST to one server with the key that its path needs; its JSON object. Any thread may call it. Raises a
-        `sglang_api.ServerError`."""
-        return self._do(self._member(url).server.post(path, body, timeout))
+        """A POST to one server with the key that its path needs; its JSON object. Any thread may call it. Raises an
+        `api.ServerError`."""
+        return self._ask(url, path, self._member(url).server.post(path, body, timeout), timeout)
 
-    def model_info(self, url: str, timeout: float = 20.0) -> dict[str, Any]:
-        """What the server at `url` says of its model. Raises a `sglang_api.ServerError`."""
-        return self._do(self._member(url).server.model_info(timeout))
+    def model_info(self, url: str, timeout: float = INFO_SECONDS) -> dict[str, Any]:
+        """What the server at `url` says of its model. Raises an `api.ServerError`."""
+        return self._ask(url, "/model_info", self._member(url).server.model_info(timeout), timeout)
 
-    def server_info(self, url: str, timeout: float = 20.0) -> dict[str, Any]:
-        """What the server at `url` runs with. Raises a `sglang_api.ServerError`."""
-        return self._do(self._member(url).server.server_info(timeout))
+    def server_info(self, url: str, timeout: float = INFO_SECONDS) -> dict[str, Any]:
+        """The arguments and the state of the server at `url`. Raises an `api.ServerError`."""
+        return self._ask(url, "/server_info", self._member(url).server.server_info(timeout), timeout)
+
+    def _ask(self, url: str, path: str, question: Coroutine[Any, Any, T], timeout: float) -> T:
+        try:
+            return self._loop.run(question, f"asking {url} for {path}", timeout)
+        except RolloutError as error:
+            raise ServerLate(url, f"did not answer {path} in time") from error
 
     @property
     def counters(self) -> Counters:
-        return replace(self._attempts.counters)
+        return replace(self._dispatcher.counters)
 
     @property
-    def stranded_since(self) -> float | None:
-        """`time.monotonic()` of when samples began to wait without any server that may serve; None: they do not."""
-        return self._attempts.stranded_since
+    def no_healthy_server_since(self) -> float | None:
+        """The `time.monotonic()` since which samples have waited without a server that may serve; None: they do not."""
+        return self._dispatcher.no_healthy_server_since
 
     # ------------------------------------------------------------------ samples
 
@@ -196,9 +221,9 @@ class Fleet:
         self._pending |= keys
 
         async def submit() -> None:
-            self._attempts.submit(requests)
+            self._dispatcher.submit(requests)
 
-        self._do(submit())
+        self._loop.run(submit(), f"submitting {len(requests)} samples")
 
     @property
     def pending(self) -> int:
@@ -221,7 +246,9 @@ class Fleet:
     def abort(self, keep_partial: bool) -> list[SampleResult]:
         """Give up everything pending, in the servers too. Returns [] or, with `keep_partial`, one result for each
         pending sample: finished, or an abort with what there is of it (bounded wait; maybe nothing)."""
-        partial = self._do(self._attempts.abort(keep_partial, ABORT_PATIENCE))
+        partial = self._loop.run(
+            self._dispatcher.abort(keep_partial, ABORT_PATIENCE), "aborting samples", ABORT_PATIENCE
+        )
         with self._news:
             self._error = None
             finished = [*self._take(), *partial]
@@ -243,43 +270,28 @@ class Fleet:
             self._error = error
             self._news.notify_all()
 
-    # ------------------------------------------------------------------ the loop
+    # ------------------------------------------------------------------ end
 
     def _member(self, url: str) -> Member:
         return self._members[url.rstrip("/")]
 
-    def _do(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._closed:
-            work.close()
-            raise RuntimeError("the fleet is closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
     def close(self) -> None:
         """Drop what is pending and every connection. The servers are left as they are. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
         self._pending.clear()
-
-        async def shut() -> None:
-            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            await self._session.close()
-
-        with suppress(TimeoutError):  # a daemon thread: it does not keep the program from ending
-            asyncio.run_coroutine_threadsafe(shut(), self._loop).result(CLOSE_SECONDS)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSE_SECONDS)
-        if not self._thread.is_alive():
-            self._loop.close()
+        session: aiohttp.ClientSession | None = getattr(self, "_session", None)
+        self._loop.close(None if session is None else session.close())
 
     def __enter__(self) -> Fleet:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _view(m: Member) -> ServerView:
+    return ServerView(
+        m.url, m.healthy, m.label, m.in_flight, m.reason, m.reported, m.version, m.tensor_parallel, m.probed
+    )
 
 
 async def _open_session() -> aiohttp.ClientSession:

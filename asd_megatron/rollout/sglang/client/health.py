@@ -1,62 +1,77 @@
-"""Which servers work: asked every few seconds, and at once when one has failed. Inside one event loop."""
+"""Health of the servers: probed every few seconds, and at once after a failure. Inside one event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from contextlib import suppress
 
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.client.api import ServerBusy, ServerError, ServerLate, ServerRefused
-from asd_megatron.rollout.sglang.client.requests import Attempts, Member
-from asd_megatron.rollout.sglang.servers.options import OLDEST, too_old
+from asd_megatron.rollout.sglang.client.requests import Dispatcher, Member
+from asd_megatron.rollout.sglang.servers.versions import OLDEST, too_old
 
-BETWEEN_ROUNDS = 0.5  # seconds, while waiting for the first server
-PATIENCE = 3  # probes in a row that a working server may leave unanswered: it may be busy with a long prompt
+log = logging.getLogger(__name__)
+
+BETWEEN_ROUNDS = 0.5  # seconds, while waiting for all servers at the start
+SAY_SECONDS = 15.0  # between two lines about servers that are waited for
+MISSED_PROBES = 3  # in a row until a working server counts as unhealthy: it may be busy with a long prompt
 
 
 class Prober:
-    """Asks every server (and the router) how it is and tells those who send samples there.
+    """Probes every server (and the router) and reports its health to the dispatcher.
 
-    A server has to generate a token. One that was withdrawn may stand with its generation paused: it has to answer
-    through its scheduler, until it is seen to have started anew. Nobody is asked between `hold` and `release`, and
-    answers to questions asked before do not count.
+    A server has to generate a token. One that was withdrawn may have its generation paused: its scheduler has to
+    answer, until it is seen to have been restarted. No probe starts between `hold` and `release`, and the answers of
+    earlier ones do not count.
     """
 
-    def __init__(self, attempts: Attempts, every: float, timeout: float) -> None:
-        self._attempts = attempts
+    def __init__(self, dispatcher: Dispatcher, every: float, timeout: float) -> None:
+        self._dispatcher = dispatcher
         self._every = every
         self._timeout = timeout
         self._allowed = asyncio.Event()
         self._allowed.set()
         self._epoch = 0
         self._holds = 0
+        self._in_flight: set[asyncio.Task[None]] = set()
         self._watches: list[asyncio.Task[None]] = []
 
     @property
     def _everybody(self) -> list[Member]:
-        router = self._attempts.router
-        return [*self._attempts.members, *([] if router is None else [router])]
+        router = self._dispatcher.router
+        return [*self._dispatcher.members, *([] if router is None else [router])]
 
     async def connect(self, timeout: float) -> None:
-        """Wait until one server at least (and the router, if there is one) works; then keep watching them all.
+        """Wait until every server (and the router, if there is one) works; then keep probing them.
 
-        Raises UserError if a server refuses a key or is too old, or if none works within `timeout` seconds.
+        Raises UserError if a server refuses a key or is too old, or, naming each that does not work, after `timeout`
+        seconds.
         """
-        deadline = time.monotonic() + timeout
+        began = said = time.monotonic()
         while True:
-            await self._round(deadline)
-            router = self._attempts.router
-            if any(m.healthy for m in self._attempts.members) and (router is None or router.healthy):
+            await self._round(began + timeout)
+            if all(member.healthy for member in self._everybody):
                 break
-            if time.monotonic() > deadline:
-                raise UserError(self._nobody(timeout))
+            now = time.monotonic()
+            if now > began + timeout:
+                raise UserError(
+                    f"rollout servers do not work after {timeout:.0f} s (rollout.server_start_timeout):\n"
+                    f"{self._unhealthy()}\n"
+                    "Start them (`asd-megatron serve MODEL`), or correct their URLs in the recipe."
+                )
+            if now - said >= SAY_SECONDS:
+                said = now
+                log.warning("waiting for rollout servers since %.0f s:\n%s", now - began, self._unhealthy())
             await asyncio.sleep(BETWEEN_ROUNDS)
         if not self._watches:
             self._watches = [asyncio.create_task(self._watch(member)) for member in self._everybody]
 
     async def _round(self, deadline: float) -> None:
-        tasks = [asyncio.create_task(self._first_probe(member)) for member in self._everybody]
+        tasks = [asyncio.create_task(self._first_probe(member)) for member in self._everybody if not member.healthy]
+        if not tasks:
+            return
         done, late = await asyncio.wait(tasks, timeout=max(deadline - time.monotonic(), 0.0))
         for task in late:
             task.cancel()
@@ -66,19 +81,24 @@ class Prober:
                 raise error
 
     def hold(self) -> None:
-        """No probe counts until as many calls of `release`: a server whose weights are replaced generates nothing."""
+        """No probe starts until `release` has been called as often: a server whose weights are being replaced, or
+        whose memory is offloaded, cannot generate."""
         self._epoch += 1
         self._holds += 1
         self._allowed.clear()
+
+    async def wait_for_probes(self) -> None:
+        """Return when no probe is in flight any more, or after the time limit of one request."""
+        if self._in_flight:
+            await asyncio.wait(self._in_flight, timeout=self._timeout)
 
     def release(self) -> None:
         self._holds -= 1
         if not self._holds:
             self._allowed.set()
-
-    def stop(self) -> None:
-        for watch in self._watches:
-            watch.cancel()
+            for member in self._everybody:
+                if not member.healthy:
+                    member.wake.set()
 
     async def _watch(self, member: Member) -> None:
         while True:
@@ -87,48 +107,54 @@ class Prober:
                     await member.wake.wait()
             await self._allowed.wait()
             member.wake.clear()
-            with suppress(ServerRefused):  # has become the member's reason
-                await self._probe(member)
+            probe = asyncio.create_task(self._probe(member))
+            self._in_flight.add(probe)
+            try:
+                with suppress(ServerRefused):  # is the member's reason by now
+                    await probe
+            finally:
+                self._in_flight.discard(probe)
 
     async def _first_probe(self, member: Member) -> None:
-        """Also wakes a server that an earlier run left with its generation paused, and so shows whether the
-        administration key is right."""
+        """Also resumes generation on a server that an earlier run left paused, and so shows whether the administration
+        key is right."""
         try:
-            if member is not self._attempts.router:
+            if member is not self._dispatcher.router:
                 await member.server.post("/continue_generation", None, self._timeout)
         except ServerRefused:
             raise
         except ServerError as error:
-            self._attempts.eject(member, error.what)
+            self._dispatcher.mark_unhealthy(member, error.what)
         else:
             await self._probe(member)
 
     async def _probe(self, member: Member) -> None:
         epoch = self._epoch
         try:
-            if member is self._attempts.router:
+            if member is self._dispatcher.router:
                 await member.server.routing(self._timeout)
             else:
-                await self._ask(member)
+                await self._check(member, epoch)
         except ServerError as error:
             if epoch == self._epoch and not self._may_be_busy(member, error):
-                self._attempts.eject(member, error.what)
+                self._dispatcher.mark_unhealthy(member, error.what)
             if isinstance(error, ServerRefused):
                 raise
         else:
             member.missed = 0
             if epoch == self._epoch:
-                self._attempts.welcome(member)
+                self._dispatcher.mark_healthy(member)
 
     def _may_be_busy(self, member: Member, error: ServerError) -> bool:
         """Whether a server that has worked so far is given another chance."""
         if not member.healthy or not isinstance(error, ServerLate | ServerBusy):
             return False
         member.missed += 1
-        return member.missed < PATIENCE
+        return member.missed < MISSED_PROBES
 
-    async def _ask(self, member: Member) -> None:
-        """Raises a ServerError unless the server works and has the weights that it was admitted with."""
+    async def _check(self, member: Member, epoch: int) -> None:
+        """Raises a ServerError unless the server works and has the weights that it was admitted with. Generates nothing
+        if a hold has begun since `epoch`."""
         admitted = member.label
         model = await member.server.model_info(self._timeout)
         member.reported = str(model.get("weight_version", ""))
@@ -142,15 +168,11 @@ class Prober:
         started = info.get("startup_time")
         if started != member.started:
             member.started, member.withdrawn = started, False
-        if not member.withdrawn:
+        if not member.withdrawn and epoch == self._epoch:
             await member.server.healthy(self._timeout)
 
-    def _nobody(self, timeout: float) -> str:
-        reasons = "\n".join(f"  {member.url} {member.reason}" for member in self._everybody if not member.healthy)
-        return (
-            f"no rollout server works after {timeout:.0f} s:\n{reasons}\n"
-            "Start them (`asd-megatron serve MODEL`), or correct their URLs in the recipe."
-        )
+    def _unhealthy(self) -> str:
+        return "\n".join(f"  {member.url} {member.reason}" for member in self._everybody if not member.healthy)
 
 
 def _too_old(version: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One sample to be made. `key` is the caller's name for it, unique among what is pending; samples of one `group`
+    """One sample to generate. `key` is the caller's name for it, unique among what is pending; samples of one `group`
     share a prefix and go to one server; `sampling` is SGLang's `sampling_params`.
     """
 
@@ -22,12 +22,12 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """What became of a sample.
+    """The outcome of a `SampleRequest`.
 
-    `finish_reason` is stop, length or abort (given up, or called off: whatever there is of it, possibly nothing).
+    `finish_reason` is stop, length or abort (given up, or aborted by the caller: the tokens so far, possibly none).
     `logprobs[t]` is the log-probability of `output_ids[t]` after temperature, before top-p and top-k. `spans`: (start,
-    label), ascending: from output position `start` on the weights were `label`. `url` made it, "" if nobody did.
-    `attempts`: how often it was begun.
+    label), ascending: from output position `start` on the weights were `label`. `url`: the server (or router) that
+    answered, "" if none did. `attempts`: how often the request was sent.
     """
 
     key: Hashable
@@ -40,25 +40,26 @@ class SampleResult:
 
 
 @dataclass(eq=False)
-class Ticket:
-    """A sample on its way. `failed_at` is the lane of its last failure; `busy` counts seconds of being put off."""
+class PendingSample:
+    """A request that has no result yet. `failed_at` is the endpoint of its last failure; `busy` counts the seconds for
+    which busy servers have delayed it."""
 
     request: SampleRequest
     attempts: int = 0
     failures: int = 0
-    failed_at: Lane | None = None
+    failed_at: Endpoint | None = None
     busy: float = 0.0
 
 
 @dataclass(eq=False)
-class Lane:
-    """Where samples can go: a server, or the router. At most `limit` of them at a time, and none unless `open`."""
+class Endpoint:
+    """Where requests can be sent: a server, or the router. At most `limit` at a time, and none unless `open`."""
 
     url: str
     limit: int
     open: bool = False
     in_flight: int = 0
-    queue: deque[Ticket] = field(default_factory=deque)
+    queue: deque[PendingSample] = field(default_factory=deque)
 
     @property
     def free(self) -> bool:
@@ -66,83 +67,87 @@ class Lane:
 
 
 class Schedule:
-    """Samples that wait, and the lanes they may take.
+    """Waiting samples, and the endpoints that they can be sent to.
 
-    A group goes whole to the lane that is least loaded when the group's turn comes, groups in submitted order; a lane
-    takes another group only when it has begun the last one, so none hoards. With an open `router` samples go there one
-    by one, for the router to place. A sample that failed goes directly to another lane than the one where it failed, or
-    to that one when it is the only one open. The caller counts `in_flight` and opens lanes.
+    A group is placed on one endpoint, the one with the fewest requests in flight when the group's turn comes, groups in
+    submitted order. An endpoint is given its next group only after all samples of the last one have been sent, so that
+    no endpoint hoards. With an open `router` samples are sent there one by one, and the router places them. A failed
+    sample is sent directly to another endpoint than the one where it failed, or to that one if no other is open. The
+    caller counts `in_flight` and opens endpoints.
+
+    Example: two servers with limit 2, groups a, b, c of 3 samples: a0 a1 go to the first, b0 b1 to the second; a2 and
+    b2 stay in the queues of their servers; c waits until one of the two queues is empty.
     """
 
-    def __init__(self, lanes: Sequence[Lane], router: Lane | None = None) -> None:
-        self._lanes = list(lanes)
+    def __init__(self, endpoints: Sequence[Endpoint], router: Endpoint | None = None) -> None:
+        self._endpoints = list(endpoints)
         self._router = router
-        self._groups: OrderedDict[Hashable, deque[Ticket]] = OrderedDict()  # not placed yet
-        self._retries: deque[Ticket] = deque()
+        self._groups: OrderedDict[Hashable, deque[PendingSample]] = OrderedDict()  # not placed yet
+        self._retries: deque[PendingSample] = deque()
 
-    def add(self, tickets: Iterable[Ticket]) -> None:
+    def add(self, samples: Iterable[PendingSample]) -> None:
         """New samples, behind all others."""
-        for ticket in tickets:
-            self._groups.setdefault(ticket.request.group, deque()).append(ticket)
+        for sample in samples:
+            self._groups.setdefault(sample.request.group, deque()).append(sample)
 
-    def put_back(self, tickets: Sequence[Ticket]) -> None:
-        """Samples that were placed and lost their place through no fault of theirs, before all others."""
-        for ticket in reversed(tickets):
-            group = ticket.request.group
-            self._groups.setdefault(group, deque()).appendleft(ticket)
+    def put_back(self, samples: Sequence[PendingSample]) -> None:
+        """Samples that lost their endpoint without having failed, before all others."""
+        for sample in reversed(samples):
+            group = sample.request.group
+            self._groups.setdefault(group, deque()).appendleft(sample)
             self._groups.move_to_end(group, last=False)
 
-    def retry(self, ticket: Ticket) -> None:
-        """A sample that failed at `ticket.failed_at`: the next one to go, elsewhere if possible."""
-        self._retries.append(ticket)
+    def retry(self, sample: PendingSample) -> None:
+        """A sample that failed at `sample.failed_at`: the next one to be sent, elsewhere if possible."""
+        self._retries.append(sample)
 
-    def close(self, lane: Lane) -> None:
-        """Nothing more goes to the lane; what waited for it goes elsewhere."""
-        lane.open = False
-        waiting, lane.queue = list(lane.queue), deque()
+    def close(self, endpoint: Endpoint) -> None:
+        """Nothing more is sent to the endpoint; what is in its queue is placed again."""
+        endpoint.open = False
+        waiting, endpoint.queue = list(endpoint.queue), deque()
         self.put_back(waiting)
 
     def drop(self) -> None:
         """Forget everything that waits."""
         self._groups.clear()
         self._retries.clear()
-        for lane in self._lanes:
-            lane.queue.clear()
+        for endpoint in self._endpoints:
+            endpoint.queue.clear()
 
-    def next(self) -> tuple[Ticket, Lane] | None:
-        """The next sample that can go, with its lane, or None. It waits no longer: the caller sends it."""
+    def next(self) -> tuple[PendingSample, Endpoint] | None:
+        """The next sample that can be sent, with its endpoint, or None. The caller sends it: it waits no longer."""
         return self._next_retry() or self._next_routed() or self._next_placed()
 
-    def _next_retry(self) -> tuple[Ticket, Lane] | None:
-        open_lanes = [lane for lane in self._lanes if lane.open]
-        if not any(lane.free for lane in open_lanes):
+    def _next_retry(self) -> tuple[PendingSample, Endpoint] | None:
+        open_endpoints = [endpoint for endpoint in self._endpoints if endpoint.open]
+        if not any(endpoint.free for endpoint in open_endpoints):
             return None
-        for position, ticket in enumerate(self._retries):
-            elsewhere = [lane for lane in open_lanes if lane is not ticket.failed_at] or open_lanes
-            free = [lane for lane in elsewhere if lane.free]
+        for position, sample in enumerate(self._retries):
+            elsewhere = [e for e in open_endpoints if e is not sample.failed_at] or open_endpoints
+            free = [endpoint for endpoint in elsewhere if endpoint.free]
             if free:
                 del self._retries[position]
-                return ticket, min(free, key=lambda lane: lane.in_flight)
+                return sample, min(free, key=lambda endpoint: endpoint.in_flight)
         return None
 
-    def _next_routed(self) -> tuple[Ticket, Lane] | None:
+    def _next_routed(self) -> tuple[PendingSample, Endpoint] | None:
         if self._router is None or not self._router.free or not self._groups:
             return None
         return self._first_waiting(), self._router
 
-    def _next_placed(self) -> tuple[Ticket, Lane] | None:
-        free = [lane for lane in self._lanes if lane.free]
-        for lane in sorted(free, key=lambda lane: lane.in_flight):
-            if lane.queue:
-                return lane.queue.popleft(), lane
+    def _next_placed(self) -> tuple[PendingSample, Endpoint] | None:
+        free = [endpoint for endpoint in self._endpoints if endpoint.free]
+        for endpoint in sorted(free, key=lambda endpoint: endpoint.in_flight):
+            if endpoint.queue:
+                return endpoint.queue.popleft(), endpoint
             if self._groups and not (self._router and self._router.open):
-                _, lane.queue = self._groups.popitem(last=False)
-                return lane.queue.popleft(), lane
+                _, endpoint.queue = self._groups.popitem(last=False)
+                return endpoint.queue.popleft(), endpoint
         return None
 
-    def _first_waiting(self) -> Ticket:
+    def _first_waiting(self) -> PendingSample:
         group, waiting = next(iter(self._groups.items()))
-        ticket = waiting.popleft()
+        sample = waiting.popleft()
         if not waiting:
             del self._groups[group]
-        return ticket
+        return sample

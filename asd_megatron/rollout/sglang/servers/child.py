@@ -1,10 +1,10 @@
 """Runs inside the server's own Python environment: `python server_child.py PARENT_PID MODULE ARGUMENT...`.
 
 Becomes `python -m MODULE ARGUMENT...` with three differences. Further arguments, the secret ones, are read as a JSON
-list from standard input, so that no process list shows them. What the server tells about itself leaves them out. And a
-small watcher process, made before anything is imported, ends the whole process group as soon as the parent is gone,
-however it went, or the server itself died and left children behind. (PR_SET_PDEATHSIG alone would not do: it follows
-the thread that started the child, and does not reach the grandchildren.)
+list from standard input, so that no process list shows them. The server's answers about itself omit them. And a small
+watcher process, forked before anything is imported, ends the process group as soon as the parent has ended, for
+whatever reason, or the server has died and left children behind. (PR_SET_PDEATHSIG alone is not enough: it follows the
+thread that started the child, and does not reach the grandchildren.)
 
 Standard library only, any Python 3.10 or later: nothing of this package can be imported here.
 """
@@ -39,16 +39,16 @@ def watch(server: int, parent: int) -> None:
     while parent_of(server) == parent:
         time.sleep(POLL_SECONDS)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(server, signal.SIGKILL)  # its number stays its own as long as its group has members
+        os.kill(server, signal.SIGKILL)  # its id is not reused as long as its group has members
     time.sleep(TIDY_SECONDS)
     folder = os.path.dirname(os.environ.get("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", "").removeprefix("file://"))
-    if os.path.basename(folder).startswith("sglang_server_"):  # made for this start
+    if os.path.basename(folder).startswith("sglang_server_"):  # created for this start
         shutil.rmtree(folder, ignore_errors=True)
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def start_watcher(parent: int) -> None:
-    """Fork the watcher twice, so that it is no child of the server, which ends its children on its own account."""
+    """Fork the watcher twice, so that it is no child of the server, which ends its children when it ends."""
     server = os.getpid()
     child = os.fork()
     if child:
@@ -57,21 +57,22 @@ def start_watcher(parent: int) -> None:
     if os.fork():
         os._exit(0)
     for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(ending, signal.SIG_IGN)  # the server ends in good order first
+        signal.signal(ending, signal.SIG_IGN)  # the server handles these itself, and the watcher outlives it
     os.close(0)
     watch(server, parent)
 
 
 def hide_keys(keys: "list[str]") -> None:
-    """Take `keys` out of `GET /server_info`, where SGLang 0.5.23 tells both to everybody who may generate, and the log.
+    """Redact `keys` in the log and in `GET /server_info`, where SGLang 0.5.23 shows both to every holder of the
+    generation key.
 
-    SGLang hides other secrets there already, with a function that is given everything before it is shown.
+    SGLang redacts other secrets there with a function that receives everything before it is shown; this wraps it.
     """
     try:
         core = importlib.import_module("sglang.srt.sampling.watermarking.core")
         redact = core.redact_watermark_secrets
     except (ImportError, AttributeError):  # another version of SGLang
-        print("warning: this SGLang may show its administration key to everybody who has the other one", flush=True)
+        print("warning: this SGLang may show its administration key to holders of the generation key", flush=True)
         return
 
     def without_keys(value: Any, **options: Any) -> Any:
@@ -95,7 +96,7 @@ def main() -> None:
     start_watcher(int(parent))
     secret = json.loads(sys.stdin.readline() or "[]")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    del sys.path[0]  # this file's folder, whose modules are none of the server's business
+    del sys.path[0]  # this file's folder, whose modules the server must not import
     if module.startswith("sglang."):
         hide_keys([word.partition("=")[2] for word in secret])
     sys.argv = [module, *arguments, *secret]

@@ -1,7 +1,4 @@
-"""What an SGLang server is started with: options, its command line, its Python environment.
-
-SGLang lives in an environment of its own (`tools/sglang_env/create.sh`) and is never imported here.
-"""
+"""What an SGLang server is started with: options, its command line, its environment variables."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import json
 import random
 import re
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +14,8 @@ from typing import Any
 
 from asd_megatron.errors import UserError
 
-OLDEST = (0, 5, 10)  # earlier ones can be taken over through ports on all interfaces (CVE-2026-3059, CVE-2026-3060)
 MODULE = "sglang.launch_server"
 ROUTER_MODULE = "sglang_router.launch_router"
-HOW_TO_MAKE = "make it with `tools/sglang_env/create.sh gpu FOLDER` (or cpu) and name FOLDER/bin/python"
 OWNED = {  # SGLang's argument -> how it is set here
     "host": "the host option",
     "port": "the port option",
@@ -42,11 +36,13 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "device": "cpu",
     "attention-backend": "torch_native",
     "disable-overlap-schedule": True,
-    "sleep-on-idle": True,  # else an idle server keeps half a core busy
+    "sleep-on-idle": True,  # otherwise an idle server uses half a core
     "mem-fraction-static": 0.2,
     "max-total-tokens": 8192,
     "max-running-requests": 16,
 }
+NCCL_DEFAULTS = {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "2"}
+"""NCCL's own defaults; 2: where the device supports it. SGLang sets both to 0 where they are unset."""
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0"}
 OURS = re.compile(
     "TORCHELASTIC_.*|ASD_MEGATRON_.*|PYTHONPATH|PYTHONHOME|VIRTUAL_ENV|OMP_NUM_THREADS|CUDA_DEVICE_MAX_CONNECTIONS"
@@ -57,8 +53,8 @@ OURS = re.compile(
 @dataclass(frozen=True)
 class ServerOptions:
     """One server. `arguments` are SGLang's own, names without the dashes: {"mem-fraction-static": 0.8}; True: a flag
-    without a value, None or False: left out, a list: several values. `devices` is CUDA_VISIBLE_DEVICES ("" means none),
-    `port` 0 a free one, `dtype` "auto" SGLang's choice on GPUs and float32 without.
+    without a value, None or False: left out, a list: several values. `devices` is CUDA_VISIBLE_DEVICES ("": no device),
+    `port` 0 a free one, `dtype` "auto" SGLang's choice on GPUs and float32 on the CPU.
     """
 
     python: Path
@@ -76,26 +72,17 @@ class ServerOptions:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the server computes on the CPU: because that was asked for, or for want of a GPU."""
+        """Whether the server computes on the CPU: because the options say so, or because there is no GPU."""
         device = pass_through(self).get("device")
         if device:
             return bool(device == "cpu")
         return not (_has_cuda() if self.devices is None else self.devices)
 
 
-@dataclass(frozen=True)
-class Versions:
-    """What an SGLang environment holds; `nccl` is None in one for CPUs."""
-
-    sglang: str
-    torch: str
-    nccl: str | None
-
-
 def command(options: ServerOptions) -> list[str]:
-    """The command line of a server, without its keys (`secret_arguments`), for a port that is decided already.
+    """The command line of a server, without its keys (`secret_arguments`). Its port is not 0 any more.
 
-    Raises UserError for arguments that are set otherwise (`OWNED`) or that the weight update cannot serve (`ONE_ONLY`).
+    Raises UserError for arguments that an option of ours sets (`OWNED`) or weight updates do not support (`ONE_ONLY`).
     """
     arguments: dict[str, Any] = {
         "model-path": str(options.model),
@@ -112,7 +99,7 @@ def command(options: ServerOptions) -> list[str]:
 
 
 def router_command(at: ServerOptions, urls: Sequence[str], metrics_port: int, start_timeout: float) -> list[str]:
-    """The command line of a router at `at`'s address before servers at `urls`. Its client tries again, not it."""
+    """The command line of a router at `at`'s address before servers at `urls`. It does not retry; its client does."""
     arguments = {
         "worker-urls": list(urls),
         "policy": "cache_aware",
@@ -128,13 +115,13 @@ def router_command(at: ServerOptions, urls: Sequence[str], metrics_port: int, st
 
 
 def secret_arguments(options: ServerOptions) -> list[str]:
-    """The keys' arguments, which travel through a pipe. One word each: a key may start with a dash."""
+    """The keys' arguments, passed through a pipe. One word each, because a key may start with a dash."""
     keys = {"--api-key": options.api_key, "--admin-api-key": options.admin_key}
     return [f"{name}={key}" for name, key in keys.items() if key]
 
 
 def pass_through(options: ServerOptions) -> dict[str, Any]:
-    """SGLang's own arguments as given, by their long names: nobody here checks what they mean."""
+    """SGLang's own arguments as given, by their long names; their values are not checked."""
     given = {name.lstrip("-").replace("_", "-"): value for name, value in options.arguments.items()}
     for name in given:
         if name in OWNED:
@@ -148,17 +135,34 @@ def pass_through(options: ServerOptions) -> dict[str, Any]:
 
 
 def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a server's process: `base` without what belongs to the trainer's ranks and environment."""
+    """The variables of a server's process: `base` without those of the trainer's ranks and Python environment, with
+    NCCL's settings of the trainer and no proxy for the server's own address."""
     environment = {name: value for name, value in base.items() if not OURS.fullmatch(name)}
-    if options.on_cpu:
-        environment |= CPU_ENVIRONMENT
+    environment |= CPU_ENVIRONMENT if options.on_cpu else nccl_settings(base)
+    environment |= dict.fromkeys(("no_proxy", "NO_PROXY"), _no_proxy(options.host, base))
     if options.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = options.devices
     return environment | {"PYTHONUNBUFFERED": "1"} | dict(options.environment)
 
 
+def nccl_settings(base: Mapping[str, str]) -> dict[str, str]:
+    """NCCL's memory settings in a process with the variables `base`. All ranks of a communicator need the same: the
+    trainer's rank 0 and the servers' ranks are in one when weights are broadcast."""
+    return {name: base.get(name) or default for name, default in NCCL_DEFAULTS.items()}
+
+
+def _no_proxy(host: str, base: Mapping[str, str]) -> str:
+    """Hosts that are reached without a proxy: the user's, loopback, and the server's own, whose warm-up request to
+    itself would go to the proxy otherwise."""
+    given = [entry.strip() for name in ("no_proxy", "NO_PROXY") for entry in base.get(name, "").split(",")]
+    if "*" in given:
+        return "*"
+    own = ["localhost", "127.0.0.1", "::1", "[::1]", host, *([f"[{host}]"] if ":" in host else [])]
+    return ",".join(dict.fromkeys(entry for entry in (*given, *own) if entry))
+
+
 def parse_arguments(words: Sequence[str]) -> dict[str, Any]:
-    """SGLang's own arguments as on its command line, `--name value`, `--name=value` or `--flag`, as a mapping."""
+    """SGLang's own arguments from its command line, `--name value`, `--name=value` or `--flag`, as a mapping."""
     found: dict[str, Any] = {}
     name = ""
     for word in words:
@@ -174,9 +178,10 @@ def parse_arguments(words: Sequence[str]) -> dict[str, Any]:
 
 
 def devices_of_servers(devices: Sequence[str], servers: int, tensor_parallel: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each server from what was given, `["4,5", "6,7"]`; None for all if nothing was.
+    """CUDA_VISIBLE_DEVICES of each server from `devices` like `["4,5", "6,7"]`; None for each if `devices` is empty.
 
-    Raises UserError if that is not one entry a server with a device a rank, or nothing for several servers on GPUs.
+    Raises UserError unless there is one entry a server with one device a rank, and for several servers on GPUs without
+    devices.
     """
     if not devices:
         if servers > 1 and _has_cuda():
@@ -191,8 +196,8 @@ def devices_of_servers(devices: Sequence[str], servers: int, tensor_parallel: in
 
 
 def check_listening(options: ServerOptions) -> None:
-    """Raises UserError unless a server may and can listen where `options` say: loopback, or with both keys on one
-    interface of this machine, on a port that is free.
+    """Raises UserError unless a server may and can listen at the host and port of `options`: a free port of loopback,
+    or with both keys of one interface of this machine.
     """
     host = options.host
     try:
@@ -201,11 +206,11 @@ def check_listening(options: ServerOptions) -> None:
         raise UserError(f"server host {host!r} is not an address: give the IP address of one interface") from error
     if address.is_unspecified:
         raise UserError(
-            f"server host {host} would offer the servers on every interface, and who reaches them can replace their"
+            f"server host {host} would open the servers on every interface, and whoever reaches them can replace their"
             " weights: give the address of the cluster's own interface, or leave it at 127.0.0.1"
         )
     if not address.is_loopback and not (options.api_key and options.admin_key):
-        raise UserError(f"a server at {host} can be reached by others and needs both keys: set them")
+        raise UserError(f"a server at {host} can be reached from other machines and needs both keys: set them")
     if not can_listen(host, options.port):
         if options.port and can_listen(host, 0):
             raise UserError(f"port {options.port} of {host} is in use: choose another one, or 0 for a free one")
@@ -213,65 +218,18 @@ def check_listening(options: ServerOptions) -> None:
 
 
 def url_of(options: ServerOptions) -> str:
-    """The address of a server whose port is decided."""
+    """The URL of a server whose port is chosen."""
     return f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
 
 
 def pick_ports(options: Sequence[ServerOptions]) -> list[ServerOptions]:
-    """`options` with free ports, different ones, in the place of 0."""
+    """`options` with distinct free ports in place of 0."""
     taken = {given.port for given in options if given.port}
     chosen = []
     for given in options:
         chosen.append(given if given.port else replace(given, port=free_port(given.host, taken)))
         taken.add(chosen[-1].port)
     return chosen
-
-
-def check_environment(python: Path) -> Versions:
-    """Versions in the environment of interpreter `python`. Raises UserError if it, or a new enough SGLang, is missing.
-
-    Reads package metadata only: a fraction of a second.
-    """
-    found = _metadata(python)
-    if found["sglang"] is None:
-        raise UserError(f"SGLang is not installed in the environment of {python}: {HOW_TO_MAKE}")
-    if too_old(found["sglang"]):
-        oldest = ".".join(map(str, OLDEST))
-        raise UserError(
-            f"SGLang {found['sglang']} in the environment of {python} is older than {oldest} and open to CVE-2026-3059"
-            f" and CVE-2026-3060: {HOW_TO_MAKE}"
-        )
-    if found["torch"] is None:
-        raise UserError(f"torch is not installed in the environment of {python}: {HOW_TO_MAKE}")
-    return Versions(found["sglang"], found["torch"], found["nccl"])
-
-
-_LIST_VERSIONS = """
-import importlib.metadata as m, json
-def version(*names):
-    for name in names:
-        try: return m.version(name)
-        except m.PackageNotFoundError: pass
-nccl = version(*(f"nvidia-nccl-cu{n}" for n in (13, 12, 11)))
-print(json.dumps({"sglang": version("sglang"), "torch": version("torch"), "nccl": nccl}))
-"""
-
-
-def _metadata(python: Path) -> dict[str, Any]:
-    try:
-        done = subprocess.run(
-            [str(python), "-I", "-c", _LIST_VERSIONS], capture_output=True, text=True, timeout=60, check=True
-        )
-        return dict(json.loads(done.stdout))
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"no SGLang environment: {python} is no Python that can be started: {HOW_TO_MAKE}") from error
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise UserError(f"{python} does not answer as a Python does ({error}): {HOW_TO_MAKE}") from error
-
-
-def too_old(version: str) -> bool:
-    """Whether an SGLang of this version is refused; a pre-release counts as its release."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3]) < OLDEST
 
 
 def _has_cuda() -> bool:
@@ -289,8 +247,8 @@ def _flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def free_port(host: str, taken: frozenset[int] | set[int] = frozenset()) -> int:
-    """A port of `host` on which nobody listens, below those that the system gives to outgoing connections: the server
-    binds it only after a while, and one of those could be taken meanwhile.
+    """A free port of `host` below the system's ephemeral ports: the server binds it some seconds later, and an outgoing
+    connection could take an ephemeral one meanwhile.
     """
     try:
         ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
@@ -301,7 +259,7 @@ def free_port(host: str, taken: frozenset[int] | set[int] = frozenset()) -> int:
         port = draw.randrange(max(ephemeral - 10_000, 10_000), max(ephemeral, 10_100))
         if port not in taken and can_listen(host, port):
             return port
-    raise UserError(f"no free port on {host}: give one with --port")
+    raise UserError(f"no free port was found on {host} below {ephemeral}: end other programs that listen there")
 
 
 def can_listen(host: str, port: int) -> bool:

@@ -1,4 +1,4 @@
-"""Several servers of this machine, and a router if wanted: started at once, again when one dies, ended together."""
+"""Several servers of this machine, optionally a router: started together, restarted when one dies, ended together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Self
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.options import (
     ServerOptions,
-    check_environment,
     check_listening,
     command,
     free_port,
@@ -27,18 +26,19 @@ from asd_megatron.rollout.sglang.servers.options import (
     url_of,
 )
 from asd_megatron.rollout.sglang.servers.process import ServerProcess
+from asd_megatron.rollout.sglang.servers.versions import check_environment
 
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5
 PROGRESS_SECONDS = 15.0
-SETTLED_SECONDS = 120.0  # healthy for so long: its earlier deaths no longer count against it
-STOP_SECONDS = 2.0  # SGLang would drain for five, and has nothing that is worth the wait
+SETTLED_SECONDS = 120.0  # healthy for so long: earlier restarts no longer count towards `max_restarts`
+STOP_SECONDS = 2.0  # SGLang would drain requests for five, and none is needed any more
 
 
 @dataclasses.dataclass
 class _Watched:
-    """A server and how its present life goes (times of `time.monotonic()`)."""
+    """A server and its state since `since` (a time of `time.monotonic()`)."""
 
     process: ServerProcess
     state: str = "new"  # new, starting, healthy, waiting (for its restart), given up
@@ -47,12 +47,13 @@ class _Watched:
 
 
 class ServerPool:
-    """The servers of `options`, with their logs in `log_folder`. Bounded in time: `start_timeout` seconds a start.
+    """The servers of `options`, with their logs in `log_folder`. A start takes `start_timeout` seconds at most.
 
-    A server that dies is started again on the same URL after a pause, `backoff[0]` seconds at first and doubled up to
+    A server that dies is restarted on the same URL after a pause, `backoff[0]` seconds at first and doubled up to
     `backoff[1]`; after `max_restarts` without having been healthy for two minutes in between it is given up. A router
     is one more such process; it admits generation with the servers' generation key. `counters`: deaths, restarts,
-    gave_up. `say` gets a sentence whenever something has happened.
+    gave_up. `say` gets a sentence whenever something has happened. Between `defer_starts` and `allow_starts` none is
+    restarted, so that servers on the trainer's devices do not take its memory.
     """
 
     def __init__(
@@ -75,15 +76,42 @@ class ServerPool:
         self.urls = [process.url for process in self.processes]
         self.router_url = self.router.url if self.router else None
         self._watched = [_Watched(process) for process in (*self.processes, *filter(None, [self.router]))]
+        self._deferred = False
+        self._changing = threading.Lock()  # one thread at a time changes the servers' states
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
         self._pid = os.getpid()
 
     @property
     def states(self) -> list[str]:
-        """How each server (then the router) is: new, starting, healthy, dead, waiting (for its restart) or given up."""
+        """Of each server, then the router: new, starting, healthy, dead, waiting (for its restart) or given up."""
         dead = [server.state in ("starting", "healthy") and not server.process.alive for server in self._watched]
         return ["dead" if gone else server.state for gone, server in zip(dead, self._watched, strict=True)]
+
+    @property
+    def restarting(self) -> list[str]:
+        """The names of those that have died and are to be healthy again: not those given up."""
+        states = zip(self._watched, self.states, strict=True)
+        return [server.process.name for server, state in states if state in ("dead", "waiting", "starting")]
+
+    def defer_starts(self) -> None:
+        """Restart nothing until `allow_starts`. A server that is just starting is ended, and restarted then."""
+        with self._changing:
+            self._deferred = True
+            for server in self._watched:
+                if server.state == "starting":
+                    server.process.stop(grace=0)
+                    server.state, server.since = "waiting", time.monotonic()
+                    server.restarts -= 1  # it has not failed
+
+    def allow_starts(self) -> None:
+        with self._changing:
+            self._deferred = False
+
+    def kill(self, url: str) -> None:
+        """End the server at `url` at once. It is restarted like one that died."""
+        with self._changing:
+            next(process for process in self.processes if process.url == url).stop(grace=0)
 
     def start(self) -> Self:
         """Start all servers and return when all are healthy. Raises UserError, with nothing left running, otherwise."""
@@ -109,7 +137,7 @@ class ServerPool:
         while waiting := [process for process in waiting if not process.healthy()]:
             dead = next((process for process in waiting if not process.alive), None)
             if dead is not None and dead.port_taken and dead.name not in again:
-                again.add(dead.name)  # a port that it chose itself, as another server did at the same moment
+                again.add(dead.name)  # a port that it chose itself at the same moment as another server
                 self._say(f"{dead.name} found a port in use: once more")
                 dead.start()
                 continue
@@ -118,7 +146,8 @@ class ServerPool:
             now = time.monotonic()
             if now > deadline:
                 raise UserError(
-                    f"{waiting[0].name} was not ready after {self.start_timeout:.0f} s, the limit for a start"
+                    f"{waiting[0].name} was not ready after {self.start_timeout:.0f} s: raise the limit"
+                    f" (rollout.server_start_timeout, serve --start-timeout) if it is only slow"
                     f"{waiting[0].explain()}"
                 )
             if now - said >= PROGRESS_SECONDS:
@@ -127,18 +156,19 @@ class ServerPool:
             time.sleep(WATCH_SECONDS)
 
     def _watch(self) -> None:
-        """Until the pool closes: see to every server, again and again."""
+        """Look at every server twice a second until the pool closes."""
         while not self._closing.wait(WATCH_SECONDS):
             for server in self._watched:
-                if not self._closing.is_set():
-                    self._attend(server, time.monotonic())
+                with self._changing:
+                    if not self._closing.is_set():
+                        self._attend(server, time.monotonic())
 
     def _attend(self, server: _Watched, now: float) -> None:
-        """One look at a server: what its state asks for now."""
+        """Do what the state of a server requires now."""
         process = server.process
         if server.state == "waiting":
-            if now >= server.since:
-                self._start_again(server, now)
+            if now >= server.since and not self._deferred:
+                self._restart(server, now)
         elif server.state in ("starting", "healthy") and not process.alive:
             self._died(server, now, f"died ({process.status})")
         elif server.state == "starting":
@@ -162,7 +192,7 @@ class ServerPool:
         server.state, server.since = "waiting", now + pause
         self._say(f"{server.process.name} {how}: starting again in {pause:.3g} s ({server.process.log})")
 
-    def _start_again(self, server: _Watched, now: float) -> None:
+    def _restart(self, server: _Watched, now: float) -> None:
         server.restarts += 1
         self.counters["restarts"] += 1
         server.state, server.since = "starting", now
@@ -172,7 +202,7 @@ class ServerPool:
             self._died(server, now, f"cannot be started: {error}")
 
     def close(self) -> None:
-        """End all servers, at once; again does nothing. In a forked child of the owner it does nothing either."""
+        """End all servers together. Does nothing the second time, and in a forked child of the owner."""
         if os.getpid() != self._pid:
             return
         self._closing.set()
@@ -192,7 +222,7 @@ class ServerPool:
 def _processes(
     options: Sequence[ServerOptions], log_folder: Path, router: bool, start_timeout: float
 ) -> tuple[list[ServerProcess], ServerProcess | None]:
-    """The processes of `options`, and of a router, not started yet: environments checked, ports decided."""
+    """The processes of `options`, and of a router, not started yet: environments checked, ports chosen."""
     for python in {given.python for given in options}:
         check_environment(python)
     for given in options:

@@ -1,29 +1,30 @@
-"""One server process: started in its own process group, watched and ended, with its log in a file."""
+"""One server process in its own process group, with its log in a file: start, health, end."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from asd_megatron.errors import UserError
+from asd_megatron.rollout.sglang.servers.child import TIDY_SECONDS
 
 CHILD = Path(__file__).with_name("child.py")
 RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
-HEALTH_SECONDS = 5.0  # for one answer: SGLang generates a token first and looks once a second
+HEALTH_SECONDS = 5.0  # for one answer: SGLang generates a token first and polls once a second
 END_SECONDS = 10.0
-TIDY_SECONDS = 1.0  # SGLang's children end with it, and then multiprocessing removes the memory that they shared
 TAIL_LINES = 15
-HARMLESS = "openai_harmony"  # SGLang says that it is missing and does without
-CAUSES = (  # what a log says -> what to do; the first that fits
+HARMLESS = "openai_harmony"  # SGLang logs that it is missing and runs without it
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers of this machine, whatever http_proxy is
+CAUSES = (  # text in a log -> what to do; the first match counts
     ("address already in use", "another program uses its port: choose another one, or 0 for a free one"),
     ("Port is already in use", "another program uses a port next to its own: choose another one, or 0 for a free one"),
     ("unrecognized arguments", "this SGLang does not know one of the server arguments"),
@@ -35,7 +36,7 @@ CAUSES = (  # what a log says -> what to do; the first that fits
         "Not enough memory",
         "the device has too little free memory: raise mem-fraction-static or tensor parallelism",
     ),
-    ("No module named", "its environment is incomplete: make it anew with tools/sglang_env/create.sh"),
+    ("No module named", "its environment is incomplete: make it again with tools/sglang_env/create.sh"),
     ("CUDA driver", "the environment's torch does not fit this machine's CUDA driver"),
     ("No such file or directory", "a file is missing, probably in the model's folder"),
     ("Repo id must be in the form", "the model's folder does not exist"),
@@ -47,8 +48,8 @@ CAUSES = (  # what a log says -> what to do; the first that fits
 class ServerProcess:
     """A process that answers `GET {url}{health}`: the command `[python, "-m", module, *arguments]`.
 
-    `secret` arguments reach it through a pipe. It ends with this process, however this one ends, and so do its
-    children; ending it touches its own process group alone. `name` is for people.
+    `secret` arguments are passed through a pipe. It ends with this process, however this one ends, and so do its
+    children; ending it signals its own process group alone. `name` is shown in messages.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class ServerProcess:
 
     @property
     def status(self) -> str:
-        """How it is or ended, for people."""
+        """How it is or ended, in words."""
         if self._process is None:
             return "not started"
         code = self._exit_status()
@@ -88,8 +89,8 @@ class ServerProcess:
         return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
     def _exit_status(self) -> int | None:
-        """As `Popen.poll`, without collecting a process that has ended: its number, and so its group's, cannot become
-        somebody else's before the group has been ended.
+        """As `Popen.poll`, without reaping a process that has ended: its id, and so its group's, is not given to
+        another process before the group has been ended.
         """
         assert self._process is not None
         if self._process.returncode is not None:
@@ -100,12 +101,12 @@ class ServerProcess:
         return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
     def start(self) -> None:
-        """Start it, a second time too when it has ended. Raises UserError if its Python cannot be started."""
+        """Start it, or start it again when it has ended. Raises UserError if its Python cannot be started."""
         assert not self.alive, f"{self.name} runs already"
         self._end_group()
         python, _, module, *arguments = self.command
         self._scratch = tempfile.TemporaryDirectory(prefix="sglang_server_", ignore_cleanup_errors=True)
-        # Its ranks meet in a file: over TCP one of them would listen on every interface.
+        # Its ranks rendezvous through a file: over TCP one of them would listen on every interface.
         environment = {RENDEZVOUS: f"file://{self._scratch.name}/ranks"} | dict(self._environment)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # SGLang logs its keys
@@ -132,9 +133,9 @@ class ServerProcess:
         if not self.alive:
             return False
         try:
-            with urllib.request.urlopen(self.url + self._health, timeout=timeout) as answer:
+            with DIRECT.open(self.url + self._health, timeout=timeout) as answer:
                 return bool(answer.status == 200)
-        except (OSError, urllib.error.URLError, ValueError):
+        except (OSError, http.client.HTTPException, ValueError):
             return False
 
     def stop(self, grace: float = 10.0) -> None:
@@ -147,7 +148,7 @@ class ServerProcess:
         self._end_group()
 
     def _end_group(self) -> None:
-        """Kill what is left of its process group and wait, some seconds at most, until nothing runs any more: devices
+        """Kill what is left of its process group and wait, some seconds at most, until nothing of it runs: its devices
         are free then.
         """
         if self._process is None or self._process.returncode is not None:
@@ -158,13 +159,13 @@ class ServerProcess:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signal.SIGKILL)
         _wait_for_group(group, 0, END_SECONDS)
-        with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel, in a driver
+        with suppress(subprocess.TimeoutExpired):  # it may hang in a driver call
             self._process.wait(END_SECONDS)
         if self._scratch is not None:
             self._scratch.cleanup()
 
     def _signal(self, number: signal.Signals) -> None:
-        """To the main process alone, which has not been collected."""
+        """To the main process alone, which has not been reaped."""
         assert self._process is not None
         with suppress(ProcessLookupError):
             os.kill(self._process.pid, number)
@@ -179,26 +180,26 @@ class ServerProcess:
 
     @property
     def port_taken(self) -> bool:
-        """Whether it says that a port was in use."""
+        """Whether its log says that a port was in use."""
         return "already in use" in "\n".join(self.tail(400)).lower()
 
     def explain(self) -> str:
-        """`: likely cause`, the log's last lines and where the whole of it is, to follow a sentence."""
-        whole = "\n".join(line for line in self.tail(400) if HARMLESS not in line).lower()
-        cause = next((advice for words, advice in CAUSES if words.lower() in whole), "")
+        """`: likely cause`, and the last lines of the log with its path, to be appended to a sentence."""
+        text = "\n".join(line for line in self.tail(400) if HARMLESS not in line).lower()
+        cause = next((advice for words, advice in CAUSES if words.lower() in text), "")
         said = "\n".join(f"    {line[:300]}" for line in self.tail()) or "    (nothing)"
         return f"{f': {cause}' if cause else ''}\n  the last lines of {self.log}:\n{said}"
 
 
 def _wait_for_group(group: int, left: int, seconds: float) -> None:
-    """Until at most `left` processes of process group `group` run, for at most `seconds`."""
+    """Wait until at most `left` processes of process group `group` run, for at most `seconds`."""
     deadline = time.monotonic() + seconds
     while _running(group) > left and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
 def _running(group: int) -> int:
-    """Processes of a group that run; zombies, which nobody may collect in a container, do not."""
+    """Number of running processes of a group. Zombies, which may stay unreaped in a container, do not count."""
     found = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Tensors packed into flat buckets of bounded size, as SGLang's `flattened_bucket` wants them."""
+"""Tensors packed into flat buckets of bounded size, the form of SGLang's `flattened_bucket`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Bucket:
 def pack(tensors: NamedTensors, bucket_bytes: int, device: torch.device | None = None) -> Iterator[Bucket]:
     """Buckets of at most `bucket_bytes` on `device` (None: the tensors'); a larger tensor is a bucket of its own.
 
-    A bucket's memory is filled anew when the next but one is asked for: two buckets are alive at a time.
+    Double buffering: bucket n + 2 reuses the memory of bucket n, so two buckets are valid at a time.
     """
     slots: list[Tensor | None] = [None, None]
     number = 0
@@ -45,7 +45,7 @@ def pack(tensors: NamedTensors, bucket_bytes: int, device: torch.device | None =
         if bucket is None:
             slot = slots[number % 2]
             if slot is None or slot.numel() < size:
-                slots[number % 2] = None  # its memory first
+                slots[number % 2] = None  # frees the old memory before the new is allocated
                 slot = torch.empty(max(bucket_bytes, size), dtype=torch.uint8, device=device or tensor.device)
             slots[number % 2] = slot if slot.numel() <= bucket_bytes else None
             bucket, used = Bucket(slot), 0

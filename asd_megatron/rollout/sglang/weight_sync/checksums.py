@@ -1,9 +1,11 @@
-"""The trainer's weights as an SGLang server holds them, by checksum.
+"""Checksums of the trainer's weights in the layout of an SGLang server.
 
-A server fuses what the trainer sends (q, k, v into `qkv_proj`; gate and up into `gate_up_proj`) and cuts it over its
-tensor-parallel ranks; `/weights_checker` then tells a hash of each tensor of each rank. The same hashes are worked out
-here while the tensors stream by, without holding them. What SGLang 0.5.23 does was read in its `models/qwen3.py`,
-`models/llama.py`, `layers/linear.py`, `layers/vocab_parallel_embedding.py` and `managers/mm_utils.py`.
+A server fuses the tensors that it is sent (q, k, v into `qkv_proj`; gate and up into `gate_up_proj`) and shards them
+over its tensor-parallel ranks; `/weights_checker` then returns a hash of each tensor of each rank. The same hashes are
+computed here while the tensors stream past, without keeping them. For example, rank 0 of 2 holds under
+`model.layers.0.self_attn.qkv_proj.weight` the first half of the rows of q, then of k, then of v. The layouts are those
+of SGLang 0.5.23 (`models/qwen3.py`, `models/llama.py`, `layers/linear.py`, `layers/vocab_parallel_embedding.py`,
+`managers/mm_utils.py`).
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ VOCABULARY_MULTIPLE = 64  # SGLang's DEFAULT_VOCAB_PADDING_SIZE
 CPU_FFN_MULTIPLE = 32  # a server on the CPU pads so many columns a rank (adjust_config_with_unaligned_cpu_tp)
 QK_NORM = {"Qwen3ForCausalLM": True, "LlamaForCausalLM": False}
 Cut = Callable[[Tensor, int, int], Tensor]
-"""(whole tensor, rank, ranks) -> what that rank of a server holds of it."""
+"""(full tensor, rank, ranks) -> the shard that this rank of a server holds."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """How one tensor enters the server's: as number `part` of the `parts` that are stacked into `target`."""
+    """Where one tensor is stored on the server: as number `part` of the `parts` that are stacked into `target`."""
 
     target: str
     part: int
@@ -46,7 +48,7 @@ def server_pieces(config: Mapping[str, Any], device: str) -> dict[str, Piece]:
         raise UserError(
             f"how SGLang lays out {', '.join(config.get('architectures') or ['(no architecture)'])} is not known, so "
             f"its weights cannot be checked after a transfer (known: {', '.join(QK_NORM)}): set "
-            "rollout.receipt to false"
+            "rollout.verify_weights to false"
         )
     attention, key_value, ffn = _cuts(config, on_cpu=device == "cpu")
     pieces = {"model.embed_tokens.weight": Piece("model.embed_tokens.weight", 0, 1, _vocabulary)}
@@ -59,8 +61,8 @@ def server_pieces(config: Mapping[str, Any], device: str) -> dict[str, Piece]:
             pieces[at + name] = Piece(at + name, 0, 1, _of_columns(cut))
         norms = ["input_layernorm", "post_attention_layernorm"]
         norms += ["self_attn.q_norm", "self_attn.k_norm"] if QK_NORM[architecture] else []
-        pieces |= {f"{at}{n}.weight": Piece(f"{at}{n}.weight", 0, 1, _whole) for n in norms}
-    pieces["model.norm.weight"] = Piece("model.norm.weight", 0, 1, _whole)
+        pieces |= {f"{at}{n}.weight": Piece(f"{at}{n}.weight", 0, 1, _full) for n in norms}
+    pieces["model.norm.weight"] = Piece("model.norm.weight", 0, 1, _full)
     if not config.get("tie_word_embeddings"):
         pieces["lm_head.weight"] = Piece("lm_head.weight", 0, 1, _vocabulary)
     return pieces
@@ -75,13 +77,12 @@ class ServerChecksums:
     def __init__(self, config: Mapping[str, Any], ranks: Iterable[int], dtype: torch.dtype, device: str) -> None:
         self._pieces = server_pieces(config, device)
         self._dtype, self._hash_type = dtype, for_device(device)
-        self._layouts = sorted(set(ranks))
         self._open: dict[tuple[int, int, str], TensorHash] = {}
-        self._done: dict[tuple[int, int], dict[str, str]] = {(n, r): {} for n in self._layouts for r in range(n)}
+        self._done: dict[tuple[int, int], dict[str, TensorHash]] = {(n, r): {} for n in set(ranks) for r in range(n)}
         self._next: dict[str, int] = {}
 
     def watch(self, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
-        """`tensors` again, each hashed before it is handed on. Parts of one server tensor must come in their order.
+        """`tensors` unchanged, each hashed before it is yielded. Parts of one server tensor must come in order.
 
         Raises UserError for a tensor that no rule knows, RuntimeError if some are missing or out of order.
         """
@@ -90,21 +91,21 @@ class ServerChecksums:
             yield name, tensor
         missing = [n for n, piece in self._pieces.items() if self._next.get(piece.target, 0) <= piece.part]
         if missing:
-            raise RuntimeError(f"the model was not exported whole: {', '.join(missing[:3])} missing")
+            raise RuntimeError(f"the export of the model is incomplete: {', '.join(missing[:3])} missing")
 
     def expected(self, ranks: int, rank: int) -> dict[str, str]:
         """Hash by the server's name of each tensor that rank `rank` of `ranks` must hold, after `watch` has ended."""
-        return self._done[ranks, rank]
+        return {name: hasher.hexdigest() for name, hasher in self._done[ranks, rank].items()}
 
     def _add(self, name: str, tensor: Tensor) -> None:
         piece = self._pieces.get(name)
         if piece is None:
             raise UserError(
                 f"how SGLang stores the tensor {name} is not known, so it cannot be checked after a transfer: set "
-                "rollout.receipt to false"
+                "rollout.verify_weights to false"
             )
         if self._next.get(piece.target, 0) != piece.part:
-            raise RuntimeError(f"{name} came twice or out of order: {piece.target} is hashed as its parts arrive")
+            raise RuntimeError(f"{name} came twice or out of order: {piece.target} is hashed in the order of its parts")
         self._next[piece.target] = piece.part + 1
         tensor = tensor.detach().to(self._dtype)
         for ranks, rank in self._done:
@@ -114,20 +115,21 @@ class ServerChecksums:
             if piece.part + 1 < piece.parts:
                 self._open[key] = hasher
             else:
-                self._done[ranks, rank][piece.target] = hasher.hexdigest()
+                hasher.finish()
+                self._done[ranks, rank][piece.target] = hasher
 
 
 def _cuts(config: Mapping[str, Any], *, on_cpu: bool) -> tuple[Cut, Cut, Cut]:
-    """How rows of query heads, of key or value heads and of the MLP are cut.
+    """How rows of query heads, of key or value heads and of the MLP are sharded.
 
-    On CUDA ranks must divide them, but for key and value heads: one of those may go to several ranks. On the CPU
-    whatever does not come out even is filled up with zeros.
+    On CUDA the ranks must divide them, except key and value heads: one of those may go to several ranks. On the CPU
+    what the ranks do not divide is padded with zeros.
     """
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     size = int(config.get("head_dim") or hidden // heads)
     if on_cpu:
-        return _filled(heads // kv_heads * size), _filled(size), _filled(CPU_FFN_MULTIPLE)
+        return _padded(heads // kv_heads * size), _padded(size), _padded(CPU_FFN_MULTIPLE)
     return _even, _shared(kv_heads, size), _even
 
 
@@ -139,18 +141,19 @@ def _stacked(target: str, sources: tuple[tuple[str, Cut], ...]) -> dict[str, Pie
     }
 
 
-def _whole(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+def _full(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    """Replicated: every rank holds the full tensor."""
     return tensor
 
 
 def _even(tensor: Tensor, rank: int, ranks: int) -> Tensor:
     if len(tensor) % ranks:
-        raise UserError(f"a server with {ranks} tensor-parallel ranks cannot cut {len(tensor)} rows or columns evenly")
+        raise UserError(f"a server with {ranks} tensor-parallel ranks cannot shard {len(tensor)} rows evenly")
     return _rows(tensor, rank, len(tensor) // ranks)
 
 
-def _filled(unit: int) -> Cut:
-    """Every rank has as many whole units of rows; zeros make up for what is missing."""
+def _padded(unit: int) -> Cut:
+    """Every rank has the same number of full units of rows; the last ones are padded with zeros."""
     return lambda tensor, rank, ranks: _rows(tensor, rank, -(-len(tensor) // (unit * ranks)) * unit)
 
 
@@ -164,10 +167,10 @@ def _shared(heads: int, size: int) -> Cut:
 
 
 def _vocabulary(tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    """Filled up to a multiple of 64, or of 64 a rank if the ranks do not divide that."""
+    """Padded to a multiple of 64, or of 64 a rank if the ranks do not divide that."""
     padded = -(-len(tensor) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if padded % ranks:
-        return _filled(VOCABULARY_MULTIPLE)(tensor, rank, ranks)
+        return _padded(VOCABULARY_MULTIPLE)(tensor, rank, ranks)
     return _rows(tensor, rank, padded // ranks)
 
 

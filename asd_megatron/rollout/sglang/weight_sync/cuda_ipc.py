@@ -1,7 +1,7 @@
-"""Weights by handle: the server maps the trainer's memory and copies from it. For servers on the trainer's own devices.
+"""Weights by CUDA IPC handle: the server maps the trainer's memory and copies from it. For colocated servers.
 
-SGLang's `/update_weights_from_tensor` unpickles what it gets, so it is used with our own servers on this machine alone.
-What it allows in a pickle was read in SGLang 0.5.23 (`utils/common.py`, `SafeUnpickler`).
+SGLang's `/update_weights_from_tensor` unpickles its input, so it is used with our own servers on this machine alone.
+The names that it allows in a pickle are those of SGLang 0.5.23 (`utils/common.py`, `SafeUnpickler`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from inspect import signature
+from itertools import zip_longest
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
@@ -24,27 +26,32 @@ from torch.multiprocessing import reductions
 from asd_megatron.distributed.addresses import is_loopback
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.weight_sync.buckets import BUCKET_BYTES, Bucket, pack
-from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, Receiver, ask, drain, reason
+from asd_megatron.rollout.sglang.weight_sync.protocol import SLACK_SECONDS, NamedTensors, Receiver, ask, drain, reason
 
-DEVICE_ARGUMENT = 6  # of torch's rebuild_cuda_tensor: SGLang takes a UUID there, which means the same in both processes
+REBUILD_ARGUMENTS = tuple(signature(reductions.rebuild_cuda_tensor).parameters)
+"""What the handle of a CUDA tensor consists of, in torch of this process."""
+DEVICE_ARGUMENT = 6  # `storage_device`: SGLang takes the device's UUID there, which is the same in both processes
 
 
 class CudaIpcTransport:
     """`Transport` by CUDA IPC; by shared memory on the CPU.
 
-    Every server's ranks must see the trainer's device (the same CUDA_VISIBLE_DEVICES, one IPC namespace). server_torch:
-    torch's version in the servers' environment, which must be the trainer's. timeout: seconds for a server to load one
-    bucket.
+    Every server's ranks must see the trainer's device (the same CUDA_VISIBLE_DEVICES, one IPC namespace).
+    server_arguments: parameter names of torch's `rebuild_cuda_tensor` in the servers' environment. Both sides must
+    agree on them, because the handle is the tuple of these arguments; versions of torch may differ. timeout: seconds
+    for a server to load one bucket.
     """
 
     needs_session = True
 
-    def __init__(self, server_torch: str, *, bucket_bytes: int = BUCKET_BYTES, timeout: float = 120.0) -> None:
-        ours, theirs = (version.split("+")[0] for version in (str(torch.__version__), server_torch))
-        if ours != theirs:
+    def __init__(
+        self, server_arguments: Sequence[str], *, bucket_bytes: int = BUCKET_BYTES, timeout: float = 120.0
+    ) -> None:
+        if tuple(server_arguments) != REBUILD_ARGUMENTS:
             raise UserError(
-                f"memory cannot be shared between torch {ours} (trainer) and torch {theirs} (SGLang): install the same "
-                "version on both sides, or use the distributed transport"
+                f"rollout.weight_sync cuda_ipc: torch {torch.__version__} (trainer) and the servers' torch describe "
+                f"shared CUDA memory differently ({_first_difference(REBUILD_ARGUMENTS, server_arguments)}): install "
+                "the same torch on both sides, or set rollout.weight_sync disk"
             )
         self._bucket_bytes, self._timeout = bucket_bytes, timeout
 
@@ -67,12 +74,15 @@ class CudaIpcTransport:
         self, receivers: Sequence[Receiver], tensors: Iterator[tuple[str, Tensor]], failures: dict[str, str]
     ) -> None:
         flight: dict[str, Future[dict[str, Any]]] = {}
-        with ThreadPoolExecutor(len(receivers), thread_name_prefix="weight-sync") as pool:
+        pool = ThreadPoolExecutor(len(receivers), thread_name_prefix="weight-sync")
+        try:
             for bucket in pack(tensors, self._bucket_bytes):
-                _land(flight, failures)
-                whole = [receiver for receiver in receivers if receiver.url not in failures]
-                flight = {r.url: pool.submit(self._post, r, payloads(bucket, r.tensor_parallel)) for r in whole}
-            _land(flight, failures)
+                self._land(flight, failures)
+                good = [receiver for receiver in receivers if receiver.url not in failures]
+                flight = {r.url: pool.submit(self._post, r, payloads(bucket, r.tensor_parallel)) for r in good}
+            self._land(flight, failures)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _post(self, receiver: Receiver, serialized: list[str]) -> dict[str, Any]:
         body = {
@@ -82,11 +92,20 @@ class CudaIpcTransport:
         }
         return ask(receiver, "/update_weights_from_tensor", body, self._timeout)
 
+    def _land(self, flight: dict[str, Future[dict[str, Any]]], failures: dict[str, str]) -> None:
+        """Wait until the servers have loaded the bucket in flight."""
+        done, _ = wait(flight.values(), self._timeout + SLACK_SECONDS)
+        for url, future in flight.items():
+            if future not in done:
+                failures[url] = f"did not load its weights within {self._timeout:g} s (rollout.weight_sync_timeout)"
+            elif (error := future.exception()) is not None:
+                failures[url] = reason(error)
+
 
 def payloads(bucket: Bucket, ranks: int) -> list[str]:
     """The bucket for each rank of a server, in base64. Its memory must not change until the server has answered.
 
-    Each rank gets a handle of its own, because a handle is counted once given and once taken.
+    Each rank gets its own handle, because CUDA IPC counts one reference for each handle made and each one opened.
     """
     if bucket.data.is_cuda:
         torch.cuda.current_stream(bucket.data.device).synchronize()  # the bucket is filled
@@ -110,7 +129,7 @@ def _pickled(bucket: Bucket) -> bytes:
 
 
 class _Shared:
-    """Pickles as a handle of the tensor's memory."""
+    """Pickled as a handle of the tensor's memory."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -125,7 +144,7 @@ class _Shared:
 
 @contextmanager
 def _files_as_handles() -> Iterator[None]:
-    """Share CPU memory by file name: a file descriptor could only be handed to a child of this process."""
+    """Share CPU memory by file name: a file descriptor can only be passed to a child of this process."""
     before = torch_multiprocessing.get_sharing_strategy()
     torch_multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -134,16 +153,16 @@ def _files_as_handles() -> Iterator[None]:
         torch_multiprocessing.set_sharing_strategy(before)
 
 
-def _land(flight: dict[str, Future[dict[str, Any]]], failures: dict[str, str]) -> None:
-    wait(flight.values())
-    for url, future in flight.items():
-        if (error := future.exception()) is not None:
-            failures[url] = reason(error)
+def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    for number, (mine, other) in enumerate(zip_longest(ours, theirs, fillvalue="none"), 1):
+        if mine != other:
+            return f"argument {number} of rebuild_cuda_tensor is {mine} here and {other} there"
+    return "equal"
 
 
 def _check_local(url: str) -> None:
     if not is_loopback(urlsplit(url).hostname or ""):
         raise UserError(
-            f"the server {url} is not on this machine's loopback interface, so it cannot map the trainer's memory: use "
-            "the distributed transport"
+            f"the server {url} is not on this machine's loopback interface, so it cannot map the trainer's memory: set "
+            "rollout.weight_sync distributed or disk"
         )

@@ -13,17 +13,24 @@ from safetensors import SafetensorError
 from asd_megatron.checkpoint.huggingface import MAX_SHARD_BYTES, copy_others, write_weights
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder
-from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, Receiver, ask, ask_all, drain
+from asd_megatron.rollout.sglang.weight_sync.protocol import (
+    SLACK_SECONDS,
+    NamedTensors,
+    Receiver,
+    ask,
+    ask_all,
+    drain,
+)
 
 
 class DiskTransport:
     """`Transport` over safetensors files and SGLang's `/update_weights_from_disk`.
 
-    Each version is a complete model folder of its own, `folder`/LABEL, which appears whole; this object's older ones
-    are removed once the servers have read the new one. `folder` must be on a file system that every server sees under
-    that path.
+    Each version is a complete model folder of its own, `folder`/LABEL, renamed into place when it is complete; older
+    ones that this object wrote are removed once the servers have read the new one. `folder` must be on a file system
+    that every server sees under that path.
 
-    source: the model folder whose config and tokenizer go along. timeout: seconds for a server to load the model.
+    source: the model folder whose config and tokenizer are copied. timeout: seconds for a server to load the model.
     """
 
     needs_session = False
@@ -55,16 +62,20 @@ class DiskTransport:
         except (OSError, SafetensorError) as error:
             drain(tensors)
             raise UserError(
-                f"weights for the servers cannot be written to {target}: {error}; free space there, or name another "
-                "folder"
+                f"weights for the servers cannot be written to {target}: {error}; free space there, or set another "
+                "rollout.weight_sync_folder"
             ) from error
         body = {"model_path": str(target), "load_format": "auto", "flush_cache": True}
-        _, failures = ask_all(receivers, lambda r: ask(r, "/update_weights_from_disk", body, self._timeout))
+        _, failures = ask_all(
+            receivers,
+            lambda r: ask(r, "/update_weights_from_disk", body, self._timeout),
+            self._timeout + SLACK_SECONDS,
+        )
         self._remove(self._written - {target})
         return failures
 
     def close(self) -> None:
-        """Remove the versions written: a server that restarts begins with the model that it was started with."""
+        """Remove the versions written: no server reads them again, a restarted one loads its original model."""
         self._remove(set(self._written))
 
     def _remove(self, paths: set[Path]) -> None:

@@ -13,23 +13,24 @@ from torch import Tensor
 
 from asd_megatron.rollout.sglang.weight_sync.buckets import BUCKET_BYTES, Bucket, pack
 from asd_megatron.rollout.sglang.weight_sync.protocol import (
+    SLACK_SECONDS,
     NamedTensors,
-    NotWhole,
     Receiver,
+    TransferIncomplete,
     ask,
     drain,
-    not_whole,
+    incomplete,
     reason,
 )
-from asd_megatron.rollout.sglang.weight_sync.update_group import SLACK_SECONDS, UpdateGroup
+from asd_megatron.rollout.sglang.weight_sync.update_group import UpdateGroup
 
 
 @dataclass
 class _Flight:
-    """A bucket under way: our broadcast and the servers' answers, by URL."""
+    """A bucket in flight: our broadcast and the servers' answers, by URL."""
 
     bucket: Bucket
-    may_repeat: bool
+    may_retry: bool
     broadcast: Future[None]
     answers: dict[str, Future[dict[str, Any]]]
     deadline: float
@@ -38,13 +39,13 @@ class _Flight:
 class DistributedTransport:
     """`Transport` through torch.distributed: NCCL between GPUs, gloo between CPUs.
 
-    The group is made at first use, kept while the servers stay the same, and made anew after any failure: one server's
-    failure is everybody's, and all must be sent everything again. The next bucket is filled (and gathered from the
-    trainer's other ranks) while the last one is broadcast and loaded.
+    The group is created at first use, kept while the servers stay the same, and created again after any failure: one
+    server's failure is a failure of all, and all must be sent everything again. The next bucket is filled (and gathered
+    from the trainer's other ranks) while the last one is broadcast and loaded.
 
     device: where buckets are packed. address: the interface of this machine that servers reach (None: found from their
-    URLs). timeout: seconds in which a bucket has to arrive and be loaded. A server that dies is noticed at once; one
-    that hangs, after `timeout`.
+    URLs). timeout: seconds in which a bucket has to arrive and be loaded. A server that dies is noticed at once, one
+    that hangs after `timeout`.
     """
 
     needs_session = True
@@ -69,11 +70,11 @@ class DistributedTransport:
             if receivers:
                 reused = self._connect(receivers)
                 self._send_all(receivers, tensors, reused)
-        except NotWhole as error:
+        except TransferIncomplete as error:
             self.close()
             failures = error.failures
         except BaseException:
-            self.close()  # servers that wait for our broadcast give up with us
+            self.close()  # ends the wait of servers for our broadcast
             raise
         drain(tensors)
         return failures
@@ -88,7 +89,7 @@ class DistributedTransport:
             group.close()
 
     def _connect(self, receivers: Sequence[Receiver]) -> bool:
-        """Have a group of these servers. Whether it is an earlier one."""
+        """Create the group of these servers, or keep it. Returns whether an earlier one is reused."""
         if self._group is not None and self._group.serves(receivers):
             return True
         self.close()
@@ -101,11 +102,11 @@ class DistributedTransport:
         for bucket in pack(tensors, self._bucket_bytes, self._device):
             if flight is not None:
                 self._land(flight, receivers)
-            flight = self._launch(bucket, receivers, may_repeat=reused and flight is None)
+            flight = self._launch(bucket, receivers, may_retry=reused and flight is None)
         if flight is not None:
             self._land(flight, receivers)
 
-    def _launch(self, bucket: Bucket, receivers: Sequence[Receiver], *, may_repeat: bool) -> _Flight:
+    def _launch(self, bucket: Bucket, receivers: Sequence[Receiver], *, may_retry: bool) -> _Flight:
         assert self._group is not None and self._pool is not None
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # the bucket is filled
@@ -118,13 +119,13 @@ class DistributedTransport:
         path, seconds = "/update_weights_from_distributed", self._timeout + SLACK_SECONDS
         answers = {r.url: self._pool.submit(ask, r, path, body, seconds) for r in receivers}
         broadcast = self._pool.submit(self._group.broadcast, bucket.data)
-        return _Flight(bucket, may_repeat, broadcast, answers, time.monotonic() + self._timeout)
+        return _Flight(bucket, may_retry, broadcast, answers, time.monotonic() + self._timeout)
 
     def _land(self, flight: _Flight, receivers: Sequence[Receiver]) -> None:
-        """Wait until every server has loaded the bucket. Raises NotWhole.
+        """Wait until every server has loaded the bucket. Raises TransferIncomplete.
 
-        A server that was restarted since the group was made is not in it any more: the first bucket is then sent once
-        more, in a new group.
+        A server that was restarted since the group was created is no longer in it: the first bucket is then sent again,
+        in a new group.
         """
         futures: list[Future[Any]] = [flight.broadcast, *flight.answers.values()]
         done, late = wait(futures, max(0.0, flight.deadline - time.monotonic()), FIRST_EXCEPTION)
@@ -134,16 +135,16 @@ class DistributedTransport:
         assert self._group is not None
         self._group.abort()
         wait([flight.broadcast], max(0.0, flight.deadline - time.monotonic()) + SLACK_SECONDS)
-        self.close()  # who waited for us waits no longer, and says so
-        if flight.may_repeat and in_time:
+        self.close()  # servers that waited for our broadcast answer with an error now
+        if flight.may_retry and in_time:
             self._connect(receivers)
-            self._land(self._launch(flight.bucket, receivers, may_repeat=False), receivers)
+            self._land(self._launch(flight.bucket, receivers, may_retry=False), receivers)
             return
         wait(flight.answers.values(), SLACK_SECONDS)
         failures = {}
         for url, future in flight.answers.items():
             if not future.done():
-                failures[url] = f"did not take its weights within {self._timeout:g} s"
+                failures[url] = f"did not load its weights within {self._timeout:g} s (rollout.weight_sync_timeout)"
             elif (error := future.exception()) is not None:
                 failures[url] = reason(error)
-        raise NotWhole(not_whole(receivers, failures, "another server failed, which broke the update off"))
+        raise TransferIncomplete(incomplete(receivers, failures, "another server failed, which ended the update"))

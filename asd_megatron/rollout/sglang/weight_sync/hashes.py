@@ -1,7 +1,7 @@
 """SGLang's hash of a tensor's bytes: SHA-256 on the CPU, on CUDA a sum of mixed words.
 
-Both are written from what `managers/mm_utils.py` and `kernels/ops/memory/gpu_tensor_hash.py` of SGLang 0.5.23 compute;
-a test holds the second against the kernel itself.
+Both compute the same as `managers/mm_utils.py` and `kernels/ops/memory/gpu_tensor_hash.py` of SGLang 0.5.23; a test
+compares the second with the kernel itself.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ class TensorHash(Protocol):
 
     def update(self, part: Tensor) -> None: ...
 
+    def finish(self) -> None:
+        """No more parts follow: computes the hash without waiting for the device, and frees the parts."""
+        ...
+
     def hexdigest(self) -> str:
-        """16 hexadecimal digits."""
+        """16 hexadecimal digits. Waits for the device."""
         ...
 
 
 class Sha256Hash:
-    """What a server on the CPU tells: the first 8 bytes of SHA-256."""
+    """The hash of servers on the CPU: the first 8 bytes of SHA-256."""
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()
@@ -41,22 +45,32 @@ class Sha256Hash:
         if part.numel():
             self._sha.update(_bytes(part).cpu().numpy().data)
 
+    def finish(self) -> None:
+        """Nothing is left to compute."""
+
     def hexdigest(self) -> str:
         return self._sha.hexdigest()[:16]
 
 
 class WordHash:
-    """What a server on CUDA tells. Keeps the parts until the last one has come."""
+    """The hash of servers on CUDA. Keeps the parts until `finish`."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
+        self._sum: Tensor | None = None
 
     def update(self, part: Tensor) -> None:
         self._parts.append(_bytes(part))
 
+    def finish(self) -> None:
+        parts, self._parts = self._parts, []
+        self._sum = _word_sum(parts[0] if len(parts) == 1 else torch.cat(parts))
+
     def hexdigest(self) -> str:
-        parts = self._parts
-        return f"{word_hash(parts[0] if len(parts) == 1 else torch.cat(parts)):016x}"
+        if self._sum is None:
+            self.finish()
+        assert self._sum is not None
+        return f"{_splitmix(int(self._sum) & U64):016x}"
 
 
 def for_device(device: str) -> type[TensorHash]:
@@ -70,35 +84,41 @@ def word_hash(data: Tensor) -> int:
     Each 32-bit word is mixed with its position, twice; sums over tiles of 8192 words are mixed with the length and
     added up modulo 2^64.
     """
-    if data.numel() == 0:
-        return 0
+    return _splitmix(int(_word_sum(data)) & U64)
+
+
+def _word_sum(data: Tensor) -> Tensor:
+    """The sum of `word_hash` before its last mix: an int64 scalar where `data` is, so that nothing waits for it."""
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
     words = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
-    total = sum(_chunk(words[start : start + CHUNK], start, words.numel()) for start in range(0, words.numel(), CHUNK))
-    return _splitmix(total & U64)
+    for start in range(0, words.numel(), CHUNK):
+        total += _chunk(words[start : start + CHUNK], start, words.numel())
+    return total
 
 
-def _chunk(words: Tensor, start: int, total: int) -> int:
-    """Sum of the tiles' hashes of some words, the first of which is number `start` of `total`."""
+def _chunk(words: Tensor, start: int, total: int) -> Tensor:
+    """Sum of the tiles' hashes of some words, the first of which is number `start` of `total`; int64 arithmetic wraps
+    modulo 2^64."""
     index = torch.arange(start, start + words.numel(), device=words.device, dtype=torch.int64).to(torch.int32)
     halves = []
     for seed, (factor, rotation) in zip(SEEDS, POSITION, strict=True):
         position = (index * _signed(factor) + _signed(seed)) ^ _rotate(index, rotation)
         mixed = torch.nn.functional.pad(_mix(words ^ position), (0, -words.numel() % TILE))
         sums = mixed.view(-1, TILE).sum(dim=1, dtype=torch.int64).to(torch.int32)  # modulo 2^32: the low half
-        halves.append(_mix(sums ^ _signed(4 * total)).to(torch.int64) & 0xFFFFFFFF)
-    high, low = (int(half.sum()) for half in halves)
+        halves.append((_mix(sums ^ _signed(4 * total)).to(torch.int64) & 0xFFFFFFFF).sum())
+    high, low = halves
     return (high << 32) + low
 
 
 def _mix(x: Tensor) -> Tensor:
-    """MurmurHash3's last step on 32-bit words; int32 arithmetic wraps as uint32 does."""
+    """MurmurHash3's final mix of 32-bit words; int32 arithmetic wraps like uint32."""
     for shift, factor in MIX:
         x = (x ^ _shift_right(x, shift)) * _signed(factor)
     return x ^ _shift_right(x, 16)
 
 
 def _shift_right(x: Tensor, by: int) -> Tensor:
-    """Logical: zeros come in."""
+    """Logical shift: zeros are shifted in."""
     return (x >> by) & ((1 << (32 - by)) - 1)
 
 

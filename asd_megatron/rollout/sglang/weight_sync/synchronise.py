@@ -1,42 +1,54 @@
-"""One synchronisation: every server gets the weights, proves it, and generates on; or it is named and stays paused."""
+"""One weight synchronisation: every server gets the weights, is verified and resumes; or it is reported and stays
+paused."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from asd_megatron.rollout.sglang.client.api import INCOMPLETE
-from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, Receiver, Transport, ask, ask_all, drain
-from asd_megatron.rollout.sglang.weight_sync.verification import Receipt
+from asd_megatron.rollout.sglang.weight_sync.protocol import (
+    SLACK_SECONDS,
+    NamedTensors,
+    Receiver,
+    Transport,
+    ask,
+    ask_all,
+    drain,
+)
+from asd_megatron.rollout.sglang.weight_sync.verification import ProbeDifference, WeightVerifier
 
 ANSWER_SECONDS = 60.0  # for requests that move no weights
 ALIVE_SECONDS = 10.0
+HOOK_SECONDS = 600.0  # a bound on `before_generating`, whose requests have time limits of their own
+REQUESTS_TO_OPEN = 5  # at most: pause, label, and begin, end, begin
 
 
 @dataclass(frozen=True)
 class SyncReport:
     """What a synchronisation did.
 
-    failures: URL -> reason, of the servers that are not whole: paused, labelled incomplete, to be sent everything
-    again. alive: those among them that answer. bytes, tensors: of the model, once. seconds: from the first pause to the
-    last server's generating on. checked: checksums compared. probe: largest difference to the trainer's log-probs.
+    failures: URL -> reason, of the servers whose synchronisation failed: they are paused, labelled incomplete, and must
+    be sent everything again. alive: those among them that answer. bytes, tensors: of the model, once. seconds: from the
+    first pause until the last server resumes. checked: checksums compared. probes: by URL, how far a server's log-probs
+    of the probe are from the trainer's.
     """
 
-    failures: dict[str, str]
+    failures: Mapping[str, str]
     alive: tuple[str, ...]
     bytes: int
     tensors: int
     seconds: float
     checked: int
-    probe: float | None
+    probes: Mapping[str, ProbeDifference]
 
 
 @dataclass
 class _Amount:
-    """What has streamed by."""
+    """Tensors and bytes that were streamed so far."""
 
     bytes: int = 0
     tensors: int = 0
@@ -49,15 +61,15 @@ class _Amount:
 
 
 @dataclass
-class _Course:
-    """Which servers are still whole, and why the others are not."""
+class _Servers:
+    """The servers without a failure so far, and why the others failed."""
 
-    whole: list[Receiver]
+    good: list[Receiver]
     failures: dict[str, str] = field(default_factory=dict)
 
     def drop(self, failures: dict[str, str]) -> None:
         self.failures |= failures
-        self.whole = [receiver for receiver in self.whole if receiver.url not in self.failures]
+        self.good = [receiver for receiver in self.good if receiver.url not in self.failures]
 
 
 def synchronise(
@@ -66,62 +78,81 @@ def synchronise(
     tensors: NamedTensors,
     label: str,
     *,
-    receipt: Receipt | None = None,
+    verifier: WeightVerifier | None = None,
     before_generating: Callable[[Receiver], None] | None = None,
     timeout: float = ANSWER_SECONDS,
     progress: Callable[[str], None] | None = None,
 ) -> SyncReport:
     """Give `receivers` the weights `tensors` under the name `label`. Global rank 0.
 
-    A server is paused (its running requests wait and go on under the new weights), labelled `LABEL-incomplete`, sent
-    the tensors, and checked against `receipt`; only then is it labelled `label` and generates on. One that fails on the
-    way stays paused and incomplete and is named in the report: it never answers under a good label, and takes
-    everything anew the next time. `tensors` is read to its end in any case but one: what reading it raises.
+    A server is paused (its running requests wait and continue under the new weights), labelled `LABEL-incomplete`, sent
+    the tensors, and verified by `verifier`; only then is it labelled `label` and resumes. One that fails on the way
+    stays paused and incomplete and is named in the report: it never answers under a valid label, and is sent everything
+    again the next time. `tensors` is read to its end unless reading it raises.
 
-    before_generating: called for each server that has the weights, before it generates on, in parallel (memory to be
-    taken back); what it raises is that server's failure.
+    before_generating: called in parallel for each server that has the weights, before it resumes (to take memory back);
+    what it raises is that server's failure.
 
-    Raises ReceiptError if a server holds other weights than it was sent or computes other log-probs, UserError for
-    tensors that `receipt` has no rule for. `timeout`: seconds for each request that moves no weights.
+    Raises VerificationError if a server holds other weights than it was sent, or computed other log-probs twice in a
+    row; UserError for tensors that `verifier` has no rule for. `timeout`: seconds for each request that moves no
+    weights.
     """
     tell = progress or (lambda _: None)
-    start, amount, course, checked = time.monotonic(), _Amount(), _Course(list(receivers)), 0
-    course.drop(ask_all(course.whole, lambda r: _open(r, label, transport.needs_session, timeout))[1])
-    tell(f"weights {label}: sending to {len(course.whole)} of {len(receivers)} servers")
+    start, amount, servers = time.monotonic(), _Amount(), _Servers(list(receivers))
+    limit = timeout + SLACK_SECONDS
+    servers.drop(
+        ask_all(
+            servers.good,
+            lambda r: _open(r, label, transport.needs_session, timeout),
+            REQUESTS_TO_OPEN * timeout + SLACK_SECONDS,
+        )[1]
+    )
+    tell(f"weights {label}: sending to {len(servers.good)} of {len(receivers)} servers")
     stream = amount.count(tensors)
-    watched = receipt.watch(stream, course.whole) if receipt is not None else stream
     try:
-        course.drop(transport.send(course.whole, watched, label))
+        watched = verifier.watch(stream, servers.good) if verifier is not None else stream
+        servers.drop(transport.send(servers.good, watched, label))
     finally:
         drain(stream)
     if transport.needs_session:
-        course.drop(ask_all(course.whole, lambda r: ask(r, "/end_weight_update", {}, timeout))[1])
-    if receipt is not None:
-        checksums, failures = ask_all(course.whole, lambda r: receipt.check(r, max(timeout, ANSWER_SECONDS)))
-        checked = sum(checksums.values())
-        course.drop(failures)
+        servers.drop(ask_all(servers.good, lambda r: ask(r, "/end_weight_update", {}, timeout), limit)[1])
+    checked = _check(servers, verifier, max(timeout, ANSWER_SECONDS))
     if before_generating is not None:
-        course.drop(ask_all(course.whole, before_generating)[1])
-    course.drop(ask_all(course.whole, lambda r: _release(r, label, timeout))[1])
-    worst: float | None = None
-    if receipt is not None and receipt.probe is not None:
-        differences, failures = ask_all(course.whole, lambda r: receipt.check_probe(r, timeout))
-        worst = max((d for d in differences.values() if d is not None), default=None)
-        course.drop(failures)
+        servers.drop(ask_all(servers.good, before_generating, HOOK_SECONDS)[1])
+    servers.drop(ask_all(servers.good, lambda r: _resume(r, label, timeout), 2 * timeout + SLACK_SECONDS)[1])
+    probes = _check_probe(servers, verifier, timeout)
     seconds = time.monotonic() - start
-    alive = _alive([receiver for receiver in receivers if receiver.url in course.failures], label)
-    tell(f"weights {label}: {len(course.whole)} of {len(receivers)} servers have them, after {seconds:.2f} s")
-    return SyncReport(course.failures, alive, amount.bytes, amount.tensors, seconds, checked, worst)
+    alive = _alive([receiver for receiver in receivers if receiver.url in servers.failures], label)
+    tell(f"weights {label}: {len(servers.good)} of {len(receivers)} servers have them, after {seconds:.2f} s")
+    return SyncReport(servers.failures, alive, amount.bytes, amount.tensors, seconds, checked, probes)
+
+
+def _check(servers: _Servers, verifier: WeightVerifier | None, timeout: float) -> int:
+    """Checksums of the servers that are good so far; how many were compared."""
+    if verifier is None:
+        return 0
+    counts, failures = ask_all(servers.good, lambda r: verifier.check(r, timeout), timeout + SLACK_SECONDS)
+    servers.drop(failures)
+    return sum(counts.values())
+
+
+def _check_probe(servers: _Servers, verifier: WeightVerifier | None, timeout: float) -> dict[str, ProbeDifference]:
+    """The probe's differences of the servers that have resumed, by URL; {} without a probe."""
+    if verifier is None or verifier.probe is None:
+        return {}
+    found, failures = ask_all(servers.good, lambda r: verifier.check_probe(r, timeout), timeout + SLACK_SECONDS)
+    servers.drop(failures)
+    return {url: difference for url, difference in found.items() if difference is not None}
 
 
 def _open(receiver: Receiver, label: str, needs_session: bool, timeout: float) -> None:
-    """Pause, take the good label away, and open a session, instead of one that an interrupted update left open."""
+    """Pause, replace the valid label, and open a session; one that an interrupted update left open is ended first."""
     _pause(receiver, label, timeout)
     if not needs_session:
         return
     try:
         ask(receiver, "/begin_weight_update", {}, timeout)
-    except Exception:  # of whatever kind: the same request once more tells
+    except Exception:  # of any kind: the second request shows whether an open session was the cause
         ask(receiver, "/end_weight_update", {}, timeout)
         ask(receiver, "/begin_weight_update", {}, timeout)
 
@@ -135,12 +166,12 @@ def _relabel(receiver: Receiver, label: str, timeout: float) -> None:
     ask(receiver, "/update_weight_version", {"new_version": label, "abort_all_requests": False}, timeout)
 
 
-def _release(receiver: Receiver, label: str, timeout: float) -> None:
+def _resume(receiver: Receiver, label: str, timeout: float) -> None:
     _relabel(receiver, label, timeout)
     ask(receiver, "/continue_generation", {}, timeout)
 
 
 def _alive(receivers: Sequence[Receiver], label: str) -> tuple[str, ...]:
-    """Which of the servers that failed can be sent to again. Also makes sure that they are paused and incomplete."""
-    answers, _ = ask_all(receivers, lambda r: _pause(r, label, ALIVE_SECONDS))
+    """The failed servers that still answer. Also makes sure that they are paused and labelled incomplete."""
+    answers, _ = ask_all(receivers, lambda r: _pause(r, label, ALIVE_SECONDS), 2 * ALIVE_SECONDS + SLACK_SECONDS)
     return tuple(answers)

@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -19,19 +19,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asd_megatron.errors import UserError
-from asd_megatron.rollout.sglang.weight_sync.protocol import NotWhole, Receiver, ask, ask_all, not_whole, reason
+from asd_megatron.rollout.sglang.weight_sync.protocol import (
+    SLACK_SECONDS,
+    Receiver,
+    TransferIncomplete,
+    ask,
+    ask_all,
+    incomplete,
+    reason,
+)
 
 JOIN_SECONDS = 60.0
 LEAVE_SECONDS = 10.0
-SLACK_SECONDS = 5.0  # for a server to tell that its side gave up
 POLL_SECONDS = 0.002
 
 
 class UpdateGroup:
-    """A group of these servers, made when the object is: `name` on both sides.
+    """The group of the trainer's rank 0 and these servers, created with the object; `name` on both sides.
 
-    `device`: where tensors to broadcast lie; NCCL for CUDA, gloo for the CPU. `timeout`: seconds for one broadcast.
-    Raises NotWhole if not everybody has joined in time.
+    `device`: of the tensors to broadcast; NCCL for CUDA, gloo for the CPU. `timeout`: seconds for one broadcast.
+    Raises TransferIncomplete if not every server has joined in time.
     """
 
     def __init__(
@@ -41,7 +48,9 @@ class UpdateGroup:
         self._receivers, self._device, self._timeout = tuple(receivers), device, timeout
         self._backend = "nccl" if device.type == "cuda" else "gloo"
         self._daemon: dist.TCPStore | None = None
-        self._group = self._join(address or address_towards([receiver.url for receiver in receivers]))
+        self._group: dist.ProcessGroup | None = self._join(
+            address or address_towards([receiver.url for receiver in receivers])
+        )
 
     def serves(self, receivers: Sequence[Receiver]) -> bool:
         """Whether it is the group of exactly these servers."""
@@ -49,43 +58,46 @@ class UpdateGroup:
         return ours == theirs
 
     def broadcast(self, data: Tensor) -> None:
-        """Blocks until `data` has left for every rank. Raises RuntimeError when a rank is gone, or after `timeout`."""
+        """Blocks until `data` is sent to every rank. Raises RuntimeError when a rank is gone, or after `timeout`."""
+        assert self._group is not None, "the group was closed"
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
         options.timeout = timedelta(seconds=self._timeout)
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # this may be another thread than the one that packed
+            torch.cuda.set_device(self._device)  # the current device is per thread
         work = self._group.broadcast([data], options)
         failure = ""
         try:
-            while self._device.type == "cuda" and not work.is_completed():  # its `wait` would only order streams
+            while self._device.type == "cuda" and not work.is_completed():  # NCCL's `wait` only orders streams
                 time.sleep(POLL_SECONDS)
             work.wait()
         except RuntimeError as error:
             failure = reason(error)
-        del work  # it holds the connections, and a traceback would hold it
+        del work  # it keeps the connections open, and a traceback would keep it
         if failure:
             raise RuntimeError(failure)
 
     def abort(self) -> None:
-        """End a broadcast that hangs, where that can be done: gloo's ends by itself after `timeout`."""
+        """End a broadcast that hangs. NCCL only: gloo's ends by itself after `timeout`."""
         if self._device.type == "cuda" and self._group is not None:
             self._group.abort()
 
     def close(self) -> None:
-        """Leave, and have the servers leave: whoever waits in one of its broadcasts is set free."""
+        """Leave, and have the servers leave, which ends the wait of those that are in one of its broadcasts."""
         group, self._group, self._daemon = self._group, None, None
         if group is None:
             return
         _leave(group)
         del group  # with the last reference its connections close
         path, body = "/destroy_weights_update_group", {"group_name": self.name}
-        ask_all(self._receivers, lambda receiver: ask(receiver, path, body, LEAVE_SECONDS))
+        ask_all(
+            self._receivers, lambda receiver: ask(receiver, path, body, LEAVE_SECONDS), LEAVE_SECONDS + SLACK_SECONDS
+        )
 
-    def _join(self, address: str) -> Any:
+    def _join(self, address: str) -> dist.ProcessGroup:
         """Our end of the group, once all have joined."""
         seconds = min(JOIN_SECONDS, self._timeout)
-        # The daemon is apart from our own client: with it end the waits of everybody who waits for somebody to join.
+        # The daemon is separate from our own client: without it, every wait for another rank to join ends.
         daemon: dist.TCPStore | None = _listen(address, seconds)
         assert daemon is not None
         port, bodies = daemon.port, self._invitations(address, daemon.port)
@@ -93,23 +105,28 @@ class UpdateGroup:
         def invite(receiver: Receiver) -> dict[str, Any]:
             return ask(receiver, "/init_weights_update_group", bodies[receiver.url], seconds + SLACK_SECONDS)
 
-        with ThreadPoolExecutor(1 + len(bodies), thread_name_prefix="weight-sync") as pool:
+        pool = ThreadPoolExecutor(1 + len(bodies), thread_name_prefix="weight-sync")
+        try:
             ours = pool.submit(self._make, address, port, seconds)
             theirs = {receiver.url: pool.submit(invite, receiver) for receiver in self._receivers}
-            _, late = wait([ours, *theirs.values()], seconds, FIRST_EXCEPTION)
-            if late or ours.exception() is not None:
+            futures: list[Future[Any]] = [ours, *theirs.values()]
+            done, late = wait(futures, seconds, FIRST_EXCEPTION)
+            if late or any(future.exception() is not None for future in done):
                 daemon = None
-        failures = {url: reason(error) for url, future in theirs.items() if (error := future.exception()) is not None}
-        error = ours.exception()
-        if error is not None and not isinstance(error, RuntimeError):  # stores and backends raise no other
-            raise error
-        if error is None and not failures:
+                wait(futures, seconds + 2 * SLACK_SECONDS)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        failures = {url: why for url, future in theirs.items() if (why := _why(future)) is not None}
+        if not failures and _why(ours) is None:
             self._daemon = daemon
             return ours.result()
-        if error is None:
-            _leave(ours.result())
-        others = "the update group was not made" + (f": {reason(error)}" if error is not None else "")
-        raise NotWhole(not_whole(self._receivers, failures, others))
+        ours.add_done_callback(_leave_when_joined)
+        if ours.done() and (error := ours.exception()) is not None and not isinstance(error, RuntimeError):
+            raise error  # stores and backends raise RuntimeError alone
+        others = f"the update group was not created at {address} (rollout.weight_sync_address)"
+        if (why := _why(ours)) is not None:
+            others += f": {why}"
+        raise TransferIncomplete(incomplete(self._receivers, failures, others))
 
     def _invitations(self, address: str, port: int) -> dict[str, dict[str, Any]]:
         """Each server's request to join, by URL. Its ranks follow those of the servers before it."""
@@ -127,22 +144,24 @@ class UpdateGroup:
             offset += receiver.tensor_parallel
         return bodies
 
-    def _make(self, address: str, port: int, seconds: float) -> Any:
-        """Our end. torch's helper is private, but the one with which SGLang 0.5.23 makes its end
-        (`init_custom_process_group`): both must name their keys in the store alike, and no public function makes a
+    def _make(self, address: str, port: int, seconds: float) -> dist.ProcessGroup:
+        """Our end. torch's helper is private, but SGLang 0.5.23 creates its end with the same one
+        (`init_custom_process_group`): both must use the same key names in the store, and no public function creates a
         group outside the default one.
         """
         c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
 
         size = 1 + sum(receiver.tensor_parallel for receiver in self._receivers)
         client = dist.TCPStore(address, port, None, False, timedelta(seconds=seconds))
-        # gloo meets here, within `seconds`. NCCL meets at the first broadcast, and must not abort a slow one itself.
+        # gloo connects here, within `seconds`. NCCL connects at the first broadcast; its own timeout must be the longer
+        # one, so that `broadcast` reports a slow broadcast before NCCL aborts it.
         limit = timedelta(seconds=2 * self._timeout if self._backend == "nccl" else seconds)
         store = dist.PrefixStore(self.name, client)
         group, _ = c10d._new_process_group_helper(
             size, 0, [], c10d.Backend(self._backend), store, group_name=self.name, timeout=limit
         )
         c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
+        assert isinstance(group, dist.ProcessGroup)
         return group
 
 
@@ -156,7 +175,7 @@ def address_towards(urls: Sequence[str]) -> str:
                 probe.connect(where)  # sends nothing
                 address = str(probe.getsockname()[0])
         except OSError as error:
-            raise UserError(f"the server {url} cannot be found from here ({error}): correct its address") from error
+            raise UserError(f"the host of server {url} cannot be resolved ({error}): correct its address") from error
         if not ipaddress.ip_address(address).is_loopback:
             return address
     return "127.0.0.1"
@@ -172,8 +191,8 @@ def _listen(address: str, seconds: float) -> dist.TCPStore:
     except OSError as error:
         listener.close()
         raise UserError(
-            f"{address} is no address of this machine on which servers could meet the trainer ({error}): give the "
-            "address of the interface that they reach"
+            f"rollout.weight_sync_address: {address} is no address of this machine ({error}): set it to the address of "
+            "the interface that the servers reach"
         ) from error
     wait_at_most = timedelta(seconds=seconds)
     return dist.TCPStore(
@@ -181,6 +200,19 @@ def _listen(address: str, seconds: float) -> dist.TCPStore:
     )
 
 
-def _leave(group: Any) -> None:
-    with suppress(RuntimeError, ValueError):  # ValueError: the default group has taken it along
+def _why(future: Future[Any]) -> str | None:
+    """Why there is no result; None if there is one."""
+    if not future.done():
+        return "no answer in time"
+    error = future.exception()
+    return None if error is None else reason(error)
+
+
+def _leave_when_joined(joined: Future[dist.ProcessGroup]) -> None:
+    if not joined.cancelled() and joined.exception() is None:
+        _leave(joined.result())
+
+
+def _leave(group: dist.ProcessGroup) -> None:
+    with suppress(RuntimeError, ValueError):  # ValueError: it ended together with the default group
         dist.destroy_process_group(group)

@@ -77,6 +77,15 @@ def test_each_failure_is_of_its_kind_and_names_the_server(fake: FakeSGLang, faul
         assert f"status {fault}" in str(caught.value)
 
 
+def test_proxies_of_the_environment_are_not_used(fake: FakeSGLang, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert ask(fake.url, sample).label == "tag-1"
+    ask(fake.url, lambda server: server.healthy(5.0))
+
+
 def test_nobody_listens() -> None:
     with pytest.raises(ServerDown, match="cannot be reached"):
         ask("http://127.0.0.1:9", sample)

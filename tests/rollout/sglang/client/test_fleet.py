@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 
 from asd_megatron.errors import UserError
+from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.rollout.sglang.client.api import ServerError
 from asd_megatron.rollout.sglang.client.fleet import Fleet
 from asd_megatron.rollout.sglang.client.scheduling import SampleResult
 from tests.rollout.sglang.fake_sglang import ADMIN_KEY, API_KEY, FakeSGLang, made_from
-from tests.rollout.sglang.fleets import LABEL, Make, check_whole, gather, requests, until
+from tests.rollout.sglang.fleets import LABEL, Make, check_complete, gather, requests, until
 
-# ---------------------------------------------------------------------- going straight
+# ---------------------------------------------------------------------- no failures
 
 
 def test_every_sample_once_balanced_and_bounded(fake_pair: Any, make_fleet: Make) -> None:
@@ -26,7 +28,7 @@ def test_every_sample_once_balanced_and_bounded(fake_pair: Any, make_fleet: Make
     fleet.submit(asked)
     assert fleet.pending == 32
     results = gather(fleet)
-    check_whole(results, asked)
+    check_complete(results, asked)
     assert {r.spans for r in results} == {((0, LABEL),)}
     assert min(Counter(r.url for r in results)[server.url] for server in fake_pair) >= 8
     for group in range(8):
@@ -54,7 +56,7 @@ def test_keys_are_unique_among_pending(fake_pair: Any, make_fleet: Make) -> None
         fleet.submit(asked[:1])
     gather(fleet)
     fleet.submit(asked)
-    check_whole(gather(fleet), asked)
+    check_complete(gather(fleet), asked)
 
 
 def test_waiting_for_nothing_returns_at_once(fake_pair: Any, make_fleet: Make) -> None:
@@ -68,13 +70,13 @@ def test_waiting_for_nothing_returns_at_once(fake_pair: Any, make_fleet: Make) -
 
 
 @pytest.mark.parametrize("fault", ["reset", "500", "abort", "malformed", "nan", "label", "mixed"])
-def test_a_failed_attempt_is_made_again_elsewhere(fake_pair: Any, make_fleet: Make, fault: str) -> None:
+def test_a_failed_attempt_is_retried_elsewhere(fake_pair: Any, make_fleet: Make, fault: str) -> None:
     fake_pair[0].faults.append(fault)
     fleet = make_fleet(*fake_pair)
     asked = requests(2, 2)
     fleet.submit(asked)
     results = gather(fleet)
-    check_whole(results, asked)
+    check_complete(results, asked)
     again = [r for r in results if r.attempts > 1]
     assert [r.url for r in again] == [fake_pair[1].url]
     assert fleet.counters.retried == 1
@@ -94,7 +96,7 @@ def test_deadline(fake_pair: Any, make_fleet: Make) -> None:
     fleet = make_fleet(*fake_pair, request_timeout=0.3)
     asked = requests(2, 2)
     fleet.submit(asked)
-    check_whole(gather(fleet), asked)
+    check_complete(gather(fleet), asked)
     assert fleet.counters.deadline == 1
     until(lambda: fake_pair[0].cancelled == 1)  # the connection is closed, so the server stops
 
@@ -104,7 +106,7 @@ def test_busy_is_no_failure(fake_pair: Any, make_fleet: Make) -> None:
     fleet = make_fleet(fake_pair[0], retries=0)
     asked = requests(1, 4)
     fleet.submit(asked)
-    check_whole(gather(fleet), asked)
+    check_complete(gather(fleet), asked)
     assert fleet.counters.ejected == 0
 
 
@@ -145,13 +147,13 @@ def test_what_a_server_refuses_is_raised_and_not_tried_again(fake_pair: Any, mak
     fake_pair[0].always = ""
     again = requests(1, 4)
     fleet.submit(again)
-    check_whole(gather(fleet), again)
+    check_complete(gather(fleet), again)
 
 
 # ---------------------------------------------------------------------- servers come and go
 
 
-def test_a_server_that_dies_loses_nothing(fake_pair: Any, make_fleet: Make) -> None:
+def test_a_server_that_dies_loses_no_sample(fake_pair: Any, make_fleet: Make) -> None:
     for server in fake_pair:
         server.delay = 0.05
     fleet = make_fleet(*fake_pair)
@@ -160,7 +162,7 @@ def test_a_server_that_dies_loses_nothing(fake_pair: Any, make_fleet: Make) -> N
     results = fleet.wait(5.0)
     fake_pair[0].die()
     results += gather(fleet)
-    check_whole(results, asked)
+    check_complete(results, asked)
     dead, alive = fleet.servers()
     assert (dead.healthy, dead.label, alive.label) == (False, None, LABEL)
     assert dead.reason
@@ -189,14 +191,14 @@ def test_a_hung_server_is_found_out_by_a_probe(fake_pair: Any, make_fleet: Make)
     fake_pair[0].hung = True
     asked = requests(4, 4)
     fleet.submit(asked)
-    check_whole(gather(fleet), asked)  # long before the requests' own time limit
+    check_complete(gather(fleet), asked)  # long before the requests' own time limit
     assert not fleet.servers()[0].healthy
     fake_pair[0].hung = False
     until(lambda: fleet.servers()[0].healthy)
     assert fleet.servers()[0].label is None
 
 
-def test_a_server_that_is_busy_for_a_probe_or_two_goes_on_serving(fake_pair: Any, make_fleet: Make) -> None:
+def test_a_server_that_is_busy_for_a_probe_or_two_keeps_serving(fake_pair: Any, make_fleet: Make) -> None:
     fleet = make_fleet(*fake_pair, probe_every=0.2)
     member = fleet._members[fake_pair[0].url]
     fake_pair[0].healthy = False  # as SGLang answers after 20 seconds without a token
@@ -223,7 +225,7 @@ def test_withdrawn_servers_serve_no_more(fake_pair: Any, make_fleet: Make) -> No
     fleet.submit(asked)
     until(lambda: fake_pair[0].running > 0)
     fleet.withdraw(fake_pair[0].url, "its weights are in doubt")
-    check_whole(gather(fleet), asked)  # at no cost: there are no retries to spend
+    check_complete(gather(fleet), asked)  # at no cost: there are no retries to spend
     assert fleet.servers()[0].reason == "its weights are in doubt"
     until(lambda: fake_pair[0].running == 0)
 
@@ -242,22 +244,22 @@ def test_a_withdrawn_server_may_be_paused_and_is_alive_all_the_same(fake_pair: A
     until(lambda: not fleet.servers()[0].healthy)
 
 
-def test_stranded(fake_pair: Any, make_fleet: Make) -> None:
+def test_since_when_no_server_may_serve(fake_pair: Any, make_fleet: Make) -> None:
     fleet = make_fleet(fake_pair[0])
-    assert fleet.stranded_since is None
+    assert fleet.no_healthy_server_since is None
     fake_pair[0].die()
     until(lambda: not fleet.servers()[0].healthy)
-    assert fleet.stranded_since is None
+    assert fleet.no_healthy_server_since is None
     before = time.monotonic()
     fleet.submit(requests(1, 2))
     assert fleet.wait(0.1) == []
-    assert fleet.stranded_since is not None
-    assert before <= fleet.stranded_since <= time.monotonic()
+    assert fleet.no_healthy_server_since is not None
+    assert before <= fleet.no_healthy_server_since <= time.monotonic()
     fake_pair[0].restart()
     fake_pair[0].label = LABEL
     until(lambda: fleet.servers()[0].healthy)
     fleet.admit(fake_pair[0].url, LABEL)
-    assert fleet.stranded_since is None
+    assert fleet.no_healthy_server_since is None
     gather(fleet)
 
 
@@ -274,18 +276,20 @@ def test_connecting_names_every_server_and_its_reason(fake_pair: Any, make_fleet
         assert part in str(caught.value)
 
 
-def test_connecting_waits_for_the_first_server(fake_pair: Any, make_fleet: Make) -> None:
-    fake_pair[0].healthy = False
+def test_connecting_waits_for_all_servers(fake_pair: Any, make_fleet: Make) -> None:
     fake_pair[1].die()
     fleet = make_fleet(*fake_pair, admit=False)
-    fake_pair[1].restart()
-    fleet.connect(5.0)
-    assert [view.healthy for view in fleet.servers()] == [False, True]
-    fake_pair[0].healthy = True
-    until(lambda: fleet.servers()[0].healthy)
+    with pytest.raises(UserError, match="server_start_timeout") as caught:
+        fleet.connect(0.3)
+    assert fake_pair[1].url in str(caught.value) and fake_pair[0].url not in str(caught.value)
+    later = threading.Timer(0.3, fake_pair[1].restart)
+    later.start()
+    fleet.connect(10.0)
+    assert [view.healthy for view in fleet.servers()] == [True, True]
+    later.join()
 
 
-def test_connecting_wakes_a_server_that_was_left_paused(fake_pair: Any, make_fleet: Make) -> None:
+def test_connecting_resumes_a_server_that_was_left_paused(fake_pair: Any, make_fleet: Make) -> None:
     fake_pair[0].paused = True
     make_fleet(fake_pair[0], admit=False).connect(5.0)
     assert not fake_pair[0].paused
@@ -324,6 +328,26 @@ def test_administration(fake_pair: Any, make_fleet: Make) -> None:
     assert fleet.server_info(fake_pair[0].url)["tp_size"] == 2
     body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
     assert fleet.call(fake_pair[0].url, "/generate", body)["output_ids"] == made_from([1], 1)  # with the other key
+
+
+def test_a_client_that_hangs_is_named_within_a_bound(
+    fake_pair: Any, make_fleet: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever blocks the event loop, no call waits for it for ever."""
+    fleet = make_fleet(fake_pair[0], probe_every=60.0)
+    monkeypatch.setattr("asd_megatron.rollout.sglang.client.loop.LOOP_SECONDS", 0.1)
+    blocked = threading.Event()
+    fleet._loop.loop.call_soon_threadsafe(blocked.wait)
+    try:
+        with pytest.raises(RolloutError, match=f"admitting {fake_pair[0].url}.*resume the run"):
+            fleet.admit(fake_pair[0].url, LABEL)
+        with pytest.raises(RolloutError, match="aborting samples"):
+            monkeypatch.setattr("asd_megatron.rollout.sglang.client.fleet.ABORT_PATIENCE", 0.1)
+            fleet.abort(keep_partial=True)
+        with pytest.raises(ServerError, match="/server_info"):
+            fleet.server_info(fake_pair[0].url, 0.1)
+    finally:
+        blocked.set()
 
 
 def test_closing_drops_what_is_pending(fake_pair: Any, make_fleet: Make) -> None:

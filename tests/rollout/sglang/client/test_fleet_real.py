@@ -163,7 +163,7 @@ def test_wrong_keys(sglang_pair: SGLangWorld) -> None:
 
 
 def test_generation_goes_on_after_a_pause_with_other_weights(build: Build, sglang_pair: SGLangWorld) -> None:
-    """The label alone changes: the spans tell where, and nothing is made again."""
+    """The label alone changes: the spans tell where, and nothing is retried."""
     fleet = build()
     sglang_pair.slow(0.02)
     asked = requests(2, 4, max_new_tokens=100, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""The fleet while weights change, when everything is called off, and behind a router, on fake servers."""
+"""The fleet while weights change, when everything is aborted, and behind a router, on fake servers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from asd_megatron.errors import UserError
 from tests.rollout.sglang.fake_sglang import FakeSGLang, made_from
-from tests.rollout.sglang.fleets import LABEL, Make, check_whole, gather, requests, until
+from tests.rollout.sglang.fleets import LABEL, Make, check_complete, gather, requests, until
 
 # ---------------------------------------------------------------------- weight updates
 
@@ -46,7 +46,7 @@ def test_an_update_holds_what_waits_and_keeps_what_runs(fake_pair: Any, make_fle
 
 def test_updates_within_updates(fake_pair: Any, make_fleet: Make) -> None:
     fleet = make_fleet(fake_pair[0])
-    with fleet.updating("asleep"):
+    with fleet.quiesced():
         with fleet.updating("tag-2"):
             fake_pair[0].label = "tag-2"
             fleet.admit(fake_pair[0].url, "tag-2")
@@ -59,7 +59,7 @@ def test_updates_within_updates(fake_pair: Any, make_fleet: Make) -> None:
     assert {r.spans for r in gather(fleet)} == {((0, "tag-2"),)}
 
 
-def test_answers_of_a_server_that_the_update_failed_are_thrown_away(fake_pair: Any, make_fleet: Make) -> None:
+def test_answers_of_a_server_that_the_update_failed_are_discarded(fake_pair: Any, make_fleet: Make) -> None:
     for server in fake_pair:
         server.delay = 0.1
     fleet = make_fleet(*fake_pair, retries=0)
@@ -71,9 +71,9 @@ def test_answers_of_a_server_that_the_update_failed_are_thrown_away(fake_pair: A
             server.label = "tag-2"
         until(lambda: fake_pair[0].running + fake_pair[1].running == 0)
         fleet.admit(fake_pair[1].url, "tag-2")
-        fleet.withdraw(fake_pair[0].url, "the receipt is wrong")
+        fleet.withdraw(fake_pair[0].url, "the verification failed")
     results = gather(fleet)
-    check_whole(results, asked)
+    check_complete(results, asked)
     assert {r.url for r in results} == {fake_pair[1].url}
 
 
@@ -87,7 +87,7 @@ def test_an_answer_of_the_version_before_is_good(fake_pair: Any, make_fleet: Mak
     assert gather(fleet)[0].spans == ((0, LABEL),)
 
 
-# ---------------------------------------------------------------------- calling off
+# ---------------------------------------------------------------------- aborting
 
 
 def test_abort_drops_everything_in_the_servers_too(fake_pair: Any, make_fleet: Make) -> None:
@@ -104,7 +104,7 @@ def test_abort_drops_everything_in_the_servers_too(fake_pair: Any, make_fleet: M
         server.always = ""
     asked = requests(6, 4)
     fleet.submit(asked)
-    check_whole(gather(fleet), asked)
+    check_complete(gather(fleet), asked)
 
 
 def test_partial_results(fake_pair: Any, make_fleet: Make) -> None:
@@ -157,7 +157,7 @@ def test_first_tries_go_through_the_router_and_retries_do_not(
     asked = requests(4, 4)
     fleet.submit(asked)
     results = gather(fleet)
-    check_whole(results, asked)
+    check_complete(results, asked)
     assert len(router.prompts) == 16
     assert len(fake_pair[0].prompts) + len(fake_pair[1].prompts) == 3
     assert fleet.counters.retried == 3
@@ -186,7 +186,7 @@ def test_without_the_router_samples_go_to_the_servers(fake_pair: Any, router: Fa
     fleet.submit(asked)
     until(lambda: router.running == 8)
     router.die()
-    check_whole(gather(fleet), asked)
+    check_complete(gather(fleet), asked)
     assert len(fake_pair[0].prompts) + len(fake_pair[1].prompts) == 20
 
 

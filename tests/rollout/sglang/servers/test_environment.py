@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from asd_megatron.rollout.sglang.servers.options import OLDEST
+from asd_megatron.rollout.sglang.servers.versions import OLDEST
 
 FOLDER = Path(__file__).parents[4] / "tools" / "sglang_env"
 

@@ -13,7 +13,6 @@ from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers import options as options_module
 from asd_megatron.rollout.sglang.servers.options import (
     ServerOptions,
-    check_environment,
     check_listening,
     command,
     devices_of_servers,
@@ -24,6 +23,7 @@ from asd_megatron.rollout.sglang.servers.options import (
     secret_arguments,
     server_environment,
 )
+from asd_megatron.rollout.sglang.servers.versions import check_environment, ipc_arguments
 from tests.rollout.sglang.fake_environment import fake_python
 
 
@@ -122,8 +122,44 @@ def test_variables_of_the_trainer_stay_outside(gpus: None) -> None:
     }
     found = server_environment(options(devices="3", environment={"MORE": "1"}), base)
     assert found["PATH"] == "/bin" and found["MORE"] == "1" and found["CUDA_VISIBLE_DEVICES"] == "3"
-    assert set(found) == {"PATH", "MORE", "CUDA_VISIBLE_DEVICES", "PYTHONUNBUFFERED"}
+    added = {
+        "CUDA_VISIBLE_DEVICES",
+        "PYTHONUNBUFFERED",
+        "NCCL_CUMEM_ENABLE",
+        "NCCL_NVLS_ENABLE",
+        "no_proxy",
+        "NO_PROXY",
+    }
+    assert set(found) == {"PATH", "MORE"} | added
     assert server_environment(options(devices=""), {})["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_a_server_has_the_trainers_settings_of_nccl(gpus: None) -> None:
+    """SGLang would set both to 0: one communicator of two settings. 2 is NCCL's default of the second."""
+    assert nccl_of({}) == ("1", "2")
+    assert nccl_of({"NCCL_CUMEM_ENABLE": "0"}) == ("0", "2")
+    assert nccl_of({"NCCL_CUMEM_ENABLE": "", "NCCL_NVLS_ENABLE": "0"}) == ("1", "0")
+
+
+def nccl_of(base: dict[str, str]) -> tuple[str, str]:
+    found = server_environment(options(), base)
+    return found["NCCL_CUMEM_ENABLE"], found["NCCL_NVLS_ENABLE"]
+
+
+@pytest.mark.parametrize(
+    ("base", "host", "expected"),
+    [
+        ({}, "127.0.0.1", ["localhost", "127.0.0.1", "::1", "[::1]"]),
+        ({"no_proxy": "a.b, c"}, "10.1.2.3", ["a.b", "c", "localhost", "127.0.0.1", "::1", "[::1]", "10.1.2.3"]),
+        ({"NO_PROXY": "::1", "no_proxy": "x"}, "fe80::2",
+         ["x", "::1", "localhost", "127.0.0.1", "[::1]", "fe80::2", "[fe80::2]"]),
+        ({"no_proxy": "*"}, "10.1.2.3", ["*"]),  # it counts only when it stands alone
+    ],
+)  # fmt: skip
+def test_a_server_reaches_itself_without_a_proxy(base: dict[str, str], host: str, expected: list[str]) -> None:
+    found = server_environment(options(host=host), {"http_proxy": "http://proxy:1", **base})
+    assert found["http_proxy"] == "http://proxy:1"
+    assert found["no_proxy"] == found["NO_PROXY"] and found["no_proxy"].split(",") == expected
 
 
 def test_parse_arguments() -> None:
@@ -194,5 +230,29 @@ def test_check_environment(tmp_path: Path) -> None:
         check_environment(tmp_path / "absent")
     with pytest.raises(UserError, match=r"not installed .*create\.sh"):
         check_environment(Path(sys.executable))  # the trainer's has none
-    with pytest.raises(UserError, match="does not answer as a Python does"):
+    with pytest.raises(UserError, match="exit status 1"):
         check_environment(Path("/bin/false"))
+    with pytest.raises(UserError, match="does not answer as a Python does"):
+        check_environment(Path("/bin/echo"))
+
+
+def test_the_servers_nccl_library_is_found(tmp_path: Path) -> None:
+    """As pip installs it: the error about two versions of NCCL names the file to load."""
+    import venv
+
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    (packages,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
+    for name, version in (("sglang", "0.5.23"), ("torch", "2.13.0"), ("nvidia_nccl_cu13", "2.30.7")):
+        info = packages / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "RECORD").write_text("nvidia/nccl/lib/libnccl.so.2,,\n")
+    found = check_environment(tmp_path / "venv" / "bin" / "python")
+    assert (found.nccl, found.nccl_library) == ("2.30.7", str(packages / "nvidia" / "nccl" / "lib" / "libnccl.so.2"))
+
+
+def test_ipc_arguments_are_those_of_the_servers_torch(tmp_path: Path) -> None:
+    assert ipc_arguments(fake_python(tmp_path, ipc='["tensor_cls", "storage_device"]')) == (
+        "tensor_cls",
+        "storage_device",
+    )

@@ -54,7 +54,7 @@ def child_of(pool: ServerPool, options: ServerOptions, index: int = 0) -> int:
 def test_a_port_that_two_servers_chose_at_once_is_no_reason_to_give_up(options: ServerOptions) -> None:
     said: list[str] = []
     with pool_of(options, 1, "port-in-use", say=said.append) as pool:
-        assert pool.states == ["healthy"] and any("found a port in use: once more" in line for line in said)
+        assert pool.states == ["healthy"] and any("found a port in use" in line for line in said)
 
 
 def test_start_and_stop(options: ServerOptions) -> None:
@@ -71,6 +71,16 @@ def test_start_and_stop(options: ServerOptions) -> None:
         assert log.stat().st_mode & 0o077 == 0
     assert [group_members(group) for group in groups] == [[], []]
     pool.close()
+
+
+def test_servers_of_this_machine_are_asked_without_a_proxy(
+    options: ServerOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pool_of(options, start_timeout=10.0) as pool:
+        assert pool.states == ["healthy"]
+        environment = Path(f"/proc/{pool.processes[0].pid}/environ").read_bytes().split(b"\0")
+    assert {b"no_proxy=localhost,127.0.0.1,::1,[::1]", b"NO_PROXY=localhost,127.0.0.1,::1,[::1]"} <= set(environment)
 
 
 def test_a_router_is_kept_like_a_server(options: ServerOptions) -> None:
@@ -116,6 +126,34 @@ def test_backoff_doubles_and_ends(options: ServerOptions, caplog: pytest.LogCapt
     pauses = [sentence.split("again in ")[1].split(" s")[0] for sentence in said if "again in" in sentence]
     assert pauses == ["0.1", "0.2", "0.2"]
     assert "is given up" in caplog.text
+
+
+def test_no_server_is_started_while_starts_are_deferred(options: ServerOptions) -> None:
+    with pool_of(options, 2) as pool:
+        assert pool.restarting == []
+        pool.defer_starts()
+        pool.kill(pool.urls[0])
+        assert pool.restarting == [pool.processes[0].name]
+        wait(lambda: pool.states == ["waiting", "healthy"])
+        time.sleep(0.3)  # longer than the pause before a restart
+        assert pool.counters["restarts"] == 0 and not pool.processes[0].alive
+        pool.allow_starts()
+        wait(lambda: pool.processes[0].alive)
+        pool.defer_starts()  # in the middle of its start, or just after: either way nothing starts now
+        wait(lambda: pool.states[0] in ("waiting", "healthy"))
+        assert pool.processes[0].alive == (pool.states[0] == "healthy")
+        pool.allow_starts()
+        wait(lambda: pool.restarting == [] and pool.states == ["healthy", "healthy"])
+        assert pool.counters["gave_up"] == 0 and pool.processes[0].healthy()
+
+
+def test_a_proxy_of_the_environment_is_not_asked(options: ServerOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pool_of(options) as pool:
+        assert pool.processes[0].healthy()
 
 
 def test_without_restarts(options: ServerOptions) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from asd_megatron.errors import UserError
-from asd_megatron.rollout.sglang.servers.options import check_environment
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
+from asd_megatron.rollout.sglang.servers.versions import check_environment, ipc_arguments
 from tests.rollout.sglang.fake_environment import group_members
 from tests.rollout.sglang.sglang_world import ADMIN_KEY, API_KEY, START_SECONDS, SGLangWorld, request, server_options
 
@@ -32,7 +32,9 @@ def wait(condition: Callable[[], Any], seconds: float = START_SECONDS) -> None:
 
 
 def test_the_environment() -> None:
-    found = check_environment(server_options(Path()).python)
+    python = server_options(Path()).python
+    found = check_environment(python)
+    assert ipc_arguments(python)[:2] == ("tensor_cls", "tensor_size")
     assert found.sglang == "0.5.23" and found.torch.startswith("2.13.0")
 
 

@@ -154,7 +154,7 @@ def test_a_changed_element_changes_the_tensor_that_it_is_in_alone(name: str) -> 
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(UserError, match=r"MixtralForCausalLM is not known.*set rollout.receipt to false"):
+    with pytest.raises(UserError, match=r"MixtralForCausalLM is not known.*set rollout.verify_weights to false"):
         ServerChecksums({**CONFIG, "architectures": ["MixtralForCausalLM"]}, [1], torch.float32, "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Weights by handle: what can be shared with whom, and that the payload says what it should."""
+"""Weights by CUDA IPC handle: which servers can take them, and what the payload holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import pickle
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -13,7 +14,12 @@ import torch
 
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.weight_sync.buckets import pack
-from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import CudaIpcTransport, payloads
+from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import (
+    DEVICE_ARGUMENT,
+    REBUILD_ARGUMENTS,
+    CudaIpcTransport,
+    payloads,
+)
 from tests.rollout.sglang.weight_sync.world import FakeReceiver
 
 MODEL = [("a", torch.randn(4, 3)), ("b", torch.randn(7).bfloat16()), ("c", torch.randn(2, 2))]
@@ -26,14 +32,21 @@ def _read(payload: str) -> list[tuple[str, torch.Tensor]]:
     return [(m.name, flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape).clone()) for m in content["metadata"]]
 
 
-def test_other_versions_of_torch_are_refused() -> None:
-    with pytest.raises(UserError, match=r"torch .* \(trainer\) and torch 2\.0\.0 \(SGLang\): install the same"):
-        CudaIpcTransport("2.0.0+cu118")
-    CudaIpcTransport(torch.__version__.split("+")[0] + "+cu999")
+def test_what_counts_is_the_form_of_a_handle_and_not_the_version_of_torch() -> None:
+    """NVIDIA's containers have a torch of their own: `2.9.0a0+hash.nv25.11`."""
+    CudaIpcTransport(list(REBUILD_ARGUMENTS))
+    other = [*REBUILD_ARGUMENTS[:7], "more", *REBUILD_ARGUMENTS[7:]]
+    for arguments, number in ((other, 8), (REBUILD_ARGUMENTS[:-1], len(REBUILD_ARGUMENTS)), ((), 1)):
+        with pytest.raises(UserError, match=rf"argument {number} of rebuild_cuda_tensor.*rollout\.weight_sync disk"):
+            CudaIpcTransport(arguments)
+
+
+def test_sglangs_place_of_the_device_is_torchs() -> None:
+    assert REBUILD_ARGUMENTS[DEVICE_ARGUMENT] == "storage_device"
 
 
 def test_servers_elsewhere_are_refused_and_the_tensors_are_read() -> None:
-    transport, stream = CudaIpcTransport(torch.__version__), iter(MODEL)
+    transport, stream = CudaIpcTransport(REBUILD_ARGUMENTS), iter(MODEL)
     with pytest.raises(UserError, match="not on this machine's loopback interface"):
         transport.send([FakeReceiver("http://10.0.0.5:30000")], stream, "aa-1")
     assert list(stream) == []
@@ -56,10 +69,28 @@ def test_a_server_that_refuses_is_named_and_sent_nothing_more() -> None:
 
     refusing = FakeReceiver("http://localhost:1", lambda path, body: {"success": False, "message": "no session"})
     taking = FakeReceiver("http://127.0.0.1:2", take)
-    failures = CudaIpcTransport(torch.__version__, bucket_bytes=50).send([refusing, taking], iter(MODEL), "aa-1")
+    failures = CudaIpcTransport(REBUILD_ARGUMENTS, bucket_bytes=50).send([refusing, taking], iter(MODEL), "aa-1")
     assert failures == {"http://localhost:1": "/update_weights_from_tensor: no session"}
     assert len(refusing.calls) == 1
     assert received == ["a", "b", "c"]
+
+
+def test_a_server_that_hangs_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asd_megatron.rollout.sglang.weight_sync.cuda_ipc.SLACK_SECONDS", 0.1)
+    released = threading.Event()
+
+    def hang(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        released.wait(60)
+        return {}
+
+    hanging, taking = FakeReceiver("http://127.0.0.1:1", hang), FakeReceiver("http://127.0.0.1:2")
+    transport = CudaIpcTransport(REBUILD_ARGUMENTS, bucket_bytes=50, timeout=1.0)
+    try:
+        failures = transport.send([hanging, taking], iter(MODEL), "aa-1")
+    finally:
+        released.set()
+    assert list(failures) == [hanging.url] and "rollout.weight_sync_timeout" in failures[hanging.url]
+    assert len(hanging.calls) == 1 and len(taking.calls) > 1
 
 
 _OTHER_PROCESS = """

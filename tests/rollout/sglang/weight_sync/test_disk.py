@@ -1,4 +1,4 @@
-"""The disk transport: a whole folder before anybody is told of it, one version kept, disks that are full."""
+"""The disk transport: servers are sent complete folders only, one version is kept, full disks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def test_servers_are_told_of_a_whole_folder_and_older_ones_go(source: Path, tmp_path: Path) -> None:
+def test_servers_are_sent_a_complete_folder_and_older_ones_are_removed(source: Path, tmp_path: Path) -> None:
     seen: list[Path] = []
 
     def answer(path: str, body: dict[str, Any]) -> dict[str, Any]:

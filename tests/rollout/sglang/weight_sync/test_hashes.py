@@ -98,6 +98,17 @@ def test_sha256_hash_is_the_first_half_of_a_quarter() -> None:
     assert hasher.hexdigest() == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
 
 
+def test_a_finished_hash_keeps_no_part_and_is_read_later() -> None:
+    """On CUDA nothing waits for the device while weights stream past: only `hexdigest` does."""
+    data, hasher = _data(SIZES[-1]), WordHash()
+    hasher.update(data[: 4 * 8192])
+    hasher.update(data[4 * 8192 :])
+    hasher.finish()
+    assert hasher._parts == [] and isinstance(hasher._sum, torch.Tensor)
+    data.zero_()
+    assert hasher.hexdigest() == f"{_reference(_data(SIZES[-1])):016x}"
+
+
 def test_columns_hash_as_a_tensor_of_their_own() -> None:
     whole, hasher, copy = torch.randn(6, 8), WordHash(), WordHash()
     hasher.update(whole[:, 2:5])

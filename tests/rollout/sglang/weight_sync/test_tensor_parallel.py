@@ -12,7 +12,7 @@ import torch
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
-from asd_megatron.rollout.sglang.weight_sync.verification import Probe, Receipt
+from asd_megatron.rollout.sglang.weight_sync.verification import Probe, WeightVerifier
 from tests.models.tiny import tiny_llama
 from tests.rollout.sglang.sglang_world import START_SECONDS, server_options
 from tests.rollout.sglang.weight_sync.world import PROBE_IDS, HttpReceiver, logprobs, tensors
@@ -37,12 +37,12 @@ def test_both_ranks_have_what_was_sent(server: HttpReceiver, folder: Path) -> No
     transport = DistributedTransport(torch.device("cpu"), bucket_bytes=16_384)
     try:
         for seed in (1, 2):
-            receipt = Receipt(config, dtype=torch.float32, device="cpu")
-            receipt.probe = Probe(PROBE_IDS, logprobs(folder, seed), 1e-4)
-            report = synchronise(transport, [server], tensors(folder, seed), f"0a0b0c0d-{seed}", receipt=receipt)
+            verifier = WeightVerifier(config, dtype=torch.float32, device="cpu")
+            verifier.probe = Probe(PROBE_IDS, logprobs(folder, seed), 1e-4)
+            report = synchronise(transport, [server], tensors(folder, seed), f"0a0b0c0d-{seed}", verifier=verifier)
             assert report.failures == {}
             assert report.checked == 2 * (4 * 6 + 2)  # of two ranks: six tensors of four layers, embedding, norm
-            assert report.probe is not None
+            assert not report.probes[server.url].exceeded
             assert server.label() == f"0a0b0c0d-{seed}"
     finally:
         transport.close()

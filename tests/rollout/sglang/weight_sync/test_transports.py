@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from asd_megatron.rollout.sglang.weight_sync import distributed, update_group
-from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import CudaIpcTransport
+from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import REBUILD_ARGUMENTS, CudaIpcTransport
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
-from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, ReceiptError, Receiver, Transport
+from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, Receiver, Transport, VerificationError
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
-from asd_megatron.rollout.sglang.weight_sync.verification import Probe, Receipt, probe
+from asd_megatron.rollout.sglang.weight_sync.verification import Probe, WeightVerifier, server_logprobs
 from tests.rollout.sglang.sglang_world import API_KEY, SGLangWorld
 from tests.rollout.sglang.weight_sync.world import PROBE_IDS, HttpReceiver, logprobs, tensors, watched
 
@@ -44,15 +44,15 @@ def transport() -> Iterator[DistributedTransport]:
     made.close()
 
 
-def _receipt(folder: Path, seed: int | None = None) -> Receipt:
+def _verifier(folder: Path, seed: int | None = None) -> WeightVerifier:
     config = json.loads((folder / "config.json").read_text())
     asked = None if seed is None else Probe(PROBE_IDS, logprobs(folder, seed), TOLERANCE)
-    return Receipt(config, dtype=torch.float32, device="cpu", probe=asked)
+    return WeightVerifier(config, dtype=torch.float32, device="cpu", probe=asked)
 
 
 def _assert_serves(receiver: HttpReceiver, folder: Path, seed: int, label: str) -> None:
     assert receiver.label() == label
-    assert probe(receiver, PROBE_IDS, 30) == pytest.approx(logprobs(folder, seed), abs=TOLERANCE)
+    assert server_logprobs(receiver, PROBE_IDS, 30) == pytest.approx(logprobs(folder, seed), abs=TOLERANCE)
 
 
 def _distributed(folder: Path, tmp_path: Path) -> Transport:
@@ -64,23 +64,23 @@ def _disk(folder: Path, tmp_path: Path) -> Transport:
 
 
 def _shared_memory(folder: Path, tmp_path: Path) -> Transport:
-    return CudaIpcTransport(torch.__version__, bucket_bytes=SMALL)
+    return CudaIpcTransport(REBUILD_ARGUMENTS, bucket_bytes=SMALL)
 
 
 @pytest.mark.parametrize("make", [_distributed, _disk, _shared_memory])
-def test_every_update_arrives_whole_and_is_proved(
+def test_every_update_is_complete_and_verified(
     make: Callable[[Path, Path], Transport], sglang_pair: SGLangWorld, servers: list[HttpReceiver], tmp_path: Path
 ) -> None:
     folder = sglang_pair.folder
     made = make(folder, tmp_path)
     for seed in (1, 2):
         sent = tensors(folder, seed)
-        report = synchronise(made, servers, sent, f"0a0a0a0a-{seed}", receipt=_receipt(folder, seed))
+        report = synchronise(made, servers, sent, f"0a0a0a0a-{seed}", verifier=_verifier(folder, seed))
         assert report.failures == {}
         assert report.tensors == len(sent)
         assert report.bytes == sum(4 * tensor.numel() for _, tensor in sent)
         assert report.checked == 2 * 35  # of one rank of each server
-        assert report.probe is not None and report.probe < TOLERANCE
+        assert len(report.probes) == 2 and all(probe.maximum < TOLERANCE for probe in report.probes.values())
         for server in servers:
             _assert_serves(server, folder, seed, f"0a0a0a0a-{seed}")
     made.close()
@@ -105,17 +105,19 @@ def test_an_element_changed_on_the_way_is_noticed_by_its_tensors_name(
         def close(self) -> None: ...
 
     folder = sglang_pair.folder
-    with pytest.raises(ReceiptError, match=r"rank 0, .*: model\.layers\.2\.self_attn\.qkv_proj\.weight differs"):
-        synchronise(Corrupting(), servers, tensors(folder, 3), "0b0b0b0b-3", receipt=_receipt(folder))
+    with pytest.raises(VerificationError, match=r"rank 0, .*: model\.layers\.2\.self_attn\.qkv_proj\.weight differs"):
+        synchronise(Corrupting(), servers, tensors(folder, 3), "0b0b0b0b-3", verifier=_verifier(folder))
     assert [server.label() for server in servers] == ["0b0b0b0b-3-incomplete"] * 2
 
 
 def test_other_logprobs_than_the_trainers_are_noticed(
     sglang_pair: SGLangWorld, servers: list[HttpReceiver], transport: DistributedTransport
 ) -> None:
-    receipt = _receipt(sglang_pair.folder, seed=4)
-    with pytest.raises(ReceiptError, match=r"computes other log-probs than the trainer: token \d of the probe"):
-        synchronise(transport, servers, tensors(sglang_pair.folder, 5), "0c0c0c0c-5", receipt=receipt)
+    verifier, sent = _verifier(sglang_pair.folder, seed=4), tensors(sglang_pair.folder, 5)
+    report = synchronise(transport, servers, sent, "0c0c0c0c-5", verifier=verifier)
+    assert report.failures == {} and all(probe.exceeded for probe in report.probes.values())
+    with pytest.raises(VerificationError, match=r"computes other log-probs than the trainer: .* at token \d"):
+        synchronise(transport, servers, sent, "0c0c0c0c-6", verifier=verifier)
 
 
 def test_a_running_request_goes_on_under_the_new_weights_and_says_since_when(
@@ -145,7 +147,7 @@ def test_a_running_request_goes_on_under_the_new_weights_and_says_since_when(
     thread = threading.Thread(target=generate)
     thread.start()
     assert started.wait(30)
-    report = synchronise(transport, servers, tensors(folder, 2), "0d0d0d0d-2", receipt=_receipt(folder, 2))
+    report = synchronise(transport, servers, tensors(folder, 2), "0d0d0d0d-2", verifier=_verifier(folder, 2))
     thread.join(60)
     assert report.failures == {}
     answer = answers[-1]
@@ -167,7 +169,7 @@ def test_a_server_that_has_left_the_group_is_taken_in_again(
     assert synchronise(transport, servers, tensors(folder, 1), "0e0e0e0e-1").failures == {}
     assert transport._group is not None
     servers[0].call("/destroy_weights_update_group", {"group_name": transport._group.name}, 20)
-    report = synchronise(transport, servers, tensors(folder, 2), "0e0e0e0e-2", receipt=_receipt(folder, 2))
+    report = synchronise(transport, servers, tensors(folder, 2), "0e0e0e0e-2", verifier=_verifier(folder, 2))
     assert report.failures == {}
     for server in servers:
         _assert_serves(server, folder, 2, "0e0e0e0e-2")
@@ -193,8 +195,8 @@ def test_a_server_that_hangs_is_named_in_time_and_the_other_is_sent_everything_a
         assert set(report.failures) == {servers[0].url}
         _assert_serves(servers[1], folder, 1, "0f0f0f0f-1")
         os.kill(pid, signal.SIGCONT)
-        receipt = _receipt(folder, 2)
-        report = synchronise(transport, servers, tensors(folder, 2), "0f0f0f0f-2", receipt=receipt)
+        verifier = _verifier(folder, 2)
+        report = synchronise(transport, servers, tensors(folder, 2), "0f0f0f0f-2", verifier=verifier)
         assert report.failures == {}
         _assert_serves(servers[0], folder, 2, "0f0f0f0f-2")
     finally:
@@ -215,12 +217,12 @@ def test_a_server_that_is_killed_is_named_and_the_survivor_is_sent_everything_ag
 
     stream = counted(watched(tensors(folder, 1), 20, lambda: os.kill(sglang_pair.pids[0], signal.SIGKILL)))
     start = time.monotonic()
-    report = synchronise(transport, servers, stream, "0102abcd-1", receipt=_receipt(folder), timeout=10)
+    report = synchronise(transport, servers, stream, "0102abcd-1", verifier=_verifier(folder), timeout=10)
     assert time.monotonic() - start < 30
     assert len(seen) == len(tensors(folder, 1))
     assert set(report.failures) == set(sglang_pair.urls)
     assert report.alive == (servers[1].url,)
     assert servers[1].label() == "0102abcd-1-incomplete"
-    again = synchronise(transport, servers[1:], tensors(folder, 1), "0102abcd-1", receipt=_receipt(folder, 1))
+    again = synchronise(transport, servers[1:], tensors(folder, 1), "0102abcd-1", verifier=_verifier(folder, 1))
     assert again.failures == {}
     _assert_serves(servers[1], folder, 1, "0102abcd-1")

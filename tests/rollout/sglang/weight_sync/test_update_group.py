@@ -1,4 +1,4 @@
-"""The update group: who is invited how, and that nobody waits for those who do not come."""
+"""The update group: the requests to join it, and that no wait for a server is unbounded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_servers_here_are_met_on_the_loopback_interface() -> None:
 
 
 def test_a_server_that_cannot_be_found_is_named() -> None:
-    with pytest.raises(UserError, match=r"http://nowhere\.invalid:3 cannot be found"):
+    with pytest.raises(UserError, match=r"http://nowhere\.invalid:3 cannot be resolved"):
         address_towards(["http://nowhere.invalid:3"])
 
 
@@ -49,7 +49,7 @@ def test_a_server_that_refuses_to_join_ends_the_wait_of_everybody_at_once() -> N
     failures = DistributedTransport(CPU, timeout=60).send([patient, refusing], stream, "aa-1")
     assert time.monotonic() - start < 20
     assert failures[refusing.url] == "/init_weights_update_group: not now"
-    assert failures[patient.url].startswith("the update group was not made")
+    assert failures[patient.url].startswith("the update group was not created")
     assert list(stream) == []
     invitations = [dict(receiver.calls[0][1]) for receiver in (patient, refusing)]
     assert [(i["rank_offset"], i["world_size"], i["backend"]) for i in invitations] == [(1, 4, "gloo"), (3, 4, "gloo")]
@@ -64,7 +64,7 @@ def test_a_server_that_says_yes_and_does_not_come_is_waited_for_no_longer_than_t
     start, stream = time.monotonic(), iter(MODEL)
     failures = DistributedTransport(CPU).send([FakeReceiver("http://127.0.0.1:1")], stream, "aa-1")
     assert time.monotonic() - start < 20
-    assert failures["http://127.0.0.1:1"].startswith("the update group was not made")
+    assert failures["http://127.0.0.1:1"].startswith("the update group was not created")
     assert list(stream) == []
 
 

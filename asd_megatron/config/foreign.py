@@ -1,0 +1,234 @@
+"""Keys of other frameworks, so that whoever knows theirs finds ours.
+
+A key is looked up by its last part, in lower case with underscores: `actor_rollout_ref.actor.optim.lr`,
+`--optimizer.lr` and `--lr` are all `lr`.
+"""
+
+from __future__ import annotations
+
+OURS: dict[str, tuple[str, ...]] = {
+    # model, tokenizer, folders
+    "model_name_or_path": ("model.path",),
+    "model_name": ("model.path",),
+    "pretrain": ("model.path",),
+    "hf_checkpoint": ("model.path",),
+    "bf16": ("model.dtype",),
+    "fp16": ("model.dtype",),
+    "torch_dtype": ("model.dtype",),
+    "precision": ("model.dtype",),
+    "gradient_checkpointing": ("model.recompute",),
+    "enable_gradient_checkpointing": ("model.recompute",),
+    "recompute_granularity": ("model.recompute",),
+    "transformer_impl": ("model.layers",),
+    "output_dir": ("run.folder",),
+    "default_local_dir": ("run.folder",),
+    "experiment_name": ("run.name",),
+    "run_name": ("run.name",),
+    "project_name": ("run.name",),
+    # layout
+    "tensor_parallel": ("parallelism.tensor",),
+    "tensor_parallel_size": ("parallelism.tensor", "rollout.server_tensor_parallel"),
+    "tensor_model_parallel_size": ("parallelism.tensor", "rollout.server_tensor_parallel"),
+    "tp": ("parallelism.tensor",),
+    "tp_size": ("parallelism.tensor", "rollout.server_tensor_parallel"),
+    "pipeline_parallel": ("parallelism.pipeline",),
+    "pipeline_parallel_size": ("parallelism.pipeline",),
+    "pipeline_model_parallel_size": ("parallelism.pipeline",),
+    "pp": ("parallelism.pipeline",),
+    "virtual_pipeline_model_parallel_size": ("parallelism.virtual_pipeline",),
+    "context_parallel": ("parallelism.context",),
+    "context_parallel_size": ("parallelism.context",),
+    "ulysses_sequence_parallel_size": ("parallelism.context",),
+    "cp": ("parallelism.context",),
+    "dp": ("parallelism.data",),
+    "data_parallel_size": ("parallelism.data",),
+    "use_distributed_optimizer": ("parallelism.distributed_optimizer",),
+    # batches and steps
+    "max_steps": ("run.steps",),
+    "total_training_steps": ("run.steps",),
+    "num_rollout": ("run.steps",),
+    "train_batch_size": ("sampling.problems_per_step",),
+    "rollout_batch_size": ("sampling.problems_per_step",),
+    "num_prompts_per_step": ("sampling.problems_per_step",),
+    "num_generations": ("sampling.rollouts_per_problem",),
+    "num_generations_per_prompt": ("sampling.rollouts_per_problem",),
+    "n_samples_per_prompt": ("sampling.rollouts_per_problem",),
+    "group_size": ("sampling.rollouts_per_problem",),
+    "n": ("sampling.rollouts_per_problem",),
+    "max_prompt_length": ("sampling.max_prompt_tokens",),
+    "rollout_max_prompt_len": ("sampling.max_prompt_tokens",),
+    "max_response_length": ("sampling.max_response_tokens",),
+    "max_completion_length": ("sampling.max_response_tokens",),
+    "rollout_max_response_len": ("sampling.max_response_tokens",),
+    "max_new_tokens": ("sampling.max_response_tokens",),
+    "max_tokens": ("sampling.max_response_tokens",),
+    "rollout_temperature": ("sampling.temperature",),
+    "ppo_max_token_len_per_gpu": ("batching.tokens_per_microbatch",),
+    "max_tokens_per_gpu": ("batching.tokens_per_microbatch",),
+    "micro_batch_size": ("batching.tokens_per_microbatch",),
+    "ppo_micro_batch_size_per_gpu": ("batching.tokens_per_microbatch",),
+    "per_device_train_batch_size": ("batching.tokens_per_microbatch",),
+    "gradient_accumulation_steps": ("batching.tokens_per_microbatch",),
+    "ppo_mini_batch_size": ("algorithm.updates_per_batch",),
+    "global_batch_size": ("algorithm.updates_per_batch",),
+    "ppo_epochs": ("algorithm.epochs",),
+    "num_iterations": ("algorithm.epochs",),
+    # method
+    "adv_estimator": ("algorithm.name",),
+    "advantage_estimator": ("algorithm.name",),
+    "loss_type": ("algorithm.name", "algorithm.aggregation"),
+    "loss_agg_mode": ("algorithm.aggregation",),
+    "lambda": ("algorithm.lambda_max",),
+    "lam": ("algorithm.lambda_max",),
+    "clip_ratio": ("algorithm.clip_low", "algorithm.clip_high"),
+    "eps_clip": ("algorithm.clip_low", "algorithm.clip_high"),
+    "epsilon_low": ("algorithm.clip_low",),
+    "clip_ratio_low": ("algorithm.clip_low",),
+    "epsilon_high": ("algorithm.clip_high",),
+    "eps_clip_high": ("algorithm.clip_high",),
+    "clip_ratio_high": ("algorithm.clip_high",),
+    "tis_imp_ratio_cap": ("algorithm.importance_cap",),
+    "use_tis": ("algorithm.importance_correction",),
+    "mask_truncated_completions": ("algorithm.mask_truncated",),
+    # optimizer
+    "lr": ("optimizer.learning_rate",),
+    "min_lr": ("optimizer.min_learning_rate",),
+    "lr_decay_style": ("optimizer.schedule",),
+    "lr_scheduler_type": ("optimizer.schedule",),
+    "lr_scheduler": ("optimizer.schedule",),
+    "lr_warmup_steps": ("optimizer.warmup_steps",),
+    "lr_warmup_iters": ("optimizer.warmup_steps",),
+    "warmup_ratio": ("optimizer.warmup_steps",),
+    "wd": ("optimizer.weight_decay",),
+    "adam_beta1": ("optimizer.beta1",),
+    "adam_beta2": ("optimizer.beta2",),
+    "betas": ("optimizer.beta1", "optimizer.beta2"),
+    "adam_epsilon": ("optimizer.epsilon",),
+    "adam_eps": ("optimizer.epsilon",),
+    "max_grad_norm": ("optimizer.clip_grad",),
+    "grad_clip": ("optimizer.clip_grad",),
+    "gradient_clipping": ("optimizer.clip_grad",),
+    # data and rewards
+    "train_files": ("data.train",),
+    "train_file": ("data.train",),
+    "prompt_data": ("data.train",),
+    "dataset": ("data.train",),
+    "dataset_name": ("data.train",),
+    "val_files": ("data.test",),
+    "eval_prompt_data": ("data.test",),
+    "eval_dataset": ("data.test",),
+    "system_prompt": ("data.system",),
+    "enable_thinking": ("data.chat_template_kwargs",),
+    "reward_fn": ("reward.name",),
+    "reward_funcs": ("reward.name",),
+    "reward_function": ("reward.name",),
+    "rm_type": ("reward.name",),
+    "custom_rm_path": ("reward.name",),
+    "custom_reward_function": ("reward.name",),
+    # checkpoints, evaluation, logging
+    "save_freq": ("checkpoint.every",),
+    "save_interval": ("checkpoint.every",),
+    "save_steps": ("checkpoint.every",),
+    "save_total_limit": ("checkpoint.keep",),
+    "resume_from_checkpoint": ("checkpoint.resume",),
+    "resume_mode": ("checkpoint.resume",),
+    "test_freq": ("evaluation.every",),
+    "eval_steps": ("evaluation.every",),
+    "eval_interval": ("evaluation.every",),
+    "val_before_train": ("evaluation.at_start",),
+    "rollout_data_dir": ("run.dump_rollouts",),
+    "log_level": ("logging.level",),
+    # rollouts
+    "gpu_memory_utilization": ("rollout.server_args",),
+    "mem_fraction_static": ("rollout.server_args",),
+    "sglang_mem_fraction_static": ("rollout.server_args",),
+    "rollout_num_gpus": ("rollout.server_devices",),
+    "rollout_num_gpus_per_engine": ("rollout.server_tensor_parallel",),
+    "colocate": ("rollout.placement",),
+    "over_sampling_batch_size": ("rollout.oversampling",),
+    "partial_rollout": ("rollout.partial_rollouts",),
+    "logger": ("logging.tensorboard",),
+    # sections
+    "trainer": ("run", "checkpoint", "evaluation"),
+    "training": ("run",),
+    "actor_rollout_ref": ("model", "optimizer", "rollout", "sampling"),
+    "actor": ("model", "optimizer"),
+    "policy": ("model", "parallelism", "optimizer"),
+    "grpo": ("algorithm", "sampling"),
+    "generation": ("sampling", "rollout"),
+    "cluster": ("parallelism",),
+    "optim": ("optimizer",),
+    "env": ("reward",),
+}
+"""Another framework's key or section -> the ones here that do its work, the likeliest first."""
+
+_GPUS = (
+    "the number of processes comes from `torchrun --nproc-per-node`, or from parallelism.data and the GPUs there are"
+)
+_KL = "not supported: the method has no KL term to a reference model (the paper's coefficient is 0)"
+_LORA = "not supported: all weights are trained"
+_TRACKER = "not supported: metrics go to metrics.jsonl and TensorBoard (logging.tensorboard)"
+_CRITIC = "not supported: advantages are group-relative, there is no critic"
+_REWARD_MODEL = "not supported: rewards come from verifiers (reward.name), your own function among them"
+_EPOCHS = "a run is counted in steps: run.steps; problems repeat in a new order when all were used"
+_VLLM = "not supported: rollouts come from SGLang servers (rollout.engine sglang) or from the embedded engine"
+_FSDP = "not supported: Megatron-Core shards models (the parallelism section)"
+
+WITHOUT: dict[str, str] = {
+    "n_gpus_per_node": _GPUS,
+    "num_gpus_per_node": _GPUS,
+    "gpus_per_node": _GPUS,
+    "actor_num_gpus_per_node": _GPUS,
+    "nnodes": _GPUS,
+    "num_nodes": _GPUS,
+    "world_size": _GPUS,
+    **dict.fromkeys(
+        (
+            "kl_coef",
+            "kl_loss_coef",
+            "init_kl_coef",
+            "use_kl_loss",
+            "use_kl_in_reward",
+            "kl_penalty",
+            "kl_ctrl",
+            "kl_loss_type",
+            "beta",
+            "ref_load",
+            "ref_model",
+        ),
+        _KL,
+    ),
+    **dict.fromkeys(
+        ("lora", "lora_rank", "lora_r", "lora_alpha", "use_peft", "peft", "peft_config", "target_modules"), _LORA
+    ),
+    **dict.fromkeys(
+        ("wandb", "use_wandb", "wandb_project", "report_to", "swanlab", "mlflow", "use_swanlab", "trackio"), _TRACKER
+    ),
+    **dict.fromkeys(("critic", "critic_lr", "value_clip", "vf_coef", "gae_lambda", "cliprange_value"), _CRITIC),
+    **dict.fromkeys(("reward_model", "reward_model_path", "reward_pretrain", "rm_path"), _REWARD_MODEL),
+    **dict.fromkeys(("total_epochs", "num_train_epochs", "num_epoch", "num_episodes"), _EPOCHS),
+    **dict.fromkeys(("vllm", "use_vllm", "vllm_mode", "vllm_tensor_parallel_size"), _VLLM),
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "zero_stage", "param_offload", "fsdp_size"), _FSDP),
+    "entropy_coeff": "not supported: the method has no entropy bonus; what it does to entropy is the gate's matter",
+    "entropy_coef": "not supported: the method has no entropy bonus; what it does to entropy is the gate's matter",
+    "trust_remote_code": "not supported: no code from a model folder is run",
+    "push_to_hub": "not supported: the run leaves a Hugging Face folder in RUN/hf, upload it yourself",
+    "load_in_4bit": _LORA,
+    "load_in_8bit": _LORA,
+    "apply_chat_template": "prompts go through the tokenizer's chat template unless data.format is raw",
+}
+"""Another framework's key -> why there is none here, and what to do instead."""
+
+
+def last_part(dotted: str) -> str:
+    return dotted.rpartition(".")[2].lower().replace("-", "_")
+
+
+def counterparts(dotted: str, valid: set[str]) -> list[str]:
+    """The members of `valid` that do the work of another framework's key or section; [] for a name no framework has."""
+    return [key for key in OURS.get(last_part(dotted), ()) if key in valid]
+
+
+def reason_without(dotted: str) -> str | None:
+    """Why there is no such key here, for a name of another framework that has no counterpart."""
+    return WITHOUT.get(last_part(dotted)) or WITHOUT.get(last_part(dotted.partition(".")[0]))

@@ -1,0 +1,143 @@
+"""Warnings about a method that does nothing: a run can be healthy in every other way and still not train with AntiSD.
+
+Each warning looks at the metrics of consecutive steps (`observe/names.py`) and says what to look at. It is raised once
+per run; the step's metric `warnings/KIND` is 1 while the condition holds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from asd_megatron.observe.names import WARNINGS
+
+STEPS_IN_A_ROW = 3
+"""Steps in which a condition holds before it is reported: one small batch alone may have it by chance."""
+CLOSED_FRACTION, CLOSED_AFTER = 0.5, 10
+"""The gate is reported when lambda was 0 in more than this fraction of at least so many steps since the warm-up."""
+NEGATIVE_FRACTION, NEGATIVE_MEAN = 0.9, -1.0
+"""u is out of distribution when more than this fraction of tokens has u < 0 and the mean is below so many nats."""
+CALIBRATION_TOKENS = 256
+"""Tokens over all warm-up steps below which H_warm is an accident of the sample."""
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `summary.json` lists: the kind, the step at which it was first reported, the text."""
+
+    kind: str
+    step: int
+    text: str
+
+
+def _no_context(m: Metrics) -> bool:
+    return m.get("pmi/coverage") == 0
+
+
+def _out_of_distribution(m: Metrics) -> bool:
+    return m.get("pmi/negative_share", 0.0) > NEGATIVE_FRACTION and m.get("pmi/mean", 0.0) < NEGATIVE_MEAN
+
+
+def _equal_rewards(m: Metrics) -> bool:
+    return m.get("reward/mixed_groups") == 0
+
+
+IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
+    "no_context": (
+        _no_context,
+        "no rollout has had privileged context for {n} steps (pmi/coverage 0), so the per-token term is 0"
+        " everywhere and this is plain GRPO. Look at demonstration/*: with no correct rollout and no reference solution"
+        " there is nothing to show; give `solution` in data.train, set privileged.when_no_solution, or choose easier"
+        " problems",
+    ),
+    "out_of_distribution": (
+        _out_of_distribution,
+        "nearly every token is less likely under the teacher (u < 0 for {negative:.0%} of tokens, mean {mean:.1f} nats,"
+        " {n} steps in a row): the privileged prompt is out of distribution for this model, and u measures that instead"
+        " of the solution. Look at a teacher's prompt (`asd-megatron train RECIPE --dry-run`), the chat template and"
+        " privileged.*",
+    ),
+    "equal_rewards": (
+        _equal_rewards,
+        "all rewards of every group have been equal for {n} steps (pass rate {passed:.0%}): the group-relative"
+        " advantage is 0. Look at a few responses (run.dump_rollouts true) and the reward; choose easier or harder"
+        " problems, or more rollouts per problem",
+    ),
+}
+"""Conditions of single steps, reported when they hold `STEPS_IN_A_ROW` times."""
+
+
+@dataclass
+class MethodWarnings:
+    """Watches the metrics of a run's steps, in order. Feed a resumed run the rows of its metrics.jsonl first."""
+
+    reported: list[Finding] = field(default_factory=list)
+    _recent: dict[str, deque[bool]] = field(
+        default_factory=lambda: {kind: deque(maxlen=STEPS_IN_A_ROW) for kind in IN_A_ROW}
+    )
+    _gated_steps: int = 0
+    _closed_steps: int = 0
+    _calibration_tokens: float = 0.0
+    _calibrated: bool = False
+
+    def of_step(self, step: int, metrics: Metrics) -> tuple[dict[str, float], list[str]]:
+        """(the step's metrics `warnings/*`, the texts of warnings that are new with this step)."""
+        texts = {kind: text for kind in WARNINGS if (text := self._check(kind, metrics)) is not None}
+        known = {warning.kind for warning in self.reported}
+        new = [Finding(kind, step, text) for kind, text in texts.items() if kind not in known]
+        self.reported += new
+        return {f"warnings/{kind}": 1.0 for kind in texts}, [warning.text for warning in new]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """For summary.json, in the order in which they were reported."""
+        return [asdict(warning) for warning in self.reported]
+
+    def _check(self, kind: str, metrics: Metrics) -> str | None:
+        if kind == "gate_closed":
+            return self._gate_closed(metrics)
+        if kind == "short_calibration":
+            return self._short_calibration(metrics)
+        holds, text = IN_A_ROW[kind]
+        recent = self._recent[kind]
+        recent.append(holds(metrics))
+        if len(recent) < STEPS_IN_A_ROW or not all(recent):
+            return None
+        return text.format(
+            n=STEPS_IN_A_ROW,
+            negative=metrics.get("pmi/negative_share", 0.0),
+            mean=metrics.get("pmi/mean", 0.0),
+            passed=metrics.get("reward/pass_rate", 0.0),
+        )
+
+    def _gate_closed(self, metrics: Metrics) -> str | None:
+        if "gate/lambda" not in metrics or metrics.get("gate/warming_up"):
+            return None
+        self._gated_steps += 1
+        self._closed_steps += metrics["gate/lambda"] == 0
+        fraction = self._closed_steps / self._gated_steps
+        if self._gated_steps < CLOSED_AFTER or fraction <= CLOSED_FRACTION:
+            return None
+        return (
+            f"lambda was 0 in {fraction:.0%} of the {self._gated_steps} steps since the warm-up: the gate is closed and"
+            " AntiSD acts as GRPO. Look at gate/entropy beside gate/close_below: when the entropy fell during the"
+            " warm-up or later, lower optimizer.learning_rate, set gate.h_warm or gate.tau_down, or use algorithm.name"
+            " no_gate"
+        )
+
+    def _short_calibration(self, metrics: Metrics) -> str | None:
+        if metrics.get("gate/warming_up"):
+            self._calibration_tokens += metrics.get("gate/tokens", 0.0)
+            return None
+        first = "gate/h_warm" in metrics and not self._calibrated and self._calibration_tokens > 0
+        self._calibrated = self._calibrated or first
+        if not first or self._calibration_tokens >= CALIBRATION_TOKENS:
+            return None
+        return (
+            f"H_warm was calibrated on {self._calibration_tokens:.0f} tokens, fewer than {CALIBRATION_TOKENS}: the"
+            " gate's thresholds may be an accident of the sample. Raise gate.warmup_steps or the rollouts of a step,"
+            " or set gate.h_warm"
+        )

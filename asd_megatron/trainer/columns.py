@@ -1,0 +1,145 @@
+"""The per-token tensors of one step as typed columns: what enters the loss and what comes out of it.
+
+A column is [N], one entry per response token of this data-parallel rank, in the row order of `LocalBatch.table`.
+Columns are complete on every rank of the model-parallel group. `at` picks the rows of one pack or of one tile of the
+head, so the same classes describe a rank's whole table, a pack [rows of the pack] and a tile [rows of the tile].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Base of the classes below. Their fields are tensors of one length, other `Columns`, or None (not computed)."""
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in the order of the fields, nested ones included."""
+        found: list[Tensor] = []
+        for value in self._values().values():
+            found += [value] if isinstance(value, Tensor) else [] if value is None else value.tensors()
+        return found
+
+    def at(self, rows: Tensor | slice) -> Self:
+        """The same columns at `rows` (int64 indices or a slice) alone."""
+        picked = {
+            name: value[rows] if isinstance(value, Tensor) else None if value is None else value.at(rows)
+            for name, value in self._values().items()
+        }
+        return replace(self, **picked)
+
+    def put(self, rows: Tensor, values: Self) -> None:
+        """Write `values` at `rows`, in the dtype of the columns written to."""
+        for column, new in zip(self.tensors(), values.tensors(), strict=True):
+            column[rows] = new.to(column.dtype)
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Scores(Columns):
+    """Log-probability and full-vocabulary entropy of every response token, float32 nats at the sampling temperature.
+
+    Teacher scores are 0, and mean nothing, where the rollout has no privileged context.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class TokenInputs(Columns):
+    """What the loss needs of the tokens and no forward pass computes."""
+
+    group_advantage: Tensor  # float32: A_seq of the token's rollout
+    weight: Tensor  # float32: the token's weight in the loss, the global denominator of its mini-batch included
+    term_mask: Tensor  # bool: tokens that carry a per-token term
+    has_context: Tensor  # bool: the rollout has a privileged prompt
+    loss_mask: Tensor  # bool: tokens that the loss sees
+    engine_logprobs: Tensor  # float32 nats, as the rollout engine reported them
+    segment: Tensor  # int64: local number of the token's rollout
+
+
+@dataclass(frozen=True)
+class LossConstants(Columns):
+    """What the policy gradient treats as constants of a token: functions of the scoring log-probs, without gradient.
+
+    The importance columns are None without a correction of off-policy rollouts.
+    """
+
+    pmi: Tensor  # u, nats (Eq. 4)
+    term: Tensor  # q: what lambda multiplies, after clipping, normalization and masking
+    advantage: Tensor  # A (Eq. 3, 6)
+    importance: Tensor | None = None  # weight of the importance-sampling correction
+    importance_affected: Tensor | None = None  # 1 where that weight was truncated or masked
+
+
+@dataclass(frozen=True)
+class FrozenScores(Columns):
+    """The student's scores and the loss constants from a scoring pass before the first update: all updates of the batch
+    share them."""
+
+    student: Scores
+    constants: LossConstants
+
+
+@dataclass(frozen=True)
+class LossInputs(Columns):
+    """All inputs of the loss beside the log-probs that are being differentiated.
+
+    `teacher` is None when the step has no teacher scoring pass, `frozen` when it has none of the student.
+    """
+
+    inputs: TokenInputs
+    teacher: Scores | None
+    frozen: FrozenScores | None = None
+
+
+@dataclass(frozen=True)
+class UpdateColumns(Columns):
+    """What an update reports of every token, float32: `student` and `constants` under the weights before the first
+    optimizer step, `clipped` 1 where the clip removed the gradient in any of the batch's updates."""
+
+    student: Scores
+    clipped: Tensor
+    constants: LossConstants
+
+    @staticmethod
+    def count(*, importance: bool) -> int:
+        """How many tensors there are, with or without importance weights."""
+        return 8 if importance else 6
+
+    @classmethod
+    def of_rows(cls, values: Tensor) -> UpdateColumns:
+        """Views of the rows of `values` [count, N]: one collective then moves all columns."""
+        logprobs, entropy, clipped, *constants = values
+        return cls(Scores(logprobs, entropy), clipped, LossConstants(*constants))
+
+
+def score_columns(scores: Scores, of: str) -> dict[str, Tensor]:
+    """`scores` under the names of `TokenTable`; `of`: `student` or `teacher`."""
+    return {f"{of}_logprobs": scores.logprobs, f"{of}_entropy": scores.entropy}
+
+
+def table_columns(inputs: TokenInputs, teacher: Scores | None, update: UpdateColumns) -> dict[str, Tensor]:
+    """A step's results under the names of `TokenTable`. Columns that were not computed are absent."""
+    constants = update.constants
+    found = {
+        **score_columns(update.student, "student"),
+        **({} if teacher is None else score_columns(teacher, "teacher")),
+        "pmi": constants.pmi,
+        "term": constants.term,
+        "advantage": constants.advantage,
+        "clipped": update.clipped,
+        "loss_mask": inputs.loss_mask,
+        "has_context": inputs.has_context,
+    }
+    if constants.importance is not None and constants.importance_affected is not None:
+        found["importance"] = constants.importance
+        found["importance_affected"] = constants.importance_affected
+    return found

@@ -1,0 +1,67 @@
+"""A save that the operating system refuses: a UserError on every rank, and everything that was there stays."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from asd_megatron.checkpoint import training
+from asd_megatron.errors import UserError
+from tests.checkpoint.trainer import Trainer
+from tests.distributed.harness import run_ranks
+
+
+@contextmanager
+def _files_up_to(bytes_: int) -> Iterator[None]:
+    """Writing beyond that size fails, as on a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def _failures(rank: int, folder: str) -> None:
+    root = Path(folder) / "checkpoints"
+    trainer = Trainer({"tensor": 2}, True, seed=1)
+    trainer.save(root, 1)
+    before = ["latest", "step_000001"]
+    for failing in (0, 1):
+        for limit in (0, 100, 2000):  # of rank 0: common.pt, then its shards
+            with (
+                _files_up_to(limit if rank == failing else 1 << 30),
+                pytest.raises(UserError, match="checkpoint of step 2 cannot be saved in .*run.folder") as caught,
+            ):
+                trainer.save(root, 2)
+            assert str(root) in str(caught.value) and "\n" not in str(caught.value)
+            if rank == 0:
+                assert sorted(os.listdir(root)) == before
+                assert training.latest(root) == root / "step_000001"
+    blocked = Path(folder) / "blocked"
+    if rank == 0:
+        blocked.write_text("")
+    with pytest.raises(UserError, match="cannot be saved in .*blocked"):
+        trainer.save(blocked, 2)
+    trainer.save(root, 2)
+    assert training.latest(root) == root / "step_000002"
+
+
+def test_a_failed_save_changes_nothing(tmp_path: Path) -> None:
+    run_ranks(_failures, 2, str(tmp_path))
+
+
+def _bugs(rank: int, folder: str) -> None:
+    trainer = Trainer({"data": 2}, False, seed=1)
+    with pytest.raises(ValueError if rank == 0 else RuntimeError, match="run_state.a is a set"):
+        trainer.save(Path(folder), 1, {"a": {1}} if rank == 0 else {})
+    assert os.listdir(folder) == []
+
+
+def test_an_error_on_rank_zero_is_raised_on_all(tmp_path: Path) -> None:
+    run_ranks(_bugs, 2, str(tmp_path))

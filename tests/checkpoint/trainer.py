@@ -1,0 +1,127 @@
+"""What the tests of checkpoints train: a tiny model, Megatron's optimizer and its schedule, without data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asd_megatron.checkpoint import training
+from tests.models import everywhere
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 62,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+}
+RUN_STATE = {"step": 2, "gate": {"open": True, "h_warm": 0.1 + 0.2, "history": [math.inf, None]}, "text": "é"}
+
+
+class Weights:
+    """Random full tensors for `ModelPort.load`."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.tensors = {name: 0.1 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
+
+    def keys(self) -> set[str]:
+        return set(self.tensors)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.tensors[name]
+
+
+class Trainer:
+    """A port, Megatron's optimizer and its schedule. Gradients are a function of the weights.
+
+    change: alters a chunk's modules before it is wrapped. config: replaces values of CONFIG.
+    """
+
+    def __init__(
+        self,
+        layout: dict[str, Any],
+        distributed: bool,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        change: Callable[[Any], None] = lambda chunk: None,
+        **config: Any,
+    ) -> None:
+        from asd_megatron.distributed.layout import Layout, init
+
+        sizes = Layout(**layout)
+        groups = init(sizes)
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        from asd_megatron.models.port import ModelPort
+
+        self.port = ModelPort.build({**CONFIG, **config}, groups, sizes, dtype=dtype, layers="local")
+        for chunk in self.port.chunks:
+            change(chunk)
+        self.port.load(Weights(self.port.expected(), seed))
+        self.port.wrap_ddp(distributed_optimizer=distributed, overlap_grad_reduce=False)
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=1e-2,
+            min_lr=0.0,
+            weight_decay=0.01,
+            clip_grad=1.0,
+            use_distributed_optimizer=distributed,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+        )
+        self.optimizer = get_megatron_optimizer(settings, self.port.chunks, use_gloo_process_groups=False)
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=1e-2,
+            min_lr=0.0,
+            lr_warmup_steps=2,
+            lr_decay_steps=10,
+            lr_decay_style="linear",
+            start_wd=0.01,
+            end_wd=0.01,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        self.scheduler.step(1)
+
+    def steps(self, numbers: range) -> None:
+        for number in numbers:
+            for chunk in self.port.chunks:
+                chunk.zero_grad_buffer()
+                parameter: Any
+                for parameter in chunk.parameters():
+                    parameter.main_grad.copy_(torch.sin(parameter.detach().float() * 37 * (number + 1)))
+            self.optimizer.step()
+            self.scheduler.step(1)
+
+    def save(self, folder: Path, step: int, run_state: dict[str, Any] = RUN_STATE, keep: int = 2) -> Path:
+        return training.save(folder, step, self.port, self.optimizer, self.scheduler, run_state, keep=keep)
+
+    def load(self, path: Path | None) -> dict[str, Any]:
+        assert path is not None
+        return training.load(path, self.port, self.optimizer, self.scheduler)
+
+    def weights(self) -> dict[str, Tensor]:
+        return everywhere.weights(self.port)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])

@@ -1,0 +1,82 @@
+"""Warnings about a method that does nothing: when each is raised, once, and what it tells to look at."""
+
+from __future__ import annotations
+
+import pytest
+
+from asd_megatron.observe.names import WARNINGS
+from asd_megatron.observe.warnings import CALIBRATION_TOKENS, MethodWarnings
+
+HEALTHY = {
+    "pmi/coverage": 0.9,
+    "pmi/negative_share": 0.6,
+    "pmi/mean": -0.1,
+    "reward/mixed_groups": 0.5,
+    "reward/pass_rate": 0.4,
+    "gate/lambda": 0.5,
+    "gate/warming_up": 0.0,
+    "gate/tokens": 1e5,
+    "gate/h_warm": 0.7,
+}
+WARM_UP = {**HEALTHY, "gate/lambda": 0.0, "gate/warming_up": 1.0}
+
+
+def run(*steps: dict[str, float]) -> tuple[MethodWarnings, list[tuple[int, str]]]:
+    """(the watcher, (step, text) of every warning)."""
+    watch = MethodWarnings()
+    found = [(i, text) for i, metrics in enumerate(steps, 1) for text in watch.of_step(i, metrics)[1]]
+    return watch, found
+
+
+CASES = {
+    "no_context": ([{**HEALTHY, "pmi/coverage": 0.0}] * 5, 3, "privileged.when_no_solution"),
+    "out_of_distribution": (
+        [{**HEALTHY, "pmi/negative_share": 0.97, "pmi/mean": -4.0}] * 5,
+        3,
+        "asd-megatron train RECIPE --dry-run",
+    ),
+    "equal_rewards": ([{**HEALTHY, "reward/mixed_groups": 0.0, "reward/pass_rate": 0.0}] * 5, 3, "pass rate 0%"),
+    "gate_closed": ([WARM_UP] * 5 + [{**HEALTHY, "gate/lambda": 0.0}] * 12, 15, "gate/close_below"),
+    "short_calibration": (
+        [{**WARM_UP, "gate/tokens": CALIBRATION_TOKENS / 5 - 1}] * 5 + [HEALTHY] * 3,
+        6,
+        "gate.warmup_steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_each_warning_is_raised_once_and_says_what_to_look_at(kind: str) -> None:
+    steps, first, remedy = CASES[kind]
+    watch, found = run(*steps)
+    assert [step for step, _ in found] == [first]
+    assert remedy in found[0][1]
+    assert watch.summary() == [{"kind": kind, "step": first, "text": found[0][1]}]
+
+
+def test_every_kind_is_tested_and_its_metric_lasts_as_long_as_its_condition() -> None:
+    assert set(CASES) == set(WARNINGS)
+    watch = MethodWarnings()
+    without = {**HEALTHY, "pmi/coverage": 0.0}
+    shown = ["warnings/no_context" in watch.of_step(i, m)[0] for i, m in enumerate([without] * 4 + [HEALTHY])]
+    assert shown == [False, False, True, True, False]
+
+
+def test_a_healthy_run_and_conditions_without_a_term_say_nothing() -> None:
+    assert run(*[WARM_UP] * 5, *[HEALTHY] * 20)[1] == []
+    grpo = {"reward/mixed_groups": 0.5, "reward/pass_rate": 0.5}
+    assert run(*[grpo] * 20)[1] == []
+    flicker = [{**HEALTHY, "pmi/coverage": 0.0}, {**HEALTHY, "pmi/coverage": 0.0}, HEALTHY]
+    assert run(*flicker * 5)[1] == []
+
+
+def test_a_resumed_run_does_not_repeat_itself() -> None:
+    steps = CASES["gate_closed"][0]
+    before = MethodWarnings()
+    for i, metrics in enumerate(steps[:15], 1):
+        before.of_step(i, metrics)
+    resumed = MethodWarnings()
+    for i, metrics in enumerate(steps[:15], 1):  # the rows of its metrics.jsonl
+        resumed.of_step(i, metrics)
+    assert resumed.summary() == before.summary()
+    assert resumed.of_step(16, steps[15])[1] == []

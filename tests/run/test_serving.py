@@ -1,0 +1,80 @@
+"""The recipe's servers: the probe that verifies them, NCCL of both sides, what the start-up report says of them."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+
+from asd_megatron.data.prompts import PromptRenderer
+from asd_megatron.errors import UserError
+from asd_megatron.puzzle.task import load_puzzle_problems
+from asd_megatron.puzzle.tokenizer import UNKNOWN_TOKEN, build_tokenizer
+from asd_megatron.rollout.sglang.servers.versions import Versions
+from asd_megatron.run import report, serving
+from asd_megatron.run.serving import check_nccl, loaded_nccl, probe_ids
+from tests.config.test_checks import make
+
+
+def test_the_probe_is_a_real_prompt_and_its_continuation() -> None:
+    tokenizer, problems = build_tokenizer(), load_puzzle_problems("train")
+    renderer = PromptRenderer(tokenizer)
+    prompt = renderer.student(problems.take(1)[0]).ids
+    ids = probe_ids(renderer, problems, 512)
+    assert ids[: len(prompt)] == prompt and len(ids) >= len(prompt) + 8
+    assert tokenizer.convert_tokens_to_ids(UNKNOWN_TOKEN) not in ids  # words that this small vocabulary has
+    assert probe_ids(renderer, problems, len(prompt) - 1) == prompt[:-1]  # no longer than the model takes
+
+
+def test_a_long_prompt_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "PROBE_TOKENS", 4)
+    assert len(probe_ids(PromptRenderer(build_tokenizer()), load_puzzle_problems("train"), 512)) == 4
+
+
+def test_other_nccl_on_the_servers_side_is_refused_with_both_ways_out() -> None:
+    servers = Versions("0.5.23", "2.14.1", "2.30.7", "/opt/sglang/nvidia/nccl/lib/libnccl.so.2")
+    check_nccl("2.30.7", servers)
+    check_nccl("2.28.3", Versions("0.5.23", "2.14.1", None, None))  # a build without the package: not known
+    with pytest.raises(UserError) as refused:
+        check_nccl("2.28.3", servers)
+    message = str(refused.value)
+    assert "2.28.3" in message and "2.30.7" in message
+    assert "LD_PRELOAD=/opt/sglang/nvidia/nccl/lib/libnccl.so.2" in message
+    assert "image with equal NCCL" in message and "rollout.weight_sync disk" in message
+
+
+def test_the_loaded_nccl_counts_and_not_the_one_that_torch_was_built_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Preloaded:
+        def __init__(self, name: str, mode: int) -> None:
+            assert name == "libnccl.so.2"
+
+        @staticmethod
+        def ncclGetVersion(version: Any) -> int:
+            version._obj.value = 23007
+            return 0
+
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
+    monkeypatch.setattr(ctypes, "CDLL", Preloaded)
+    assert loaded_nccl() == "2.30.7"
+
+    def not_loaded(name: str, mode: int) -> None:
+        raise OSError
+
+    monkeypatch.setattr(ctypes, "CDLL", not_loaded)
+    assert loaded_nccl() == "2.28.3"
+
+
+def test_the_report_names_the_settings_of_nccl_and_the_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "0")
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    started = report._servers(make("rollout.engine=sglang").rollout)
+    assert started["NCCL"] == "NCCL_CUMEM_ENABLE=0 NCCL_NVLS_ENABLE=2, trainer and servers alike"
+    assert "verified" in started["weight updates"]
+    attached = report._servers(make('rollout.engine=sglang rollout.server_urls=["http://10.0.0.1:3"]').rollout)
+    assert "servers that `asd-megatron serve` did not start" in attached["NCCL"]
+    unverified = report._servers(make("rollout.engine=sglang rollout.verify_weights=false").rollout)
+    assert "NOT VERIFIED" in unverified["weight updates"]
+    assert "NCCL" not in report._servers(make("rollout.engine=sglang rollout.weight_sync=disk").rollout)
