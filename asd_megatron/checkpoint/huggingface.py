@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,50 +32,16 @@ OTHER_NAMES = ("LICENSE", "NOTICE")
 CHAT_TEMPLATES = "additional_chat_templates"
 
 
-LARGEST = {  # the sizes in config.json, and what no published model comes near
-    "vocab_size": 1 << 24,
-    "hidden_size": 1 << 24,
-    "intermediate_size": 1 << 24,
-    "num_hidden_layers": 1 << 12,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 16,
-    "max_position_embeddings": 1 << 30,
-}
-MAX_PARAMETERS = 10**13
-
-
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The folder's config.json. Raises UserError when there is no folder, no file, no JSON object in it, or a size that
-    no model has."""
+    """The folder's config.json. Raises UserError when there is no folder, no such file, or no JSON object in it; its
+    values are the family's to check."""
     folder = Path(folder)
     with user_error(f"the model folder {folder} cannot be read", "check model.path"):
         if not folder.is_dir():
             raise UserError(f"model folder {folder} does not exist (from {Path.cwd()}): check model.path")
         if not (folder / CONFIG).exists():
             raise UserError(f"{folder} has no {CONFIG}: it is not a Hugging Face model folder")
-    config = read_json_object(folder / CONFIG, "download the model again")
-    wrong = _wrong_value(config)
-    if wrong is not None:
-        raise UserError(f"{folder / CONFIG}: {wrong}; download the model again")
-    return config
-
-
-def _wrong_value(config: Mapping[str, Any]) -> str | None:
-    """What is wrong with the architectures or the sizes of a config, None if nothing is. Absent keys are not missed:
-    families say what they require."""
-    architectures = config.get("architectures")
-    if architectures is not None and not (
-        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
-    ):
-        return "`architectures` must be a list of names"
-    sizes = {key: config[key] for key in LARGEST if config.get(key) is not None}
-    for key, value in sizes.items():
-        if type(value) is not int or not 1 <= value <= LARGEST[key]:
-            return f"`{key}` must be a whole number from 1 to {LARGEST[key]}, found {value!r:.40}"
-    vectors = 2 * sizes.get("vocab_size", 1) + 3 * sizes.get("num_hidden_layers", 1) * sizes.get("intermediate_size", 1)
-    parameters = sizes.get("hidden_size", 1) * vectors  # of embedding, head and feed-forward layers
-    return f"its sizes make a model of {parameters:.1e} parameters" if parameters > MAX_PARAMETERS else None
+    return read_json_object(folder / CONFIG, "download the model again")
 
 
 class FolderReader:
@@ -216,15 +183,20 @@ def copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path.resolve(), copy)
     if left_out:
-        log.warning(
-            "left out of the exported model: %s, since a link leads out of the model folder %s; put the file itself "
-            "there, or into the exported folder",
-            ", ".join(left_out),
-            source,
-        )
+        _warn_of_links(source, tuple(left_out))
     # Readers that know only transformers 4's name of the key keep finding it.
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     (folder / CONFIG).write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
+
+
+@cache  # once: weights for servers may be written every step
+def _warn_of_links(source: Path, names: tuple[str, ...]) -> None:
+    log.warning(
+        "left out of the exported model: %s, since a link leads out of the model folder %s; put the file itself there, "
+        "or into the exported folder",
+        ", ".join(names),
+        source,
+    )
 
 
 def _belongs(file: Path, source: Path) -> bool:

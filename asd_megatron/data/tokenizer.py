@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from asd_megatron.errors import UserError
+from asd_megatron.files import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,13 +89,7 @@ def _eos_token_ids(path: Path) -> list[int]:
     """`eos_token_id` of a JSON file as a list; [] if the file or the key is missing, or null."""
     if not path.is_file():
         return []
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise TokenizerError(f"{path} cannot be read: {type(e).__name__}: {e}; download the model again") from e
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} is not a JSON object: download the model again")
-    value: Any = content.get("eos_token_id")
+    value = read_json_object(path, "download the model again").get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
         raise TokenizerError(f"{path}: `eos_token_id` must be a token id or a list of them, found {value!r:.80}")

@@ -281,6 +281,11 @@ SECTIONS = (
         ),
     ),
     Section(
+        "Warnings",
+        "While the condition holds; the first time, the console and `summary.json` say what to look at.",
+        tuple(Metric(f"warnings/{kind}", "1", meaning) for kind, meaning in WARNINGS.items()),
+    ),
+    Section(
         "Checkpoints",
         "Only in the line of a step at which it happened.",
         (
@@ -291,11 +296,6 @@ SECTIONS = (
                 "after the next update that is applied",
             ),
         ),
-    ),
-    Section(
-        "Warnings",
-        "While the condition holds; the first time, the console and `summary.json` say what to look at.",
-        tuple(Metric(f"warnings/{kind}", "1", meaning) for kind, meaning in WARNINGS.items()),
     ),
     Section(
         "Supervised stage",

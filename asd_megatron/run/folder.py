@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from asd_megatron import locks
 from asd_megatron.checkpoint import training
-from asd_megatron.checkpoint.huggingface import is_complete
+from asd_megatron.checkpoint.huggingface import CONFIG, is_complete
 from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
@@ -202,11 +202,10 @@ def export_folder(folder: Path, step: int) -> Path:
 
 
 def is_exported(folder: Path, step: int, checkpoint: Path) -> bool:
-    """Whether the export of `step` is complete and of this branch: not older than the step's checkpoint."""
+    """Whether the export of `step` is complete and of this branch: not older than the checkpoint of that step."""
     export = export_folder(folder, step)
-    if not is_complete(export):
-        return False
-    return (export / "config.json").stat().st_mtime >= (checkpoint / training.RUN_STATE).stat().st_mtime
+    written = checkpoint / training.RUN_STATE
+    return is_complete(export) and (export / CONFIG).stat().st_mtime >= written.stat().st_mtime
 
 
 def _refuse(recipe: AnyRecipe, found: tuple[Change, ...], stage: str) -> None:

@@ -378,7 +378,7 @@ def _join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessG
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout = _layout(recipe, check_world(recipe, world))
     check_devices(recipe)
-    closing.callback(layouts.shutdown)
+    closing.push(layouts.leave)
     return layout, layouts.init(layout)
 
 

@@ -155,31 +155,6 @@ def test_changed_settings_are_listed_or_refused(
     assert found[4:] == pytest.approx([1e-3 * (8 - step) / 8 for step in range(4, 8)])
 
 
-def test_an_export_that_was_killed_is_made_at_the_next_start(world: World) -> None:
-    options = {"checkpoint": {"every": 2, "export_at_end": True}}
-    folder = world.train("killed_export", **options)
-    export = folder / "hf" / "step_000002"
-    partial = export.with_name(".step_000002.0123456789ab.partial")
-
-    export.rename(partial)  # killed while it was written: summary.json is written after it
-    (folder / "summary.json").unlink()
-    world.train("killed_export", **options)
-    assert is_complete(export) and not partial.exists() and (folder / "summary.json").is_file()
-
-    for damage in (
-        lambda: (export / "model.safetensors").unlink(),
-        lambda: os.utime(export / "config.json", (0, 0)),  # older than the checkpoint: of an abandoned branch
-    ):
-        (export / "mark").touch()
-        damage()
-        world.train("killed_export", **options)
-        assert is_complete(export) and not (export / "mark").exists()
-
-    export.rename(partial)  # of a step in between: before the run continues
-    world.train("killed_export", "--run.steps", "3", "--checkpoint.export_every", "2", **options)
-    assert is_complete(export) and is_complete(folder / "hf" / "step_000003") and not partial.exists()
-
-
 @pytest.fixture(scope="module")
 def grpo(world: World) -> Path:
     """Checkpoint of another run after step 3."""
@@ -225,3 +200,28 @@ def test_checkpoints_that_cannot_be_used(
         "--checkpoint.resume", str(grpo), "--parallelism.distributed_optimizer", "true", "--run.steps", "9"
     )
     assert "set parallelism.distributed_optimizer as it was" in message
+
+
+def test_an_export_that_was_killed_is_made_at_the_next_start(world: World) -> None:
+    options = {"checkpoint": {"every": 2, "export_at_end": True}}
+    folder = world.train("killed_export", **options)
+    export = folder / "hf" / "step_000002"
+    partial = export.with_name(".step_000002.0123456789ab.partial")
+
+    export.rename(partial)  # killed while it was written: summary.json is written after it
+    (folder / "summary.json").unlink()
+    world.train("killed_export", **options)
+    assert is_complete(export) and not partial.exists()
+
+    for damage in (
+        lambda: (export / "model.safetensors").unlink(),
+        lambda: os.utime(export / "config.json", (0, 0)),  # older than the checkpoint: of an abandoned branch
+    ):
+        (export / "mark").touch()
+        damage()
+        world.train("killed_export", **options)
+        assert is_complete(export) and not (export / "mark").exists()
+
+    export.rename(partial)  # of a step in between: before the run continues
+    world.train("killed_export", "--run.steps", "3", "--checkpoint.export_every", "2", **options)
+    assert is_complete(export) and is_complete(folder / "hf" / "step_000003") and not partial.exists()
