@@ -91,7 +91,7 @@ class TrainingRun:
     def start(self) -> None:
         """The run folder, the start-up report, the evaluation before the first step."""
         self.session.begin()
-        self.session.on_root(self._recall_warnings)
+        self.session.on_root(self._watch_earlier_steps)
         self.session.on_root(lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan))
         self._start_engine()
         if self.held_out is not None:
@@ -243,12 +243,17 @@ class TrainingRun:
         if self.guard.consecutive and self.session.checkpoint_due(step):
             metrics["checkpoint/skipped"] = 1.0
         metrics |= evaluation | self._counters() | self.engine.metrics()
-        active, new = self.warnings.of_step(step, metrics)
-        for text in new:
-            self.session.say(f"warning: {text}")
-        metrics |= active
+        found, texts = self.warnings.of_step(step, metrics)
+        metrics |= found
         self.session.write_metrics(step, metrics)
         self.session.progress.update(step, metrics)
+        for text in texts:
+            self.session.say(f"warning: {text}")
+
+    def _watch_earlier_steps(self) -> None:
+        """Warnings count from the run's first step, also after it was resumed."""
+        for row in read_metrics(self.session.folder):
+            self.warnings.of_step(row["step"], {k: v for k, v in row.items() if isinstance(v, int | float)})
 
     def checkpoint_if_due(self, step: int) -> None:
         self.session.checkpoint_if_due(step, self._state(step), self.guard)
@@ -273,12 +278,6 @@ class TrainingRun:
         }
 
     # ---------------------------------------------------------------- parts
-
-    def _recall_warnings(self) -> None:
-        """A resumed run does not repeat the warnings of the steps before. Global rank 0 alone."""
-        if self.session.resumed is not None:
-            for row in read_metrics(self.session.folder):
-                self.warnings.of_step(row["step"], {name: value for name, value in row.items() if value is not None})
 
     def _evaluator(self, problems: ProblemSource) -> Collector:
         """The run's own collector, except that a replay has no held-out responses: the training model makes them."""
