@@ -90,7 +90,7 @@ def test_extra_states_are_neither_stored_nor_loaded(tmp_path: Path) -> None:
 class _FusedAdam(torch.optim.Optimizer):
     """As Transformer Engine's: no state until a parameter's first step, which is counted in the group."""
 
-    def __init__(self, params: Any, lr: float, weight_decay: float, betas: Any, eps: float, adam_w_mode: bool) -> None:
+    def __init__(self, params: Any, lr: float, weight_decay: float, betas: Any, eps: float, **_: Any) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
 
     @torch.no_grad()
