@@ -39,6 +39,7 @@ POWER = (
 )
 POWER_OF_TEN = re.compile(ALONE + rf"(?:{MANTISSA}{TIMES})?10{POWER}(?![\w^!]|\.\d| *\^)")
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+PLUS = re.compile(r"(?:^|(?<=[=:(,$])|(?<=[=:,] )|(?<=\bis )|(?<=\bequals ))\+(?=\.?\d)")  # `x = +2`, not `x +2`
 WHOLE_DECIMAL = re.compile(r"(?<=\d)\.(?=[/*])")  # -1./3
 
 # What stands around an answer without being part of it.
@@ -137,17 +138,17 @@ def plain_numbers(text: str) -> str:
     text = BRACED_SPACE.sub(" ", SPACE.sub(" ", text))
     text = GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     text = DECIMAL_GROUPS.sub(lambda m: m[0].replace(" ", ""), text)
-    text = WHOLE_DECIMAL.sub("", text)
+    text = WHOLE_DECIMAL.sub("", PLUS.sub("", text))
     return SCIENTIFIC.sub(_written_out, POWER_OF_TEN.sub(_written_out, text)).strip()
 
 
 def _written_out(m: re.Match[str]) -> str:
     groups = m.groupdict()
-    exponent = next(v for k, v in groups.items() if k.startswith("e") and v is not None)
-    shift = int(re.sub(r"\s", "", exponent.translate(SUPERSCRIPTS)))
-    mantissa = Decimal(groups["mantissa"] or "1").as_tuple()
-    assert isinstance(mantissa.exponent, int)
-    return format(Decimal(mantissa._replace(exponent=mantissa.exponent + shift)), "f")
+    power = next(v for k, v in groups.items() if k.startswith("e") and v is not None)
+    shift = int(re.sub(r"\s", "", power.translate(SUPERSCRIPTS)))
+    sign, digits, exponent = Decimal(groups["mantissa"] or "1").as_tuple()
+    assert isinstance(exponent, int)
+    return format(Decimal((sign, digits, exponent + shift)), "f")
 
 
 def _without_surroundings(text: str) -> str:

@@ -74,6 +74,7 @@ RIGHT = [
     ("602000000000000000000000", r"\boxed{6.02 \cdot 10^{23}}"),
     ("10000", r"The answer is $10\,000$."),
     (r"(10\,000, 1)", r"\boxed{(10000, 1)}"),
+    ("+2", "We see that it is +2."),
     ("-1./3", r"\boxed{-\frac13}"),
     ("073", r"\boxed{\textbf{(073)}}"),
     ("B", r"\boxed{\textbf{(B)}}"),
