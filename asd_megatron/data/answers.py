@@ -16,7 +16,7 @@ BARE = re.compile(
     r"|[A-Za-z](?![A-Za-z'])"
 )
 THINKING = re.compile(r"<\s*(/?)\s*(?:think|thinking|thought|reasoning)\b[^<>]*>", re.IGNORECASE)
-ANSWER = re.compile(r"<\s*(/?)\s*answer\b[^<>]*>", re.IGNORECASE)
+ANSWER = re.compile(r"<\s*(/?)\s*(?:final[_ -]?)?answer\b[^<>]*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
