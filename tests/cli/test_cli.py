@@ -279,6 +279,8 @@ def test_exit_status_and_output_of_ranks(tmp_path: Path, ranks: int, outcome: st
     process = start(tmp_path, ranks, outcome)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
+    if outcome == "refuse":  # once, by rank 0 unless a busy machine makes it some seconds later than rank 1
+        err = err.replace(" (rank 1)", "")
     assert err == error
     assert f"0 {ranks} 1 a --b.c" in out
 
