@@ -93,7 +93,8 @@ class TrainingRun:
         self.session.begin()
         self.session.on_root(self._watch_earlier_steps)
         self.session.on_root(lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan))
-        self._start_engine()
+        with self.session.generating():  # colocated servers size their memory by what is free
+            self._start_engine()
         if self.held_out is not None:
             self.held_out.evaluate_before_start()
         self.clock.take()

@@ -6,6 +6,7 @@ the end.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -39,6 +40,7 @@ from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.guard import Guard, first_not_finite
 from asd_megatron.trainer.optimizer import Optimizer
 
+COLLECTIVE_SECONDS = 3600.0
 T = TypeVar("T")
 log = logging.getLogger("asd_megatron")
 
@@ -241,15 +243,19 @@ class Session:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """While rollouts are made on the trainer's own devices, the optimizer's state may wait in host memory."""
-        if not (isinstance(self.recipe, Recipe) and self.recipe.rollout.offload_optimizer):
-            yield
-            return
-        self.optimizer.offload()
+        """While rollouts are made on the trainer's own devices, the optimizer's state may be in host memory, and
+        colocated servers get the memory that PyTorch has cached."""
+        rollout = self.recipe.rollout if isinstance(self.recipe, Recipe) else None
+        if rollout is not None and rollout.offload_optimizer:
+            self.optimizer.offload()
+        if rollout is not None and rollout.placement == "colocated" and torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
         try:
             yield
         finally:
-            self.optimizer.reload()
+            if rollout is not None and rollout.offload_optimizer:
+                self.optimizer.reload()
 
     def steps(self) -> range:
         """The steps still to be made."""
@@ -389,7 +395,15 @@ def _join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessG
     layout = _layout(recipe, check_world(recipe, world))
     check_devices(recipe)
     closing.push(layouts.leave)
-    return layout, layouts.init(layout)
+    return layout, layouts.init(layout, timeout_minutes=_longest_wait(recipe) / 60)
+
+
+def _longest_wait(recipe: AnyRecipe) -> float:
+    """Seconds that a rank may spend in a collective: more than global rank 0 may wait for servers meanwhile."""
+    if not isinstance(recipe, Recipe):
+        return COLLECTIVE_SECONDS
+    r = recipe.rollout
+    return max(COLLECTIVE_SECONDS, 300 + max(r.collect_timeout, r.server_start_timeout, r.server_wait_timeout))
 
 
 def updates_per_step(recipe: AnyRecipe) -> int:
