@@ -155,11 +155,11 @@ def plain_numbers(text: str) -> str:
 
 def _written_out(m: re.Match[str]) -> str:
     groups = m.groupdict()
-    power = next(v for k, v in groups.items() if k.startswith("e") and v is not None)
-    shift = int(re.sub(r"\s", "", power.translate(SUPERSCRIPTS)))
-    sign, digits, exponent = Decimal(groups["mantissa"] or "1").as_tuple()
-    assert isinstance(exponent, int)
-    return format(Decimal((sign, digits, exponent + shift)), "f")
+    exponent = next(v for k, v in groups.items() if k.startswith("e") and v is not None)
+    shift = int(re.sub(r"\s", "", exponent.translate(SUPERSCRIPTS)))
+    mantissa = Decimal(groups["mantissa"] or "1").as_tuple()
+    assert isinstance(mantissa.exponent, int)
+    return format(Decimal((mantissa.sign, mantissa.digits, mantissa.exponent + shift)), "f")
 
 
 def _without_surroundings(text: str) -> str:
