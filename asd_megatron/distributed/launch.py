@@ -28,7 +28,7 @@ def set_defaults(ranks: int, environment: MutableMapping[str, str]) -> None:
     queue (Megatron asks for it), and huge pages for torch's tensors. PET_* variables are removed: torchrun reads every
     option that its command line leaves out from them, and Kubeflow sets them for a job of its own.
 
-    A CPU's tensors of some MiB are mapped anew each time; with ordinary pages a fifth of an update goes into faults.
+    A CPU's tensors of some MiB are mapped again each time; with ordinary pages a fifth of an update goes into faults.
     """
     for name in [name for name in environment if name.startswith("PET_")]:
         del environment[name]
