@@ -253,7 +253,7 @@ SECTIONS = (
             Metric(
                 "tokens/per_second",
                 "tokens / s",
-                "response tokens over the time of the complete step, all ranks together",
+                "response tokens over the time of a step, all ranks together",
             ),
             Metric("tokens/not_finite", "tokens", "tokens with a number that is not finite: anything but 0 is a fault"),
         ),
