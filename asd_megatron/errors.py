@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -17,6 +18,15 @@ class UserError(Exception):
 
 class NotFinite(UserError):
     """Training met a number that is not finite and cannot continue. Its weights are not worth saving."""
+
+
+def hub_hint(path: object, options: str = "") -> str:
+    """` (...)` with the command that downloads it, for a missing path that reads like a Hugging Face hub id, such as
+    Qwen/Qwen3-8B; empty for other paths. `options`: of the command."""
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)):
+        return ""
+    command = f"hf download {path}{options} --local-dir FOLDER"
+    return f" (nothing is downloaded: if {path} is a hub id, run `{command}` and give what it wrote)"
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

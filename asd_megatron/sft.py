@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from asd_megatron.cli.guard import guarded
+from asd_megatron.cli.guard import as_rank, leave, report_at_once
 from asd_megatron.config import SftRecipe, load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.observe.metrics import supervised_metrics
@@ -122,7 +122,8 @@ def train(run: SupervisedRun) -> None:
             "loss": session.on_root(lambda: read_metrics(session.folder)[-1].get("sft/loss")),
             "evaluation_before": first,
             "evaluation_after": last,
-        }
+        },
+        sample=run.held_out.sample if run.held_out else None,
     )
 
 
@@ -152,10 +153,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0].startswith("-"):
             raise UserError("give a recipe first: python -m asd_megatron.sft RECIPE [--section.key value ...]")
         recipe = load_recipe(arguments[0], arguments[1:], kind="sft")
-        return run_session(recipe, lambda session: train(SupervisedRun(recipe, session)))
 
-    return guarded(program)
+        def run(session: Session) -> None:
+            with report_at_once():
+                train(SupervisedRun(recipe, session))
+
+        return run_session(recipe, run)
+
+    return as_rank(program)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

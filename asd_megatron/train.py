@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from asd_megatron.cli.guard import guarded
+from asd_megatron.cli.guard import as_rank, leave, report_at_once
 from asd_megatron.config import Recipe, load_recipe
 from asd_megatron.run.rl import TrainingRun
-from asd_megatron.run.session import run_session
+from asd_megatron.run.session import Session, run_session
 
 
 def train(run: TrainingRun) -> None:
@@ -34,9 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> int:
         recipe: Recipe = load_recipe(*_recipe_and_overrides(arguments))
-        return run_session(recipe, lambda session: train(TrainingRun(recipe, session)))
 
-    return guarded(program)
+        def run(session: Session) -> None:
+            with report_at_once():
+                train(TrainingRun(recipe, session))
+
+        return run_session(recipe, run)
+
+    return as_rank(program)
 
 
 def _recipe_and_overrides(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -48,4 +53,4 @@ def _recipe_and_overrides(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,4 +1,4 @@
-"""Fixtures of every room."""
+"""Fixtures of every module."""
 
 import pytest
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from asd_megatron.distributed.objects import share_outcome
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, hub_hint
 from asd_megatron.files import atomic_folder, read_json_object, to_json, user_error
 from asd_megatron.models.port import ModelPort
 
@@ -38,7 +38,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     folder = Path(folder)
     with user_error(f"the model folder {folder} cannot be read", "check model.path"):
         if not folder.is_dir():
-            raise UserError(f"model folder {folder} does not exist (from {Path.cwd()}): check model.path")
+            raise UserError(
+                f"model folder {folder} does not exist (from {Path.cwd()}): check model.path{hub_hint(folder)}"
+            )
         if not (folder / CONFIG).exists():
             raise UserError(f"{folder} has no {CONFIG}: it is not a Hugging Face model folder")
     return read_json_object(folder / CONFIG, "download the model again")

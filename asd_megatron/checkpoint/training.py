@@ -134,7 +134,7 @@ def latest(folder: str | Path) -> Path | None:
     if not _NAME.fullmatch(named) or not (folder / named / RUN_STATE).is_file():
         raise UserError(
             f"{folder / LATEST} names {named!r}, which is no checkpoint in {folder}: "
-            "write the name of one that is into it, or remove it to start anew"
+            "write the name of one that is into it, or remove it to start afresh"
         )
     return folder / named
 

@@ -7,6 +7,7 @@ Face name.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from asd_megatron.antisd import Gate, condition
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.checks.layouts import CELLS, ParityCell
 from asd_megatron.distributed import device
+from asd_megatron.distributed.launcher import end_with_launcher
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
 from asd_megatron.records import Example
@@ -178,6 +180,7 @@ def _total(t: Trained, column: Tensor) -> float:
 
 
 def main(argv: list[str]) -> None:
+    end_with_launcher(os.environ)
     folder, names = Path(argv[0]), argv[1:]
     device.prepare()
     for name in names:

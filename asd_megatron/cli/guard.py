@@ -1,35 +1,126 @@
-"""Errors that the user can fix end a program with one line, not a traceback."""
+"""How programs end: one line for an error that the user can fix, and never status 0 before the end.
+
+`guarded` is for console commands, `as_rank` for the training programs.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
+from asd_megatron.cli.console import flush_output, tolerant_output
+from asd_megatron.distributed.launcher import end_with_launcher
 from asd_megatron.errors import UserError
 
+FAILED = 1  # exit status
 USER_ERROR = 2  # exit status
 INTERRUPTED = 130  # exit status: 128 + SIGINT
-OTHER_RANKS_WAIT = 10.0  # seconds; a busy machine takes some to end rank 0
+LINE = 160  # characters of another rank's error
+_reported: BaseException | None = None  # by `report_at_once`
 
 
 def guarded(program: Callable[[], int]) -> int:
     """Run `program` and return its exit status: 2 after a UserError, printed as `error: ...`; 130 after Ctrl-C.
 
-    Under torchrun all ranks usually refuse the same thing: rank 0 speaks first, and the launcher then ends the others
-    before they repeat it. A rank that fails alone speaks after some seconds, with its number.
+    Output that cannot be written is dropped: `asd-megatron recipes | head` ends quietly, and training continues.
     """
+    with tolerant_output():
+        try:
+            return program()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return USER_ERROR
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+
+def as_rank(program: Callable[[], int]) -> int:
+    """Run a training program as one rank, likewise; it ends when its launcher dies.
+
+    SystemExit is an error here: it comes from code of the user's (a reward that calls `sys.exit(0)`). Among several
+    ranks one reports, with its traceback unless the error is a UserError; the others repeat nothing and say in one line
+    what else they met, usually a collective that broke. With LOGLEVEL set every rank prints its traceback.
+    """
+    with tolerant_output():
+        end_with_launcher(os.environ)
+        try:
+            return program()
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except (Exception, SystemExit) as error:
+            if not _alone():
+                _report_among_ranks(error)
+            elif isinstance(error, UserError | SystemExit):
+                _report(error)
+            else:
+                raise
+            return USER_ERROR if isinstance(error, UserError) else FAILED
+
+
+@contextmanager
+def report_at_once() -> Iterator[None]:
+    """Inside `as_rank`: report an error of the block among several ranks before what is open around it is closed, which
+    may take long (servers)."""
     try:
-        return program()
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            time.sleep(OTHER_RANKS_WAIT)
+        yield
+    except (Exception, SystemExit) as error:
+        if not _alone():
+            _report_among_ranks(error)
+        raise
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with `status`. A rank that failed among others ends at once: Python's own way out would wait for
+    them in the destructors of process groups."""
+    if status and not _alone():
+        os._exit(status)
+    sys.exit(status)
+
+
+def _alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def _report(error: BaseException) -> None:
+    """Print `error` as the cause of the end."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, UserError):
         print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone: `asd-megatron recipes | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return
+    if not _alone():
+        print(f"rank {rank} failed:", file=sys.stderr)
+    traceback.print_exception(error)
+    if isinstance(error, SystemExit):
+        print(
+            f"error: sys.exit({error.code!r}) was called before the end of the run (traceback above): let that code"
+            " return, or raise an exception",
+            file=sys.stderr,
+        )
+    flush_output()
+
+
+def _report_among_ranks(error: BaseException) -> None:
+    global _reported
+    from asd_megatron.distributed.first_error import report_once  # imports torch
+
+    if error is _reported:
+        return
+    _reported = error
+    message = _one_line(error)
+    first = report_once(message, lambda: _report(error))
+    if first is None:
+        return
+    if os.environ.get("LOGLEVEL"):
+        traceback.print_exception(error)
+    elif first not in message and message not in first:
+        print(f"rank {os.environ['RANK']} ended too: {message}", file=sys.stderr)
+    flush_output()
+
+
+def _one_line(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if isinstance(error, UserError) else f"{type(error).__name__}: {line[:LINE]}"

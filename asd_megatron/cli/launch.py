@@ -1,97 +1,133 @@
-"""Start a program on as many local ranks as a recipe's layout needs, as `torchrun --standalone` would."""
+"""Check a recipe, then start a program on local ranks, as `torchrun --standalone` would.
+
+The launcher stays light: it imports torch, but creates no CUDA context, which would hold memory of GPU 0 for the whole
+run. What needs a device is checked in the ranks.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 
-from asd_megatron.config import AnyRecipe, Kind, check_devices, check_model, check_world, load_recipe, render_help
-from asd_megatron.distributed.launch import set_defaults
+from asd_megatron.cli.console import flush_output
+from asd_megatron.cli.placement import place, placement_text
+from asd_megatron.config import AnyRecipe, Kind, check_devices, check_model, load_recipe, render_help
+from asd_megatron.distributed.launch import set_defaults, torchrun_options
+from asd_megatron.distributed.launcher import LAUNCHER, end_with_launcher
 from asd_megatron.errors import UserError
+
+DRY_RUN = "--dry-run"
 
 
 def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
-    """Check the recipe of `RECIPE [--section.key value ...]`, then run `python -m MODULE ARGV` on its ranks.
+    """Check the recipe of `RECIPE [--dry-run] [--section.key value ...]`, then run `python -m MODULE` on its ranks.
 
     Returns the exit status of the first rank that failed, 128 + n after signal n, else 0. Raises UserError for what
-    the recipe gets wrong and when called under torchrun already.
+    the recipe gets wrong and when another launcher has started this process.
     """
+    if any(argument in ("-h", "--help") for argument in argv):
+        _parser(kind, module).print_help()
+        return 0
+    words = [argument for argument in argv if argument != DRY_RUN]
+    if not words or words[0].startswith("-"):
+        raise UserError(
+            f"asd-megatron {kind} takes a recipe first: asd-megatron {kind} RECIPE [--section.key value ...]"
+        )
+    refuse_other_launchers(kind, module, os.environ)
+    end_with_launcher(os.environ)
+    recipe = load_recipe(words[0], words[1:], kind)
+    gpus = _gpus()
+    check_devices(recipe, cuda=gpus > 0, transformer_engine=importlib.util.find_spec("transformer_engine") is not None)
+    _check_model(recipe)
+    placement = place(recipe, gpus, os.environ)
+    if DRY_RUN in argv:
+        from asd_megatron.run.dry_run import dry_run
+
+        return dry_run(recipe, placement.ranks, placement_text(recipe, placement))
+    print(placement_text(recipe, placement), flush=True)
+    placement.apply(os.environ)
+    set_defaults(placement.ranks, os.environ)
+    return run_ranks(module, words, placement.ranks)
+
+
+def _parser(kind: Kind, module: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"asd-megatron {kind}",
-        usage=f"asd-megatron {kind} RECIPE [--section.key value ...]",
+        usage=f"asd-megatron {kind} RECIPE [{DRY_RUN}] [--section.key value ...]",
         description=(
-            "Run a recipe on this machine, with as many ranks as its layout needs. On several machines: torchrun "
-            f"... -m {module} RECIPE [--section.key value ...]"
+            "Run a recipe on this machine: on all GPUs that the layout can use and no SGLang server has, or with as "
+            "many ranks as the layout needs on the CPU. The ranks end when this command does. On several machines: "
+            f"torchrun ... -m {module} RECIPE [--section.key value ...]. The environment variable LOGLEVEL=INFO shows "
+            "torchrun's own messages and the traceback of every rank that fails."
         ),
         epilog="keys, with type and [default]:\n\n" + render_help(kind),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file (docs/recipes.md)")
-    if any(argument in ("-h", "--help") for argument in argv):
-        parser.print_help()
-        return 0
-    if not argv or argv[0].startswith("-"):
-        raise UserError(
-            f"asd-megatron {kind} takes a recipe first: asd-megatron {kind} RECIPE [--section.key value ...]"
-        )
-    refuse_torchrun(kind, module, os.environ)
-    recipe = load_recipe(argv[0], argv[1:], kind)
-    ranks = recipe.parallelism.ranks
-    check_world(recipe, ranks)
-    check_devices(recipe)
-    _check_model(recipe)
-    _enough_gpus(ranks)
-    set_defaults(ranks, os.environ)
-    return run_ranks(module, argv, ranks)
+    parser.add_argument(
+        DRY_RUN, action="store_true", help="check recipe, data, reward and model, show what would run, start nothing"
+    )
+    return parser
+
+
+def _gpus() -> int:
+    from asd_megatron.distributed import machine  # torch: not for --help
+
+    return machine.gpus()
 
 
 def _check_model(recipe: AnyRecipe) -> None:
     from asd_megatron.checkpoint.huggingface import read_config  # torch and more: not for --help
+    from asd_megatron.models.families import shape_of
     from asd_megatron.run.sources import model_folder
 
-    check_model(recipe, read_config(model_folder(recipe.model.path)))
+    config = read_config(model_folder(recipe.model.path))
+    shape_of(config)
+    check_model(recipe, config)
 
 
-def refuse_torchrun(kind: Kind, module: str, environment: Mapping[str, str]) -> None:
-    """Raise UserError when the command itself was started by torchrun: it would start ranks on every rank."""
+def refuse_other_launchers(kind: Kind, module: str, environment: Mapping[str, str]) -> None:
+    """Raise UserError when another launcher has started this process as one of several: each of them would train a
+    model of its own."""
     if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environment.keys():
         raise UserError(
             f"asd-megatron {kind} starts the ranks itself and was started by torchrun: start `torchrun ... -m {module}"
             f" RECIPE`, or `asd-megatron {kind} RECIPE` without torchrun"
         )
-
-
-def _enough_gpus(ranks: int) -> None:
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if 0 < gpus < ranks:
-        raise UserError(
-            f"the recipe's layout needs {ranks} ranks and this machine has {gpus} GPUs: make the parallelism section"
-            " smaller, or use torchrun on several machines"
-        )
+    for name in ("PET_NNODES", *(["WORLD_SIZE"] if "RANK" in environment else [])):
+        most = environment.get(name, "1").rpartition(":")[2]  # PET_NNODES may be a range, 1:4
+        if most.isdigit() and int(most) > 1:
+            raise UserError(
+                f"{name} is {environment[name]}: this is one of several processes of a job (Kubeflow, Slurm), and"
+                f" asd-megatron {kind} starts ranks on one machine alone: start `torchrun -m {module} RECIPE` on each"
+                f" machine (it reads PET_* variables), or unset {name} to train on this machine"
+            )
 
 
 def run_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
-    """Run `python -m MODULE ARGV` as local ranks under torch's elastic launcher, which hands signals on to them."""
+    """Run `python -m MODULE ARGV` as local ranks under torch's elastic launcher, which forwards signals to them. They
+    end when this process dies."""
     if ranks == 1:
         _become_single_rank(module, argv)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    # Without --local-addr ranks meet at the machine's name, which need not resolve.
-    options = ["--nproc-per-node", str(ranks), "--standalone", "--local-addr", "127.0.0.1", "-m", module, *argv]
+    os.environ[LAUNCHER] = str(os.getpid())
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup; torch would handle it all the same
+        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed") and not os.environ.get("LOGLEVEL"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # its report of a failed rank: the rank has spoken
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # its table of a failed rank: the rank has reported
     try:
-        run(parse_args(options))
+        run(parse_args([*torchrun_options(ranks), "-m", module, *argv]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode
@@ -117,5 +153,5 @@ def _become_single_rank(module: str, argv: Sequence[str]) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    sys.stdout.flush()
+    flush_output()
     os.execve(sys.executable, [sys.executable, "-m", module, *argv], environment)

@@ -12,10 +12,10 @@ from asd_megatron.errors import UserError, did_you_mean
 
 # verb -> (module with `main(argv) -> int`, what `--help` says). A verb's arguments are its module's own.
 VERBS: dict[str, tuple[str, str]] = {
-    "train": ("asd_megatron.cli.train", "train a model with AntiSD, as a recipe says"),
-    "sft": ("asd_megatron.cli.sft", "supervised training on given responses, as a recipe says"),
+    "train": ("asd_megatron.cli.train", "train a model with AntiSD from a recipe"),
+    "sft": ("asd_megatron.cli.sft", "supervised training on given responses, from a recipe"),
     "serve": ("asd_megatron.cli.serve", "start SGLang servers of a model and keep them running"),
-    "quickstart": ("asd_megatron.cli.quickstart", "train the built-in puzzle and show what came of it"),
+    "quickstart": ("asd_megatron.cli.quickstart", "train the built-in puzzle and print what changed"),
     "study": ("asd_megatron.cli.study", "run many recipes and seeds, resumable, and compare them in one table"),
     "parity": ("asd_megatron.cli.parity", "check that an update is the same in every parallel layout"),
     "recipes": ("asd_megatron.cli.recipes", "print, write or check the reference of every recipe key"),

@@ -1,11 +1,12 @@
-"""`asd-megatron quickstart [--section.key value ...]`: train the built-in puzzle's warm-started model, then show what
-came of it."""
+"""`asd-megatron quickstart [--section.key value ...]`: train the built-in puzzle's warm-started model, then print what
+changed."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import asd_megatron
 from asd_megatron.config import load_recipe
+from asd_megatron.distributed.launcher import LAUNCHER
 from asd_megatron.errors import UserError
 from asd_megatron.observe.plots import write_summary
 from asd_megatron.observe.writer import read_metrics
@@ -49,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     overrides = ["--run.overwrite", "true", *argv]
     folder = load_recipe(recipe, overrides).run.path
     command = [sys.executable, "-m", "asd_megatron.cli.main", "train", str(recipe), *overrides]
-    status = subprocess.run(command, check=False).returncode
+    environment = os.environ | {LAUNCHER: str(os.getpid())}  # training ends with this process
+    status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         return status
     summary = summarize(folder)
@@ -102,8 +105,8 @@ def table(summary: Mapping[str, Any]) -> str:
         ("accuracy", "accuracy"),
         ("length_mean", "response length (tokens)"),
         ("deliberations", "deliberation words a response"),
-        ("deliberation_rate", "deliberation words, share of tokens"),
-        ("verified", "share of answers that were tested"),
+        ("deliberation_rate", "deliberation words, fraction of tokens"),
+        ("verified", "fraction of answers that were tested"),
     ):
         lines.append(
             f"{label:38s} {_number(before.get(f'evaluation/{name}'))} {_number(after.get(f'evaluation/{name}'))}"

@@ -113,7 +113,7 @@ def _state(record: CellRecord | None) -> str:
 
 
 def _report(study: Study) -> int:
-    """Tables and plots of the whole study, from whatever is there."""
+    """Tables and plots of the study, from the cells that are finished."""
     from asd_megatron.study.plots import plot_study  # matplotlib and more
     from asd_megatron.study.report import Findings, equal_arms, equal_arms_text, write_report
     from asd_megatron.study.results import finished, write_results

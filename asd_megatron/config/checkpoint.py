@@ -28,7 +28,7 @@ class Checkpoint(Section):
         description=(
             "Save a training checkpoint after every so many steps and after the last one. It takes 14 bytes a parameter"
             " in bfloat16 and 12 to 16 in float32, and `keep` + 1 are on the disk while one is written. 0: none, not"
-            " even at the end; a run that stops then starts anew."
+            " even at the end; a run that stops then starts from step 1."
         ),
     )
     keep: int = Field(

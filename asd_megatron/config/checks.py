@@ -6,7 +6,6 @@ compare it with the number of ranks, the machine and the model.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -256,31 +255,35 @@ def check_world(recipe: AnyRecipe, world_size: int) -> int:
 
 
 def check_devices(recipe: AnyRecipe, *, cuda: bool | None = None, transformer_engine: bool | None = None) -> None:
-    """Refuse layers and number formats that this machine lacks. `cuda` and `transformer_engine` None: look."""
-    if cuda is None:
-        import torch
+    """Refuse layers, number formats and an environment that cannot work on this machine. Raises UserError.
 
-        cuda = torch.cuda.is_available()
-        if cuda and recipe.model.dtype != "float32" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError(
-                "model.dtype bfloat16: this GPU has no bfloat16 arithmetic; set model.dtype float32, or use an Ampere"
-                " or newer GPU"
-            )
-    if cuda and isinstance(recipe, Recipe):
-        _refuse(list(device_findings(recipe.rollout)))
+    A rank leaves `cuda` and `transformer_engine` out: it looks at its device and imports Transformer Engine. The
+    launcher, which must not create a CUDA context, says what it knows.
+    """
+    from asd_megatron.distributed import machine  # imports torch, which a recipe alone does not need
+
+    looks = cuda is None
+    cuda = machine.has_cuda() if cuda is None else cuda
+    findings = [machine.attention_switch_problem()]
+    if cuda:
+        findings.append(machine.torch_problem())
+        if looks and recipe.model.dtype != "float32":
+            findings.append(machine.bfloat16_problem())
+        if isinstance(recipe, Recipe):
+            findings += device_findings(recipe.rollout)
     if recipe.model.layers == "te":
+        why: str | None
+        remedy = "set model.layers auto or local"
         if not cuda:
-            raise UserError(
-                "model.layers te: Transformer Engine needs a CUDA device and there is none; set model.layers auto or"
-                " local"
-            )
-        if transformer_engine is None:
-            transformer_engine = importlib.util.find_spec("transformer_engine") is not None
-        if not transformer_engine:
-            raise UserError(
-                "model.layers te: Transformer Engine is not installed; install the extra `asd_megatron[gpu]`, or set"
-                " model.layers auto or local"
-            )
+            why = "it needs a CUDA device and there is none"
+        elif recipe.model.dtype == "float32":
+            why, remedy = "its attention has no float32", f"set model.dtype bfloat16, or {remedy}"
+        elif transformer_engine is None:
+            why = machine.transformer_engine_problem()
+        else:
+            why = None if transformer_engine else machine.NOT_INSTALLED
+        findings.append(why and f"model.layers te: Transformer Engine cannot be used: {why}; {remedy}")
+    _refuse([finding for finding in findings if finding is not None])
 
 
 def check_model(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> None:

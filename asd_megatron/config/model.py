@@ -19,8 +19,8 @@ class Model(Section):
     layers: Literal["auto", "te", "local"] = Field(
         "auto",
         description=(
-            "Who supplies the layers: `te` Transformer Engine, `local` Megatron-Core's own with PyTorch attention; "
-            "`auto`: `te` where it can be imported and CUDA is there."
+            "Layer implementation: `te` Transformer Engine (CUDA, bfloat16), `local` Megatron-Core's own with PyTorch "
+            "attention; `auto`: `te` on CUDA in bfloat16 where it can be imported, else `local`."
         ),
     )
     recompute: Literal["none", "selective", "full"] = Field(

@@ -21,7 +21,10 @@ class Parallelism(Section):
     data: int | None = Field(
         None,
         ge=1,
-        description="Data-parallel size; null: what the number of ranks leaves (`asd-megatron train` starts one).",
+        description=(
+            "Data-parallel size; null: ranks divided by the other sizes. `asd-megatron train` then uses all GPUs that "
+            "no SGLang server has, or one data-parallel rank on a machine without GPUs."
+        ),
     )
     sequence_parallel: bool = Field(
         False, description="Divide activations between the layers over the tensor-parallel ranks as well."
@@ -38,5 +41,5 @@ class Parallelism(Section):
 
     @property
     def ranks(self) -> int:
-        """Ranks that `asd-megatron train` starts: the model-parallel size times `data` (or one)."""
+        """Ranks that the layout needs: the model-parallel size times `data` (or one)."""
         return self.model_parallel * (self.data or 1)

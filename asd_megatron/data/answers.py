@@ -16,7 +16,7 @@ BARE = re.compile(
     r"|[A-Za-z](?![A-Za-z'])"
 )
 THINKING = re.compile(r"<\s*(/?)\s*(?:think|thinking|thought|reasoning)\b[^<>]*>", re.IGNORECASE)
-ANSWER = re.compile(r"<\s*(/?)\s*answer\b[^<>]*>", re.IGNORECASE)
+ANSWER = re.compile(r"<\s*(/?)\s*(?:final[_ -]?)?answer\b[^<>]*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,19 @@ class Boxed:
 
 
 def last_boxed(text: str) -> Boxed | None:
-    r"""The last box; None if there is none, or if the text ends inside the last one.
+    r"""The last box that is complete, None if there is none.
 
     Boxes are `\boxed{...}`, `\fbox{...}` and, as in some solutions of MATH, `\boxed 2` without braces. Braces must
     balance (`\{` and `\}` do not count). Of nested boxes the innermost counts.
     """
-    box = _last_box(text)
-    return box if box is not None and box.closed else None
+    stop = len(text)
+    for command in reversed(list(BOX.finditer(text))):
+        # never looks past the next box, so that many unclosed boxes cost no more than one scan of the text
+        box = _read_box(text, command.start(), command.end(), stop)
+        if box is not None and box.closed:
+            return box
+        stop = command.start()
+    return None
 
 
 def last_hashes(text: str) -> str | None:
@@ -83,30 +89,31 @@ def marked_answer(text: str) -> str | None:
 
 
 def _last_box(text: str) -> Boxed | None:
+    """The last box, complete or not."""
     for command in reversed(list(BOX.finditer(text))):
-        box = _read_box(text, command.start(), command.end())
+        box = _read_box(text, command.start(), command.end(), len(text))
         if box is not None:  # else a mere mention: `I use \boxed notation`
             return box
     return None
 
 
-def _read_box(text: str, start: int, content: int) -> Boxed | None:
-    cut_off = Boxed(start, len(text), "", closed=False)
-    if content == len(text):
+def _read_box(text: str, start: int, content: int, stop: int) -> Boxed | None:
+    cut_off = Boxed(start, stop, "", closed=False)
+    if content >= stop:
         return cut_off
     if text[content] != "{":
-        return _read_bare(text, start, content)
+        return _read_bare(text, start, content, stop)
     depth = 0
-    for brace in BRACE.finditer(text, content):
+    for brace in BRACE.finditer(text, content, stop):
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
             return Boxed(start, brace.end(), text[content + 1 : brace.start()].strip())
     return cut_off
 
 
-def _read_bare(text: str, start: int, content: int) -> Boxed | None:
-    formula = REST_OF_FORMULA.match(text, content)
+def _read_bare(text: str, start: int, content: int, stop: int) -> Boxed | None:
+    formula = REST_OF_FORMULA.match(text, content, stop)
     if formula is not None and formula[1] and not PROSE.search(formula[1]):
         return Boxed(start, formula.end(1), formula[1])
-    bare = BARE.match(text, content)
+    bare = BARE.match(text, content, stop)
     return None if bare is None else Boxed(start, bare.end(), bare[0])

@@ -66,5 +66,5 @@ def shorten(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> str:
         excess = count(tokenizer, shortened) - limit
         if excess <= 0:
             return shortened.strip()
-        budget -= excess  # tokens may split anew at the cuts
+        budget -= excess  # tokens may split differently at the cuts
     return ""

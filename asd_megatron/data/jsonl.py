@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, hub_hint
 
 MAX_DEPTH = 100  # nesting of lists and objects; far below Python's recursion limit, which later code would meet
 PEEKED = 4096  # bytes at the start of a file that tell what it is
@@ -117,6 +117,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except OSError as e:
         raise DataError(
             f"cannot read {path}: {e.strerror or e}. Give the path of a JSONL file (one JSON object a line)"
+            + hub_hint(path, " --repo-type dataset")
         ) from e
     with file:
         _check_kind(path, start)

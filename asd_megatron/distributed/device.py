@@ -1,8 +1,8 @@
 """The device the program runs on, and what Megatron-Core needs to run on one without CUDA.
 
 Megatron-Core calls `torch.cuda` unguarded in many places. `prepare` replaces exactly those entry points by CPU
-equivalents, once, before the first Megatron object is built; with CUDA present it only picks this rank's device. No
-other module touches them.
+equivalents, once, before the first Megatron object is built; with CUDA it picks this rank's device and keeps float32
+products exact. No other module replaces them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ import os
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 
+from asd_megatron.distributed.machine import gpu_of_rank, local_rank
+
+log = logging.getLogger("asd_megatron")
 CPU = torch.device("cpu")
 _FACTORIES = (
     "zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "as_tensor", "zeros_like",
     "ones_like", "empty_like", "full_like", "linspace", "empty_strided", "randperm",
 )  # fmt: skip
+TF32_OVERRIDE = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 _prepared = False
 
 
@@ -46,16 +50,26 @@ def prepare() -> None:
     _quieten()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps communication by issue order
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _prepare_cuda(os.environ)
         return
+    local_rank(os.environ)  # refuses here what would be refused with CUDA
     _replace_cuda_functions()
     _redirect_factories()
     _redirect_tensor_methods()
     _redirect_megatron_rng()
 
 
+def _prepare_cuda(environment: MutableMapping[str, str]) -> None:
+    """Take this rank's GPU, and keep float32 products exact: NGC containers turn on TF32 by an environment variable,
+    which old builds of torch read at the first product and prefer to the setting."""
+    if environment.pop(TF32_OVERRIDE, "0") != "0" and environment.get("RANK", "0") == "0":
+        log.warning("%s is ignored: float32 products stay float32, not TF32", TF32_OVERRIDE)
+    torch.set_float32_matmul_precision("highest")
+    torch.cuda.set_device(gpu_of_rank(environment))
+
+
 def _quieten() -> None:
-    """Leave out what every rank would say again: the start-up report names missing packages and who stands in."""
+    """Leave out warnings that every rank would repeat: the start-up report names missing packages and substitutes."""
     for message in (
         r".*Apex (is|are) not installed",
         r".*CUDA_DEVICE_MAX_CONNECTIONS",
@@ -67,7 +81,7 @@ def _quieten() -> None:
 
 
 class _Stream:
-    """A stream of a device that has none: everything has already happened."""
+    """A stream of a device without streams: all work on it is complete."""
 
     device = CPU
 

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from asd_megatron.distributed import device
 from asd_megatron.errors import UserError
 
-_joined = False  # whether `init` joined the ranks; who calls it in a job of theirs stays in it
+_joined = False  # whether `init` made the world group; `shutdown` destroys no other
 SEED = 1234  # of Megatron's own random state (dropout), which our models do not use
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of every kind of parallelism; their product is the number of ranks. Impossible ones raise UserError."""
+    """Sizes of every kind of parallelism; their product is the number of ranks. Impossible sizes raise UserError."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -47,8 +47,8 @@ class Layout:
 class ProcessGroups:
     """This rank's process groups.
 
-    `dp` has one rank for each share of the batch; `dp_cp` are all ranks that hold the same weights. `host` are all
-    ranks on gloo: for objects, and for waits that may be long.
+    `dp` has one rank for each part of the batch; `dp_cp` are all ranks that hold the same weights. `host` are all
+    ranks on gloo: for Python objects, and for waits that may be long.
     """
 
     tp: dist.ProcessGroup
@@ -61,7 +61,7 @@ class ProcessGroups:
 
 
 def init(layout: Layout, *, timeout_minutes: float = 60.0) -> ProcessGroups:
-    """Join the other ranks (torchrun's environment; alone without it) and make the layout's groups. Collective.
+    """Join the other ranks (torchrun's environment; one rank without it) and make the layout's groups. Collective.
 
     `timeout_minutes` bounds every wait in a collective. Raises UserError when the number of ranks is not the layout's.
     """
@@ -115,14 +115,14 @@ def _seed() -> None:
 
 
 def shutdown_model_parallel() -> None:
-    """Forget the layout's groups; the ranks stay joined, another layout can follow."""
+    """Destroy the layout's groups; the ranks stay joined, and `init` may follow with another layout."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
 
 
 def shutdown() -> None:
-    """Leave what `init` joined: the layout's groups, and the other ranks unless they were joined before. Safe to call
+    """Destroy the layout's groups, and the world group if `init` made it. Waits for the other ranks. Safe to call
     twice."""
     global _joined
     if dist.is_initialized():
@@ -130,3 +130,10 @@ def shutdown() -> None:
         if _joined:
             dist.destroy_process_group()
     _joined = False
+
+
+def leave(error_type: type[BaseException] | None, *_: object) -> None:
+    """`shutdown` as the exit of a context (`ExitStack.push(leave)`). After an exception with other ranks still joined
+    it does nothing: destroying the groups waits for ranks that may be in a collective. The process has to end then."""
+    if error_type is None or not dist.is_initialized() or dist.get_world_size() == 1:
+        shutdown()

@@ -32,11 +32,10 @@ def gather_objects(obj: T, dst: int, group: dist.ProcessGroup) -> list[T] | None
 
 
 def share_outcome(result: T | None, error: Exception | None, group: dist.ProcessGroup) -> T:
-    """What group rank 0 found, on every rank: its `result`, or its `error`. Collective; the other ranks' arguments are
-    not read.
+    """Group rank 0's `result`, or its `error`, on every rank. Collective; the other ranks' arguments are not read.
 
-    A UserError is raised as one on every rank, so that all of them can do the same about it. Any other error is raised
-    as it is on rank 0 and as a RuntimeError that quotes it elsewhere.
+    A UserError is raised as a UserError on every rank, so that all of them handle it alike. Any other error is raised
+    unchanged on rank 0, and elsewhere as a RuntimeError that quotes it.
     """
     users = isinstance(error, UserError)
     message = None if error is None else str(error) if users else f"{type(error).__name__}: {error}"
@@ -51,7 +50,8 @@ def share_outcome(result: T | None, error: Exception | None, group: dist.Process
 
 
 def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """Run `action` on group rank 0 and give its result, or its error (`share_outcome`), to every rank. Collective."""
+    """Run `action` on group rank 0; return its result, or raise its error (`share_outcome`), on every rank.
+    Collective."""
     result: T | None = None
     error: Exception | None = None
     if group.rank() == 0:
@@ -63,8 +63,8 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 
 def first_message(message: str | None, group: dist.ProcessGroup) -> str | None:
-    """The message of the lowest rank that has one, on every rank; None when none has. Collective: one number unless
-    there is something to say."""
+    """The message of the lowest rank that has one, on every rank; None when none has. Collective: one all-reduce of a
+    number, and a broadcast only when there is a message."""
     if group.size() == 1:
         return message
     mine = group.size() if message is None else group.rank()

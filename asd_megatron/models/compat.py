@@ -1,28 +1,42 @@
-"""What differs between Megatron-Core releases (0.16.1 and 0.19.2), and whether Transformer Engine is there."""
+"""What differs between Megatron-Core releases (0.16.1 and 0.19.2), and which layer implementation a model gets."""
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from typing import Any
 
 import torch
 
+from asd_megatron.distributed.machine import has_cuda, transformer_engine_problem
 from asd_megatron.errors import UserError
 
 
-@cache
-def has_transformer_engine() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+def why_not_transformer_engine(dtype: torch.dtype) -> str | None:
+    """Why layers of `dtype` cannot be Transformer Engine's on this machine; None if they can."""
+    if not has_cuda():
+        return "it needs a CUDA device"
+    if dtype is torch.float32:
+        return "its attention has no float32"
+    return transformer_engine_problem()
 
 
-def resolve_layers(asked: str) -> str:
-    """`te` or `local`, from a recipe's auto, te or local."""
-    if asked == "auto":
-        return "te" if has_transformer_engine() else "local"
-    if asked == "te" and not has_transformer_engine():
-        raise UserError("model.layers te needs Transformer Engine and CUDA; install the gpu extra, or choose auto")
-    return asked
+def resolve_layers(asked: str, dtype: torch.dtype) -> str:
+    """`te` or `local`, from a recipe's auto, te or local. Raises UserError when `te` cannot be had."""
+    if asked == "local":
+        return "local"
+    problem = why_not_transformer_engine(dtype)
+    if asked == "te" and problem is not None:
+        raise UserError(
+            f"model.layers te: Transformer Engine cannot be used: {problem}; set model.layers auto or local"
+        )
+    return "te" if problem is None else "local"
+
+
+def layers_text(asked: str, layers: str, dtype: torch.dtype) -> str:
+    """For the start-up report: the layer implementation, and why `auto` chose another than Transformer Engine's on a
+    GPU."""
+    if asked != "auto" or layers == "te" or not has_cuda():
+        return layers
+    return f"local; not Transformer Engine: {why_not_transformer_engine(dtype)}"
 
 
 def hidden_state_model(gpt_class: type) -> type:

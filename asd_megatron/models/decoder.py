@@ -51,8 +51,8 @@ class _Layer(NamedTuple):
 class LocalStack:
     """The layers of one chunk of Megatron's local layers, and its embedding on the first pipeline stage.
 
-    It refers to the live parameters but holds copies of the query and key norms: construct it anew when parameters have
-    changed. config: Megatron's. group: the tensor-parallel group; None: the model is not sharded.
+    It refers to the live parameters but holds copies of the query and key norms: construct it again when parameters
+    have changed. config: Megatron's. group: the tensor-parallel group; None: the model is not sharded.
     """
 
     def __init__(

@@ -43,13 +43,17 @@ def flag(config: Mapping[str, Any], key: str) -> bool:
     return bool(value)
 
 
-def _refuse(key: str, value: Any, expected: str) -> NoReturn:
+def shown(value: Any) -> str:
+    """A value in at most 60 characters, for messages."""
     try:
-        shown = repr(value)
+        text = repr(value)
     except (ValueError, RecursionError):  # a number with more digits than Python prints, lists in lists
-        shown = "a value too large to print"
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        return "a value too large to print"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _refuse(key: str, value: Any, expected: str) -> NoReturn:
     raise UserError(
-        f"config.json: {key} is {shown}, expected {expected}: the file is damaged, or of a model that is not"
+        f"config.json: {key} is {shown(value)}, expected {expected}: the file is damaged, or of a model that is not"
         " supported; download the model again"
     )

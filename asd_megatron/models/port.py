@@ -22,7 +22,7 @@ from asd_megatron.models.attention import MIN_ROWS, DecodingCache, PackAttention
 from asd_megatron.models.compat import resolve_layers
 from asd_megatron.models.decoder import LocalStack, Stack
 from asd_megatron.models.export import BUCKET_BYTES, FullTensors, Key, Part, first_stages
-from asd_megatron.models.families import Family, ModelShape, family_of
+from asd_megatron.models.families import Family, ModelShape, shape_of
 from asd_megatron.models.loading import TensorReader, check_names, read_unquantized
 from asd_megatron.models.module_stack import evaluating, sampling_modules
 from asd_megatron.models.rope import angles
@@ -43,6 +43,7 @@ class ModelPort:
         dtype, device: of all parameters.
         is_first_stage, is_last_stage: of the pipeline; the first has the embedding, the last the head.
         shares_prefixes: whether `forward` takes packs with `parents`.
+        layers: `te` or `local`.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class ModelPort:
         self._shapes = Shapes(
             shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab, self.padded_vocab_size
         )
-        self._layers = layers
+        self.layers = layers
         self._stack: Stack | None = None  # set inside `sampling`, as is the next
         self._head: Tensor | None = None
         self._scorers: dict[int, LocalStack] = {}  # set inside `scoring`, by id of the chunk
@@ -100,13 +101,9 @@ class ModelPort:
         recompute: str = "none",
     ) -> ModelPort:
         """An unloaded model in `layout`. Raises UserError for what the family or the layout cannot represent."""
-        family = family_of(hf_config)
-        try:
-            shape = family.translate(hf_config)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"config.json holds a value of the wrong kind: {error}") from None
+        family, shape = shape_of(hf_config)
         _check_layout(shape, layout)
-        layers = resolve_layers(layers)
+        layers = resolve_layers(layers, dtype)
         config = gpt.transformer_config(family, shape, layout, dtype=dtype, layers=layers, recompute=recompute)
         chunks = gpt.build_chunks(
             config, shape, layout, layers=layers, padded_vocab=_padded(shape.vocab, layout.tensor)
@@ -187,7 +184,7 @@ class ModelPort:
         """
         if through_modules is None:
             cut = self.layout.context > 1 or self.config.sequence_parallel
-            through_modules = self._layers != "local" or cut
+            through_modules = self.layers != "local" or cut
         if through_modules:
             with torch.no_grad(), evaluating(self.chunks):
                 yield
@@ -325,7 +322,7 @@ class ModelPort:
             raise UserError("sampling on the training model needs one chunk a stage and no context parallelism")
         chunk = _bare(self.chunks[0])
         with ExitStack() as inside:
-            if self._layers != "local" if through_modules is None else through_modules:
+            if self.layers != "local" if through_modules is None else through_modules:
                 inside.enter_context(torch.no_grad())
                 self._stack = inside.enter_context(sampling_modules(chunk, self.config, self._inverse_frequencies))
             else:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from asd_megatron.errors import UserError
-from asd_megatron.models.hf_config import number, whole_number
+from asd_megatron.models.hf_config import number, shown, whole_number
 
 DEFAULT_THETA = 10000.0
 COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -58,12 +58,13 @@ class RotarySettings:
         kind = chosen.get("rope_type", chosen.get("type")) or "default"
         if not isinstance(kind, str) or kind not in KINDS:
             raise UserError(
-                f"config.json: RoPE of type {kind!r:.60} ({name}) is not supported; supported are {' and '.join(KINDS)}"
+                f"config.json: RoPE of type {shown(kind)} ({name}) is not supported; supported are "
+                f"{' and '.join(KINDS)}"
             )
         unknown = sorted(k for k, v in chosen.items() if v is not None and k not in COMMON_KEYS + KINDS[kind])
         if unknown:
             raise UserError(
-                f"config.json: RoPE of type {kind} has no {unknown[0]!r:.60} ({name}): name the rope_type that it"
+                f"config.json: RoPE of type {kind} has no {shown(unknown[0])} ({name}): name the rope_type that it"
                 " belongs to, or remove the key"
             )
         if number({**config, **_given(chosen)}, "partial_rotary_factor", 1.0) != 1.0:
@@ -100,7 +101,7 @@ class RotarySettings:
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = config.get(key) or {}
     if not isinstance(value, Mapping):
-        raise UserError(f"config.json: {key} is {value!r:.60}, expected an object; download the model again")
+        raise UserError(f"config.json: {key} is {shown(value)}, expected an object; download the model again")
     return value
 
 

@@ -1,4 +1,4 @@
-"""The progress bar of rank 0; plain lines where nobody watches a terminal."""
+"""The progress bar of rank 0; plain lines where the output is no terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def clock_text(seconds: float) -> str:
 
 
 def print_line(text: str, stream: TextIO, bar: Any = None) -> None:
-    """A line of its own, above the tqdm bar if there is one, which it does not tear."""
+    """Print one line, above the tqdm bar if there is one."""
     if bar is not None:
         bar.write(text, file=stream)
     else:
@@ -40,7 +40,7 @@ def _gate(metrics: Mapping[str, float]) -> str:
 
 
 def progress_text(metrics: Mapping[str, float]) -> str:
-    """What a person wants to see of a step, in one line; numbers that are missing or not finite are left out."""
+    """The main numbers of a step in one line; those that are missing or not finite are left out."""
     parts = []
     for name, form in (
         ("evaluation/accuracy", "held-out {:.3f}"),
@@ -62,7 +62,7 @@ def progress_text(metrics: Mapping[str, float]) -> str:
 class Progress:
     """A tqdm bar on a terminal, else a line at the first step, every `every_seconds` after it, and at the last.
 
-    `done` is the number of steps behind a resumed run. With `enabled` False (other ranks, `logging.progress: false`)
+    `done` is the number of steps before a resumed run. With `enabled` False (other ranks, `logging.progress: false`)
     every method does nothing.
     """
 
@@ -104,7 +104,7 @@ class Progress:
             print_line(f"step {step}/{self.steps} [{self._remaining(step, now)}] {text}", self._stream)
 
     def note(self, text: str) -> None:
-        """Print a line of its own (an evaluation, a checkpoint, a warning) without tearing the bar."""
+        """Print one line (an evaluation, a checkpoint, a warning), above the bar if there is one."""
         if self.enabled:
             print_line(text, self._stream, self._bar)
 

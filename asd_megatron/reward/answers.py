@@ -15,10 +15,11 @@ TAIL_CHARS = 2_000  # where a response without a marked answer is searched
 # Spaces, as LaTeX and Unicode write them. `{,}` is a comma without a space after it; zero-width characters are dropped.
 SPACE = re.compile(
     r"(?<!\\)\\(?:[,;:> ]|(?:thinspace|medspace|thickspace|enspace|enskip|quad|qquad|space|nobreakspace)(?![A-Za-z]))"
-    r"|(?<!\\)\\hspace\*?\{[^{}]*\}|~(?!=)|[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"
+    r"|(?<!\\)\\[hm]space\*?\{[^{}]*\}|~(?!=)|[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"
 )
 NOTHING = re.compile(r"(?<!\\)\\(?:!|negthinspace(?![A-Za-z]))\s*|[\u00ad\u200b-\u200f\u2060\ufeff]")
-BRACED_SPACE = re.compile(r"\{[ ]*\}")
+BRACED_SPACE = re.compile(r"(?<=\d)\{ *\}(?=\d)")
+DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)(?!\d{3}(?!\d))")  # 3{,}14, but not 10{,}000
 CHARACTERS = str.maketrans(
     {"\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2013": "-", "\uff0d": "-", "\uff0b": "+"}
     | {chr(0xFF10 + i): str(i) for i in range(10)}
@@ -27,6 +28,8 @@ CHARACTERS = str.maketrans(
 # Digits in groups of three: 12 345 (not the mixed number 12 345/346), 1'234'567, 10_000; 0.123 456; 1,234.
 GROUPS = re.compile(r"(?<![\w.,])\d{1,3}(?:(?: {1,3}\d{3})+(?! ?/)|(?:['\u2019]\d{3})+|(?:_\d{3})+)(?!['\u2019_]?\d)")
 DECIMAL_GROUPS = re.compile(r"(?<=\d)\.\d{3}(?: \d{3})+(?! ?\d)")
+THIN = r"(?:\\[,;:]|[\u2006\u2009\u202f])"  # leaves no doubt: 0.000\,01 has an incomplete last group
+THIN_DECIMAL_GROUPS = re.compile(rf"(?<=\d)\.\d{{3}}(?:{THIN}\d{{3}})*{THIN}\d{{1,3}}(?!\d)")
 COMMA_GROUPS = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+(?:\.\d*)?)")
 # 3e6, and 1.5 \times 10^{8}, 3*10^8, 3 x 10^8, 10^{23}. Not part of a longer number, power or fraction.
 ALONE = r"(?<![\w.^/*})\]\\])(?<![\^/*] )"
@@ -39,21 +42,29 @@ POWER = (
 )
 POWER_OF_TEN = re.compile(ALONE + rf"(?:{MANTISSA}{TIMES})?10{POWER}(?![\w^!]|\.\d| *\^)")
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+PLUS = re.compile(r"(?:^|(?<=[=:(,$])|(?<=[=:,] )|(?<=\bis )|(?<=\bequals ))\+(?=\.?\d)")  # `x = +2`, not `x +2`
 WHOLE_DECIMAL = re.compile(r"(?<=\d)\.(?=[/*])")  # -1./3
 
 # What stands around an answer without being part of it.
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-MARKDOWN = (("**", "**"), ("__", "__"), ("```", "```"), ("`", "`"), ("*", "*"), ('"', '"'), ("\u201c", "\u201d"))
+MARKDOWN = (
+    ("**", "**"),
+    ("__", "__"),
+    ("```", "```"),
+    ("`", "`"),
+    ("*", "*"),
+    ("_", "_"),
+    ('"', '"'),
+    ("\u201c", "\u201d"),
+)
 WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal|md|up|sl)?|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|pmb|mbox|hbox|emph"
     r"|underline|ensuremath|operatorname|displaystyle|textstyle|bf|rm|it)(?![A-Za-z])\s*"
 )
 BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]+?)(?<=[^\s*])\*\*(?![\w(*])")
 PARENTHESES = re.compile(r"(?:\\left)?\(\s*([-+]?[\d.]+|[A-Za-z])\s*(?:\\right)?\)")
-LEAD_IN = re.compile(
-    r"(?:#+\s*)|(?:so|thus|therefore|hence)?,?\s*(?:the|my|our)?\s*(?:final|correct)?\s*answer\s*(?:(?:is|=)\s*:?|:)\s*",
-    re.IGNORECASE,
-)
+ANSWER_IS = r"(?:so|thus|therefore|hence)?,?\s*(?:the|my|our)?\s*(?:final|correct)?\s*answer\s*(?:(?:is|=)\s*:?|:)\s*"
+LEAD_IN = re.compile(rf"#+\s*|{ANSWER_IS}|\\(?:text(?:bf|it|rm)?|mbox)\{{\s*{ANSWER_IS}\}}", re.IGNORECASE)
 CURRENCY = r"(?:US|A|C)?\\?\$|[\u00a3\u00a5\u20a0-\u20cf]|\\(?:pounds|euro|yen)(?:\{\})?(?![A-Za-z])"
 CURRENCY_FIRST = re.compile(rf"([-+]?)\s*(?:{CURRENCY})\s*(?=[-+\d.])")
 CURRENCY_LAST = re.compile(rf"(?<=\d)\s*(?:{CURRENCY})$")
@@ -133,11 +144,12 @@ def tidy(answer: str) -> str:
 def plain_numbers(text: str) -> str:
     r"""`text` with ordinary spaces, and with numbers that math-verify would misread written out: `10\,000` as 10000,
     `3e6` and `3 \times 10^{6}` as 3000000."""
-    text = NOTHING.sub("", text.translate(CHARACTERS)).replace("{,}", ",")
+    text = DECIMAL_COMMA.sub(".", NOTHING.sub("", text.translate(CHARACTERS))).replace("{,}", ",")
+    text = THIN_DECIMAL_GROUPS.sub(lambda m: re.sub(r"[^.\d]", "", m[0]), text)
     text = BRACED_SPACE.sub(" ", SPACE.sub(" ", text))
     text = GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     text = DECIMAL_GROUPS.sub(lambda m: m[0].replace(" ", ""), text)
-    text = WHOLE_DECIMAL.sub("", text)
+    text = WHOLE_DECIMAL.sub("", PLUS.sub("", text))
     return SCIENTIFIC.sub(_written_out, POWER_OF_TEN.sub(_written_out, text)).strip()
 
 

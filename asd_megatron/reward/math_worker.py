@@ -92,7 +92,7 @@ def numeric_equality(original: Callable[[Any, Any, int, int], bool]) -> Callable
                 equal = original(left, right, float_rounding, numeric_precision)
                 return equal and agree(*at_one_point(left, right), decimal=False)
             return agree(left, right, decimal=decimal)
-        except (AttributeError, TypeError, ValueError):  # not numbers: math_verify goes on to compare symbolically
+        except (AttributeError, TypeError, ValueError):  # not numbers: math_verify then compares symbolically
             return original(a, b, float_rounding, numeric_precision)
 
     return numeric_eq

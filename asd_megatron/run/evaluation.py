@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from asd_megatron.models.port import ModelPort
-from asd_megatron.rollout.collector import Collector
+from asd_megatron.observe.closing import Sample
+from asd_megatron.rollout.collector import Collector, Evaluation
 from asd_megatron.run.build import evaluation_params
 from asd_megatron.run.session import Session
 from asd_megatron.run.sources import ProblemSource, own_metrics
@@ -23,6 +24,14 @@ class Weights:
         return iter(self.port.export())
 
 
+def _sample(found: Evaluation) -> Sample | None:
+    """The first problem and its first response."""
+    if not found.groups:
+        return None
+    group = found.groups[0]
+    return Sample(group.problem.question, group.rollouts[0].text, group.rewards[0])
+
+
 class HeldOut:
     """Answers the problems of `data.test` and keeps two results: before the first step (`first`) and the `last`."""
 
@@ -32,6 +41,7 @@ class HeldOut:
         self.own_metrics = own_metrics(problems, session.tokenizer)
         self.first: dict[str, float] | None = None
         self.last: dict[str, float] | None = None
+        self.sample: Sample | None = None  # of the last evaluation, on global rank 0
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics `evaluation/*` of the weights after `step` steps on global rank 0, {} elsewhere. Collective."""
@@ -52,6 +62,7 @@ class HeldOut:
             metrics |= self.own_metrics.of_evaluation(rollouts, [x for g in found.groups for x in g.rewards])
         self.first = metrics if step == 0 else self.first
         self.last = metrics
+        self.sample = _sample(found)
         self.session.progress.note(
             f"held-out accuracy after {step} steps: {found.accuracy:.3f}, response length {found.length_mean:.1f}"
         )

@@ -10,6 +10,7 @@ import torch
 from asd_megatron.antisd import Condition, Gate
 from asd_megatron.config import Recipe
 from asd_megatron.config.rollout import Rollout
+from asd_megatron.models.compat import layers_text
 from asd_megatron.observe.startup import environment, gate_text, startup_report, suppliers, write_environment
 from asd_megatron.rollout.sglang.servers.options import nccl_settings
 from asd_megatron.run.folder import writing
@@ -30,6 +31,7 @@ def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
         "layers": session.hf_config.get("num_hidden_layers", "?"),
         "parameters": f"{weights:,} on this rank",
         "dtype": session.port.dtype,
+        "implementation": layers_text(session.recipe.model.layers, session.port.layers, session.port.dtype),
         "vocabulary": f"{session.port.vocab_size:,} (padded to {session.port.padded_vocab_size:,})",
         "recompute": session.recipe.model.recompute,
     }

@@ -13,6 +13,8 @@ from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import NotFinite
 from asd_megatron.observe.dumps import dump_path, write_dump
 from asd_megatron.observe.metrics import GateReading, Increments, step_metrics
+from asd_megatron.observe.warnings import MethodWarnings
+from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import Example, Group, TokenTable
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.rollout.collector import Collector
@@ -58,7 +60,7 @@ class TrainingRun:
         self.process_groups, self.port, self.clock = session.process_groups, session.port, session.clock
         self.method, self.plan, self.gate = make_method(recipe), make_plan(recipe), make_gate(recipe)
         self.reading = GateReading(False, 0.0)
-        self.guard, self.increments = Guard(), Increments()
+        self.guard, self.increments, self.warnings = Guard(), Increments(), MethodWarnings()
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         train_set, test_set = problem_sets(recipe, self.renderer)
@@ -89,8 +91,10 @@ class TrainingRun:
     def start(self) -> None:
         """The run folder, the start-up report, the evaluation before the first step."""
         self.session.begin()
+        self.session.on_root(self._watch_earlier_steps)
         self.session.on_root(lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan))
-        self._start_engine()
+        with self.session.generating():  # colocated servers size their memory by what is free
+            self._start_engine()
         if self.held_out is not None:
             self.held_out.evaluate_before_start()
         self.clock.take()
@@ -240,15 +244,24 @@ class TrainingRun:
         if self.guard.consecutive and self.session.checkpoint_due(step):
             metrics["checkpoint/skipped"] = 1.0
         metrics |= evaluation | self._counters() | self.engine.metrics()
+        found, texts = self.warnings.of_step(step, metrics)
+        metrics |= found
         self.session.write_metrics(step, metrics)
         self.session.progress.update(step, metrics)
+        for text in texts:
+            self.session.say(f"warning: {text}")
+
+    def _watch_earlier_steps(self) -> None:
+        """Warnings count from the run's first step, also after it was resumed."""
+        for row in read_metrics(self.session.folder):
+            self.warnings.of_step(row["step"], {k: v for k, v in row.items() if isinstance(v, int | float)})
 
     def checkpoint_if_due(self, step: int) -> None:
         self.session.checkpoint_if_due(step, self._state(step), self.guard)
 
     def finish(self) -> None:
         """RUN/summary.json and RUN/curves.png."""
-        self.session.finish(self.summary())
+        self.session.finish(self.summary(), sample=self.held_out.sample if self.held_out else None)
 
     def summary(self) -> dict[str, Any]:
         first, last = (self.held_out.first or {}, self.held_out.last or {}) if self.held_out else ({}, {})
@@ -261,6 +274,7 @@ class TrainingRun:
             "evaluation_before": first,
             "evaluation_after": last,
             "gate": {"open": self.gate.is_open, "h_warm": self.gate.h_warm},
+            "warnings": self.warnings.summary(),
             "recipe_hash": recipe_hash(self.recipe),
         }
 

@@ -6,6 +6,7 @@ the end.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -27,6 +28,7 @@ from asd_megatron.distributed.objects import first_message, on_rank_zero
 from asd_megatron.errors import NotFinite, UserError
 from asd_megatron.models.families import check_architecture
 from asd_megatron.models.port import ModelPort
+from asd_megatron.observe.closing import Sample, closing_table
 from asd_megatron.observe.progress import Progress, print_line
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run import folder as folders
@@ -38,6 +40,7 @@ from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.guard import Guard, first_not_finite
 from asd_megatron.trainer.optimizer import Optimizer
 
+COLLECTIVE_SECONDS = 3600.0
 T = TypeVar("T")
 log = logging.getLogger("asd_megatron")
 
@@ -63,10 +66,7 @@ def open_session(recipe: AnyRecipe) -> Iterator[Session]:
     """Join the other ranks and open the recipe's session. On leaving, whatever was opened is closed, last first, and
     the ranks part; another session may follow in the same process. Raises RunFinished when there is nothing to do."""
     with ExitStack() as closing:
-        try:
-            yield Session(recipe, closing)
-        except SystemExit as error:  # of a user's or a library's code: it would end an unfinished run with its status
-            raise RuntimeError(f"sys.exit({error.code!r}) was called inside the run") from error
+        yield Session(recipe, closing)
 
 
 class Session:
@@ -243,15 +243,19 @@ class Session:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """While rollouts are made on the trainer's own devices, the optimizer's state may wait in host memory."""
-        if not (isinstance(self.recipe, Recipe) and self.recipe.rollout.offload_optimizer):
-            yield
-            return
-        self.optimizer.offload()
+        """While rollouts are made on the trainer's own devices, the optimizer's state may be in host memory, and
+        colocated servers get the memory that PyTorch has cached."""
+        rollout = self.recipe.rollout if isinstance(self.recipe, Recipe) else None
+        if rollout is not None and rollout.offload_optimizer:
+            self.optimizer.offload()
+        if rollout is not None and rollout.placement == "colocated" and torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
         try:
             yield
         finally:
-            self.optimizer.reload()
+            if rollout is not None and rollout.offload_optimizer:
+                self.optimizer.reload()
 
     def steps(self) -> range:
         """The steps still to be made."""
@@ -346,8 +350,9 @@ class Session:
         if not self.on_root(lambda: folders.is_exported(self.folder, step, checkpoint)):
             self.export(step)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run has made its last step: RUN/summary.json says so, and RUN/curves.png is drawn. Collective."""
+    def finish(self, summary: Mapping[str, Any], sample: Sample | None = None) -> None:
+        """The run has made its last step: RUN/summary.json says so, RUN/curves.png is drawn, and a table of what came
+        of it is printed, with a held-out `sample`. Collective."""
 
         def write() -> None:
             from asd_megatron.observe.plots import plot_run, write_summary  # matplotlib
@@ -359,6 +364,14 @@ class Session:
                 folders.record(self.folder, "end", self.recipe.run.steps)
                 write_summary(self.folder, {**summary, "completed": True, "changed_settings": changes})
                 plot_run(self.folder)
+            self.progress.close()
+            exported = folders.export_folder(self.folder, self.recipe.run.steps)
+            model = exported if exported.is_dir() else None
+            print(
+                "\n"
+                + closing_table(read_metrics(self.folder), run_folder=self.folder, model_folder=model, sample=sample),
+                flush=True,
+            )
 
         self.on_root(write)
 
@@ -381,8 +394,16 @@ def _join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessG
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout = _layout(recipe, check_world(recipe, world))
     check_devices(recipe)
-    closing.callback(layouts.shutdown)
-    return layout, layouts.init(layout)
+    closing.push(layouts.leave)
+    return layout, layouts.init(layout, timeout_minutes=_longest_wait(recipe) / 60)
+
+
+def _longest_wait(recipe: AnyRecipe) -> float:
+    """Seconds that a rank may spend in a collective: more than global rank 0 may wait for servers meanwhile."""
+    if not isinstance(recipe, Recipe):
+        return COLLECTIVE_SECONDS
+    r = recipe.rollout
+    return max(COLLECTIVE_SECONDS, 300 + max(r.collect_timeout, r.server_start_timeout, r.server_wait_timeout))
 
 
 def updates_per_step(recipe: AnyRecipe) -> int:

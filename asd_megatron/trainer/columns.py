@@ -21,7 +21,10 @@ class Columns:
         """All tensors in the order of the fields, nested ones included."""
         found: list[Tensor] = []
         for value in self._values().values():
-            found += [value] if isinstance(value, Tensor) else [] if value is None else value.tensors()
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif value is not None:
+                found += value.tensors()
         return found
 
     def at(self, rows: Tensor | slice) -> Self:

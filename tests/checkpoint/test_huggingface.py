@@ -227,6 +227,8 @@ def test_damaged_configs(tmp_path: Path, text: str, reason: str) -> None:
 def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist.*model.path"):
         read_config(tmp_path / "none")
+    with pytest.raises(UserError, match="hf download Qwen/Qwen3-8B --local-dir"):
+        read_config("Qwen/Qwen3-8B")
     with pytest.raises(UserError, match="no config.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").mkdir()

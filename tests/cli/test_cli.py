@@ -2,62 +2,81 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from asd_megatron.cli import launch
-from asd_megatron.cli.guard import guarded
+from asd_megatron.cli.guard import as_rank, guarded, report_at_once
 from asd_megatron.cli.main import VERBS, main
+from asd_megatron.distributed import first_error
 from asd_megatron.distributed.launch import cores, set_defaults
 from asd_megatron.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-# Says what a rank sees, then ends as OUTCOME says.
+# Prints what a rank sees, then ends as OUTCOME says.
 PROGRAM = """
 import os, pathlib, sys, time
-from asd_megatron.cli.guard import guarded
+from asd_megatron.cli.guard import as_rank, leave
 from asd_megatron.errors import UserError
 
 def program():
     rank, outcome = os.environ["RANK"], os.environ["OUTCOME"]
-    words = [rank, os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"], *sys.argv[1:]]
+    words = [rank, os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"], *sys.argv[1:], str(os.getpid())]
     os.write(1, (" ".join(words) + "\\n").encode())  # one write: ranks share the pipe
     pathlib.Path(__file__).with_name("spoken" + rank).touch()
-    if outcome in ("exit", "kill") and rank == "1":  # a failing rank ends the others, perhaps before they speak
-        for _ in range(500):
-            if pathlib.Path(__file__).with_name("spoken0").exists():
-                break
-            time.sleep(0.1)
-    if outcome == "refuse":
+    other = pathlib.Path(__file__).with_name("spoken" + ("0" if rank == "1" else "1"))
+    while os.environ["WORLD_SIZE"] == "2" and not other.exists():  # a failing rank ends the others
+        time.sleep(0.05)
+    if outcome == "refuse" or outcome == "refuse_1" and rank == "1":
         raise UserError("the corpus is empty")
+    if outcome == "sys.exit":
+        sys.exit(0)
     if outcome == "exit" and rank == "1":
         os._exit(7)
     if outcome == "kill" and rank == "1":
         os.kill(os.getpid(), 9)
-    if outcome == "sleep":
+    if outcome in ("sleep", "refuse_1"):
         time.sleep(60)
     return 0
 
-sys.exit(guarded(program))
+leave(as_rank(program))
 """
 
 
 @pytest.fixture(autouse=True)
 def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
 
-def recipe(folder: Path, text: str = "") -> str:
+MODEL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 8,
+    "max_position_embeddings": 40960,
+    "vocab_size": 128,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+
+
+def recipe(folder: Path, text: str = "", config: dict[str, Any] | None = None) -> str:
     path, model = folder / "recipe.yaml", folder / "m"
     model.mkdir(exist_ok=True)
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text(json.dumps(config or MODEL))
     path.write_text(f"model: {{path: {model}}}\ndata: {{train: t}}\n{text}")
     return str(path)
 
@@ -140,41 +159,96 @@ def test_cores_are_divided_among_the_ranks() -> None:
         assert environment["OMP_NUM_THREADS"] == str(threads)
 
 
-def test_under_torchrun_it_refuses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "x"}, ["start `torchrun ... -m asd_megatron.train RECIPE`"]),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "1"}, ["PET_NNODES is 2", "`torchrun -m asd_megatron.train RECIPE`"]),
+        ({"PET_NNODES": "1:4"}, ["PET_NNODES is 1:4", "unset PET_NNODES"]),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, ["WORLD_SIZE is 4", "unset WORLD_SIZE"]),
+    ],
+)
+def test_one_process_of_several_starts_no_ranks(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    words: list[str],
 ) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     assert main(["train", recipe(tmp_path)]) == 2
-    assert "start `torchrun ... -m asd_megatron.train RECIPE`" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert all(word in err for word in words), err
 
 
-def test_more_ranks_than_gpus(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_kubeflow_variables_of_one_machine_do_not_reach_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "8", "PET_MASTER_ADDR": "pod-0", "OMP_NUM_THREADS": "3"}
+    set_defaults(2, environment)
+    assert [name for name in environment if name.startswith("PET_")] == [] and environment["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "Qwen3ForCausalLM"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+        ({"num_hidden_layers": "many"}, ["config.json", "many"]),
+        ({"num_key_value_heads": 1}, ["parallelism.tensor 2", "key-value heads"]),
+    ],
+)
+def test_a_model_that_is_not_supported_starts_no_rank(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any],
+    words: list[str],
 ) -> None:
+    monkeypatch.setattr(launch, "run_ranks", lambda *_: pytest.fail("started"))
+    assert main(["train", recipe(tmp_path, "parallelism: {tensor: 2}\n", {**MODEL, **config})]) == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in words), err
+
+
+def test_the_launcher_creates_no_cuda_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with 8 GPUs it counts them and starts as many ranks; every call that would need a context fails."""
     import torch
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert main(["train", recipe(tmp_path, "parallelism: {tensor: 4}\n")]) == 2
-    assert "needs 4 ranks and this machine has 2 GPUs" in capsys.readouterr().err
+    for name in ("is_available", "is_bf16_supported", "get_device_properties", "current_device", "init", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: pytest.fail("CUDA was initialized"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    started: list[int] = []
+    monkeypatch.setattr(launch, "run_ranks", lambda module, argv, ranks: started.append(ranks) or 0)
+    assert main(["train", recipe(tmp_path, "parallelism: {tensor: 2}\n")]) == 0
+    assert main(["sft", recipe(tmp_path, "parallelism: {tensor: 2, data: 1}\n")]) == 0
+    assert started == [8, 2]
 
 
-def test_guard_passes_bugs_on_and_names_a_later_rank(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guard_passes_bugs_on() -> None:
     def bug() -> int:
         raise RuntimeError("ours")
 
-    def refuse() -> int:
-        raise UserError("theirs")
+    for run in (guarded, as_rank):
+        with pytest.raises(RuntimeError, match="ours"):
+            run(bug)
 
-    with pytest.raises(RuntimeError, match="ours"):
-        guarded(bug)
+
+def test_an_error_is_reported_before_anything_is_closed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Closing may take long (servers), and rank 0 would then leave the report to another rank."""
+    monkeypatch.setattr(first_error, "HEAD_START", 0.0)
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    assert guarded(refuse) == 2
-    assert capsys.readouterr().err == "error (rank 3): theirs\n"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+
+    def refuse() -> int:
+        with ExitStack() as closing:
+            closing.callback(lambda: print("closed", file=sys.stderr))
+            with report_at_once():
+                raise UserError("theirs")
+
+    assert as_rank(refuse) == 2
+    assert capsys.readouterr().err == "error (rank 3): theirs\nclosed\n"
 
 
 def start(folder: Path, ranks: int, outcome: str) -> subprocess.Popen[str]:
@@ -196,6 +270,7 @@ def start(folder: Path, ranks: int, outcome: str) -> subprocess.Popen[str]:
         (1, "refuse", 2, "error: the corpus is empty\n"),
         (2, "", 0, ""),
         (2, "refuse", 2, "error: the corpus is empty\n"),
+        (2, "refuse_1", 2, "error (rank 1): the corpus is empty\n"),
         (2, "exit", 7, ""),
         (2, "kill", 137, "error: rank 1 was ended by signal 9\n"),
     ],
@@ -204,6 +279,8 @@ def test_exit_status_and_output_of_ranks(tmp_path: Path, ranks: int, outcome: st
     process = start(tmp_path, ranks, outcome)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
+    if outcome == "refuse":  # once, by rank 0 unless a busy machine makes it some seconds later than rank 1
+        err = err.replace(" (rank 1)", "")
     assert err == error
     assert f"0 {ranks} 1 a --b.c" in out
 
@@ -219,6 +296,36 @@ def test_signals_reach_the_ranks(tmp_path: Path, number: signal.Signals, status:
     process.communicate(timeout=40)  # stdout closes only when no rank holds it any more
     assert process.returncode == status
     assert time.monotonic() - began < 40
+
+
+def test_sys_exit_of_a_users_code_is_an_error(tmp_path: Path) -> None:
+    process = start(tmp_path, 1, "sys.exit")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "sys.exit(0)" in err and "Traceback" in err and err.splitlines()[-1].startswith("error: ")
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_ranks_end_with_their_launcher(tmp_path: Path, number: signal.Signals) -> None:
+    """Signals that the launcher cannot forward."""
+    process = start(tmp_path, 2, "sleep")
+    assert process.stdout is not None
+    ranks = [int(process.stdout.readline().split()[-1]) for _ in range(2)]
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)  # stderr closes only when no rank holds it any more
+    assert process.returncode == -number
+    deadline = time.monotonic() + 20
+    while any(alive(rank) for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert err.count("launcher") == 1 and "rank 0 ends too" in err
 
 
 def test_the_reference_is_written_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`asd-megatron study`: listing, running, going on, reporting; and once with real runs."""
+"""`asd-megatron study`: listing, running, continuing, reporting; and once with real runs."""
 
 from __future__ import annotations
 

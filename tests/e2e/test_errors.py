@@ -15,11 +15,9 @@ import torch
 
 from asd_megatron import train
 from asd_megatron.cli import main as cli
-from asd_megatron.config import load_recipe
 from asd_megatron.models.port import ModelPort
-from asd_megatron.observe.writer import RunWriter
+from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run.folder import hold
-from asd_megatron.run.session import open_session
 from tests.e2e.world import (
     World,
     call,
@@ -27,7 +25,6 @@ from tests.e2e.world import (
     make_world,
     refusal,
     start,
-    without_torchrun,
     write_lines,
 )
 from tests.models.tiny import tokenizer
@@ -206,9 +203,18 @@ def test_a_reward_that_fails(fresh: World, capsys: pytest.CaptureFixture[str], b
     assert all(word in message for word in words), message
 
 
-def test_a_reward_that_fails_and_counts_as_zero(fresh: World) -> None:
+def test_a_reward_that_fails_and_counts_as_zero(fresh: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Then all rewards are equal, which is said once, also by a run that is resumed."""
     (fresh.folder / "reward.py").write_text("def reward(problem, response):\n    return 1 / 0\n")
-    fresh.train("zero", reward={"on_error": "zero"})
+    options = {"reward": {"on_error": "zero"}, "checkpoint": {"every": 2}}
+    folder = fresh.train("zero", **options)
+    assert json.loads((folder / "summary.json").read_text())["warnings"] == []
+    for steps in ("3", "4"):
+        fresh.train("zero", "--run.steps", steps, **options)
+    (warning,) = json.loads((folder / "summary.json").read_text())["warnings"]
+    assert (warning["kind"], warning["step"]) == ("equal_rewards", 3)
+    assert capsys.readouterr().err.count("warning: all rewards") == 1
+    assert [row.get("warnings/equal_rewards") for row in read_metrics(folder)] == [None, None, 1, 1]
 
 
 def test_a_reward_that_is_not_there(fresh: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,13 +296,6 @@ def test_a_full_disk(
     message = refusal(capsys, train.main, [str(fresh.recipe()), "--run.name", "full"])
     assert "cannot be written (No space left on device)" in message
     assert not (fresh.run_folder("full") / "summary.json").exists()
-
-
-def test_an_exit_of_foreign_code_is_an_error(fresh: World) -> None:
-    recipe = load_recipe(str(fresh.recipe()))
-    with pytest.raises(RuntimeError, match="sys.exit"), without_torchrun(), open_session(recipe):
-        raise SystemExit(0)
-    assert not recipe.run.path.exists()
 
 
 # -------------------------------------------------------------------- through the command, on two ranks

@@ -178,7 +178,7 @@ def test_thirty_steps_with_a_death_every_few(
     trained = sum(row["rollouts/total"] for row in rows)
     print(
         f"deaths {len(disturbed)}, samples expected {30 * ROLLOUTS}, trained {trained:.0f}, "
-        f"made again {sum(row['servers/retried'] for row in rows):.0f}"
+        f"retried {sum(row['servers/retried'] for row in rows):.0f}"
     )
     assert trained == 30 * ROLLOUTS and sum(row["servers/retried"] for row in rows) >= len(disturbed)
 

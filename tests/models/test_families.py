@@ -36,6 +36,14 @@ LLAMA3 = {
 }
 
 
+def deep() -> Any:
+    """Lists in lists, too many for Python to print."""
+    value: Any = []
+    for _ in range(20_000):
+        value = [value]
+    return value
+
+
 def _shape(config: dict[str, Any]) -> ModelShape:
     return family_of(config).translate(config)
 
@@ -217,6 +225,8 @@ def test_sizes_that_no_model_has_are_refused_by_name(key: str, value: Any) -> No
         ({"layer_types": [["full_attention"]]}, "layer_types"),
         ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', expected a list"),
         ({"architectures": [{}]}, "architectures"),
+        ({"hidden_act": deep()}, "hidden_act is a value too large"),
+        ({"rope_scaling": {"rope_type": deep()}}, "a value too large.*is not supported"),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM.*not supported.*Qwen3ForCausalLM"),
     ],
 )

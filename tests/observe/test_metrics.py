@@ -172,11 +172,13 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
 
 def test_counters_are_shown_by_step() -> None:
     increments = Increments()
-    prompts, rewards = Counter({"teacher_too_long": 2}), {"timeouts": 1, "errors": 0, "restarts": 1}
+    prompts = Counter({"teacher_too_long": 2, "undecodable_tokens": 5})
+    rewards = {"timeouts": 1, "errors": 0, "restarts": 1}
     rollouts = asdict(Counts(dropped_groups=1))
     first = increments.of(prompts=prompts, rollouts=rollouts, rewards=rewards)
     assert {name for name, value in first.items() if value} == {
         "demonstration/too_long",
+        "rollouts/undecodable_tokens",
         "rollouts/dropped_groups",
         "reward/timeouts",
         "reward/restarts",

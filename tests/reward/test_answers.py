@@ -16,6 +16,8 @@ from asd_megatron.reward.answers import Candidate, final_answer, gold_answer, qu
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{a \boxed{b} c}", "b"),
         (r"\fbox{\boxed{5}}", "5"),
+        (r"\boxed{7} and \boxed{8", "7"),
+        (r"\boxed{7} and \boxed", "7"),
         (r"\boxed{}", ""),
         (r"\boxed{4} or \fbox{5}", "5"),
         (r"escaped twice: \\boxed{5}", "5"),
@@ -37,9 +39,7 @@ def test_last_boxed(text: str, content: str) -> None:
     assert text[box.start : box.end].startswith(("\\boxed", "\\fbox")) and content in text[box.start : box.end]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "5", r"\boxed", r"\boxed{5", r"\boxed{\}", r"\boxed notation", r"\boxes{5}", r"\boxed{7} and \boxed{8"]
-)
+@pytest.mark.parametrize("text", ["", "5", r"\boxed", r"\boxed{5", r"\boxed{\}", r"\boxed notation", r"\boxes{5}"])
 def test_no_box(text: str) -> None:
     assert last_boxed(text) is None
 
@@ -93,6 +93,7 @@ def test_outside_thinking(text: str, outside: str | None) -> None:
         (r"<answer>so \boxed{5}</answer>", "5"),
         (r"<answer>\boxed{5}", "5"),
         ('<Answer type="int">5</ANSWER>', "5"),
+        ("<final_answer>5</final_answer>", "5"),
         ("</answer> #### 3\nrest", "3"),
         ("<answer>1</answer> and <answer>2", ""),
         (r"<answer>1</answer> and <answer>\boxed{2", ""),
@@ -146,6 +147,14 @@ def test_final_answer_order() -> None:
         ("5 apples and 3 pears", "5 apples and 3 pears"),
         ("2 x", "2 x"),
         ("-1./3", "-1/3"),
+        ("3{,}14", "3.14"),
+        (r"0.000\,01", "0.00001"),
+        (r"\text{The answer is }7", "7"),
+        ("+2", "2"),
+        ("x = +2", "x = 2"),
+        ("1 +2", "1 +2"),
+        ("1+2", "1+2"),
+        ("x +2", "x +2"),
         ("0.333...", "0.333..."),
     ],
 )

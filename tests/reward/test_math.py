@@ -74,6 +74,7 @@ RIGHT = [
     ("602000000000000000000000", r"\boxed{6.02 \cdot 10^{23}}"),
     ("10000", r"The answer is $10\,000$."),
     (r"(10\,000, 1)", r"\boxed{(10000, 1)}"),
+    ("+2", "We see that it is +2."),
     ("-1./3", r"\boxed{-\frac13}"),
     ("073", r"\boxed{\textbf{(073)}}"),
     ("B", r"\boxed{\textbf{(B)}}"),
@@ -165,11 +166,11 @@ def test_workers_hold_no_torch_and_import_nothing_of_ours(verifier: MathVerifier
 
 
 def test_a_slow_answer_is_bounded_counted_and_its_worker_replaced(caplog: pytest.LogCaptureFixture) -> None:
-    v = MathVerifier(timeout_seconds=1, workers=1)
+    v = MathVerifier(timeout_seconds=1, wall_timeout_seconds=120, workers=1)
     try:
         before, start = pids(v), time.monotonic()
         rewards = v.score([(problem("0.5"), r"\boxed{1/2}"), (problem("5"), SLOW), (problem("0.25"), r"\boxed{1/4}")])
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 100
         assert rewards == [1.0, 0.0, 1.0]
         assert v.counters == {"timeouts": 1, "errors": 0, "restarts": 1} and pids(v) != before
         assert "1 s of processor time (reward.timeout_seconds)" in caplog.text
@@ -194,7 +195,7 @@ def test_waiting_is_bounded_by_wall_time_and_is_no_processor_time() -> None:
 
 
 def test_a_group_with_equal_answers_is_judged_once() -> None:
-    v = MathVerifier(timeout_seconds=1, workers=1)
+    v = MathVerifier(timeout_seconds=1, wall_timeout_seconds=120, workers=1)
     try:
         assert v.score([(problem("5"), SLOW)] * 8) == [0.0] * 8
         assert v.counters["timeouts"] == 1

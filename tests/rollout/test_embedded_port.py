@@ -135,7 +135,7 @@ def _in_layout(rank: int, layout: Layout) -> Sampled:
 
 
 def _check_failure_of_one_replica(port: ModelPort, process_groups: ProcessGroups) -> None:
-    """Raised on every rank; the engine goes on, also with fewer groups than replicas."""
+    """Raised on every rank; the engine continues, also with fewer groups than replicas."""
     engine = EmbeddedEngine(port, process_groups, None, seed=3)
     engine.submit(PROMPTS, PARAMS, 1)
     with pytest.raises(RolloutError, match="rollout.collect_timeout"):

@@ -111,7 +111,7 @@ def state(optimizer: Optimizer) -> list[Tensor]:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_leaves_no_trace(bad: float, product: Product) -> None:
-    """Weights and moments stay bit for bit, the schedule goes on, and so does the next update as if nothing was."""
+    """Weights and moments stay bit for bit, the schedule continues, and so does the next update as if nothing was."""
     product.reload()
     optimizer = make(product, schedule="linear")
     fill_gradients(product, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from asd_megatron.errors import UserError
-from asd_megatron.models.hf_config import flag, number, required, whole_number
+from asd_megatron.models.hf_config import flag, number, required, shown, whole_number
 from asd_megatron.models.rope import RotarySettings
 from asd_megatron.models.weights import QKV, Copy, GateUp, Row, Rule, Vocabulary
 
@@ -59,7 +59,7 @@ class Family:
 
 def refuse_unless(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...], why: str) -> None:
     if config.get(key, allowed[0]) not in allowed:
-        raise UserError(f"config.json: {key} is {config[key]!r}; {why}")
+        raise UserError(f"config.json: {key} is {shown(config[key])}; {why}")
 
 
 def translate_decoder(config: Mapping[str, Any], *, qk_norm: bool, explicit: tuple[str, ...] = ()) -> ModelShape:

@@ -16,7 +16,7 @@ All samples decode one token per forward, so a slot is filled in every cell at o
 only prompts of different lengths do. Keys are stored after RoPE, so the order of slots carries no meaning.
 
 A finished sample leaves its cell empty. `keep([0, 1, 3, 4, 5])` leaves cell 2 empty: 6 cells for 5 rows, still within
-EMPTY. `keep([0, 3, 4, 5])` would leave 6 cells for 4 rows, too many, so the grid is laid out anew with the largest
+EMPTY. `keep([0, 3, 4, 5])` would leave 6 cells for 4 rows, too many, so the grid is laid out again with the largest
 groups that fit, here of one cell, and Q is stored three times:
 
     group 0 P0 P1 P2    cell 0 (was 0)          group 2 Q0 Q1 --    cell 2 (was 4)

@@ -184,8 +184,7 @@ class Controller:
     def send(self, tensors: Iterator[tuple[str, Tensor]], version: int, probe: Sequence[float] | None) -> bool:
         """Send the weights to every usable server that lacks them. Whether enough servers have them now: all at the
         first update, one at a later one. `tensors` is read to its end. Raises VerificationError when something else
-        arrived
-        than was sent."""
+        arrived than was sent."""
         label = self._labels.label(version)
         receivers = self._lacking(version)
         if self._verifier is not None:

@@ -138,7 +138,7 @@ class FakeSGLang:
     async def _health(self, _: web.Request) -> web.Response:
         if self.health_delay:
             self.probing += 1
-            await asyncio.shield(self._probe())  # a probe that nobody waits for any more goes on all the same
+            await asyncio.shield(self._probe())  # a probe that nobody waits for any more still completes
         elif self.offloaded and not self.paused:
             self.crash("a health probe generates without memory")
         return web.Response(status=200 if self.healthy and not self.paused else 503)

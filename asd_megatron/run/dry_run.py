@@ -1,0 +1,123 @@
+"""`asd-megatron train RECIPE --dry-run`: everything that can be checked without a model, in one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from asd_megatron.antisd import feedback
+from asd_megatron.checkpoint.huggingface import read_config
+from asd_megatron.config import AnyRecipe, Recipe, SftRecipe
+from asd_megatron.data.prompts import PromptRenderer
+from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, decode, end_token_ids, load_tokenizer
+from asd_megatron.errors import UserError
+from asd_megatron.models.families import shape_of
+from asd_megatron.records import Problem
+from asd_megatron.reward.base import tests_of
+from asd_megatron.reward.factory import make_verifier
+from asd_megatron.run.build import make_plan, make_renderer
+from asd_megatron.run.sources import held_out_problems, model_folder, supervised_source, training_problems
+
+FAKE_RESPONSE = "The answer is 42."
+DEMONSTRATION = "(a verified solution of this problem)"
+
+Section = tuple[str, str]
+"""A title and the text below it."""
+
+
+def dry_run(recipe: AnyRecipe, ranks: int, where: str) -> int:
+    """Check the recipe's data, chat template, reward and model configuration, and print what would run, `where`.
+
+    Builds no model, starts no rank and leaves no files. Returns exit status 0; raises UserError for what the run itself
+    would refuse. The recipe, the number of ranks and the layout have been checked before.
+    """
+    folder = model_folder(recipe.model.path)
+    config = read_config(folder)
+    family, shape = shape_of(config)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, shape.vocab)
+    check_stop_token_ids(tokenizer, recipe.sampling.stop_token_ids or ())
+    end_ids = end_token_ids(folder, tokenizer)
+    renderer = make_renderer(recipe, tokenizer, end_ids)
+    sections = [("layout", where), ("model", f"{family.name}, {shape.layers} layers, {folder}")]
+    if isinstance(recipe, Recipe):
+        sections += _training(recipe, renderer, shape.max_positions)
+    else:
+        sections += _supervised(recipe, renderer, tokenizer, end_ids, shape.max_positions)
+    for title, text in sections:
+        print(f"{title}\n{'-' * len(title)}\n{text}\n")
+    print(f"nothing was started: without --dry-run this recipe starts {ranks} rank{'s' * (ranks > 1)}", flush=True)
+    return 0
+
+
+def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[Section]:
+    train, test = training_problems(recipe.data), held_out_problems(recipe.data)
+    counts = []
+    for name, problems in ((recipe.data.train, train), (recipe.data.test, test)):
+        if problems is not None:
+            looked_at = problems.take(None)
+            longest = renderer.check(looked_at)
+            counts.append(f"{name}: {len(looked_at)} problems checked, prompts of at most {longest} tokens")
+    asked = math.ceil(recipe.sampling.problems_per_step * recipe.rollout.oversampling)
+    problem = train.batch(1, asked, recipe.run.seed)[0]
+    reward, assessment = _scored(recipe, problem)
+    passes = make_plan(recipe)
+    sections = [
+        ("data", "\n".join(counts)),
+        ("reward", f"{recipe.reward.name} gives {reward:g} for the response {FAKE_RESPONSE!r} to the problem below"),
+        ("passes of a step", "\n".join(passes.reasons)),
+        (f"student's prompt of problem {problem.prompt_id}", renderer.student_text(problem)),
+    ]
+    if passes.teacher_scoring:
+        demonstration = problem.solution or DEMONSTRATION
+        limit = recipe.privileged.max_teacher_tokens or positions
+        text = renderer.teacher_text(problem, demonstration, assessment)
+        sections.append((f"teacher's prompt for that response (with it at most {limit} tokens)", text))
+    return sections
+
+
+def _scored(recipe: Recipe, problem: Problem) -> tuple[float, str]:
+    """The reward of a made-up response, and the assessment that the teacher would read."""
+    try:
+        verifier = make_verifier(**recipe.reward.model_dump())
+        try:
+            (reward,) = verifier.score([(problem, FAKE_RESPONSE)])
+        finally:
+            verifier.close()
+    except SystemExit as error:
+        raise UserError(
+            f"the reward {recipe.reward.name} called sys.exit({error.code!r}): return a number, or raise an exception"
+        ) from None
+    threshold = recipe.privileged.success_threshold
+    text = feedback(reward, verifier.feedback_kind, success_threshold=threshold, tests=tests_of(problem))
+    return reward, text
+
+
+def _supervised(
+    recipe: SftRecipe, renderer: PromptRenderer, tokenizer: Any, end_ids: Sequence[int], positions: int
+) -> list[Section]:
+    if not end_ids:
+        raise UserError("the tokenizer has no end token: set eos_token_id in the model's generation_config.json")
+    examples = supervised_source(
+        recipe.data.train,
+        renderer,
+        tokenizer,
+        steps=recipe.run.steps,
+        end_token_id=end_ids[0],
+        max_tokens=positions,
+        shuffle=recipe.data.shuffle,
+    )
+    batch = examples.batch(1, recipe.sft.sequences_per_step, recipe.run.seed)
+    longest = max(len(example.prompt_ids) + len(example.response_ids) for example in batch)
+    sections = [
+        ("data", f"{recipe.data.train}: the first step's {len(batch)} sequences have at most {longest} tokens"),
+        ("prompt of the first example", decode(tokenizer, batch[0].prompt_ids, skip_special_tokens=False)),
+        ("its response", decode(tokenizer, batch[0].response_ids)),
+    ]
+    problems = held_out_problems(recipe.data) if recipe.evaluates else None
+    if recipe.reward is not None and problems is not None:
+        renderer.check(problems.take(None))
+        make_verifier(**recipe.reward.model_dump()).close()
+        sections[0] = ("data", f"{sections[0][1]}\n{recipe.data.test}: prompts checked")
+    return sections

@@ -1,0 +1,87 @@
+"""`--dry-run`: the checks of a run, its prompts and its passes, without a model or a rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asd_megatron.cli import launch
+from asd_megatron.cli.main import main
+from asd_megatron.models.port import ModelPort
+from tests.e2e.world import World, make_world, write_lines
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(launch, "run_ranks", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(ModelPort, "build", lambda *_, **__: pytest.fail("built"))
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return make_world(tmp_path)
+
+
+def dry(kind: str, path: Path, *overrides: str) -> int:
+    return main([kind, str(path), "--dry-run", *overrides])
+
+
+def test_what_it_shows(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry("train", world.recipe(algorithm={"name": "antisd"}), "--parallelism.tensor", "2") == 0
+    out = capsys.readouterr().out
+    student, _, teacher = out.partition("student's prompt")[2].partition("teacher's prompt")
+    problem = student.split("<user>")[1].split("<end>")[0].strip()
+    assert problem in teacher and "Your previous attempt:\nw" in teacher
+    assert "Your answer is correct." in teacher and "Your previous attempt" not in student
+    for words in ("tensor 2", "teacher scoring pass", "4 a step in all", "reward.py:reward gives 1", "starts 2 ranks"):
+        assert words in out, out
+    assert not (world.folder / "runs").exists()
+    assert dry("train", world.recipe(algorithm={"name": "grpo"})) == 0
+    out = capsys.readouterr().out
+    assert "teacher's prompt" not in out and "starts 1 rank\n" in out
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("import sys\ndef reward(problem, response): sys.exit(0)", ["reward"]),
+        ("def reward(response): return 1.0", ["reward"]),
+        ("def reward(problem, response): return 'good'", ["reward", "str"]),
+    ],
+)
+def test_a_reward_that_cannot_be_used(
+    world: World, capsys: pytest.CaptureFixture[str], reward: str, words: list[str]
+) -> None:
+    (world.folder / "reward.py").write_text(reward)
+    assert dry("train", world.recipe()) == 2
+    err = capsys.readouterr().err
+    assert "error: " in err and all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"data": {"train": "none.jsonl"}}, ["none.jsonl"]),
+        ({"sampling": {"max_prompt_tokens": 2}}, ["sampling.max_prompt_tokens"]),
+        ({"sampling": {"problems_per_step": 10_000}}, ["sampling.problems_per_step"]),
+        ({"parallelism": {"tensor": 3}}, ["parallelism.tensor 3"]),
+    ],
+)
+def test_what_the_run_would_refuse(
+    world: World, capsys: pytest.CaptureFixture[str], sections: dict[str, Any], words: list[str]
+) -> None:
+    assert dry("train", world.recipe(**sections)) == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in words), err
+
+
+def test_a_supervised_recipe(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_lines(world.folder / "corpus.jsonl", [{"prompt": "w1 w2", "response": "w3 w4"}] * 4)
+    recipe = world.folder / "sft.yaml"
+    recipe.write_text(f"model: {{path: {world.model}}}\ndata: {{train: {corpus}}}\nsft: {{sequences_per_step: 2}}\n")
+    assert dry("sft", recipe) == 0
+    out = capsys.readouterr().out
+    assert "w1 w2" in out and "w3 w4" in out and "teacher" not in out
+    write_lines(corpus, [{"prompt": "w1 w2"}])
+    assert dry("sft", recipe) == 2
+    assert "`response` is missing" in capsys.readouterr().err
