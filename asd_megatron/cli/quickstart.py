@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         parser.print_help()
         return 0
     recipe = find_recipe()
-    overrides = ["--run.overwrite", "true", *argv]
+    overrides = ["--run.overwrite", "true", "--checkpoint.resume", "never", *argv]
     folder = load_recipe(recipe, overrides).run.path
     command = [sys.executable, "-m", "asd_megatron.cli.main", "train", str(recipe), *overrides]
     environment = os.environ | {LAUNCHER: str(os.getpid())}  # training ends with this process

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from asd_megatron.errors import UserError
+from asd_megatron.errors import NotFinite, UserError
 from asd_megatron.records import FinishReason, Group, SamplingParams
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine, GroupSlice, plan_chunks
 from asd_megatron.rollout.engine import RolloutEngine, RolloutError
@@ -203,7 +203,7 @@ def test_non_finite_logits_stop_the_run(process_groups: Any, forward: int) -> No
     engine = _engine(process_groups, port)
     engine.submit(PROMPTS, PARAMS, 1)
     engine.submit(PROMPTS, PARAMS, 2)
-    with pytest.raises(RolloutError, match="non-finite"):
+    with pytest.raises(NotFinite, match="non-finite"):
         engine.collect(60)
     assert engine.pending == 0 and not port.inside
 
