@@ -8,12 +8,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import DemonstrationSource
-
-WhenNoSolution = Literal["mask", "reference_answer", "feedback_only"]
 
 
 class PrivilegedContextError(UserError, ValueError):

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from asd_megatron.models.compat import optimizer_parts
+
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -32,16 +34,10 @@ KIND_OF_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 RATES_OF_GROUP = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
-def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of a chain that hold parameters."""
-    chain = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
-
-
 def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    return [part for part in parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    return [part for part in optimizer_parts(optimizer) if isinstance(part, DistributedOptimizer)]
 
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
@@ -49,13 +45,13 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    inner = [part.optimizer for part in parts(optimizer)]
+    inner = [part.optimizer for part in optimizer_parts(optimizer)]
     return [o for o in inner if isinstance(o, torch.optim.Adam | torch.optim.AdamW)]
 
 
 def fill(optimizer: MegatronOptimizer) -> None:
     """Give parameters without Adam state the state that they would get at their first step."""
-    for part in parts(optimizer):
+    for part in optimizer_parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)  # `exp_avg` and `exp_avg_sq`, of whichever Adam
     for adam in _torch_adams(optimizer):  # it alone counts steps by parameter; the others by group, from the first on
         for group in adam.param_groups:

@@ -1,13 +1,17 @@
-"""What differs between Megatron-Core releases (0.16.1 and 0.19.2), and which layer implementation a model gets."""
+"""What differs between Megatron-Core releases (0.16.1 and 0.19.2) or between the objects that one release returns, and
+which layer implementation a model gets."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from asd_megatron.distributed.machine import has_cuda, transformer_engine_problem
 from asd_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
 
 
 def why_not_transformer_engine(dtype: torch.dtype) -> str | None:
@@ -37,6 +41,12 @@ def layers_text(asked: str, layers: str, dtype: torch.dtype) -> str:
     if asked != "auto" or layers == "te" or not has_cuda():
         return layers
     return f"local; not Transformer Engine: {why_not_transformer_engine(dtype)}"
+
+
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of a chain that hold parameters; the optimizer itself where it is no chain."""
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
 
 
 def hidden_state_model(gpt_class: type) -> type:

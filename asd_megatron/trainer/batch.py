@@ -48,14 +48,13 @@ class TokenSequence:
 class Pack:
     """One micro-batch: packed tokens and the rows whose logits the head computes, one for each response token.
 
+    `rows` are places in this rank's tokens (gathered, under sequence parallelism); each predicts the target after it.
     Under context parallelism each rank has the rows whose hidden state it holds: disjoint, together all of them. A pack
     without rows is a zero-weight micro-batch.
     """
 
     tokens: PackedTokens
-    rows: (
-        Tensor  # int64 [N]: place in this rank's tokens (gathered, under sequence parallelism) that predicts the target
-    )
+    rows: Tensor  # int64 [N]
     targets: Tensor  # int64 [N]: ids of the response tokens
     flat: Tensor  # int64 [N]: rows of the token table
     real_tokens: int  # of the complete pack, without padding; a shared prefix counts once

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from asd_megatron.models.compat import optimizer_parts
 from asd_megatron.models.port import ModelPort
 
 
@@ -63,7 +64,7 @@ class Optimizer:
             clip_grad=clip_grad,
             use_distributed_optimizer=distributed,
         )
-        for part in self._parts():
+        for part in optimizer_parts(self.megatron):
             _fuse(part.optimizer)
         self.scheduler = _scheduler(
             self.megatron, learning_rate, min_learning_rate, schedule, warmup_steps, total_steps, weight_decay
@@ -117,7 +118,7 @@ class Optimizer:
             homes.append(tensor.device)
             return tensor.to(next(targets))
 
-        for part in self._parts():
+        for part in optimizer_parts(self.megatron):
             for state in part.optimizer.state.values():
                 state.update({k: moved(v) for k, v in state.items() if isinstance(v, torch.Tensor)})
             if self.port.dtype is not torch.float32:
@@ -125,11 +126,6 @@ class Optimizer:
                     for parameter in group["params"]:
                         parameter.data = moved(parameter.data)
         return homes
-
-    def _parts(self) -> list[Any]:
-        """The optimizers of Megatron's chain that hold parameters."""
-        chain = getattr(self.megatron, "chained_optimizers", [self.megatron])
-        return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
 
     @torch.no_grad()
     def step(self, *, loss: float = 0.0) -> StepResult:
@@ -145,7 +141,7 @@ class Optimizer:
         applied = math.isfinite(norm) and math.isfinite(loss)
         if applied:
             if self.clip_grad > 0:
-                for part in self._parts():
+                for part in optimizer_parts(self.megatron):
                     parameters = part.get_parameters()
                     if parameters:
                         clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
@@ -178,7 +174,7 @@ def _scheduler(
 ) -> Any:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    scheduler = OptimizerParamScheduler(
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0 if warmup_steps else learning_rate,
         max_lr=learning_rate,
@@ -191,10 +187,6 @@ def _scheduler(
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    # Megatron's scheduler starts at step 0 of the warm-up, whose rate is 0: the first update has step 1's.
-    if warmup_steps:
-        scheduler.step(1)
-    return scheduler
 
 
 def _fuse(optimizer: Any) -> None:
