@@ -2,15 +2,10 @@
 
     CHECKPOINTS/step_000060/   .metadata, *.distcp, common.pt, metadata.json   Megatron's `torch_dist` format
                                run_state.json                                  what the run itself must know
-    CHECKPOINTS/latest         the name of the newest complete one
+    CHECKPOINTS/latest         the name of the newest complete one (`lineage`)
 
 Tensors are stored in their model's shape, so that another layout (or data-parallel size) can load them. `CHECKPOINTS`
 must be on a file system that all ranks share. `save` and `load` are collective over all ranks.
-
-Lineage: `latest` names the checkpoint that the run continues from, so a checkpoint with a higher number is of a branch
-that was abandoned when the run was resumed from an older one. The first save after that removes it:
-
-    20, 40, 60    resumed from 20: `latest` names 20    30 is saved: 20, 30
 
 Extra states of modules (keys `..._extra_state`) are neither stored nor loaded. Transformer Engine unpickles its own, so
 a crafted one would run code; its modules have some where Megatron's have none, so checkpoints of one would not load
@@ -20,8 +15,6 @@ into the other; and only FP8's delayed scaling, which is not used here, keeps an
 from __future__ import annotations
 
 import json
-import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -30,18 +23,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
-from asd_megatron.checkpoint import optimizer_state
+from asd_megatron.checkpoint import lineage, optimizer_state
+from asd_megatron.checkpoint.lineage import RUN_STATE
 from asd_megatron.checkpoint.safety import check_metadata, weights_only
 from asd_megatron.distributed.objects import first_message, on_rank_zero, share_outcome
 from asd_megatron.errors import UserError
-from asd_megatron.files import (
-    atomic_folder,
-    atomic_write,
-    read_json_object,
-    remove_folder,
-    remove_partial,
-    user_error,
-)
+from asd_megatron.files import atomic_folder, read_json_object, remove_partial
 from asd_megatron.models.port import ModelPort
 
 if TYPE_CHECKING:
@@ -50,12 +37,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 FORMAT = 1
-RUN_STATE = "run_state.json"
-LATEST = "latest"
-_NAME = re.compile(r"step_(\d{6,})")
 _TORCH_SAVE = ("inline_container", "iostream error")  # in what `torch.save` raises on a full disk
 
 
@@ -79,6 +62,7 @@ def save(
     `latest` then stay as they were.
     """
     folder = Path(folder)
+    target = folder / lineage.name(step)
     host = port.process_groups.host
     saving = partial(_saving, folder, step)
     with ExitStack() as written:
@@ -87,7 +71,7 @@ def save(
             text = _run_state_text(step, optimizer, run_state)
             with saving():
                 remove_partial(folder)
-                return str(written.enter_context(atomic_folder(folder / name(step), replace=True))), text
+                return str(written.enter_context(atomic_folder(target, replace=True))), text
 
         aside, text = on_rank_zero(begin, host)
         _save_shards(aside, _state(port, optimizer, scheduler, loading=False), host, saving)
@@ -96,12 +80,12 @@ def save(
             with saving():
                 (Path(aside) / RUN_STATE).write_text(text, encoding="utf-8")
                 written.close()
-                previous = _number(_named(folder) or "") or 0
-                _write_latest(folder, name(step))
-            _prune(folder, step, previous, keep)
+                previous = lineage.latest_step(folder)
+                lineage.write_latest(folder, target.name)
+            lineage.prune(folder, step, previous, keep)
 
         on_rank_zero(finish, host)
-    return folder / name(step)
+    return target
 
 
 def load(
@@ -123,79 +107,6 @@ def load(
     _on_every_rank(lambda: _restore(path, loaded, port, optimizer, scheduler), world)
     run_state: dict[str, Any] = stored["run_state"]
     return run_state
-
-
-def latest(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run's `checkpoints` folder, None when there is none."""
-    folder = Path(folder)
-    named = _named(folder)
-    if named is None:
-        return None
-    if not _NAME.fullmatch(named) or not (folder / named / RUN_STATE).is_file():
-        raise UserError(
-            f"{folder / LATEST} names {named!r}, which is no checkpoint in {folder}: "
-            "write the name of one that is into it, or remove it to start afresh"
-        )
-    return folder / named
-
-
-def name_latest(folder: str | Path, checkpoint: str) -> None:
-    """Make `checkpoint` the one that `latest` finds in a run's `checkpoints` folder: the run resumes from it."""
-    folder = Path(folder)
-    _write_latest(folder, checkpoint)
-    number = _number(checkpoint)
-    later = [name(step) for step in sorted(_steps(folder)) if number is not None and step > number]
-    if later:
-        log.warning(
-            "the run resumes from %s: its next checkpoint replaces the later ones in %s (%s); move them to keep them",
-            checkpoint,
-            folder,
-            ", ".join(later),
-        )
-
-
-def name(step: int) -> str:
-    """The folder name of a step's checkpoint."""
-    return f"step_{step:06d}"
-
-
-def _number(checkpoint: str) -> int | None:
-    match = _NAME.fullmatch(checkpoint)
-    return None if match is None else int(match[1])
-
-
-def _named(folder: Path) -> str | None:
-    """What `latest` holds, None when there is no such file."""
-    with user_error(f"{folder / LATEST} cannot be read", "check the run folder's permissions"):
-        try:
-            return (folder / LATEST).read_bytes()[:100].decode(errors="replace").strip()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-
-def _write_latest(folder: Path, checkpoint: str) -> None:
-    atomic_write(folder / LATEST, checkpoint + "\n")
-
-
-def _steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder by step."""
-    found = {_number(path.name): path for path in folder.iterdir() if path.is_dir()}
-    return {step: path for step, path in found.items() if step is not None}
-
-
-def _prune(folder: Path, step: int, previous: int, keep: int) -> None:
-    """After the save of `step` by a run that continued from `previous`: remove what follows `previous` (another
-    branch's) and the oldest checkpoints, never the one just written. What cannot be removed stays, with a warning."""
-    others = {s: path for s, path in _steps(folder).items() if s != step}
-    own = sorted(s for s in others if s <= min(previous, step))
-    abandoned = sorted(others.keys() - set(own))
-    if abandoned:
-        log.warning("removing the checkpoints of an abandoned branch: %s", ", ".join(name(s) for s in abandoned))
-    for s in (*abandoned, *own[: max(0, len(own) - (keep - 1))]):
-        try:
-            remove_folder(others[s])
-        except OSError as error:
-            log.warning("the old checkpoint %s cannot be removed: %s", others[s], error)
 
 
 def _chunks(port: ModelPort) -> dict[str, MegatronModule]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from asd_megatron import locks
-from asd_megatron.checkpoint import training
+from asd_megatron.checkpoint import lineage
 from asd_megatron.checkpoint.huggingface import CONFIG, is_complete
 from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
@@ -127,7 +127,7 @@ def _decide(recipe: AnyRecipe, stage: str) -> Start:
     elsewhere = asked if given is not None and not _inside(given, folder) else None
     if not _entries(folder):
         return Start("fresh", elsewhere)
-    newest = None if asked == "never" else training.latest(folder / CHECKPOINTS)
+    newest = None if asked == "never" else lineage.latest(folder / CHECKPOINTS)
     recorded = None if asked == "never" else _recorded(recipe, elsewhere, newest)
     if recorded is None:
         _check_overwrite(recipe)
@@ -191,20 +191,20 @@ def _complete(recipe: AnyRecipe) -> bool:
 def _export_is_missing(recipe: AnyRecipe, newest: Path | None) -> bool:
     """Whether the export of the last step was asked for, is not there, and can be made."""
     last = recipe.run.steps
-    if newest is None or newest.name != training.name(last) or not recipe.checkpoint.export_at_end:
+    if newest is None or newest.name != lineage.name(last) or not recipe.checkpoint.export_at_end:
         return False
     return not is_exported(recipe.run.path, last, newest)
 
 
 def export_folder(folder: Path, step: int) -> Path:
     """RUN/hf/step_NNNNNN."""
-    return folder / EXPORTS / training.name(step)
+    return folder / EXPORTS / lineage.name(step)
 
 
 def is_exported(folder: Path, step: int, checkpoint: Path) -> bool:
     """Whether the export of `step` is complete and of this branch: not older than the checkpoint of that step."""
     export = export_folder(folder, step)
-    written = checkpoint / training.RUN_STATE
+    written = checkpoint / lineage.RUN_STATE
     return is_complete(export) and (export / CONFIG).stat().st_mtime >= written.stat().st_mtime
 
 
@@ -282,7 +282,7 @@ def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
             remove_partial(folder / part)
         if start.kind == "resume" and start.checkpoint is not None:
             # It may be an older one: from now on it is the run's newest.
-            training.name_latest(folder / CHECKPOINTS, Path(start.checkpoint).resolve().name)
+            lineage.name_latest(folder / CHECKPOINTS, Path(start.checkpoint).resolve().name)
         origin = None if start.checkpoint is None else os.path.realpath(start.checkpoint)
         record(folder, start.kind, step, stage=stage, checkpoint=origin)
         if step < recipe.run.steps:

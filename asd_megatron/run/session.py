@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from asd_megatron.checkpoint import training
+from asd_megatron.checkpoint import lineage, training
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write_folder
 from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_model, check_world, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
@@ -319,7 +319,7 @@ class Session:
     def _last_good(self) -> str:
         if not self._saved:
             return "there is no checkpoint of this run yet"
-        return f"the newest checkpoint is {training.name(self._saved)}"
+        return f"the newest checkpoint is {lineage.name(self._saved)}"
 
     def save(self, step: int, run_state: Mapping[str, Any]) -> None:
         """A training checkpoint; the newest `checkpoint.keep` stay. Collective."""

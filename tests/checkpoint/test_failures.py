@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from asd_megatron.checkpoint import training
+from asd_megatron.checkpoint import lineage
 from asd_megatron.errors import UserError
 from tests.checkpoint.trainer import Trainer
 from tests.distributed.harness import run_ranks
@@ -42,14 +42,14 @@ def _failures(rank: int, folder: str) -> None:
             assert str(root) in str(caught.value) and "\n" not in str(caught.value)
             if rank == 0:
                 assert sorted(os.listdir(root)) == before
-                assert training.latest(root) == root / "step_000001"
+                assert lineage.latest(root) == root / "step_000001"
     blocked = Path(folder) / "blocked"
     if rank == 0:
         blocked.write_text("")
     with pytest.raises(UserError, match="cannot be saved in .*blocked"):
         trainer.save(blocked, 2)
     trainer.save(root, 2)
-    assert training.latest(root) == root / "step_000002"
+    assert lineage.latest(root) == root / "step_000002"
 
     # An error of ours on one rank is raised on all too.
     own = os.listdir(root)

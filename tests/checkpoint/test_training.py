@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from asd_megatron.checkpoint import training
+from asd_megatron.checkpoint import lineage
 from asd_megatron.errors import UserError
 from tests.checkpoint.trainer import RUN_STATE, Trainer
 from tests.distributed.harness import run_ranks
@@ -44,7 +44,7 @@ def _continue(rank: int, folder: str) -> dict[str, Any]:
             if used:
                 again.steps(range(7, 9))
             before = again.weights()
-            state = again.load(training.latest(path))
+            state = again.load(lineage.latest(path))
             same_rate = again.learning_rate == saved_rate
             again.steps(range(2, 5))
             got, want = again.weights(), straight.weights()
@@ -76,7 +76,7 @@ def _other_layout(rank: int, folder: str) -> dict[str, float]:
         want = first.weights()
         for layout in ({"data": 2}, {"pipeline": 2, "virtual_pipeline": 2}):
             again = Trainer(layout, distributed, seed=2)
-            again.load(training.latest(path))
+            again.load(lineage.latest(path))
             again.steps(range(2, 4))
             got = again.weights()
             report[f"{distributed} {layout}"] = max((got[n] - want[n]).abs().max().item() for n in want)
@@ -115,11 +115,11 @@ def _refusals(rank: int, folder: str) -> dict[str, str]:
     shard = next(path.glob("*.distcp"))
     shard.unlink()
     found["missing shard"] = refusal(lambda: trainer.load(path))
-    stored = json.loads((path / training.RUN_STATE).read_text())
+    stored = json.loads((path / lineage.RUN_STATE).read_text())
     broken = [{}, [], {**stored, "run_state": 1}, {**stored, "distributed_optimizer": None}, {**stored, "format": 2}]
     for content in ("{", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", *map(json.dumps, broken)):
-        (path / training.RUN_STATE).write_text(content)
-        assert str(path / training.RUN_STATE) in refusal(lambda: trainer.load(path)), content[:40]
+        (path / lineage.RUN_STATE).write_text(content)
+        assert str(path / lineage.RUN_STATE) in refusal(lambda: trainer.load(path)), content[:40]
     return found
 
 
@@ -157,10 +157,10 @@ def _kept(rank: int, folder: str) -> tuple[list[list[str]], dict[str, list[str]]
         root = Path(folder) / case
         for step in (20, 40, 60):
             trainer.save(root, step, keep=3)
-        training.name_latest(root, training.name(resumed))
+        lineage.name_latest(root, lineage.name(resumed))
         for step in saves:
             trainer.save(root, step, keep=keep)
-            assert training.latest(root) == root / training.name(step)
+            assert lineage.latest(root) == root / lineage.name(step)
         lineages[case] = sorted(os.listdir(root))
     return after_each, lineages
 
@@ -193,26 +193,26 @@ def test_the_newest_of_the_lineage_are_kept(tmp_path: Path) -> None:
 
 def test_a_resume_names_what_its_next_save_replaces(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (20, 40):
-        (tmp_path / training.name(step)).mkdir()
-    training.name_latest(tmp_path, "step_000040")
+        (tmp_path / lineage.name(step)).mkdir()
+    lineage.name_latest(tmp_path, "step_000040")
     assert not caplog.messages
-    training.name_latest(tmp_path, "step_000020")
+    lineage.name_latest(tmp_path, "step_000020")
     assert "step_000040" in caplog.text and "move them" in caplog.text
 
 
 def test_latest(tmp_path: Path) -> None:
-    assert training.latest(tmp_path) is None
-    assert training.latest(tmp_path / "absent") is None
+    assert lineage.latest(tmp_path) is None
+    assert lineage.latest(tmp_path / "absent") is None
     for named in ("step_000003", "../elsewhere", ""):
         (tmp_path / "latest").write_text(named + "\n")
         with pytest.raises(UserError, match="no checkpoint in"):
-            training.latest(tmp_path)
+            lineage.latest(tmp_path)
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").mkdir()
     with pytest.raises(UserError, match="latest cannot be read"):
-        training.latest(tmp_path)
+        lineage.latest(tmp_path)
     (tmp_path / "latest").rmdir()
     (tmp_path / "step_000003").mkdir()
     (tmp_path / "step_000003" / "run_state.json").write_text("{}")
     (tmp_path / "latest").write_text("step_000003\n")
-    assert training.latest(tmp_path) == tmp_path / "step_000003"
+    assert lineage.latest(tmp_path) == tmp_path / "step_000003"

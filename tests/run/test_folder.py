@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from asd_megatron.checkpoint import training
+from asd_megatron.checkpoint import lineage
 from asd_megatron.config import AnyRecipe, load_recipe, make_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.files import write_json
@@ -57,10 +57,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def checkpoint(folder: Path, step: int) -> Path:
-    path = folder / "checkpoints" / training.name(step)
+    path = folder / "checkpoints" / lineage.name(step)
     path.mkdir(parents=True)
-    (path / training.RUN_STATE).write_text("{}")
-    training.name_latest(folder / "checkpoints", path.name)
+    (path / lineage.RUN_STATE).write_text("{}")
+    lineage.name_latest(folder / "checkpoints", path.name)
     return path
 
 

@@ -1,0 +1,105 @@
+"""The training checkpoints of a run folder: their names, the newest one, and the removal of those that are superseded.
+
+    CHECKPOINTS/step_000060/   complete once it holds run_state.json (`training` writes it last)
+    CHECKPOINTS/latest         the name of the checkpoint that the run continues from
+
+A checkpoint with a higher number than `latest` is of a branch that was abandoned when the run was resumed from an older
+one. The first save after that removes it:
+
+    20, 40, 60    resumed from 20: `latest` names 20    30 is saved: 20, 30
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from asd_megatron.errors import UserError
+from asd_megatron.files import atomic_write, remove_folder, user_error
+
+log = logging.getLogger(__name__)
+
+RUN_STATE = "run_state.json"
+LATEST = "latest"
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run's `checkpoints` folder, None when there is none."""
+    folder = Path(folder)
+    named = _named(folder)
+    if named is None:
+        return None
+    if not _NAME.fullmatch(named) or not (folder / named / RUN_STATE).is_file():
+        raise UserError(
+            f"{folder / LATEST} names {named!r}, which is no checkpoint in {folder}: "
+            "write the name of one that is into it, or remove it to start from step 1"
+        )
+    return folder / named
+
+
+def name_latest(folder: str | Path, checkpoint: str) -> None:
+    """Make `checkpoint` the one that `latest` finds in a run's `checkpoints` folder: the run resumes from it."""
+    folder = Path(folder)
+    write_latest(folder, checkpoint)
+    number = _number(checkpoint)
+    later = [name(step) for step in sorted(_steps(folder)) if number is not None and step > number]
+    if later:
+        log.warning(
+            "the run resumes from %s: its next checkpoint replaces the later ones in %s (%s); move them to keep them",
+            checkpoint,
+            folder,
+            ", ".join(later),
+        )
+
+
+def name(step: int) -> str:
+    """The folder name of a step's checkpoint."""
+    return f"step_{step:06d}"
+
+
+def _number(checkpoint: str) -> int | None:
+    """The step of a checkpoint's folder name; None for another name."""
+    match = _NAME.fullmatch(checkpoint)
+    return None if match is None else int(match[1])
+
+
+def _named(folder: Path) -> str | None:
+    """What `latest` holds, None when there is no such file."""
+    with user_error(f"{folder / LATEST} cannot be read", "check the run folder's permissions"):
+        try:
+            return (folder / LATEST).read_bytes()[:100].decode(errors="replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def latest_step(folder: Path) -> int:
+    """The step that `latest` names; 0 when it names none."""
+    return _number(_named(folder) or "") or 0
+
+
+def write_latest(folder: Path, checkpoint: str) -> None:
+    """Write the file `latest`, atomically."""
+    atomic_write(folder / LATEST, checkpoint + "\n")
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by step."""
+    found = {_number(path.name): path for path in folder.iterdir() if path.is_dir()}
+    return {step: path for step, path in found.items() if step is not None}
+
+
+def prune(folder: Path, step: int, previous: int, keep: int) -> None:
+    """After the save of `step` by a run that continued from `previous`: remove what follows `previous` (another
+    branch's) and the oldest checkpoints, never the one just written. What cannot be removed stays, with a warning."""
+    others = {s: path for s, path in _steps(folder).items() if s != step}
+    own = sorted(s for s in others if s <= min(previous, step))
+    abandoned = sorted(others.keys() - set(own))
+    if abandoned:
+        log.warning("removing the checkpoints of an abandoned branch: %s", ", ".join(name(s) for s in abandoned))
+    for s in (*abandoned, *own[: max(0, len(own) - (keep - 1))]):
+        try:
+            remove_folder(others[s])
+        except OSError as error:
+            log.warning("the old checkpoint %s cannot be removed: %s", others[s], error)
