@@ -19,11 +19,8 @@ import torch
 
 from asd_megatron.checkpoint import lineage, training
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write_folder
-from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_model, check_world, dump_recipe
+from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
-from asd_megatron.distributed import device
-from asd_megatron.distributed import layout as layouts
-from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import first_message, on_rank_zero
 from asd_megatron.errors import NotFinite, UserError
 from asd_megatron.models.families import check_architecture
@@ -35,12 +32,12 @@ from asd_megatron.run import folder as folders
 from asd_megatron.run.changes import OF_THE_SCHEDULE
 from asd_megatron.run.clock import Clock
 from asd_megatron.run.folder import Start, writing
+from asd_megatron.run.ranks import join_ranks
 from asd_megatron.run.sources import model_folder
 from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.guard import Guard, first_not_finite
 from asd_megatron.trainer.optimizer import Optimizer
 
-COLLECTIVE_SECONDS = 3600.0
 T = TypeVar("T")
 log = logging.getLogger("asd_megatron")
 
@@ -82,7 +79,7 @@ class Session:
 
     def __init__(self, recipe: AnyRecipe, closing: ExitStack) -> None:
         self.recipe, self.closing = recipe, closing
-        self.layout, self.process_groups = _join_ranks(recipe, closing)
+        self.layout, self.process_groups = join_ranks(recipe, closing)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         log.setLevel(recipe.logging.level.upper() if self.is_root else "ERROR")
 
@@ -389,38 +386,9 @@ def _close(writer: RunWriter) -> None:
         writer.close()
 
 
-def _join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGroups]:
-    device.prepare()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    layout = _layout(recipe, check_world(recipe, world))
-    check_devices(recipe)
-    closing.push(layouts.leave)
-    return layout, layouts.init(layout, timeout_minutes=_longest_wait(recipe) / 60)
-
-
-def _longest_wait(recipe: AnyRecipe) -> float:
-    """Seconds that a rank may spend in a collective: more than global rank 0 may wait for servers meanwhile."""
-    if not isinstance(recipe, Recipe):
-        return COLLECTIVE_SECONDS
-    r = recipe.rollout
-    return max(COLLECTIVE_SECONDS, 300 + max(r.collect_timeout, r.server_start_timeout, r.server_wait_timeout))
-
-
 def updates_per_step(recipe: AnyRecipe) -> int:
-    algorithm = getattr(recipe, "algorithm", None)
-    return 1 if algorithm is None else algorithm.updates_per_batch * algorithm.epochs
-
-
-def _layout(recipe: AnyRecipe, data: int) -> Layout:
-    p = recipe.parallelism
-    return Layout(
-        tensor=p.tensor,
-        pipeline=p.pipeline,
-        virtual_pipeline=p.virtual_pipeline,
-        context=p.context,
-        data=data,
-        sequence_parallel=p.sequence_parallel,
-    )
+    """Optimizer steps of one training step."""
+    return recipe.algorithm.updates_per_batch * recipe.algorithm.epochs if isinstance(recipe, Recipe) else 1
 
 
 def _dtype(name: str) -> torch.dtype:

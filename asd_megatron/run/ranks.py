@@ -1,0 +1,49 @@
+"""Joining the ranks of a run in the recipe's layout."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+
+from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_world
+from asd_megatron.distributed import device
+from asd_megatron.distributed import layout as layouts
+from asd_megatron.distributed.layout import Layout, ProcessGroups
+
+COLLECTIVE_SECONDS = 3600.0
+"""Shortest time limit of a collective."""
+MARGIN_SECONDS = 300.0
+"""A collective's time limit beyond the longest wait for servers."""
+
+
+def join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGroups]:
+    """The recipe's layout for the ranks that were started, and its process groups, which `closing` leaves. Collective.
+    Raises UserError for a number of ranks or a machine that the recipe does not fit."""
+    device.prepare()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    layout = _layout(recipe, check_world(recipe, world))
+    check_devices(recipe)
+    closing.push(layouts.leave)
+    return layout, layouts.init(layout, timeout_minutes=_longest_wait(recipe) / 60)
+
+
+def _longest_wait(recipe: AnyRecipe) -> float:
+    """Seconds that a rank may spend in a collective: more than global rank 0 may wait for servers meanwhile."""
+    if not isinstance(recipe, Recipe):
+        return COLLECTIVE_SECONDS
+    r = recipe.rollout
+    return max(
+        COLLECTIVE_SECONDS, MARGIN_SECONDS + max(r.collect_timeout, r.server_start_timeout, r.server_wait_timeout)
+    )
+
+
+def _layout(recipe: AnyRecipe, data: int) -> Layout:
+    p = recipe.parallelism
+    return Layout(
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        virtual_pipeline=p.virtual_pipeline,
+        context=p.context,
+        data=data,
+        sequence_parallel=p.sequence_parallel,
+    )
