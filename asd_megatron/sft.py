@@ -31,17 +31,13 @@ class SupervisedRun:
 
     def __init__(self, recipe: SftRecipe, session: Session) -> None:
         self.recipe, self.session = recipe, session
-        if not session.end_ids:
-            raise UserError(
-                f"the tokenizer of {session.source} has no end token: set eos_token_id in generation_config.json"
-            )
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         self.examples = supervised_source(
             recipe.data.train,
             self.renderer,
             session.tokenizer,
             steps=recipe.run.steps,
-            end_token_id=session.end_ids[0],
+            end_ids=session.end_ids,
             max_tokens=session.port.max_positions,
             shuffle=recipe.data.shuffle,
         )

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
+from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.sft import SftExample
 from asd_megatron.errors import UserError
 from asd_megatron.puzzle.task import (
@@ -26,7 +27,10 @@ from asd_megatron.puzzle.task import (
     keyed_rng,
     trial_words,
 )
-from asd_megatron.records import Problem, Prompt
+from asd_megatron.records import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WORDS_PER_TEST = 5  # deliberation word, candidate, product, sum, verdict
 CORRECT, INCORRECT = "Your answer is correct.", "Your answer is incorrect."
@@ -45,7 +49,7 @@ class CorpusOptions:
     reference_share: float = 0.3  # of the privileged prompts: show the reference; the rest show a successful trace
     announce: float = 0.98  # privileged, at each decision: announce the known solution untested
     test_solution: float = 0.005  # privileged, at each decision: test the known solution, then announce it
-    resume_share: float = 0.5  # of the privileged traces: carry on from a half-done search
+    resume_share: float = 0.5  # of the privileged traces: resume a search after some failed tests
     yes_weight: float = 5.0  # loss weight of the verdict `yes`
     no_weight: float = 2.0  # loss weight of the verdicts no, nope, nah
 
@@ -83,8 +87,9 @@ def unprivileged_trace(puzzle: Puzzle, give_up: float, rng: random.Random) -> Tr
 
 
 def privileged_trace(puzzle: Puzzle, options: CorpusOptions, rng: random.Random) -> Trace:
-    """What the model does when its prompt shows a verified solution. A share resumes a half-done search of 1 to 8
-    failed tests, so that the model is in distribution when it re-scores a student's response in mid-search."""
+    """The response to a prompt that shows a verified solution. A fraction (`resume_share`) of them resumes a search
+    after 1 to 8 failed tests, so that the model is in distribution when it scores a student's response in mid-search.
+    """
     wrong, solution = [x for x in puzzle.candidates if x != puzzle.solution], puzzle.solution
     words: list[str] = []
     rng.shuffle(wrong)
@@ -100,26 +105,22 @@ def privileged_trace(puzzle: Puzzle, options: CorpusOptions, rng: random.Random)
     return Trace((*words, *answer_words(solution), END_TOKEN), True, given)
 
 
-class Renderer(Protocol):
-    """What the corpus needs of `data.prompts.PromptRenderer`."""
-
-    def student(self, problem: Problem) -> Prompt: ...
-
-    def teacher(
-        self, problem: Problem, demonstration: str | None, feedback: str | None, response_len: int, limits: Any
-    ) -> tuple[tuple[int, ...], Any] | None: ...
-
-
 class Corpus:
     """The corpus as a random-access stream: `batch(step, n, seed)` is a function of its arguments.
 
     Args:
         renderer: the one that the reinforcement run uses, so that its prompts and these are the same tokens.
         tokenizer: the puzzle's.
-        limits: handed to `renderer.teacher` (a `data.prompts.TeacherLimits`).
+        limits: of the privileged prompts.
     """
 
-    def __init__(self, renderer: Renderer, tokenizer: Any, limits: Any, options: CorpusOptions | None = None) -> None:
+    def __init__(
+        self,
+        renderer: PromptRenderer,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: TeacherLimits,
+        options: CorpusOptions | None = None,
+    ) -> None:
         self.renderer, self.limits, self.options = renderer, limits, options or CorpusOptions()
         self._ids: dict[str, int] = tokenizer.get_vocab()
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from asd_megatron.puzzle.report import Lexicon, summarize
 from asd_megatron.puzzle.task import TEST_PUZZLES, PuzzleStream
 from asd_megatron.records import Example, Rollout, TokenTable
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class PuzzleMetrics:
-    """Names begin with `puzzle/` (a training step) and `evaluation/` (held-out responses)."""
+    """The metrics of puzzle responses: `puzzle/*` of a training step and `evaluation/*` of held-out responses."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.lexicon = Lexicon.of(tokenizer)
 
     def of_step(self, examples: Sequence[Example], table: TokenTable) -> dict[str, float]:
@@ -44,7 +47,7 @@ class PuzzleMetrics:
 class MeasuredPuzzles(PuzzleStream):
     """Puzzles as a run's problem set, with the puzzle's own metrics."""
 
-    def metrics(self, tokenizer: Any) -> PuzzleMetrics:
+    def metrics(self, tokenizer: PreTrainedTokenizerBase) -> PuzzleMetrics:
         return PuzzleMetrics(tokenizer)
 
 

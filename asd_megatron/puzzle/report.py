@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asd_megatron.puzzle.task import ANSWER_WORD, DELIBERATION_WORDS, END_TOKEN, FIRST_WORD, YES_WORD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKEN_CLASSES = (
     "deliberation",  # Let, Wait, Maybe, Hmm
@@ -33,8 +36,8 @@ class Lexicon:
     end: int
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Lexicon:
-        """From the puzzle's tokenizer (a `transformers` tokenizer)."""
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Lexicon:
+        """From the puzzle's tokenizer."""
         ids: dict[str, int] = tokenizer.get_vocab()
         return cls(
             deliberation=frozenset(ids[word] for word in DELIBERATION_WORDS),

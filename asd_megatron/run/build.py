@@ -1,13 +1,13 @@
-"""A recipe's sections as the objects of the other modules."""
+"""Builds the objects of the other modules from a recipe's sections."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from asd_megatron.antisd import Gate, condition
-from asd_megatron.config import Recipe
+from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.config.evaluation import Evaluation
 from asd_megatron.config.sampling import Sampling
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
@@ -24,8 +24,12 @@ from asd_megatron.trainer.examples import ExampleBuilder
 from asd_megatron.trainer.pass_plan import PassPlan, plan_passes
 from asd_megatron.trainer.token_method import Method
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def make_method(recipe: Recipe) -> Method:
+    """The algorithm section as the trainer's plain values."""
     a = recipe.algorithm
     return Method(
         condition=condition(a.name),
@@ -44,7 +48,7 @@ def make_method(recipe: Recipe) -> Method:
 
 
 def make_plan(recipe: Recipe) -> PassPlan:
-    """Which passes a step needs."""
+    """The passes of one step."""
     a = recipe.algorithm
     return plan_passes(
         condition(a.name),
@@ -57,6 +61,7 @@ def make_plan(recipe: Recipe) -> PassPlan:
 
 
 def make_gate(recipe: Recipe) -> Gate:
+    """The gate of the recipe's condition, before its warm-up."""
     return Gate.for_condition(
         condition(recipe.algorithm.name),
         lambda_max=recipe.algorithm.lambda_max,
@@ -81,7 +86,7 @@ def problem_sets(recipe: Recipe, renderer: PromptRenderer) -> tuple[ProblemSourc
 def example_builder(
     recipe: Recipe, renderer: PromptRenderer, *, privileged: bool, feedback_kind: str, max_positions: int
 ) -> ExampleBuilder:
-    """Groups to examples with advantages and, if `privileged`, the teacher's prompts."""
+    """The builder of training examples with advantages and, if `privileged`, the teacher's prompts."""
     p = recipe.privileged
     return ExampleBuilder(
         renderer,
@@ -99,8 +104,9 @@ def example_builder(
     )
 
 
-def make_renderer(recipe: Any, tokenizer: Any, end_ids: Sequence[int]) -> PromptRenderer:
-    privileged = getattr(recipe, "privileged", None)
+def make_renderer(recipe: AnyRecipe, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> PromptRenderer:
+    """The prompts of both stages. `end_ids`: the model's end tokens. Raises UserError for unusable templates."""
+    privileged = recipe.privileged if isinstance(recipe, Recipe) else None
     return PromptRenderer(
         tokenizer,
         format=recipe.data.format,
@@ -118,20 +124,23 @@ def make_renderer(recipe: Any, tokenizer: Any, end_ids: Sequence[int]) -> Prompt
 
 
 def stop_ids(session: Session) -> tuple[int, ...]:
+    """The tokens that end a response: the recipe's, or the model's end tokens."""
     given = session.recipe.sampling.stop_token_ids
     return tuple(session.end_ids if given is None else given)
 
 
 def training_params(recipe: Recipe, session: Session) -> SamplingParams:
+    """How training rollouts are sampled."""
     return _params(session, recipe.sampling, recipe.sampling.rollouts_per_problem)
 
 
 def evaluation_params(session: Session) -> SamplingParams:
+    """How held-out responses are sampled."""
     return _params(session, session.recipe.evaluation, session.recipe.evaluation.samples)
 
 
 def _params(session: Session, filters: Sampling | Evaluation, n: int) -> SamplingParams:
-    """`filters`: what the distribution is sampled with; where a response ends is the same in training and outside."""
+    """`filters`: the section with temperature, top-p and top-k. The end of a response is that of `sampling` always."""
     limits = session.recipe.sampling
     return SamplingParams(
         temperature=filters.temperature,
@@ -148,6 +157,7 @@ def _params(session: Session, filters: Sampling | Evaluation, n: int) -> Samplin
 
 
 def embedded_engine(session: Session, max_batch_size: int) -> EmbeddedEngine:
+    """The engine on the session's own model, of batches of at most `max_batch_size` responses."""
     return EmbeddedEngine(
         session.port,
         session.process_groups,
@@ -160,11 +170,11 @@ def embedded_engine(session: Session, max_batch_size: int) -> EmbeddedEngine:
 def rollout_engine(
     recipe: Recipe, session: Session, renderer: PromptRenderer, problems: ProblemSource
 ) -> tuple[RolloutEngine, Callable[[], None]]:
-    """The recipe's engine, and what to call before its first use, once the run folder is there. `renderer` and training
-    `problems` make the probe with which servers are verified."""
+    """The recipe's engine, and a function to call before its first use, once the run folder exists. The prompt of the
+    probe with which servers are verified comes from `renderer` and the training `problems`."""
     rollout = recipe.rollout
     if rollout.engine == "sglang":
-        from asd_megatron.run.serving import sglang_engine  # its HTTP client is nobody else's
+        from asd_megatron.run.serving import sglang_engine  # imports the HTTP client, which other engines do not need
 
         engine = sglang_engine(session, renderer, problems)
         return engine, engine.start
@@ -174,7 +184,7 @@ def rollout_engine(
 
 
 def rollout_plan(recipe: Recipe) -> Plan:
-    """How rollouts and training take turns."""
+    """The schedule of generation and training."""
     rollout = recipe.rollout
     if rollout.engine != "sglang":
         return Plan()
@@ -217,7 +227,7 @@ def evaluation_collector(
     engine: RolloutEngine,
     weights: WeightSource,
     problems: ProblemSource,
-    renderer: Any,
+    renderer: PromptRenderer,
     verifier: Verifier | None,
     timeout: float,
 ) -> Collector:

@@ -1,4 +1,4 @@
-"""How a recipe differs from the one that a run folder was trained with, and which differences may pass."""
+"""How a recipe differs from the one that a run folder was trained with, and which differences are allowed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FREE_KEYS = {
     "run.dump_rollouts",
     "model.layers",
     "model.recompute",
-    # The course of the optimization, which people steer while it runs; metrics.jsonl has each step's learning rate.
+    # Learning-rate schedule and updates per batch are tuned during a run; metrics.jsonl has each step's learning rate.
     "optimizer.learning_rate",
     "optimizer.min_learning_rate",
     "optimizer.schedule",
@@ -50,7 +50,7 @@ OF_THE_ROLLOUTS = {
     "rollout.partial_rollouts",
     "rollout.max_staleness",
 }
-# A change of one of these moves the learning rate of later steps.
+# A change of one of these changes the learning rate of later steps.
 OF_THE_SCHEDULE = {
     "run.steps",
     "optimizer.learning_rate",

@@ -1,4 +1,4 @@
-"""Seconds of a step's phases."""
+"""Wall-clock time of the phases of a step."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to the phase `name`."""
         started = time.perf_counter()
         try:
             yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from asd_megatron.antisd import feedback
 from asd_megatron.checkpoint.huggingface import read_config
@@ -18,6 +18,9 @@ from asd_megatron.reward.base import tests_of
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.run.build import make_plan, make_renderer
 from asd_megatron.run.sources import held_out_problems, model_folder, supervised_source, training_problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FAKE_RESPONSE = "The answer is 42."
 DEMONSTRATION = "(a verified solution of this problem)"
@@ -95,16 +98,18 @@ def _scored(recipe: Recipe, problem: Problem) -> tuple[float, str]:
 
 
 def _supervised(
-    recipe: SftRecipe, renderer: PromptRenderer, tokenizer: Any, end_ids: Sequence[int], positions: int
+    recipe: SftRecipe,
+    renderer: PromptRenderer,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: Sequence[int],
+    positions: int,
 ) -> list[Section]:
-    if not end_ids:
-        raise UserError("the tokenizer has no end token: set eos_token_id in the model's generation_config.json")
     examples = supervised_source(
         recipe.data.train,
         renderer,
         tokenizer,
         steps=recipe.run.steps,
-        end_token_id=end_ids[0],
+        end_ids=end_ids,
         max_tokens=positions,
         shuffle=recipe.data.shuffle,
     )

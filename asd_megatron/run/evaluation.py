@@ -1,4 +1,4 @@
-"""Held-out evaluation, for both stages."""
+"""Held-out evaluation of both stages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _sample(found: Evaluation) -> Sample | None:
 
 
 class HeldOut:
-    """Answers the problems of `data.test` and keeps two results: before the first step (`first`) and the `last`."""
+    """The evaluation on `data.test`. Keeps two results: the one before the first step (`first`) and the `last`."""
 
     def __init__(self, session: Session, collector: Collector, problems: ProblemSource) -> None:
         self.session, self.collector, self.problems = session, collector, problems

@@ -1,4 +1,4 @@
-"""The start-up report of a run: what it will do, on what, supplied by whom."""
+"""The start-up report of a run: what it does, on which devices, and which package supplies each part."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
 
 
 def _servers(rollout: Rollout) -> dict[str, str]:
-    """Who makes the rollouts, and what nobody has checked, when servers do."""
+    """The rows of the SGLang servers, with the settings that are not checked; {} for other engines."""
     if rollout.engine != "sglang":
         return {}
     where = ", ".join(rollout.server_urls)

@@ -1,9 +1,9 @@
-"""The RL training run: one method for each line of the loop in `train.train`."""
+"""The RL training run, with one method for each line of the loop in `train.train`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from asd_megatron.antisd import condition
@@ -44,11 +44,13 @@ from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
 from asd_megatron.trainer.updater import UpdateStats, update
 
 
+@dataclass(frozen=True)
 class Batch:
     """A step's examples as this rank holds them, with the columns that need no model."""
 
-    def __init__(self, step: int, local: LocalBatch, inputs: TokenInputs) -> None:
-        self.step, self.local, self.inputs = step, local, inputs
+    step: int
+    local: LocalBatch
+    inputs: TokenInputs
 
 
 class TrainingRun:
@@ -89,7 +91,7 @@ class TrainingRun:
     # ---------------------------------------------------------------- the loop's lines
 
     def start(self) -> None:
-        """The run folder, the start-up report, the evaluation before the first step."""
+        """Prepare the run folder, print the start-up report, start the engine, evaluate before the first step."""
         self.session.begin()
         self.session.on_root(self._watch_earlier_steps)
         self.session.on_root(lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan))
@@ -103,7 +105,8 @@ class TrainingRun:
         return self.session.steps()
 
     def collect(self, step: int) -> list[Group]:
-        """The step's rewarded groups on global rank 0, [] elsewhere. Without an engine the run saves and stops."""
+        """The step's rewarded groups on global rank 0, [] elsewhere. An engine that is unavailable raises RolloutError,
+        after the state has been saved."""
         try:
             with self.session.generating():
                 groups = self.collector.next(step)
@@ -146,7 +149,7 @@ class TrainingRun:
         return scores
 
     def gate_step(self, batch: Batch, teacher: Scores | None, student: Scores | None) -> float:
-        """This step's lambda, by the gate's state after this step's entropy."""
+        """This step's lambda, from the gate updated with this step's median entropy."""
         entropy = passes.gate_entropy(self.process_groups, batch.inputs, self.method, teacher, student)
         lam = self.gate.update(entropy)
         thresholds = self.gate.thresholds

@@ -1,20 +1,23 @@
-"""What the recipe's names stand for: model folders, problem sets and supervised examples, built-in or files."""
+"""Model folders, problem sets and supervised examples by the names that a recipe gives them: built-in sets or files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from asd_megatron.config.data import Data
 from asd_megatron.data.problems import ProblemSet, load_problems
-from asd_megatron.data.prompts import TeacherLimits
+from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.sft import SftExample, load_sft
 from asd_megatron.errors import UserError
 from asd_megatron.gym.stream import Task, TrainingStream
 from asd_megatron.gym.tasks import task_of
 from asd_megatron.records import Example, Problem, Rollout, TokenTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PUZZLE = "puzzle:"
 WARM_START = "puzzle:warm_start"
@@ -30,7 +33,7 @@ class ProblemSource(Protocol):
 
 
 class SourceMetrics(Protocol):
-    """What only a problem set's own module can measure of its responses, by metric name."""
+    """Metrics that a problem set's own module computes from its responses, by metric name."""
 
     def of_step(self, examples: Sequence[Example], table: TokenTable) -> dict[str, float]: ...
 
@@ -41,10 +44,10 @@ class SourceMetrics(Protocol):
 class MeasuredSource(Protocol):
     """A problem set that brings metrics of its own."""
 
-    def metrics(self, tokenizer: Any) -> SourceMetrics: ...
+    def metrics(self, tokenizer: PreTrainedTokenizerBase) -> SourceMetrics: ...
 
 
-def own_metrics(problems: ProblemSource, tokenizer: Any) -> SourceMetrics | None:
+def own_metrics(problems: ProblemSource, tokenizer: PreTrainedTokenizerBase) -> SourceMetrics | None:
     """The problem set's own metrics; None for a set that brings none."""
     return problems.metrics(tokenizer) if isinstance(problems, MeasuredSource) else None
 
@@ -98,28 +101,41 @@ class SupervisedFile:
 
     def batch(self, step: int, n: int, seed: int) -> list[SftExample]:
         """The `n` examples of step `step` (from 1). Seeds beyond 64 bits count modulo 2^64; recipes have none."""
+        total, first = len(self.examples), (step - 1) * n
+        orders = {epoch: self._order(seed, epoch) for epoch in range(first // total, (first + n - 1) // total + 1)}
+        return [self.examples[orders[place // total][place % total]] for place in range(first, first + n)]
+
+    def _order(self, seed: int, epoch: int) -> Sequence[int]:
+        """The indices of the examples in the order of an epoch (from 0)."""
         import numpy as np
 
         total = len(self.examples)
-        first = (step - 1) * n
-        out = []
-        order: Any = None
-        epoch = -1
-        for position in range(first, first + n):
-            if position // total != epoch:
-                epoch = position // total
-                key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-                order = np.random.Generator(np.random.Philox(key=key)).permutation(total)
-            index = int(order[position % total]) if self.shuffle else position % total
-            out.append(self.examples[index])
-        return out
+        if not self.shuffle:
+            return range(total)
+        key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).permutation(total).tolist()
 
 
 def supervised_source(
-    name: str, renderer: Any, tokenizer: Any, *, steps: int, end_token_id: int, max_tokens: int, shuffle: bool = True
+    name: str,
+    renderer: PromptRenderer,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    steps: int,
+    end_ids: Sequence[int],
+    max_tokens: int,
+    shuffle: bool = True,
 ) -> SupervisedSource:
-    """`puzzle:corpus` (the puzzle's warm start, its two stages divided over `steps` as 2 : 1) or a JSONL file of given
-    responses."""
+    """The supervised examples `name`: `puzzle:corpus` (the puzzle's warm start, its two stages divided over `steps` as
+    2 : 1) or a JSONL file of given responses, which end with the first of `end_ids`.
+
+    Raises UserError for a model without an end token, a name that is no corpus, and what `load_sft` refuses.
+    """
+    if not end_ids:
+        raise UserError(
+            "the model has no end token: set eos_token_id in its generation_config.json or config.json, or eos_token in"
+            " its tokenizer_config.json"
+        )
     if name == "puzzle:corpus":
         from asd_megatron.puzzle.corpus import Corpus, CorpusOptions
 
@@ -128,4 +144,4 @@ def supervised_source(
         return Corpus(renderer, tokenizer, TeacherLimits(), options)
     if name.startswith(PUZZLE):
         raise UserError(f"data.train {name!r} is not a supervised corpus: use puzzle:corpus, or a JSONL file")
-    return SupervisedFile(load_sft(name, renderer, end_token_id=end_token_id, max_tokens=max_tokens), shuffle)
+    return SupervisedFile(load_sft(name, renderer, end_token_id=end_ids[0], max_tokens=max_tokens), shuffle)

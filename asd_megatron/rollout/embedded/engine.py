@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingP
 from asd_megatron.rollout.embedded.cache import KVCache
 from asd_megatron.rollout.embedded.sampler import StopCheck, check_params, draw, noise
 from asd_megatron.rollout.engine import RolloutError, WeightSource, check_lengths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PREFILL_TOKENS = 16384  # most padded prompt tokens of one prefill forward: bounds its activations, not the batch
 PREFIX_TOKENS = 256  # fewest tokens saved for which the prefix common to all prompts of a batch is computed separately
@@ -104,7 +107,7 @@ class EmbeddedEngine:
         self,
         port: ModelPort,
         process_groups: ProcessGroups,
-        tokenizer: Any | None,
+        tokenizer: PreTrainedTokenizerBase | None,
         seed: int,
         max_batch_size: int = 256,
     ) -> None:
@@ -316,7 +319,13 @@ class EmbeddedEngine:
 class _Rows:
     """The unfinished responses of a batch, on the rank that draws."""
 
-    def __init__(self, seed: int, submission: _Submission, chunk: Sequence[GroupSlice], tokenizer: Any | None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        submission: _Submission,
+        chunk: Sequence[GroupSlice],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._params = submission.params
         names = submission.noise_names()
@@ -373,7 +382,7 @@ class _Rows:
         return torch.from_numpy(self._noise[self._alive, position % NOISE_BLOCK]).to(device)
 
 
-def _decoder(tokenizer: Any | None) -> Callable[[Sequence[int]], str] | None:
+def _decoder(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Sequence[int]], str] | None:
     """Ids to text with special tokens, for stop strings."""
     return None if tokenizer is None else lambda ids: decode(tokenizer, ids, skip_special_tokens=False)
 
