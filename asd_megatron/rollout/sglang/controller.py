@@ -1,4 +1,4 @@
-"""Global rank 0's half of the SGLang engine: requests to servers, groups from answers, weights to servers."""
+"""The part of the SGLang engine on global rank 0: requests to servers, groups from answers, weights to servers."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ BAD_REQUEST = 400
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a server must serve to be this model's."""
+    """The model that every server has to serve."""
 
     architectures: tuple[str, ...]
     vocab_size: int
 
 
 class Controller:
-    """Servers that are reached through `fleet` and sent weights through `transport`.
+    """Generates groups on the servers of `fleet` and keeps their weights current through `transport`.
 
     model: what the servers have to serve. pool: the servers that are started here, None when they run already.
-    verifier: compares what arrived with what was sent, None: nothing is compared; tolerance: of the log-probs of
-    `probe_ids`.
+    verifier: compares what arrived with what was sent (None: nothing is compared). probe_ids, tolerance: the probe's
+    token ids, and the largest mean absolute difference of its log-probs in nats.
     start_timeout: seconds within which all servers must work at first; wait_timeout: seconds without any usable server
     after which generation or an update gives up. colocated: the servers share the trainer's devices. closing: what ends
     with the engine (the fleet, the transport, the pool).
@@ -86,8 +86,8 @@ class Controller:
         self._readings = Readings()
 
     def start(self) -> None:
-        """Start the servers, or find them; returns when all are ready. Raises UserError when they do not become so, or
-        serve another model."""
+        """Start the servers, or connect to running ones; returns when all are ready. Raises UserError when one is not
+        ready in time or serves another model."""
         if self._pool is not None:
             self._pool.start()
         self._fleet.connect(self._start_timeout)
@@ -134,15 +134,15 @@ class Controller:
         self._fleet.submit(self._assembler.add(prompts, params, step))
 
     def collect(self, seconds: float) -> list[Group]:
-        """The finished groups: returns as soon as there is one, or after `seconds`."""
+        """The finished groups, as soon as there is one; [] after `seconds`."""
         deadline = time.monotonic() + seconds
         groups = self._assembler.take(())
         while not groups and self._fleet.pending and (left := deadline - time.monotonic()) > 0:
             groups = self._assembler.take(self._fleet.wait(left))
         return groups
 
-    def problem(self) -> str | None:
-        """Why `collect` need not be called again, or None."""
+    def failure(self) -> str | None:
+        """Why generation has to be given up, or None."""
         since = self._fleet.no_healthy_server_since
         if since is None or time.monotonic() - since < self._wait_timeout:
             return None
@@ -177,8 +177,11 @@ class Controller:
         return bool(self._lacking(version))
 
     def returned(self, version: int, *, moved: bool) -> bool:
-        """Whether a server came back and should be sent the weights now: not while others serve and the trainer's
-        weights have `moved` since the last update, since it would serve another version than they."""
+        """Whether a server is healthy again and should be sent the weights now.
+
+        moved: the trainer's weights have changed since the last update. The server would then serve another version
+        than the others, so it is sent them only when no other server serves.
+        """
         return bool(self._lacking(version)) and (not moved or self._fleet.no_healthy_server_since is not None)
 
     def send(self, tensors: Iterator[tuple[str, Tensor]], version: int, probe: Sequence[float] | None) -> bool:
@@ -212,7 +215,7 @@ class Controller:
         return enough
 
     def not_sent(self, version: int, attempts: int) -> str:
-        """Why an update failed after so many attempts, for the user."""
+        """The message for an update that failed in `attempts` attempts."""
         which = "any server" if self._synchronised else "every server, as the first update must,"
         return (
             f"the weights of version {version} did not reach {which} in {attempts} attempts: "
@@ -233,7 +236,7 @@ class Controller:
         return [v for v in self._fleet.servers() if v.healthy and v.probed >= self._silent.get(v.url, 0.0)]
 
     def unhealthy_reasons(self) -> str:
-        """Why each server that does not serve does not."""
+        """The servers that do not serve, each with its reason, for messages."""
         idle = [view for view in self._fleet.servers() if view.label is None]
         return "; ".join(f"{view.url}: {view.reason or 'not reachable'}" for view in idle) or "every server serves"
 

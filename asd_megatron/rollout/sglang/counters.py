@@ -1,4 +1,4 @@
-"""Metrics of servers and weight updates since the last step, by metric name."""
+"""The metrics of servers and weight updates."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
 
 
 class Readings:
-    """Collects the reports of weight updates; `take` turns them and the fleet's counters into metrics.
+    """Metrics of the servers since the last step, from the reports of weight updates and the fleet's counters.
 
-    What describes the weights now served (`verified`, `probe_*`) is repeated in steps without an update.
+    Metrics of the weights being served (`verified`, `checked`, `probe_*`) are repeated in steps without an update.
     """
 
     def __init__(self) -> None:
@@ -33,6 +33,7 @@ class Readings:
             }
 
     def take(self, counters: Counters, *, serving: int, restarts: int) -> dict[str, float]:
+        """The metrics by name. `counters` and `restarts` count since the start, `serving` servers serve now."""
         reports, self._reports = self._reports, []
         metrics = {**self._served, "servers/serving": float(serving)}
         if reports:

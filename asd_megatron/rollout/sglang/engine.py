@@ -19,19 +19,20 @@ from asd_megatron.rollout.engine import RolloutError, WeightSource, check_length
 from asd_megatron.rollout.sglang.controller import Controller
 
 T = TypeVar("T")
-TICK_SECONDS = 2.0  # the ranks hear of each other this often while they wait
+TICK_SECONDS = 2.0  # between two meetings of the ranks while they wait
 SEND_ATTEMPTS = 3  # full transmissions before an update is given up
 
-Probe = Callable[[], list[float]]
+ProbeScorer = Callable[[], list[float]]
+"""Scores the probe with the trainer's weights: log-probs in nats. Collective."""
 
 
 @dataclass(frozen=True)
 class _Tick:
-    """What rank 0 tells the others after a tick: a number of delivered groups, or what to do together."""
+    """What rank 0 broadcasts after a tick: the number of delivered groups, or what all ranks do next."""
 
     delivered: int = 0
     send: bool = False  # a server came back: send it the weights
-    problem: str | None = None  # why generation is given up
+    failure: str | None = None  # why generation is given up
 
 
 class SGLangEngine:
@@ -39,8 +40,8 @@ class SGLangEngine:
 
     Args:
         process_groups: the trainer's ranks. controller: the servers, on global rank 0 alone; None elsewhere.
-        probe: the trainer's log-probs of the sequence that servers are asked about after an update (collective). None:
-            they are not asked.
+        probe: scores the sequence whose log-probs are compared with the servers' after an update (collective). None:
+            they are not compared.
         max_positions: of the model. end_ids: its end tokens, at which SGLang always ends a response.
     """
 
@@ -49,7 +50,7 @@ class SGLangEngine:
         process_groups: ProcessGroups,
         controller: Controller | None,
         *,
-        probe: Probe | None,
+        probe: ProbeScorer | None,
         max_positions: int,
         end_ids: Sequence[int],
     ) -> None:
@@ -87,9 +88,9 @@ class SGLangEngine:
         deadline = time.monotonic() + timeout
         while True:
             groups, tick = self._tick(self._weights, deadline, timeout)
-            if tick.problem is not None:
+            if tick.failure is not None:
                 self._pending = 0
-                raise RolloutError(tick.problem)
+                raise RolloutError(tick.failure)
             if tick.send and self._transmit(self._weights):
                 self._version = self._weights.version
             if tick.delivered:
@@ -154,12 +155,12 @@ class SGLangEngine:
         if self._controller is not None:
             try:
                 groups = self._controller.collect(TICK_SECONDS)
-                problem = None if groups else self._controller.problem() or _late(deadline, timeout)
+                failure = None if groups else self._controller.failure() or _late(deadline, timeout)
                 moved = weights.version != self._version
-                tick = _Tick(len(groups), self._controller.returned(weights.version, moved=moved), problem)
+                tick = _Tick(len(groups), self._controller.returned(weights.version, moved=moved), failure)
             except Exception as e:
                 error = e
-            if error is not None or tick.problem is not None:
+            if error is not None or tick.failure is not None:
                 self._controller.abort()
         try:
             return groups, self._share(tick, error)
@@ -196,7 +197,7 @@ class SGLangEngine:
 
 
 def _late(deadline: float, timeout: float) -> str | None:
-    """What is wrong when nothing was finished by `deadline`."""
+    """The message for a generation that has finished no group by `deadline`; None before."""
     if time.monotonic() < deadline:
         return None
     return (

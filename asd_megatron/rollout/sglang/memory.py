@@ -47,7 +47,7 @@ class ServerReceiver:
 
 @dataclass
 class _Offloaded:
-    """The released tags of one server, since its process was `started`."""
+    """The released tags of one server process; `started` is its start time."""
 
     started: object
     tags: frozenset[str] = field(default=frozenset())
@@ -121,7 +121,7 @@ class ColocatedMemory:
             server.tags -= released
 
     def _current(self, receiver: Receiver) -> _Offloaded | None:
-        """What the server has released. None: nothing, or it was restarted since, with all of its memory."""
+        """The released tags of the server's process; None when it has released nothing (a restarted one has not)."""
         server = self._servers.get(receiver.url)
         if server is not None and server.started != self._started(receiver):
             self._servers.pop(receiver.url, None)
@@ -132,7 +132,7 @@ class ColocatedMemory:
         return self._fleet.server_info(receiver.url, MEMORY_SECONDS).get("startup_time")
 
     def _kill(self, url: str, reason: str) -> None:
-        """End a server whose memory is in an unknown state. Killing one that has died already does nothing."""
+        """Kill a server whose memory is in an unknown state; the pool restarts it."""
         log.warning("memory of %s: %s; the server is restarted", url, reason)
         self._servers.pop(url, None)
         self._pool.kill(url)

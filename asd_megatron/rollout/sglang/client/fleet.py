@@ -1,4 +1,4 @@
-"""All rollout servers behind one interface: samples in, results out, whatever happens to single servers."""
+"""The fleet of rollout servers behind one interface: each sample is answered once, even if servers fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Health of the servers: probed every few seconds, and at once after a failure. Inside one event loop."""
+"""Health probes of the servers, every few seconds and at once after a failure. Inside one event loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.client.api import ServerBusy, ServerError, ServerLate, ServerRefused
 from asd_megatron.rollout.sglang.client.requests import Dispatcher, Member
-from asd_megatron.rollout.sglang.servers.versions import OLDEST, too_old
+from asd_megatron.rollout.sglang.servers.versions import OLDEST_TEXT, too_old
 
 log = logging.getLogger(__name__)
 
@@ -176,8 +176,7 @@ class Prober:
 
 
 def _too_old(version: str) -> str:
-    oldest = ".".join(map(str, OLDEST))
     return (
-        f"runs SGLang {version or 'of an unknown version'}: {oldest} or newer is needed, older ones are open to"
+        f"runs SGLang {version or 'of an unknown version'}: {OLDEST_TEXT} or newer is needed, older ones are open to"
         " CVE-2026-3059 and CVE-2026-3060; upgrade its environment"
     )

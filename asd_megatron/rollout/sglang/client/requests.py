@@ -1,4 +1,4 @@
-"""Sends samples to servers and judges the answers, inside one event loop.
+"""The dispatcher: sends samples to servers and checks the answers, inside one event loop.
 
 A sample is delivered exactly once: as a complete answer generated under weights that its server was admitted with, or
 as an abort after too many failures. A failed attempt is retried, on another server if possible.
@@ -85,7 +85,7 @@ class Attempt:
 
 
 class Dispatcher:
-    """Sends samples to admitted servers, at most `Endpoint.limit` at a time to each, and judges the answers.
+    """Sends samples to admitted servers, at most `Endpoint.limit` at a time to each, and checks the answers.
 
     Methods are called in the event loop and return at once (`abort` excepted). `deliver` gets every result, `refuse`
     the error of the first request that a server refused for good: from then on nothing is sent until `abort`.

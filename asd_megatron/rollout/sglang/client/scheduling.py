@@ -1,4 +1,4 @@
-"""Which sample goes to which server next. Plain bookkeeping: no clock, no network."""
+"""The schedule that decides which sample goes to which server next. No clock and no network."""
 
 from __future__ import annotations
 

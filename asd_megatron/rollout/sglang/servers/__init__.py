@@ -1,1 +1,1 @@
-"""SGLang server processes: their options, starting them and watching over them."""
+"""SGLang server processes: their options, starting and restarting them."""

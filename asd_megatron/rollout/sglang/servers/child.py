@@ -1,4 +1,4 @@
-"""Runs inside the server's own Python environment: `python server_child.py PARENT_PID MODULE ARGUMENT...`.
+"""Runs inside the server's own Python environment: `python child.py PARENT_PID MODULE ARGUMENT...`.
 
 Becomes `python -m MODULE ARGUMENT...` with three differences. Further arguments, the secret ones, are read as a JSON
 list from standard input, so that no process list shows them. The server's answers about itself omit them. And a small
@@ -21,6 +21,8 @@ import time
 from typing import Any
 
 POLL_SECONDS = 0.5
+RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+RENDEZVOUS_FOLDER = "sglang_server_"  # prefix of the temporary folder that is created for each start
 TIDY_SECONDS = 1.0  # SGLang's children end with it, and then multiprocessing removes the memory that they shared
 
 
@@ -41,8 +43,8 @@ def watch(server: int, parent: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(server, signal.SIGKILL)  # its id is not reused as long as its group has members
     time.sleep(TIDY_SECONDS)
-    folder = os.path.dirname(os.environ.get("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", "").removeprefix("file://"))
-    if os.path.basename(folder).startswith("sglang_server_"):  # created for this start
+    folder = os.path.dirname(os.environ.get(RENDEZVOUS, "").removeprefix("file://"))
+    if os.path.basename(folder).startswith(RENDEZVOUS_FOLDER):  # not an address that the user has set
         shutil.rmtree(folder, ignore_errors=True)
     os.killpg(os.getpgid(0), signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""What an SGLang server is started with: options, its command line, its environment variables."""
+"""The options of an SGLang server, its command line and its environment variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several servers of this machine, optionally a router: started together, restarted when one dies, ended together."""
+"""A pool of servers on this machine, with a router if asked for: started, restarted when one dies, and stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One server process in its own process group, with its log in a file: start, health, end."""
+"""One server process in its own process group, with its log in a file: start, health check, stop."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from asd_megatron.errors import UserError
-from asd_megatron.rollout.sglang.servers.child import TIDY_SECONDS
+from asd_megatron.rollout.sglang.servers.child import RENDEZVOUS, RENDEZVOUS_FOLDER, TIDY_SECONDS
 
 CHILD = Path(__file__).with_name("child.py")
-RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 HEALTH_SECONDS = 5.0  # for one answer: SGLang generates a token first and polls once a second
 END_SECONDS = 10.0
 TAIL_LINES = 15
@@ -36,7 +35,7 @@ CAUSES = (  # text in a log -> what to do; the first match counts
         "Not enough memory",
         "the device has too little free memory: raise mem-fraction-static or tensor parallelism",
     ),
-    ("No module named", "its environment is incomplete: make it again with tools/sglang_env/create.sh"),
+    ("No module named", "its environment is incomplete: create it again with tools/sglang_env/create.sh"),
     ("CUDA driver", "the environment's torch does not fit this machine's CUDA driver"),
     ("No such file or directory", "a file is missing, probably in the model's folder"),
     ("Repo id must be in the form", "the model's folder does not exist"),
@@ -80,7 +79,7 @@ class ServerProcess:
 
     @property
     def status(self) -> str:
-        """How it is or ended, in words."""
+        """Not started, running, or how it ended: for messages."""
         if self._process is None:
             return "not started"
         code = self._exit_status()
@@ -105,7 +104,7 @@ class ServerProcess:
         assert not self.alive, f"{self.name} runs already"
         self._end_group()
         python, _, module, *arguments = self.command
-        self._scratch = tempfile.TemporaryDirectory(prefix="sglang_server_", ignore_cleanup_errors=True)
+        self._scratch = tempfile.TemporaryDirectory(prefix=RENDEZVOUS_FOLDER, ignore_cleanup_errors=True)
         # Its ranks rendezvous through a file: over TCP one of them would listen on every interface.
         environment = {RENDEZVOUS: f"file://{self._scratch.name}/ranks"} | dict(self._environment)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +170,7 @@ class ServerProcess:
             os.kill(self._process.pid, number)
 
     def tail(self, lines: int = TAIL_LINES) -> list[str]:
-        """The last lines of this start's log."""
+        """The last lines that the log has of the latest start."""
         try:
             text = self.log.read_bytes()[-200_000:].decode(errors="replace")
         except OSError:

@@ -1,4 +1,4 @@
-"""What the Python environment of the SGLang servers holds.
+"""Versions of the packages in the Python environment of the SGLang servers.
 
 SGLang lives in an environment of its own (`tools/sglang_env/create.sh`) and is never imported here.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from asd_megatron.errors import UserError
 
 OLDEST = (0, 5, 10)  # earlier ones can be taken over through ports on all interfaces (CVE-2026-3059, CVE-2026-3060)
+OLDEST_TEXT = ".".join(map(str, OLDEST))
 HOW_TO_MAKE = "make it with `tools/sglang_env/create.sh gpu FOLDER` (or cpu) and name FOLDER/bin/python"
 METADATA_SECONDS = 60.0
 IMPORT_SECONDS = 300.0  # importing torch from a cold network file system
@@ -39,10 +40,9 @@ def check_environment(python: Path) -> Versions:
     if found["sglang"] is None:
         raise UserError(f"SGLang is not installed in the environment of {python}: {HOW_TO_MAKE}")
     if too_old(found["sglang"]):
-        oldest = ".".join(map(str, OLDEST))
         raise UserError(
-            f"SGLang {found['sglang']} in the environment of {python} is older than {oldest} and open to CVE-2026-3059"
-            f" and CVE-2026-3060: {HOW_TO_MAKE}"
+            f"SGLang {found['sglang']} in the environment of {python} is older than {OLDEST_TEXT} and open to"
+            f" CVE-2026-3059 and CVE-2026-3060: {HOW_TO_MAKE}"
         )
     if found["torch"] is None:
         raise UserError(f"torch is not installed in the environment of {python}: {HOW_TO_MAKE}")

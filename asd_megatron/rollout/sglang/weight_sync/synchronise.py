@@ -1,5 +1,5 @@
-"""One weight synchronisation: every server gets the weights, is verified and resumes; or it is reported and stays
-paused."""
+"""One weight synchronisation: each server is paused, sent the weights, verified and resumed. One that fails stays
+paused and is reported."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SyncReport:
 
 @dataclass
 class _Amount:
-    """Tensors and bytes that were streamed so far."""
+    """The tensors and bytes streamed so far."""
 
     bytes: int = 0
     tensors: int = 0
@@ -81,23 +81,21 @@ def synchronise(
     verifier: WeightVerifier | None = None,
     before_generating: Callable[[Receiver], None] | None = None,
     timeout: float = ANSWER_SECONDS,
-    progress: Callable[[str], None] | None = None,
 ) -> SyncReport:
-    """Give `receivers` the weights `tensors` under the name `label`. Global rank 0.
+    """Send `receivers` the weights `tensors` under the label `label`. Global rank 0.
 
     A server is paused (its running requests wait and continue under the new weights), labelled `LABEL-incomplete`, sent
     the tensors, and verified by `verifier`; only then is it labelled `label` and resumes. One that fails on the way
     stays paused and incomplete and is named in the report: it never answers under a valid label, and is sent everything
     again the next time. `tensors` is read to its end unless reading it raises.
 
-    before_generating: called in parallel for each server that has the weights, before it resumes (to take memory back);
-    what it raises is that server's failure.
+    before_generating: called in parallel for each server that has the weights, before it resumes (to resume its KV
+    cache); what it raises is that server's failure.
 
     Raises VerificationError if a server holds other weights than it was sent, or computed other log-probs twice in a
     row; UserError for tensors that `verifier` has no rule for. `timeout`: seconds for each request that moves no
     weights.
     """
-    tell = progress or (lambda _: None)
     start, amount, servers = time.monotonic(), _Amount(), _Servers(list(receivers))
     limit = timeout + SLACK_SECONDS
     servers.drop(
@@ -107,7 +105,6 @@ def synchronise(
             REQUESTS_TO_OPEN * timeout + SLACK_SECONDS,
         )[1]
     )
-    tell(f"weights {label}: sending to {len(servers.good)} of {len(receivers)} servers")
     stream = amount.count(tensors)
     try:
         watched = verifier.watch(stream, servers.good) if verifier is not None else stream
@@ -123,7 +120,6 @@ def synchronise(
     probes = _check_probe(servers, verifier, timeout)
     seconds = time.monotonic() - start
     alive = _alive([receiver for receiver in receivers if receiver.url in servers.failures], label)
-    tell(f"weights {label}: {len(servers.good)} of {len(receivers)} servers have them, after {seconds:.2f} s")
     return SyncReport(servers.failures, alive, amount.bytes, amount.tensors, seconds, checked, probes)
 
 

@@ -1,4 +1,4 @@
-"""The process group that carries weights: the trainer's rank 0, then every rank of every server."""
+"""The process group that broadcasts weights: the trainer's rank 0, then every rank of every server."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Weight verification: do the servers hold the trainer's weights (checksums of every tensor), and do they compute the
-same model from them (log-probs of one fixed sequence, the probe).
+"""Weight verification: the servers hold the trainer's weights (checksums of every tensor) and compute the same model
+from them (log-probs of one fixed sequence, the probe).
 
 Checksums are exact: one that differs stops the run at once. Log-probs of two implementations differ by rounding, so the
 probe compares the mean difference with a tolerance, warns when it is exceeded, and stops the run when the same server
@@ -166,17 +166,18 @@ def _by_rank(receiver: Receiver, answer: Mapping[str, Any]) -> dict[int, dict[st
 
 
 def _compare(receiver: Receiver, rank: int, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    problems = [
-        *_problem("differs", [n for n in expected if n in found and found[n] != expected[n]]),
-        *_problem("is missing there", [n for n in expected if n not in found]),
-        *_problem("is not the trainer's", [n for n in found if n not in expected]),
+    mismatches = [
+        *_mismatch("differs", [n for n in expected if n in found and found[n] != expected[n]]),
+        *_mismatch("is missing there", [n for n in expected if n not in found]),
+        *_mismatch("is not the trainer's", [n for n in found if n not in expected]),
     ]
-    if problems:
+    if mismatches:
         raise VerificationError(
-            f"{receiver.url}, rank {rank}, has other weights than it was sent: {'; '.join(problems)}; {CHECKSUM_ADVICE}"
+            f"{receiver.url}, rank {rank}, has other weights than it was sent: {'; '.join(mismatches)}; "
+            f"{CHECKSUM_ADVICE}"
         )
 
 
-def _problem(what: str, names: Sequence[str]) -> list[str]:
+def _mismatch(what: str, names: Sequence[str]) -> list[str]:
     more = f" (and {len(names) - SHOWN} more)" if len(names) > SHOWN else ""
     return [f"{', '.join(names[:SHOWN])}{more} {what}"] if names else []
