@@ -59,12 +59,13 @@ class SupervisedRun:
         if verifier is not None:
             session.closing.callback(verifier.close)
         engine = embedded_engine(session, max_batch_size=256)
-        collector = evaluation_collector(  # sampling on the training model waits for nobody
+        collector = evaluation_collector(  # no time limit: the embedded engine waits for no server
             session, engine, self.weights, problems, self.renderer, verifier, timeout=math.inf
         )
         return HeldOut(session, collector, problems)
 
     def step(self, step: int) -> dict[str, float]:
+        """One optimizer step, and the evaluation when it is due; returns the metrics of the step. Collective."""
         recipe, session = self.recipe, self.session
         examples = self.examples.batch(step, recipe.sft.sequences_per_step, recipe.run.seed)
         with session.clock.phase("update"):
@@ -92,13 +93,14 @@ class SupervisedRun:
         return {**metrics, **evaluation}
 
     def state(self, step: int) -> dict[str, Any]:
-        """For a checkpoint, beside weights and optimizer. A step's examples are a function of (seed, step)."""
+        """The run state of a checkpoint, beside weights and optimizer. Data order is a function of (seed, step)."""
         evaluations = None if self.held_out is None else self.held_out.state()
         state = {"step": step, "seed": self.recipe.run.seed, "evaluations": evaluations}
         return {**state, "guard": self.guard.state_dict()}
 
 
 def train(run: SupervisedRun) -> None:
+    """The supervised training loop. Collective over all ranks."""
     session = run.session
     session.begin()
     session.on_root(lambda: _announce(run))

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from asd_megatron.cli.guard import as_rank, leave, report_at_once
-from asd_megatron.config import Recipe, load_recipe
+from asd_megatron.config import load_recipe
+from asd_megatron.errors import UserError
 from asd_megatron.run.rl import TrainingRun
 from asd_megatron.run.session import Session, run_session
 
 
 def train(run: TrainingRun) -> None:
+    """The training loop. Collective over all ranks."""
     run.start()
     for step in run.steps():
         groups = run.collect(step)  # newest weights to the engine first; problems, G responses each, rewards
@@ -33,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
 
     def program() -> int:
-        recipe: Recipe = load_recipe(*_recipe_and_overrides(arguments))
+        if not arguments or arguments[0].startswith("-"):
+            raise UserError("give a recipe first: python -m asd_megatron.train RECIPE [--section.key value ...]")
+        recipe = load_recipe(arguments[0], arguments[1:])
 
         def run(session: Session) -> None:
             with report_at_once():
@@ -42,14 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_session(recipe, run)
 
     return as_rank(program)
-
-
-def _recipe_and_overrides(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    from asd_megatron.errors import UserError
-
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError("give a recipe first: python -m asd_megatron.train RECIPE [--section.key value ...]")
-    return arguments[0], list(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -181,11 +181,6 @@ def _info(path: Path, metadata: dict[bytes, bytes] | None) -> DumpInfo:
     )
 
 
-def read_dump_info(path: str | os.PathLike[str]) -> DumpInfo:
-    """Only the metadata. Raises UserError as `read_dump` does."""
-    return _info(Path(path), _open(Path(path)).schema_arrow.metadata)
-
-
 def _open(path: Path) -> pq.ParquetFile:
     if not path.is_file():
         raise UserError(f"the rollout dump {path} does not exist; dumps are written with `run.dump_rollouts: true`")

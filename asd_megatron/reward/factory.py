@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from asd_megatron.errors import did_you_mean
-from asd_megatron.records import Problem
 from asd_megatron.reward.base import RewardError, Verifier
 from asd_megatron.reward.custom import CustomVerifier
 from asd_megatron.reward.exact import ExactVerifier
@@ -13,7 +12,6 @@ from asd_megatron.reward.math import MathVerifier
 from asd_megatron.reward.puzzle import PuzzleVerifier
 from asd_megatron.reward.reasoning_gym import ReasoningGymVerifier
 
-FAKE_RESPONSE = "The answer is \\boxed{0}.\n#### 0"
 NAMES = ("exact", "math", "puzzle", "reasoning_gym")
 
 
@@ -48,25 +46,3 @@ def make_verifier(
         f"reward.name {name!r} does not exist{f'; {hint}' if hint else '.'}"
         f" Choose {', '.join(NAMES)}, or your own as package.module:function or path/to/file.py:function"
     )
-
-
-def check_signature(
-    name: str,
-    problem: Problem,
-    response: str = FAKE_RESPONSE,
-    *,
-    timeout_seconds: float = 5.0,
-    wall_timeout_seconds: float | None = None,
-) -> float:
-    """The reward of a made-up response to `problem`, from a verifier that is started for it and closed again.
-
-    Raises RewardError as training would at its first step: a function that cannot be imported, has another framework's
-    signature, raises, hangs or returns no number.
-    """
-    verifier = make_verifier(
-        name, timeout_seconds=timeout_seconds, wall_timeout_seconds=wall_timeout_seconds, workers=1, on_error="stop"
-    )
-    try:
-        return verifier.score([(problem, response)])[0]
-    finally:
-        verifier.close()

@@ -19,7 +19,7 @@ from asd_megatron.reward.base import tests_of as count_tests
 from asd_megatron.reward.custom import CustomVerifier
 from asd_megatron.reward.custom_worker import NotANumber, load_function, number, refuse_other_signatures
 from asd_megatron.reward.exact import ExactVerifier
-from asd_megatron.reward.factory import check_signature, make_verifier
+from asd_megatron.reward.factory import make_verifier
 from asd_megatron.reward.workers import Limits
 
 PROBLEM = Problem("p7", "a  b", prompt="?", extra={"tests": (1, 2, 3)})
@@ -221,11 +221,9 @@ def test_usable_signatures(rewards: Path, name: str) -> None:
     refuse_other_signatures(load_function(f"{rewards}:{name}"), name)
 
 
-def test_check_signature_tries_one_made_up_response(rewards: Path) -> None:
-    assert check_signature(f"{rewards}:instance", PROBLEM) == 0.25
-    assert check_signature("exact", PROBLEM, "a b") == 1.0
+def test_another_signature_is_refused_when_the_verifier_starts(rewards: Path) -> None:
     with pytest.raises(UserError, match="verl has it"):
-        check_signature(f"{rewards}:verl", PROBLEM)
+        make_verifier(f"{rewards}:verl")
 
 
 @pytest.mark.parametrize(
