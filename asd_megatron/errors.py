@@ -1,4 +1,4 @@
-"""The one exception type that means "the user can fix this", and what its message says of a name that is not there."""
+"""The exception type for errors that the user can fix, and hints for its messages."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ def choose_demonstrations(
 
     Args:
         per_group: size of a uniformly drawn subset of the group's verified solutions to draw from, so that teacher
-            prompts repeat and their prefixes can be shared; a rollout whose own solution is the whole subset draws one
-            more, the same for all such rollouts. None: all solutions.
+            prompts repeat and their prefixes can be shared; a rollout whose own solution is the only one in it draws
+            one more, the same for all such rollouts. None: all solutions.
         key: (seed, step, prompt_id). The draw is a hash of the key and the rollout's index: the same in every process
             and layout.
         eligible: rollouts that may demonstrate at all (for instance: not aborted, text not empty); None: all.

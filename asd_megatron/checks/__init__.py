@@ -1,1 +1,1 @@
-"""What a user runs to trust an installation."""
+"""Checks of an installation that a user can run."""

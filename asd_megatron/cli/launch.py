@@ -1,7 +1,7 @@
 """Check a recipe, then start a program on local ranks, as `torchrun --standalone` would.
 
-The launcher stays light: it imports torch, but creates no CUDA context, which would hold memory of GPU 0 for the whole
-run. What needs a device is checked in the ranks.
+The launcher imports torch but creates no CUDA context, which would hold memory of GPU 0 during the run. What needs a
+device is checked in the ranks.
 """
 
 from __future__ import annotations

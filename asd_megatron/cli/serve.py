@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--python", type=Path, default=Path(".venv-sglang/bin/python"), help="of SGLang's environment [%(default)s]"
     )
     parser.add_argument("--log-folder", type=Path, default=Path("runs/servers"), help="[%(default)s]")
-    parser.add_argument("--router", action="store_true", help="start a sglang-router before the servers too")
+    parser.add_argument("--router", action="store_true", help="start an sglang-router in front of the servers")
     parser.add_argument("--start-timeout", type=float, default=900.0, metavar="SECONDS", help="[%(default)s]")
     return parser
 

@@ -1,4 +1,4 @@
-"""Recipes: one typed, frozen, strict schema; nothing of ours is imported but the error type."""
+"""Recipes: a typed, frozen, strict schema for each kind, with loading, checks and the reference page."""
 
 from asd_megatron.config.checks import check_devices, check_model, check_recipe, check_world
 from asd_megatron.config.loading import load_recipe, make_recipe

@@ -1,4 +1,4 @@
-"""What every recipe section shares: frozen, strict, no unknown keys; and a key's type in words."""
+"""The base class of recipe sections (frozen, strict, no unknown keys), and the type of a key in words."""
 
 from __future__ import annotations
 

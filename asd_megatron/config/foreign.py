@@ -1,4 +1,4 @@
-"""Keys of other frameworks, so that whoever knows theirs finds ours.
+"""Keys of other frameworks with their counterparts here, for the messages of unknown keys.
 
 A key is looked up by its last part, in lower case with underscores: `actor_rollout_ref.actor.optim.lr`,
 `--optimizer.lr` and `--lr` are all `lr`.

@@ -1,4 +1,4 @@
-"""What a refused recipe says: the key, what was given, what is expected, the nearest valid key."""
+"""The messages of refused recipes: the key, what was given, what is expected, the nearest valid key."""
 
 from __future__ import annotations
 

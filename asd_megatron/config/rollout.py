@@ -89,8 +89,8 @@ class Rollout(Section):
     router: Text | None = Field(
         None,
         description=(
-            "`sglang`: `start` starts a sglang-router before the servers and generates through it; a URL uses a running"
-            " one; null distributes the requests without a router."
+            "`sglang`: `start` starts an sglang-router in front of the servers and generates through it; a URL uses a"
+            " running one; null distributes the requests without a router."
         ),
     )
     max_concurrent_requests: int = Field(

@@ -1,4 +1,4 @@
-"""YAML as people expect it: `1e-6` is a number, `on` and `no` are text, a key given twice is refused."""
+"""YAML 1.2 scalars: `1e-6` is a number, `on` and `no` are text. A key given twice is refused."""
 
 from __future__ import annotations
 

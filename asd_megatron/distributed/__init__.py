@@ -1,1 +1,1 @@
-"""Process groups from a layout, and the one place that lets Megatron-Core run without CUDA."""
+"""Process groups of a layout, Python objects between ranks, devices, and the start and end of ranks."""

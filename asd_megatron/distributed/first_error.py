@@ -1,4 +1,4 @@
-"""Which of several failing ranks reports its error: the first one, global rank 0 by preference.
+"""Chooses which of several failing ranks reports its error: the first one, global rank 0 by preference.
 
 Most errors reach all ranks, either because each of them refuses the same thing, or because one rank fails and the
 others' collectives break. The ranks agree through the job's TCPStore, which needs no collective.
@@ -53,7 +53,7 @@ def _claim(store: dist.Store, key: str, rank: int, message: str) -> tuple[int, s
         _wait(store, key, HEAD_START)
     try:
         claim = store.compare_set(key, "", f"{rank} {message}").decode()
-    except RuntimeError:  # likewise
+    except RuntimeError:  # the host of the store has ended
         return rank, message
     first_rank, _, first_message = claim.partition(" ")
     return int(first_rank), first_message

@@ -1,4 +1,4 @@
-"""A rank ends when its launcher has died: nobody else would end it, and it would train on beside the next start."""
+"""Ends a rank when its launcher has died: it would otherwise continue training beside the next start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine offers: GPUs, which of them this rank takes, Transformer Engine, a torch that is new enough."""
+"""Properties of this machine: its GPUs and the one of this rank, Transformer Engine, the version of torch."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ INTRO = """\
 
 What `data.train: reasoning_gym:TASK` may name, with the parameters that `data.reasoning_gym` may set and their defaults
 ([how to use them](reasoning_gym.md)). Scores: `0 or 1`; `partial`: answers that are nearly right, or only in the right
-form, score in between; `contains`: not judged by rules of its own, an answer that contains the right text scores its
-share of the length. Notes: *slow*: an item takes more than 50 ms to make; *lines*: an answer has several lines, so only
-`<answer>` tags or `\\boxed{}` can hold it; *no answer*: items come without one and the rules alone judge, so
-`privileged.when_no_solution: reference_answer` has nothing to show.
+form, score in between; `contains`: not judged by rules of its own, an answer that contains the right text scores the
+fraction of its length that this text is. Notes: *slow*: an item takes more than 50 ms to make; *lines*: an answer has
+several lines, so only `<answer>` tags or `\\boxed{}` can hold it; *no answer*: items come without one and the rules
+alone judge, so `privileged.when_no_solution: reference_answer` has nothing to show.
 """
 
 

@@ -1,1 +1,1 @@
-"""What a run tells: metrics, dumps, progress, the start-up report, plots and the per-token report."""
+"""Reports of a run: metrics, dumps, progress, start-up and closing report, warnings, plots and the per-token report."""

@@ -1,4 +1,4 @@
-"""What a finished run says last: before and after, the best step, where model and curves are, one sample."""
+"""The closing report of a run: first and last values, the best step, paths of model and curves, one sample."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def closing_table(
     model_folder: Path | None,
     sample: Sample | None = None,
 ) -> str:
-    """The text. `rows`: the run's metrics.jsonl; `model_folder`: the last export, None when none was asked for."""
+    """The report as text. `rows`: the run's metrics.jsonl; `model_folder`: the last export, None without one."""
     lines = _before_and_after(rows)
     if best := _best(rows):
         lines.append(f"best held-out accuracy: {best[1]:.3f} after step {best[0]}")

@@ -62,7 +62,7 @@ REWARD_COUNTERS = {name: f"reward/{name}" for name in ("timeouts", "errors", "re
 
 
 class Increments:
-    """What the counters of the prompt renderer, the collector and the verifier grew by since the last look."""
+    """The increments of the counters of prompt renderer, collector and verifier since the last call."""
 
     def __init__(self) -> None:
         self._seen: dict[str, int] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.50, "q75": 0.75, "q95": 0.95, "q99": 0.99}
 PHASES = {
-    "weight_sync": "giving the newest weights to the engine",
+    "weight_sync": "sending the newest weights to the engine",
     "rollout": "waiting for responses",
     "reward": "waiting for the verifiers",
     "teacher": "scoring the privileged sequences",
@@ -89,12 +89,12 @@ SECTIONS = (
             Metric("rollouts/total", "rollouts", "rollouts of the step, over all ranks"),
             Metric("rollouts/masked", "rollouts", "rollouts without privileged context: their u is 0 in the loss"),
             Metric("rollouts/stale", "versions", "mean age of the weights that rollouts began with; 0: present ones"),
-            Metric("rollouts/stale_max", "versions", "the oldest rollout's"),
+            Metric("rollouts/stale_max", "versions", "the largest age among the rollouts"),
             Metric("rollouts/across_versions", "rollouts", "rollouts that several versions of the weights sampled"),
             Metric("rollouts/aborted", "rollouts", "rollouts that the engine gave up"),
             Metric("rollouts/stale_groups", "groups", "groups discarded because their weights were too old"),
             Metric("rollouts/redrawn_groups", "groups", "groups resampled because of either"),
-            Metric("rollouts/dropped_groups", "groups", "groups that are missing in the step for the same reasons"),
+            Metric("rollouts/dropped_groups", "groups", "groups left out of the step for the same reasons"),
             Metric("rollouts/cut_groups", "groups", "groups requested beyond the need and discarded unfinished"),
             Metric("rollouts/carried_groups", "groups", "unfinished groups carried over to the next step"),
         ),
@@ -146,7 +146,7 @@ SECTIONS = (
         "Gate",
         "Conditions with a per-token term.",
         (
-            Metric("gate/open", "0 or 1", "1 while the per-token term acts"),
+            Metric("gate/open", "0 or 1", "1 while lambda is above 0: the per-token term acts"),
             Metric("gate/lambda", "weight", "lambda of this step: 0 while closed or warming up"),
             Metric("gate/entropy", "nats", "H: the median entropy that the gate read, null if no token counted"),
             Metric("gate/tokens", "tokens", "tokens that H is the median of"),
@@ -172,7 +172,7 @@ SECTIONS = (
         (
             Metric("optimizer/grad_norm", "1", "global gradient norm before clipping; of several updates the largest"),
             Metric("optimizer/learning_rate", "1", "learning rate of the update"),
-            Metric("optimizer/skipped", "updates", "updates of the step left out: a number was not finite"),
+            Metric("optimizer/skipped", "updates", "updates skipped because loss or gradient norm was not finite"),
         ),
     ),
     Section(
@@ -215,7 +215,7 @@ SECTIONS = (
         "Servers",
         "With `rollout.engine: sglang`; counted since the step before, except `servers/serving`.",
         (
-            Metric("servers/serving", "servers", "servers that have current weights and may be asked, now"),
+            Metric("servers/serving", "servers", "servers that have the current weights and serve, now"),
             Metric("servers/retried", "samples", "samples that were retried on another server"),
             Metric("servers/given_up", "samples", "samples that failed too often"),
             Metric("servers/deadline", "samples", "attempts that took longer than `rollout.request_timeout`"),
@@ -244,11 +244,11 @@ SECTIONS = (
             Metric(
                 "tokens/computed", "tokens", "tokens that go through the model in all passes of the step, padding too"
             ),
-            Metric("tokens/padding_share", "fraction of computed", "of these, padding"),
+            Metric("tokens/padding_share", "fraction of computed", "padding among these"),
             Metric(
                 "tokens/shared_share",
                 "fraction of tokens",
-                "not computed, because they are in a prefix that was (`batching.share_prefixes`)",
+                "tokens of shared prefixes that are not computed again (`batching.share_prefixes`)",
             ),
             Metric(
                 "tokens/per_second",
@@ -291,7 +291,7 @@ SECTIONS = (
     ),
     Section(
         "Checkpoints",
-        "Only in the line of a step at which it happened.",
+        "Only in the steps in which it happened.",
         (
             Metric(
                 "checkpoint/skipped",
@@ -303,7 +303,7 @@ SECTIONS = (
     ),
     Section(
         "Supervised stage",
-        "`asd-megatron sft`; with the optimizer, token and time metrics above.",
+        "With `asd-megatron sft`, beside the optimizer, token and time metrics above.",
         (Metric("sft/loss", "nats", "cross-entropy per unit of loss weight over the global batch"),),
     ),
 )

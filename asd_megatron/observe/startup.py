@@ -1,4 +1,4 @@
-"""The start-up report: what will run, on what, supplied by whom, and why the step has the passes it has."""
+"""The start-up report: what runs, on which devices, which package supplies each part, and the passes of a step."""
 
 from __future__ import annotations
 
@@ -83,9 +83,8 @@ def environment() -> dict[str, Any]:
 
 
 def _supplier(kind: type) -> str:
-    """The package that a class's work comes from: its own, or the first foreign base's (Megatron wraps TE's
-    classes).
-    """
+    """The package that implements a class: its own, or that of a base class which it wraps (Megatron wraps Transformer
+    Engine's classes)."""
     roots = [base.__module__.split(".")[0] for base in kind.__mro__]
     for package in ("transformer_engine", "apex"):
         if package in roots:
@@ -112,9 +111,8 @@ def _inner_optimizers(optimizer: Any) -> list[type]:
 
 
 def suppliers(chunks: Iterable[torch.nn.Module], optimizer: Any = None) -> dict[str, str]:
-    """Who supplies attention, norm, linear, head and (if given) the optimizer of a built model: by the classes
-    found.
-    """
+    """The packages that supply attention, norm, linear, head and (if given) the optimizer of a built model, from their
+    classes."""
     kinds: dict[type, bool] = {}
     for chunk in chunks:
         for module in chunk.modules():
@@ -251,7 +249,7 @@ def write_environment(
     layout: Any,
     suppliers: Mapping[str, str],
 ) -> Path:
-    """RUN/environment.json: versions, devices, layout, who supplied each part. Returns its path."""
+    """Write RUN/environment.json: versions, devices, layout, the supplier of each part. Returns its path."""
     values = asdict(layout) if is_dataclass(layout) and not isinstance(layout, type) else dict(layout)
     content = {**environment, "layout": values, "suppliers": dict(suppliers)}
     return write_json(Path(run_folder) / "environment.json", content)

@@ -1,4 +1,4 @@
-"""Warnings about a method that does nothing: a run can be healthy in every other way and still not train with AntiSD.
+"""Warnings about a per-token term that has no effect: such a run ends without errors but does not train with AntiSD.
 
 Each warning looks at the metrics of consecutive steps (`observe/names.py`) and says what to look at. It is raised once
 per run; the step's metric `warnings/KIND` is 1 while the condition holds.
@@ -20,14 +20,14 @@ CLOSED_FRACTION, CLOSED_AFTER = 0.5, 10
 NEGATIVE_FRACTION, NEGATIVE_MEAN = 0.9, -1.0
 """u is out of distribution when more than this fraction of tokens has u < 0 and the mean is below so many nats."""
 CALIBRATION_TOKENS = 256
-"""Tokens over all warm-up steps below which H_warm is an accident of the sample."""
+"""Tokens over all warm-up steps below which H_warm is too noisy an estimate."""
 
 Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What `summary.json` lists: the kind, the step at which it was first reported, the text."""
+    """A warning as `summary.json` lists it: the kind, the step at which it was first reported, the text."""
 
     kind: str
     step: int
@@ -138,6 +138,6 @@ class MethodWarnings:
             return None
         return (
             f"H_warm was calibrated on {self._calibration_tokens:.0f} tokens, fewer than {CALIBRATION_TOKENS}: the"
-            " gate's thresholds may be an accident of the sample. Raise gate.warmup_steps or the rollouts of a step,"
+            " estimate of the gate's thresholds is noisy. Raise gate.warmup_steps or the rollouts of a step,"
             " or set gate.h_warm"
         )

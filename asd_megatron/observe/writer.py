@@ -50,9 +50,8 @@ def _summary(metrics: Mapping[str, float]) -> Any:
 class RunWriter:
     """Appends one line a step to RUN/metrics.jsonl, flushed, and the same numbers to TensorBoard.
 
-    `resume_step` None starts afresh: an older metrics.jsonl and its event files in the folder are removed. Resuming
-    from the state after step s keeps the lines up to s and drops later ones atomically; TensorBoard hides its later
-    points.
+    `resume_step` None starts new files: an older metrics.jsonl and event files in the folder are removed. Resuming from
+    the state after step s keeps the lines up to s and drops later ones atomically; TensorBoard hides its later points.
     """
 
     def __init__(

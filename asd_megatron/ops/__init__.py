@@ -1,1 +1,1 @@
-"""Vocabulary-parallel and distributed math on explicit process groups. Knows nothing of models or methods."""
+"""Vocabulary-parallel and distributed math on explicit process groups, independent of models and of the method."""

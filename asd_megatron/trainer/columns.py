@@ -2,7 +2,7 @@
 
 A column is [N], one entry per response token of this data-parallel rank, in the row order of `LocalBatch.table`.
 Columns are complete on every rank of the model-parallel group. `at` picks the rows of one pack or of one tile of the
-head, so the same classes describe a rank's whole table, a pack [rows of the pack] and a tile [rows of the tile].
+head, so the same classes describe a rank's complete table, a pack [rows of the pack] and a tile [rows of the tile].
 """
 
 from __future__ import annotations

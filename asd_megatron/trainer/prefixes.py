@@ -154,7 +154,7 @@ def bin_consecutive(own: Sequence[int], complete: Sequence[int], budget: int, at
     there are as many sequences and the budget allows it.
 
         complete  80 64 96 30      own  80 32 48 30      budget 120
-        bins      [80 + 32] [96] [30]: the second bin starts afresh, so its first sequence costs 96, not 48
+        bins      [80 + 32] [96] [30]: the first sequence of the second bin costs its complete 96, not 48
     """
     bins = _fill(own, complete, budget)
     wanted = max(len(bins), min(at_least, len(own)))

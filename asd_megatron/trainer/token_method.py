@@ -147,7 +147,7 @@ def local_sums(tokens: LossInputs, student: Tensor, method: Method, rollouts: in
 def freeze(
     tokens: LossInputs, student: Scores, method: Method, lam: float, rollouts: int, dp: dist.ProcessGroup
 ) -> FrozenScores:
-    """Loss constants of the rank's whole table from a scoring pass of the student, before the first update.
+    """Loss constants of the rank's complete table from a scoring pass of the student, before the first update.
 
     Collective over `dp` when the term is normalised over the batch. Columns are complete on every context-parallel
     rank, so nothing is summed over those.

@@ -1,4 +1,4 @@
-"""What a family declares, and the parts that decoder-only families share."""
+"""The declaration of a model family, and the parts that decoder-only families share."""
 
 from __future__ import annotations
 
