@@ -76,6 +76,7 @@ def _worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
 
 
 def compare(cell: ParityCell, found: dict[str, Any], expected: dict[str, Any]) -> ParityResult:
+    """The errors of a cell's results (`parity_worker.run_cell`) against those of its reference."""
     scale = expected["advantage_scale"]
     pairs = list(zip(found["losses"], expected["losses"], strict=True))
     pairs += list(zip(found["losses_clipped"], expected["losses_clipped"], strict=True))
@@ -156,6 +157,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def table(results: Sequence[ParityResult]) -> str:
+    """The results as text, one line a cell."""
     lines = [f"{'layout':22s} {'ranks':>5s} {'loss':>9s} {'gradients':>10s} {'updates':>9s} {'11 steps':>9s}"]
     for r in results:
         gradient = "sharded" if r.gradient_error is None else f"{r.gradient_error:.1e}"

@@ -52,6 +52,7 @@ class Trained:
 
 
 def build(folder: Path, cell: ParityCell) -> Trained:
+    """Join the ranks in the cell's layout and load the tiny model of `folder`. Collective."""
     from asd_megatron.checkpoint.huggingface import FolderReader, read_config
     from asd_megatron.distributed import layout as layouts
 
@@ -116,6 +117,7 @@ def run_step(
 
 
 def snapshot(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Float64 copies on the CPU, by name."""
     return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors}
 
 

@@ -90,6 +90,7 @@ def tolerant_output() -> Iterator[None]:
 
 
 def flush_output() -> None:
+    """Flush standard output and standard error."""
     sys.stdout.flush()
     sys.stderr.flush()
 

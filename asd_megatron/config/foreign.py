@@ -6,7 +6,7 @@ A key is looked up by its last part, in lower case with underscores: `actor_roll
 
 from __future__ import annotations
 
-OURS: dict[str, tuple[str, ...]] = {
+COUNTERPARTS: dict[str, tuple[str, ...]] = {
     # model, tokenizer, folders
     "model_name_or_path": ("model.path",),
     "model_name": ("model.path",),
@@ -221,12 +221,13 @@ WITHOUT: dict[str, str] = {
 
 
 def last_part(dotted: str) -> str:
+    """The last part of a dotted key in lower case, with underscores."""
     return dotted.rpartition(".")[2].lower().replace("-", "_")
 
 
 def counterparts(dotted: str, valid: set[str]) -> list[str]:
     """The members of `valid` that do the work of another framework's key or section; [] for a name no framework has."""
-    return [key for key in OURS.get(last_part(dotted), ()) if key in valid]
+    return [key for key in COUNTERPARTS.get(last_part(dotted), ()) if key in valid]
 
 
 def reason_without(dotted: str) -> str | None:

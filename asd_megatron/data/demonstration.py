@@ -1,4 +1,4 @@
-r"""The text of a demonstration: what is cleaned away, and how it is shortened."""
+r"""The text of a demonstration: cleaning and shortening it."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def special_token_texts(tokenizer: PreTrainedTokenizerBase, end_token_ids: Seque
 
 
 def count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of `text`, without special tokens."""
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -47,10 +47,12 @@ def shape_of(line: Line) -> str:
 
 
 def canonical(line: Line) -> Line:
+    """The line as it is."""
     return line
 
 
 def competition(line: Line) -> Line:
+    """A line with `problem`, and an `answer` or a `solution` that holds one."""
     problem, solution = text_field(line, "problem"), optional_text_field(line, "solution")
     if problem is None:
         raise LineError("`problem` is missing (the first line of this file has it)")
@@ -67,6 +69,7 @@ def competition(line: Line) -> Line:
 
 
 def gsm8k(line: Line) -> Line:
+    """A line with `question`, and an `answer` that ends in `#### N`."""
     question, worked = text_field(line, "question"), text_field(line, "answer")
     if question is None or worked is None:
         raise LineError("`question` or `answer` is missing (the first line of this file is in GSM8K's shape)")

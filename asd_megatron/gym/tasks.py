@@ -24,7 +24,7 @@ from asd_megatron.errors import UserError, did_you_mean
 
 PREFIX = "reasoning_gym:"
 COMPOSITE = "composite"
-OURS = ("seed", "size")  # set by asd_megatron, which decides the items of each split
+RESERVED = ("seed", "size")  # set by asd_megatron, which decides the items of each split
 PAGE = "docs/reasoning_gym_tasks.md"
 FINDINGS = Path(__file__).with_name("findings.json")
 MOST_TEST_PROBLEMS = 10_000
@@ -101,7 +101,7 @@ def parameters_of(task: str) -> dict[str, Any]:
     return {
         field.name: _plain(getattr(config, field.name))
         for field in dataclasses.fields(config)
-        if field.name not in OURS
+        if field.name not in RESERVED
     }
 
 
@@ -126,7 +126,7 @@ def _config(task: str, parameters: Mapping[str, Any], *, seed: int, size: int) -
 
 def _value(task: str, config_class: type, name: str, value: Any) -> Any:
     """The parameter in its annotated type: a YAML list may become a tuple, a text an enum's member."""
-    if name in OURS:
+    if name in RESERVED:
         raise UserError(
             f"data.reasoning_gym: {name} cannot be set: training and held-out problems have seeds of their own"
             " (data.test_problems says how many are held out)"

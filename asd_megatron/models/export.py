@@ -22,7 +22,7 @@ from asd_megatron.models.weights import Rule, Shapes
 
 BUCKET_BYTES = 256 * 2**20
 Key = tuple[int, int | None]
-"""A parameter of the complete model: the index of its rule in the family, its global layer (None: outside the
+"""A parameter of the complete model: the index of its rule in the family, and its global layer (None: outside the
 layers)."""
 
 

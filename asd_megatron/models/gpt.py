@@ -134,4 +134,5 @@ def _block_spec(config: Any, layers: str, vp_stage: int | None) -> Any:
 
 
 def softmax_scale(config: Any) -> float:
+    """The factor of the attention scores: the config's, or 1 / sqrt(head_dim)."""
     return config.softmax_scale or 1.0 / math.sqrt(config.kv_channels)

@@ -10,6 +10,7 @@ from asd_megatron.errors import UserError
 
 
 def required(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key that must be given. Raises UserError when it is absent or null."""
     if config.get(key) is None:
         raise UserError(f"config.json has no `{key}`: the model folder is incomplete, or of another architecture")
     return config[key]

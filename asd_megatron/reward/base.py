@@ -36,6 +36,7 @@ class Verifier(Protocol):
 
 
 def new_counters() -> dict[str, int]:
+    """The counters of a verifier, all 0."""
     return {"timeouts": 0, "errors": 0, "restarts": 0}
 
 

@@ -297,6 +297,7 @@ def worker_command(
     quiet: bool = True,
     path: Sequence[str] | None = None,
 ) -> list[str]:
+    """The command line of a worker that runs the judge in the file `judge`; options as in `worker_program`."""
     settings = {
         "judge": str(judge),
         "arguments": list(arguments),

@@ -1,4 +1,4 @@
-"""The run folder: held by one live run at a time, and what a start finds in it and does about it.
+"""The run folder: locked by one running program at a time, and the kind of start that its content allows.
 
     empty                                          fresh: the run starts, from `checkpoint.resume` PATH if one is given
     this run, stopped before its first checkpoint  restart: the attempt's metrics and dumps are replaced
@@ -40,7 +40,7 @@ Kind = Literal["fresh", "restart", "resume", "overwrite", "finished"]
 
 @dataclass(frozen=True)
 class Start:
-    """What this start does with its run folder. `checkpoint`: the training checkpoint to load, of this run folder for
+    """The decision about the run folder. `checkpoint`: the training checkpoint to load, of this run folder for
     `resume` and of another for `fresh`, `restart` and `overwrite`. `changes`: recipe keys that differ from the run that
     is resumed or restarted."""
 
@@ -51,7 +51,7 @@ class Start:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors of the operating system while `path` is written are the user's to fix: UserError."""
+    """Raise an OSError from inside, while `path` is written, as a UserError."""
     try:
         yield
     except OSError as error:
@@ -61,7 +61,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-# ---------------------------------------------------------------- holding it
+# ---------------------------------------------------------------- locking
 
 
 def hold(folder: Path, closing: ExitStack) -> None:
@@ -102,7 +102,7 @@ def _remove_empty(made: list[Path]) -> None:
             path.rmdir()
 
 
-# ---------------------------------------------------------------- what to do
+# ---------------------------------------------------------------- deciding
 
 
 def claim(recipe: AnyRecipe, stage: str, closing: ExitStack) -> Start:
@@ -227,7 +227,7 @@ def _refuse(recipe: AnyRecipe, found: tuple[Change, ...], stage: str) -> None:
 
 
 def _check_restart(recipe: AnyRecipe) -> None:
-    """A run that has ended is not thrown away to make a longer one."""
+    """Refuse (UserError) to restart a run that has ended without a checkpoint: its results would be replaced."""
     steps = _summary(recipe.run.path).get("steps")
     if steps is not None:
         raise UserError(
@@ -237,7 +237,8 @@ def _check_restart(recipe: AnyRecipe) -> None:
 
 
 def _check_overwrite(recipe: AnyRecipe) -> None:
-    """Refuse to replace a folder that the user did not offer, that is no run folder, or that the run reads."""
+    """Refuse (UserError) to replace a folder without `run.overwrite`, one that is no run folder, or one with files that
+    the run reads."""
     folder = recipe.run.path
     if not recipe.run.overwrite:
         raise UserError(
@@ -263,13 +264,13 @@ def _inputs(recipe: AnyRecipe) -> dict[str, str]:
     return {key: path for key, path in found.items() if path is not None}
 
 
-# ---------------------------------------------------------------- doing it
+# ---------------------------------------------------------------- preparing
 
 
 def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
-    """Make the held folder that of a run after `step` steps: remove what is replaced and what killed writers left,
-    record the start in the history, write the resolved recipe. A run without a step left (its export is missing) keeps
-    its recipe and summary: they say what trained it. Raises UserError when the operating system refuses."""
+    """Prepare the locked folder for a run that continues after `step` steps: remove what is replaced and what killed
+    writers left, record the start in the history, write the resolved recipe. A run without a step left (its export is
+    missing) keeps its recipe and summary. Raises UserError when the operating system refuses."""
     folder = recipe.run.path
     with writing(folder):
         if start.kind == "overwrite":

@@ -1,4 +1,4 @@
-"""The recipe's SGLang servers, started or attached to, as a rollout engine."""
+"""The rollout engine on the recipe's SGLang servers."""
 
 from __future__ import annotations
 
@@ -50,10 +50,12 @@ class Keys:
 
     @classmethod
     def given(cls) -> Keys:
+        """The keys of running servers, from the environment variables."""
         return cls(os.environ.get(API_KEY_VARIABLE, ""), os.environ.get(ADMIN_KEY_VARIABLE, ""))
 
     @classmethod
     def new(cls) -> Keys:
+        """Random keys for servers that the run starts."""
         return cls(secrets.token_urlsafe(32), secrets.token_urlsafe(32))
 
 
@@ -88,8 +90,8 @@ def _rollout(session: Session) -> Rollout:
 
 
 def _controller(session: Session, rollout: Rollout, probe: tuple[int, ...]) -> Controller:
-    """Everything that global rank 0 needs, nothing of it started yet. Raises UserError for an environment that cannot
-    serve."""
+    """The controller with all that it needs on global rank 0; no server is started yet. Raises UserError for an
+    environment that cannot serve."""
     port, labels, closing = session.port, Labels(), ExitStack()
     verifier = _verifier(session, rollout)
     keys = Keys.given() if rollout.server_urls else Keys.new()
@@ -200,7 +202,7 @@ def loaded_nccl() -> str:
 
 
 def check_nccl(ours: str, servers: Versions) -> None:
-    """Raises UserError for other versions of NCCL on the two sides of a broadcast, which hang or fail obscurely."""
+    """Raises UserError unless both sides of a broadcast have the same NCCL: with different versions it may hang."""
     if servers.nccl is None or servers.nccl == ours:
         return
     raise UserError(

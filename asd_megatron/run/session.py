@@ -1,7 +1,6 @@
-"""What both stages share: ranks, model, optimizer, tokenizer, run folder, checkpoints. Opened from a recipe, closed at
-the end.
+"""The session of a training program of either stage: ranks, model, optimizer, tokenizer, run folder and checkpoints.
 
-    run_session(recipe, lambda session: train(TrainingRun(recipe, session)))
+run_session(recipe, lambda session: train(TrainingRun(recipe, session)))
 """
 
 from __future__ import annotations
@@ -67,10 +66,10 @@ def open_session(recipe: AnyRecipe) -> Iterator[Session]:
 
 
 class Session:
-    """One program on every rank, from `open_session`. Attributes are the same everywhere unless stated; `writer` exists
-    on global rank 0 only, after `begin`.
+    """The session of one rank, from `open_session`. Attributes are the same on every rank unless stated; `writer`
+    exists on global rank 0 only, after `begin`.
 
-    Opening holds the run folder, reads and checks: after a refusal the folder is as it was. `begin` makes it the run's.
+    Opening locks the run folder and checks it; a refusal leaves the folder as it was. `begin` prepares it for this run.
     `closing` takes what has to be closed at the end.
 
     `first_step` is the first step still to be made (1, or the one after the checkpoint that the run resumed from),
@@ -114,8 +113,7 @@ class Session:
         self.progress = Progress(recipe.run.steps, enabled=False)
 
     def begin(self) -> None:
-        """Make the run folder this run's and open its metrics; say what differs from the run that it resumes.
-        Collective."""
+        """Prepare the run folder, open the metrics and print what differs from the run that is resumed. Collective."""
         done = self.first_step - 1
         self.on_root(lambda: folders.prepare(self.recipe, self.start, self.stage, done))
         self.on_root(lambda: self._open_metrics(None if self.resumed is None else done))
@@ -173,7 +171,8 @@ class Session:
         return self.port.shares_prefixes if asked is None else asked
 
     def _load(self, checkpoint: str) -> dict[str, Any]:
-        """Weights, optimizer and run state of a training checkpoint; the schedule's place by its steps."""
+        """Load weights and optimizer from a training checkpoint and set the schedule to its step; returns its run
+        state. Collective."""
         state = training.load(Path(checkpoint), self.port, self.optimizer.megatron, self.optimizer.scheduler)
         step, steps = int(state["step"]), self.recipe.run.steps
         if state["stage"] != self.stage:
@@ -196,7 +195,7 @@ class Session:
             self.writer.text("recipe", dump_recipe(self.recipe))
 
     def _what_starts(self) -> list[str]:
-        """What a reader must know of this start: that an attempt is replaced, what differs, where the schedule is."""
+        """Lines for the console: a replaced earlier attempt, changed settings, the learning rate after them."""
         done, changes = self.first_step - 1, self.start.changes
         lines = []
         if self.start.kind == "restart":
@@ -217,7 +216,7 @@ class Session:
 
     @property
     def stage(self) -> str:
-        """Which program this is: `train` or `sft`."""
+        """The program of the recipe: `train` or `sft`."""
         return "train" if isinstance(self.recipe, Recipe) else "sft"
 
     @property
@@ -230,8 +229,8 @@ class Session:
         return on_rank_zero(action, self.process_groups.host)
 
     def only_root(self, action: Callable[[], T]) -> T | None:
-        """Run `action` on global rank 0 alone, None elsewhere (the result stays there); its UserError is raised on
-        every rank."""
+        """Run `action` on global rank 0; its result stays there, other ranks get None. Its UserError is raised on every
+        rank. Collective."""
         kept: list[T] = []
         self.on_root(lambda: kept.append(action()))
         return kept[0] if kept else None
@@ -240,8 +239,8 @@ class Session:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """While rollouts are made on the trainer's own devices, the optimizer's state may be in host memory, and
-        colocated servers get the memory that PyTorch has cached."""
+        """Around the generation of rollouts: with `rollout.offload_optimizer` the optimizer's state is in host memory,
+        and colocated servers get the memory that PyTorch has cached."""
         rollout = self.recipe.rollout if isinstance(self.recipe, Recipe) else None
         if rollout is not None and rollout.offload_optimizer:
             self.optimizer.offload()
@@ -338,8 +337,7 @@ class Session:
             return write_folder(self.port, self.source, folders.export_folder(self.folder, step))
 
     def _export_if_missing(self, step: int) -> None:
-        """The export that was due at the step that the run resumes from: it was killed while it wrote that one.
-        Collective."""
+        """Write the export that was due at the step from which the run resumes, if a kill prevented it. Collective."""
         settings, checkpoint = self.recipe.checkpoint, Path(self.start.checkpoint or "")
         due = self.is_due(step, settings.export_every, at_end=settings.export_at_end)
         if self.start.kind != "resume" or not due:
@@ -348,8 +346,8 @@ class Session:
             self.export(step)
 
     def finish(self, summary: Mapping[str, Any], sample: Sample | None = None) -> None:
-        """The run has made its last step: RUN/summary.json says so, RUN/curves.png is drawn, and a table of what came
-        of it is printed, with a held-out `sample`. Collective."""
+        """End a run after its last step: write RUN/summary.json and RUN/curves.png, and print the closing report with a
+        held-out `sample`. Collective."""
 
         def write() -> None:
             from asd_megatron.observe.plots import plot_run, write_summary  # matplotlib
@@ -381,7 +379,7 @@ def _nothing_left(recipe: AnyRecipe) -> str:
 
 
 def _close(writer: RunWriter) -> None:
-    """What could not be written has been reported already; closing must not fail over it again."""
+    """Close without raising: an error of the last write has been reported already."""
     with suppress(OSError):
         writer.close()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from asd_megatron.config.checks import CORPUS
 from asd_megatron.config.data import Data
 from asd_megatron.data.problems import ProblemSet, load_problems
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
@@ -136,12 +137,12 @@ def supervised_source(
             "the model has no end token: set eos_token_id in its generation_config.json or config.json, or eos_token in"
             " its tokenizer_config.json"
         )
-    if name == "puzzle:corpus":
+    if name == CORPUS:
         from asd_megatron.puzzle.corpus import Corpus, CorpusOptions
 
         drill = steps * 2 // 3
         options = CorpusOptions(drill_steps=drill, habit_steps=steps - drill)
         return Corpus(renderer, tokenizer, TeacherLimits(), options)
     if name.startswith(PUZZLE):
-        raise UserError(f"data.train {name!r} is not a supervised corpus: use puzzle:corpus, or a JSONL file")
+        raise UserError(f"data.train {name!r} is not a supervised corpus: use {CORPUS}, or a JSONL file")
     return SupervisedFile(load_sft(name, renderer, end_token_id=end_ids[0], max_tokens=max_tokens), shuffle)

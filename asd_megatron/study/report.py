@@ -81,6 +81,7 @@ def equal_arms(findings: Findings) -> list[tuple[str, str]]:
 
 
 def equal_arms_text(one: str, other: str) -> str:
+    """The warning about a pair of `equal_arms`."""
     return (
         f"arms {one} and {other} trained alike to the last digit: what they differ in had no effect (is the gate open, "
         "does any rollout have privileged context? Look at gate/lambda, pmi/coverage and the runs' summary.json)"

@@ -212,6 +212,7 @@ class LocalBatch:
         return slice(int(self.table.offsets[before]), int(self.table.offsets[before + own]))
 
     def counts(self, mini_batch: int) -> GlobalCounts:
+        """The denominators of a mini-batch, from the examples of all ranks."""
         tokens = sequences = 0
         for i in (i for indices in self.assignment[mini_batch] for i in indices):
             n = sum(self.loss_mask(self.all_examples[i]))

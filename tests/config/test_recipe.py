@@ -119,9 +119,9 @@ def test_a_key_of_another_framework_gets_ours_or_the_reason(override: str, expec
 
 
 def test_the_keys_named_for_other_frameworks_exist() -> None:
-    named = {key for ours in foreign.OURS.values() for key in ours}
+    named = {key for ours in foreign.COUNTERPARTS.values() for key in ours}
     assert named <= {*dotted_keys(Recipe), *Recipe.model_fields}
-    assert not set(foreign.OURS) & set(foreign.WITHOUT)
+    assert not set(foreign.COUNTERPARTS) & set(foreign.WITHOUT)
     own = {key.partition(".")[2] for key in dotted_keys(Recipe)}
     assert not own & set(foreign.WITHOUT)
 

@@ -64,7 +64,8 @@ class SGLangEngine:
         self._pending = 0
 
     def start(self) -> None:
-        """Start or find the servers; returns when they can be used. Before anything else. Raises RolloutError."""
+        """Start the servers or connect to running ones; returns when they are ready. Call it before any other method.
+        Raises RolloutError."""
         self._on_root(lambda controller: controller.start())
 
     @property
