@@ -22,7 +22,7 @@ def test_a_run_on_a_task(tmp_path: Path) -> None:
         data={"train": TASK, "test": TASK, "reasoning_gym": {"max_value": 60}, "test_problems": 20},
         reward={"name": "reasoning_gym", "workers": 1, "timeout_seconds": 60.0},
         sampling={"max_prompt_tokens": 64, "stop": ["w1", "w2"]},  # only a response that has ended demonstrates
-        evaluation={"problems": 10},
+        evaluation={"problems": 10, "temperature": 1.0, "top_p": 1.0},
     )
     before, row = metrics(run)
     assert 0 < before["evaluation/accuracy"] < 1

@@ -95,7 +95,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 def test_options_of_the_method(world: World, recorded: Path, option: str) -> None:
     rows = read_metrics(replay(world, recorded, f"option_{option}", **OPTIONS[option]))
     original = read_metrics(recorded)
-    assert math.isclose(rows[0]["entropy/student_mean"], original[0]["entropy/student_mean"], rel_tol=1e-5)
+    alike = math.isclose(rows[0]["entropy/student_mean"], original[0]["entropy/student_mean"], rel_tol=1e-5)
+    assert alike or option == "masked_truncated"  # which leaves tokens out of the entropies
     if option == "own_success":
         assert sum(row["demonstration/self"] for row in rows) > 0
     else:
@@ -155,7 +156,8 @@ def test_a_recording_that_does_not_fit(world: World, recorded: Path, capsys: pyt
         name = ["--run.name", "misfit", "--run.overwrite", "true"]
         return refusal(capsys, train.main, [str(recipe), *name, *overrides])
 
-    assert "name a run folder that was made with `run.dump_rollouts: true`" in refused(folder=world.folder)
+    message = refused(folder=world.folder)
+    assert "rollout.replay_folder" in message and "run.dump_rollouts: true" in message
     assert "set sampling.temperature to the recorded one" in refused("--sampling.temperature", "0.7")
     assert "replay with the data file, run.seed" in refused("--run.seed", "5")
     assert "set sampling.rollouts_per_problem" in refused("--sampling.rollouts_per_problem", "3")
