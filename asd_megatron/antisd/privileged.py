@@ -1,6 +1,6 @@
-"""Privileged context (section 4 setup, Appendix C): which verified solution, which feedback.
+"""Privileged context (section 4 setup, Appendix C): the choice of the verified solution, and the feedback line.
 
-Choices only; the text is rendered by `data/prompts.py`.
+The text is rendered by `data/prompts.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class PrivilegedContextError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Demonstration:
-    """Where a rollout's verified solution comes from; `sample` is that rollout's index in the group, or -1."""
+    """The source of a rollout's verified solution; `sample` is that rollout's index in the group, or -1."""
 
     source: DemonstrationSource
     sample: int = -1

@@ -41,6 +41,7 @@ def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimize
 
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether a part of it is Megatron's distributed optimizer."""
     return bool(_distributed_parts(optimizer))
 
 

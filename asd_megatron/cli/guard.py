@@ -1,4 +1,5 @@
-"""How programs end: one line for an error that the user can fix, and never status 0 before the end.
+"""Exit status and error message of a program: one line for an error that the user can fix, and never
+status 0 before the end.
 
 `guarded` is for console commands, `as_rank` for the training programs.
 """
@@ -39,7 +40,7 @@ def guarded(program: Callable[[], int]) -> int:
 
 
 def as_rank(program: Callable[[], int]) -> int:
-    """Run a training program as one rank, likewise; it ends when its launcher dies.
+    """Run a training program as one rank and return its exit status as `guarded` does; it ends when its launcher dies.
 
     SystemExit is an error here: it comes from code of the user's (a reward that calls `sys.exit(0)`). Among several
     ranks one reports, with its traceback unless the error is a UserError; the others repeat nothing and say in one line

@@ -1,4 +1,4 @@
-"""How many ranks a recipe gets on this machine, and on which GPUs."""
+"""The placement of a recipe on this machine: the number of ranks and their GPUs."""
 
 from __future__ import annotations
 

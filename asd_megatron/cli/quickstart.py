@@ -98,7 +98,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """What changed, as text."""
+    """The table of what changed, as text."""
     before, after = summary["evaluation_before"], summary["evaluation_after"]
     lines = ["", f"{'held-out puzzles':38s} {'before':>8s} {'after':>8s}"]
     for name, label in (

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0 after Ctrl-C or SIGTERM, 1 when every server has been given up."""
+    """Run the servers; returns 0 after Ctrl-C or SIGTERM, 1 when every server has been given up."""
     words = list(argv)
     split = words.index("--") if "--" in words else len(words)
     given = _parser().parse_args(words[:split])

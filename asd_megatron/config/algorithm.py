@@ -16,7 +16,7 @@ DEFAULT_FLOOR = 0.5  # of masked importance weights
 
 
 class Algorithm(Section):
-    """What the advantage of a token is and how the policy learns from it."""
+    """The advantage of a token, and the policy loss."""
 
     name: ConditionName = Field(
         "antisd",

@@ -1,4 +1,4 @@
-"""What a recipe with `reasoning_gym:` problem sets must agree on."""
+"""Checks of recipes with `reasoning_gym:` problem sets."""
 
 from __future__ import annotations
 

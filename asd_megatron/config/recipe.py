@@ -36,7 +36,7 @@ LONG_RESPONSES = 4096
 
 
 class Recipe(Section):
-    """Everything a `train` run is."""
+    """The recipe of a `train` run."""
 
     run: Run = Run()
     model: Model
@@ -79,7 +79,7 @@ class Recipe(Section):
 
 
 class SftRecipe(Section):
-    """Everything a supervised (`sft`) run is. `reward`, `evaluation` and `sampling` matter only with `data.test`."""
+    """The recipe of a supervised (`sft`) run. `reward`, `evaluation` and `sampling` matter only with `data.test`."""
 
     run: RunBase = RunBase()
     model: Model

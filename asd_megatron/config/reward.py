@@ -10,7 +10,7 @@ from asd_megatron.config.base import Section
 
 
 class Reward(Section):
-    """The verifier."""
+    """The verifier that scores responses."""
 
     name: Annotated[
         str,

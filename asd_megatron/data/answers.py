@@ -1,4 +1,4 @@
-r"""Where the final answer stands in a text: answer tags, the last `\boxed{...}`, the last `#### N`. In linear time."""
+r"""Finds the final answer in a text: answer tags, the last `\boxed{...}`, the last `#### N`. In linear time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def outside_thinking(text: str) -> str | None:
 
 
 def marked_answer(text: str) -> str | None:
-    r"""What the text marks as its answer: the content of the last `<answer>` tag (of the last box in it, if any), else
+    r"""The answer that the text marks: the content of the last `<answer>` tag (of the last box in it, if any), else
     of the last box, else what follows the last `####` on its line.
 
     Empty if the last mark is empty or the text ends inside it; None if the text marks no answer. Think blocks are for

@@ -17,7 +17,7 @@ MATH_CLOSE = re.compile(r"\s*(?:\$\$?|\\\)|\\\])")
 
 
 def clean(text: str, special_tokens: Sequence[str], *, strip_thinking: bool) -> str:
-    r"""Without special tokens, without what follows the last `\boxed{...}`, and on request without `<think>` blocks.
+    r"""`text` without special tokens and what follows the last `\boxed{...}`, on request without `<think>` blocks.
 
     A response whose `<think>` was opened by the prompt starts inside the block: everything up to `</think>` belongs
     to it.

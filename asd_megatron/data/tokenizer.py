@@ -1,4 +1,4 @@
-"""Tokenizers of local Hugging Face folders, and the checks that tie one to its model."""
+"""Tokenizers of local Hugging Face folders, and the checks that one fits its model."""
 
 from __future__ import annotations
 

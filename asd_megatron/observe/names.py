@@ -49,7 +49,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Section:
-    """Metrics that are read together, and when they are there."""
+    """Metrics that belong together; `when` says which steps have them."""
 
     title: str
     when: str

@@ -1,6 +1,6 @@
-"""Which tokens the privileged context makes more or less likely: mean u by token, lowest and highest.
+"""The per-token report: the tokens with the lowest and the highest mean u.
 
-Low u: tokens that a solver needs and one who knows the solution does not (deliberation). High u: shortcuts.
+Low u: tokens that the privileged context makes less likely (deliberation). High u: shortcuts.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ class Trace:
 
 
 def deliberation_word(rng: random.Random, index: int) -> str:
+    """The first word of test number `index`."""
     return FIRST_WORD if index == 0 else rng.choice(LATER_WORDS)
 
 

@@ -21,7 +21,7 @@ class PuzzleMetrics:
         self.lexicon = Lexicon.of(tokenizer)
 
     def of_step(self, examples: Sequence[Example], table: TokenTable) -> dict[str, float]:
-        """Of one step's global batch; u by class where u was computed."""
+        """Metrics of one step's global batch; u by class where u was computed."""
         pmi = None
         if "pmi" in table:
             pmi = [
@@ -34,6 +34,7 @@ class PuzzleMetrics:
         return out
 
     def of_evaluation(self, rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, float]:
+        """Metrics of held-out responses."""
         report = summarize([r.response_ids for r in rollouts], rewards, self.lexicon)
         out = {
             "evaluation/deliberations": report.deliberations,
@@ -48,6 +49,7 @@ class MeasuredPuzzles(PuzzleStream):
     """Puzzles as a run's problem set, with the puzzle's own metrics."""
 
     def metrics(self, tokenizer: PreTrainedTokenizerBase) -> PuzzleMetrics:
+        """The metrics of these puzzles' responses."""
         return PuzzleMetrics(tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""What a puzzle run shows: u by token class, how much the model deliberates, how often it tests what it answers."""
+"""Metrics of puzzle responses: u by token class, the deliberation rate, the fraction of tested answers."""
 
 from __future__ import annotations
 

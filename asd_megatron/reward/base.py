@@ -1,4 +1,4 @@
-"""The interface between the trainer and what scores a response."""
+"""The interface of verifiers, which score responses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ Item = tuple[Problem, str]
 
 
 class RewardError(UserError):
-    """No rewards: a user's function raised, hung or returned no number; workers keep dying; no such verifier."""
+    """Rewards cannot be computed: a user's function raised, hung or returned no number, workers keep dying, or there is
+    no such verifier."""
 
 
 class Verifier(Protocol):

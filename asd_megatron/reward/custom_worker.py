@@ -57,6 +57,7 @@ FOREIGN = (
 
 
 def load(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The judge that calls the function `name`."""
     try:
         function = load_function(name)
         refuse_other_signatures(function, name)

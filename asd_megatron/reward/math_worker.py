@@ -27,6 +27,7 @@ SELF_CHECK = (
 
 
 def load() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The judge, after a check of the installed math_verify."""
     compare = load_compare()
     for gold, text, equal in SELF_CHECK:
         if compare(gold, text) != equal:
@@ -38,6 +39,7 @@ def load() -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def load_compare() -> Callable[[str, str], bool]:
+    """The comparison of an expected answer with a text."""
     import math_verify.grader
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     from sympy import nan, zoo

@@ -40,6 +40,7 @@ FORBIDDEN = (
 
 
 def load() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The judge, in a process that can no longer write files, start processes or open connections."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would use up the bounded address space
     sys.path.append(str(Path(__file__).resolve().parents[2]))
     _guard_sympy()

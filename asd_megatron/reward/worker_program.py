@@ -28,6 +28,7 @@ MAX_STDERR_BYTES = 65_536
 
 
 def main() -> None:
+    """Answer requests until the parent closes the pipe."""
     settings = json.loads(sys.argv[1])
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb", buffering=0)

@@ -1,4 +1,4 @@
-"""Worker processes that answer one JSON request at a time, each within a bounded time, whatever happens to a worker.
+"""Worker processes that answer one JSON request at a time, each within a bounded time, even if workers die.
 
 The workers are programs of their own on pipes: nothing is forked from a process that holds CUDA or gloo threads, and no
 signal is used here, so that the pool works in any thread.
@@ -39,7 +39,7 @@ WALL_FACTOR = 10  # wall time of an answer where reward.wall_timeout_seconds is 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a worker may take: seconds of wall and of processor time (None: no limit) for an answer, wall time to load,
+    """The limits of a worker: seconds of wall and of processor time (None: no limit) for an answer, wall time to load,
     bytes of address space (None: no limit)."""
 
     wall_seconds: float

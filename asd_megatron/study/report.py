@@ -66,6 +66,7 @@ class Findings:
 
 
 def at(step: int, metric: str) -> Value:
+    """The metric at an evaluation's step."""
     return lambda result: result.at(step, metric)
 
 

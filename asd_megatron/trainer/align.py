@@ -1,4 +1,4 @@
-"""Per-token numbers that stay with their token: keyed by (rollout, response position), wherever they were computed.
+"""Alignment of per-token results by (rollout, response position), whatever pack and rank computed them.
 
 Student and teacher sequences of a rollout are packed separately, may lie in different packs and are cut differently by
 context parallelism. Every scored row of every pack therefore carries its row of the data-parallel rank's token table

@@ -57,7 +57,7 @@ class Scores(Columns):
 
 @dataclass(frozen=True)
 class TokenInputs(Columns):
-    """What the loss needs of the tokens and no forward pass computes."""
+    """The inputs of the loss that no forward pass computes."""
 
     group_advantage: Tensor  # float32: A_seq of the token's rollout
     weight: Tensor  # float32: the token's weight in the loss, the global denominator of its mini-batch included
@@ -70,7 +70,7 @@ class TokenInputs(Columns):
 
 @dataclass(frozen=True)
 class LossConstants(Columns):
-    """What the policy gradient treats as constants of a token: functions of the scoring log-probs, without gradient.
+    """The constants of the policy gradient, one for each token: functions of the scoring log-probs, without gradient.
 
     The importance columns are None without a correction of off-policy rollouts.
     """

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: an error where they mean broken weights, a skipped update where one step can be skipped.
+"""The guard against non-finite numbers: an error where they mean broken weights, else a skipped update.
 
 A rollout or scoring pass with NaN or infinity means broken weights or a broken kernel: training stops and names the
 phase, the step and the rollouts. An update whose loss or gradient norm is not finite is skipped; weights and optimizer

@@ -32,8 +32,8 @@ class SupervisedExample(Protocol):
 
 @dataclass(frozen=True)
 class SupervisedStats:
-    """Of one optimizer step: `loss` is the weighted mean cross-entropy of the global batch in nats, `grad_norm` the
-    global L2 norm before clipping, `applied` False for a skipped step, `tokens` all response tokens."""
+    """The result of one optimizer step: `loss` is the weighted mean cross-entropy of the global batch in nats,
+    `grad_norm` the global L2 norm before clipping, `applied` False for a skipped step, `tokens` all response tokens."""
 
     loss: float
     grad_norm: float

@@ -25,8 +25,8 @@ from asd_megatron.trainer.token_method import Method, Sums
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Of all optimizer steps of one batch, in order. `grad_norms` are global L2 norms before clipping; `applied` is
-    False for a step that was skipped because its loss or gradient was not finite."""
+    """The results of all optimizer steps of one batch, in order. `grad_norms` are global L2 norms before clipping;
+    `applied` is False for a step that was skipped because its loss or gradient was not finite."""
 
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]

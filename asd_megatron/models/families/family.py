@@ -58,6 +58,7 @@ class Family:
 
 
 def refuse_unless(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...], why: str) -> None:
+    """Raise UserError unless the key is absent or one of `allowed`; `why` says what is supported."""
     if config.get(key, allowed[0]) not in allowed:
         raise UserError(f"config.json: {key} is {shown(config[key])}; {why}")
 

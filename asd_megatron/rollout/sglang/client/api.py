@@ -43,15 +43,15 @@ class ServerDown(ServerError):
 
 
 class ServerLate(ServerDown):
-    """No answer in time: it hangs or is overloaded."""
+    """No answer in time: the server hangs or is overloaded."""
 
 
 class ServerBusy(ServerError):
-    """503 or 429: it works and cannot take this request now. Retry later."""
+    """A 503 or 429 answer: the server works and cannot take this request now. Retry later."""
 
 
 class ServerRefused(ServerError, UserError):
-    """4xx: the same request will be refused again. `status` is the HTTP status."""
+    """A 4xx answer: the same request will be refused again. `status` is the HTTP status."""
 
     def __init__(self, url: str, what: str, status: int) -> None:
         super().__init__(url, what)
@@ -116,14 +116,14 @@ class SGLangServer:
             raise InvalidAnswer(self.url, f"gave an answer that cannot be used: {error!r}") from error
 
     async def healthy(self, timeout: float) -> None:
-        """Returns if it generates tokens: one for this call if it has nothing else to do. A hung server raises.
+        """Return if the server generates tokens: one for this call if it has nothing else to do. A hung server raises.
 
         Takes a second or more, and fails while generation is paused.
         """
         await self._ask("GET", "/health", None, timeout)
 
     async def routing(self, timeout: float) -> None:
-        """Returns if this is an sglang-router with a server behind it that works."""
+        """Return if this is an sglang-router with a server behind it that works."""
         await self._ask("GET", "/readiness", None, timeout)
 
     async def model_info(self, timeout: float) -> dict[str, Any]:

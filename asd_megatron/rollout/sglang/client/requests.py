@@ -127,7 +127,7 @@ class Dispatcher:
     # ------------------------------------------------------------------ state of the servers
 
     def admit(self, member: Member, label: str) -> None:
-        """It has exactly these weights and serves from now on; its running requests continue."""
+        """The server has exactly the weights `label` and serves from now on; its running requests continue."""
         member.healthy = member.known = member.open = True
         member.label = member.reported = label
         member.withdrawn, member.failures, member.reason = False, 0, ""
@@ -139,18 +139,18 @@ class Dispatcher:
         self._advance()
 
     def withdraw(self, member: Member, reason: str) -> None:
-        """It may not serve; its running requests are sent elsewhere without counting as failures."""
+        """The server may not serve; its running requests are sent elsewhere without counting as failures."""
         member.label, member.reason, member.withdrawn = None, reason, True
         self._take_back(member, failed=False)
 
     def mark_unhealthy(self, member: Member, reason: str) -> None:
-        """It does not work; its running requests have failed and are retried elsewhere."""
+        """The server does not work; its running requests have failed and are retried elsewhere."""
         self.counters.ejected += member.healthy
         member.healthy, member.label, member.reason, member.failures = False, None, reason, 0
         self._take_back(member, failed=True)
 
     def mark_healthy(self, member: Member) -> None:
-        """It works (again). A router serves at once, a server once it is admitted."""
+        """The server or router works (again). A router serves at once, a server once it is admitted."""
         self.counters.returned += member.known and not member.healthy
         member.healthy = member.known = True
         member.probed = time.monotonic()

@@ -93,7 +93,7 @@ def hide_keys(keys: "list[str]") -> None:
 
 
 def main() -> None:
-    """See the top of the file."""
+    """Start the watcher, then become the server."""
     parent, module, *arguments = sys.argv[1:]
     start_watcher(int(parent))
     secret = json.loads(sys.stdin.readline() or "[]")

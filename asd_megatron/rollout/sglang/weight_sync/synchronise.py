@@ -29,7 +29,7 @@ REQUESTS_TO_OPEN = 5  # at most: pause, label, and begin, end, begin
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What a synchronisation did.
+    """The result of a synchronisation.
 
     failures: URL -> reason, of the servers whose synchronisation failed: they are paused, labelled incomplete, and must
     be sent everything again. alive: those among them that answer. bytes, tensors: of the model, once. seconds: from the
