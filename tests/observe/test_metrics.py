@@ -29,7 +29,7 @@ from asd_megatron.records import Example, FinishReason, Rollout, TokenTable
 from asd_megatron.reward.base import new_counters
 from asd_megatron.rollout.collector import Counts
 from asd_megatron.rollout.sglang.client.requests import Counters as ServerCounters
-from asd_megatron.rollout.sglang.counters import Readings
+from asd_megatron.rollout.sglang.metrics import ServerMetrics
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
 from asd_megatron.rollout.sglang.weight_sync.verification import ProbeDifference
 from tests.observe.batch import make_examples, make_table
@@ -140,7 +140,7 @@ def puzzle_names() -> set[str]:
 
 
 def server_names() -> set[str]:
-    readings = Readings()
+    readings = ServerMetrics()
     probes = {"http://a": ProbeDifference(0.0, 0.0, False)}
     readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.5, checked=1, probes=probes))
     return set(readings.take(ServerCounters(), serving=1, restarts=0))

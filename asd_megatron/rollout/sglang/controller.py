@@ -15,9 +15,9 @@ from asd_megatron.records import Group, Prompt, SamplingParams
 from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.rollout.sglang.client.api import ServerError, ServerRefused
 from asd_megatron.rollout.sglang.client.fleet import Fleet, ServerView
-from asd_megatron.rollout.sglang.counters import Readings
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
 from asd_megatron.rollout.sglang.memory import ColocatedMemory, ServerReceiver
+from asd_megatron.rollout.sglang.metrics import ServerMetrics
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
@@ -83,7 +83,7 @@ class Controller:
         self._synchronised = False  # whether the first update has reached every server
         self._silent: dict[str, float] = {}  # URL -> when it did not answer in an update
         self._serving = 0  # servers that served when memory was last offloaded
-        self._readings = Readings()
+        self._metrics = ServerMetrics()
 
     def start(self) -> None:
         """Start the servers, or connect to running ones; returns when all are ready. Raises UserError when one is not
@@ -208,7 +208,7 @@ class Controller:
                     log.warning("weights %s did not reach %s: %s", label, receiver.url, why)
                     self._fleet.withdraw(receiver.url, why)
         self._silent |= dict.fromkeys(report.failures.keys() - set(report.alive), time.monotonic())
-        self._readings.add(report)
+        self._metrics.add(report)
         have = [view for view in self._fleet.servers() if view.label == label]
         enough = bool(have) if self._synchronised else len(have) == len(self._fleet.servers())
         self._synchronised |= enough
@@ -258,7 +258,7 @@ class Controller:
 
     def metrics(self) -> dict[str, float]:
         offloaded = self._memory is not None and self._memory.offloaded
-        return self._readings.take(
+        return self._metrics.take(
             self._fleet.counters,
             serving=self._serving if offloaded else self._count_serving(),
             restarts=0 if self._pool is None else self._pool.counters["restarts"],

@@ -84,7 +84,7 @@ class ServerPool:
 
     @property
     def states(self) -> list[str]:
-        """States of the servers, then the router: new, starting, healthy, dead, waiting (for its restart) or given up."""
+        """States of servers, then the router: new, starting, healthy, dead, waiting (for its restart) or given up."""
         dead = [server.state in ("starting", "healthy") and not server.process.alive for server in self._watched]
         return ["dead" if gone else server.state for gone, server in zip(dead, self._watched, strict=True)]
 

@@ -9,7 +9,7 @@ from asd_megatron.rollout.sglang.client.requests import Counters
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
 
 
-class Readings:
+class ServerMetrics:
     """Metrics of the servers since the last step, from the reports of weight updates and the fleet's counters.
 
     Metrics of the weights being served (`verified`, `checked`, `probe_*`) are repeated in steps without an update.
