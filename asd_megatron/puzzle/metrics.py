@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from asd_megatron.puzzle.report import Lexicon, summarize
-from asd_megatron.puzzle.task import TEST_PUZZLES, PuzzleStream
+from asd_megatron.puzzle.task import PuzzleStream
 from asd_megatron.records import Example, Rollout, TokenTable
 
 if TYPE_CHECKING:
@@ -54,5 +54,5 @@ class MeasuredPuzzles(PuzzleStream):
 
 
 def puzzle_source(split: str) -> MeasuredPuzzles:
-    """`train`: an endless stream; `test`: 500 fixed held-out puzzles."""
-    return MeasuredPuzzles(split, TEST_PUZZLES if split == "test" else None, 0)
+    """The problem set `puzzle:SPLIT`, as `PuzzleStream.of`."""
+    return MeasuredPuzzles.of(split)

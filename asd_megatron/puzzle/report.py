@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from asd_megatron.puzzle.task import ANSWER_WORD, DELIBERATION_WORDS, END_TOKEN, FIRST_WORD, YES_WORD
 
@@ -96,12 +96,6 @@ class PuzzleReport:
     accuracy_verified: float  # accuracy among those
     pmi: Mapping[str, float] = field(default_factory=dict)  # mean u by token class (nats); empty without u
     pmi_tokens: Mapping[str, int] = field(default_factory=dict)  # tokens behind each mean
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON; NaN becomes None."""
-        clean = {k: v for k, v in vars(self).items() if k not in ("pmi", "pmi_tokens")}
-        clean |= {"pmi": dict(self.pmi), "pmi_tokens": dict(self.pmi_tokens)}
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in clean.items()}
 
 
 def summarize(

@@ -13,6 +13,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
@@ -118,6 +119,11 @@ class PuzzleStream:
         self.split, self.seed = split, seed
         self._fixed = None if size is None else tuple(self._distinct(size, "list", seed))
 
+    @classmethod
+    def of(cls, split: str, n: int | None = None, seed: int = 0) -> Self:
+        """`train`: an endless stream (or `n` fixed puzzles); `test`: `n` fixed held-out puzzles, 500 by default."""
+        return cls(split, TEST_PUZZLES if n is None and split == "test" else n, seed)
+
     def _distinct(self, n: int, *key: int | str) -> list[Problem]:
         rng, found = keyed_rng("puzzle", self.split, *key), dict[str, Problem]()
         while len(found) < n:
@@ -149,11 +155,6 @@ class PuzzleStream:
         if n > total:
             raise UserError(f"the puzzle list has {total} problems, fewer than the {n} of one step: make it longer")
         return [self._fixed[((step - 1) * n + i) % total] for i in range(n)]
-
-
-def load_puzzle_problems(split: str, n: int | None = None, seed: int = 0) -> PuzzleStream:
-    """`train`: an endless stream (or `n` fixed puzzles); `test`: `n` fixed held-out puzzles, 500 by default."""
-    return PuzzleStream(split, TEST_PUZZLES if n is None and split == "test" else n, seed)
 
 
 def score_response(problem: Problem, text: str, finished: bool = True) -> float:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from asd_megatron.puzzle.model import puzzle_config, write_initial_model
-from asd_megatron.puzzle.task import load_puzzle_problems
+from asd_megatron.puzzle.task import PuzzleStream
 
 
 def test_an_ordinary_folder(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_an_ordinary_folder(tmp_path: Path) -> None:
     assert model.dtype == torch.float32 and model.config.model_type == "qwen3"
     assert model.config.vocab_size == len(tokenizer)
     assert GenerationConfig.from_pretrained(folder).eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
-    problem = load_puzzle_problems("test").take(1)[0]
+    problem = PuzzleStream.of("test").take(1)[0]
     ids = tokenizer.apply_chat_template(list(problem.messages or ()), add_generation_prompt=True, return_dict=False)
     assert model(torch.tensor([ids])).logits.shape == (1, 19, 112)
 

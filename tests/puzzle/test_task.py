@@ -14,7 +14,7 @@ from asd_megatron.puzzle.task import (
     MULTIPLIERS,
     PUZZLES,
     Puzzle,
-    load_puzzle_problems,
+    PuzzleStream,
     score_response,
 )
 
@@ -48,7 +48,7 @@ def test_the_order_of_the_candidates_does_not_change_the_split() -> None:
 
 
 def test_a_puzzle_has_one_solution() -> None:
-    for problem in load_puzzle_problems("test").take(50):
+    for problem in PuzzleStream.of("test").take(50):
         words = problem.question.split()
         xs, m, b = map(int, words[1:11]), int(words[11][1:]), int(words[12].removeprefix("add"))
         assert [str(x) for x in xs if f"+{(m * x + b) % MODULUS}" == words[14]] == [problem.answer]
@@ -56,15 +56,15 @@ def test_a_puzzle_has_one_solution() -> None:
 
 def test_streams_never_change() -> None:
     # golden: runs, weights and reported numbers depend on these streams
-    assert load_puzzle_problems("test").take(1)[0].question == GOLDEN_TEST
-    assert load_puzzle_problems("train").batch(1, 1, 1234)[0].question == GOLDEN_TRAIN
+    assert PuzzleStream.of("test").take(1)[0].question == GOLDEN_TEST
+    assert PuzzleStream.of("train").batch(1, 1, 1234)[0].question == GOLDEN_TRAIN
 
 
 def test_train_is_an_endless_random_access_stream() -> None:
-    train = load_puzzle_problems("train")
+    train = PuzzleStream.of("train")
     assert len(train) == PUZZLES["train"]
     batch = train.batch(7, 32, 1)
-    assert batch == load_puzzle_problems("train").batch(7, 32, 1)
+    assert batch == PuzzleStream.of("train").batch(7, 32, 1)
     assert batch[:8] == train.batch(7, 8, 1)
     ids = {p.prompt_id for p in batch}
     assert len(ids) == 32
@@ -75,21 +75,21 @@ def test_train_is_an_endless_random_access_stream() -> None:
 
 
 def test_test_is_a_fixed_list() -> None:
-    test = load_puzzle_problems("test")
+    test = PuzzleStream.of("test")
     assert len(test) == len(test.take()) == len({p.prompt_id for p in test}) == 500
-    assert test.take(20) == load_puzzle_problems("test", 20).take()
-    assert load_puzzle_problems("test", 20, seed=1).take() != test.take(20)
-    few = load_puzzle_problems("test", 5)
+    assert test.take(20) == PuzzleStream.of("test", 20).take()
+    assert PuzzleStream.of("test", 20, seed=1).take() != test.take(20)
+    few = PuzzleStream.of("test", 5)
     assert [p.prompt_id for p in few.batch(2, 3, 0)] == [few.take()[i].prompt_id for i in (3, 4, 0)]
 
 
 def test_errors_say_what_to_do() -> None:
     with pytest.raises(UserError, match="puzzle:train or puzzle:test"):
-        load_puzzle_problems("valid")
+        PuzzleStream.of("valid")
     with pytest.raises(UserError, match="1 to 48405"):
-        load_puzzle_problems("test", 100_000)
+        PuzzleStream.of("test", 100_000)
     with pytest.raises(UserError, match="5 problems, fewer than the 6"):
-        load_puzzle_problems("test", 5).batch(1, 6, 0)
+        PuzzleStream.of("test", 5).batch(1, 6, 0)
 
 
 @pytest.mark.parametrize(

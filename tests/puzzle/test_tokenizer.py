@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from asd_megatron.antisd.privileged import feedback
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
-from asd_megatron.puzzle.task import load_puzzle_problems
+from asd_megatron.puzzle.task import PuzzleStream
 from asd_megatron.puzzle.tokenizer import (
     SPECIAL_TOKENS,
     UNKNOWN_TOKEN,
@@ -60,7 +60,7 @@ def test_a_saved_folder_loads_as_an_ordinary_tokenizer(tmp_path: Path) -> None:
 def test_privileged_prompts_have_no_unknown_word(template: str | None, reward: float) -> None:
     renderer = PromptRenderer(TOKENIZER, system="Solve this problem")
     unknown = TOKENIZER.unk_token_id
-    for problem in load_puzzle_problems("test").take(100):
+    for problem in PuzzleStream.of("test").take(100):
         demonstration = template and template.format(solution=problem.solution, answer=problem.answer)
         for limit in (8192, 5):  # 5: a demonstration shortened around an ellipsis
             rendered = renderer.teacher(problem, demonstration, feedback(reward), 64, TeacherLimits(limit, 1))

@@ -10,7 +10,7 @@ import torch
 
 from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.errors import UserError
-from asd_megatron.puzzle.task import load_puzzle_problems
+from asd_megatron.puzzle.task import PuzzleStream
 from asd_megatron.puzzle.tokenizer import UNKNOWN_TOKEN, build_tokenizer
 from asd_megatron.rollout.sglang.servers.versions import Versions
 from asd_megatron.run import report, serving
@@ -19,7 +19,7 @@ from tests.config.test_checks import make
 
 
 def test_the_probe_is_a_real_prompt_and_its_continuation() -> None:
-    tokenizer, problems = build_tokenizer(), load_puzzle_problems("train")
+    tokenizer, problems = build_tokenizer(), PuzzleStream.of("train")
     renderer = PromptRenderer(tokenizer)
     prompt = renderer.student(problems.take(1)[0]).ids
     ids = probe_ids(renderer, problems, 512)
@@ -30,7 +30,7 @@ def test_the_probe_is_a_real_prompt_and_its_continuation() -> None:
 
 def test_a_long_prompt_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "PROBE_TOKENS", 4)
-    assert len(probe_ids(PromptRenderer(build_tokenizer()), load_puzzle_problems("train"), 512)) == 4
+    assert len(probe_ids(PromptRenderer(build_tokenizer()), PuzzleStream.of("train"), 512)) == 4
 
 
 def test_other_nccl_on_the_servers_side_is_refused_with_both_ways_out() -> None:

@@ -11,7 +11,7 @@ import pytest
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.distributed import layout as layouts
-from asd_megatron.puzzle.task import load_puzzle_problems
+from asd_megatron.puzzle.task import PuzzleStream
 from asd_megatron.records import DemonstrationSource, Example, FinishReason, Group, Problem, Rollout
 from asd_megatron.reward.base import tests_of as count_tests
 from asd_megatron.run.sources import WARM_START, model_folder
@@ -188,7 +188,7 @@ def test_an_empty_context_gives_equal_ids_and_no_pmi(puzzle: Product) -> None:
     tokenizer = load_tokenizer(folder)
     renderer = PromptRenderer(tokenizer)
     examples = []
-    for k, problem in enumerate(load_puzzle_problems("test").take(6)):
+    for k, problem in enumerate(PuzzleStream.of("test").take(6)):
         prompt = renderer.student(problem)
         empty = renderer.teacher(problem, None, None, 9, TeacherLimits())
         assert empty is not None and empty[0] == prompt.ids
@@ -199,7 +199,7 @@ def test_an_empty_context_gives_equal_ids_and_no_pmi(puzzle: Product) -> None:
     same = puzzle.step(examples, recipe, gate_of(recipe), tokens_per_microbatch=10_000)
     assert same.table is not None and not same.table["pmi"].any()
     assert set(same.table["advantage"].tolist()) == {0.5}
-    informed = renderer.teacher(load_puzzle_problems("test").take(1)[0], "So 5", RIGHT, 9, TeacherLimits())
+    informed = renderer.teacher(PuzzleStream.of("test").take(1)[0], "So 5", RIGHT, 9, TeacherLimits())
     assert informed is not None
     other = [replace(examples[0], teacher_prompt_ids=informed[0]), *examples[1:]]
     found = puzzle.step(other, recipe, gate_of(recipe), tokens_per_microbatch=60)
