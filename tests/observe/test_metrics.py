@@ -162,7 +162,6 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),
         *Increments().of(prompts={}, rollouts={}, rewards={}),
-        "checkpoint/skipped",  # of the programs, while updates are being skipped
         *server_names(),
         *warning_names(),
         "checkpoint/skipped",  # tests/trainer/test_guarded_run.py
