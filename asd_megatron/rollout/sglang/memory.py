@@ -72,9 +72,13 @@ class ColocatedMemory:
         Nothing may be running. A second call in a row does nothing."""
         if self.offloaded:
             return
-        self.offloaded = True
         self._pool.defer_starts()
-        self._hold.enter_context(self._fleet.quiesced())
+        try:
+            self._hold.enter_context(self._fleet.quiesced())
+        except Exception:  # nothing was released: the next call tries again
+            self._pool.allow_starts()
+            raise
+        self.offloaded = True
         receivers = self._receivers()
         failures = ask_all(receivers, self._release, 3 * MEMORY_SECONDS + SLACK_SECONDS)[1]
         for receiver in receivers:

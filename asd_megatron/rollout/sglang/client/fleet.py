@@ -14,7 +14,7 @@ import aiohttp
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.rollout.sglang.client.api import ServerLate, SGLangServer, new_session
-from asd_megatron.rollout.sglang.client.health import Prober
+from asd_megatron.rollout.sglang.client.health import PROBE_REQUESTS, Prober
 from asd_megatron.rollout.sglang.client.loop import LoopThread
 from asd_megatron.rollout.sglang.client.requests import Counters, Dispatcher, Member
 from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
@@ -161,9 +161,10 @@ class Fleet:
     @contextmanager
     def quiesced(self) -> Iterator[None]:
         """While the servers cannot generate because their memory is offloaded: as `updating`, and entered only when no
-        probe is in flight any more (bounded by a probe's time limit)."""
+        probe is in flight any more (bounded by the time limits of a probe's requests)."""
         with self._held(None):
-            self._loop.run(self._prober.wait_for_probes(), "waiting for health probes in flight", self._probe_timeout)
+            limit = PROBE_REQUESTS * self._probe_timeout
+            self._loop.run(self._prober.wait_for_probes(), "waiting for health probes in flight", limit)
             yield
 
     @contextmanager

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 BETWEEN_ROUNDS = 0.5  # seconds, while waiting for all servers at the start
 SAY_SECONDS = 15.0  # between two lines about servers that are waited for
+PROBE_REQUESTS = 3  # of one probe, each with the prober's time limit
 MISSED_PROBES = 3  # in a row until a working server counts as unhealthy: it may be busy with a long prompt
 
 

@@ -117,7 +117,7 @@ def synchronise(
     if before_generating is not None:
         servers.drop(ask_all(servers.good, before_generating, HOOK_SECONDS)[1])
     servers.drop(ask_all(servers.good, lambda r: _resume(r, label, timeout), 2 * timeout + SLACK_SECONDS)[1])
-    probes = _check_probe(servers, verifier, timeout)
+    probes = _check_probe(servers, verifier, label, timeout)
     seconds = time.monotonic() - start
     alive = _alive([receiver for receiver in receivers if receiver.url in servers.failures], label)
     return SyncReport(servers.failures, alive, amount.bytes, amount.tensors, seconds, checked, probes)
@@ -132,11 +132,13 @@ def _check(servers: _Servers, verifier: WeightVerifier | None, timeout: float) -
     return sum(counts.values())
 
 
-def _check_probe(servers: _Servers, verifier: WeightVerifier | None, timeout: float) -> dict[str, ProbeDifference]:
+def _check_probe(
+    servers: _Servers, verifier: WeightVerifier | None, label: str, timeout: float
+) -> dict[str, ProbeDifference]:
     """The probe's differences of the servers that have resumed, by URL; {} without a probe."""
     if verifier is None or verifier.probe is None:
         return {}
-    found, failures = ask_all(servers.good, lambda r: verifier.check_probe(r, timeout), timeout + SLACK_SECONDS)
+    found, failures = ask_all(servers.good, lambda r: verifier.check_probe(r, label, timeout), timeout + SLACK_SECONDS)
     servers.drop(failures)
     return {url: difference for url, difference in found.items() if difference is not None}
 

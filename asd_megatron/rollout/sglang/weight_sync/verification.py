@@ -72,7 +72,7 @@ class WeightVerifier:
         server_pieces(config, device)  # refuses now rather than at the first transfer
         self._config, self._dtype, self._device = config, dtype, device
         self._checksums: ServerChecksums | None = None
-        self._exceeded: dict[str, int] = {}  # URL -> weight updates in a row
+        self._exceeded: dict[str, list[str]] = {}  # URL -> labels of the weights that exceeded it in a row
         self.probe = probe
 
     def watch(self, tensors: NamedTensors, receivers: Sequence[Receiver]) -> Iterator[tuple[str, Tensor]]:
@@ -98,11 +98,12 @@ class WeightVerifier:
             _compare(receiver, rank, tensors, self._checksums.expected(receiver.tensor_parallel, rank))
         return sum(map(len, found.values()))
 
-    def check_probe(self, receiver: Receiver, timeout: float) -> ProbeDifference | None:
+    def check_probe(self, receiver: Receiver, label: str, timeout: float) -> ProbeDifference | None:
         """Compare log-probs of the probe (None without one). `receiver` must be generating.
 
-        Logs a warning when the tolerance is exceeded. Raises VerificationError when `receiver` exceeded it in the
-        weight update before too, or what `receiver.call` raises.
+        Logs a warning when the tolerance is exceeded. Raises VerificationError when `receiver` exceeded it with the
+        weights before too (the same weights sent twice, as after an evaluation, count once), or what `receiver.call`
+        raises. `label`: of the weights.
         """
         if self.probe is None:
             return None
@@ -111,15 +112,17 @@ class WeightVerifier:
         if not difference.exceeded:
             self._exceeded.pop(receiver.url, None)
             return difference
-        count = self._exceeded[receiver.url] = self._exceeded.get(receiver.url, 0) + 1
+        labels = self._exceeded.setdefault(receiver.url, [])
+        if label not in labels:
+            labels.append(label)
         what = (
             f"{receiver.url} computes other log-probs than the trainer: the mean difference over the probe's "
             f"{len(found)} tokens is {difference.mean:.4g} nats (tolerance {self.probe.tolerance:g}), the largest "
             f"{difference.maximum:.4g} at token {worst + 1} ({found[worst]:.6f} there, "
             f"{self.probe.logprobs[worst]:.6f} here)"
         )
-        if count >= EXCEEDED_TO_STOP:
-            raise VerificationError(f"{what}, in {count} weight updates in a row; {PROBE_ADVICE}")
+        if len(labels) >= EXCEEDED_TO_STOP:
+            raise VerificationError(f"{what}, in {len(labels)} weight updates in a row; {PROBE_ADVICE}")
         log.warning("%s; the run stops if the next weight update exceeds it too: %s", what, PROBE_ADVICE)
         return difference
 

@@ -237,10 +237,10 @@ def test_other_logprobs_warn_first_and_stop_when_they_come_again(
     checking, verifier = Checking(_right()), _verifier(Probe((5, 6, 7), (-1.0, -2.0), 1e-3))
     receiver = FakeReceiver(answer=checking)
 
-    def update(logprob: float | None) -> SyncReport:
+    def update(logprob: float | None, label: str = LABEL) -> SyncReport:
         caplog.clear()
         checking.logprobs[1] = logprob
-        return synchronise(FakeTransport(), [receiver], MODEL, LABEL, verifier=verifier)
+        return synchronise(FakeTransport(), [receiver], MODEL, label, verifier=verifier)
 
     report = update(found)
     assert report.failures == {} and report.probes[receiver.url].exceeded
@@ -250,8 +250,9 @@ def test_other_logprobs_warn_first_and_stop_when_they_come_again(
     assert "token 2" in record.message and "rollout.verify_tolerance" in record.message
     assert not update(-2.0).probes[receiver.url].exceeded and not caplog.records
     assert update(found).probes[receiver.url].exceeded  # not in a row
+    assert update(found).probes[receiver.url].exceeded  # the same weights again, as after an evaluation
     with pytest.raises(VerificationError, match=r"2 weight updates in a row.*rollout\.verify_tolerance"):
-        update(found)
+        update(found, "0123abcd-8")
 
 
 def test_each_servers_probe_is_counted_for_itself() -> None:
