@@ -42,8 +42,8 @@ Kind = Literal["fresh", "restart", "resume", "overwrite", "finished"]
 class Start:
     """The decision about the run folder. `checkpoint`: the training checkpoint to load, of this run folder for
     `resume` and of another for `fresh`, `restart` and `overwrite`. `changes`: recipe keys that differ from the run that
-    is resumed or restarted. `returned_to`: the checkpoint of `checkpoint.resume`, when the run has returned to it before
-    and goes on from a newer one."""
+    is resumed or restarted. `returned_to`: the checkpoint of `checkpoint.resume`, when the run has returned to it
+    before and goes on from a newer one."""
 
     kind: Kind
     checkpoint: str | None = None
