@@ -65,6 +65,11 @@ def _number(checkpoint: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def step_of(checkpoint: str) -> int:
+    """The step of a checkpoint's folder name; 0 for another name."""
+    return _number(checkpoint) or 0
+
+
 def _named(folder: Path) -> str | None:
     """What `latest` holds, None when there is no such file."""
     with user_error(f"{folder / LATEST} cannot be read", "check the run folder's permissions"):
@@ -76,7 +81,7 @@ def _named(folder: Path) -> str | None:
 
 def latest_step(folder: Path) -> int:
     """The step that `latest` names; 0 when it names none."""
-    return _number(_named(folder) or "") or 0
+    return step_of(_named(folder) or "")
 
 
 def write_latest(folder: Path, checkpoint: str) -> None:

@@ -101,14 +101,29 @@ def refuse_other_launchers(kind: Kind, module: str, environment: Mapping[str, st
             f"asd-megatron {kind} starts the ranks itself and was started by torchrun: start `torchrun ... -m {module}"
             f" RECIPE`, or `asd-megatron {kind} RECIPE` without torchrun"
         )
-    for name in ("PET_NNODES", *(["WORLD_SIZE"] if "RANK" in environment else [])):
-        most = environment.get(name, "1").rpartition(":")[2]  # PET_NNODES may be a range, 1:4
+    for name, unset in _counts_of_processes(environment).items():
+        most = environment.get(name, "1").rpartition(":")[2].strip()  # PET_NNODES may be a range, 1:4
         if most.isdigit() and int(most) > 1:
             raise UserError(
-                f"{name} is {environment[name]}: this is one of several processes of a job (Kubeflow, Slurm), and"
-                f" asd-megatron {kind} starts ranks on one machine alone: start `torchrun -m {module} RECIPE` on each"
-                f" machine (it reads PET_* variables), or unset {name} to train on this machine"
+                f"{name} is {environment[name].strip()}: this is one of several processes of a job (Kubeflow, Slurm,"
+                f" MPI), and asd-megatron {kind} starts ranks on one machine alone: start `torchrun -m {module} RECIPE`"
+                " once on each machine (with its options or PET_* variables; under Slurm with srun"
+                f" --ntasks-per-node=1), or unset {unset} to train on this machine"
             )
+
+
+def _counts_of_processes(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that count the processes of a job that this one is part of, each with the one to unset. A Slurm
+    batch script or `salloc` shell, which is process 0 or none, counts by the tasks of its step, not of its job."""
+    counts = {"PET_NNODES": "PET_NNODES", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"}
+    if environment.keys() & {"RANK", "LOCAL_RANK"}:
+        counts["WORLD_SIZE"] = "WORLD_SIZE"
+    process = environment.get("SLURM_PROCID", "").strip()
+    if "SLURM_STEP_NUM_TASKS" in environment and process:
+        counts["SLURM_STEP_NUM_TASKS"] = "SLURM_PROCID"
+    elif process not in ("", "0"):
+        counts["SLURM_NTASKS"] = "SLURM_PROCID"
+    return counts
 
 
 def run_ranks(module: str, argv: Sequence[str], ranks: int) -> int:

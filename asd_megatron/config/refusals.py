@@ -27,7 +27,8 @@ def nearest_key(schema: type[BaseModel], dotted: str) -> str | None:
     """The valid key or section that `dotted` plausibly means; None when nothing is like it.
 
     In this order: the same key in another section (`optimizer.steps` -> `run.steps`), a similar one in its own section,
-    a similar one anywhere.
+    a similar one anywhere. Similar in its own section is first one that goes on after the given words
+    (`reward.timeout` -> `reward.timeout_seconds`).
     """
     keys = dotted_keys(schema)
     section, _, key = dotted.partition(".")
@@ -39,9 +40,12 @@ def nearest_key(schema: type[BaseModel], dotted: str) -> str | None:
     if same:
         return difflib.get_close_matches(dotted, same, n=1, cutoff=0.0)[0] if section else same[0]
     own = [candidate.partition(".")[2] for candidate in keys if candidate.startswith(f"{section}.")]
+    words = key.split("_")
+    if begun := [name for name in own if name.split("_")[: len(words)] == words]:
+        return f"{section}.{begun[0]}"
     if close := difflib.get_close_matches(key, own, n=1, cutoff=0.7):
         return f"{section}.{close[0]}"
-    if not section and (close := difflib.get_close_matches(key, list(schema.model_fields), n=1, cutoff=0.6)):
+    if not section and (close := difflib.get_close_matches(key, list(schema.model_fields), n=1, cutoff=0.75)):
         return close[0]
     by_name = {candidate.partition(".")[2]: candidate for candidate in reversed(keys)}
     close = difflib.get_close_matches(key, list(by_name), n=1, cutoff=0.8)
@@ -86,6 +90,9 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
 def _line(finding: dict[str, Any], schema: type[BaseModel]) -> str:
     location = [str(part) for part in finding["loc"]]
     dotted, kind, given = ".".join(location[:2]), finding["type"], finding["input"]
+    if kind == "invalid_key" or location[-1] == "[key]":
+        where = location[0] if kind == "invalid_key" else dotted
+        return f"{where}: a key must be text, was given {value_in_words(given)}"
     if kind == "extra_forbidden":
         return unknown_key(schema, dotted)
     if kind == "missing":

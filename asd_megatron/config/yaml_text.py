@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from asd_megatron.errors import UserError
 
+MAX_DEPTH = 100  # nesting; far below Python's recursion limit, and PyYAML's time grows with its square
 MAX_DIGITS = 21  # of a 64-bit number with its sign
 
 
@@ -18,6 +20,16 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2's core schema."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Nodes are composed as the text is read: what is nested too deeply is not read to its end."""
+        if self.depth > MAX_DEPTH:
+            raise ComposerError(None, None, f"nested too deeply (at most {MAX_DEPTH})", self.peek_event().start_mark)
+        self.depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}

@@ -114,9 +114,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         file = path.open("rb")
         start = file.peek(PEEKED)[:PEEKED]
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: a null character in the name
+        why = (e.strerror if isinstance(e, OSError) else None) or e
         raise DataError(
-            f"cannot read {path}: {e.strerror or e}. Give the path of a JSONL file (one JSON object a line)"
+            f"cannot read {path}: {why}. Give the path of a JSONL file (one JSON object a line)"
             + hub_hint(path, " --repo-type dataset")
         ) from e
     with file:

@@ -2,7 +2,7 @@
 
     empty                                          fresh: the run starts, from `checkpoint.resume` PATH if one is given
     this run, stopped before its first checkpoint  restart: the attempt's metrics and dumps are replaced
-    this run, with a checkpoint                    resume: from the newest one, or from the one that is asked for
+    this run, with a checkpoint                    resume: from the newest one, or once from the one that is asked for
     this run, complete                             finished: nothing to do
     anything else                                  refused; with `run.overwrite`, overwrite: everything is replaced
 
@@ -42,11 +42,13 @@ Kind = Literal["fresh", "restart", "resume", "overwrite", "finished"]
 class Start:
     """The decision about the run folder. `checkpoint`: the training checkpoint to load, of this run folder for
     `resume` and of another for `fresh`, `restart` and `overwrite`. `changes`: recipe keys that differ from the run that
-    is resumed or restarted."""
+    is resumed or restarted. `returned_to`: the checkpoint of `checkpoint.resume`, when the run has returned to it
+    before and goes on from a newer one."""
 
     kind: Kind
     checkpoint: str | None = None
     changes: tuple[Change, ...] = ()
+    returned_to: str | None = None
 
 
 @contextmanager
@@ -122,6 +124,9 @@ def claim(recipe: AnyRecipe, stage: str, closing: ExitStack) -> Start:
 def _decide(recipe: AnyRecipe, stage: str) -> Start:
     folder, asked = recipe.run.path, recipe.checkpoint.resume
     given = None if asked in ("auto", "never") else Path(asked)
+    returned_to = None
+    if given is not None and _has_returned(folder, given):
+        given, returned_to = None, asked  # the same command again: the run goes on from its newest checkpoint
     if given is not None and not given.is_dir():
         raise UserError(f"checkpoint.resume: {asked} is not a folder; give a checkpoint's folder, auto or never")
     elsewhere = asked if given is not None and not _inside(given, folder) else None
@@ -148,11 +153,34 @@ def _decide(recipe: AnyRecipe, stage: str) -> Start:
     if checkpoint is None:
         _check_restart(recipe)
         return Start("restart", elsewhere, found)
-    return Start("resume", str(checkpoint), found)
+    return Start("resume", str(checkpoint), found, None if _is_asked(recipe, str(checkpoint)) else returned_to)
 
 
 def _inside(checkpoint: Path, folder: Path) -> bool:
     return checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
+
+
+def _has_returned(folder: Path, given: Path) -> bool:
+    """Whether the run has already returned to its checkpoint `given`, which may have been pruned since, and has a
+    checkpoint to continue from."""
+    if "\0" in str(given) or not _inside(given, folder) or lineage.latest(folder / CHECKPOINTS) is None:
+        return False
+    returns: set[str] = set()  # names of checkpoints of the present branch
+    for event in read_history(folder):
+        name = Path(str(event.get("checkpoint"))).name
+        if event.get("event") in ("fresh", "restart", "overwrite"):
+            returns.clear()
+        elif event.get("event") == "resume":
+            returns = {other for other in returns if lineage.step_of(other) <= lineage.step_of(name)}
+            if event.get("returned") is True:
+                returns.add(name)
+    return given.resolve().name in returns
+
+
+def _is_asked(recipe: AnyRecipe, checkpoint: str) -> bool:
+    """Whether `checkpoint.resume` names this checkpoint."""
+    asked = recipe.checkpoint.resume
+    return asked not in ("auto", "never") and os.path.realpath(asked) == os.path.realpath(checkpoint)
 
 
 def _entries(folder: Path) -> list[str]:
@@ -178,7 +206,7 @@ def _recorded(recipe: AnyRecipe, elsewhere: str | None, newest: Path | None) -> 
 def _summary(folder: Path) -> Mapping[str, Any]:
     try:
         found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -285,7 +313,8 @@ def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
             # It may be an older one: from now on it is the run's newest.
             lineage.name_latest(folder / CHECKPOINTS, Path(start.checkpoint).resolve().name)
         origin = None if start.checkpoint is None else os.path.realpath(start.checkpoint)
-        record(folder, start.kind, step, stage=stage, checkpoint=origin)
+        back = start.kind == "resume" and start.checkpoint is not None and _is_asked(recipe, start.checkpoint)
+        record(folder, start.kind, step, stage=stage, checkpoint=origin, **({"returned": True} if back else {}))
         if step < recipe.run.steps:
             (folder / SUMMARY_FILE).unlink(missing_ok=True)
             for change in start.changes:
@@ -304,8 +333,8 @@ def _remove(path: Path) -> None:
 
 
 def record(folder: Path, event: str, step: int, **values: Any) -> None:
-    """Append an event after `step` steps to RUN/history.jsonl: a start (its kind), a `change` of a recipe key, the
-    `end`."""
+    """Append an event after `step` steps to RUN/history.jsonl: a start (its kind; `returned` if `checkpoint.resume`
+    named the run's own checkpoint), a `change` of a recipe key, the `end`."""
     line = {"time_utc": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, **values}
     with (folder / HISTORY_FILE).open("ab+") as file:
         torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
@@ -315,11 +344,11 @@ def record(folder: Path, event: str, step: int, **values: Any) -> None:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The events of RUN/history.jsonl; a line that a kill tore is skipped."""
+    """The events of RUN/history.jsonl; a line that a kill tore, or that is damaged otherwise, is skipped."""
     events = []
     with suppress(FileNotFoundError):
         for line in (folder / HISTORY_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 event = json.loads(line)
                 if isinstance(event, dict):
                     events.append(event)

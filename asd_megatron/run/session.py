@@ -200,6 +200,11 @@ class Session:
         lines = []
         if self.start.kind == "restart":
             lines.append(f"the run in {self.folder} stopped before its first checkpoint: it starts again from step 1")
+        if self.start.returned_to is not None:
+            lines.append(
+                f"the run has returned to checkpoint.resume {self.start.returned_to} before: it goes on after step"
+                f" {done}"
+            )
         if changes:
             lines.append(f"settings changed after step {done}: {'; '.join(map(str, changes))}")
         if 0 < done < self.recipe.run.steps and any(change.key in OF_THE_SCHEDULE for change in changes):

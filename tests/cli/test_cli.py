@@ -165,7 +165,12 @@ def test_cores_are_divided_among_the_ranks() -> None:
         ({"TORCHELASTIC_RUN_ID": "x"}, ["start `torchrun ... -m asd_megatron.train RECIPE`"]),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "1"}, ["PET_NNODES is 2", "`torchrun -m asd_megatron.train RECIPE`"]),
         ({"PET_NNODES": "1:4"}, ["PET_NNODES is 1:4", "unset PET_NNODES"]),
+        ({"PET_NNODES": " 2"}, ["PET_NNODES is 2"]),
         ({"RANK": "0", "WORLD_SIZE": "4"}, ["WORLD_SIZE is 4", "unset WORLD_SIZE"]),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "4"}, ["WORLD_SIZE is 4"]),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, ["OMPI_COMM_WORLD_SIZE is 4"]),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, ["SLURM_NTASKS is 2", "--ntasks-per-node=1"]),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, ["SLURM_STEP_NUM_TASKS is 2", "unset SLURM_PROCID"]),
     ],
 )
 def test_one_process_of_several_starts_no_ranks(
@@ -180,6 +185,20 @@ def test_one_process_of_several_starts_no_ranks(
     assert main(["train", recipe(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_NTASKS": "8"},  # salloc
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"},  # a batch script, itself one process
+        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # salloc with an interactive step
+        {"OMPI_COMM_WORLD_SIZE": "1", "PET_NNODES": "1:1", "WORLD_SIZE": "4"},
+    ],
+)
+def test_the_only_process_of_a_job_may_start_ranks(environment: dict[str, str]) -> None:
+    launch.refuse_other_launchers("train", "asd_megatron.train", environment)
 
 
 def test_kubeflow_variables_of_one_machine_do_not_reach_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

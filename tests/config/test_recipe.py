@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def test_a_mapping_override() -> None:
         ("--algorithm.tau_down", "gate.tau_down"),
         ("--steps", "run.steps"),
         ("--evaluate.every", "evaluation.every"),
+        ("--reward.timeout", "reward.timeout_seconds"),
+        ("--rollout.verify", "rollout.verify_weights"),
     ],
 )
 def test_an_unknown_override_names_the_nearest_key(override: str, nearest: str) -> None:
@@ -111,6 +114,9 @@ def test_an_unknown_override_names_the_nearest_key(override: str, nearest: str) 
         ("--trainer.wandb", "not supported: metrics go to metrics.jsonl and TensorBoard"),
         ("--data.path", "the keys of data are train, test"),  # not model.path
         ("--frobnicate", "the sections are run, model"),
+        ("--rope_scaling", "the sections are run, model"),  # not sampling
+        ("--optimizer.lr_warmup", "optimizer.warmup_steps"),
+        ("--max_length", "sampling.max_response_tokens"),
     ],
 )
 def test_a_key_of_another_framework_gets_ours_or_the_reason(override: str, expected: str) -> None:
@@ -133,6 +139,15 @@ def test_the_keys_named_for_other_frameworks_exist() -> None:
 def test_yaml_that_no_recipe_can_mean_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="^recipe.*(YAML)"):
         parse_yaml(text, "recipe")
+
+
+@pytest.mark.parametrize("text", ["[" * 102, "[" * 5000 + "]" * 5000, "- " * 5000])
+def test_deep_nesting_is_refused_at_once(text: str) -> None:
+    start = time.process_time()
+    with pytest.raises(UserError, match="nested too deeply"):
+        parse_yaml(text, "recipe")
+    assert time.process_time() - start < 5
+    assert parse_yaml("[" * 100 + "]" * 100, "recipe")
 
 
 def test_a_refusal_of_a_huge_value_is_short() -> None:
@@ -220,6 +235,12 @@ def test_reading_a_file(tmp_path: Path) -> None:
         (
             "model: {path: m}\ndata: {train: t}\nrun: {name: no}\nlogging: {progress: no}",
             "logging.progress: expected true",
+        ),
+        ("model: {path: m}\ndata: {train: t}\nrun: {1: 2}\n", "run: a key must be text, was given 1 (a whole number)"),
+        ("model: {path: m}\ndata: {train: t}\nrun: {? : 2}\n", "run: a key must be text, was given null"),
+        (
+            "model: {path: m}\ndata: {train: t, chat_template_kwargs: {1: 2}}\n",
+            "data.chat_template_kwargs: a key must be text, was given 1",
         ),
         ("model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     ],

@@ -169,6 +169,8 @@ def test_duplicates_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read .*null"):
+        load_problems("a\0b")
     with pytest.raises(UserError, match="cannot read .*No such file"):
         load_problems(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="is a folder"):

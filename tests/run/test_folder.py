@@ -16,7 +16,7 @@ import pytest
 from asd_megatron.checkpoint import lineage
 from asd_megatron.config import AnyRecipe, load_recipe, make_recipe
 from asd_megatron.errors import UserError
-from asd_megatron.files import write_json
+from asd_megatron.files import remove_folder, write_json
 from asd_megatron.run.folder import Kind, Start, changes_of, claim, prepare, read_history, record
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +176,46 @@ def test_a_checkpoint_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     assert not folder.parent.exists()
 
 
+# -------------------------------------------------------------------- back to a checkpoint of its own
+
+
+def test_the_command_that_returned_to_a_checkpoint_goes_on_when_it_is_started_again(folder: Path) -> None:
+    begin(folder)
+    older, _ = checkpoint(folder, 2), checkpoint(folder, 4)
+    back = ["--checkpoint.resume", str(older)]
+    for _ in range(2):  # killed before it saved
+        assert begin(folder, *back) == Start("resume", str(older))
+    newer = checkpoint(folder, 3)
+    assert begin(folder, *back) == Start("resume", str(newer), returned_to=str(older))
+    assert begin(folder) == Start("resume", str(newer))
+    remove_folder(older)  # pruned
+    assert begin(folder, *back) == Start("resume", str(newer), returned_to=str(older))
+    newest = checkpoint(folder, 6)
+    complete(folder)
+    assert begin(folder, *back).kind == "finished"
+    assert begin(folder, *back, "--run.steps", "9").checkpoint == str(newest)
+    assert [(event["step"], event.get("returned")) for event in read_history(folder) if event["event"] == "resume"] == [
+        *[(2, True)] * 2,
+        *[(3, None)] * 3,
+        (6, None),
+    ]
+
+
+def test_a_resume_that_nobody_asked_for_and_an_abandoned_branch_are_no_returns(folder: Path) -> None:
+    begin(folder)
+    first, second = checkpoint(folder, 2), checkpoint(folder, 3)
+    assert begin(folder) == Start("resume", str(second))
+    checkpoint(folder, 4)
+    back = ["--checkpoint.resume", str(second)]
+    assert begin(folder, *back) == Start("resume", str(second))  # it was resumed, but not returned to
+    assert begin(folder, "--checkpoint.resume", str(first)) == Start("resume", str(first))
+    remove_folder(second)
+    assert "is not a folder" in refusal(folder, *back)  # it was of the branch that was left
+    checkpoint(folder, 3)
+    checkpoint(folder, 5)
+    assert begin(folder, *back) == Start("resume", str(second))
+
+
 # -------------------------------------------------------------------- changed settings
 
 
@@ -260,6 +300,16 @@ def test_keys_that_the_schema_has_gained_count_with_their_defaults(folder: Path)
     kept = [line for line in lines if "lambda_max:" not in line and "server_urls:" not in line]
     (folder / "recipe.yaml").write_text("\n".join(kept) + "\n  gone: 1\n")
     assert begin(folder).changes == ()
+
+
+def test_records_nested_too_deeply_count_as_damaged(folder: Path) -> None:
+    begin(folder)
+    deep = "[" * 100_000 + "]" * 100_000
+    (folder / "summary.json").write_text(deep)
+    with (folder / "history.jsonl").open("a") as file:
+        file.write(deep + "\n")
+    assert begin(folder).kind == "restart"
+    assert [event["event"] for event in read_history(folder)] == ["fresh", "restart"]
 
 
 def test_a_torn_line_of_the_history_is_left_behind(folder: Path) -> None:
