@@ -15,6 +15,7 @@ into the other; and only FP8's delayed scaling, which is not used here, keeps an
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -293,7 +294,8 @@ def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
     wanted = {key: part.keys() for key, part in state.items()}
     try:
-        with weights_only():
+        with weights_only(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of Megatron-Core's and PyTorch's own code
             loaded, missing, unexpected = dist_checkpointing.load(state, str(path), strict="return_all")
         # Only what was asked for: common.pt, which is merged in, may name anything.
         content = {key: {k: v for k, v in loaded[key].items() if k in wanted[key]} for key in wanted}

@@ -60,6 +60,17 @@ def make_plan(recipe: Recipe) -> PassPlan:
     )
 
 
+def never_acts(recipe: Recipe) -> str | None:
+    """Why the per-token term cannot act in any step of this recipe's run; None if it can."""
+    warm_up = recipe.gate_warmup_steps
+    if not recipe.algorithm.gated or recipe.run.steps > warm_up:
+        return None
+    return (
+        f"run.steps {recipe.run.steps} is not above the {warm_up} warm-up steps of the gate, in which lambda is 0: this"
+        " run trains as grpo. Raise run.steps, lower gate.warmup_steps, or give gate.h_warm"
+    )
+
+
 def make_gate(recipe: Recipe) -> Gate:
     """The gate of the recipe's condition, before its warm-up."""
     return Gate.for_condition(

@@ -16,7 +16,7 @@ from asd_megatron.models.families import shape_of
 from asd_megatron.records import Problem
 from asd_megatron.reward.base import tests_of
 from asd_megatron.reward.factory import make_verifier
-from asd_megatron.run.build import make_plan, make_renderer
+from asd_megatron.run.build import make_plan, make_renderer, never_acts
 from asd_megatron.run.sources import held_out_problems, model_folder, supervised_source, training_problems
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[
         ("data", "\n".join(counts)),
         ("reward", f"{recipe.reward.name} gives {reward:g} for the response {FAKE_RESPONSE!r} to the problem below"),
         ("passes of a step", "\n".join(passes.reasons)),
+        *([("warning", reason)] if (reason := never_acts(recipe)) else []),
         (f"student's prompt of problem {problem.prompt_id}", renderer.student_text(problem)),
     ]
     if passes.teacher_scoring:

@@ -27,6 +27,7 @@ from asd_megatron.run.build import (
     make_method,
     make_plan,
     make_renderer,
+    never_acts,
     problem_sets,
     rollout_engine,
     training_collector,
@@ -95,6 +96,8 @@ class TrainingRun:
         self.session.begin()
         self.session.on_root(self._watch_earlier_steps)
         self.session.on_root(lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan))
+        if reason := never_acts(self.recipe):
+            self.session.say(f"warning: {reason}")
         with self.session.generating():  # colocated servers size their memory by what is free
             self._start_engine()
         if self.held_out is not None:
