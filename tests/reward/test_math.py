@@ -90,6 +90,11 @@ RIGHT = [
     ("5", r'<Answer type="int">$\boxed{5}$</Answer>'),
     ("9", r"<think>\boxed{1}</think> hm <think>\boxed{2}</think> The answer is 9."),
     ("9", r"maybe \boxed{7}</think> The answer is 9."),
+    # Unicode
+    (r"\infty", "\\boxed{\u221e}"),
+    (r"\sqrt{2}", "#### \u221a2"),
+    ("3 1/2", "#### 3\u00bd"),
+    ("90", "#### 90\u00b0"),
     # precision
     ("1/3", "#### 0.333333"),
     (r"\frac{1}{12}", "#### 0.0833333"),
