@@ -3,6 +3,7 @@ r"""Finding the final answer in a response, and writing it so that math-verify r
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -12,18 +13,38 @@ from asd_megatron.data.answers import last_boxed, last_hashes, marked_answer, ou
 MAX_ANSWER_CHARS = 2_000  # a longer "answer" is none
 TAIL_CHARS = 2_000  # where a response without a marked answer is searched
 
-# Spaces, as LaTeX and Unicode write them. `{,}` is a comma without a space after it; zero-width characters are dropped.
+# Spaces, as LaTeX and Unicode write them, and colours. `{,}` is a comma without a space after it;
+# zero-width characters are dropped.
 SPACE = re.compile(
     r"(?<!\\)\\(?:[,;:> ]|(?:thinspace|medspace|thickspace|enspace|enskip|quad|qquad|space|nobreakspace)(?![A-Za-z]))"
-    r"|(?<!\\)\\[hm]space\*?\{[^{}]*\}|~(?!=)|[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"
+    r"|(?<!\\)\\(?:[hm]space\*?|(?:text)?color|colorbox)\{[^{}]*\}"
+    r"|(?<!\\)\\(?:[hm]skip|m?kern) ?-?[\d.]{1,9} ?(?:pt|mu|em|ex|cm|mm|in)(?![A-Za-z])"
+    r"|~(?!=)|[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"
 )
 NOTHING = re.compile(r"(?<!\\)\\(?:!|negthinspace(?![A-Za-z]))\s*|[\u00ad\u200b-\u200f\u2060\ufeff]")
 BRACED_SPACE = re.compile(r"(?<=\d)\{ *\}(?=\d)")
 DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)(?!\d{3}(?!\d))")  # 3{,}14, but not 10{,}000
 CHARACTERS = str.maketrans(
-    {"\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2013": "-", "\uff0d": "-", "\uff0b": "+"}
+    {
+        "\u2212": "-",
+        "\u2010": "-",
+        "\u2011": "-",
+        "\u2012": "-",
+        "\u2013": "-",
+        "\ufe63": "-",
+        "\uff0d": "-",
+        "\uff0b": "+",
+    }
+    | {"\u221e": r"\infty "}
     | {chr(0xFF10 + i): str(i) for i in range(10)}
 )
+
+LEADING_DASH = re.compile(r"^\s*\u2014(?=[\d.\\])")  # elsewhere a dash of prose
+VULGAR = "\u00bd\u2153\u2154\u00bc\u00be\u2155\u2156\u2157\u2158\u2159\u215a\u215b\u215c\u215d\u215e"
+VULGAR_FRACTION = re.compile(rf"(?:(?<=\d) ?|(?<![\w.^}})]))([{VULGAR}])(?![\w^])|(?<![\w.^}})])([{VULGAR}])(?=[a-z])")
+ROOT = re.compile(r"\u221a ?(?:(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))|\(([^()]*)\)|(?=\{))")
+DEGREES = re.compile(r"(?<=\d) ?\u00b0(?! ?[A-Za-z])")
+EMPTY_SET = re.compile(r"\\varnothing(?![A-Za-z])")
 
 # Digits in groups of three: 12 345 (not the mixed number 12 345/346), 1'234'567, 10_000; 0.123 456; 1,234.
 GROUPS = re.compile(r"(?<![\w.,])\d{1,3}(?:(?: {1,3}\d{3})+(?! ?/)|(?:['\u2019]\d{3})+|(?:_\d{3})+)(?!['\u2019_]?\d)")
@@ -129,7 +150,7 @@ def tidy(answer: str) -> str:
     `**$1,234**` is 1234, `10\,000` is 10000, `1.5e5` is 150000, `\textbf{(073)}` is 073, `50%` is `50\%`, `17 apples`
     is 17, `3 1/2` is `3\frac{1}{2}`.
     """
-    text, previous = " ".join(plain_numbers(answer).split()), ""
+    text, previous = " ".join(plain_numbers(LEADING_DASH.sub("-", answer)).split()), ""
     while text != previous:
         previous, text = text, _without_surroundings(text)
     if m := COMMA_GROUPS.fullmatch(text):
@@ -144,13 +165,26 @@ def tidy(answer: str) -> str:
 def plain_numbers(text: str) -> str:
     r"""`text` with ordinary spaces, and with numbers that math-verify would misread written out: `10\,000` as 10000,
     `3e6` and `3 \times 10^{6}` as 3000000."""
-    text = DECIMAL_COMMA.sub(".", NOTHING.sub("", text.translate(CHARACTERS))).replace("{,}", ",")
+    text = _as_latex(text.translate(CHARACTERS))
+    text = DECIMAL_COMMA.sub(".", NOTHING.sub("", text)).replace("{,}", ",")
     text = THIN_DECIMAL_GROUPS.sub(lambda m: re.sub(r"[^.\d]", "", m[0]), text)
     text = BRACED_SPACE.sub(" ", SPACE.sub(" ", text))
     text = GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     text = DECIMAL_GROUPS.sub(lambda m: m[0].replace(" ", ""), text)
     text = WHOLE_DECIMAL.sub("", PLUS.sub("", text))
     return SCIENTIFIC.sub(_written_out, POWER_OF_TEN.sub(_written_out, text)).strip()
+
+
+def _as_latex(text: str) -> str:
+    """Unicode's fractions, roots and degrees as LaTeX."""
+
+    def fraction(m: re.Match[str]) -> str:
+        value = Fraction(unicodedata.numeric(m[1] or m[2])).limit_denominator(10)
+        return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+    text = ROOT.sub(lambda m: r"\sqrt" + (f"{{{m[1] or m[2]}}}" if m[1] or m[2] else ""), text)
+    text = DEGREES.sub(lambda m: r"^\circ", VULGAR_FRACTION.sub(fraction, text))
+    return EMPTY_SET.sub(lambda m: r"\emptyset", text)
 
 
 def _written_out(m: re.Match[str]) -> str:

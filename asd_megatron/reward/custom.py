@@ -49,7 +49,7 @@ class CustomVerifier:
         command = worker_command(JUDGE, limits, [name], quiet=False, path=sys.path)
         self._last_problem: tuple[Problem, str] | None = None
         try:
-            self._pool = WorkerPool(command, 1, limits, self.counters, own_stderr=False)
+            self._pool = WorkerPool(command, 1, limits, self.counters, own_stderr=False, may_end=True)
         except RewardError as e:
             raise RewardError(f"reward.name {name!r} cannot be imported: {e}") from e
         try:

@@ -78,8 +78,10 @@ def load(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
             return {"error": str(e)}
         except BaseException as e:  # sys.exit() too, which must not pass for the end of the run
             last = traceback.extract_tb(e.__traceback__)[-1]
-            reason = f"raised {type(e).__name__}: {e}".removesuffix(": ")
-            return {"error": reason[:2_000], "where": f" at {os.path.basename(last.filename)}:{last.lineno}"}
+            return {
+                "error": f"raised {described(e)}"[:2_000],
+                "where": f" at {os.path.basename(last.filename)}:{last.lineno}",
+            }
 
     return judge
 
@@ -115,7 +117,7 @@ def _load_file(path: Path, name: str) -> ModuleType:
         spec.loader.exec_module(module)
     except BaseException as e:
         del sys.modules[module_name]
-        raise RewardError(f"reward.name {name!r}: importing {path} failed: {type(e).__name__}: {e}") from e
+        raise RewardError(f"reward.name {name!r}: importing {path} failed: {described(e)}") from e
     return module
 
 
@@ -126,7 +128,7 @@ def _load_module(target: str, name: str) -> ModuleType:
         return importlib.import_module(target)
     except BaseException as e:
         raise RewardError(
-            f"reward.name {name!r}: importing {target} failed: {type(e).__name__}: {e}. "
+            f"reward.name {name!r}: importing {target} failed: {described(e)}. "
             "Give a module that Python can import from here, or path/to/file.py:function"
         ) from e
 
@@ -163,6 +165,15 @@ def refuse_other_signatures(function: Callable[..., Any], name: str) -> None:
         refuse(f"{shown}, which cannot be called with two arguments")
     if [b.lower() for b in bound[:2]] == ["response", "problem"]:
         refuse(f"{shown}, with the arguments the other way round")
+
+
+def described(error: BaseException) -> str:
+    """The class of an exception and its text, if it has one: a user's exception may fail to say."""
+    try:
+        text = str(error)
+    except BaseException:
+        text = ""
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 class NotANumber(Exception):

@@ -7,7 +7,8 @@ Numbers are compared more strictly than math_verify does, which calls any two nu
 
 * two exact numbers (integers, fractions, roots, pi) are equal if they are equal exactly: 1/3 is not 333333/1000000;
 * a decimal (0.333333, 1.6e-19) equals another number if they agree to 6 decimals and, below 0.1, to 6 significant
-  digits: 0.333333 is 1/3, 0.3333 is not, and 1.6e-19 is neither 0 nor 9.1e-31.
+  digits: 0.333333 is 1/3, 0.3333 is not, and 1.6e-19 is neither 0 nor 9.1e-31;
+* an infinity, however written, equals only the same infinity, and what has no value (0/0, 1/0) equals nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ SELF_CHECK = (
     (r"\boxed{1}", r"\boxed{2}", False),
     (r"\boxed{\frac{1}{3}}", r"\boxed{0.333333}", True),
     (r"\boxed{0.0000001}", r"\boxed{0.0000004}", False),
+    (r"\boxed{\infty}", r"\boxed{2\infty}", True),
+    (r"\boxed{5}", r"\boxed{\infty}", False),
+    (r"\boxed{(1,2)}", r"\boxed{(-\infty,\infty)}", False),
 )
 
 
@@ -88,6 +92,8 @@ def numeric_equality(original: Callable[[Any, Any, int, int], bool]) -> Callable
         decimal = any(is_atomic_or_pct_atomic(x, Float) for x in (a, b))
         try:
             left, right = exact(a), exact(b)
+            if any(has_no_value(x) for x in (left, right)):
+                return False
             if left == right:
                 return True
             if not (left.is_number and right.is_number):  # equal coefficients that are not tiny, and tiny ones alike
@@ -107,6 +113,13 @@ def exact(value: Any) -> Any:
     return value.xreplace({f: Rational(str(f)) for f in value.atoms(Float)}).doit()
 
 
+def has_no_value(value: Any) -> bool:
+    """Whether the expression holds a quotient like 0/0 or 1/0."""
+    from sympy import nan, zoo
+
+    return bool(value.has(nan, zoo))
+
+
 def at_one_point(a: Any, b: Any) -> tuple[Any, Any]:
     """Two expressions with the same values, all different, in place of their variables."""
     from sympy import Rational
@@ -117,13 +130,20 @@ def at_one_point(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 def agree(a: Any, b: Any, *, decimal: bool) -> bool:
-    """Whether two numbers are equal: exactly, to 20 digits if they are not rational, or as a decimal is."""
+    """Whether two numbers are equal: exactly, to 20 digits if they are not rational, or as a decimal is.
+
+    Every comparison of a difference holds where both sides of it are infinite, so infinities are told apart first.
+    """
     from sympy import Rational, floor, log
 
     if not (a.is_Rational and b.is_Rational):
         a, b = a.evalf(DIGITS), b.evalf(DIGITS)
         if not (a.is_comparable or (a.is_complex and a.is_number)):
             return False
+    if has_no_value(a) or has_no_value(b):
+        return False
+    if not (a.is_finite and b.is_finite):
+        return bool(a == b)
     gap, size = abs(a - b), max(abs(a), abs(b))
     if not decimal:
         exactly = bool(a.is_Rational and b.is_Rational)

@@ -112,7 +112,8 @@ class WorkerPool:
 
     `own_stderr`: what a worker writes to stderr is kept for error messages; else it goes where the trainer's goes.
     The limits on processor time and memory are the worker's to set (`worker_program`). Raises RewardError when workers
-    cannot be started, or keep dying with no answer in between.
+    cannot be started, or keep dying with no answer in between. `may_end`: the judge is a user's function, which may end
+    its process: a request that workers died of is answered so, however many there are in a row.
     """
 
     def __init__(
@@ -123,8 +124,10 @@ class WorkerPool:
         counters: dict[str, int],
         *,
         own_stderr: bool = True,
+        may_end: bool = False,
     ) -> None:
         self.command, self.limits, self.counters, self.own_stderr = list(command), limits, counters, own_stderr
+        self.may_end = may_end
         self._failed_starts = self._deaths = 0
         self._closed = False
         self._workers: list[_Worker] = []
@@ -237,6 +240,7 @@ class WorkerPool:
             tries[worker.job] += 1
             if tries[worker.job] >= ATTEMPTS:
                 outcomes[worker.job] = Outcome(None, "error", reason)
+                self._deaths = 0 if self.may_end else self._deaths
             else:
                 queue.appendleft(worker.job)
         self._replace(slot)

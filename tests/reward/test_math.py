@@ -90,6 +90,11 @@ RIGHT = [
     ("5", r'<Answer type="int">$\boxed{5}$</Answer>'),
     ("9", r"<think>\boxed{1}</think> hm <think>\boxed{2}</think> The answer is 9."),
     ("9", r"maybe \boxed{7}</think> The answer is 9."),
+    # Unicode
+    (r"\infty", "\\boxed{\u221e}"),
+    (r"\sqrt{2}", "#### \u221a2"),
+    ("3 1/2", "#### 3\u00bd"),
+    ("90", "#### 90\u00b0"),
     # precision
     ("1/3", "#### 0.333333"),
     (r"\frac{1}{12}", "#### 0.0833333"),
@@ -99,7 +104,18 @@ RIGHT = [
     ("1.6e-19", "#### 1.60e-19"),
     ("1.6e-400", "#### 16e-401"),
     (r"\begin{pmatrix} 1/3 \\ 2 \end{pmatrix}", r"\boxed{\begin{pmatrix} 0.333333 \\ 2 \end{pmatrix}}"),
+    # infinities
+    (r"\infty", r"\boxed{\lim_{x\to\infty} x}"),
+    (r"\infty", r"\boxed{2\infty}"),
+    ("0", r"\boxed{e^{-\infty}}"),
+    (r"\frac{\pi^2}{6}", r"\boxed{\sum_{n=1}^{\infty} \frac{1}{n^2}}"),
+    (r"(-\infty, 0.5) \cup (1, \infty)", r"\boxed{(1, +\infty) \cup (-\infty, \frac{1}{2})}"),
 ]
+INFINITE = (
+    *(r"\infty", r"-\infty", r"2\infty", r"\infty!", r"e^{\infty}", r"\sqrt{\infty}", r"\infty\%", r"x + \infty"),
+    *(r"\ln 0", r"0^{-1}", r"\tan\frac{\pi}{2}", r"\lim_{x\to\infty} x", r"\lim_{x\to0} \frac{1}{x}"),
+    *(r"\sum_{n=1}^{\infty} n", r"\sum_{n=1}^{\infty} \frac{1}{n}", r"\int_0^{\infty} x dx"),
+)
 WRONG = [
     ("72", "#### 73"),
     ("72", r"72, no: \boxed{27}"),
@@ -142,6 +158,19 @@ WRONG = [
     (r"\frac13", r"\boxed{\frac{333333}{1000000}}"),
     ("1234567", "#### 1234567.5"),
     ("99999999999999999999", r"\boxed{99999999999999999998}"),
+    # infinities
+    *((gold, r"\boxed{\infty}") for gold in ("72", "0", "3/4", "0.5", "50%", "x=5", r"\pi", r"-\infty")),
+    *(("5", rf"\boxed{{{value}}}") for value in INFINITE),
+    (r"\infty", r"\boxed{5}"),
+    (r"\infty", r"\boxed{\infty - \infty}"),
+    ("0.5", r"\boxed{\ln 0}"),
+    ("(1, 2)", r"\boxed{(-\infty, \infty)}"),
+    ("(1, 2, 3)", r"\boxed{(\infty, \infty, \infty)}"),
+    (r"\{1, 2\}", r"\boxed{\{\infty, -\infty\}}"),
+    (r"(-\infty, 1)", r"\boxed{(7, 1)}"),
+    (r"[0, 1)", r"\boxed{[0, \infty)}"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\boxed{\begin{pmatrix} \infty \\ \infty \end{pmatrix}}"),
+    ("5", r"It is $\infty$."),
 ]
 
 

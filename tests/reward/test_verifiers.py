@@ -14,6 +14,7 @@ import torch
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
+from asd_megatron.reward import workers
 from asd_megatron.reward.base import Verifier
 from asd_megatron.reward.base import tests_of as count_tests
 from asd_megatron.reward.custom import CustomVerifier
@@ -33,6 +34,9 @@ from fractions import Fraction
 @dataclass
 class Helper:
     value: float
+
+class Mute(Exception):
+    def __str__(self): raise RuntimeError("no text")
 
 calls = 0
 
@@ -62,6 +66,8 @@ def by_name(problem, response):
     if response == "die": os._exit(0)
     if response == "sleep": time.sleep(600)
     while response == "spin": pass
+    if response == "kill": os.kill(os.getpid(), 9)
+    if response == "mute": raise Mute
     if response == "text": return "1.0"
     if response == "nan": return float("nan")
     if response == "huge": return 10**400
@@ -134,6 +140,8 @@ FAILURES = [
     ("exit", "raised SystemExit: 0"),  # must not end the run with status 0
     ("interrupt", "raised KeyboardInterrupt"),
     ("die", "ended its process (a reward worker ended with status 0"),
+    ("kill", "ended its process (a reward worker ended with status -9"),
+    ("mute", "raised Mute"),
     ("text", "returned str, not a number"),
     ("nan", "returned nan, which is not finite"),
     ("huge", "which is not finite"),
@@ -153,8 +161,20 @@ def test_a_reward_that_fails(rewards: Path, caplog: pytest.LogCaptureFixture) ->
     with custom(name, on_error="zero") as v:
         responses = [response for response, _ in FAILURES]
         assert v.score([(PROBLEM, response) for response in [*responses, "fine"]]) == [0.0] * len(responses) + [0.5]
-        assert v.counters == {"errors": 7, "timeouts": 0, "restarts": 2}  # `die` was tried in two processes
+        assert v.counters == {"errors": 9, "timeouts": 0, "restarts": 4}  # `die` and `kill` were tried in two processes
         assert all(reason in caplog.text for _, reason in FAILURES)
+
+
+@pytest.mark.parametrize("response", ["die", "kill"])
+def test_a_reward_that_keeps_ending_its_process(rewards: Path, response: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "MAX_DEATHS_IN_A_ROW", 4)
+    with custom(f"{rewards}:by_name", on_error="zero") as v:
+        assert v.score([(PROBLEM, response)] * 3 + [(PROBLEM, "fine")]) == [0.0] * 3 + [0.5]
+        assert v.counters == {"errors": 3, "timeouts": 0, "restarts": 6}
+    with custom(f"{rewards}:by_name") as v:
+        for _ in range(3):
+            with pytest.raises(UserError, match="by_name ended its process"):
+                v.score([(PROBLEM, response)])
 
 
 @pytest.mark.parametrize("response", ["sleep", "spin"])
@@ -231,7 +251,7 @@ def test_another_signature_is_refused_when_the_verifier_starts(rewards: Path) ->
     [
         ("nowhere.py:f", "there is no file nowhere.py"),
         ("no.such.module:f", "importing no.such.module failed: ModuleNotFoundError"),
-        ("{rewards}:missing", "has no 'missing'; it has Callable, Decimal, Fraction, Helper, anything, asynchronous"),
+        ("{rewards}:missing", "has no 'missing'; it has Callable, Decimal, Fraction, Helper, Mute, anything"),
         ("{rewards}:constant", "'constant' is a int, not a function"),
         ("{rewards}:odd", "feedback_kind 'stars' does not exist"),
         ("{rewards}:", "write package.module:function"),
@@ -252,6 +272,7 @@ def test_unusable_names(rewards: Path, name: str, reason: str) -> None:
     [
         ("raise RuntimeError('not today')", "failed: RuntimeError: not today"),
         ("import sys; sys.exit(0)", "failed: SystemExit: 0"),
+        ("class Mute(Exception): __str__ = None\nraise Mute", "failed: Mute"),
         ("import os; os._exit(0)", "reward workers do not start"),
     ],
 )
