@@ -67,10 +67,7 @@ def test_back_to_an_older_checkpoint(world: World) -> None:
     options = {"run": {"steps": 4}, "checkpoint": {"every": 2}}
     folder = world.train("back", **options)
     before = metrics(folder)
-    world.train("back", "--checkpoint.resume", str(folder / "checkpoints" / "step_000002"), **options)
-    assert metrics(folder) == before
-
-    # stopped before it repeated step 4: it resumes from step 2, not from the step 4 of before
+    # stopped before it repeats step 4: it resumes from step 2, not from the step 4 of before
     again = ["--checkpoint.resume", str(folder / "checkpoints" / "step_000002")]
     world.train("back", *again, "--run.steps", "3", "--checkpoint.every", "0", **options)
     assert steps(folder) == [1, 2, 3]
