@@ -12,7 +12,7 @@ from asd_megatron.config.evaluation import Evaluation
 from asd_megatron.config.sampling import Sampling
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.templates import PAPER_WORDING
-from asd_megatron.records import SamplingParams
+from asd_megatron.records import Problem, SamplingParams
 from asd_megatron.reward.base import Verifier, tests_of
 from asd_megatron.rollout.collector import Collector, Plan
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
@@ -83,6 +83,12 @@ def make_gate(recipe: Recipe) -> Gate:
     )
 
 
+def first_problems(recipe: Recipe, problems: ProblemSource) -> list[Problem]:
+    """The problems that step 1 asks the engine for. Raises UserError for a set that is smaller than that."""
+    asked = math.ceil(recipe.sampling.problems_per_step * recipe.rollout.oversampling)
+    return problems.batch(1, asked, recipe.run.seed)
+
+
 def problem_sets(recipe: Recipe, renderer: PromptRenderer) -> tuple[ProblemSource, ProblemSource | None]:
     """The training and the held-out problems. Raises UserError for prompts that are too long and for a training set
     smaller than a step's problems."""
@@ -90,7 +96,7 @@ def problem_sets(recipe: Recipe, renderer: PromptRenderer) -> tuple[ProblemSourc
     for problems in (train_set, test_set):
         if problems is not None:
             renderer.check(problems.take(None))
-    train_set.batch(1, math.ceil(recipe.sampling.problems_per_step * recipe.rollout.oversampling), recipe.run.seed)
+    first_problems(recipe, train_set)
     return train_set, test_set
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from asd_megatron.models.families import shape_of
 from asd_megatron.records import Problem
 from asd_megatron.reward.base import tests_of
 from asd_megatron.reward.factory import make_verifier
-from asd_megatron.run.build import make_plan, make_renderer, never_acts
+from asd_megatron.run.build import first_problems, make_plan, make_renderer, never_acts
 from asd_megatron.run.sources import held_out_problems, model_folder, supervised_source, training_problems
 
 if TYPE_CHECKING:
@@ -62,8 +61,7 @@ def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[
             looked_at = problems.take(None)
             longest = renderer.check(looked_at)
             counts.append(f"{name}: {len(looked_at)} problems checked, prompts of at most {longest} tokens")
-    asked = math.ceil(recipe.sampling.problems_per_step * recipe.rollout.oversampling)
-    problem = train.batch(1, asked, recipe.run.seed)[0]
+    problem = first_problems(recipe, train)[0]
     reward, assessment = _scored(recipe, problem)
     passes = make_plan(recipe)
     sections = [
