@@ -18,6 +18,13 @@ from asd_megatron.antisd.divergence import (
 from asd_megatron.antisd.gate import Gate, GateError
 from asd_megatron.antisd.importance import importance_weights, ratio_statistics
 from asd_megatron.antisd.normalization import finish_term, moments, normalize_term, term_statistics
+from asd_megatron.antisd.outliers import OutlierLimit, without_outliers
+from asd_megatron.antisd.perplexity import (
+    PerplexityError,
+    PerplexityLambda,
+    PerplexityRule,
+    response_perplexities,
+)
 from asd_megatron.antisd.policy_loss import AggregationError, clipped_policy_loss, token_weights
 from asd_megatron.antisd.privileged import Demonstration, PrivilegedContextError, choose_demonstrations, feedback
 
@@ -29,6 +36,10 @@ __all__ = [
     "Demonstration",
     "Gate",
     "GateError",
+    "OutlierLimit",
+    "PerplexityError",
+    "PerplexityLambda",
+    "PerplexityRule",
     "PrivilegedContextError",
     "UnknownCondition",
     "choose_demonstrations",
@@ -46,9 +57,11 @@ __all__ = [
     "phi",
     "pmi",
     "ratio_statistics",
+    "response_perplexities",
     "signal",
     "term",
     "term_mask",
     "term_statistics",
     "token_weights",
+    "without_outliers",
 ]

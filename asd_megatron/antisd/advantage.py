@@ -9,6 +9,8 @@ from asd_megatron.antisd.divergence import Condition, resolve_condition
 from asd_megatron.errors import UserError
 
 STD_EPSILON = 1e-6
+RLSD_CLIP = 0.2
+"""The weight of `rlsd` lies between 1 - this and 1 + this."""
 
 
 class AdvantageError(UserError, ValueError):
@@ -34,18 +36,30 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return (r - r.mean()) / (r.std(correction=1) + STD_EPSILON)
 
 
-def compose(cond: Condition | str, group_advantage: Tensor, term: Tensor, lam: float) -> Tensor:
-    """The advantage of every token [N] from A_seq [N], the finished term [N] and this step's lambda (formulas:
-    `Condition`).
+def compose(
+    cond: Condition | str, group_advantage: Tensor, term: Tensor, lam: float | Tensor, weight: float = 1.0
+) -> Tensor:
+    """The advantage of every token [N] from A_seq [N], the finished term [N] and this step's lambda, one number or one
+    for each token [N] (formulas: `Condition`).
 
-    A constant of the policy gradient (detached). Where the term is 0, and everywhere when lambda is 0, it is A_seq
-    exactly. The multiplicative form never changes the sign of A_seq.
+    A constant of the policy gradient (detached). Where the term or lambda is 0, it is A_seq exactly. `weight`: of A_seq
+    where the term is added to it; 1 otherwise. The forms `multiplicative` and `rlsd` (with a lambda of at most
+    1) never change the sign of A_seq.
     """
     c = resolve_condition(cond)
     a, q = group_advantage.detach(), term.detach()
+    if weight != 1.0:
+        a = weight * a
     strength = c.sign * lam
-    if strength == 0:
+    if c.sign == 0 or (not isinstance(strength, Tensor) and strength == 0):
         return a.clone()
     if c.composition == "additive":
-        return a + strength * q
-    return a * (1 + strength * q * a.sign()).clamp(min=0)
+        composed = a + strength * q
+    elif c.composition == "multiplicative":
+        composed = a * (1 + strength * q * a.sign()).clamp(min=0)
+    elif c.composition == "multiplicative_plain":
+        composed = a * (1 + strength * q)
+    else:  # rlsd: (1 - lambda) + lambda * w, in a form that is exactly 1 where w is
+        w = (c.sign * a.sign() * q).exp().clamp(1 - RLSD_CLIP, 1 + RLSD_CLIP)
+        composed = a * (1 + lam * (w - 1))
+    return torch.where(strength != 0, composed, a) if isinstance(strength, Tensor) else composed

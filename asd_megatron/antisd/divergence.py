@@ -13,6 +13,8 @@ from torch import Tensor
 
 from asd_megatron.errors import UserError
 
+Composition = Literal["additive", "multiplicative", "multiplicative_plain", "rlsd"]
+
 
 class UnknownCondition(UserError, ValueError):
     """The recipe names an algorithm that does not exist."""
@@ -26,8 +28,11 @@ class Condition:
 
     * additive:        A = A_seq + sign * lambda * q
     * multiplicative:  A = A_seq * max(0, 1 + sign * lambda * q * sgn(A_seq))
+    * multiplicative_plain:  A = A_seq * (1 + sign * lambda * q)
+    * rlsd:            A = A_seq * ((1 - lambda) + lambda * clip(exp(sign * q * sgn(A_seq)), 0.8, 1.2))
 
     So `sd` (+1, identity) is A_seq + lambda * u (Eq. 2, 3) and `antisd` (-1, phi) is A_seq - lambda * phi(u) (Eq. 6).
+    The last two forms are the released code's: `algorithm.composition` gives them to a condition.
 
     Attributes:
         name: the recipe's `algorithm.name`.
@@ -43,7 +48,7 @@ class Condition:
     name: str
     uses_teacher: bool = True
     sign: int = -1
-    composition: Literal["additive", "multiplicative"] = "additive"
+    composition: Composition = "additive"
     shape: Literal["phi", "identity"] = "phi"
     gated: bool = True
     gate_entropy: Literal["teacher", "student"] | None = "teacher"
@@ -131,17 +136,25 @@ def term_mask(
     has_context: Tensor,
     positions: Tensor | None = None,
     max_position: int | None = None,
+    *,
+    lengths: Tensor | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """Which tokens carry a term: bool [N].
 
     A token does if the loss sees it (`loss_mask`), its rollout has privileged context (not required for `u_source`
-    "student") and its response position (`positions`, int64, from 0) is below `max_position`.
+    "student"), its response position (`positions`, int64, from 0) is below `max_position` and its response's number of
+    tokens (`lengths`, int64) is below `max_length`.
     """
     mask = entropy_mask(resolve_condition(cond), loss_mask, has_context)
     if max_position is not None:
         if positions is None:
             raise ValueError("term_max_position needs the tokens' response positions")
         mask = mask & (positions < max_position)
+    if max_length is not None:
+        if lengths is None:
+            raise ValueError("term_max_length needs the lengths of the tokens' responses")
+        mask = mask & (lengths < max_length)
     return mask
 
 

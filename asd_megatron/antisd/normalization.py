@@ -4,7 +4,8 @@
     dist.all_reduce(statistics)                                  # over ranks that hold other tokens of the segments
     term = finish_term(term, mask, statistics=statistics, segment=segment, clip=term_clip)
 
-`sequence`: a segment is a rollout; sum over the context-parallel group when its ranks hold parts of a rollout.
+`sequence` and `demean` (which subtracts the mean alone): a segment is a rollout; sum over the context-parallel group
+when its ranks hold parts of a rollout.
 `batch`: one segment (`segment=None`); sum over the data- and context-parallel ranks that hold different tokens.
 """
 
@@ -57,17 +58,19 @@ def finish_term(
     statistics: Tensor | None = None,
     segment: Tensor | None = None,
     clip: float | None = None,
+    scale: bool = True,
 ) -> Tensor:
     """The term as the advantage uses it: [N], dtype of `term`.
 
     Normalised by the unmasked tokens' (globally summed) `statistics` when given, clamped to +-`clip`, and exactly 0
     where `mask` is False, in this order: a masked token neither enters the statistics nor receives minus the mean.
+    `scale` False: the mean is subtracted, the standard deviation is not divided by.
     """
     if statistics is not None:
         mean, std = moments(statistics)
         if segment is not None:
             mean, std = mean[segment], std[segment]
-        term = normalize_term(term, mean, std, clip)
+        term = normalize_term(term, mean, std if scale else torch.ones_like(std), clip)
     elif clip is not None:
         term = term.clamp(-clip, clip)
     return torch.where(mask, term, torch.zeros_like(term)).detach()

@@ -79,11 +79,12 @@ def summarize(folder: Path) -> dict[str, Any]:
         name: {"first_steps": _mean(first, f"puzzle/u_{name}"), "last_steps": _mean(last, f"puzzle/u_{name}")}
         for name in CLASSES
     }
-    summary["gate"] |= {
-        "open_share_after_warmup": _mean([r for r in steps if not r["gate/warming_up"]], "gate/open"),
-        "entropy_first_steps": _mean(first, "gate/entropy"),
-        "entropy_last_steps": _mean(last, "gate/entropy"),
-    }
+    if any("gate/open" in row for row in steps):
+        summary["gate"] |= {
+            "open_share_after_warmup": _mean([r for r in steps if not r["gate/warming_up"]], "gate/open"),
+            "entropy_first_steps": _mean(first, "gate/entropy"),
+            "entropy_last_steps": _mean(last, "gate/entropy"),
+        }
     summary["seconds"] = {
         "training_steps": training_seconds(steps)[-1],
         "evaluations": math.fsum(r.get("time/evaluate", 0.0) for r in steps),
@@ -115,17 +116,18 @@ def table(summary: Mapping[str, Any]) -> str:
     for name, label in CLASSES.items():
         u = summary["u_by_class"][name]
         lines.append(f"{label:38s} {_number(u['first_steps'])} {_number(u['last_steps'])}")
-    gate = summary["gate"]
-    h_warm, h_first, h_last, open_share = (
-        _number(gate[name]).strip()
-        for name in ("h_warm", "entropy_first_steps", "entropy_last_steps", "open_share_after_warmup")
-    )
-    lines += [
-        "",
-        f"gate: H_warm {h_warm}, open in {open_share} of the steps after the warm-up, "
-        f"teacher's median entropy {h_first} -> {h_last} nats",
-        f"engine against trainer log-probs: max |difference| {summary['engine_mismatch_max_abs']:.1e}",
-    ]
+    gate = summary.get("gate", {})
+    lines.append("")
+    if "open_share_after_warmup" in gate:
+        h_warm, h_first, h_last, open_share = (
+            _number(gate[name]).strip()
+            for name in ("h_warm", "entropy_first_steps", "entropy_last_steps", "open_share_after_warmup")
+        )
+        lines.append(
+            f"gate: H_warm {h_warm}, open in {open_share} of the steps after the warm-up, "
+            f"teacher's median entropy {h_first} -> {h_last} nats"
+        )
+    lines.append(f"engine against trainer log-probs: max |difference| {summary['engine_mismatch_max_abs']:.1e}")
     return "\n".join(lines)
 
 

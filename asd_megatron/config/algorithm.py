@@ -27,7 +27,30 @@ class Algorithm(Section):
             " entropy; `no_teacher`: u is -log p of the student."
         ),
     )
-    lambda_max: float = Field(0.5, ge=0, description="Weight of the per-token term while the gate is open.")
+    lambda_max: float = Field(
+        0.5,
+        ge=0,
+        description="Weight of the per-token term while the gate is open; the largest with `teacher_perplexity`.",
+    )
+    lambda_source: Literal["gate", "teacher_perplexity"] = Field(
+        "gate",
+        description=(
+            "What sets lambda. `gate`: `lambda_max` or 0 by the entropy gate, always `lambda_max` in conditions without"
+            " one; `teacher_perplexity`: the section `perplexity`, in place of the gate."
+        ),
+    )
+    composition: Literal["additive", "multiplicative", "multiplicative_plain", "rlsd"] | None = Field(
+        None,
+        description=(
+            "How the term q, with the sign of `name`, meets the group advantage A. `additive`: A + lambda q;"
+            " `multiplicative`: A max(0, 1 + lambda q sign A); `multiplicative_plain`: A (1 + lambda q); `rlsd`:"
+            " A ((1 - lambda) + lambda clip(exp(q sign A), 0.8, 1.2)), with `sd` or `reverse_kl_ascent`. null: as"
+            " `name` does."
+        ),
+    )
+    advantage_weight: float = Field(
+        1.0, ge=0, description="Weight of the group advantage where the term is added to it."
+    )
     estimator: Literal["sampled", "full_vocabulary"] = Field(
         "sampled",
         description=(
@@ -86,14 +109,29 @@ class Algorithm(Section):
     pmi_clip: float | None = Field(
         None, gt=0, description="Clamp u to +- this (nats) before the term is computed; null: no clamp."
     )
-    term_normalization: Literal["none", "sequence", "batch"] = Field(
-        "none", description="Standardise the term over the tokens of each response or of the global batch."
+    outlier_deviations: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "A u beyond so many standard deviations counts as 0 in the term; the deviation is the mean over the warm-up"
+            " steps. null: no such rule."
+        ),
+    )
+    term_normalization: Literal["none", "sequence", "demean", "batch"] = Field(
+        "none",
+        description=(
+            "Standardise the term over the tokens of each response (`sequence`) or of the global batch; `demean`: only"
+            " subtract its mean over each response."
+        ),
     )
     term_clip: float | None = Field(
         None, gt=0, description="Clamp the term to +- this after normalisation; null: no clamp."
     )
     term_max_position: int | None = Field(
         None, ge=1, description="No term from this response position on (tokens, counted from 0); null: everywhere."
+    )
+    term_max_length: int | None = Field(
+        None, ge=1, description="No term on responses of this many tokens and more; null: on all."
     )
     importance_correction: Literal["none", "truncated", "masked"] = Field(
         "none",
@@ -127,5 +165,5 @@ class Algorithm(Section):
 
     @property
     def gated(self) -> bool:
-        """Whether the condition has an entropy-triggered gate."""
-        return self.name in GATED
+        """Whether an entropy-triggered gate sets lambda."""
+        return self.name in GATED and self.lambda_source == "gate"

@@ -12,7 +12,7 @@ WITHOUT_DIVERGENCE = {
     "no_teacher": "its term is a function of the student's own log-prob",
 }
 """Conditions whose term estimates the gradient of no divergence from the teacher."""
-OF_THE_SAMPLED_TERM = ("pmi_clip", "term_normalization", "term_clip")
+OF_THE_SAMPLED_TERM = ("pmi_clip", "outlier_deviations", "term_normalization", "term_clip")
 OF_THE_DIVERGENCE = ("divergence", "direction", "mixture", "teacher_states")
 
 
@@ -32,6 +32,12 @@ def estimator_findings(a: Algorithm) -> Iterator[str]:
             f"algorithm.estimator full_vocabulary: algorithm.name {a.name} is not the gradient of a divergence from the"
             f" teacher ({WITHOUT_DIVERGENCE[a.name]}); set algorithm.estimator sampled, or algorithm.name antisd,"
             " no_gate, student_entropy_gate, reverse_kl_ascent or sd"
+        )
+    if a.composition not in (None, "additive"):
+        yield (
+            f"algorithm.composition {a.composition} scales the advantage of the sampled token, and algorithm.estimator"
+            " full_vocabulary adds the divergence to the loss: leave algorithm.composition out, or set"
+            " algorithm.estimator sampled"
         )
     for key in OF_THE_SAMPLED_TERM:
         if getattr(a, key) != fields[key].default:

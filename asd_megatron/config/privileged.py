@@ -38,6 +38,10 @@ class Privileged(Section):
             " alone."
         ),
     )
+    use_reference: bool = Field(
+        True,
+        description="Where the group has no verified solution, show the data's; false: solutions of the group alone.",
+    )
     exclude_self: bool = Field(
         True, description="A rollout is never its own demonstration; false: its own success may be drawn too."
     )
@@ -46,8 +50,8 @@ class Privileged(Section):
         ge=1,
         description=(
             "Verified solutions of a group that its rollouts draw from (plus one, for a rollout whose own is the only "
-            "one). With few of them teacher prompts are equal, and `batching.share_prefixes` computes each once. null: "
-            "1 when `sampling.max_response_tokens` is 4096 or more, else all."
+            "one). With few of them teacher prompts are equal, and `batching.share_prefixes` computes each once: 1"
+            " saves much of the teacher's scoring pass when solutions are long. null: all, each rollout draws its own."
         ),
     )
     strip_thinking: bool = Field(False, description="Cut `<think>` blocks from demonstrations.")

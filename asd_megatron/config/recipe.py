@@ -19,6 +19,7 @@ from asd_megatron.config.logging import Logging
 from asd_megatron.config.model import Model
 from asd_megatron.config.optimizer import Optimizer
 from asd_megatron.config.parallelism import Parallelism
+from asd_megatron.config.perplexity import Perplexity
 from asd_megatron.config.privileged import Privileged
 from asd_megatron.config.reward import Reward
 from asd_megatron.config.rollout import Rollout
@@ -31,10 +32,6 @@ Kind = Literal["train", "sft"]
 WARMUP_STEPS = 5  # the paper's W
 
 
-LONG_RESPONSES = 4096
-"""Tokens of a response from which on a group shares its demonstration, unless the recipe says otherwise."""
-
-
 class Recipe(Section):
     """The recipe of a `train` run."""
 
@@ -43,6 +40,7 @@ class Recipe(Section):
     parallelism: Parallelism = Parallelism()
     algorithm: Algorithm = Algorithm()
     gate: Gate = Gate()
+    perplexity: Perplexity = Perplexity()
     privileged: Privileged = Privileged()
     sampling: Sampling = Sampling()
     rollout: Rollout = Rollout()
@@ -62,10 +60,14 @@ class Recipe(Section):
         return WARMUP_STEPS if self.algorithm.gated and self.gate.h_warm is None else 0
 
     @property
-    def demonstrations_per_group(self) -> int | None:
-        """`privileged.demonstrations_per_group` with its default worked out; None: all."""
-        given, long = self.privileged.demonstrations_per_group, self.sampling.max_response_tokens >= LONG_RESPONSES
-        return 1 if given is None and long else given
+    def lambda_warmup_steps(self) -> int:
+        """The first steps with lambda 0: those of the gate, or `perplexity.warmup_steps` or its default: 5 without a
+        given `target`, else 0."""
+        if self.algorithm.lambda_source == "gate":
+            return self.gate_warmup_steps
+        if self.perplexity.warmup_steps is not None:
+            return self.perplexity.warmup_steps
+        return WARMUP_STEPS if self.perplexity.target is None else 0
 
     @property
     def evaluates(self) -> bool:

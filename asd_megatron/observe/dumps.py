@@ -26,7 +26,9 @@ from asd_megatron.records import DemonstrationSource, Example, FinishReason, Rol
 
 SCHEMA_VERSION = 2
 DIVERGENCES = ("divergence", "reverse_kl", "forward_kl", "agreement")
-"""Of the exact estimator; dumps written before it existed lack them."""
+"""Of the exact estimator."""
+ADDED = (*DIVERGENCES, "lambda")
+"""Columns that older dumps of this schema version lack."""
 TABLE_COLUMNS = (
     "student_logprobs",
     "teacher_logprobs",
@@ -54,6 +56,7 @@ SCHEMA = pa.schema(
         pa.field("demonstration_sample", pa.int32(), nullable=False),
         pa.field("teacher_prompt_ids", _IDS),
         *(pa.field(name, _NUMBERS) for name in TABLE_COLUMNS),
+        pa.field("lambda", pa.float64()),
         pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
         pa.field("weight_version", pa.int64(), nullable=False),
         pa.field("version_changes", _CHANGES, nullable=False),
@@ -76,11 +79,13 @@ class DumpInfo:
 
 @dataclass(frozen=True)
 class Dump:
-    """A dump read back. Columns absent from the file's every row are absent from `table`; other null rows are NaN."""
+    """A dump read back. `lambdas`: each row's, where the step has one for each response, else None. Columns absent from
+    the file's every row are absent from `table`; other null rows are NaN."""
 
     info: DumpInfo
     examples: list[Example]
     table: TokenTable
+    lambdas: list[float] | None = None
 
 
 def dump_path(run_folder: str | os.PathLike[str], step: int) -> Path:
@@ -112,6 +117,7 @@ def write_dump(
     h_warm: float | None,
     temperature: float,
     recipe_hash: str,
+    lambdas: Sequence[float] | None = None,
 ) -> Path:
     """Write one step's global batch atomically; `table` holds the examples' tokens in the same order. Rank 0 only.
 
@@ -136,6 +142,7 @@ def write_dump(
         "demonstration_sample": [e.demonstration_sample for e in examples],
         "teacher_prompt_ids": [e.teacher_prompt_ids for e in examples],
         **{name: _column(name, table, has_context) for name in TABLE_COLUMNS},
+        "lambda": [None] * len(examples) if lambdas is None else lambdas,
         "loss_mask": [r.loss_mask for r in rollouts],
         "weight_version": [r.weight_version for r in rollouts],
         "version_changes": [[list(change) for change in r.version_changes] for r in rollouts],
@@ -213,11 +220,12 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
     path = Path(path)
     file = _open(path)
     info = _info(path, file.schema_arrow.metadata)
-    missing = [name for name in SCHEMA.names if name not in (*file.schema_arrow.names, *DIVERGENCES)]
+    missing = [name for name in SCHEMA.names if name not in (*file.schema_arrow.names, *ADDED)]
     if missing:
         raise UserError(f"{path} lacks the column(s) {', '.join(missing)}; make the dump again")
     data = file.read()
-    c = {name: data[name].to_pylist() for name in SCHEMA.names if name not in TABLE_COLUMNS}
+    c = {name: data[name].to_pylist() for name in SCHEMA.names if name not in (*TABLE_COLUMNS, "lambda")}
+    lambdas: list[float | None] = data["lambda"].to_pylist() if "lambda" in data.column_names else [None]
     engine = data["engine_logprobs"].to_pylist()
     lengths = [len(ids) for ids in c["response_ids"]]
     examples = []
@@ -252,4 +260,4 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
                 table[name] = column
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: a row is damaged ({error}); make the dump again") from error
-    return Dump(info, examples, table)
+    return Dump(info, examples, table, None if None in lambdas else [x for x in lambdas if x is not None])

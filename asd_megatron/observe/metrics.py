@@ -19,6 +19,7 @@ from asd_megatron.records import DemonstrationSource, Example, TokenTable
 __all__ = [
     "GateReading",
     "Increments",
+    "PerplexityReading",
     "context_mask",
     "reference_page",
     "sampled_mask",
@@ -43,6 +44,32 @@ class GateReading:
     h_warm: float | None = None
     close_below: float | None = None
     warming_up: bool = False
+
+
+@dataclass(frozen=True)
+class PerplexityReading:
+    """Lambda from the teacher's perplexity as the step's loss saw it.
+
+    `perplexities` and `lambdas` are float64 [R], one for each of the step's examples; a perplexity is NaN where no
+    token counts. `target` is P*, None while it is being measured.
+    """
+
+    perplexities: Tensor
+    lambdas: Tensor
+    cutoff: float
+    target: float | None = None
+    warming_up: bool = False
+
+    @property
+    def counted(self) -> Tensor:
+        """Bool [R]: examples with a perplexity."""
+        return ~self.perplexities.isnan()
+
+    @property
+    def lam(self) -> float:
+        """The mean lambda of the examples with a perplexity; 0 without any."""
+        counted = self.counted
+        return float(self.lambdas[counted].mean()) if counted.any() else 0.0
 
 
 PROMPT_COUNTERS = {
@@ -245,6 +272,25 @@ def _of_gate(gate: GateReading, tokens: int) -> Iterator[tuple[str, float]]:
     yield "gate/warming_up", float(gate.warming_up)
 
 
+def _of_perplexity(reading: PerplexityReading) -> Iterator[tuple[str, float]]:
+    perplexities, lambdas = reading.perplexities[reading.counted], reading.lambdas[reading.counted]
+    yield "perplexity/mean", float(perplexities.mean()) if perplexities.numel() else NAN
+    yield "perplexity/median", _lower_median(perplexities)
+    yield "perplexity/target", NAN if reading.target is None else reading.target
+    yield "perplexity/above_cutoff", _mean((perplexities > reading.cutoff).double())
+    yield "perplexity/warming_up", float(reading.warming_up)
+    yield "lambda/mean", _mean(lambdas)
+    yield "lambda/min", float(lambdas.min()) if lambdas.numel() else NAN
+    yield "lambda/max", float(lambdas.max()) if lambdas.numel() else NAN
+    yield "lambda/zero_share", _mean((lambdas == 0).double())
+
+
+def _of_outliers(table: TokenTable, with_context: Tensor, limit: float) -> Iterator[tuple[str, float]]:
+    yield "outliers/limit", limit
+    beyond = table["pmi"].cpu()[with_context].abs() > limit  # none is above NaN
+    yield "outliers/share", _mean(beyond.double())
+
+
 def _of_times(times: Mapping[str, float], tokens: int) -> Iterator[tuple[str, float]]:
     unknown = sorted(set(times) - set(PHASES))
     if unknown:
@@ -263,7 +309,8 @@ def step_metrics(
     grad_norm: float,
     policy_loss: float,
     times: Mapping[str, float],
-    gate: GateReading | None = None,
+    gate: GateReading | PerplexityReading | None = None,
+    outlier_limit: float | None = None,
     step: int | None = None,
     computed: tuple[int, int, int] | None = None,
     skipped_updates: int = 0,
@@ -272,8 +319,9 @@ def step_metrics(
     """All metrics of one training step, from the examples and token table of the *global* batch (the same order in
     both).
 
-    `gate` None leaves the gate's metrics out (conditions without a per-token term). Columns that were not computed
-    leave theirs out, and so does `step` None with the age of the rollouts (step s trains weights of version s - 1).
+    `gate` None leaves the gate's metrics out (conditions without a per-token term). `outlier_limit`: of |u| in nats,
+    NaN while it is being measured; None: no such rule. Columns that were not computed leave theirs out, and so does
+    `step` None with the age of the rollouts (step s trains weights of version s - 1).
     `computed` counts the tokens of all packs of the step: with padding, without, and as if no prefix were shared.
     `times` are seconds by phase; `total` is their sum unless given. A statistic over no tokens, and any statistic's
     non-finite inputs, come out as NaN and as `tokens/not_finite`: the writer turns NaN into null.
@@ -291,9 +339,13 @@ def step_metrics(
     out.update(_of_tokens(examples, table))
     if computed is not None:
         out.update(_of_packs(*computed))
-    if gate is not None:
-        counts = _loss_mask(examples, table) & context_mask(examples, table)
+    counts = _loss_mask(examples, table) & context_mask(examples, table)
+    if isinstance(gate, PerplexityReading):
+        out.update(_of_perplexity(gate))
+    elif gate is not None:
         out.update(_of_gate(gate, int(counts.sum())))
+    if outlier_limit is not None and "pmi" in table:
+        out.update(_of_outliers(table, counts, outlier_limit))
     out["loss/policy"] = policy_loss
     out["optimizer/grad_norm"] = grad_norm
     out["optimizer/learning_rate"] = learning_rate

@@ -27,7 +27,7 @@ WARNINGS = {
     "no_context": "no rollout had privileged context, several steps in a row",
     "out_of_distribution": "u < 0 for nearly all tokens, mean below -1 nat, several steps in a row",
     "equal_rewards": "equal rewards in every group, several steps in a row",
-    "gate_closed": "lambda was 0 in more than half of the steps since the warm-up",
+    "gate_closed": "lambda was 0 (of every response) in more than half of the steps since the warm-up",
     "short_calibration": "H_warm was calibrated on few tokens",
 }
 
@@ -155,8 +155,32 @@ SECTIONS = (
         ),
     ),
     Section(
+        "Outliers of u",
+        "With `algorithm.outlier_deviations`. Tokens as for u.",
+        (
+            Metric("outliers/limit", "nats", "a |u| above it counts as 0 in the term; null during the warm-up"),
+            Metric("outliers/share", "fraction of tokens", "tokens whose |u| is above the limit"),
+        ),
+    ),
+    Section(
+        "Lambda from the teacher's perplexity",
+        "With `algorithm.lambda_source: teacher_perplexity`, in place of the gate's metrics; over the responses with"
+        " privileged context and a token that the loss sees.",
+        (
+            Metric("perplexity/mean", "1", "mean of the teacher's perplexity of a response, exp(-mean log-prob)"),
+            Metric("perplexity/median", "1", "lower median of the same"),
+            Metric("perplexity/target", "1", "the target P*; null before it is known"),
+            Metric("perplexity/above_cutoff", "fraction of responses", "perplexities above `perplexity.cutoff`"),
+            Metric("perplexity/warming_up", "0 or 1", "1 during the steps that measure the target, with lambda 0"),
+            Metric("lambda/mean", "weight", "mean lambda of the responses"),
+            Metric("lambda/min", "weight", "smallest lambda of a response"),
+            Metric("lambda/max", "weight", "largest lambda of a response"),
+            Metric("lambda/zero_share", "fraction of responses", "responses with lambda 0: without a per-token term"),
+        ),
+    ),
+    Section(
         "Gate",
-        "Conditions with a per-token term.",
+        "Conditions with a per-token term, unless lambda comes from the teacher's perplexity.",
         (
             Metric("gate/open", "0 or 1", "1 while lambda is above 0: the per-token term acts"),
             Metric("gate/lambda", "weight", "lambda of this step: 0 while closed or warming up"),

@@ -205,6 +205,16 @@ def _gate(axis: Any, curves: Curves) -> None:
     _legend(upper, 3)
 
 
+def _lambda(axis: Any, curves: Curves) -> None:
+    mean, low, high = (curves[f"lambda/{name}"] for name in ("mean", "min", "max"))
+    axis.axhline(0, color="black", linewidth=0.6)
+    if low and len(low.steps) == len(high.steps):
+        band = {"color": ACCENT, "alpha": 0.2, "linewidth": 0, "label": "smallest to largest"}
+        axis.fill_between(low.steps, low.values, high.values, **band)
+    axis.step(mean.steps, mean.values, where="mid", color=ACCENT, linewidth=1.4, label="mean")
+    _legend(axis, 2)
+
+
 def _show_thresholds(axis: Any, curves: Curves) -> None:
     """Keep the thresholds apart from the bottom of the panel and, where H is many times as large, visible at all."""
     threshold, entropy = curves["gate/h_warm"], curves["gate/entropy"]
@@ -258,6 +268,7 @@ TRAINING_PANELS = (
     Panel("PMI u by token class, mean (nats)", (U_PREFIX + "*",), _u),
     Panel("PMI u = teacher - student log-prob (nats)", ("pmi/mean",), _u),
     Panel("Gate", ("gate/lambda",), _gate),
+    Panel("Lambda of the responses", ("lambda/mean",), _lambda),
 )
 SUPERVISED_PANELS = (
     Panel("Cross-entropy (nats)", ("sft/loss",), _loss),

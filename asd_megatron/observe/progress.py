@@ -52,6 +52,8 @@ def progress_text(metrics: Mapping[str, float]) -> str:
     ):
         if math.isfinite(metrics.get(name, math.nan)):
             parts.append(form.format(metrics[name]))
+    if math.isfinite(metrics.get("lambda/mean", math.nan)):
+        parts.append(f"lambda {metrics['lambda/mean']:.3g}" + " (warming up)" * bool(metrics["perplexity/warming_up"]))
     if "gate/open" in metrics:
         parts.append(_gate(metrics))
     if math.isfinite(metrics.get("tokens/per_second", math.nan)):

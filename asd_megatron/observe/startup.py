@@ -15,6 +15,7 @@ import torch
 
 import asd_megatron
 from asd_megatron.antisd.divergence import Condition
+from asd_megatron.antisd.perplexity import PerplexityRule
 from asd_megatron.files import write_json
 
 # import name -> (name shown, distributions that may carry the version)
@@ -132,16 +133,22 @@ def suppliers(chunks: Iterable[torch.nn.Module], optimizer: Any = None) -> dict[
 # ---------------------------------------------------------------- the report
 
 
-def formula(condition: Condition) -> str:
+def formula(condition: Condition, weight: float = 1.0) -> str:
     """The per-token advantage of a condition in one line (Eq. 2, 3, 6; the multiplicative form is ours)."""
+    a_seq = "A_seq" if weight == 1 else f"{weight:g} * A_seq"
     q = "phi(u)" if condition.shape == "phi" else "u"
     sign = "+" if condition.sign > 0 else "-"
     if condition.sign == 0:
-        return "A = A_seq"
+        return f"A = {a_seq}"
     if condition.composition == "multiplicative":
         text = f"A = A_seq * max(0, 1 {sign} lambda * {q} * sign(A_seq))"
+    elif condition.composition == "multiplicative_plain":
+        text = f"A = A_seq * (1 {sign} lambda * {q})"
+    elif condition.composition == "rlsd":
+        minus = "" if condition.sign > 0 else "-"
+        text = f"A = A_seq * ((1 - lambda) + lambda * clip(exp({minus}{q} * sign(A_seq)), 0.8, 1.2))"
     else:
-        text = f"A = A_seq {sign} lambda * {q}"
+        text = f"A = {a_seq} {sign} lambda * {q}"
     u = "log p_teacher - log p_student" if condition.u_source == "teacher" else "-log p_student"
     shape = ", phi(u) = (softplus(u) - log 2) / 2" if condition.shape == "phi" else ""
     return f"{text}, u = {u}{shape}"
@@ -167,6 +174,51 @@ def gate_text(
         f"lambda {warmup}{lambda_max:g} or 0 by the {condition.gate_entropy}'s median entropy H: "
         f"off below {tau_down:g} x H_warm, on again from {tau_up:g} x {level}"
     )
+
+
+def perplexity_text(rule: PerplexityRule, *, warmup_steps: int, target: float | None) -> str:
+    """How lambda follows the teacher's perplexity, in one line."""
+    warmup = f"0 for {warmup_steps} steps, then " if warmup_steps else ""
+    if target is not None:
+        level = f"{target:g}"
+    elif rule.target_ratio is not None:
+        level = f"{rule.target_ratio:g} x the warm-up's median"
+    else:
+        level = f"the warm-up's median - {rule.target_offset:g}"
+    shift = {"none": "", "negative": ", shifted to mean 0 where that is negative", "always": ", shifted to mean 0"}
+    whose = "of each response" if rule.scope == "response" else "of the batch, from the mean logarithm"
+    return (
+        f"lambda {whose} {warmup}clip({rule.lambda_0:g} x {rule.alpha:g} x log(P / P*), {rule.lambda_min:g},"
+        f" {rule.lambda_max:g}) of the teacher's perplexity P, P* = {level}; 0 where P > {rule.cutoff:g}"
+        f"{shift[rule.shift]}; no entropy gate"
+    )
+
+
+def term_text(
+    *,
+    outlier_deviations: float | None,
+    pmi_clip: float | None,
+    normalization: str,
+    term_clip: float | None,
+    max_position: int | None,
+    max_length: int | None,
+) -> str:
+    """What happens to the term beside its formula, in order; empty where nothing does."""
+    scaled = {
+        "none": None,
+        "sequence": "standardised over each response",
+        "demean": "minus its mean over each response",
+        "batch": "standardised over the batch",
+    }
+    parts = [
+        outlier_deviations and f"u beyond {outlier_deviations:g} standard deviations counts as 0",
+        pmi_clip and f"u clamped to +-{pmi_clip:g}",
+        scaled[normalization],
+        term_clip and f"clamped to +-{term_clip:g}",
+        max_position and f"none from position {max_position:,} on",
+        max_length and f"none on responses of {max_length:,} tokens and more",
+    ]
+    return "; ".join(part for part in parts if part)
 
 
 def layout_text(layout: Any) -> str:
@@ -201,14 +253,18 @@ def startup_report(
     model: Mapping[str, Any],
     batch: Mapping[str, Any],
     condition: Condition | None = None,
+    advantage_weight: float = 1.0,
+    term: str = "",
     gate: str = "",
+    perplexity: str = "",
     passes: Sequence[str] = (),
 ) -> str:
     """The report as text: one table, printed by rank 0 before the first step.
 
     `environment` and `suppliers` are what the functions of that name return, `layout` a Layout, `model` and `batch`
     rows to show (family, parameters, dtype; problems, rollouts, token budget ...), `condition` None in the supervised
-    stage, `gate` what `gate_text` returns, `passes` the pass plan's reasons.
+    stage, `term` what `term_text` returns, `gate` what `gate_text` or `perplexity` what `perplexity_text`, `passes` the
+    pass plan's reasons.
     """
     versions = environment["versions"]
     present = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
@@ -222,8 +278,8 @@ def startup_report(
     machine.append(("layout", layout_text(layout)))
     method = []
     if condition is not None:
-        method = [("condition", condition.name), ("advantage", formula(condition))]
-        method += [("gate", gate)] if gate else []
+        method = [("condition", condition.name), ("advantage", formula(condition, advantage_weight))]
+        method += [(key, text) for key, text in (("term", term), ("gate", gate), ("lambda", perplexity)) if text]
     rows = {
         "Machine": machine,
         "Model": [(key, _shown(value)) for key, value in model.items()],

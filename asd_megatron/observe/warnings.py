@@ -114,15 +114,25 @@ class MethodWarnings:
         )
 
     def _gate_closed(self, metrics: Metrics) -> str | None:
-        if "gate/lambda" not in metrics or metrics.get("gate/warming_up"):
+        by_perplexity = "lambda/zero_share" in metrics
+        if not by_perplexity and "gate/lambda" not in metrics:
+            return None
+        if metrics.get("gate/warming_up") or metrics.get("perplexity/warming_up"):
             return None
         self._gated_steps += 1
-        self._closed_steps += metrics["gate/lambda"] == 0
+        self._closed_steps += metrics["lambda/zero_share"] == 1 if by_perplexity else metrics["gate/lambda"] == 0
         fraction = self._closed_steps / self._gated_steps
         if self._gated_steps < CLOSED_AFTER or fraction <= CLOSED_FRACTION:
             return None
+        found = f"lambda was 0 in {fraction:.0%} of the {self._gated_steps} steps since the warm-up"
+        if by_perplexity:
+            return (
+                f"{found} for every response: AntiSD acts as GRPO. Look at perplexity/mean beside perplexity/target and"
+                " perplexity/above_cutoff: raise perplexity.cutoff, set perplexity.target, or use"
+                " algorithm.lambda_source gate"
+            )
         return (
-            f"lambda was 0 in {fraction:.0%} of the {self._gated_steps} steps since the warm-up: the gate is closed and"
+            f"{found}: the gate is closed and"
             " AntiSD acts as GRPO. Look at gate/entropy beside gate/close_below: when the entropy fell during the"
             " warm-up or later, lower optimizer.learning_rate, set gate.h_warm or gate.tau_down, or use algorithm.name"
             " no_gate"

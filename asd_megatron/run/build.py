@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from asd_megatron.antisd import Gate, condition
+from asd_megatron.antisd import Condition, Gate, OutlierLimit, PerplexityLambda, PerplexityRule, condition
 from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.config.evaluation import Evaluation
 from asd_megatron.config.sampling import Sampling
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.templates import PAPER_WORDING
+from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.ops.vocab_divergence import Divergence
 from asd_megatron.records import Problem, SamplingParams
 from asd_megatron.reward.base import Verifier, tests_of
@@ -21,6 +23,7 @@ from asd_megatron.rollout.engine import RolloutEngine, WeightSource
 from asd_megatron.rollout.replay import ReplayEngine
 from asd_megatron.run.session import Session
 from asd_megatron.run.sources import ProblemSource, held_out_problems, training_problems
+from asd_megatron.run.strength import TermStrength
 from asd_megatron.trainer.examples import ExampleBuilder
 from asd_megatron.trainer.pass_plan import PassPlan, plan_passes
 from asd_megatron.trainer.token_method import ExactTerm, Method
@@ -29,11 +32,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def make_condition(recipe: Recipe) -> Condition:
+    """The recipe's condition, with the composition that it chooses; not gated where something else sets lambda."""
+    a = recipe.algorithm
+    named = condition(a.name)
+    return replace(named, composition=a.composition or named.composition, gated=named.gated and a.gated)
+
+
 def make_method(recipe: Recipe) -> Method:
     """The algorithm section as the trainer's plain values."""
     a = recipe.algorithm
     return Method(
-        condition=condition(a.name),
+        condition=make_condition(recipe),
         clip_low=a.clip_low,
         clip_high=a.clip_high,
         aggregation=a.aggregation,
@@ -42,6 +52,8 @@ def make_method(recipe: Recipe) -> Method:
         term_normalization=a.term_normalization,
         term_clip=a.term_clip,
         term_max_position=a.term_max_position,
+        term_max_length=a.term_max_length,
+        advantage_weight=a.advantage_weight,
         importance_cap=None if a.importance_correction == "none" else a.importance_cap,
         importance_floor=a.mask_below,
         importance_level=a.importance_level,
@@ -65,37 +77,75 @@ def make_plan(recipe: Recipe) -> PassPlan:
     """The passes of one step."""
     a = recipe.algorithm
     return plan_passes(
-        condition(a.name),
+        make_condition(recipe),
         a.updates_per_batch,
         a.term_normalization,
         epochs=a.epochs,
         log_pmi=a.log_pmi,
         importance_level=a.importance_level,
         exact=a.estimator == "full_vocabulary",
+        perplexity=a.lambda_source == "teacher_perplexity",
     )
 
 
 def never_acts(recipe: Recipe) -> str | None:
     """Why the per-token term cannot act in any step of this recipe's run; None if it can."""
-    warm_up = recipe.gate_warmup_steps
-    if not recipe.algorithm.gated or recipe.run.steps > warm_up:
+    warm_up = recipe.lambda_warmup_steps
+    by_gate = recipe.algorithm.lambda_source == "gate"
+    if condition(recipe.algorithm.name).sign == 0 or recipe.run.steps > warm_up:
         return None
+    of, remedy = "the gate", "lower gate.warmup_steps, or give gate.h_warm"
+    if not by_gate:
+        of, remedy = "the perplexity's target", "lower perplexity.warmup_steps, or give perplexity.target"
     return (
-        f"run.steps {recipe.run.steps} is not above the {warm_up} warm-up steps of the gate, in which lambda is 0: this"
-        " run trains as grpo. Raise run.steps, lower gate.warmup_steps, or give gate.h_warm"
+        f"run.steps {recipe.run.steps} is not above the {warm_up} warm-up steps of {of}, in which lambda is 0: this"
+        f" run trains as grpo. Raise run.steps, {remedy}"
     )
+
+
+def make_perplexity(recipe: Recipe) -> PerplexityLambda | None:
+    """Lambda from the teacher's perplexity, before its warm-up; None for recipes whose lambda comes from the gate."""
+    p = recipe.perplexity
+    if recipe.algorithm.lambda_source != "teacher_perplexity" or condition(recipe.algorithm.name).sign == 0:
+        return None
+    rule = PerplexityRule(
+        lambda_0=p.lambda_0,
+        alpha=p.alpha,
+        lambda_min=p.lambda_min,
+        lambda_max=recipe.algorithm.lambda_max,
+        cutoff=p.cutoff,
+        scope=p.scope,
+        shift=p.shift,
+        target_ratio=p.target_ratio,
+        target_offset=p.target_offset,
+    )
+    return PerplexityLambda(rule, recipe.lambda_warmup_steps, p.target)
+
+
+def make_outliers(recipe: Recipe) -> OutlierLimit | None:
+    """The limit of u's outliers, before its warm-up; None for recipes without the rule."""
+    deviations = recipe.algorithm.outlier_deviations
+    if deviations is None or condition(recipe.algorithm.name).sign == 0:
+        return None
+    return OutlierLimit(deviations, recipe.lambda_warmup_steps)
 
 
 def make_gate(recipe: Recipe) -> Gate:
     """The gate of the recipe's condition, before its warm-up."""
     return Gate.for_condition(
-        condition(recipe.algorithm.name),
+        make_condition(recipe),
         lambda_max=recipe.algorithm.lambda_max,
         warmup_steps=recipe.gate.warmup_steps,
         tau_down=recipe.gate.tau_down,
         tau_up=recipe.gate.tau_up,
         h_warm=recipe.gate.h_warm,
     )
+
+
+def make_strength(recipe: Recipe, process_groups: ProcessGroups) -> TermStrength:
+    """What sets lambda and the outlier limit of each step, before its warm-up."""
+    method, gate = make_method(recipe), make_gate(recipe)
+    return TermStrength(process_groups, method, gate, make_perplexity(recipe), make_outliers(recipe))
 
 
 def first_problems(recipe: Recipe, problems: ProblemSource) -> list[Problem]:
@@ -129,7 +179,8 @@ def example_builder(
         privileged=privileged,
         success_threshold=p.success_threshold,
         exclude_self=p.exclude_self,
-        demonstrations_per_group=recipe.demonstrations_per_group,
+        demonstrations_per_group=p.demonstrations_per_group,
+        use_reference=p.use_reference,
         when_no_solution=p.when_no_solution,
         feedback_kind=feedback_kind,
         tests_of=tests_of,

@@ -7,14 +7,23 @@ from typing import Any
 
 import torch
 
-from asd_megatron.antisd import Condition, Gate
+from asd_megatron.antisd import Condition
 from asd_megatron.config import Recipe
 from asd_megatron.config.rollout import Rollout
 from asd_megatron.models.compat import layers_text
-from asd_megatron.observe.startup import environment, gate_text, startup_report, suppliers, write_environment
+from asd_megatron.observe.startup import (
+    environment,
+    gate_text,
+    perplexity_text,
+    startup_report,
+    suppliers,
+    term_text,
+    write_environment,
+)
 from asd_megatron.rollout.sglang.servers.options import nccl_settings
 from asd_megatron.run.folder import writing
 from asd_megatron.run.session import Session
+from asd_megatron.run.strength import TermStrength
 from asd_megatron.trainer.pass_plan import PassPlan
 
 
@@ -83,11 +92,46 @@ def _servers(rollout: Rollout) -> dict[str, str]:
 def _demonstrations(recipe: Recipe, teacher: bool) -> dict[str, str]:
     if not teacher:
         return {}
-    shared = recipe.demonstrations_per_group
+    shared = recipe.privileged.demonstrations_per_group
     return {"demonstrations": "drawn by each rollout" if shared is None else f"{shared} shared by a group"}
 
 
-def announce_training(recipe: Recipe, session: Session, condition: Condition, gate: Gate, plan: PassPlan) -> None:
+def _lambda(recipe: Recipe, condition: Condition, strength: TermStrength) -> dict[str, str]:
+    """The report's line about lambda, under the name of what sets it."""
+    gate, perplexity = strength.gate, strength.perplexity
+    if perplexity is not None:
+        target, warmup_steps = recipe.perplexity.target, perplexity.warmup_steps
+        return {"perplexity": perplexity_text(perplexity.rule, warmup_steps=warmup_steps, target=target)}
+    return {
+        "gate": gate_text(
+            condition,
+            lambda_max=gate.lambda_max,
+            warmup_steps=gate.warmup_steps,
+            tau_down=gate.tau_down,
+            tau_up=gate.tau_up,
+            h_warm=recipe.gate.h_warm,
+        )
+    }
+
+
+def _term(recipe: Recipe, condition: Condition) -> str:
+    """What is done to the term beside its formula."""
+    a = recipe.algorithm
+    if condition.sign == 0:
+        return ""
+    return term_text(
+        outlier_deviations=a.outlier_deviations,
+        pmi_clip=a.pmi_clip,
+        normalization=a.term_normalization,
+        term_clip=a.term_clip,
+        max_position=a.term_max_position,
+        max_length=a.term_max_length,
+    )
+
+
+def announce_training(
+    recipe: Recipe, session: Session, condition: Condition, strength: TermStrength, plan: PassPlan
+) -> None:
     """The report of an RL run. Global rank 0 only."""
     s, e = recipe.sampling, recipe.evaluation
     evaluation = "none"
@@ -109,13 +153,8 @@ def announce_training(recipe: Recipe, session: Session, condition: Condition, ga
             **_demonstrations(recipe, plan.teacher_scoring),
         },
         condition=condition,
-        gate=gate_text(
-            condition,
-            lambda_max=gate.lambda_max,
-            warmup_steps=gate.warmup_steps,
-            tau_down=gate.tau_down,
-            tau_up=gate.tau_up,
-            h_warm=recipe.gate.h_warm,
-        ),
+        advantage_weight=recipe.algorithm.advantage_weight,
+        term=_term(recipe, condition),
+        **_lambda(recipe, condition, strength),
         passes=plan.reasons,
     )

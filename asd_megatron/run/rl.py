@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from asd_megatron.antisd import condition
+from torch import Tensor
+
 from asd_megatron.config import Recipe, recipe_hash
 from asd_megatron.data.tokenizer import undecodable
 from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import NotFinite
 from asd_megatron.observe.dumps import dump_path, write_dump
-from asd_megatron.observe.metrics import GateReading, Increments, step_metrics
+from asd_megatron.observe.metrics import GateReading, Increments, PerplexityReading, step_metrics
 from asd_megatron.observe.warnings import MethodWarnings
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import Example, Group, TokenTable
@@ -23,10 +24,11 @@ from asd_megatron.run.build import (
     embedded_engine,
     evaluation_collector,
     example_builder,
-    make_gate,
+    make_condition,
     make_method,
     make_plan,
     make_renderer,
+    make_strength,
     never_acts,
     problem_sets,
     rollout_engine,
@@ -61,10 +63,10 @@ class TrainingRun:
 
     def __init__(self, recipe: Recipe, session: Session) -> None:
         self.recipe, self.session = recipe, session
-        self.condition = condition(recipe.algorithm.name)
+        self.condition = make_condition(recipe)
         self.process_groups, self.port, self.clock = session.process_groups, session.port, session.clock
-        self.method, self.plan, self.gate = make_method(recipe), make_plan(recipe), make_gate(recipe)
-        self.reading = GateReading(False, 0.0)
+        self.method, self.plan = make_method(recipe), make_plan(recipe)
+        self.strength = make_strength(recipe, self.process_groups)
         self.guard, self.increments, self.warnings = Guard(), Increments(), MethodWarnings()
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
@@ -97,7 +99,9 @@ class TrainingRun:
         """Prepare the run folder, print the start-up report, start the engine, evaluate before the first step."""
         self.session.begin()
         self.session.on_root(self._watch_earlier_steps)
-        self.session.on_root(lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan))
+        self.session.on_root(
+            lambda: announce_training(self.recipe, self.session, self.condition, self.strength, self.plan)
+        )
         if reason := never_acts(self.recipe):
             self.session.say(f"warning: {reason}")
         with self.session.generating():  # colocated servers size their memory by what is free
@@ -157,22 +161,12 @@ class TrainingRun:
             self._check_scores("student scoring", batch, scores, "student")
         return scores
 
-    def gate_step(self, batch: Batch, teacher: Scores | None, student: Scores | None) -> float:
-        """This step's lambda, from the gate updated with this step's median entropy."""
-        entropy = passes.gate_entropy(self.process_groups, batch.inputs, self.method, teacher, student)
-        lam = self.gate.update(entropy)
-        thresholds = self.gate.thresholds
-        self.reading = GateReading(
-            open=lam > 0,
-            lam=lam,
-            entropy=entropy,
-            h_warm=self.gate.h_warm,
-            close_below=thresholds[0] if thresholds else None,
-            warming_up=self.gate.warming_up,
-        )
-        return lam
+    def gate_step(self, batch: Batch, teacher: Scores | None, student: Scores | None) -> float | Tensor:
+        """This step's lambda, from the gate updated with this step's median entropy; with
+        `algorithm.lambda_source: teacher_perplexity` each token's [N]."""
+        return self.strength.step(batch.local, batch.inputs, teacher, student)
 
-    def update(self, batch: Batch, teacher: Scores | None, student: Scores | None, lam: float) -> UpdateStats:
+    def update(self, batch: Batch, teacher: Scores | None, student: Scores | None, lam: float | Tensor) -> UpdateStats:
         with self.clock.phase("update"):
             stats = update(
                 self.port,
@@ -182,7 +176,7 @@ class TrainingRun:
                 batch.inputs,
                 teacher=teacher,
                 student=student,
-                method=self.method,
+                method=self.strength.method,
                 plan=self.plan,
                 lam=lam,
                 temperature=self.recipe.sampling.temperature,
@@ -193,6 +187,7 @@ class TrainingRun:
                 batch.states.drop()
             if student is None:
                 self._check_scores("update", batch, stats.columns.student, "student")
+            self.strength.learn(batch.inputs, stats.columns)
         self.weights.version = batch.step
         for loss, grad_norm in zip(stats.losses, stats.grad_norms, strict=True):
             self.guard.check_update(loss, grad_norm, batch.step)
@@ -249,7 +244,8 @@ class TrainingRun:
             policy_loss=stats.loss,
             times=times,
             computed=(computed.total, computed.real, computed.sequences),
-            gate=self.reading if self.condition.sign else None,
+            gate=self.strength.reading if self.condition.sign else None,
+            outlier_limit=self.strength.outlier_limit,
             skipped_updates=stats.applied.count(False),
             success_threshold=self.recipe.privileged.success_threshold,
             step=step,
@@ -288,7 +284,7 @@ class TrainingRun:
             "accuracy_after": last.get("evaluation/accuracy"),
             "evaluation_before": first,
             "evaluation_after": last,
-            "gate": {"open": self.gate.is_open, "h_warm": self.gate.h_warm},
+            **self.strength.summary(),
             "warnings": self.warnings.summary(),
             "recipe_hash": recipe_hash(self.recipe),
         }
@@ -307,16 +303,19 @@ class TrainingRun:
 
     def _dump(self, step: int, batch: Batch, table: TokenTable | None) -> None:
         assert table is not None
-        path = dump_path(self.session.folder, step)
+        path, reading = dump_path(self.session.folder, step), self.strength.reading
+        H, h_warm = (reading.entropy, reading.h_warm) if isinstance(reading, GateReading) else (None, None)
+        lambdas = reading.lambdas.tolist() if isinstance(reading, PerplexityReading) else None
         with writing(path):
             write_dump(
                 path,
                 batch.local.all_examples,
                 table,
                 step=step,
-                lam=self.reading.lam,
-                H=self.reading.entropy,
-                h_warm=self.reading.h_warm,
+                lam=reading.lam,
+                H=H,
+                h_warm=h_warm,
+                lambdas=lambdas,
                 temperature=self.recipe.sampling.temperature,
                 recipe_hash=recipe_hash(self.recipe),
             )
@@ -359,17 +358,16 @@ class TrainingRun:
             "step": step,
             "weight_version": step,
             "condition": self.condition.name,
-            "gate": self.gate.state_dict(),
+            **self.strength.state_dict(),
             "guard": self.guard.state_dict(),
             "seed": self.recipe.run.seed,
             "evaluations": None if self.held_out is None else self.held_out.state(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if self.condition.gated and state["condition"] == "grpo":
-            self.gate.recalibrate()  # continual AntiSD (section 4.4): H_warm over new warm-up steps
-        else:
-            self.gate.load_state_dict(state["gate"])
+        # Continual AntiSD (section 4.4): after grpo, H_warm is calibrated over new warm-up steps.
+        recalibrate = self.condition.gated and state["condition"] == "grpo"
+        self.strength.load_state_dict(state, recalibrate=recalibrate)
         self.guard.load_state_dict(state["guard"])
         if self.held_out is not None and state["evaluations"] is not None:
             self.held_out.restore(state["evaluations"])

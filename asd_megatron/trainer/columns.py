@@ -100,6 +100,7 @@ class LossInputs(Columns):
     """
 
     inputs: TokenInputs
+    lam: Tensor  # float32: this step's lambda for the token
     teacher: Scores | None
     frozen: FrozenScores | None = None
 

@@ -28,6 +28,7 @@ class ExampleBuilder:
         renderer, limits: of the privileged prompt; the limits are the renderer's. seed: of the draw of demonstrations.
         privileged: False for conditions without a teacher pass: no rollout gets a privileged prompt.
         success_threshold, exclude_self, demonstrations_per_group, when_no_solution: see `antisd.privileged`.
+        use_reference: False: the data set's reference solutions are not shown.
         feedback_kind: `binary` or `fraction`, as the verifier says; `tests_of` counts a problem's test cases for the
         latter.
     """
@@ -42,6 +43,7 @@ class ExampleBuilder:
         success_threshold: float = 1.0,
         exclude_self: bool = True,
         demonstrations_per_group: int | None = None,
+        use_reference: bool = True,
         when_no_solution: str = "mask",
         feedback_kind: str = "binary",
         tests_of: Callable[[Problem], int | None] = lambda problem: None,
@@ -49,6 +51,7 @@ class ExampleBuilder:
         self.renderer, self.limits, self.seed, self.privileged = renderer, limits, seed, privileged
         self.success_threshold, self.exclude_self = success_threshold, exclude_self
         self.demonstrations_per_group = demonstrations_per_group
+        self.use_reference = use_reference
         self.when_no_solution, self.feedback_kind, self.tests_of = when_no_solution, feedback_kind, tests_of
 
     def build(self, groups: Sequence[Group], step: int) -> list[Example]:
@@ -66,7 +69,7 @@ class ExampleBuilder:
                 exclude_self=self.exclude_self,
                 per_group=self.demonstrations_per_group,
                 when_no_solution=self.when_no_solution,
-                has_reference=bool(group.problem.solution),
+                has_reference=self.use_reference and bool(group.problem.solution),
                 has_answer=bool(group.problem.answer),
                 eligible=[r.finish_reason is FinishReason.STOP and bool(r.text.strip()) for r in group.rollouts],
             )

@@ -9,6 +9,7 @@ from asd_megatron.antisd.divergence import Condition, resolve_condition
 from asd_megatron.antisd.importance import Level
 
 BACKWARD_COST = 2  # a backward pass in forwards
+NORMALIZATIONS = ("none", "sequence", "demean", "batch")
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,25 @@ def plan_passes(
     log_pmi: bool = False,
     importance_level: Level = "token",
     exact: bool = False,
+    perplexity: bool = False,
 ) -> PassPlan:
     """Derive the passes from the recipe.
 
     Args:
         condition: `algorithm.name`, or what it stands for. updates: mini-batches of a batch. epochs: passes over them.
-        term_normalization: none, sequence or batch. log_pmi: score the teacher even if only the log needs it.
+        term_normalization: one of `NORMALIZATIONS`. log_pmi: score the teacher even if only the log needs it.
         importance_level: of the importance-sampling correction; "token" without one. exact: the per-token term is the
-            divergence over the whole vocabulary.
+            divergence over the whole vocabulary. perplexity: lambda comes from the teacher's perplexity.
 
     Raises ValueError for values outside these.
     """
     c = resolve_condition(condition)
     if updates < 1 or epochs < 1:
         raise ValueError(f"updates_per_batch {updates} and epochs {epochs} must be at least 1")
-    if term_normalization not in ("none", "sequence", "batch"):
-        raise ValueError(f"term_normalization {term_normalization!r} does not exist; choose none, sequence or batch")
+    if term_normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"term_normalization {term_normalization!r} does not exist; choose one of {', '.join(NORMALIZATIONS)}"
+        )
     normalization = term_normalization if c.sign else "none"  # without a term in the loss there is nothing to scale
     reasons: list[str] = []
 
@@ -67,6 +71,8 @@ def plan_passes(
         needs = "u = t - s needs its log-probs"
         if c.gated and c.gate_entropy == "teacher":
             needs += ", the gate its entropy"
+        elif perplexity:
+            needs += ", lambda its perplexity"
         reasons.append(f"teacher scoring pass: {needs} before the update (1 forward)")
     elif teacher:
         reasons.append(f"teacher scoring pass: only to log u (log_pmi), {c.name} does not use it (1 forward)")
@@ -89,7 +95,7 @@ def plan_passes(
         reasons.append("no student scoring pass: with one update a batch its own log-probs are the old ones")
 
     head: Literal["fused", "two_phase", "exact"] = "fused"
-    over_rollouts = [f"term_normalization {normalization}"] if normalization == "sequence" else []
+    over_rollouts = [f"term_normalization {normalization}"] if normalization in ("sequence", "demean") else []
     over_rollouts += [f"importance_level {importance_level}"] if importance_level != "token" else []
     if exact:
         head = "exact"

@@ -1,10 +1,15 @@
-"""The scoring passes of a step, as the pass plan asks for them, and the gate's entropy."""
+"""The scoring passes of a step, as the pass plan asks for them, and the statistics that lambda and the outlier rule
+read: the gate's entropy, the teacher's perplexities, the deviation of u."""
 
 from __future__ import annotations
 
 import math
 
-from asd_megatron.antisd import entropy_mask
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asd_megatron.antisd import context_tokens, entropy_mask, moments, response_perplexities, term_statistics
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
 from asd_megatron.ops.quantile import lower_median
@@ -59,3 +64,45 @@ def gate_entropy(
     counted = entropy_mask(method.condition, inputs.loss_mask, inputs.has_context)
     median = lower_median(scores.entropy[counted], process_groups.dp)
     return None if math.isnan(median) else median
+
+
+def teacher_perplexities(
+    process_groups: ProcessGroups, batch: LocalBatch, inputs: TokenInputs, teacher: Scores
+) -> Tensor:
+    """The teacher's perplexity of every response of the global batch, in the order of `batch.all_examples`: float64 [R]
+    on the CPU, the same on every rank; NaN without context and where the loss sees no token.
+
+    Each data-parallel rank contributes its own responses and zeros elsewhere: the sum is exact, so that statistics of
+    the result depend on no layout. Collective over the data-parallel group.
+    """
+    counted = context_tokens(inputs.loss_mask, inputs.has_context)
+    # On the CPU index_add_ adds in a fixed order: ranks with the same columns get the same bits.
+    own = response_perplexities(teacher.logprobs.cpu(), counted.cpu(), inputs.segment.cpu(), batch.table.rollouts)
+    found = torch.zeros(len(batch.all_examples), dtype=torch.float64)
+    found[batch.indices] = own
+    return _sum_over(process_groups.dp, found, inputs.weight.device)
+
+
+def per_token(batch: LocalBatch, values: Tensor) -> Tensor:
+    """One value for each response of the global batch [R] to this rank's tokens: float32 [N]."""
+    own = batch.table.spread(values[batch.indices])
+    return own.to(batch.layout.device, torch.float32)
+
+
+def pmi_deviation(process_groups: ProcessGroups, inputs: TokenInputs, pmi: Tensor) -> float | None:
+    """The standard deviation of u (nats) over the tokens of the global batch that carry a term; None without any.
+    Collective over the data-parallel group; the same on every rank."""
+    dp = process_groups.dp
+    parts = torch.zeros(dp.size(), 3, dtype=torch.float64)
+    parts[dp.rank()] = term_statistics(pmi.cpu(), inputs.term_mask.cpu())[0]
+    total = _sum_over(dp, parts, inputs.weight.device).sum(0, keepdim=True)
+    return float(moments(total)[1]) if total[0, 2] > 0 else None
+
+
+def _sum_over(group: dist.ProcessGroup, values: Tensor, device: torch.device) -> Tensor:
+    """`values` (CPU) summed over the ranks of `group`, on the CPU; the collective runs on `device`."""
+    if group.size() == 1:
+        return values
+    values = values.to(device)
+    dist.all_reduce(values, group=group)
+    return values.cpu()

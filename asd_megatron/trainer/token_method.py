@@ -25,6 +25,7 @@ from asd_megatron.antisd import (
     term_mask,
     term_statistics,
     token_weights,
+    without_outliers,
 )
 from asd_megatron.antisd.importance import Level
 from asd_megatron.ops.vocab_divergence import Divergence
@@ -47,7 +48,8 @@ class Method:
 
     `importance_cap` None: no correction of off-policy rollouts. `importance_floor` None: weights are truncated at the
     cap; a number: weights outside [floor, cap] are masked (set to 0). `exact` None: the term is estimated from the
-    sampled token.
+    sampled token. `advantage_weight`: of A_seq. `outlier_limit`: u counts as 0 in the term where |u| is above it; a run
+    measures it in its first steps.
     """
 
     condition: Condition
@@ -59,6 +61,9 @@ class Method:
     term_normalization: str = "none"
     term_clip: float | None = None
     term_max_position: int | None = None
+    term_max_length: int | None = None
+    advantage_weight: float = 1.0
+    outlier_limit: float | None = None
     importance_cap: float | None = None
     importance_floor: float | None = None
     importance_level: Level = "token"
@@ -74,6 +79,8 @@ class Sums(NamedTuple):
 
 
 NO_SUMS = Sums()
+OVER_RESPONSES = ("sequence", "demean")
+"""Normalizations of the term over the tokens of each response."""
 
 
 def token_inputs(batch: LocalBatch, method: Method) -> TokenInputs:
@@ -95,7 +102,15 @@ def token_inputs(batch: LocalBatch, method: Method) -> TokenInputs:
     return TokenInputs(
         group_advantage=batch.per_rollout(lambda e: e.group_advantage),
         weight=weight,
-        term_mask=term_mask(method.condition, loss_mask, has_context, positions, method.term_max_position),
+        term_mask=term_mask(
+            method.condition,
+            loss_mask,
+            has_context,
+            positions,
+            method.term_max_position,
+            lengths=batch.per_rollout(lambda e: len(e.rollout.response_ids), torch.int64),
+            max_length=method.term_max_length,
+        ),
         has_context=has_context,
         loss_mask=loss_mask,
         engine_logprobs=batch.column(lambda e: e.rollout.logprobs),
@@ -110,12 +125,10 @@ def raw_term(tokens: LossInputs, student: Tensor, method: Method) -> tuple[Tenso
         zero = student.detach().new_zeros(student.shape)
         return zero, zero
     u = signal(method.condition, student, teacher, tokens.inputs.has_context)
-    return u, term(method.condition, u, pmi_clip=method.pmi_clip)
+    return u, term(method.condition, without_outliers(u, method.outlier_limit), pmi_clip=method.pmi_clip)
 
 
-def loss_constants(
-    tokens: LossInputs, student: Tensor, method: Method, lam: float, sums: Sums = NO_SUMS
-) -> LossConstants:
+def loss_constants(tokens: LossInputs, student: Tensor, method: Method, sums: Sums = NO_SUMS) -> LossConstants:
     """u, the finished term, the advantage and the importance weight of every token, detached.
 
     Args:
@@ -125,10 +138,16 @@ def loss_constants(
     u, q = raw_term(tokens, student, method)
     if method.exact is not None:
         q = torch.zeros_like(q)  # the head adds the term to the loss; the advantage is A_seq
-    by_rollout = sums.term is not None and method.term_normalization == "sequence"
-    segment = tokens.inputs.segment if by_rollout else None
-    q = finish_term(q, tokens.inputs.term_mask, statistics=sums.term, segment=segment, clip=method.term_clip)
-    advantage = compose(method.condition, tokens.inputs.group_advantage, q, lam)
+    by_rollout = sums.term is not None and method.term_normalization in OVER_RESPONSES
+    q = finish_term(
+        q,
+        tokens.inputs.term_mask,
+        statistics=sums.term,
+        segment=tokens.inputs.segment if by_rollout else None,
+        clip=method.term_clip,
+        scale=method.term_normalization != "demean",
+    )
+    advantage = compose(method.condition, tokens.inputs.group_advantage, q, tokens.lam, weight=method.advantage_weight)
     if method.importance_cap is None:
         return LossConstants(u, q, advantage)
     weights, affected = importance_weights(
@@ -149,7 +168,7 @@ def local_sums(tokens: LossInputs, student: Tensor, method: Method, rollouts: in
     of_term = of_ratio = None
     if method.term_normalization != "none" and method.condition.sign:
         _, q = raw_term(tokens, student, method)
-        if method.term_normalization == "sequence":
+        if method.term_normalization in OVER_RESPONSES:
             of_term = term_statistics(q, inputs.term_mask, inputs.segment, max(rollouts, 1))
         else:
             of_term = term_statistics(q, inputs.term_mask)
@@ -158,9 +177,7 @@ def local_sums(tokens: LossInputs, student: Tensor, method: Method, rollouts: in
     return Sums(of_term, of_ratio)
 
 
-def freeze(
-    tokens: LossInputs, student: Scores, method: Method, lam: float, rollouts: int, dp: dist.ProcessGroup
-) -> FrozenScores:
+def freeze(tokens: LossInputs, student: Scores, method: Method, rollouts: int, dp: dist.ProcessGroup) -> FrozenScores:
     """Loss constants of the rank's complete table from a scoring pass of the student, before the first update.
 
     Collective over `dp` when the term is normalised over the batch. Columns are complete on every context-parallel
@@ -169,7 +186,7 @@ def freeze(
     sums = local_sums(tokens, student.logprobs, method, rollouts)
     if sums.term is not None and method.term_normalization == "batch" and dp.size() > 1:
         dist.all_reduce(sums.term, group=dp)
-    return FrozenScores(student, loss_constants(tokens, student.logprobs, method, lam, sums))
+    return FrozenScores(student, loss_constants(tokens, student.logprobs, method, sums))
 
 
 def policy_loss(

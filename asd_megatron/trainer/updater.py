@@ -3,7 +3,7 @@ line 11)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ def update(
     student: Scores | None,
     method: Method,
     plan: PassPlan,
-    lam: float,
+    lam: float | Tensor,
     temperature: float,
     epochs: int = 1,
     states: TeacherStates | None = None,
@@ -66,15 +66,15 @@ def update(
         inputs: of `token_inputs`. teacher: None when the teacher was not scored.
         student: of a scoring pass before the update, when the plan has one: u, the term, the advantage and the
             importance weights are then frozen before the first optimizer step.
-        lam: this step's lambda.
+        lam: this step's lambda, one number or one for each token [N].
         states: of the teacher's scoring pass, for the exact estimator (`method.exact`).
 
     Raises ValueError when several updates of the batch have no scoring pass of the student before them.
     """
-    tokens = LossInputs(inputs, teacher)
+    tokens = LossInputs(inputs, torch.zeros_like(inputs.weight) + lam, teacher)
     if student is not None:
-        frozen = token_method.freeze(tokens, student, method, lam, batch.table.rollouts, process_groups.dp)
-        tokens = LossInputs(inputs, teacher, frozen)
+        frozen = token_method.freeze(tokens, student, method, batch.table.rollouts, process_groups.dp)
+        tokens = replace(tokens, frozen=frozen)
     elif batch.mini_batches > 1 or epochs > 1:
         raise ValueError("several updates of one batch need a scoring pass of the student first (see pass_plan)")
     out, values = UpdateColumns.zeros(
@@ -83,9 +83,7 @@ def update(
         importance=method.importance_cap is not None,
         exact=method.exact is not None,
     )
-    loss = _PackLoss(
-        port, process_groups, tokens, out, method, lam, temperature, batch.table.rollouts, plan.head, states
-    )
+    loss = _PackLoss(port, process_groups, tokens, out, method, temperature, batch.table.rollouts, plan.head, states)
     losses, norms, applied = [], [], []
     for epoch in range(epochs):
         packs = [batch.student_packs(m) for m in range(batch.mini_batches)]
@@ -111,7 +109,6 @@ class _PackLoss:
     tokens: LossInputs  # of the rank's table
     out: UpdateColumns  # of the rank's table
     method: Method
-    lam: float
     temperature: float
     rollouts: int
     head: str
@@ -143,7 +140,7 @@ class _PackLoss:
             self.port.head_weight(),
             pack.targets,
             token_loss,
-            torch.where(mask, exact.sign * self.lam * tokens.inputs.weight, 0.0),
+            torch.where(mask, exact.sign * tokens.lam * tokens.inputs.weight, 0.0),
             self.states.at(pack.flat),
             exact.divergence,
             self.port.head_shard(),
@@ -167,7 +164,7 @@ class _PackLoss:
     def _loss(self, tokens: LossInputs, flat: Tensor, logprobs: Tensor, entropy: Tensor, sums: Sums) -> Tensor:
         if tokens.frozen is None:  # on-policy: the update's own log-probs are the scoring ones
             student = Scores(logprobs.detach(), entropy.detach())
-            constants = token_method.loss_constants(tokens, student.logprobs, self.method, self.lam, sums)
+            constants = token_method.loss_constants(tokens, student.logprobs, self.method, sums)
         else:
             student, constants = tokens.frozen.student, tokens.frozen.constants
         loss, clipped = token_method.policy_loss(tokens.inputs, logprobs, student.logprobs, constants, self.method)

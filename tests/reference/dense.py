@@ -22,6 +22,21 @@ UNGATED = ("grpo", "sd", "no_gate")
 
 
 @dataclass(frozen=True)
+class DensePerplexity:
+    """Lambda from the teacher's perplexity (the released code's form)."""
+
+    lambda_0: float = 0.1
+    alpha: float = 2.0
+    lambda_min: float = -0.02
+    cutoff: float = 3.0
+    scope: str = "response"  # batch
+    shift: str = "none"  # negative, always
+    ratio: float | None = None
+    offset: float = 0.1
+    target: float | None = None
+
+
+@dataclass(frozen=True)
 class DenseRecipe:
     """The settings of one run. `learning_rate` None: gradients only, the weights stay."""
 
@@ -41,6 +56,11 @@ class DenseRecipe:
     term_normalization: str = "none"
     term_clip: float = math.inf
     term_max_position: float = math.inf
+    term_max_length: float = math.inf
+    composition: str | None = None  # additive, multiplicative, multiplicative_plain, rlsd; None: the condition's
+    advantage_weight: float = 1.0
+    outlier_deviations: float | None = None
+    perplexity: DensePerplexity | None = None  # None: lambda comes from the entropy gate
     importance: str = "none"  # truncated, masked
     importance_level: str = "token"  # sequence, geometric
     importance_cap: float = 2.0
@@ -59,11 +79,13 @@ class DenseRecipe:
 
 @dataclass
 class DenseGate:
-    """What the gate remembers from step to step."""
+    """What the gate and its alternatives remember from step to step."""
 
     open: bool = True
     h_warm: float | None = None
     warmup: list[float] = field(default_factory=list)
+    perplexities: list[float] = field(default_factory=list)  # mean over the responses, of every warm-up step
+    deviations: list[float] = field(default_factory=list)  # of u, of every warm-up step
 
 
 @dataclass
@@ -89,7 +111,9 @@ class DenseResult:
     advantage: list[Tensor]
     importance: list[Tensor]
     median_entropy: float | None
-    lam: float
+    lam: float  # the responses' mean, where each has its own
+    lams: list[float]  # of every rollout
+    perplexities: list[float | None]  # the teacher's, of every rollout
     teacher_distributions: list[Tensor | None]  # log q [T, V], for the exact estimator
     acts: list[Tensor]  # tokens that carry a term
     losses: list[float] = field(default_factory=list)
@@ -153,6 +177,48 @@ def gate_step(recipe: DenseRecipe, gate: DenseGate, h: float | None) -> float:
     return recipe.lambda_max if gate.open else 0.0
 
 
+def perplexities_of(teacher: Sequence[tuple[Tensor, Tensor] | None], counts: Sequence[Tensor]) -> list[float | None]:
+    """The teacher's perplexity of every response; None for one that it did not score or that does not count."""
+    found: list[float | None] = []
+    for scored, m in zip(teacher, counts, strict=True):
+        tokens = [] if scored is None else scored[0][m].tolist()
+        found.append(math.exp(-sum(tokens) / len(tokens)) if tokens else None)
+    return found
+
+
+def perplexity_step(
+    recipe: DenseRecipe, p: DensePerplexity, memory: DenseGate, found: Sequence[float | None]
+) -> list[float]:
+    """This step's lambda of every response; `memory` is brought up to date."""
+    known = [x for x in found if x is not None]
+    if not known:
+        return [0.0] * len(found)
+    warmup_steps = 5 if recipe.warmup_steps is None else recipe.warmup_steps
+    usable = [x for x in memory.perplexities if x < 10]
+    if len(memory.perplexities) < warmup_steps or (p.target is None and not usable):
+        memory.perplexities.append(sum(known) / len(known))
+        return [0.0] * len(found)
+    target = p.target
+    if target is None:
+        median = lower_median(usable)
+        assert median is not None
+        target = max(1.01, median - p.offset if p.ratio is None else p.ratio * median)
+
+    def bounded(x: float, low: float, high: float) -> float:
+        return min(max(x, low), high)
+
+    logs = [math.log(bounded(x / target, 0.5, 3.0)) for x in known]
+    if p.scope == "batch":
+        logs = [sum(logs) / len(logs)] * len(logs)
+    lams = [bounded(p.lambda_0 * p.alpha * x, p.lambda_min, recipe.lambda_max) for x in logs]
+    within = [x <= p.cutoff for x in known]
+    mean = sum(lam for lam, ok in zip(lams, within, strict=True) if ok) / max(sum(within), 1)
+    if p.shift == "always" or (p.shift == "negative" and mean < 0):
+        lams = [lam - mean for lam in lams]
+    rest = iter([lam if ok else 0.0 for lam, ok in zip(lams, within, strict=True)])
+    return [0.0 if x is None else next(rest) for x in found]
+
+
 def minus_f_prime(u: Tensor) -> Tensor:
     """Minus f'(r) = 1/2 log(2 r / (1 + r)) of the Jensen-Shannon divergence at r = pi_S / pi_T = exp(-u)."""
     return -(math.log(2) - u - torch.logaddexp(torch.zeros_like(u), -u)) / 2
@@ -173,16 +239,23 @@ def divergence(recipe: DenseRecipe, logp: Tensor, logq: Tensor) -> Tensor:
     return b * kl(logq, logm) + (1 - b) * kl(logp, logm)
 
 
-def per_token_term(recipe: DenseRecipe, pmi: Sequence[Tensor], acts: Sequence[Tensor]) -> list[Tensor]:
-    """What lambda multiplies, before its sign: shaped, scaled over the tokens where it acts, clamped, 0 elsewhere."""
-    shaped = [u.clamp(-recipe.pmi_clip, recipe.pmi_clip) for u in pmi]
+def per_token_term(
+    recipe: DenseRecipe, pmi: Sequence[Tensor], acts: Sequence[Tensor], limit: float = math.inf
+) -> list[Tensor]:
+    """What lambda multiplies, before its sign: shaped, scaled over the tokens where it acts, clamped, 0 elsewhere.
+    `limit`: a |u| beyond it counts as 0."""
+    ordinary = [torch.stack([x if abs(float(x)) <= limit else 0 * x for x in u]) if len(u) else u for u in pmi]
+    shaped = [u.clamp(-recipe.pmi_clip, recipe.pmi_clip) for u in ordinary]
     if recipe.condition not in ("sd", "reverse_kl_ascent"):
         shaped = [minus_f_prime(u) for u in shaped]
     everywhere = torch.cat([q[m] for q, m in zip(shaped, acts, strict=True)])
     out = []
     for q, m in zip(shaped, acts, strict=True):
-        population = {"none": None, "sequence": q[m], "batch": everywhere}[recipe.term_normalization]
-        if population is not None and len(population):
+        over = {"none": None, "sequence": q[m], "demean": q[m], "batch": everywhere}
+        population = over[recipe.term_normalization]
+        if population is not None and len(population) and recipe.term_normalization == "demean":
+            q = q - population.mean()
+        elif population is not None and len(population):
             spread = ((population - population.mean()) ** 2).mean().sqrt()
             q = (q - population.mean()) / max(spread.item(), 1e-6)
         q = q.clamp(-recipe.term_clip, recipe.term_clip)
@@ -190,14 +263,22 @@ def per_token_term(recipe: DenseRecipe, pmi: Sequence[Tensor], acts: Sequence[Te
     return out
 
 
-def advantage(condition: str, a: float, q: Tensor, lam: float) -> Tensor:
-    """The paper's table of conditions, one formula each."""
+def advantage(condition: str, a: float, q: Tensor, lam: float, composition: str | None = None) -> Tensor:
+    """The paper's table of conditions, one formula each, and the released code's compositions."""
+    sign = (a > 0) - (a < 0)
     if condition == "grpo":
         return torch.full_like(q, a)
-    if condition == "sd":
+    towards = q if condition == "sd" else -q
+    if composition == "multiplicative_plain":
+        return a * (1 + lam * towards)
+    if composition == "rlsd":
+        factors = [min(max(math.exp(sign * x), 0.8), 1.2) for x in towards.tolist()]
+        return q.new_tensor([a * ((1 - lam) + lam * w) for w in factors])
+    if condition == "sd" and composition != "multiplicative":
         return a + lam * q
-    if condition == "multiplicative":
-        sign = (a > 0) - (a < 0)
+    if "multiplicative" in (condition, composition):
+        if condition == "sd":
+            q = -q
         return torch.stack([q.new_tensor(a * max(0.0, 1 - lam * x * sign)) for x in q.tolist()]) if len(q) else q
     return a - lam * q
 
@@ -281,16 +362,33 @@ def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, ga
             pmi.append(torch.zeros_like(s[0]) if t is None else t[0] - s[0])
         counts = loss_tokens(e, recipe) & (no_teacher or t is not None)
         listened.append(counts)
-        acts.append(counts & (torch.arange(len(counts)) < recipe.term_max_position))
+        short = len(counts) < recipe.term_max_length
+        acts.append(counts & (torch.arange(len(counts)) < recipe.term_max_position) & short)
         source = s if recipe.condition in ("student_entropy_gate", "no_teacher") else t
         if source is not None:
             entropies += source[1][counts].tolist()
 
     h = lower_median(entropies)
-    lam = gate_step(recipe, gate, h)
+    found = perplexities_of(teacher, listened)
+    if recipe.perplexity is None:
+        lams = [gate_step(recipe, gate, h)] * len(examples)
+        lam = lams[0]
+    else:
+        lams = perplexity_step(recipe, recipe.perplexity, gate, found)
+        known = [x for x, p in zip(lams, found, strict=True) if p is not None]
+        lam = sum(known) / len(known) if known else 0.0
+    limit = math.inf
+    if recipe.outlier_deviations is not None:
+        warmup_steps = 5 if recipe.warmup_steps is None else recipe.warmup_steps
+        if len(gate.deviations) >= warmup_steps:
+            limit = recipe.outlier_deviations * sum(gate.deviations) / len(gate.deviations)
+        else:
+            every = torch.cat([u[m] for u, m in zip(pmi, acts, strict=True)])
+            if len(every):
+                gate.deviations.append(float(every.std(correction=0)))
     teachers: list[Tensor | None] = [None] * len(examples)
     if recipe.divergence is None:
-        term = per_token_term(recipe, pmi, acts)
+        term = per_token_term(recipe, pmi, acts, limit)
     else:
         term = []
         for i, e in enumerate(examples):
@@ -307,8 +405,14 @@ def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, ga
         pmi=pmi,
         term=term,
         advantage=[
-            advantage("grpo" if recipe.divergence else recipe.condition, e.group_advantage, q, lam)
-            for e, q in zip(examples, term, strict=True)
+            advantage(
+                "grpo" if recipe.divergence else recipe.condition,
+                recipe.advantage_weight * e.group_advantage,
+                q,
+                lams[i],
+                recipe.composition,
+            )
+            for i, (e, q) in enumerate(zip(examples, term, strict=True))
         ],
         importance=[
             importance(recipe, s[0], torch.tensor(e.rollout.logprobs, dtype=torch.float64), loss_tokens(e, recipe))
@@ -316,6 +420,8 @@ def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, ga
         ],
         median_entropy=h,
         lam=lam,
+        lams=lams,
+        perplexities=found,
         teacher_distributions=teachers,
         acts=acts,
     )
@@ -356,7 +462,7 @@ def _one_update(
         logq = result.teacher_distributions[i]
         if logq is not None:
             sign = -1 if recipe.ascend else 1
-            loss = loss + sign * result.lam * divergence(recipe, logp, logq)[result.acts[i]].sum() / denominator
+            loss = loss + sign * result.lams[i] * divergence(recipe, logp, logq)[result.acts[i]].sum() / denominator
         loss.backward()
         total += loss.item()
         clipped_tokens += int((bounded < plain)[mask].sum())

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from asd_megatron.antisd import Gate, condition
+from asd_megatron.antisd import Condition, Gate, OutlierLimit, PerplexityLambda, PerplexityRule, condition
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config
 from asd_megatron.data.sft import SftExample
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.models.port import ModelPort
+from asd_megatron.observe.metrics import GateReading, PerplexityReading
 from asd_megatron.ops.vocab_divergence import Divergence
 from asd_megatron.records import Example, TokenTable
+from asd_megatron.run.strength import TermStrength
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.batch import PackLayout
@@ -35,10 +37,39 @@ from tests.reference.dense import DenseRecipe
 ALONE = Layout()
 
 
+def condition_of(recipe: DenseRecipe) -> Condition:
+    named = condition(recipe.condition)
+    by_gate = recipe.perplexity is None
+    return replace(named, composition=recipe.composition or named.composition, gated=named.gated and by_gate)  # type: ignore[arg-type]
+
+
+def strength_of(recipe: DenseRecipe, process_groups: ProcessGroups, gate: Gate | None = None) -> TermStrength:
+    """What sets lambda and the outlier limit, before its warm-up."""
+    perplexity = outliers = None
+    warmup_steps = 5 if recipe.warmup_steps is None else recipe.warmup_steps
+    if recipe.perplexity is not None:
+        p = recipe.perplexity
+        rule = PerplexityRule(
+            p.lambda_0,
+            p.alpha,
+            p.lambda_min,
+            recipe.lambda_max,
+            p.cutoff,
+            p.scope,
+            p.shift,
+            p.ratio,
+            p.offset,  # type: ignore[arg-type]
+        )
+        perplexity = PerplexityLambda(rule, warmup_steps, p.target)
+    if recipe.outlier_deviations is not None:
+        outliers = OutlierLimit(recipe.outlier_deviations, warmup_steps)
+    return TermStrength(process_groups, method_of(recipe), gate or gate_of(recipe), perplexity, outliers)
+
+
 def method_of(recipe: DenseRecipe) -> token_method.Method:
     limit = recipe.term_max_position
     return token_method.Method(
-        condition=condition(recipe.condition),
+        condition=condition_of(recipe),
         clip_low=recipe.clip_low,
         clip_high=recipe.clip_high,
         aggregation=recipe.aggregation,
@@ -47,6 +78,8 @@ def method_of(recipe: DenseRecipe) -> token_method.Method:
         term_normalization=recipe.term_normalization,
         term_clip=None if recipe.term_clip == math.inf else recipe.term_clip,
         term_max_position=None if limit == math.inf else int(limit),
+        term_max_length=None if recipe.term_max_length == math.inf else int(recipe.term_max_length),
+        advantage_weight=recipe.advantage_weight,
         importance_cap=None if recipe.importance == "none" else recipe.importance_cap,
         importance_floor=recipe.importance_floor if recipe.importance == "masked" else None,
         importance_level=recipe.importance_level,  # type: ignore[arg-type]
@@ -61,7 +94,7 @@ def method_of(recipe: DenseRecipe) -> token_method.Method:
 
 def gate_of(recipe: DenseRecipe, h_warm: float | None = None) -> Gate:
     return Gate.for_condition(
-        recipe.condition,
+        condition_of(recipe),
         lambda_max=recipe.lambda_max,
         warmup_steps=recipe.warmup_steps,
         tau_down=recipe.tau_down,
@@ -76,7 +109,8 @@ class Step:
 
     plan: PassPlan
     median_entropy: float | None
-    lam: float
+    lam: float  # the responses' mean, where each has its own
+    reading: GateReading | PerplexityReading
     stats: UpdateStats
     table: TokenTable | None
     gradients: list[dict[str, Tensor]] = field(default_factory=list)  # of each update, before clipping
@@ -147,10 +181,16 @@ class Product:
         )
 
     def step(
-        self, examples: Sequence[Example], recipe: DenseRecipe, gate: Gate, *, tokens_per_microbatch: int = 100
+        self,
+        examples: Sequence[Example],
+        recipe: DenseRecipe,
+        gate: Gate | TermStrength,
+        *,
+        tokens_per_microbatch: int = 100,
     ) -> Step:
         """The lines of `train.train` from `build_batch` on."""
         method = method_of(recipe)
+        strength = gate if isinstance(gate, TermStrength) else strength_of(recipe, self.process_groups, gate)
         needed = plan_passes(
             method.condition,
             recipe.updates,
@@ -168,8 +208,7 @@ class Product:
             self.port, self.process_groups, batch, needed, temperature=recipe.temperature, states=states
         )
         student = passes.score_student(self.port, self.process_groups, batch, needed, temperature=recipe.temperature)
-        entropy = passes.gate_entropy(self.process_groups, inputs, method, teacher, student)
-        lam = gate.update(entropy)
+        lam = strength.step(batch, inputs, teacher, student)
         optimizer = RecordingOptimizer(self.port, recipe)
         stats = update(
             self.port,
@@ -179,16 +218,19 @@ class Product:
             inputs,
             teacher=teacher,
             student=student,
-            method=method,
+            method=strength.method,
             plan=needed,
             lam=lam,
             temperature=recipe.temperature,
             epochs=recipe.epochs,
             states=states,
         )
+        strength.learn(inputs, stats.columns)
         columns = table_columns(inputs, teacher, stats.columns)
         table = gather_table(batch.table, columns, batch.indices, self.process_groups)
-        return Step(needed, entropy, lam, stats, table, optimizer.gradients, optimizer.weights)
+        reading = strength.reading
+        entropy = reading.entropy if isinstance(reading, GateReading) else None
+        return Step(needed, entropy, reading.lam, reading, stats, table, optimizer.gradients, optimizer.weights)
 
     def supervised_step(
         self, examples: Sequence[SftExample], optimizer: RecordingOptimizer, *, tokens_per_microbatch: int = 64

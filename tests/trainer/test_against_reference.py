@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from asd_megatron.antisd import CONDITIONS, condition
 from asd_megatron.checks.cases import hard_batch
-from asd_megatron.observe.metrics import step_metrics
+from asd_megatron.observe.metrics import PerplexityReading, step_metrics
 from asd_megatron.records import Example, FinishReason
-from tests.reference.dense import DenseGate, DenseRecipe, DenseResult, dense_update, score_batch
-from tests.trainer.product import Product, Step, gate_of
+from tests.reference.dense import DenseGate, DensePerplexity, DenseRecipe, DenseResult, dense_update, score_batch
+from tests.trainer.product import Product, Step, gate_of, strength_of
 
 H_WARM = 0.5  # nats; the tiny model's median entropies lie above 4: the gate is open
 COLUMNS = ("student_logprobs", "student_entropy", "pmi", "term", "advantage")
@@ -77,7 +78,13 @@ def check_scores(found: Step, expected: DenseResult) -> None:
                     assert relative(row.double(), wanted) < 1e-5, name
     if found.median_entropy is not None:
         assert found.median_entropy == pytest.approx(expected.median_entropy, rel=1e-6)
-    assert found.lam == expected.lam
+    if isinstance(found.reading, PerplexityReading):
+        assert found.lam == pytest.approx(expected.lam, rel=1e-5, abs=1e-9)
+        assert found.reading.lambdas.tolist() == pytest.approx(expected.lams, rel=1e-4, abs=1e-7)
+        wanted = [math.nan if p is None else p for p in expected.perplexities]
+        assert found.reading.perplexities.tolist() == pytest.approx(wanted, rel=1e-5, nan_ok=True)
+    else:
+        assert found.lam == expected.lam
 
 
 def check_update(found: Step, expected: DenseResult, tolerance: float = 1e-5) -> None:
@@ -126,6 +133,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "batch": {"term_normalization": "batch"},
     "batch_clipped": {"term_normalization": "batch", "term_clip": 1.5, "temperature": 0.7},
     "max_position": {"term_max_position": 6},
+    "demean": {"term_normalization": "demean", "temperature": 0.7},
+    "demean_clipped": {"term_normalization": "demean", "term_clip": 0.3, "pmi_clip": 1.5, "term_max_position": 9},
+    "max_length": {"term_max_length": 11, "term_normalization": "batch"},
+    "advantage_weight": {"advantage_weight": 0.25, "aggregation": "sequence_mean"},
     "max_position_sequence": {"term_max_position": 6, "term_normalization": "sequence"},
     "mask_truncated": {"mask_truncated": True},
     "mask_truncated_batch": {"mask_truncated": True, "term_normalization": "batch", "aggregation": "sequence_mean"},
@@ -155,7 +166,7 @@ def test_options(name: str, options: str, product: Product, dense: Any, examples
     assert found.lam == 0.5
     scored_first = condition(name).gate_entropy == "student" or recipe.term_normalization == "batch"
     assert found.plan.student_scoring == scored_first
-    two_phase = recipe.term_normalization == "sequence" and not scored_first
+    two_phase = recipe.term_normalization in ("sequence", "demean") and not scored_first
     assert found.plan.head == ("two_phase" if two_phase else "fused")
 
 
@@ -165,6 +176,99 @@ def test_normalization_meets_the_other_compositions(
     name: str, normalization: str, product: Product, dense: Any, examples: list[Example]
 ) -> None:
     check(product, dense, examples, settings(name, term_normalization=normalization, temperature=0.7))
+
+
+@pytest.mark.parametrize("normalization", ["none", "sequence", "demean"])
+@pytest.mark.parametrize(
+    ("name", "composition"),
+    [
+        ("antisd", "multiplicative_plain"),
+        ("sd", "multiplicative_plain"),
+        ("sd", "rlsd"),
+        ("reverse_kl_ascent", "rlsd"),
+        ("reverse_kl_ascent", "multiplicative"),
+        ("sd", "multiplicative"),
+        ("sd", "additive"),
+    ],
+)
+def test_compositions(
+    name: str, composition: str, normalization: str, product: Product, dense: Any, examples: list[Example]
+) -> None:
+    recipe = settings(name, composition=composition, term_normalization=normalization, lambda_max=0.8, temperature=0.7)
+    found = check(product, dense, examples, recipe)
+    assert found.table is not None
+    by_name = product.step(
+        examples,
+        settings(name, term_normalization=normalization, lambda_max=0.8, temperature=0.7),
+        gate_of(settings(name, lambda_max=0.8), H_WARM if condition(name).gated else None),
+    )
+    assert by_name.table is not None
+    same = torch.equal(found.table["advantage"], by_name.table["advantage"])
+    assert same == (composition == condition(name).composition)
+
+
+# Around the tiny model's perplexities of its random responses, some hundreds.
+PERPLEXITY = DensePerplexity(target=300.0, cutoff=900.0, lambda_0=0.4, alpha=1.5, lambda_min=-0.3)
+PERPLEXITIES: dict[str, dict[str, Any]] = {
+    "response": {},
+    "negative": {"perplexity": replace(PERPLEXITY, shift="negative", target=700.0)},
+    "always": {"perplexity": replace(PERPLEXITY, shift="always"), "term_normalization": "sequence"},
+    "batch": {"perplexity": replace(PERPLEXITY, scope="batch"), "term_normalization": "batch"},
+    "multiplicative": {"composition": "multiplicative_plain", "term_normalization": "demean"},
+    "exact": {"divergence": "jensen_shannon"},
+    "several_updates": {"updates": 2},
+}
+
+
+@pytest.mark.parametrize("options", list(PERPLEXITIES))
+def test_lambda_from_the_teachers_perplexity(
+    options: str, product: Product, dense: Any, examples: list[Example]
+) -> None:
+    """With one lambda for each response, some 0, some negative, some at a bound."""
+    recipe = settings("antisd", **{"perplexity": PERPLEXITY, "mask_truncated": True, **PERPLEXITIES[options]})
+    strength = strength_of(recipe, product.process_groups)
+    found = product.step(examples, recipe, strength)
+    expected = dense_update(dense, examples, recipe, DenseGate())
+    if recipe.divergence is None:
+        check_scores(found, expected)
+    check_update(found, expected)
+    assert isinstance(found.reading, PerplexityReading) and not found.reading.warming_up
+    lams = [lam for lam, p in zip(expected.lams, expected.perplexities, strict=True) if p is not None]
+    assert None in expected.perplexities and 0.0 in lams
+    assert (len(set(lams)) > 4) == (options != "batch")
+    assert min(lams) < 0 or options == "batch"
+
+
+@pytest.mark.parametrize("name", ["antisd", "sd", "no_gate"])
+@pytest.mark.parametrize("normalization", ["none", "sequence"])
+def test_outliers_over_steps(name: str, normalization: str, product: Product, dense: Any) -> None:
+    """Two steps measure the deviation of u, one of them after a step without any context; later outliers count as 0."""
+    recipe = DenseRecipe(
+        name,
+        outlier_deviations=0.9,
+        warmup_steps=2,
+        term_normalization=normalization,
+        pmi_clip=1.5,
+        perplexity=replace(PERPLEXITY) if name == "antisd" else None,
+    )
+    strength, memory = strength_of(recipe, product.process_groups), DenseGate()
+    limits = []
+    for k in range(4):
+        batch = hard_batch(30 + k)
+        if k == 1:
+            batch = [replace(e, teacher_prompt_ids=None) for e in batch]
+        found = product.step(batch, recipe, strength)
+        limits.append(strength.outlier_limit)
+        expected = dense_update(dense, batch, recipe, memory)
+        check_scores(found, expected)
+        check_update(found, expected)
+        assert found.table is not None
+    assert all(limit is not None and math.isnan(limit) for limit in limits[:3])
+    assert limits[3] == pytest.approx(0.9 * sum(memory.deviations) / 2, rel=1e-5)
+    metrics = step_metrics(
+        batch, found.table, learning_rate=0, grad_norm=0, policy_loss=0, times={}, outlier_limit=limits[3]
+    )
+    assert 0.05 < metrics["outliers/share"] < 0.9 and metrics["outliers/limit"] == limits[3]
 
 
 # Caps and floors between this batch's ratios, so that some weights are cut and some are not.

@@ -99,7 +99,7 @@ def token_inputs(n: int) -> TokenInputs:
 
 def test_rows_are_picked_in_nested_columns_and_absent_ones_stay_absent() -> None:
     scores = Scores(torch.arange(5.0), torch.arange(5.0) + 10)
-    whole = LossInputs(token_inputs(5), teacher=scores)
+    whole = LossInputs(token_inputs(5), torch.arange(5.0), teacher=scores)
     for rows in (torch.tensor([4, 1]), slice(1, 3)):
         part = whole.at(rows)
         assert part.frozen is None and part.teacher is not None
