@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asd_megatron.antisd import CONDITIONS, AdvantageError, compose, group_advantages, phi
+from asd_megatron.antisd import CONDITIONS, AdvantageError, compose, condition, group_advantages, phi
 from asd_megatron.errors import UserError
 
 rewards = st.lists(st.floats(-10, 10), min_size=2, max_size=12)
@@ -56,6 +58,31 @@ def test_compositions_by_hand(a_seq: float, u: list[float], lam: float) -> None:
     factor = (1 - lam * p * a.sign()).clamp(min=0)
     torch.testing.assert_close(compose("multiplicative", a, p, lam), a * factor)
     assert compose("grpo", a, p, lam).tolist() == a.tolist()
+
+
+@given(st.floats(-5, 5), values, st.floats(-0.5, 1))
+def test_released_compositions_by_hand(a_seq: float, u: list[float], lam: float) -> None:
+    u64 = torch.tensor(u, dtype=torch.float64)
+    a, p = torch.full_like(u64, a_seq), phi(u64)
+    sd, antisd = condition("sd"), condition("antisd")
+    plain = compose(replace(antisd, composition="multiplicative_plain"), a, p, lam)
+    torch.testing.assert_close(plain, a * (1 - lam * p))
+    weighted = [min(max(math.exp((a_seq > 0) * x - (a_seq < 0) * x), 0.8), 1.2) for x in u]
+    rlsd = compose(replace(sd, composition="rlsd"), a, u64, lam)
+    torch.testing.assert_close(rlsd, a * ((1 - lam) + lam * u64.new_tensor(weighted)))
+    torch.testing.assert_close(compose("antisd", a, p, lam, weight=0.25), 0.25 * a - lam * p)
+    assert compose("antisd", a, p, 0.0, weight=0.25).tolist() == (0.25 * a).tolist()
+
+
+@pytest.mark.parametrize("composition", ["additive", "multiplicative", "multiplicative_plain", "rlsd"])
+def test_a_lambda_for_each_token(composition: Any) -> None:
+    """Equal to one number token by token; exactly A_seq where it is 0, whatever the term is."""
+    c = replace(condition("sd"), composition=composition)
+    a, q = torch.tensor([0.3, -0.7, 1.1, 0.2]), torch.tensor([1.0, 2.0, -0.5, math.inf])
+    lams = [0.5, -0.02, 0.3, 0.0]
+    each = compose(c, a, q, torch.tensor(lams))
+    assert each.tolist() == [compose(c, a[i : i + 1], q[i : i + 1], lam).item() for i, lam in enumerate(lams)]
+    assert each[3] == a[3]
 
 
 @given(st.floats(-5, 5), values, st.floats(0, 20))

@@ -270,5 +270,9 @@ def test_masks() -> None:
     assert term_mask("antisd", sampled, context).tolist() == [True, True, False, False]
     assert term_mask("antisd", sampled, context, positions, 1).tolist() == [True, False, False, False]
     assert term_mask("no_teacher", sampled, context, positions, 1).tolist() == [True, False, False, True]
+    lengths = torch.tensor([11_999, 12_000, 3, 9])
+    assert term_mask("antisd", sampled, context, lengths=lengths, max_length=12_000).tolist() == [True] + [False] * 3
     with pytest.raises(ValueError, match="positions"):
         term_mask("antisd", sampled, context, None, 1)
+    with pytest.raises(ValueError, match="lengths"):
+        term_mask("antisd", sampled, context, max_length=12_000)

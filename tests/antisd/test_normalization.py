@@ -65,6 +65,14 @@ def test_equal_terms_and_empty_segments_become_zero() -> None:
     assert finish_term(term[:0], mask[:0], statistics=term_statistics(term[:0], mask[:0])).shape == (0,)
 
 
+def test_without_scale_the_mean_alone_is_subtracted() -> None:
+    term = torch.tensor([1.0, 5.0, 3.0, -9.0, 100.0])
+    mask, segment = torch.tensor([True, True, False, True, True]), torch.tensor([0, 0, 0, 1, 2])
+    statistics = term_statistics(term, mask, segment, 3)
+    out = finish_term(term, mask, statistics=statistics, segment=segment, clip=1.5, scale=False)
+    assert out.tolist() == [-1.5, 1.5, 0.0, 0.0, 0.0]
+
+
 def test_without_statistics_only_clip_and_mask_act() -> None:
     term, mask = torch.tensor([-4.0, 0.5, 9.0]), torch.tensor([True, True, False])
     assert finish_term(term, mask).tolist() == [-4.0, 0.5, 0.0]

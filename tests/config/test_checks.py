@@ -85,6 +85,51 @@ def refusal(text: str, kind: Any = "train") -> str:
         ("algorithm.importance_cap=0.4 algorithm.importance_correction=masked",
          "importance_floor 0.5 (its default) is not below",
          "algorithm.importance_cap=0.4 algorithm.importance_correction=truncated"),
+        ("perplexity.alpha=3", "set that, or leave perplexity.alpha out",
+         "perplexity.alpha=3 algorithm.lambda_source=teacher_perplexity"),
+        ("algorithm.lambda_source=teacher_perplexity gate.tau_down=0.9", "replaces it: leave gate.tau_down out",
+         "algorithm.lambda_source=teacher_perplexity"),
+        ("algorithm.lambda_source=teacher_perplexity gate.h_warm=0.7", "set algorithm.lambda_source gate",
+         "gate.h_warm=0.7"),
+        ("algorithm.lambda_source=teacher_perplexity gate.warmup_steps=3", "(perplexity.warmup_steps is the key here)",
+         "algorithm.lambda_source=teacher_perplexity perplexity.warmup_steps=3"),
+        ("algorithm.lambda_source=teacher_perplexity algorithm.name=student_entropy_gate", "or algorithm.name antisd",
+         "algorithm.lambda_source=teacher_perplexity algorithm.name=multiplicative"),
+        ("algorithm.lambda_source=teacher_perplexity algorithm.name=no_teacher", "it has no teacher",
+         "algorithm.lambda_source=teacher_perplexity algorithm.name=grpo"),
+        ("algorithm.lambda_source=teacher_perplexity perplexity.warmup_steps=0", "or give perplexity.target",
+         "algorithm.lambda_source=teacher_perplexity perplexity.warmup_steps=0 perplexity.target=1.2"),
+        ("algorithm.lambda_source=teacher_perplexity perplexity.target=1.2 perplexity.target_ratio=0.9",
+         "perplexity.target and perplexity.target_ratio contradict each other",
+         "algorithm.lambda_source=teacher_perplexity perplexity.target_ratio=0.9"),
+        ("algorithm.lambda_source=teacher_perplexity perplexity.lambda_min=0.6", "above algorithm.lambda_max 0.5",
+         "algorithm.lambda_source=teacher_perplexity perplexity.lambda_min=0.6 algorithm.lambda_max=0.7"),
+        ("algorithm.lambda_source=teacher_perplexity perplexity.scope=batch perplexity.shift=always",
+         "makes every lambda 0", "algorithm.lambda_source=teacher_perplexity perplexity.scope=batch "
+         "perplexity.shift=negative"),
+        ("algorithm.outlier_deviations=2 gate.h_warm=0.7", "set gate.warmup_steps to 1 or more",
+         "algorithm.outlier_deviations=2 gate.h_warm=0.7 gate.warmup_steps=2"),
+        ("algorithm.outlier_deviations=2 algorithm.name=sd", "set gate.warmup_steps to 1 or more",
+         "algorithm.outlier_deviations=2 algorithm.name=grpo"),
+        ("algorithm.outlier_deviations=2 algorithm.lambda_source=teacher_perplexity perplexity.target=2",
+         "set perplexity.warmup_steps to 1 or more",
+         "algorithm.outlier_deviations=2 algorithm.lambda_source=teacher_perplexity"),
+        ("algorithm.composition=rlsd", "set algorithm.name sd", "algorithm.composition=rlsd algorithm.name=sd"),
+        ("algorithm.composition=rlsd algorithm.name=sd algorithm.lambda_max=1.5", "set it to 1 or less",
+         "algorithm.composition=rlsd algorithm.name=sd algorithm.lambda_max=1"),
+        ("algorithm.composition=additive algorithm.name=multiplicative", "set algorithm.name antisd",
+         "algorithm.composition=multiplicative algorithm.name=antisd"),
+        ("algorithm.advantage_weight=0.5 algorithm.name=multiplicative", "composition multiplicative adds none",
+         "algorithm.advantage_weight=0.5"),
+        ("algorithm.advantage_weight=0.5 algorithm.composition=multiplicative_plain", "algorithm.composition additive",
+         "algorithm.advantage_weight=0.5 algorithm.composition=additive"),
+        ("algorithm.estimator=full_vocabulary algorithm.composition=multiplicative_plain",
+         "leave algorithm.composition out", "algorithm.estimator=full_vocabulary algorithm.composition=additive "
+         "algorithm.lambda_source=teacher_perplexity algorithm.advantage_weight=0.5 algorithm.term_max_length=12000"),
+        ("algorithm.estimator=full_vocabulary algorithm.outlier_deviations=2", "leave algorithm.outlier_deviations out",
+         "algorithm.outlier_deviations=2"),
+        ("algorithm.estimator=full_vocabulary algorithm.term_normalization=demean",
+         "leave algorithm.term_normalization out", "algorithm.term_normalization=demean"),
         ("privileged.min_solution_tokens=9000", "privileged.max_solution_tokens", "privileged.min_solution_tokens=64"),
         ("privileged.max_teacher_tokens=1024", "leaves no room for a prompt", "privileged.max_teacher_tokens=4096"),
         ("privileged.raw_template={prompt}{solution}", "set data.format raw",
@@ -147,6 +192,15 @@ def test_every_condition_is_one_line(name: str) -> None:
     assert recipe.gate_warmup_steps == (5 if CONDITIONS[name].gated else 0)
     assert make(f"algorithm.name={name} gate.h_warm=0.7").gate_warmup_steps == 0
     assert make(f"algorithm.name={name} gate.warmup_steps=3").gate_warmup_steps == 3
+
+
+def test_what_sets_lambda_has_its_own_warm_up() -> None:
+    by_perplexity = "algorithm.lambda_source=teacher_perplexity"
+    assert make().lambda_warmup_steps == make(by_perplexity).lambda_warmup_steps == 5
+    assert make("algorithm.name=sd").lambda_warmup_steps == 0
+    assert make(f"{by_perplexity} perplexity.target=1.3").lambda_warmup_steps == 0
+    assert make(f"{by_perplexity} perplexity.warmup_steps=2").lambda_warmup_steps == 2
+    assert not make(by_perplexity).algorithm.gated
 
 
 def test_only_masked_importance_has_a_floor() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 
 from asd_megatron import train
+from asd_megatron.antisd import perplexity
 from asd_megatron.checkpoint.huggingface import is_complete
 from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.models.port import ModelPort
+from asd_megatron.observe.names import undocumented
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import Group
 from asd_megatron.run.folder import read_history
@@ -31,14 +34,31 @@ ANTISD: dict[str, dict[str, Any]] = {
 }
 
 
+RELEASED_FORM = {
+    "name": "antisd",
+    "lambda_source": "teacher_perplexity",
+    "outlier_deviations": 1.0,
+    "term_normalization": "sequence",
+    "advantage_weight": 0.5,
+}
+
+
 @pytest.mark.parametrize("warmup_steps", [2, 4])
-def test_straight_and_interrupted(world: World, warmup_steps: int) -> None:
-    """The checkpoint is that of step 3: of a calibrated gate, and of one in its warm-up."""
+@pytest.mark.parametrize("source", ["gate", "perplexity"])
+def test_straight_and_interrupted(
+    world: World, source: str, warmup_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is that of step 3: of what sets lambda after its warm-up, and in it."""
     options = {**ANTISD, "data": {"test": str(world.problems)}, "checkpoint": {"every": 3}}
-    options["gate"] = {"warmup_steps": warmup_steps, "tau_down": 0.99}
-    straight = world.train(f"straight_{warmup_steps}", **options)
+    if source == "gate":
+        options["gate"] = {"warmup_steps": warmup_steps, "tau_down": 0.99}
+    else:
+        monkeypatch.setattr(perplexity, "UNUSABLE_MEAN", math.inf)  # a random model's perplexities
+        options["algorithm"] = RELEASED_FORM
+        options["perplexity"] = {"warmup_steps": warmup_steps, "cutoff": 1e3, "target_ratio": 0.9}
+    straight = world.train(f"straight_{source}_{warmup_steps}", **options)
     # the same run, killed in step 6: after the checkpoint of step 3, with metrics and dumps of later steps
-    stopped = world.run_folder(f"stopped_{warmup_steps}")
+    stopped = world.run_folder(f"stopped_{source}_{warmup_steps}")
     shutil.copytree(straight, stopped)
     shutil.rmtree(stopped / "checkpoints" / "step_000006")
     (stopped / "checkpoints" / "latest").write_text("step_000003\n")
@@ -52,6 +72,10 @@ def test_straight_and_interrupted(world: World, warmup_steps: int) -> None:
     for step in range(4, 7):
         assert responses(straight, step) == responses(resumed, step)
         assert dump(straight, step).info.h_warm == dump(resumed, step).info.h_warm
+        lambdas = dump(straight, step).lambdas
+        assert lambdas == dump(resumed, step).lambdas and (lambdas is None) == (source == "gate")
+        if lambdas is not None:
+            assert (len(set(lambdas)) > 2) == (step > warmup_steps)
         assert {e.rollout.weight_version for e in dump(resumed, step).examples} == {step - 1}
     assert sorted(p.name for p in (resumed / "checkpoints").iterdir()) == ["latest", "step_000003", "step_000006"]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (straight, resumed)]
@@ -59,6 +83,14 @@ def test_straight_and_interrupted(world: World, warmup_steps: int) -> None:
         assert one["completed"] and one["changed_settings"] == []
         del one["name"], one["recipe_hash"]
     assert summaries[0] == summaries[1]
+    if source == "perplexity":
+        rows = read_metrics(straight)[1:]
+        assert undocumented(name for row in rows for name in row) == []
+        assert not any(name.startswith("gate/") for row in rows for name in row) and "gate" not in summaries[0]
+        assert [row["perplexity/warming_up"] for row in rows] == [1.0] * warmup_steps + [0.0] * (6 - warmup_steps)
+        assert [row["outliers/limit"] is None for row in rows] == [bool(row["perplexity/warming_up"]) for row in rows]
+        assert rows[-1]["perplexity/target"] == summaries[0]["perplexity"]["target"] > 1.01
+        assert rows[-1]["lambda/max"] > 0 and 0 < rows[-1]["outliers/share"] < 0.9
     assert summaries[0]["accuracy_before"] == read_metrics(straight)[0]["evaluation/accuracy"]
 
 

@@ -207,11 +207,11 @@ def test_compositions(
     assert same == (composition == condition(name).composition)
 
 
-# Around the tiny model's perplexities of its random responses, some hundreds.
-PERPLEXITY = DensePerplexity(target=300.0, cutoff=900.0, lambda_0=0.4, alpha=1.5, lambda_min=-0.3)
+# Among the tiny model's perplexities of its random responses, 35 to some hundreds.
+PERPLEXITY = DensePerplexity(target=110.0, cutoff=200.0, lambda_0=0.4, alpha=1.5, lambda_min=-0.3)
 PERPLEXITIES: dict[str, dict[str, Any]] = {
     "response": {},
-    "negative": {"perplexity": replace(PERPLEXITY, shift="negative", target=700.0)},
+    "negative": {"perplexity": replace(PERPLEXITY, shift="negative", target=150.0)},
     "always": {"perplexity": replace(PERPLEXITY, shift="always"), "term_normalization": "sequence"},
     "batch": {"perplexity": replace(PERPLEXITY, scope="batch"), "term_normalization": "batch"},
     "multiplicative": {"composition": "multiplicative_plain", "term_normalization": "demean"},

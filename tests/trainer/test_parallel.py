@@ -14,12 +14,13 @@ from torch import Tensor
 
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.distributed.layout import Layout
+from asd_megatron.observe.metrics import PerplexityReading
 from asd_megatron.records import Example
 from asd_megatron.trainer.optimizer import Optimizer
 from tests.distributed.harness import run_ranks
 from tests.models import everywhere
-from tests.reference.dense import DenseRecipe
-from tests.trainer.product import Product, RecordingOptimizer, gate_of, snapshot
+from tests.reference.dense import DensePerplexity, DenseRecipe
+from tests.trainer.product import Product, RecordingOptimizer, gate_of, snapshot, strength_of
 from tests.trainer.test_sft import examples as supervised_examples
 
 LAYOUTS = {
@@ -44,6 +45,22 @@ RECIPES = {
     ),
     "truncated": DenseRecipe(
         "no_gate", 0.7, importance="truncated", importance_level="sequence", importance_cap=3.0, mask_truncated=True
+    ),
+    "perplexity": DenseRecipe(
+        "antisd",
+        0.7,
+        perplexity=DensePerplexity(target=150.0, cutoff=1000.0, lambda_0=0.4),
+        outlier_deviations=1.0,
+        warmup_steps=1,
+        term_normalization="demean",
+        mask_truncated=True,
+    ),
+    "batch_perplexity": DenseRecipe(
+        "no_gate",
+        perplexity=DensePerplexity(target=50.0, cutoff=150.0, scope="batch", shift="negative"),
+        warmup_steps=0,
+        updates=2,
+        composition="multiplicative_plain",
     ),
     "masked": DenseRecipe(
         "no_gate",
@@ -75,12 +92,17 @@ def _steps(product: Product, examples: list[Example]) -> Found:
     found: Found = {}
     for name, recipe in RECIPES.items():
         gate = gate_of(recipe, 0.5 if recipe.warmup_steps == 0 else None)
-        step = product.step(examples, recipe, gate, tokens_per_microbatch=96)
+        strength = strength_of(recipe, product.process_groups, gate)
+        if recipe.outlier_deviations is not None:  # the warm-up step that measures u's deviation
+            product.step(hard_batch(2), recipe, strength)
+        step = product.step(examples, recipe, strength, tokens_per_microbatch=96)
         table: dict[str, Tensor] = {} if step.table is None else {**step.table.columns, "offsets": step.table.offsets}
         found[name] = {
             "losses": step.stats.losses,
             "entropy": step.median_entropy,
             "lambda": step.lam,
+            "lambdas": step.reading.lambdas.tolist() if isinstance(step.reading, PerplexityReading) else [],
+            "limit": strength.outlier_limit,
             "table": table,
             "gradients": step.gradients,
         }
@@ -142,8 +164,15 @@ def test_two_ranks_equal_one(layout: str, name: str, ranks: list[dict[str, Found
     expected = alone[name]
     for rank in ranks:
         found = rank[layout][name]
-        assert found["lambda"] == expected["lambda"] == 0.5
-        assert found["entropy"] == pytest.approx(expected["entropy"], rel=1e-6)
+        if RECIPES[name].perplexity is None:
+            assert found["lambda"] == expected["lambda"] == 0.5
+            assert found["entropy"] == pytest.approx(expected["entropy"], rel=1e-6)
+        assert (found["lambdas"], found["limit"]) == (
+            ranks[0][layout][name]["lambdas"],
+            ranks[0][layout][name]["limit"],
+        )
+        assert found["lambdas"] == pytest.approx(expected["lambdas"], rel=1e-4, abs=1e-7)
+        assert found["limit"] == pytest.approx(expected["limit"], rel=1e-5)
         check_update(found, expected)
     table = ranks[0][layout][name]["table"]
     assert ranks[1][layout][name]["table"] == {}  # the table goes to global rank 0 alone
@@ -160,6 +189,13 @@ def test_some_importance_weights_are_cut(name: str, alone: Found) -> None:
     table = alone[name]["table"]
     affected = table["importance_affected"][table["loss_mask"]]
     assert 0.05 < affected.mean() < 0.95
+
+
+def test_lambdas_differ_and_outliers_are_found(alone: Found) -> None:
+    assert len(set(alone["perplexity"]["lambdas"])) > 4 and alone["perplexity"]["limit"] > 0
+    u, acts = alone["perplexity"]["table"]["pmi"], alone["perplexity"]["table"]["has_context"]
+    assert 0.05 < (u[acts].abs() > alone["perplexity"]["limit"]).double().mean() < 0.9
+    assert {0.0} < set(alone["batch_perplexity"]["lambdas"]) and len(set(alone["batch_perplexity"]["lambdas"])) == 2
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

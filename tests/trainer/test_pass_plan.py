@@ -44,6 +44,10 @@ def test_several_updates_score_the_student_first(name: str) -> None:
 def test_term_normalization() -> None:
     sequence = plan_passes("antisd", term_normalization="sequence")
     assert not sequence.student_scoring and sequence.head == "two_phase"
+    assert plan_passes("antisd", term_normalization="demean").head == "two_phase"
+    assert not sequence.student_scoring and "lambda its perplexity" in "".join(
+        plan_passes(replace(condition("antisd"), gated=False), perplexity=True).reasons
+    )
     batch = plan_passes("antisd", term_normalization="batch")
     assert batch.student_scoring and batch.head == "fused" and batch.forwards_per_step == 5
     assert plan_passes("antisd", 2, "sequence").head == "fused"  # advantages are known from the scoring passes
