@@ -30,7 +30,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOADED = ("asd_megatron.run.rl", "asd_megatron.trainer.updater", "megatron.core.distributed", "tests.models.tiny")
 GRACE_SECONDS = 2.0  # for the first failing rank to finish writing its traceback
 
 
@@ -103,7 +102,7 @@ def _context() -> Any:
     Nothing imported there may start threads or a process group; the server has one OpenMP thread.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload(["tests.distributed.preload"])
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # counts only when set before torch is imported
     try:
