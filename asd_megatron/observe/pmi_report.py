@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, plural
 from asd_megatron.observe.dumps import read_dump
 from asd_megatron.observe.metrics import context_mask, sampled_mask
 from asd_megatron.records import Example, TokenTable
@@ -108,9 +108,11 @@ def pmi_report(ids: Tensor, pmi: Tensor, tokenizer: Decoder, *, min_count: int =
     every = token_means(ids, pmi, min_count=min_count)
     means = [mean for mean in every if mean.token_id not in special_ids]
     if not every:
-        raise UserError(f"no token was seen {min_count} times in {len(ids)} tokens: lower the minimum count")
-    overall = f"{len(ids)} tokens with privileged context, mean u {pmi[torch.isfinite(pmi)].mean():+.3f} nats"
-    lines = [f"{overall}; {len(every)} token ids seen at least {min_count} times", ""]
+        raise UserError(
+            f"no token was seen {plural(min_count, 'time')} in {plural(len(ids), 'token')}: lower the minimum count"
+        )
+    overall = f"{plural(len(ids), 'token')} with privileged context, mean u {pmi[torch.isfinite(pmi)].mean():+.3f} nats"
+    lines = [f"{overall}; {plural(len(every), 'token id')} seen at least {plural(min_count, 'time')}", ""]
     low, high = lowest_and_highest(means, top)
     special = [mean for mean in every if mean.token_id in special_ids]
     tables = (("Lowest mean u (deliberation)", low), ("Highest mean u (shortcuts)", high), ("Special tokens", special))

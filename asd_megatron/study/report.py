@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+from asd_megatron.errors import plural
 from asd_megatron.files import atomic_write
 from asd_megatron.study.cells import LOG_FILE, CellRecord
-from asd_megatron.study.markdown import NOTHING, count, counted, decimals, number, spread, table, when
+from asd_megatron.study.markdown import NOTHING, counted, decimals, number, spread, table, when
 from asd_megatron.study.plan import CellKey
 from asd_megatron.study.results import CellResult, Point, trained_alike
 from asd_megatron.study.schema import Study
@@ -123,7 +124,7 @@ def _overview(findings: Findings) -> list[str]:
     common = ", ".join(f"{key} {value}" for key, value in study.overrides.items())
     return [
         f"Recipe `{study.recipe}`" + (f" with {common}" if common else "") + ".",
-        f"{states.count('finished')} of {count(len(states), 'cell')} finished{others}. "
+        f"{states.count('finished')} of {plural(len(states), 'cell')} finished{others}. "
         f"Starts: {', '.join(study.starts)}; seeds: {', '.join(map(str, study.seeds))}.",
         "",
         *table(["arm", "overrides", "finished cells", "seconds a cell", "CPU seconds"], rows, left=2),

@@ -50,7 +50,7 @@ def test_report() -> None:
     ids, pmi = examples_pmi(make_examples(), make_table())
     text = pmi_report(ids, pmi, Words(), min_count=1, top=2)
     assert text.splitlines()[0] == (
-        "4 tokens with privileged context, mean u -0.188 nats; 3 token ids seen at least 1 times"
+        "4 tokens with privileged context, mean u -0.188 nats; 3 token ids seen at least 1 time"
     )
     low, rest = text.split("Highest mean u")
     high, special = rest.split("Special tokens")
