@@ -227,11 +227,6 @@ def last_part(dotted: str) -> str:
     return dotted.rpartition(".")[2].lower().replace("-", "_")
 
 
-def is_known(name: str) -> bool:
-    """Whether another framework has a key or section of this name."""
-    return last_part(name) in COUNTERPARTS or last_part(name) in WITHOUT
-
-
 def counterparts(dotted: str, valid: set[str]) -> list[str]:
     """The members of `valid` that do the work of another framework's key or section; [] for a name no framework has."""
     return [key for key in COUNTERPARTS.get(last_part(dotted), ()) if key in valid]

@@ -8,30 +8,25 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from asd_megatron.config import foreign
 from asd_megatron.config.base import section_schema, takes_null, takes_text
 from asd_megatron.config.refusals import dotted_keys, unknown_key
 from asd_megatron.config.yaml_text import parse_yaml
 from asd_megatron.errors import UserError
 
-FLAGS = ("--dry-run", "--help")
-"""Arguments of `asd-megatron train` and `sft` that take no value. They have been taken out before overrides are read."""
+FLAGS = {"dryrun": "--dry-run", "help": "--help"}
+"""The flags of `asd-megatron train` and `sft`, by their letters. The command has removed them from its overrides."""
 
 
 def check_flag(argument: str) -> None:
-    """Raise UserError for an argument that is meant as one of `FLAGS`: `--dry_run`, `-dryrun`, `--dry-run=true`."""
-    meant = _plain(argument.partition("=")[0])
-    if "." in meant or foreign.is_known(meant):
-        return
-    near = difflib.get_close_matches(meant, [_plain(flag) for flag in FLAGS], n=1, cutoff=0.8)
-    for flag in FLAGS:
-        if [_plain(flag)] == near:
-            exact = "is given to `asd-megatron train` or `asd-megatron sft`, and takes no value"
-            raise UserError(f"{argument}: " + (f"{flag} {exact}" if argument.startswith(flag) else f"write {flag}"))
-
-
-def _plain(flag: str) -> str:
-    return flag.lstrip("-").lower().replace("-", "").replace("_", "")
+    """Raise UserError for an argument that is meant as a flag: `--dry_run`, `--dryrun`, `-dry-run`, `--dry-run=true`."""
+    given = argument.partition("=")[0]
+    letters = given.lower().replace("-", "").replace("_", "")
+    near = difflib.get_close_matches(letters, FLAGS, n=1, cutoff=0.8)
+    if near:
+        raise UserError(
+            f"unexpected argument {argument!r}: did you mean {FLAGS[near[0]]}? `asd-megatron train` and `asd-megatron sft`"
+            " take it, without a value"
+        )
 
 
 def split_overrides(arguments: Sequence[str], schema: type[BaseModel] | None = None) -> list[tuple[str, str]]:
