@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 
 from asd_megatron.cli.console import flush_output
 from asd_megatron.cli.guard import INTERRUPTED
@@ -47,13 +48,13 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
     refuse_other_launchers(kind, module, os.environ)
     end_with_launcher(os.environ)
     recipe = load_recipe(words[0], words[1:], kind)
-    print(
-        f"asd-megatron {kind}: {words[0]} is read; importing PyTorch and Megatron-Core takes some seconds", flush=True
-    )
+    print(f"asd-megatron {kind} {words[0]}: importing PyTorch and Megatron-Core takes some seconds", flush=True)
     command = shlex.join(["asd-megatron", kind, *words])
     try:
         placement = _checked_placement(recipe)
     except KeyboardInterrupt:
+        if DRY_RUN in argv:
+            raise
         print(f"interrupted before the run began; to start it: {command}", file=sys.stderr)
         return INTERRUPTED
     if DRY_RUN in argv:
@@ -77,14 +78,14 @@ def _checked_placement(recipe: AnyRecipe) -> Placement:
 
 def _run_and_tell(recipe: AnyRecipe, module: str, words: Sequence[str], ranks: int, command: str) -> int:
     """`run_ranks`; after an interruption, of this process or of one rank, say what was kept."""
-    from asd_megatron.run.interruption import interrupted_text, now
-
-    since = now()
+    since = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         status = run_ranks(module, words, ranks)
     except KeyboardInterrupt:
         status = INTERRUPTED
     if status == INTERRUPTED:
+        from asd_megatron.run.interruption import interrupted_text  # not before a single rank replaces this process
+
         print(interrupted_text(recipe, command, since), file=sys.stderr, flush=True)
     return status
 

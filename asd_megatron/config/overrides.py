@@ -18,14 +18,14 @@ FLAGS = {"dryrun": "--dry-run", "help": "--help"}
 
 
 def check_flag(argument: str) -> None:
-    """Raise UserError for an argument that is meant as a flag: `--dry_run`, `--dryrun`, `-dry-run`, `--dry-run=true`."""
+    """Raise UserError for an argument that is meant as a flag: `--dry_run`, `-dryrun`, `--dry-run=true`."""
     given = argument.partition("=")[0]
     letters = given.lower().replace("-", "").replace("_", "")
     near = difflib.get_close_matches(letters, FLAGS, n=1, cutoff=0.8)
     if near:
         raise UserError(
-            f"unexpected argument {argument!r}: did you mean {FLAGS[near[0]]}? `asd-megatron train` and `asd-megatron sft`"
-            " take it, without a value"
+            f"unexpected argument {argument!r}: did you mean {FLAGS[near[0]]}? `asd-megatron train` and"
+            " `asd-megatron sft` take it, without a value"
         )
 
 

@@ -196,8 +196,8 @@ def check_step_left(recipe: AnyRecipe, start: Start, step: int) -> None:
     steps = recipe.run.steps
     if step > steps or step == steps and start.kind != "resume":
         raise UserError(
-            f"checkpoint.resume: {start.checkpoint} is the state after step {step} and run.steps is {steps}, so there is"
-            f" no step left: set run.steps above {step}, or checkpoint.resume never and another run.name"
+            f"checkpoint.resume: {start.checkpoint} is the state after step {step} and run.steps is {steps}, so there"
+            f" is no step left: set run.steps above {step}, or checkpoint.resume never and another run.name"
         )
 
 

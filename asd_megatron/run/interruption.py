@@ -19,7 +19,7 @@ STARTS = ("fresh", "restart", "resume", "overwrite")
 
 
 def now() -> str:
-    """The time as history.jsonl has it."""
+    """The time in UTC, as in history.jsonl."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

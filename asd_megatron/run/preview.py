@@ -24,7 +24,8 @@ from asd_megatron.run.folder import (
 
 
 def preview(recipe: AnyRecipe, stage: str) -> Start:
-    """The `Start` that a run of the recipe would have now. Raises UserError for what it would refuse. Writes nothing."""
+    """The `Start` that a run of the recipe would have now. Raises UserError for what the run would refuse. Writes
+    nothing."""
     folder = recipe.run.path
     _check_usable(folder)
     try:
@@ -40,8 +41,8 @@ def preview(recipe: AnyRecipe, stage: str) -> Start:
     if start.checkpoint is not None:
         if not (Path(start.checkpoint) / lineage.RUN_STATE).is_file():
             raise UserError(
-                f"checkpoint.resume: {start.checkpoint} is no training checkpoint ({lineage.RUN_STATE} is missing): give a"
-                " folder checkpoints/step_NNNNNN of a run"
+                f"checkpoint.resume: {start.checkpoint} is no training checkpoint ({lineage.RUN_STATE} is missing):"
+                " give a folder checkpoints/step_NNNNNN of a run"
             )
         if step := lineage.step_of(Path(start.checkpoint).resolve().name):
             check_step_left(recipe, start, step)
@@ -73,7 +74,7 @@ def start_text(recipe: AnyRecipe, start: Start) -> str:
     step = lineage.step_of(Path(start.checkpoint).resolve().name) if start.checkpoint is not None else 0
     text = {
         "fresh": f"{folder}: new{origin}",
-        "overwrite": f"{folder}: what it holds would be removed (run.overwrite true), and the run would start new{origin}",
+        "overwrite": f"{folder}: its content would be removed (run.overwrite true), and a new run would start{origin}",
         "restart": f"{folder}: its run stopped before the first checkpoint, and would start again from step 1{origin}",
         "resume": f"{folder}: its run would be resumed from step {step} of {steps} ({start.checkpoint})",
     }[start.kind]

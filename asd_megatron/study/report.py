@@ -9,6 +9,7 @@ from pathlib import Path
 
 from asd_megatron.errors import plural
 from asd_megatron.files import atomic_write
+from asd_megatron.observe.names import graded
 from asd_megatron.study.cells import LOG_FILE, CellRecord
 from asd_megatron.study.markdown import NOTHING, counted, decimals, number, spread, table, when
 from asd_megatron.study.plan import CellKey
@@ -135,6 +136,10 @@ def _overview(findings: Findings) -> list[str]:
 
 def _how_to_read(findings: Findings) -> list[str]:
     baseline = findings.study.baseline_arm
+    rewards = [
+        "* Rewards are graded, not only 0 and 1: `evaluation/accuracy` is the mean reward of held-out responses, and the "
+        "fraction that passed is `evaluation/pass_rate`.",
+    ]
     return [
         "How to read the tables:",
         "",
@@ -142,6 +147,7 @@ def _how_to_read(findings: Findings) -> list[str]:
         "dash: no number.",
         "* Held-out metrics (`evaluation/`) are of one evaluation; the others are means over the steps since the "
         "evaluation before.",
+        *(rewards if graded(row for result in findings.results for row in result.rows) else []),
         f"* Differences are arm less `{baseline}`, of cells with the same start and seed. Arms that ran from other "
         "starts or with other seeds compare there alone.",
         "* The interval is for the mean difference: 95%, percentile bootstrap over the pairs, 10,000 resamples, fixed "
