@@ -74,7 +74,8 @@ def _run(study: Study, records: dict[Cell, CellRecord | None], parallel: int) ->
     with locked(study.path) as lock:
         atomic_write(study.path / "study.yaml", to_yaml(study.model_dump(mode="json")))
         progress = StudyProgress(len(records), done=len(records) - len(waiting), parallel=parallel)
-        progress.note(f"study {study.name}: {len(waiting)} of {plural(len(records), 'cell')} to run, {parallel} at a time")
+        cells = plural(len(records), "cell")
+        progress.note(f"study {study.name}: {len(waiting)} of {cells} to run, {parallel} at a time")
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             Runner(parallel=parallel, timeout=study.timeout, progress=progress, lock=lock).run(waiting)
@@ -129,5 +130,6 @@ def _report(study: Study) -> int:
     for pair in equal_arms(findings):
         print(f"warning: {equal_arms_text(*pair)}")
     failed = [str(key) for key, record in records.items() if record is not None and record.status == "failed"]
-    print(f"{report}: {len(results)} of {plural(len(cells), 'cell')}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    said = f"; failed: {', '.join(failed)}" if failed else ""
+    print(f"{report}: {len(results)} of {plural(len(cells), 'cell')}{said}")
     return FAILED if failed else 0

@@ -84,8 +84,8 @@ def token_means(ids: Tensor, pmi: Tensor, *, min_count: int = 1) -> list[TokenMe
 
 
 def _byte_characters() -> dict[str, int]:
-    """The byte of each character of a byte-level vocabulary (GPT-2, Qwen, Llama 3): printable bytes of Latin-1 stand for
-    themselves, the others for the characters from 256 on, in order."""
+    """The byte of each character of a byte-level vocabulary (GPT-2, Qwen, Llama 3): a printable byte of Latin-1 is its
+    own character, the others have those from 256 on, in order."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}

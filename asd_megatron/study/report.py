@@ -137,8 +137,8 @@ def _overview(findings: Findings) -> list[str]:
 def _how_to_read(findings: Findings) -> list[str]:
     baseline = findings.study.baseline_arm
     rewards = [
-        "* Rewards are graded, not only 0 and 1: `evaluation/accuracy` is the mean reward of held-out responses, and the "
-        "fraction that passed is `evaluation/pass_rate`.",
+        "* Rewards are graded, not only 0 and 1: `evaluation/accuracy` is the mean reward of held-out responses, and "
+        "`evaluation/pass_rate` the fraction that passed.",
     ]
     return [
         "How to read the tables:",
