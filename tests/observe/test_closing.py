@@ -24,6 +24,26 @@ def test_before_and_after_best_step_places_and_a_sample() -> None:
     assert "| 1 + 1?" in text and "reward 1" in text
 
 
+def test_a_mean_of_graded_rewards_is_no_accuracy() -> None:
+    rows = [
+        {"step": 0, "evaluation/accuracy": 0.3, "evaluation/pass_rate": 0.1},
+        {"step": 1, "reward/mean": 0.4, "reward/pass_rate": 0.4},
+        {
+            "step": 2,
+            "reward/mean": 0.5,
+            "reward/pass_rate": 0.2,
+            "evaluation/accuracy": 0.6,
+            "evaluation/pass_rate": 0.2,
+        },
+    ]
+    text = closing_table(rows, run_folder=Path("R"), model_folder=None)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["held-out", "mean", "reward", "0.300", "0.600"] in lines
+    assert ["held-out", "pass", "rate", "0.100", "0.200"] in lines
+    assert ["pass", "rate", "of", "training", "rollouts", "0.400", "0.200"] in lines
+    assert "accuracy" not in text and "best held-out mean reward: 0.600" in text
+
+
 def test_a_run_without_evaluation_or_export_and_a_long_sample() -> None:
     text = closing_table(
         [{"step": 1, "sft/loss": 2.0}, {"step": 2, "sft/loss": 1.0}],
