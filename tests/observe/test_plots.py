@@ -101,15 +101,13 @@ def labels(axis: Any) -> list[str]:
 
 
 def test_another_run_is_drawn_beside_in_every_panel(tmp_path: Path) -> None:
-    folders = [
-        write_run(tmp_path / name, 5, **{"puzzle/u_other": 1.0, "reward/mean": 0.5}) for name in ("long" * 9, "b")
-    ]
+    extra = {"puzzle/u_other": 1.0, "reward/mean": 0.5}
+    folders = [write_run(tmp_path / name, 5, **extra) for name in "ab"]
     names = ["antisd-of-the-first-study-1", "grpo"]
     own = Curves(read_metrics(folders[0]), names[0], Curves(read_metrics(folders[1]), names[1]))
     panels = _choose(own)
-    assert {"Mean reward", "Pass rate", "Gate", "PMI u = teacher - student log-prob (nats)"} <= {
-        p.title for p in panels
-    }
+    shown = {panel.title for panel in panels}
+    assert {"Mean reward", "Pass rate", "Gate", "PMI u = teacher - student log-prob (nats)"} <= shown
     figure = draw_panels(own, panels)
     figure.draw_without_rendering()
     for axis, panel in zip(figure.axes, panels, strict=False):

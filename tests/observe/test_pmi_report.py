@@ -66,7 +66,7 @@ def test_report() -> None:
 
 
 def test_bytes_that_are_no_text_are_shown() -> None:
-    """Half a character of a byte-level vocabulary, of SentencePiece's byte fallback, and the character U+FFFD itself."""
+    """A part of a character in a byte-level vocabulary and in SentencePiece's byte fallback; U+FFFD itself."""
     assert [token_text(Words(), i) for i in (20, 21, 22, 8)] == [" \\xe2\\x82", "\\xe2", "\ufffd", "\\n"]
 
 
