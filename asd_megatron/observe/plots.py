@@ -109,10 +109,10 @@ def _legend(axis: Any, columns: int = 1) -> None:
         box = legend.get_window_extent(renderer)
         if box.width <= panel.width:
             break
-    transform = axis.transScale + axis.transLimits  # data to fractions of the panel, on logarithmic axes too
+    low, _ = axis.get_ylim()  # first: it brings the limits up to date
+    fraction = (axis.transScale + axis.transLimits).inverted()  # of the panel to data, on logarithmic axes too
     band = min(0.6, box.height / panel.height)
-    _, high = transform.inverted().transform((0, 1 / (1 - band)))
-    axis.set_ylim(axis.get_ylim()[0], high)
+    axis.set_ylim(low, fraction.transform((0, 1 / (1 - band)))[1])
 
 
 def spread_out(values: Sequence[float], gap: float) -> list[float]:
@@ -384,13 +384,13 @@ def draw_panels(curves: Curves, panels: Sequence[Panel]) -> Any:
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(4.1 * columns, 2.9 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         dress(axis)
         axis.set_title(panel.title, loc="left", fontsize=10)
         _steps(axis, curves)
         panel.draw(axis, curves)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.remove()
     title = curves.name if curves.beside is None else f"{curves.name} and {curves.beside.name}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")

@@ -40,7 +40,7 @@ def success_threshold(recipe: AnyRecipe) -> float:
     return recipe.privileged.success_threshold if isinstance(recipe, Recipe) else 1.0
 
 
-def _line(step: int, metrics: Mapping[str, float]) -> str:
+def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
     """The console's line. A mean reward is called accuracy only where it is the fraction of right answers."""
     mean, passed = metrics["evaluation/accuracy"], metrics["evaluation/pass_rate"]
     what = f"accuracy after {plural(step, 'step')}: {mean:.3f}"
@@ -81,7 +81,7 @@ class HeldOut:
         self.first = metrics if step == 0 else self.first
         self.last = metrics
         self.sample = _sample(found)
-        self.session.progress.note(_line(step, metrics))
+        self.session.progress.note(evaluation_line(step, metrics))
         return metrics
 
     def state(self) -> list[dict[str, float] | None]:

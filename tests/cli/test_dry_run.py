@@ -54,9 +54,11 @@ def test_what_it_shows(world: World, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert words in out, out
     assert not (world.folder / "runs").exists()
-    assert dry("train", world.recipe(algorithm={"name": "grpo"})) == 0
+    held_out = ["--data.test", str(world.problems), "--evaluation.every", "1"]
+    assert dry("train", world.recipe(algorithm={"name": "grpo"}), *held_out) == 0
     out = capsys.readouterr().out
-    assert "teacher's prompt" not in out and "starts 1 rank\n" in out
+    assert "teacher's prompt" not in out and "starts 1 rank\n" in out and "no per-token term" in out
+    assert f"{world.problems}, every step, at the start, at the end, temperature 0.7, top_p 0.95" in out
 
 
 def test_what_becomes_of_the_run_folder(world: World, capsys: pytest.CaptureFixture[str]) -> None:
