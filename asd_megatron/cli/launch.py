@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from asd_megatron.cli.console import flush_output
-from asd_megatron.cli.guard import INTERRUPTED
+from asd_megatron.cli.guard import INTERRUPTED, importing
 from asd_megatron.cli.placement import Placement, place, placement_text
 from asd_megatron.config import AnyRecipe, Kind, check_devices, check_model, load_recipe, render_help
 from asd_megatron.config.overrides import check_flag
@@ -50,17 +50,13 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
     recipe = load_recipe(words[0], words[1:], kind)
     print(f"asd-megatron {kind} {words[0]}: importing PyTorch and Megatron-Core takes some seconds", flush=True)
     command = shlex.join(["asd-megatron", kind, *words])
-    try:
-        placement = _checked_placement(recipe)
-    except KeyboardInterrupt:
-        if DRY_RUN in argv:
-            raise
-        print(f"interrupted before the run began; to start it: {command}", file=sys.stderr)
-        return INTERRUPTED
     if DRY_RUN in argv:
-        from asd_megatron.run.dry_run import dry_run
-
+        with importing("interrupted: nothing was started"):
+            placement = _checked_placement(recipe)
+            from asd_megatron.run.dry_run import dry_run
         return dry_run(recipe, placement.ranks, placement_text(recipe, placement))
+    with importing(f"interrupted before the run began; to start it: {command}"):
+        placement = _checked_placement(recipe)
     print(placement_text(recipe, placement), flush=True)
     placement.apply(os.environ)
     set_defaults(placement.ranks, os.environ)

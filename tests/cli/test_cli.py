@@ -174,6 +174,28 @@ def test_an_interruption_says_what_was_kept(
     assert "step 20" in (line := said()) and str(checkpoint) in line and line.endswith("--checkpoint.resume auto")
 
 
+def test_an_interrupted_import_ends_the_process_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the exception can be turned into another one by the package that is being imported."""
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    def gpus() -> int:
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("not ended")
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(launch, "_gpus", gpus)
+    before = signal.getsignal(signal.SIGINT)
+    for words, text in (([], f"to start it: asd-megatron train {recipe(tmp_path)}\n"), (["--dry-run"], "nothing was")):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", recipe(tmp_path), *words])
+        assert ended.value.code == 130 and text in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_start_is_seen_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
