@@ -19,7 +19,7 @@ from asd_megatron.observe.writer import read_metrics
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.run.build import embedded_engine, evaluation_collector, make_renderer
 from asd_megatron.run.evaluation import HeldOut, Weights
-from asd_megatron.run.report import announce
+from asd_megatron.run.report import announce, evaluation_text
 from asd_megatron.run.session import Session, run_session
 from asd_megatron.run.sources import held_out_problems, supervised_source
 from asd_megatron.trainer.guard import Guard
@@ -133,6 +133,7 @@ def _announce(run: SupervisedRun) -> None:
             "examples": f"{recipe.data.train}, {recipe.sft.sequences_per_step} a step",
             "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens",
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
+            "evaluation": evaluation_text(recipe),
         },
         passes=("one forward and backward: cross-entropy on the given responses (3 forwards' worth)",),
     )

@@ -18,7 +18,7 @@ from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 from asd_megatron.config.refusals import dotted_keys, nearest_key
 from asd_megatron.config.rollout_checks import device_findings, rollout_findings
 from asd_megatron.data.templates import PAPER_WORDING, teacher_template_fault
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, plural
 
 CORPUS = "puzzle:corpus"
 PUZZLES = ("puzzle:train", "puzzle:test")
@@ -242,14 +242,15 @@ def check_world(recipe: AnyRecipe, world_size: int) -> int:
     product = f"tensor {p.tensor} x pipeline {p.pipeline} x context {p.context}"
     if world_size % p.model_parallel:
         raise UserError(
-            f"{world_size} ranks do not divide into model copies of {p.model_parallel} ({product}): start a multiple of"
-            f" {p.model_parallel} ranks, or change the parallelism section"
+            f"{plural(world_size, 'rank')} {'does' if world_size == 1 else 'do'} not divide into model copies of"
+            f" {p.model_parallel} ({product}): start a multiple of {p.model_parallel} ranks, or change the parallelism"
+            " section"
         )
     data = world_size // p.model_parallel
     if p.data is not None and p.data != data:
         raise UserError(
-            f"{product} x data {p.data} needs {p.ranks} ranks and there are {world_size}: start {p.ranks}, or set "
-            f"parallelism.data {data} (or null)"
+            f"{product} x data {p.data} needs {plural(p.ranks, 'rank')} and there {'is' if world_size == 1 else 'are'}"
+            f" {world_size}: start {p.ranks}, or set parallelism.data {data} (or null)"
         )
     return data
 

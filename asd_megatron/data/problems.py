@@ -21,6 +21,7 @@ from asd_megatron.data.jsonl import (
     scalar_field,
 )
 from asd_megatron.data.shapes import SHAPES, shape_of
+from asd_megatron.errors import plural
 from asd_megatron.records import Problem
 
 FIELDS = ("prompt", "messages", "answer", "solution", "id")
@@ -58,7 +59,7 @@ class ProblemSet:
         total = len(self.problems)
         if n > total:
             raise DataError(
-                f"{self.path} has {total} problems, fewer than the {n} of one step: "
+                f"{self.path} has {plural(total, 'problem')}, fewer than the {n} of one step: "
                 f"lower sampling.problems_per_step to {total} or add problems"
             )
         if not self.shuffle:

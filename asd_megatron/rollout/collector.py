@@ -84,6 +84,11 @@ class Evaluation:
         """Mean over problems of the mean reward of their samples."""
         return sum(sum(s) / len(s) for s in self.scores) / len(self.scores)
 
+    def pass_rate(self, threshold: float) -> float:
+        """Mean over problems of the fraction of their samples with at least this reward: equal to `accuracy`, bit for
+        bit, where all rewards are 0 or 1 and the threshold is between them."""
+        return sum(sum(reward >= threshold for reward in s) / len(s) for s in self.scores) / len(self.scores)
+
     @property
     def length_mean(self) -> float:
         """Mean response length in tokens, the end token included."""

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,26 +71,32 @@ def hold(folder: Path, closing: ExitStack) -> None:
     """Make the run folder if it is not there, and hold its lock until `closing` closes; a folder that is then still
     empty is removed. Raises UserError when it cannot be made, or is held by another run."""
     made: list[Path] = []
-
-    def refusal(holder: str) -> str:
-        return (
-            f"the run folder {folder} is in use by another run ({holder}): wait for it, end it, or choose another"
-            " run.name or run.folder"
-        )
-
     try:
         made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
         folder.mkdir(parents=True, exist_ok=True)
         closing.callback(_remove_empty, made)
-        closing.enter_context(locks.locked(folder / LOCK_FILE, refusal))
+        closing.enter_context(locks.locked(folder / LOCK_FILE, partial(in_use, folder)))
         closing.callback(_remove_lock, folder)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        why = (error.strerror if isinstance(error, OSError) else None) or error
         verb = "made" if folder in made or not os.path.isdir(folder) else "written to"
-        raise UserError(
-            f"the run folder {folder} cannot be {verb} ({why}): choose another run.name or run.folder, or change"
-            " permissions there"
-        ) from None
+        raise unusable(folder, verb, error) from None
+
+
+def in_use(folder: Path, holder: str) -> str:
+    """The refusal of a run folder that `holder` has locked."""
+    return (
+        f"the run folder {folder} is in use by another run ({holder}): wait for it, end it, or choose another"
+        " run.name or run.folder"
+    )
+
+
+def unusable(folder: Path, verb: str, error: OSError | ValueError) -> UserError:
+    """The refusal of a run folder that the operating system does not let be `verb`: made, written to."""
+    why = (error.strerror if isinstance(error, OSError) else None) or error
+    return UserError(
+        f"the run folder {folder} cannot be {verb} ({why}): choose another run.name or run.folder, or change"
+        " permissions there"
+    )
 
 
 def _remove_lock(folder: Path) -> None:
@@ -114,14 +121,15 @@ def claim(recipe: AnyRecipe, stage: str, closing: ExitStack) -> Start:
     folder = recipe.run.path
     hold(folder, closing)
     try:
-        return _decide(recipe, stage)
+        return decide(recipe, stage)
     except OSError as error:
         raise UserError(
             f"the run folder {folder} cannot be read ({error.strerror or error}): choose another run.name or run.folder"
         ) from None
 
 
-def _decide(recipe: AnyRecipe, stage: str) -> Start:
+def decide(recipe: AnyRecipe, stage: str) -> Start:
+    """The decision of `claim`, about a folder that need not be there or be locked. Writes nothing."""
     folder, asked = recipe.run.path, recipe.checkpoint.resume
     given = None if asked in ("auto", "never") else Path(asked)
     returned_to = None
@@ -183,8 +191,20 @@ def _is_asked(recipe: AnyRecipe, checkpoint: str) -> bool:
     return asked not in ("auto", "never") and os.path.realpath(asked) == os.path.realpath(checkpoint)
 
 
+def check_step_left(recipe: AnyRecipe, start: Start, step: int) -> None:
+    """Raise UserError when the checkpoint that `start` loads, the state after `step` steps, leaves nothing to do."""
+    steps = recipe.run.steps
+    if step > steps or step == steps and start.kind != "resume":
+        raise UserError(
+            f"checkpoint.resume: {start.checkpoint} is the state after step {step} and run.steps is {steps}, so there"
+            f" is no step left: set run.steps above {step}, or checkpoint.resume never and another run.name"
+        )
+
+
 def _entries(folder: Path) -> list[str]:
-    return [name for name in os.listdir(folder) if name != LOCK_FILE]
+    with suppress(FileNotFoundError):
+        return [name for name in os.listdir(folder) if name != LOCK_FILE]
+    return []
 
 
 def _recorded(recipe: AnyRecipe, elsewhere: str | None, newest: Path | None) -> Mapping[str, Any] | None:

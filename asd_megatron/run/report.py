@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from asd_megatron.antisd import Condition, Gate
-from asd_megatron.config import Recipe
+from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.config.rollout import Rollout
+from asd_megatron.errors import plural
 from asd_megatron.models.compat import layers_text
 from asd_megatron.observe.startup import environment, gate_text, startup_report, suppliers, write_environment
 from asd_megatron.rollout.sglang.servers.options import nccl_settings
@@ -87,13 +88,34 @@ def _demonstrations(recipe: Recipe, teacher: bool) -> dict[str, str]:
     return {"demonstrations": "drawn by each rollout" if shared is None else f"{shared} shared by a group"}
 
 
+def evaluation_text(recipe: AnyRecipe) -> str:
+    """When the run evaluates, on what, and how it samples there; `none` if it does not."""
+    if not recipe.evaluates:
+        return "none"
+    e = recipe.evaluation
+    every = "every step" if e.every == 1 else f"every {e.every} steps"
+    when = [every] * bool(e.every) + ["at the start"] * e.at_start + ["at the end"] * e.at_end
+    parts = [f"{recipe.data.test}" if e.problems is None else f"{plural(e.problems, 'problem')} of {recipe.data.test}"]
+    parts += [f"{e.samples} responses each"] * (e.samples > 1)
+    parts += [*when, f"temperature {e.temperature:g}", f"top_p {e.top_p:g}"]
+    return ", ".join(parts + [f"top_k {e.top_k}"] * bool(e.top_k))
+
+
+def gate_line(recipe: Recipe, condition: Condition, gate: Gate) -> str:
+    """How lambda is set in a run of the recipe."""
+    return gate_text(
+        condition,
+        lambda_max=gate.lambda_max,
+        warmup_steps=gate.warmup_steps,
+        tau_down=gate.tau_down,
+        tau_up=gate.tau_up,
+        h_warm=recipe.gate.h_warm,
+    )
+
+
 def announce_training(recipe: Recipe, session: Session, condition: Condition, gate: Gate, plan: PassPlan) -> None:
     """The report of an RL run. Global rank 0 only."""
-    s, e = recipe.sampling, recipe.evaluation
-    evaluation = "none"
-    if recipe.evaluates:
-        when = [f"every {e.every} steps"] * bool(e.every) + ["at the start"] * e.at_start + ["at the end"] * e.at_end
-        evaluation = f"{recipe.data.test}, {', '.join(when)}, temperature {e.temperature:g}"
+    s = recipe.sampling
     announce(
         session,
         {
@@ -105,17 +127,10 @@ def announce_training(recipe: Recipe, session: Session, condition: Condition, ga
             "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens"
             + (", shared prefixes computed once" if session.pack_layout.share_prefixes else ""),
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
-            "evaluation": evaluation,
+            "evaluation": evaluation_text(recipe),
             **_demonstrations(recipe, plan.teacher_scoring),
         },
         condition=condition,
-        gate=gate_text(
-            condition,
-            lambda_max=gate.lambda_max,
-            warmup_steps=gate.warmup_steps,
-            tau_down=gate.tau_down,
-            tau_up=gate.tau_up,
-            h_warm=recipe.gate.h_warm,
-        ),
+        gate=gate_line(recipe, condition, gate),
         passes=plan.reasons,
     )
