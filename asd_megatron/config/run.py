@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints
 from asd_megatron.config.base import Section, Text
 
 
-class RunBase(Section):
+class RunSection(Section):
     """The run's name, length, seed and folder, in both stages."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]*$")] = Field(
@@ -38,7 +38,7 @@ class RunBase(Section):
         return Path(self.folder.replace("{name}", self.name))
 
 
-class Run(RunBase):
+class TrainRunSection(RunSection):
     """The run of a `train` recipe."""
 
     dump_rollouts: bool = Field(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from asd_megatron.antisd import Gate, condition
 from asd_megatron.config import AnyRecipe, Recipe
-from asd_megatron.config.evaluation import Evaluation
-from asd_megatron.config.sampling import Sampling
+from asd_megatron.config.evaluation import EvaluationSection
+from asd_megatron.config.sampling import SamplingSection
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.templates import PAPER_WORDING
 from asd_megatron.records import Problem, SamplingParams
@@ -156,7 +156,7 @@ def evaluation_params(session: Session) -> SamplingParams:
     return _params(session, session.recipe.evaluation, session.recipe.evaluation.samples)
 
 
-def _params(session: Session, filters: Sampling | Evaluation, n: int) -> SamplingParams:
+def _params(session: Session, filters: SamplingSection | EvaluationSection, n: int) -> SamplingParams:
     """`filters`: the section with temperature, top-p and top-k. The end of a response is that of `sampling` always."""
     limits = session.recipe.sampling
     return SamplingParams(
