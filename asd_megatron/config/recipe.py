@@ -28,8 +28,7 @@ from asd_megatron.config.sft import SftSection
 from asd_megatron.config.yaml_text import to_yaml
 
 Kind = Literal["train", "sft"]
-WARMUP_STEPS = 5  # the paper's W
-
+GATE_WARMUP_STEPS = 5  # the paper's W
 
 LONG_RESPONSES = 4096
 """Tokens of a response from which on a group shares its demonstration, unless the recipe says otherwise."""
@@ -59,7 +58,7 @@ class Recipe(Section):
         """`gate.warmup_steps`, or its default: 5 for gated conditions without a given `h_warm`, else 0."""
         if self.gate.warmup_steps is not None:
             return self.gate.warmup_steps
-        return WARMUP_STEPS if self.algorithm.gated and self.gate.h_warm is None else 0
+        return GATE_WARMUP_STEPS if self.algorithm.gated and self.gate.h_warm is None else 0
 
     @property
     def demonstrations_per_group(self) -> int | None:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from asd_megatron.data.problems import ProblemSource
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.closing import Sample
 from asd_megatron.rollout.collector import Collector, Evaluation
 from asd_megatron.run.build import evaluation_params
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import ProblemSource, own_metrics
+from asd_megatron.run.sources import own_metrics
 
 
 class Weights:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from asd_megatron.checkpoint.huggingface import CONFIG, is_complete
 from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_write, remove_partial, to_json
+from asd_megatron.files import atomic_write, remove_partial, to_json, user_error
 from asd_megatron.run.changes import Change, changes, not_accepted
 
 LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "recipe.yaml", "summary.json"
@@ -51,16 +51,10 @@ class Start:
     returned_to: str | None = None
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise an OSError from inside, while `path` is written, as a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): free space or change its permissions, then start"
-            " the same command again"
-        ) from error
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Raise an OSError from inside, while `path` of the run folder is written, as a UserError."""
+    remedy = "free space or change its permissions, then start the same command again"
+    return user_error(f"{path} cannot be written", remedy)
 
 
 # ---------------------------------------------------------------- locking

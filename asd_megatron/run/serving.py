@@ -14,6 +14,7 @@ import torch
 
 from asd_megatron.config import Recipe
 from asd_megatron.config.rollout import RolloutSection
+from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
@@ -30,7 +31,6 @@ from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTrans
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import ProblemSource
 from asd_megatron.trainer.scorer import score_sequence
 
 MIB = 2**20

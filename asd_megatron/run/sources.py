@@ -9,28 +9,19 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from asd_megatron.config.checks import CORPUS
 from asd_megatron.config.data import DataSection
-from asd_megatron.data.problems import ProblemSet, load_problems
+from asd_megatron.data.problems import ProblemSet, ProblemSource, load_problems
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.sft import SftExample, load_sft
 from asd_megatron.errors import UserError
 from asd_megatron.gym.stream import Task, TrainingStream
 from asd_megatron.gym.tasks import task_of
-from asd_megatron.records import Example, Problem, Rollout, TokenTable
+from asd_megatron.records import Example, Rollout, TokenTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PUZZLE = "puzzle:"
 WARM_START = "puzzle:warm_start"
-
-
-class ProblemSource(Protocol):
-    """A problem set: a step's problems are a pure function of (step, n, seed), so that resuming needs no other
-    state."""
-
-    def batch(self, step: int, n: int, seed: int) -> list[Problem]: ...
-
-    def take(self, n: int | None = None) -> list[Problem]: ...
 
 
 class SourceMetrics(Protocol):
