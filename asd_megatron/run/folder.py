@@ -124,6 +124,7 @@ def _decide(recipe: AnyRecipe, stage: str) -> Start:
     if given is not None and not given.is_dir():
         raise UserError(f"checkpoint.resume: {asked} is not a folder; give a checkpoint's folder, auto or never")
     elsewhere = asked if given is not None and not _inside(given, folder) else None
+    own = returned_to is not None or given is not None and elsewhere is None
     if not _entries(folder):
         return Start("fresh", elsewhere)
     newest = None if asked == "never" else lineage.latest(folder / CHECKPOINTS)
@@ -134,7 +135,7 @@ def _decide(recipe: AnyRecipe, stage: str) -> Start:
     found = tuple(changes(recorded, recipe))
     checkpoint = newest if given is None or elsewhere is not None else given
     if _complete(recipe):
-        if recipe.run.overwrite and checkpoint == newest:
+        if recipe.run.overwrite and checkpoint == newest and not own:  # a named checkpoint is not to be removed
             _check_overwrite(recipe)
             return Start("overwrite", elsewhere)
         if checkpoint == newest and not _export_is_missing(recipe, newest):

@@ -379,7 +379,7 @@ class Session:
 def _nothing_left(recipe: AnyRecipe) -> str:
     return (
         f"the run in {recipe.run.path} is finished, all {recipe.run.steps} steps are made: nothing is left to do. For"
-        " more steps raise run.steps; to train from step 1 again set run.overwrite true"
+        " more steps raise run.steps; to train from step 1 again set run.overwrite true and checkpoint.resume never"
     )
 
 
