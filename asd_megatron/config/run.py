@@ -28,7 +28,8 @@ class RunSection(Section):
         False,
         description=(
             "Replace what a run folder holds. An unfinished run with a checkpoint is resumed instead, unless"
-            " `checkpoint.resume` is `never`. Without it, a folder that holds anything but this run is refused."
+            " `checkpoint.resume` is `never`; a run of which `checkpoint.resume` names a checkpoint is not replaced"
+            " either. Without it, a folder that holds anything but this run is refused."
         ),
     )
 
