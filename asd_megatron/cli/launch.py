@@ -27,6 +27,15 @@ from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launch
 from asd_megatron.errors import UserError
 
 DRY_RUN = "--dry-run"
+# Counts of a job's processes, by launcher: Kubeflow, Open MPI, MPICH's Hydra and Intel MPI, MVAPICH2, jsrun, Flux
+COUNTS = (
+    "PET_NNODES",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "JSM_NAMESPACE_SIZE",
+    "FLUX_JOB_SIZE",
+)
 
 
 def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
@@ -145,7 +154,7 @@ def refuse_other_launchers(kind: Kind, module: str, environment: Mapping[str, st
 def _counts_of_processes(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that count the processes of a job that this one is part of, each with the one to unset. A Slurm
     batch script or `salloc` shell, which is process 0 or none, counts by the tasks of its step, not of its job."""
-    counts = {"PET_NNODES": "PET_NNODES", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"}
+    counts = {name: name for name in COUNTS}
     if environment.keys() & {"RANK", "LOCAL_RANK"}:
         counts["WORLD_SIZE"] = "WORLD_SIZE"
     process = environment.get("SLURM_PROCID", "").strip()

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from asd_megatron.config.algorithm import Algorithm
+from asd_megatron.config.algorithm import AlgorithmSection
 from asd_megatron.config.checkpoint import ALL
 from asd_megatron.config.data import texts_for_booleans
 from asd_megatron.config.gym_checks import gym_findings
-from asd_megatron.config.parallelism import Parallelism
+from asd_megatron.config.parallelism import ParallelismSection
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 from asd_megatron.config.refusals import dotted_keys, nearest_key
 from asd_megatron.config.rollout_checks import device_findings, rollout_findings
@@ -208,7 +208,7 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _importance(a: Algorithm) -> Iterator[str]:
+def _importance(a: AlgorithmSection) -> Iterator[str]:
     if a.importance_level != "token" and a.importance_correction == "none":
         yield (
             f"algorithm.importance_level {a.importance_level} is read only with a correction: set"
@@ -238,7 +238,7 @@ def _sft(recipe: SftRecipe) -> Iterator[str]:
 
 def check_world(recipe: AnyRecipe, world_size: int) -> int:
     """The data-parallel size that `world_size` ranks leave. Raises UserError when they do not fit the layout."""
-    p: Parallelism = recipe.parallelism
+    p: ParallelismSection = recipe.parallelism
     product = f"tensor {p.tensor} x pipeline {p.pipeline} x context {p.context}"
     if world_size % p.model_parallel:
         raise UserError(
@@ -295,7 +295,7 @@ def check_model(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> None:
     _refuse(list(_divides(recipe.parallelism, hf_config)) + list(_lengths(recipe, hf_config)))
 
 
-def _divides(p: Parallelism, hf_config: Mapping[str, Any]) -> Iterator[str]:
+def _divides(p: ParallelismSection, hf_config: Mapping[str, Any]) -> Iterator[str]:
     heads = hf_config.get("num_attention_heads")
     shared = {
         "attention heads": heads,

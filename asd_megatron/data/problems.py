@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from asd_megatron.data.jsonl import (
     DataError,
@@ -25,6 +25,17 @@ from asd_megatron.errors import plural
 from asd_megatron.records import Problem
 
 FIELDS = ("prompt", "messages", "answer", "solution", "id")
+
+
+class ProblemSource(Protocol):
+    """Problems to train on or to evaluate, from a file or generated. A step's problems are a pure function of
+    (step, n, seed), so that a resumed run needs no other state."""
+
+    def batch(self, step: int, n: int, seed: int) -> list[Problem]:
+        """The `n` problems of training step `step` (from 1)."""
+
+    def take(self, n: int | None = None) -> list[Problem]:
+        """The first `n` problems (None: all), for evaluation."""
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from asd_megatron.data.problems import ProblemSource
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import broadcast_object, share_outcome
 from asd_megatron.errors import UserError
 from asd_megatron.records import FinishReason, Group, Problem, Prompt, SamplingParams
 from asd_megatron.reward.base import Verifier
 from asd_megatron.rollout.engine import RolloutEngine, RolloutError, WeightSource
-
-
-class Problems(Protocol):
-    """What the collector needs of a problem set: a step's problems, and its first `n` for evaluation."""
-
-    def batch(self, step: int, n: int, seed: int) -> list[Problem]: ...
-
-    def take(self, n: int | None = None) -> list[Problem]: ...
 
 
 class StudentPrompts(Protocol):
@@ -153,7 +146,7 @@ class Collector:
         engine: RolloutEngine,
         weights: WeightSource,
         verifier: Verifier | None,
-        problem_set: Problems,
+        problem_set: ProblemSource,
         renderer: StudentPrompts,
         process_groups: ProcessGroups,
         *,
@@ -185,7 +178,7 @@ class Collector:
         self._spare: list[Prompt] = []  # finished but not needed: for the next step; their groups on global rank 0
         self._spare_groups: list[Group] = []
         self._released = False  # whether the engine has given its memory to the trainer
-        self._evaluated: tuple[Problems, int | None, list[Prompt]] | None = None
+        self._evaluated: tuple[ProblemSource, int | None, list[Prompt]] | None = None
 
     def take_timings(self) -> Timings:
         """Seconds since the last call."""
@@ -216,7 +209,7 @@ class Collector:
         return draw.first_groups()
 
     def evaluate(
-        self, problem_set: Problems, params: SamplingParams, *, step: int, problems: int | None = None
+        self, problem_set: ProblemSource, params: SamplingParams, *, step: int, problems: int | None = None
     ) -> Evaluation | None:
         """Sample every problem of `problem_set` (its first `problems`) with `params` from the newest weights, reward
         all.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from asd_megatron.config import AnyRecipe, Recipe
+from asd_megatron.data.problems import ProblemSource
 from asd_megatron.errors import plural
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.closing import Sample
@@ -14,7 +15,7 @@ from asd_megatron.observe.names import graded
 from asd_megatron.rollout.collector import Collector, Evaluation
 from asd_megatron.run.build import evaluation_params
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import ProblemSource, own_metrics
+from asd_megatron.run.sources import own_metrics
 
 
 class Weights:

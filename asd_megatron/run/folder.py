@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -28,7 +28,7 @@ from asd_megatron.checkpoint.huggingface import CONFIG, is_complete
 from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_write, remove_partial, to_json
+from asd_megatron.files import atomic_write, remove_partial, to_json, user_error
 from asd_megatron.run.changes import Change, changes, not_accepted
 
 LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "recipe.yaml", "summary.json"
@@ -52,16 +52,10 @@ class Start:
     returned_to: str | None = None
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise an OSError from inside, while `path` is written, as a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): free space or change its permissions, then start"
-            " the same command again"
-        ) from error
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Raise an OSError from inside, while `path` of the run folder is written, as a UserError."""
+    remedy = "free space or change its permissions, then start the same command again"
+    return user_error(f"{path} cannot be written", remedy)
 
 
 # ---------------------------------------------------------------- locking
@@ -138,6 +132,7 @@ def decide(recipe: AnyRecipe, stage: str) -> Start:
     if given is not None and not given.is_dir():
         raise UserError(f"checkpoint.resume: {asked} is not a folder; give a checkpoint's folder, auto or never")
     elsewhere = asked if given is not None and not _inside(given, folder) else None
+    own = returned_to is not None or given is not None and elsewhere is None
     if not _entries(folder):
         return Start("fresh", elsewhere)
     newest = None if asked == "never" else lineage.latest(folder / CHECKPOINTS)
@@ -148,7 +143,7 @@ def decide(recipe: AnyRecipe, stage: str) -> Start:
     found = tuple(changes(recorded, recipe))
     checkpoint = newest if given is None or elsewhere is not None else given
     if _complete(recipe):
-        if recipe.run.overwrite and checkpoint == newest:
+        if recipe.run.overwrite and checkpoint == newest and not own:  # a named checkpoint is not to be removed
             _check_overwrite(recipe)
             return Start("overwrite", elsewhere)
         if checkpoint == newest and not _export_is_missing(recipe, newest):

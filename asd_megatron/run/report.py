@@ -9,7 +9,7 @@ import torch
 
 from asd_megatron.antisd import Condition, Gate
 from asd_megatron.config import AnyRecipe, Recipe
-from asd_megatron.config.rollout import Rollout
+from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.errors import plural
 from asd_megatron.models.compat import layers_text
 from asd_megatron.observe.startup import environment, gate_text, startup_report, suppliers, write_environment
@@ -54,7 +54,7 @@ def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
         session.progress.note(f"resumed after step {session.first_step - 1}")
 
 
-def _servers(rollout: Rollout) -> dict[str, str]:
+def _servers(rollout: RolloutSection) -> dict[str, str]:
     """The rows of the SGLang servers, with the settings that are not checked; {} for other engines."""
     if rollout.engine != "sglang":
         return {}

@@ -28,7 +28,7 @@ from asd_megatron.observe.closing import Sample, closing_table
 from asd_megatron.observe.progress import Progress, print_line
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run import folder as folders
-from asd_megatron.run.changes import OF_THE_SCHEDULE
+from asd_megatron.run.changes import SCHEDULE_KEYS
 from asd_megatron.run.clock import Clock
 from asd_megatron.run.folder import Start, writing
 from asd_megatron.run.interruption import Interruption
@@ -206,7 +206,7 @@ class Session:
             )
         if changes:
             lines.append(f"settings changed after step {done}: {'; '.join(map(str, changes))}")
-        if 0 < done < self.recipe.run.steps and any(change.key in OF_THE_SCHEDULE for change in changes):
+        if 0 < done < self.recipe.run.steps and any(change.key in SCHEDULE_KEYS for change in changes):
             optimizer, rate = self.recipe.optimizer, self.optimizer.learning_rate
             before = [row.get("optimizer/learning_rate") for row in read_metrics(self.folder) if row["step"] == done]
             lines.append(

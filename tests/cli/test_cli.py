@@ -254,6 +254,8 @@ def test_cores_are_divided_among_the_ranks() -> None:
         ({"RANK": "0", "WORLD_SIZE": "4"}, ["WORLD_SIZE is 4", "unset WORLD_SIZE"]),
         ({"LOCAL_RANK": "0", "WORLD_SIZE": "4"}, ["WORLD_SIZE is 4"]),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, ["OMPI_COMM_WORLD_SIZE is 4"]),
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, ["PMI_SIZE is 4", "unset PMI_SIZE"]),
+        ({"FLUX_JOB_SIZE": "2", "FLUX_TASK_RANK": "1"}, ["FLUX_JOB_SIZE is 2"]),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, ["SLURM_NTASKS is 2", "--ntasks-per-node=1"]),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, ["SLURM_STEP_NUM_TASKS is 2", "unset SLURM_PROCID"]),
     ],
@@ -279,7 +281,7 @@ def test_one_process_of_several_starts_no_ranks(
         {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"},  # a batch script, itself one process
         {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
         {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # salloc with an interactive step
-        {"OMPI_COMM_WORLD_SIZE": "1", "PET_NNODES": "1:1", "WORLD_SIZE": "4"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1", "PET_NNODES": "1:1", "WORLD_SIZE": "4"},
     ],
 )
 def test_the_only_process_of_a_job_may_start_ranks(environment: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from asd_megatron.antisd.divergence import CONDITIONS
 from asd_megatron.antisd.importance import Level
 from asd_megatron.config import check_devices, check_model, check_world, make_recipe
-from asd_megatron.config.algorithm import GATED, Algorithm, ConditionName
+from asd_megatron.config.algorithm import GATED, AlgorithmSection, ConditionName
 from asd_megatron.errors import UserError
 
 MINIMAL: dict[str, Any] = {"model": {"path": "model"}, "data": {"train": "problems.jsonl"}}
@@ -158,7 +158,7 @@ def test_only_masked_importance_has_a_floor() -> None:
 
 
 def test_the_levels_of_importance_are_those_of_the_method() -> None:
-    assert Algorithm.model_fields["importance_level"].annotation == Level
+    assert AlgorithmSection.model_fields["importance_level"].annotation == Level
 
 
 def test_the_conditions_are_those_of_the_method() -> None:

@@ -241,6 +241,22 @@ def test_the_command_that_returned_to_a_checkpoint_goes_on_when_it_is_started_ag
     ]
 
 
+def test_a_complete_run_whose_own_checkpoint_is_named_is_not_overwritten(folder: Path) -> None:
+    begin(folder)
+    older, newest = checkpoint(folder, 3), checkpoint(folder, 6)
+    complete(folder)
+    overwrite = ["--run.overwrite", "true", "--checkpoint.resume"]
+    assert begin(folder, *overwrite, str(newest)).kind == "finished"
+    assert begin(folder, *overwrite, str(newest), "--run.steps", "9").checkpoint == str(newest)
+    complete(folder)
+    assert begin(folder, *overwrite, str(older)).checkpoint == str(older)
+    lineage.name_latest(folder / "checkpoints", newest.name)  # saved again
+    complete(folder)
+    assert begin(folder, *overwrite, str(older)).kind == "finished"  # the same command again
+    assert "settings" in refusal(folder, *overwrite, str(older), "--run.seed", "1")
+    assert begin(folder, *overwrite, "never").kind == "overwrite"
+
+
 def test_a_resume_that_nobody_asked_for_and_an_abandoned_branch_are_no_returns(folder: Path) -> None:
     begin(folder)
     first, second = checkpoint(folder, 2), checkpoint(folder, 3)
