@@ -97,7 +97,9 @@ class TrainingRun:
         """Prepare the run folder, print the start-up report, start the engine, evaluate before the first step."""
         self.session.begin()
         self.session.on_root(self._watch_earlier_steps)
-        self.session.on_root(lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan))
+        self.session.on_root(
+            lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan, self.method)
+        )
         if reason := never_acts(self.recipe):
             self.session.say(f"warning: {reason}")
         with self.session.generating():  # colocated servers size their memory by what is free
