@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from asd_megatron.distributed.layout import Layout
 
@@ -19,6 +19,7 @@ class ParityCell:
     recompute: str = "none"
     share_prefixes: bool = False
     tokens_per_microbatch: int = 1 << 20
+    exact: bool = False  # the divergence over the whole vocabulary instead of its estimate
 
     @property
     def ranks(self) -> int:
@@ -26,7 +27,7 @@ class ParityCell:
 
     @property
     def reference(self) -> str:
-        return "single_tied" if self.tied else "single"
+        return ("full_" if self.exact else "") + ("single_tied" if self.tied else "single")
 
 
 def _cells() -> dict[str, ParityCell]:
@@ -69,6 +70,8 @@ def _cells() -> dict[str, ParityCell]:
         ),
         ParityCell("cp2_dp2", Layout(context=2, data=2), distributed_optimizer=True, tokens_per_microbatch=96),
     ]
+    full = ("single", "micro_batches", "tp2", "tp2_sp", "pp2", "cp2", "dp2", "tp2_pp2", "tp2_cp2")
+    cells += [replace(c, name=f"full_{c.name}", exact=True) for c in cells if c.name in full]
     return {c.name: c for c in cells}
 
 

@@ -25,12 +25,14 @@ from asd_megatron.distributed import device
 from asd_megatron.distributed.launcher import end_with_launcher
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
+from asd_megatron.ops.vocab_divergence import Divergence
 from asd_megatron.records import Example
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.optimizer import Optimizer
 from asd_megatron.trainer.pass_plan import plan_passes
+from asd_megatron.trainer.teacher_states import TeacherStates
 from asd_megatron.trainer.updater import UpdateStats, update
 
 TEMPERATURE = 0.7
@@ -86,8 +88,9 @@ def run_step(
     t: Trained, examples: list[Example], gate: Gate, *, name: str, updates: int = 1, epochs: int = 1
 ) -> UpdateStats:
     """Teacher pass, gate, update: what one training step does after the rollouts."""
-    method = token_method.Method(condition(name))
-    needed = plan_passes(method.condition, updates, epochs=epochs)
+    exact = token_method.ExactTerm(Divergence(), -1) if t.cell.exact else None
+    method = token_method.Method(condition(name), exact=exact)
+    needed = plan_passes(method.condition, updates, epochs=epochs, exact=t.cell.exact)
     batch = LocalBatch.build(
         examples,
         ranks=t.process_groups.dp.size(),
@@ -97,7 +100,8 @@ def run_step(
         tokens_per_microbatch=t.cell.tokens_per_microbatch,
     )
     inputs = token_method.token_inputs(batch, method)
-    teacher = passes.score_teacher(t.port, t.process_groups, batch, needed, temperature=TEMPERATURE)
+    states = TeacherStates(t.port, t.process_groups, batch.table.tokens) if t.cell.exact else None
+    teacher = passes.score_teacher(t.port, t.process_groups, batch, needed, temperature=TEMPERATURE, states=states)
     student = passes.score_student(t.port, t.process_groups, batch, needed, temperature=TEMPERATURE)
     lam = gate.update(passes.gate_entropy(t.process_groups, inputs, method, teacher, student))
     return update(
@@ -113,6 +117,7 @@ def run_step(
         lam=lam,
         temperature=TEMPERATURE,
         epochs=epochs,
+        states=states,
     )
 
 

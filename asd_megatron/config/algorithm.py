@@ -28,6 +28,41 @@ class AlgorithmSection(Section):
         ),
     )
     lambda_max: float = Field(0.5, ge=0, description="Weight of the per-token term while the gate is open.")
+    estimator: Literal["sampled", "full_vocabulary"] = Field(
+        "sampled",
+        description=(
+            "How the per-token term is had. `sampled`: from the log-probs of the sampled token (the paper's);"
+            " `full_vocabulary`: the divergence between student and teacher itself, over all tokens, whose gradient"
+            " the sampled term estimates. docs/divergences.md compares them."
+        ),
+    )
+    divergence: Literal["jensen_shannon", "reverse_kl", "forward_kl"] | None = Field(
+        None,
+        description=(
+            "With `full_vocabulary`: `jensen_shannon`, `reverse_kl` (student to teacher) or `forward_kl` (teacher to"
+            " student); null: the one that `name`'s sampled term estimates."
+        ),
+    )
+    direction: Literal["ascend", "descend"] | None = Field(
+        None,
+        description="With `full_vocabulary`: away from the teacher (`ascend`) or towards it; null: as `name` does.",
+    )
+    mixture: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description=(
+            "The teacher's share of the mixture in `jensen_shannon`: 0.5 is the symmetric divergence, others the"
+            " generalised one."
+        ),
+    )
+    teacher_states: Literal["device", "host"] = Field(
+        "device",
+        description=(
+            "With `full_vocabulary`: where the teacher's hidden states wait for the update. `host` frees GPU memory"
+            " and copies each tile's rows back."
+        ),
+    )
     clip_low: float = Field(0.2, gt=0, lt=1, description="The importance ratio is clipped below 1 - `clip_low`.")
     clip_high: float = Field(0.2, gt=0, description="The importance ratio is clipped above 1 + `clip_high`.")
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = Field(

@@ -12,6 +12,7 @@ from typing import Any
 from asd_megatron.config.algorithm import AlgorithmSection
 from asd_megatron.config.checkpoint import ALL
 from asd_megatron.config.data import texts_for_booleans
+from asd_megatron.config.estimator_checks import estimator_findings
 from asd_megatron.config.gym_checks import gym_findings
 from asd_megatron.config.parallelism import ParallelismSection
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
@@ -196,6 +197,7 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
             " set that, or leave algorithm.constant_length out"
         )
     yield from _importance(a)
+    yield from estimator_findings(a)
     if a.gated and recipe.gate_warmup_steps == 0 and gate.h_warm is None:
         yield (
             f"gate.warmup_steps 0 leaves the gate of algorithm.name {a.name} without a calibrated entropy: set"

@@ -25,6 +25,8 @@ from asd_megatron.files import atomic_file
 from asd_megatron.records import DemonstrationSource, Example, FinishReason, Rollout, TokenTable
 
 SCHEMA_VERSION = 2
+DIVERGENCES = ("divergence", "reverse_kl", "forward_kl", "agreement")
+"""Of the exact estimator; dumps written before it existed lack them."""
 TABLE_COLUMNS = (
     "student_logprobs",
     "teacher_logprobs",
@@ -33,8 +35,9 @@ TABLE_COLUMNS = (
     "teacher_entropy",
     "pmi",
     "advantage",
+    *DIVERGENCES,
 )
-NEED_CONTEXT = ("teacher_logprobs", "teacher_entropy", "pmi")
+NEED_CONTEXT = ("teacher_logprobs", "teacher_entropy", "pmi", *DIVERGENCES)
 _IDS, _NUMBERS = pa.list_(pa.int32()), pa.list_(pa.float32())
 _CHANGES = pa.list_(pa.list_(pa.int64(), 2))  # (response position, version)
 SCHEMA = pa.schema(
@@ -210,7 +213,7 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
     path = Path(path)
     file = _open(path)
     info = _info(path, file.schema_arrow.metadata)
-    missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+    missing = [name for name in SCHEMA.names if name not in (*file.schema_arrow.names, *DIVERGENCES)]
     if missing:
         raise UserError(f"{path} lacks the column(s) {', '.join(missing)}; make the dump again")
     data = file.read()
@@ -244,7 +247,7 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
             )
         table = TokenTable.for_lengths(lengths)
         for name in TABLE_COLUMNS:
-            column = _read_column(data[name], lengths)
+            column = _read_column(data[name], lengths) if name in data.column_names else None
             if column is not None:
                 table[name] = column
     except (ValueError, TypeError) as error:

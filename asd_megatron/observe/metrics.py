@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from asd_megatron.antisd import context_tokens
+from asd_megatron.observe.dumps import DIVERGENCES
 from asd_megatron.observe.names import PHASES, QUANTILES, reference_page, undocumented
 from asd_megatron.records import DemonstrationSource, Example, TokenTable
 
@@ -160,6 +161,9 @@ def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple
     for name in ("pmi", "term"):
         if name in table:
             yield from _distribution(name, table[name].cpu()[with_context])
+    if "divergence" in table:
+        for name in DIVERGENCES:
+            yield f"divergence/{'mean' if name == 'divergence' else name}", _mean(table[name].cpu()[with_context])
     if "advantage" in table:
         advantage = _finite(table["advantage"].cpu()[loss_mask])
         yield "advantage/mean", float(advantage.mean()) if advantage.size else NAN
@@ -226,7 +230,7 @@ def _not_finite(table: TokenTable, sampled: Tensor, with_context: Tensor) -> int
     bad = torch.zeros(table.tokens, dtype=torch.bool)
     for name, column in table.columns.items():
         if column.is_floating_point():
-            needs_context = name.startswith("teacher_") or name in ("pmi", "term")
+            needs_context = name.startswith("teacher_") or name in ("pmi", "term", *DIVERGENCES)
             bad |= ~torch.isfinite(column.cpu()) & (with_context if needs_context else sampled)
     return int(bad.sum())
 

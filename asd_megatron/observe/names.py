@@ -140,8 +140,20 @@ SECTIONS = (
     ),
     Section(
         "Per-token term",
-        "What lambda multiplies (phi(u) with `antisd`) after the recipe's clipping and normalization; tokens as for u.",
+        "What lambda multiplies (phi(u) with `antisd`; the divergence D with `algorithm.estimator: full_vocabulary`) "
+        "after the recipe's clipping and normalization; tokens as for u.",
         _distribution("term", "the term"),
+    ),
+    Section(
+        "Divergence",
+        "With `algorithm.estimator: full_vocabulary`: between the student's next-token distribution p, under the"
+        " weights of the token's last update of the step, and the teacher's, q. Tokens as for u.",
+        (
+            Metric("divergence/mean", "nats", "mean of the recipe's divergence D; its quantiles are those of the term"),
+            Metric("divergence/reverse_kl", "nats", "mean KL(p, q)"),
+            Metric("divergence/forward_kl", "nats", "mean KL(q, p)"),
+            Metric("divergence/agreement", "fraction of tokens", "p and q have their maximum at the same token"),
+        ),
     ),
     Section(
         "Gate",
@@ -283,6 +295,7 @@ SECTIONS = (
         "With the built-in puzzle; the held-out numbers at the steps of the evaluation.",
         (
             Metric("puzzle/u_<class>", "nats", "mean u of one class of the puzzle's tokens (docs/puzzle.md)"),
+            Metric("puzzle/divergence_<class>", "nats", "mean D of the same class, with the exact estimator"),
             Metric("puzzle/deliberation_rate", "fraction of tokens", "deliberation words among the response tokens"),
             Metric("evaluation/deliberations", "words", "deliberation words a held-out response"),
             Metric("evaluation/deliberation_rate", "fraction of tokens", "deliberation words of held-out responses"),

@@ -204,12 +204,13 @@ def startup_report(
     condition: Condition | None = None,
     gate: str = "",
     passes: Sequence[str] = (),
+    advantage: str | None = None,
 ) -> str:
     """The report as text: one table, printed by rank 0 before the first step.
 
     `environment` and `suppliers` are what the functions of that name return, `layout` a Layout, `model` and `batch`
     rows to show (family, parameters, dtype; problems, rollouts, token budget ...), `condition` None in the supervised
-    stage, `gate` what `gate_text` returns, `passes` the pass plan's reasons.
+    stage, `gate` what `gate_text` returns, `passes` the pass plan's reasons, `advantage` None for the condition's own.
     """
     versions = environment["versions"]
     present = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
@@ -223,7 +224,7 @@ def startup_report(
     machine.append(("layout", layout_text(layout)))
     method = []
     if condition is not None:
-        method = [("condition", condition.name), ("advantage", formula(condition))]
+        method = [("condition", condition.name), ("advantage", advantage or formula(condition))]
         method += [("gate", gate)] if gate else []
     rows = {
         "Machine": machine,

@@ -31,11 +31,11 @@ def softmax_statistics(tile: Tensor, local: Tensor, owned: Tensor) -> Tensor:
         out[0] = out[3] = -torch.inf
         return out
     out[3] = torch.where(owned, tile.gather(1, local[:, None])[:, 0], -torch.inf)
-    for rows, slab, scratch in _slabs(tile):
+    for rows, (slab,), (scratch,) in slabs(tile):
         maximum, total, moment = out[:3, rows]
         torch.amax(slab, 1, out=maximum)
         slab.sub_(maximum[:, None])
-        weights = _exp(slab, scratch)
+        weights = exp(slab, scratch)
         torch.sum(weights, 1, out=total)
         torch.sum(weights.mul_(slab), 1, out=moment)  # no matrix product: those may be TF32
     return out
@@ -55,27 +55,39 @@ def logit_gradient_(
     `tile` is z plus any per-row constant; adding `offset` [n] makes it log p. `entropy` [n] is that of the complete
     vocabulary.
     """
-    for rows, slab, scratch in _slabs(tile):
+    for rows, (slab,), (scratch,) in slabs(tile):
         logp = slab.add_(offset[rows, None])
-        p = _exp(logp, scratch)
+        p = exp(logp, scratch)
         if g_entropy is None:
             torch.mul(p, -g_logprob[rows, None], out=slab)
         else:
             logp.add_(entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_logprob[rows, None]).mul_(p)
-    if tile.shape[1]:
-        row = torch.arange(tile.shape[0], device=tile.device)
-        tile[row, local] += torch.where(owned, g_logprob, 0.0)
+    add_target_(tile, local, owned, g_logprob)
     return tile
 
 
-def _slabs(tile: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their part of the tile, scratch of the same shape) for consecutive slabs of the tile."""
+def add_target_(tile: Tensor, local: Tensor, owned: Tensor, values: Tensor) -> None:
+    """Add `values` [n] at each row's target where this rank owns it."""
+    if tile.shape[1]:
+        row = torch.arange(tile.shape[0], device=tile.device)
+        tile[row, local] += torch.where(owned, values, 0.0)
+
+
+def slab_rows(tile: Tensor) -> Iterator[slice]:
+    """The rows of consecutive slabs of the tile."""
     n, v = tile.shape
     step = max(1, _slab_elements(tile) // max(1, v))
-    scratch = torch.empty((min(step, n), v), dtype=tile.dtype, device=tile.device)
     for start in range(0, n, step):
-        slab = tile[start : start + step]
-        yield slice(start, start + len(slab)), slab, scratch[: len(slab)]
+        yield slice(start, min(start + step, n))
+
+
+def slabs(*tiles: Tensor, scratch: int = 1) -> Iterator[tuple[slice, list[Tensor], list[Tensor]]]:
+    """(rows, each tile's part, `scratch` tensors of the same shape) for consecutive slabs of tiles of one shape."""
+    memory: list[Tensor] = []
+    for rows in slab_rows(tiles[0]):
+        parts = [tile[rows] for tile in tiles]
+        memory = memory or [torch.empty_like(parts[0]) for _ in range(scratch)]
+        yield rows, parts, [m[: len(parts[0])] for m in memory]
 
 
 def _slab_elements(tile: Tensor) -> int:
@@ -83,7 +95,7 @@ def _slab_elements(tile: Tensor) -> int:
     return 1 << 24 if tile.is_cuda else torch.get_num_threads() << 17
 
 
-def _exp(x: Tensor, out: Tensor) -> Tensor:
+def exp(x: Tensor, out: Tensor) -> Tensor:
     """exp(x) to the rounding of x, by exp2. On CPUs torch.exp is MKL's, which is slow on AMD and far slower where the
     result underflows."""
     return torch.mul(x, LOG2_E, out=out).exp2_()

@@ -21,15 +21,14 @@ class PuzzleMetrics:
         self.lexicon = Lexicon.of(tokenizer)
 
     def of_step(self, examples: Sequence[Example], table: TokenTable) -> dict[str, float]:
-        """Metrics of one step's global batch; u by class where u was computed."""
-        pmi = None
-        if "pmi" in table:
-            pmi = [
-                row.tolist() if example.has_context or "teacher_logprobs" not in table else None
-                for row, example in zip(table.rows("pmi"), examples, strict=True)
-            ]
-        report = summarize([e.rollout.response_ids for e in examples], [e.reward for e in examples], self.lexicon, pmi)
+        """Metrics of one step's global batch; u and D by class where they were computed."""
+        responses, rewards = [e.rollout.response_ids for e in examples], [e.reward for e in examples]
+        report = summarize(responses, rewards, self.lexicon, _values("pmi", examples, table))
         out = {f"puzzle/u_{name}": value for name, value in report.pmi.items()}
+        divergences = _values("divergence", examples, table)
+        if divergences is not None:
+            by_class = summarize(responses, rewards, self.lexicon, divergences).pmi
+            out |= {f"puzzle/divergence_{name}": value for name, value in by_class.items()}
         out["puzzle/deliberation_rate"] = report.deliberation_rate
         return out
 
@@ -43,6 +42,16 @@ class PuzzleMetrics:
             "evaluation/accuracy_verified": report.accuracy_verified,
         }
         return {name: value for name, value in out.items() if not math.isnan(value)}
+
+
+def _values(name: str, examples: Sequence[Example], table: TokenTable) -> list[list[float] | None] | None:
+    """A column by rollout, None for those without privileged context; None where it was not computed."""
+    if name not in table:
+        return None
+    return [
+        row.tolist() if example.has_context or "teacher_logprobs" not in table else None
+        for row, example in zip(table.rows(name), examples, strict=True)
+    ]
 
 
 class MeasuredPuzzles(PuzzleStream):

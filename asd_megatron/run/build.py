@@ -13,6 +13,7 @@ from asd_megatron.config.sampling import SamplingSection
 from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.templates import PAPER_WORDING
+from asd_megatron.ops.vocab_divergence import Divergence
 from asd_megatron.records import Problem, SamplingParams
 from asd_megatron.reward.base import Verifier, tests_of
 from asd_megatron.rollout.collector import Collector, Plan
@@ -23,7 +24,7 @@ from asd_megatron.run.session import Session
 from asd_megatron.run.sources import held_out_problems, training_problems
 from asd_megatron.trainer.examples import ExampleBuilder
 from asd_megatron.trainer.pass_plan import PassPlan, plan_passes
-from asd_megatron.trainer.token_method import Method
+from asd_megatron.trainer.token_method import ExactTerm, Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,20 @@ def make_method(recipe: Recipe) -> Method:
         importance_cap=None if a.importance_correction == "none" else a.importance_cap,
         importance_floor=a.mask_below,
         importance_level=a.importance_level,
+        exact=exact_term(recipe),
     )
+
+
+def exact_term(recipe: Recipe) -> ExactTerm | None:
+    """The divergence of `algorithm.estimator: full_vocabulary` and its direction, by default those that the sampled
+    term of `algorithm.name` estimates; None with the sampled estimator."""
+    a = recipe.algorithm
+    if a.estimator == "sampled":
+        return None
+    estimated = condition(a.name)
+    kind = a.divergence or ("jensen_shannon" if estimated.shape == "phi" else "reverse_kl")
+    direction = a.direction or ("descend" if estimated.sign > 0 else "ascend")
+    return ExactTerm(Divergence(kind, a.mixture), 1 if direction == "descend" else -1)
 
 
 def make_plan(recipe: Recipe) -> PassPlan:
@@ -58,6 +72,7 @@ def make_plan(recipe: Recipe) -> PassPlan:
         epochs=a.epochs,
         log_pmi=a.log_pmi,
         importance_level=a.importance_level,
+        exact=a.estimator == "full_vocabulary",
     )
 
 

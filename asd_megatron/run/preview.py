@@ -93,5 +93,6 @@ def finished_text(recipe: AnyRecipe, changes: Sequence[Change]) -> str:
     lines += [f"  {name + ':':<9}{path if path.exists() else 'none'}" for name, path in results.items()]
     if changes:
         lines.append(f"  ignored:  settings that differ from the run's: {'; '.join(map(str, changes))}")
-    lines.append("for more steps raise run.steps; to train from step 1 again set run.overwrite true and checkpoint.resume never")
+    again = "run.overwrite true and checkpoint.resume never"
+    lines.append(f"for more steps raise run.steps; to train from step 1 again set {again}")
     return "\n".join(lines)

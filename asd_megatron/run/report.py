@@ -17,6 +17,7 @@ from asd_megatron.rollout.sglang.servers.options import nccl_settings
 from asd_megatron.run.folder import writing
 from asd_megatron.run.session import Session
 from asd_megatron.trainer.pass_plan import PassPlan
+from asd_megatron.trainer.token_method import ExactTerm, Method
 
 
 def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
@@ -113,7 +114,33 @@ def gate_line(recipe: Recipe, condition: Condition, gate: Gate) -> str:
     )
 
 
-def announce_training(recipe: Recipe, session: Session, condition: Condition, gate: Gate, plan: PassPlan) -> None:
+def _exact_text(exact: ExactTerm | None) -> str | None:
+    """The loss of the exact estimator in one line; None with the sampled one."""
+    if exact is None:
+        return None
+    divergence = exact.divergence
+    name = divergence.kind.replace("_", " ")
+    if divergence.mixture != 0.5:
+        name += f" with mixture {divergence.mixture:g}"
+    sign = "+" if exact.sign > 0 else "-"
+    return f"A = A_seq; the loss of a token {sign} lambda * D, D = {name} of student and teacher, over the vocabulary"
+
+
+def _teacher_states(recipe: Recipe, session: Session, method: Method) -> dict[str, str]:
+    """How much the exact estimator keeps of the teacher until the update, at most."""
+    if method.exact is None:
+        return {}
+    s, layout = recipe.sampling, session.layout
+    tokens = s.problems_per_step * s.rollouts_per_problem * s.max_response_tokens / layout.data / layout.context
+    size = tokens * session.port.config.hidden_size / layout.tensor * session.port.dtype.itemsize
+    return {
+        "teacher's states": f"at most {size / 2**30:.2f} GiB a rank, in the {recipe.algorithm.teacher_states}'s memory"
+    }
+
+
+def announce_training(
+    recipe: Recipe, session: Session, condition: Condition, gate: Gate, plan: PassPlan, method: Method
+) -> None:
     """The report of an RL run. Global rank 0 only."""
     s = recipe.sampling
     announce(
@@ -129,8 +156,10 @@ def announce_training(recipe: Recipe, session: Session, condition: Condition, ga
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
             "evaluation": evaluation_text(recipe),
             **_demonstrations(recipe, plan.teacher_scoring),
+            **_teacher_states(recipe, session, method),
         },
         condition=condition,
+        advantage=_exact_text(method.exact),
         gate=gate_line(recipe, condition, gate),
         passes=plan.reasons,
     )

@@ -42,6 +42,7 @@ from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.columns import Scores, TokenInputs, score_columns, table_columns
 from asd_megatron.trainer.guard import Guard, check_rollouts, check_scores
 from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
+from asd_megatron.trainer.teacher_states import TeacherStates
 from asd_megatron.trainer.updater import UpdateStats, update
 
 
@@ -52,6 +53,7 @@ class Batch:
     step: int
     local: LocalBatch
     inputs: TokenInputs
+    states: TeacherStates | None = None  # the teacher's, with the exact estimator
 
 
 class TrainingRun:
@@ -93,7 +95,9 @@ class TrainingRun:
         """Prepare the run folder, print the start-up report, start the engine, evaluate before the first step."""
         self.session.begin()
         self.session.on_root(self._watch_earlier_steps)
-        self.session.on_root(lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan))
+        self.session.on_root(
+            lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan, self.method)
+        )
         if reason := never_acts(self.recipe):
             self.session.say(f"warning: {reason}")
         with self.session.generating():  # colocated servers size their memory by what is free
@@ -129,13 +133,17 @@ class TrainingRun:
             tokens_per_microbatch=self.recipe.batching.tokens_per_microbatch,
             mask_truncated=algorithm.mask_truncated,
         )
-        return Batch(step, local, token_method.token_inputs(local, self.method))
+        states = None
+        if self.method.exact is not None:
+            on_host = algorithm.teacher_states == "host"
+            states = TeacherStates(self.port, self.process_groups, local.table.tokens, on_host=on_host)
+        return Batch(step, local, token_method.token_inputs(local, self.method), states)
 
     def score_teacher(self, batch: Batch) -> Scores | None:
         with self.clock.phase("teacher"):
             temperature = self.recipe.sampling.temperature
             scores = passes.score_teacher(
-                self.port, self.process_groups, batch.local, self.plan, temperature=temperature
+                self.port, self.process_groups, batch.local, self.plan, temperature=temperature, states=batch.states
             )
             self._check_scores("teacher scoring", batch, scores, "teacher")
         return scores
@@ -179,7 +187,10 @@ class TrainingRun:
                 lam=lam,
                 temperature=self.recipe.sampling.temperature,
                 epochs=self.recipe.algorithm.epochs,
+                states=batch.states,
             )
+            if batch.states is not None:
+                batch.states.drop()
             if student is None:
                 self._check_scores("update", batch, stats.columns.student, "student")
         self.weights.version = batch.step

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 
@@ -104,24 +105,35 @@ class LossInputs(Columns):
 
 
 @dataclass(frozen=True)
+class Divergences(Columns):
+    """What the exact estimator reports of every token, nats, between the student's p and the teacher's q. They mean
+    nothing where the rollout has no privileged context."""
+
+    divergence: Tensor  # D, the recipe's divergence
+    reverse_kl: Tensor  # KL(p, q)
+    forward_kl: Tensor  # KL(q, p)
+    agreement: Tensor  # 1 where both have their maximum at the same token
+
+
+@dataclass(frozen=True)
 class UpdateColumns(Columns):
     """What an update reports of every token, float32: `student` and `constants` under the weights before the first
-    optimizer step, `clipped` 1 where the clip removed the gradient in any of the batch's updates."""
+    optimizer step, `clipped` 1 where the clip removed the gradient in any of the batch's updates, `divergences` (with
+    the exact estimator) under the weights of the token's last update."""
 
     student: Scores
     clipped: Tensor
     constants: LossConstants
-
-    @staticmethod
-    def count(*, importance: bool) -> int:
-        """How many tensors there are, with or without importance weights."""
-        return 8 if importance else 6
+    divergences: Divergences | None = None
 
     @classmethod
-    def of_rows(cls, values: Tensor) -> UpdateColumns:
-        """Views of the rows of `values` [count, N]: one collective then moves all columns."""
-        logprobs, entropy, clipped, *constants = values
-        return cls(Scores(logprobs, entropy), clipped, LossConstants(*constants))
+    def zeros(cls, tokens: int, device: torch.device, *, importance: bool, exact: bool) -> tuple[UpdateColumns, Tensor]:
+        """(columns, the tensor [columns, N] that they are the rows of): one collective then moves all of them."""
+        values = torch.zeros(6 + 2 * importance + 4 * exact, tokens, dtype=torch.float32, device=device)
+        logprobs, entropy, clipped, *rest = values
+        constants = 5 if importance else 3
+        divergences = Divergences(*rest[constants:]) if exact else None
+        return cls(Scores(logprobs, entropy), clipped, LossConstants(*rest[:constants]), divergences), values
 
 
 def score_columns(scores: Scores, of: str) -> dict[str, Tensor]:
@@ -145,4 +157,6 @@ def table_columns(inputs: TokenInputs, teacher: Scores | None, update: UpdateCol
     if constants.importance is not None and constants.importance_affected is not None:
         found["importance"] = constants.importance
         found["importance_affected"] = constants.importance_affected
+    if update.divergences is not None:
+        found |= vars(update.divergences)
     return found

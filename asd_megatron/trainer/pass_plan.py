@@ -18,8 +18,9 @@ class PassPlan:
     Attributes:
         student_scoring: a forward pass over the batch's student sequences, before the update.
         teacher_scoring: a forward pass over the privileged sequences, before the update.
-        head: of the update. "fused": logits, loss and gradient of a tile at once, 6 T H V flops. "two_phase": log-probs
-            first, the backward pass recomputes the logits, 8 T H V flops (T tokens, H hidden size, V vocabulary).
+        head: of the update (T tokens, H hidden size, V vocabulary). "fused": logits, loss and gradient of a tile at
+            once, 6 T H V flops. "two_phase": log-probs first, the backward pass recomputes the logits, 8 T H V flops.
+            "exact": as "fused" with the teacher's logits beside the student's, 8 T H V flops.
         updates: optimizer steps of the batch.
         forwards_per_step: cost of the step in forward passes over the batch; a backward pass counts as two.
         reasons: one sentence for each decision, for the start-up report.
@@ -27,7 +28,7 @@ class PassPlan:
 
     student_scoring: bool
     teacher_scoring: bool
-    head: Literal["fused", "two_phase"]
+    head: Literal["fused", "two_phase", "exact"]
     updates: int
     forwards_per_step: int
     reasons: tuple[str, ...]
@@ -41,13 +42,15 @@ def plan_passes(
     epochs: int = 1,
     log_pmi: bool = False,
     importance_level: Level = "token",
+    exact: bool = False,
 ) -> PassPlan:
     """Derive the passes from the recipe.
 
     Args:
         condition: `algorithm.name`, or what it stands for. updates: mini-batches of a batch. epochs: passes over them.
         term_normalization: none, sequence or batch. log_pmi: score the teacher even if only the log needs it.
-        importance_level: of the importance-sampling correction; "token" without one.
+        importance_level: of the importance-sampling correction; "token" without one. exact: the per-token term is the
+            divergence over the whole vocabulary.
 
     Raises ValueError for values outside these.
     """
@@ -77,16 +80,25 @@ def plan_passes(
         because.append("the gate reads the student's entropy, so lambda must be known before the update")
     if normalization == "batch":
         because.append("term_normalization batch needs every token's term before any token's loss")
+    if exact and importance_level != "token":
+        because.append(f"importance_level {importance_level} needs a rollout's log-probs before its loss")
     student = bool(because)
     if student:
         reasons.append(f"student scoring pass: {'; '.join(because)} (1 forward)")
     else:
         reasons.append("no student scoring pass: with one update a batch its own log-probs are the old ones")
 
-    head: Literal["fused", "two_phase"] = "fused"
+    head: Literal["fused", "two_phase", "exact"] = "fused"
     over_rollouts = [f"term_normalization {normalization}"] if normalization == "sequence" else []
     over_rollouts += [f"importance_level {importance_level}"] if importance_level != "token" else []
-    if student:
+    if exact:
+        head = "exact"
+        reasons.append(
+            "exact head (8 T H V): logits of student and teacher together; the teacher's hidden states of the response"
+            " tokens are kept from its scoring pass until the update"
+            + ("; with several updates a copy of the head too" if updates * epochs > 1 else "")
+        )
+    elif student:
         known = "advantages" if importance_level == "token" else "advantages and importance weights"
         reasons.append(f"fused head (6 T H V): {known} are known before the update")
     elif over_rollouts:

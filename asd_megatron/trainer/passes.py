@@ -12,16 +12,28 @@ from asd_megatron.trainer.columns import Scores, TokenInputs
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.pass_plan import PassPlan
 from asd_megatron.trainer.scorer import score
+from asd_megatron.trainer.teacher_states import TeacherStates
 from asd_megatron.trainer.token_method import Method
 
 
 def score_teacher(
-    port: ModelPort, process_groups: ProcessGroups, batch: LocalBatch, plan: PassPlan, *, temperature: float
+    port: ModelPort,
+    process_groups: ProcessGroups,
+    batch: LocalBatch,
+    plan: PassPlan,
+    *,
+    temperature: float,
+    states: TeacherStates | None = None,
 ) -> Scores | None:
-    """Score the privileged sequences under the live weights; None when the plan has no such pass."""
+    """Score the privileged sequences under the live weights, and keep their hidden states in `states`; None when the
+    plan has no such pass."""
     if not plan.teacher_scoring:
         return None
-    return score(port, process_groups, batch.teacher_packs(), batch.table.tokens, temperature=temperature)
+    if states is not None and plan.updates > 1:
+        states.keep_head()
+    keep = None if states is None else states.put
+    packs, tokens = batch.teacher_packs(), batch.table.tokens
+    return score(port, process_groups, packs, tokens, temperature=temperature, keep=keep)
 
 
 def score_student(

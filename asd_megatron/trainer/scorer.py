@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,19 @@ from asd_megatron.trainer.columns import Scores
 
 
 def score(
-    port: ModelPort, process_groups: ProcessGroups, packs: Sequence[Pack], tokens: int, *, temperature: float
+    port: ModelPort,
+    process_groups: ProcessGroups,
+    packs: Sequence[Pack],
+    tokens: int,
+    *,
+    temperature: float,
+    keep: Callable[[Pack, Tensor], None] | None = None,
 ) -> Scores:
     """Score `packs` under the live weights. Collective over the model-parallel group.
 
     Returns the scores of `tokens` table rows, the same on every rank of the model-parallel group. Rows that no pack
-    covers (rollouts without privileged context) are 0.
+    covers (rollouts without privileged context) are 0. `keep(pack, hidden)` is called with each pack's hidden states,
+    as `schedule.forward` passes them.
     """
     values = torch.zeros(2, tokens, dtype=torch.float32, device=port.device)
     scores = Scores(*values)
@@ -32,6 +39,8 @@ def score(
             hidden, port.head_weight(), pack.targets, port.head_shard(), rows=pack.rows, temperature=temperature
         )
         scores.put(pack.flat, Scores(logprobs, entropy))
+        if keep is not None:
+            keep(pack, hidden)
 
     with port.scoring():
         schedule.forward(port, packs, visit)

@@ -27,8 +27,18 @@ from asd_megatron.antisd import (
     token_weights,
 )
 from asd_megatron.antisd.importance import Level
+from asd_megatron.ops.vocab_divergence import Divergence
 from asd_megatron.trainer.columns import FrozenScores, LossConstants, LossInputs, Scores, TokenInputs
 from asd_megatron.trainer.local_batch import LocalBatch
+
+
+@dataclass(frozen=True)
+class ExactTerm:
+    """The per-token term as the exact divergence D: the token's loss is its policy loss with A_seq alone, plus `sign` *
+    lambda * D with the same weight. Ascent on D has sign -1, descent +1."""
+
+    divergence: Divergence
+    sign: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,8 @@ class Method:
     """The recipe's algorithm section as plain values; see `antisd` for what each does.
 
     `importance_cap` None: no correction of off-policy rollouts. `importance_floor` None: weights are truncated at the
-    cap; a number: weights outside [floor, cap] are masked (set to 0).
+    cap; a number: weights outside [floor, cap] are masked (set to 0). `exact` None: the term is estimated from the
+    sampled token.
     """
 
     condition: Condition
@@ -51,6 +62,7 @@ class Method:
     importance_cap: float | None = None
     importance_floor: float | None = None
     importance_level: Level = "token"
+    exact: ExactTerm | None = None
 
 
 class Sums(NamedTuple):
@@ -111,6 +123,8 @@ def loss_constants(
         sums: of the complete rollouts (or, with `term_normalization: batch`, of the complete batch), where needed.
     """
     u, q = raw_term(tokens, student, method)
+    if method.exact is not None:
+        q = torch.zeros_like(q)  # the head adds the term to the loss; the advantage is A_seq
     by_rollout = sums.term is not None and method.term_normalization == "sequence"
     segment = tokens.inputs.segment if by_rollout else None
     q = finish_term(q, tokens.inputs.term_mask, statistics=sums.term, segment=segment, clip=method.term_clip)

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
-from asd_megatron.ops.vocab_head import linear_logprob, linear_token_loss
+from asd_megatron.ops.vocab_divergence import linear_divergence_loss
+from asd_megatron.ops.vocab_head import TokenLoss, linear_logprob, linear_token_loss
 from asd_megatron.trainer import schedule, token_method
 from asd_megatron.trainer.align import share_columns
 from asd_megatron.trainer.batch import Pack
-from asd_megatron.trainer.columns import LossInputs, Scores, TokenInputs, UpdateColumns
+from asd_megatron.trainer.columns import Divergences, LossInputs, Scores, TokenInputs, UpdateColumns
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.optimizer import Optimizer
 from asd_megatron.trainer.pass_plan import PassPlan
 from asd_megatron.trainer.sft import sum_over_ranks
-from asd_megatron.trainer.token_method import Method, Sums
+from asd_megatron.trainer.teacher_states import TeacherStates
+from asd_megatron.trainer.token_method import ExactTerm, Method, Sums
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def update(
     lam: float,
     temperature: float,
     epochs: int = 1,
+    states: TeacherStates | None = None,
 ) -> UpdateStats:
     """Train on the batch: one optimizer step for each mini-batch and epoch. Collective over all ranks.
 
@@ -64,6 +67,7 @@ def update(
         student: of a scoring pass before the update, when the plan has one: u, the term, the advantage and the
             importance weights are then frozen before the first optimizer step.
         lam: this step's lambda.
+        states: of the teacher's scoring pass, for the exact estimator (`method.exact`).
 
     Raises ValueError when several updates of the batch have no scoring pass of the student before them.
     """
@@ -73,15 +77,23 @@ def update(
         tokens = LossInputs(inputs, teacher, frozen)
     elif batch.mini_batches > 1 or epochs > 1:
         raise ValueError("several updates of one batch need a scoring pass of the student first (see pass_plan)")
-    count = UpdateColumns.count(importance=method.importance_cap is not None)
-    values = torch.zeros(count, batch.table.tokens, dtype=torch.float32, device=port.device)
-    out = UpdateColumns.of_rows(values)
-    loss = _PackLoss(port, process_groups, tokens, out, method, lam, temperature, batch.table.rollouts, plan.head)
+    out, values = UpdateColumns.zeros(
+        batch.table.tokens,
+        port.device,
+        importance=method.importance_cap is not None,
+        exact=method.exact is not None,
+    )
+    loss = _PackLoss(
+        port, process_groups, tokens, out, method, lam, temperature, batch.table.rollouts, plan.head, states
+    )
     losses, norms, applied = [], [], []
-    for _ in range(epochs):
-        for m in range(batch.mini_batches):
+    for epoch in range(epochs):
+        packs = [batch.student_packs(m) for m in range(batch.mini_batches)]
+        if states is not None and epoch == 0:
+            states.bring([pack for mini_batch in packs for pack in mini_batch])
+        for mini_batch in packs:
             optimizer.zero_grad()
-            parts = schedule.forward_backward(port, batch.student_packs(m), loss)
+            parts = schedule.forward_backward(port, mini_batch, loss)
             losses.append(sum_over_ranks(parts, process_groups, port.device))
             result = optimizer.step(loss=losses[-1])
             norms.append(result.grad_norm)
@@ -103,6 +115,7 @@ class _PackLoss:
     temperature: float
     rollouts: int
     head: str
+    states: TeacherStates | None
 
     def __call__(self, pack: Pack, hidden: Tensor) -> Tensor:
         tokens = self.tokens.at(pack.flat)
@@ -116,9 +129,32 @@ class _PackLoss:
         def token_loss(logprobs: Tensor, entropy: Tensor, block: slice) -> Tensor:
             return self._loss(tokens.at(block), pack.flat[block], logprobs, entropy, token_method.NO_SUMS)
 
+        if self.method.exact is not None:
+            return self._exact(self.method.exact, tokens, pack, hidden, token_loss)
         return linear_token_loss(
             hidden, weight, pack.targets, token_loss, shard, rows=pack.rows, temperature=self.temperature
         )[0]
+
+    def _exact(self, exact: ExactTerm, tokens: LossInputs, pack: Pack, hidden: Tensor, token_loss: TokenLoss) -> Tensor:
+        assert self.states is not None and self.out.divergences is not None, "the plan keeps the teacher's states"
+        mask = tokens.inputs.term_mask
+        loss, columns = linear_divergence_loss(
+            hidden,
+            self.port.head_weight(),
+            pack.targets,
+            token_loss,
+            torch.where(mask, exact.sign * self.lam * tokens.inputs.weight, 0.0),
+            self.states.at(pack.flat),
+            exact.divergence,
+            self.port.head_shard(),
+            teacher_weight=self.states.head,
+            rows=pack.rows,
+            temperature=self.temperature,
+        )
+        found = Divergences(columns.divergence, columns.reverse_kl, columns.forward_kl, columns.agreement)
+        self.out.divergences.put(pack.flat, found)
+        self.out.constants.term[pack.flat] = torch.where(mask, columns.divergence, 0.0).float()
+        return loss
 
     def _sums(self, tokens: LossInputs, logprobs: Tensor) -> Sums:
         """Of the pack's rollouts, complete: context-parallel ranks hold different rows of each."""
@@ -136,5 +172,6 @@ class _PackLoss:
             student, constants = tokens.frozen.student, tokens.frozen.constants
         loss, clipped = token_method.policy_loss(tokens.inputs, logprobs, student.logprobs, constants, self.method)
         ever_clipped = torch.maximum(self.out.clipped[flat], clipped.float())
-        self.out.put(flat, UpdateColumns(student, ever_clipped, constants))
+        found = UpdateColumns(student, ever_clipped, constants, self.out.divergences and self.out.divergences.at(flat))
+        self.out.put(flat, found)
         return loss

@@ -46,6 +46,9 @@ class DenseRecipe:
     importance_cap: float = 2.0
     importance_floor: float = 0.5
     mask_truncated: bool = False
+    divergence: str | None = None  # jensen_shannon, reverse_kl, forward_kl: the exact estimator
+    ascend: bool = True
+    mixture: float = 0.5
     learning_rate: float | None = None
     beta1: float = 0.9
     beta2: float = 0.999
@@ -87,6 +90,8 @@ class DenseResult:
     importance: list[Tensor]
     median_entropy: float | None
     lam: float
+    teacher_distributions: list[Tensor | None]  # log q [T, V], for the exact estimator
+    acts: list[Tensor]  # tokens that carry a term
     losses: list[float] = field(default_factory=list)
     clipped: list[int] = field(default_factory=list)  # tokens whose gradient the clip removed
     gradients: list[dict[str, Tensor]] = field(default_factory=list)  # of the loss, before gradient clipping
@@ -112,10 +117,15 @@ def exact(model: Any) -> Any:
     return model
 
 
+def distributions(model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Tensor:
+    """Log-probabilities [T, V] of the distributions that the response tokens are drawn from."""
+    logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
+    return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
+
+
 def score(model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of every response token and the entropy of the distribution it was drawn from: two [T]."""
-    logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
-    logp = torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
+    logp = distributions(model, prompt, response, temperature)
     return logp[range(len(response)), list(response)], -(logp.exp() * logp).sum(-1)
 
 
@@ -146,6 +156,21 @@ def gate_step(recipe: DenseRecipe, gate: DenseGate, h: float | None) -> float:
 def minus_f_prime(u: Tensor) -> Tensor:
     """Minus f'(r) = 1/2 log(2 r / (1 + r)) of the Jensen-Shannon divergence at r = pi_S / pi_T = exp(-u)."""
     return -(math.log(2) - u - torch.logaddexp(torch.zeros_like(u), -u)) / 2
+
+
+def divergence(recipe: DenseRecipe, logp: Tensor, logq: Tensor) -> Tensor:
+    """D of every token [T] from the student's and the teacher's log-probabilities [T, V]."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    if recipe.divergence == "reverse_kl":
+        return kl(logp, logq)
+    if recipe.divergence == "forward_kl":
+        return kl(logq, logp)
+    b = recipe.mixture
+    logm = (b * logq.exp() + (1 - b) * logp.exp()).log()
+    return b * kl(logq, logm) + (1 - b) * kl(logp, logm)
 
 
 def per_token_term(recipe: DenseRecipe, pmi: Sequence[Tensor], acts: Sequence[Tensor]) -> list[Tensor]:
@@ -263,7 +288,17 @@ def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, ga
 
     h = lower_median(entropies)
     lam = gate_step(recipe, gate, h)
-    term = per_token_term(recipe, pmi, acts)
+    teachers: list[Tensor | None] = [None] * len(examples)
+    if recipe.divergence is None:
+        term = per_token_term(recipe, pmi, acts)
+    else:
+        term = []
+        for i, e in enumerate(examples):
+            response = e.rollout.response_ids
+            logp = distributions(model, e.rollout.prompt_ids, response, recipe.temperature)
+            if e.teacher_prompt_ids is not None:
+                teachers[i] = distributions(model, e.teacher_prompt_ids, response, recipe.temperature)
+            term.append(torch.where(acts[i], divergence(recipe, logp, logp if teachers[i] is None else teachers[i]), 0))
     return DenseResult(
         student_logprobs=[s[0] for s in student],
         student_entropy=[s[1] for s in student],
@@ -271,13 +306,18 @@ def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, ga
         teacher_entropy=[None if t is None else t[1] for t in teacher],
         pmi=pmi,
         term=term,
-        advantage=[advantage(recipe.condition, e.group_advantage, q, lam) for e, q in zip(examples, term, strict=True)],
+        advantage=[
+            advantage("grpo" if recipe.divergence else recipe.condition, e.group_advantage, q, lam)
+            for e, q in zip(examples, term, strict=True)
+        ],
         importance=[
             importance(recipe, s[0], torch.tensor(e.rollout.logprobs, dtype=torch.float64), loss_tokens(e, recipe))
             for e, s in zip(examples, student, strict=True)
         ],
         median_entropy=h,
         lam=lam,
+        teacher_distributions=teachers,
+        acts=acts,
     )
 
 
@@ -300,7 +340,8 @@ def _one_update(
         if not mask.any():
             continue
         rollout = examples[i].rollout
-        now, _ = score(model, rollout.prompt_ids, rollout.response_ids, recipe.temperature)
+        logp = distributions(model, rollout.prompt_ids, rollout.response_ids, recipe.temperature)
+        now = logp[range(len(rollout.response_ids)), list(rollout.response_ids)]
         old, a = result.student_logprobs[i], result.advantage[i]
         ratio = (now - old).exp()
         plain = ratio * a
@@ -312,6 +353,10 @@ def _one_update(
             "constant_length": recipe.constant_length * sequences,
         }[recipe.aggregation]
         loss = -objective[mask].sum() / denominator
+        logq = result.teacher_distributions[i]
+        if logq is not None:
+            sign = -1 if recipe.ascend else 1
+            loss = loss + sign * result.lam * divergence(recipe, logp, logq)[result.acts[i]].sum() / denominator
         loss.backward()
         total += loss.item()
         clipped_tokens += int((bounded < plain)[mask].sum())

@@ -17,6 +17,7 @@ from asd_megatron.data.sft import SftExample
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.models.port import ModelPort
+from asd_megatron.ops.vocab_divergence import Divergence
 from asd_megatron.records import Example, TokenTable
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
@@ -26,6 +27,7 @@ from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.optimizer import Optimizer, StepResult
 from asd_megatron.trainer.pass_plan import PassPlan, plan_passes
 from asd_megatron.trainer.sft import SupervisedStats, supervised_update
+from asd_megatron.trainer.teacher_states import TeacherStates
 from asd_megatron.trainer.updater import UpdateStats, update
 from tests.models import everywhere
 from tests.reference.dense import DenseRecipe
@@ -48,6 +50,12 @@ def method_of(recipe: DenseRecipe) -> token_method.Method:
         importance_cap=None if recipe.importance == "none" else recipe.importance_cap,
         importance_floor=recipe.importance_floor if recipe.importance == "masked" else None,
         importance_level=recipe.importance_level,  # type: ignore[arg-type]
+        exact=None
+        if recipe.divergence is None
+        else token_method.ExactTerm(
+            Divergence(recipe.divergence, recipe.mixture),  # type: ignore[arg-type]
+            -1 if recipe.ascend else 1,
+        ),
     )
 
 
@@ -152,10 +160,16 @@ class Product:
             recipe.term_normalization,
             epochs=recipe.epochs,
             importance_level=method.importance_level,
+            exact=method.exact is not None,
         )
         batch = self.batch(examples, recipe, tokens_per_microbatch)
         inputs = token_method.token_inputs(batch, method)
-        teacher = passes.score_teacher(self.port, self.process_groups, batch, needed, temperature=recipe.temperature)
+        states = None
+        if method.exact is not None:
+            states = TeacherStates(self.port, self.process_groups, batch.table.tokens, on_host=True)
+        teacher = passes.score_teacher(
+            self.port, self.process_groups, batch, needed, temperature=recipe.temperature, states=states
+        )
         student = passes.score_student(self.port, self.process_groups, batch, needed, temperature=recipe.temperature)
         entropy = passes.gate_entropy(self.process_groups, inputs, method, teacher, student)
         lam = gate.update(entropy)
@@ -173,6 +187,7 @@ class Product:
             lam=lam,
             temperature=recipe.temperature,
             epochs=recipe.epochs,
+            states=states,
         )
         columns = table_columns(inputs, teacher, stats.columns)
         table = gather_table(batch.table, columns, batch.indices, self.process_groups)

@@ -203,6 +203,42 @@ def test_importance(
     assert found.plan.head == ("two_phase" if needs_rollouts and normalization != "batch" else "fused")
 
 
+EXACT: dict[str, dict[str, Any]] = {
+    "antisd": {"divergence": "jensen_shannon"},
+    "sd": {"divergence": "reverse_kl", "ascend": False},
+    "reverse_kl_ascent": {"divergence": "reverse_kl", "temperature": 0.7, "aggregation": "sequence_mean"},
+    "no_gate": {"divergence": "forward_kl", "ascend": False, "temperature": 1.3, "term_max_position": 11},
+    "student_entropy_gate": {"divergence": "jensen_shannon", "mixture": 0.8, "mask_truncated": True},
+}
+
+
+@pytest.mark.parametrize("name", list(EXACT))
+def test_the_exact_divergence(name: str, product: Product, dense: Any, examples: list[Example]) -> None:
+    found, expected = run_both(product, dense, examples, settings(name, **EXACT[name]), tokens_per_microbatch=90)
+    assert found.table is not None and expected.lam > 0
+    for column in ("student_logprobs", "pmi", "advantage"):
+        assert relative(found.table[column].double(), torch.cat(getattr(expected, column))) < 2e-5, column
+    # D is a difference of entropies of some nats
+    assert (found.table["term"].double() - torch.cat(expected.term)).abs().max() < 1e-5
+    check_update(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"updates": 2, "epochs": 2}, {"importance": "truncated", "importance_level": "sequence"}]
+)
+def test_the_exact_divergence_after_a_scoring_pass(
+    options: dict[str, Any], product: Product, dense: Any, examples: list[Example]
+) -> None:
+    """Several updates: the student's distribution moves, the teacher's stays that of the scoring weights."""
+    recipe = settings("antisd", divergence="jensen_shannon", learning_rate=5e-3, epsilon=1e-4, clip_grad=0.5, **options)
+    try:
+        found, expected = run_both(product, copy.deepcopy(dense), examples, recipe)
+        assert found.plan.student_scoring
+        check_update(found, expected, tolerance=1e-4)
+    finally:
+        product.reload()
+
+
 def test_options_change_the_update(product: Product, examples: list[Example]) -> None:
     """Each option does something on this batch: the comparisons above are not between two no-ops."""
     plain = product.step(examples, settings("no_gate"), gate_of(settings("no_gate")))

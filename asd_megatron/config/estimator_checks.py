@@ -1,0 +1,47 @@
+"""Refusals about `algorithm.estimator: full_vocabulary`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from asd_megatron.config.algorithm import AlgorithmSection
+
+WITHOUT_DIVERGENCE = {
+    "grpo": "it has no per-token term",
+    "multiplicative": "its term scales the advantage of the sampled token",
+    "no_teacher": "its term is a function of the student's own log-prob",
+}
+"""Conditions whose term estimates the gradient of no divergence from the teacher."""
+OF_THE_SAMPLED_TERM = ("pmi_clip", "term_normalization", "term_clip")
+OF_THE_DIVERGENCE = ("divergence", "direction", "mixture", "teacher_states")
+
+
+def estimator_findings(a: AlgorithmSection) -> Iterator[str]:
+    """What `algorithm` asks for that its estimator cannot do."""
+    fields = type(a).model_fields
+    if a.estimator == "sampled":
+        for key in OF_THE_DIVERGENCE:
+            if getattr(a, key) != fields[key].default:
+                yield (
+                    f"algorithm.{key} {getattr(a, key)} is read only with algorithm.estimator full_vocabulary: set that"
+                    f", or leave algorithm.{key} out"
+                )
+        return
+    if a.name in WITHOUT_DIVERGENCE:
+        yield (
+            f"algorithm.estimator full_vocabulary: algorithm.name {a.name} is not the gradient of a divergence from the"
+            f" teacher ({WITHOUT_DIVERGENCE[a.name]}); set algorithm.estimator sampled, or algorithm.name antisd,"
+            " no_gate, student_entropy_gate, reverse_kl_ascent or sd"
+        )
+    for key in OF_THE_SAMPLED_TERM:
+        if getattr(a, key) != fields[key].default:
+            yield (
+                f"algorithm.{key} {getattr(a, key)} changes the sampled token's term, and algorithm.estimator"
+                f" full_vocabulary has none: leave algorithm.{key} out, or set algorithm.estimator sampled"
+            )
+    default_shape = "reverse_kl" if a.name in ("sd", "reverse_kl_ascent") else "jensen_shannon"
+    if a.mixture != fields["mixture"].default and (a.divergence or default_shape) != "jensen_shannon":
+        yield (
+            f"algorithm.mixture {a.mixture} belongs to algorithm.divergence jensen_shannon: set that, or leave"
+            " algorithm.mixture out"
+        )

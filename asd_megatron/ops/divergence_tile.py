@@ -1,0 +1,149 @@
+"""The divergence between two softmax distributions on tiles [n, v] of their logits, and its gradient, in place.
+
+With p the student's and q the teacher's distribution, r = p / q, and D = sum_v q_v f(r_v), the derivative in the
+student's logits is (Eq. 5 in its dense form; q is a constant)
+
+    dD / dz_v = p_v (f'(r_v) - F)    with    F = sum_w p_w f'(r_w)
+
+    Jensen-Shannon   D = b KL(q, m) + (1 - b) KL(p, m)    m = b q + (1 - b) p    f' = (1 - b) log(p / m)
+    reverse KL       D = KL(p, q)                                                f' = log(p / q)
+    forward KL       D = KL(q, p)                                                dD / dz_v = p_v - q_v
+
+(f' up to a constant, which cancels.) F is a sum over the complete vocabulary, so a tile takes two passes with one
+collective between them: `divergence_sums_` computes this rank's part of the sums and leaves p f' and p in the tiles,
+`divergence_gradient_` subtracts F p. Numbers that underflow do no harm: p = 0 only ever meets finite factors, because
+log p comes from the logits and m is kept above the smallest normal number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from asd_megatron.ops.softmax_tile import add_target_, exp, slabs
+
+Kind = Literal["jensen_shannon", "reverse_kl", "forward_kl"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence. `mixture` is b of the generalised Jensen-Shannon divergence, in (0, 1): the teacher's share of
+    m. 0.5 is the symmetric one, at most log 2; the others ignore it. Raises ValueError for values outside these."""
+
+    kind: Kind = "jensen_shannon"
+    mixture: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"divergence {self.kind!r} does not exist; choose one of {', '.join(KINDS)}")
+        if not 0 < self.mixture < 1:
+            raise ValueError(f"the mixture must lie between 0 and 1: it is {self.mixture}")
+
+
+class RowValues(NamedTuple):
+    """Of every row of a tile [n]: `divergence` D and `mean` F (both of the chosen divergence), KL(p, q), KL(q, p), all
+    in nats, and whether both distributions have their maximum at the same token (1 or 0)."""
+
+    divergence: Tensor
+    mean: Tensor
+    reverse_kl: Tensor
+    forward_kl: Tensor
+    agreement: Tensor
+
+
+SUMS = 5
+
+
+def divergence_sums_(
+    student: Tensor,
+    teacher: Tensor,
+    offset: Tensor,
+    teacher_offset: Tensor,
+    top: Tensor,
+    coefficient: Tensor,
+    divergence: Divergence,
+) -> Tensor:
+    """This rank's part of the sums behind `row_values`, [5, n]; `student` becomes coefficient * p f' (forward KL:
+    coefficient * (p - q)), `teacher` becomes p.
+
+    `student`, `teacher` [n, v] hold logits minus any constant of the row; adding `offset`, `teacher_offset` [n] makes
+    them log p and log q. A row's largest logits are 0 in both where `top` [n] is True: this part of the vocabulary has
+    the maximum of both distributions. `coefficient` [n] scales the gradient.
+    """
+    n, v = student.shape
+    out = torch.zeros(SUMS, n, dtype=student.dtype, device=student.device)
+    if v == 0:
+        return out
+    smallest = torch.finfo(student.dtype).tiny
+    scale = coefficient * (1 - divergence.mixture) if divergence.kind == "jensen_shannon" else coefficient
+    for rows, (logp, logq), (p, q) in slabs(student, teacher, scratch=2):
+        cross, teacher_cross, mean, mixed, together = out[:, rows]
+        together.copy_((torch.add(logp, logq, out=p).amax(1) == 0) & top[rows])
+        exp(logp.add_(offset[rows, None]), p)
+        exp(logq.add_(teacher_offset[rows, None]), q)
+        cross.copy_(_dot(p, logq))
+        teacher_cross.copy_(_dot(q, logp))
+        if divergence.kind == "forward_kl":
+            torch.sub(p, q, out=logp)
+        elif divergence.kind == "reverse_kl":
+            logp.sub_(logq).mul_(p)
+        else:
+            logm = torch.lerp(p, q, divergence.mixture, out=logq).clamp_(min=smallest).log_()
+            mixed.copy_(_dot(q, logm))
+            logp.sub_(logm).mul_(p)
+            torch.sum(logp, 1, out=mean)
+        logp.mul_(scale[rows, None])
+        logq.copy_(p)
+    return out
+
+
+def row_values(sums: Tensor, entropy: Tensor, teacher_entropy: Tensor, divergence: Divergence) -> RowValues:
+    """From `sums` [5, n] over the complete vocabulary and the two entropies [n]."""
+    cross, teacher_cross, mean, mixed, together = sums
+    reverse, forward = -entropy - cross, -teacher_entropy - teacher_cross
+    if divergence.kind == "reverse_kl":
+        value, derivative = reverse, reverse
+    elif divergence.kind == "forward_kl":
+        value, derivative = forward, torch.zeros_like(forward)
+    else:
+        b = divergence.mixture
+        derivative = (1 - b) * mean
+        value = derivative + b * (-teacher_entropy - mixed)
+    # Rounding must not make a divergence negative.
+    value, reverse, forward = (x.clamp(min=0) for x in (value, reverse, forward))
+    return RowValues(value, derivative, reverse, forward, (together > 0).to(sums.dtype))
+
+
+def divergence_gradient_(
+    student: Tensor,
+    p: Tensor,
+    local: Tensor,
+    owned: Tensor,
+    divergence_part: Tensor,
+    entropy: Tensor,
+    g_logprob: Tensor,
+    g_entropy: Tensor | None,
+) -> Tensor:
+    """Turn `student` [n, v], as `divergence_sums_` left it beside `p`, into the gradient in z of coefficient * D +
+    g_logprob * log p(target) + g_entropy * entropy, summed over rows; overwrites `p`.
+
+    `divergence_part` [n] is coefficient * F; the other arguments are those of `softmax_tile.logit_gradient_`.
+    """
+    student.addcmul_(p, (divergence_part + g_logprob)[:, None], value=-1)
+    if g_entropy is not None:
+        for rows, (slab, weights), (logp,) in slabs(student, p):
+            torch.clamp(weights, min=torch.finfo(p.dtype).tiny, out=logp).log_().add_(entropy[rows, None])
+            slab.addcmul_(weights.mul_(logp), g_entropy[rows, None], value=-1)
+    add_target_(student, local, owned, g_logprob)
+    return student
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row [n]; not a matrix product on CUDA, where those may be TF32."""
+    if a.is_cuda:
+        return (a * b).sum(1)
+    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]

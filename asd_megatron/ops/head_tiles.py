@@ -1,0 +1,215 @@
+"""What every form of the fused head does to a tile of logits: products, statistics over the vocabulary's ranks, and the
+accumulation of both gradients. See `vocab_head.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asd_megatron.ops import softmax_tile
+from asd_megatron.ops.gemm import accumulation_dtype, add_product_, gradient_operand, operand, product, rounded_product
+from asd_megatron.ops.main_grad import WeightGradient
+from asd_megatron.ops.vocab_shard import VocabShard, merge_softmax
+
+TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
+"""(logprobs [n], entropy [n], block) -> the block's part of the loss, a scalar. `block`: which slice of the N rows."""
+
+
+def checked(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    shard: VocabShard,
+    rows: Tensor | None,
+    temperature: float,
+    token_block: int | None,
+) -> tuple[Tensor | None, int]:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden must be [T, H] and weight [rows, H] of one dtype: they are {hidden.dtype} {tuple(hidden.shape)} "
+            f"and {weight.dtype} {tuple(weight.shape)}"
+        )
+    tokens = hidden.shape[0] * (shard.world if shard.sequence_parallel else 1)
+    wanted = tokens if rows is None else rows.shape[0]
+    if target.shape != (wanted,):
+        raise ValueError(f"target has shape {tuple(target.shape)}, but {wanted} tokens are selected")
+    if shard.rows > weight.shape[0]:
+        raise ValueError(f"the shard has {shard.rows} valid rows, the weight only {weight.shape[0]}")
+    if not temperature > 0:
+        raise ValueError(f"the temperature must be positive: it is {temperature}")
+    if token_block is not None and token_block < 1:
+        raise ValueError(f"token_block must be at least 1: it is {token_block}")
+    return rows, token_block or default_block(weight)
+
+
+def default_block(weight: Tensor, stacked: int = 1) -> int:
+    """Rows of a tile that holds `stacked` times as many rows of logits: 512 MiB of float32 on a GPU, 32 MiB elsewhere,
+    but at least 256 rows of logits, below which packing the weight for each tile's products takes noticeable time.
+    Equal on all ranks, because their weights have equally many rows."""
+    elements = 1 << 27 if weight.is_cuda else 1 << 23
+    return max(256, elements // max(weight.shape[0], 1) // 64 * 64) // stacked
+
+
+class Tiles:
+    """The logits of one call, one tile at a time in the same buffer."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        rows: Tensor | None,
+        shard: VocabShard,
+        temperature: float,
+        block: int,
+        stacked: int = 1,
+    ) -> None:
+        """`stacked`: how many rows of logits the buffer holds for each of a tile's rows."""
+        self.gathered = shard.gather_tokens(hidden)  # [T, H]
+        self.weight = operand(weight[: shard.rows])  # [v, H]
+        self.rows = rows
+        self.shard = shard
+        self.temperature = temperature
+        self.count = target.shape[0]
+        self.tiles = -(-self.count // block)
+        local = target - shard.start
+        self.owned = (local >= 0) & (local < shard.rows)  # bool [N]: the target's column is on this rank
+        self.local = local.clamp(0, max(shard.rows - 1, 0))
+        self.dtype = accumulation_dtype(hidden.dtype)
+        longest = -(-self.count // max(self.tiles, 1))
+        self.buffer = torch.empty((stacked * longest, shard.rows), dtype=self.dtype, device=hidden.device)
+
+    def blocks(self) -> Iterator[slice]:
+        """The tiles' slices of the N rows: as few as fit, of nearly equal length, because a tile of a few rows costs
+        almost as much as a full one."""
+        for tile in range(self.tiles):
+            yield slice(tile * self.count // self.tiles, (tile + 1) * self.count // self.tiles)
+
+    def hidden(self, block: slice) -> Tensor:
+        return operand(self.gathered[block] if self.rows is None else self.gathered[self.rows[block]])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits divided by the temperature [n, v], in the accumulation dtype. The next call overwrites them."""
+        tile = self.buffer[: hidden.shape[0]]
+        product(tile, hidden, self.weight)
+        return tile if self.temperature == 1.0 else tile.mul_(1.0 / self.temperature)
+
+    def pair(self, hidden: Tensor, teacher: Tensor, teacher_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's logits [n, v], as `logits`; `teacher_weight` None: both of the same
+        weight, in one product."""
+        n = hidden.shape[0]
+        if teacher.shape != hidden.shape or teacher.dtype != hidden.dtype:
+            raise ValueError(
+                f"the teacher's hidden states must be {hidden.dtype} {tuple(hidden.shape)} like the student's: they "
+                f"are {teacher.dtype} {tuple(teacher.shape)}"
+            )
+        tiles = self.buffer[: 2 * n]
+        if teacher_weight is None:
+            product(tiles, torch.cat([hidden, teacher]), self.weight)
+        else:
+            product(tiles[:n], hidden, self.weight)
+            product(tiles[n:], teacher, teacher_weight)
+        if self.temperature != 1.0:
+            tiles.mul_(1.0 / self.temperature)
+        return tiles[:n], tiles[n:]
+
+    def statistics(self, tile: Tensor, block: slice) -> Tensor:
+        """(maximum, total, moment, target's logit) [4, n] of this rank's vocabulary; `tile` becomes z - maximum."""
+        return softmax_tile.softmax_statistics(tile, self.local[block], self.owned[block])
+
+    def reduce(self, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every rank's statistics [4, n] merged into (logsumexp, log-prob of the target, entropy), each [n]. One
+        collective."""
+        return self.merged(self.shard.gather_ranks(statistics))
+
+    def merged(self, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of all ranks' statistics [ranks, 4, n]."""
+        top, total, moment = merge_softmax(parts[:, 0], parts[:, 1], parts[:, 2])
+        log_total = total.log()
+        return top + log_total, parts[:, 3].amax(0) - top - log_total, log_total - moment / total
+
+    def logit_gradient(
+        self, tile: Tensor, offset: Tensor, entropy: Tensor, g_logprob: Tensor, g_entropy: Tensor | None, block: slice
+    ) -> Tensor:
+        """d loss / d (hidden @ weight.T) [n, v].
+
+        `tile` is z plus any per-row constant; adding `offset` [n] makes it log p. Overwrites `tile`.
+        """
+        g_logprob = g_logprob / self.temperature
+        g_entropy = None if g_entropy is None else g_entropy / self.temperature
+        return softmax_tile.logit_gradient_(
+            tile, self.local[block], self.owned[block], offset, entropy, g_logprob, g_entropy
+        )
+
+
+class Gradients:
+    """The two gradients of one call, filled tile by tile."""
+
+    def __init__(self, tiles: Tiles, hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool) -> None:
+        self.tiles = tiles
+        self.local = hidden.new_empty((tiles.count, hidden.shape[1])) if for_hidden else None
+        self.weight = WeightGradient(weight, tiles.dtype) if for_weight else None
+
+    def add(self, gradient: Tensor, hidden: Tensor, block: slice) -> None:
+        """`gradient` [n, v] of the logits of `hidden` [n, H]."""
+        gradient = gradient_operand(gradient, hidden)
+        if self.local is not None:
+            rounded_product(self.local[block], gradient, self.tiles.weight)
+        if self.weight is not None and self.tiles.shard.rows:
+            add_product_(self.weight.buffer[: self.tiles.shard.rows], gradient, hidden)
+
+    def hidden(self) -> Tensor | None:
+        """[T_local, H], summed over the vocabulary's ranks. Collective; call once."""
+        if self.local is None:
+            return None
+        tiles = self.tiles
+        return tiles.shard.reduce_hidden_gradient(self.local, tiles.rows, tiles.gathered.shape[0])
+
+    def finish(self) -> tuple[Tensor | None, WeightGradient | None]:
+        """(gradient of the hidden states as `hidden`, the weight's, in `main_grad` if there is one). Call once."""
+        d_hidden = self.hidden()
+        if self.weight is not None:
+            self.weight.flush()
+        return d_hidden, self.weight
+
+
+def backward(ctx: Any, g_loss: Tensor, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """(d hidden, d weight) of an op `name` whose gradients were complete in forward: `ctx.d_hidden`,
+    `ctx.weight_gradient` of `Gradients.finish`."""
+    d_hidden, weight_gradient = ctx.d_hidden, ctx.weight_gradient
+    del ctx.d_hidden, ctx.weight_gradient
+    scale = float(g_loss)
+    d_weight = None
+    if weight_gradient is not None:
+        if weight_gradient.in_main_grad and scale != 1.0:
+            raise RuntimeError(
+                f"{name} has already added to main_grad, but backward scales its loss by {scale}: scale "
+                "inside token_loss (Megatron: calculate_per_token_loss, a three-tuple loss, no grad_scale_func)"
+            )
+        d_weight = weight_gradient.result()
+        if d_weight is not None and not weight_gradient.in_main_grad and scale != 1.0:
+            d_weight.mul_(scale)
+    if d_hidden is not None and scale != 1.0:
+        d_hidden.mul_(scale)
+    return d_hidden, d_weight
+
+
+def differentiated(
+    token_loss: TokenLoss, logprobs: Tensor, entropy: Tensor, block: slice, differentiate: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The block's loss and its derivatives in log-prob [n] and entropy [n] (None: the loss does not depend on it)."""
+    logprobs, entropy = logprobs.detach().clone(), entropy.detach().clone()
+    zero = torch.zeros_like(logprobs)
+    if not differentiate:
+        return token_loss(logprobs, entropy, block).detach(), zero, None
+    with torch.enable_grad():
+        logprobs.requires_grad_()
+        entropy.requires_grad_()
+        part = token_loss(logprobs, entropy, block)
+        if not part.requires_grad:  # of tokens without weight the loss may be a constant
+            return part.detach(), zero, None
+        g_logprobs, g_entropy = torch.autograd.grad(part, (logprobs, entropy), allow_unused=True)
+    return part.detach(), zero if g_logprobs is None else g_logprobs, g_entropy
