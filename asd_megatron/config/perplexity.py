@@ -9,7 +9,7 @@ from pydantic import Field
 from asd_megatron.config.base import Section
 
 
-class Perplexity(Section):
+class PerplexitySection(Section):
     """With `algorithm.lambda_source: teacher_perplexity`, lambda of a response whose teacher perplexity is P:
     clip(`lambda_0` x `alpha` x log(clip(P / target, 0.5, 3)), `lambda_min`, `algorithm.lambda_max`). The defaults are
     the released code's."""

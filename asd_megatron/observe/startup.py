@@ -16,6 +16,7 @@ import torch
 import asd_megatron
 from asd_megatron.antisd.divergence import Condition
 from asd_megatron.antisd.perplexity import PerplexityRule
+from asd_megatron.errors import plural
 from asd_megatron.files import write_json
 
 # import name -> (name shown, distributions that may carry the version)
@@ -166,7 +167,7 @@ def gate_text(
     """How lambda is set, in one line."""
     if condition.sign == 0:
         return "no per-token term"
-    warmup = f"0 for {warmup_steps} steps, then " if warmup_steps else ""
+    warmup = f"0 for {plural(warmup_steps, 'step')}, then " if warmup_steps else ""
     if not condition.gated:
         return f"lambda {warmup}{lambda_max:g}, without a gate"
     level = "H_warm" if h_warm is None else f"H_warm = {h_warm:g}"
@@ -178,7 +179,7 @@ def gate_text(
 
 def perplexity_text(rule: PerplexityRule, *, warmup_steps: int, target: float | None) -> str:
     """How lambda follows the teacher's perplexity, in one line."""
-    warmup = f"0 for {warmup_steps} steps, then " if warmup_steps else ""
+    warmup = f"0 for {plural(warmup_steps, 'step')}, then " if warmup_steps else ""
     if target is not None:
         level = f"{target:g}"
     elif rule.target_ratio is not None:
@@ -229,7 +230,7 @@ def layout_text(layout: Any) -> str:
     return (
         f"tp {values['tensor']}, pp {values['pipeline']}, vpp {virtual or 'none'}, cp {values['context']}, "
         f"dp {values['data']}, sequence parallel {'on' if values.get('sequence_parallel') else 'off'} "
-        f"({ranks} rank{'s' if ranks != 1 else ''})"
+        f"({plural(ranks, 'rank')})"
     )
 
 
@@ -253,18 +254,18 @@ def startup_report(
     model: Mapping[str, Any],
     batch: Mapping[str, Any],
     condition: Condition | None = None,
-    advantage_weight: float = 1.0,
     term: str = "",
     gate: str = "",
     perplexity: str = "",
     passes: Sequence[str] = (),
+    advantage: str | None = None,
 ) -> str:
     """The report as text: one table, printed by rank 0 before the first step.
 
     `environment` and `suppliers` are what the functions of that name return, `layout` a Layout, `model` and `batch`
     rows to show (family, parameters, dtype; problems, rollouts, token budget ...), `condition` None in the supervised
     stage, `term` what `term_text` returns, `gate` what `gate_text` or `perplexity` what `perplexity_text`, `passes` the
-    pass plan's reasons.
+    pass plan's reasons, `advantage` None for the condition's own.
     """
     versions = environment["versions"]
     present = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
@@ -278,7 +279,7 @@ def startup_report(
     machine.append(("layout", layout_text(layout)))
     method = []
     if condition is not None:
-        method = [("condition", condition.name), ("advantage", formula(condition, advantage_weight))]
+        method = [("condition", condition.name), ("advantage", advantage or formula(condition))]
         method += [(key, text) for key, text in (("term", term), ("gate", gate), ("lambda", perplexity)) if text]
     rows = {
         "Machine": machine,

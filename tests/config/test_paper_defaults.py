@@ -11,7 +11,7 @@ from asd_megatron.antisd import Condition, Gate, condition
 from asd_megatron.config import Recipe
 from asd_megatron.config.base import section_schema
 from asd_megatron.config.refusals import dotted_keys
-from asd_megatron.run.build import example_builder, make_method, make_outliers, make_perplexity
+from asd_megatron.run.build import example_builder, make_gate, make_method, make_outliers, make_perplexity
 from asd_megatron.trainer.pass_plan import plan_passes
 
 PAPER: dict[str, Any] = {
@@ -139,7 +139,7 @@ def test_the_method_has_no_kl_to_a_reference_and_the_optimizer_is_adamw(recipe: 
 
 def test_the_gate_warms_up_for_five_steps(recipe: Recipe) -> None:
     assert recipe.gate_warmup_steps == recipe.lambda_warmup_steps == 5
-    assert Gate.for_condition("antisd").warmup_steps == 5
+    assert make_gate(recipe).warmup_steps == 5
 
 
 @pytest.mark.parametrize("tokens", [1024, 32_768])
@@ -158,7 +158,7 @@ def test_the_method_without_a_recipe_has_the_same_defaults(recipe: Recipe) -> No
 
     assert make_method(recipe) == Method(condition("antisd"))
     assert make_perplexity(recipe) is None and make_outliers(recipe) is None
-    gate = Gate.for_condition("antisd")
+    gate = Gate.for_condition("antisd", warmup_steps=5)
     assert (gate.lambda_max, gate.tau_down, gate.tau_up) == (0.5, 0.93, 1.0)
 
 

@@ -38,7 +38,7 @@ def test_schema_and_metadata(tmp_path: Path) -> None:
     assert " ".join(schema.names) == (
         "step prompt_id sample prompt_ids response_ids finish_reason reward group_advantage demonstration_source "
         "demonstration_sample teacher_prompt_ids student_logprobs teacher_logprobs engine_logprobs student_entropy "
-        "teacher_entropy pmi advantage loss_mask weight_version version_changes"
+        "teacher_entropy pmi advantage divergence reverse_kl forward_kl agreement lambda loss_mask weight_version version_changes"
     )
     assert schema.field("response_ids").type.value_type == pa.int32()
     assert schema.field("pmi").type.value_type == pa.float32()
@@ -52,6 +52,27 @@ def test_schema_and_metadata(tmp_path: Path) -> None:
         "temperature": "0.7",
         "recipe_hash": "abc123",
     }
+
+
+def test_a_lambda_for_each_response_is_kept(tmp_path: Path) -> None:
+    lambdas = [0.1, -0.02, 0.0, 0.5]
+    path = write_dump(
+        tmp_path / "d.parquet",
+        make_examples(),
+        make_table(),
+        step=1,
+        lam=0.145,
+        H=None,
+        h_warm=None,
+        temperature=1.0,
+        recipe_hash="",
+        lambdas=lambdas,
+    )
+    assert read_dump(path).lambdas == lambdas
+    assert read_dump(write(tmp_path / "gate.parquet")).lambdas is None
+    older = pq.read_table(path).drop_columns(["lambda", "divergence"])
+    pq.write_table(older, tmp_path / "older.parquet")
+    assert read_dump(tmp_path / "older.parquet").lambdas is None
 
 
 def test_rows(tmp_path: Path) -> None:

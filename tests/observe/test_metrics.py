@@ -18,6 +18,7 @@ from asd_megatron.observe.metrics import (
     ROLLOUT_COUNTERS,
     GateReading,
     Increments,
+    PerplexityReading,
     step_metrics,
     supervised_metrics,
 )
@@ -158,7 +159,7 @@ def warning_names() -> set[str]:
 def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     emitted = {
         *step(),
-        *(f"evaluation/{name}" for name in ("accuracy", "length_mean", "truncated")),
+        *(f"evaluation/{name}" for name in ("accuracy", "pass_rate", "length_mean", "truncated")),
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),
         *Increments().of(prompts={}, rollouts={}, rewards={}),
@@ -346,3 +347,33 @@ def test_given_total_is_kept_and_gate_without_entropy_is_nan() -> None:
     assert "time/teacher" not in m
     assert m["gate/warming_up"] == 1
     assert math.isnan(m["gate/entropy"]) and math.isnan(m["gate/h_warm"]) and math.isnan(m["gate/close_below"])
+
+
+def test_lambdas_from_the_perplexity_and_outliers() -> None:
+    nan = math.nan
+    reading = PerplexityReading(
+        torch.tensor([1.5, 4.0, nan, 2.0], dtype=torch.float64),
+        torch.tensor([-0.02, 0.0, 0.0, 0.32], dtype=torch.float64),
+        cutoff=3.0,
+        target=1.4,
+    )
+    m = step(gate=reading, outlier_limit=0.7)
+    assert not any(name.startswith("gate/") for name in m) and undocumented(m) == []
+    expected = {
+        "perplexity/mean": 2.5,
+        "perplexity/median": 2.0,
+        "perplexity/target": 1.4,
+        "perplexity/above_cutoff": 1 / 3,
+        "perplexity/warming_up": 0.0,
+        "lambda/mean": 0.1,
+        "lambda/min": -0.02,
+        "lambda/max": 0.32,
+        "lambda/zero_share": 1 / 3,
+        "outliers/limit": 0.7,
+        "outliers/share": 0.25,
+    }
+    assert {name: m[name] for name in expected} == pytest.approx(expected)
+    none = PerplexityReading(torch.full((4,), nan), torch.zeros(4), cutoff=3.0, warming_up=True)
+    m = step(gate=none, outlier_limit=nan)
+    assert none.lam == 0 and math.isnan(m["lambda/mean"]) and math.isnan(m["perplexity/target"])
+    assert m["perplexity/warming_up"] == 1 and math.isnan(m["outliers/limit"]) and m["outliers/share"] == 0

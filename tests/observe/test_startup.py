@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from asd_megatron.antisd.divergence import condition
+from asd_megatron.antisd.perplexity import PerplexityRule
 from asd_megatron.observe.startup import (
     environment,
     formula,
     gate_text,
     layout_text,
+    perplexity_text,
     startup_report,
     suppliers,
+    term_text,
     write_environment,
 )
 
@@ -77,6 +81,51 @@ def test_formulas_are_the_papers() -> None:
         "no_teacher": f"A = A_seq - lambda * phi(u), u = -log p_student{phi}",
     }
     assert {name: formula(condition(name)) for name in expected} == expected
+
+
+def test_formulas_of_the_released_compositions() -> None:
+    u = ", u = log p_teacher - log p_student"
+    phi = ", phi(u) = (softplus(u) - log 2) / 2"
+    plain = replace(condition("antisd"), composition="multiplicative_plain")
+    assert formula(plain) == f"A = A_seq * (1 - lambda * phi(u)){u}{phi}"
+    rlsd = replace(condition("sd"), composition="rlsd")
+    assert formula(rlsd) == f"A = A_seq * ((1 - lambda) + lambda * clip(exp(u * sign(A_seq)), 0.8, 1.2)){u}"
+    assert "exp(-u * sign(A_seq))" in formula(replace(condition("reverse_kl_ascent"), composition="rlsd"))
+    assert formula(condition("antisd"), 0.5).startswith("A = 0.5 * A_seq - lambda * phi(u)")
+
+
+def test_lambda_from_the_perplexity_in_words() -> None:
+    text = perplexity_text(PerplexityRule(), warmup_steps=5, target=None)
+    assert text == (
+        "lambda of each response 0 for 5 steps, then clip(0.1 x 2 x log(P / P*), -0.02, 0.5) of the teacher's"
+        " perplexity P, P* = the warm-up's median - 0.1; 0 where P > 3; no entropy gate"
+    )
+    assert "P* = 1.3;" in perplexity_text(PerplexityRule(target_ratio=0.9), warmup_steps=0, target=1.3)
+    assert "P* = 0.9 x" in perplexity_text(PerplexityRule(target_ratio=0.9), warmup_steps=5, target=None)
+    batch = perplexity_text(PerplexityRule(scope="batch", shift="negative"), warmup_steps=5, target=None)
+    assert "of the batch" in batch and "shifted to mean 0 where that is negative" in batch
+
+
+OFF: dict[str, Any] = {
+    "outlier_deviations": None,
+    "pmi_clip": None,
+    "normalization": "none",
+    "term_clip": None,
+    "max_position": None,
+    "max_length": None,
+}
+
+
+def test_the_term_in_words() -> None:
+    assert term_text(**OFF) == ""
+    on = {"outlier_deviations": 2.0, "pmi_clip": 5.0, "normalization": "sequence", "term_clip": 3.0}
+    assert term_text(**OFF | on | {"max_length": 12_000}) == (
+        "u beyond 2 standard deviations counts as 0; u clamped to +-5; standardised over each response; clamped to +-3;"
+        " none on responses of 12,000 tokens and more"
+    )
+    assert term_text(**OFF | {"normalization": "demean", "max_position": 9}) == (
+        "minus its mean over each response; none from position 9 on"
+    )
 
 
 def test_gate_in_words() -> None:

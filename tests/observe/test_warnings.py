@@ -45,6 +45,18 @@ CASES = {
 }
 
 
+def test_lambda_0_of_every_response_is_reported_with_its_own_remedy() -> None:
+    by_perplexity = {k: v for k, v in HEALTHY.items() if not k.startswith("gate/")} | {
+        "perplexity/warming_up": 0.0,
+        "lambda/zero_share": 1.0,
+    }
+    warm_up = {**by_perplexity, "perplexity/warming_up": 1.0}
+    _, found = run(*[warm_up] * 5, *[by_perplexity] * 12)
+    assert [step for step, _ in found] == [15] and "perplexity.cutoff" in found[0][1] and "gate.tau" not in found[0][1]
+    _, found = run(*[warm_up] * 5, *[{**by_perplexity, "lambda/zero_share": 0.9}] * 12)
+    assert found == []
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_each_warning_is_raised_once_and_says_what_to_look_at(kind: str) -> None:
     steps, first, remedy = CASES[kind]
