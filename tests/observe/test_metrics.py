@@ -14,6 +14,7 @@ import torch
 
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.observe import names
+from asd_megatron.observe.dumps import DIVERGENCES
 from asd_megatron.observe.metrics import (
     ROLLOUT_COUNTERS,
     GateReading,
@@ -147,6 +148,18 @@ def server_names() -> set[str]:
     return set(readings.take(ServerCounters(), serving=1, restarts=0))
 
 
+def released_form_names() -> set[str]:
+    lambdas = torch.zeros(4, dtype=torch.float64)
+    return set(step(gate=PerplexityReading(lambdas + 1, lambdas, cutoff=3.0), outlier_limit=1.0))
+
+
+def exact_names() -> set[str]:
+    table = make_table()
+    for name in DIVERGENCES:
+        table[name] = torch.ones(table.tokens)
+    return set(step(table=table))
+
+
 def warning_names() -> set[str]:
     """All that one misguided run shows."""
     watch = MethodWarnings()
@@ -164,6 +177,8 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *puzzle_names(),
         *Increments().of(prompts={}, rollouts={}, rewards={}),
         *server_names(),
+        *released_form_names(),
+        *exact_names(),
         *warning_names(),
         "checkpoint/skipped",  # tests/trainer/test_guarded_run.py
     }

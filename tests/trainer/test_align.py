@@ -79,9 +79,9 @@ def test_teacher_and_student_meet_at_rollout_and_position(ranks: int, context: i
 def test_columns_are_filled_pack_by_pack(importance: bool) -> None:
     """Every column of an update reaches its own row of the one tensor that is shared, and is read back from there."""
     batch = build(1, 0, PackLayout())
-    count = UpdateColumns.count(importance=importance)
-    values = torch.zeros(count, batch.table.tokens)
-    columns = UpdateColumns.of_rows(values)
+    device = torch.device("cpu")
+    columns, values = UpdateColumns.zeros(batch.table.tokens, device, importance=importance, exact=False)
+    count = len(values)
     for pack in batch.student_packs():
         given = [pack.targets * 10 + k for k in range(count)]
         scores, clipped, constants = Scores(*given[:2]), given[2], LossConstants(*given[3:])
