@@ -136,7 +136,7 @@ def puzzle_names() -> set[str]:
         ids = [tuple(tokenizer(text + " <|end|>", add_special_tokens=False)["input_ids"]) for text in (wrong, right)]
     rollouts = [Rollout("p", i, (1,), x, (0.0,) * len(x), FinishReason.STOP, 0) for i, x in enumerate(ids)]
     table = TokenTable.for_lengths([len(x) for x in ids])
-    table["pmi"] = torch.zeros(table.tokens)
+    table["pmi"] = table["divergence"] = torch.zeros(table.tokens)
     examples = [Example(r, reward, 0.0, (1,)) for r, reward in zip(rollouts, (0.0, 1.0), strict=True)]
     return {*puzzle.of_step(examples, table), *puzzle.of_evaluation(rollouts, [0.0, 1.0])}
 
