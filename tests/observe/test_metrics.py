@@ -87,6 +87,10 @@ def test_values_by_hand() -> None:
         "pmi/negative_share": 0.5,
         "term/mean": -0.05,
         "term/negative_share": 0.5,
+        "divergence/mean": 0.25,
+        "divergence/reverse_kl": 0.5,
+        "divergence/forward_kl": 0.75,
+        "divergence/agreement": 0.75,
         # what the loss sees
         "advantage/mean": 1.5 / 8,
         "advantage/abs_mean": 3.0 / 8,
@@ -134,7 +138,7 @@ def puzzle_names() -> set[str]:
         ids = [tuple(tokenizer(text + " <|end|>", add_special_tokens=False)["input_ids"]) for text in (wrong, right)]
     rollouts = [Rollout("p", i, (1,), x, (0.0,) * len(x), FinishReason.STOP, 0) for i, x in enumerate(ids)]
     table = TokenTable.for_lengths([len(x) for x in ids])
-    table["pmi"] = torch.zeros(table.tokens)
+    table["pmi"] = table["divergence"] = torch.zeros(table.tokens)
     examples = [Example(r, reward, 0.0, (1,)) for r, reward in zip(rollouts, (0.0, 1.0), strict=True)]
     return {*puzzle.of_step(examples, table), *puzzle.of_evaluation(rollouts, [0.0, 1.0])}
 
