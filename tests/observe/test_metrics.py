@@ -14,7 +14,6 @@ import torch
 
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.observe import names
-from asd_megatron.observe.dumps import DIVERGENCES
 from asd_megatron.observe.metrics import (
     ROLLOUT_COUNTERS,
     GateReading,
@@ -89,6 +88,10 @@ def test_values_by_hand() -> None:
         "pmi/negative_share": 0.5,
         "term/mean": -0.05,
         "term/negative_share": 0.5,
+        "divergence/mean": 0.25,
+        "divergence/reverse_kl": 0.5,
+        "divergence/forward_kl": 0.75,
+        "divergence/agreement": 0.75,
         # what the loss sees
         "advantage/mean": 1.5 / 8,
         "advantage/abs_mean": 3.0 / 8,
@@ -153,13 +156,6 @@ def released_form_names() -> set[str]:
     return set(step(gate=PerplexityReading(lambdas + 1, lambdas, cutoff=3.0), outlier_limit=1.0))
 
 
-def exact_names() -> set[str]:
-    table = make_table()
-    for name in DIVERGENCES:
-        table[name] = torch.ones(table.tokens)
-    return set(step(table=table))
-
-
 def warning_names() -> set[str]:
     """All that one misguided run shows."""
     watch = MethodWarnings()
@@ -178,7 +174,6 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *Increments().of(prompts={}, rollouts={}, rewards={}),
         *server_names(),
         *released_form_names(),
-        *exact_names(),
         *warning_names(),
         "checkpoint/skipped",  # tests/trainer/test_guarded_run.py
     }

@@ -178,7 +178,7 @@ def test_normalization_meets_the_other_compositions(
     check(product, dense, examples, settings(name, term_normalization=normalization, temperature=0.7))
 
 
-@pytest.mark.parametrize("normalization", ["none", "sequence", "demean"])
+@pytest.mark.parametrize("normalization", ["none", "demean"])
 @pytest.mark.parametrize(
     ("name", "composition"),
     [
@@ -186,9 +186,7 @@ def test_normalization_meets_the_other_compositions(
         ("sd", "multiplicative_plain"),
         ("sd", "rlsd"),
         ("reverse_kl_ascent", "rlsd"),
-        ("reverse_kl_ascent", "multiplicative"),
         ("sd", "multiplicative"),
-        ("sd", "additive"),
     ],
 )
 def test_compositions(
@@ -197,14 +195,9 @@ def test_compositions(
     recipe = settings(name, composition=composition, term_normalization=normalization, lambda_max=0.8, temperature=0.7)
     found = check(product, dense, examples, recipe)
     assert found.table is not None
-    by_name = product.step(
-        examples,
-        settings(name, term_normalization=normalization, lambda_max=0.8, temperature=0.7),
-        gate_of(settings(name, lambda_max=0.8), H_WARM if condition(name).gated else None),
-    )
-    assert by_name.table is not None
-    same = torch.equal(found.table["advantage"], by_name.table["advantage"])
-    assert same == (composition == condition(name).composition)
+    a_seq = found.table.spread(torch.tensor([e.group_advantage for e in examples]))
+    additive = a_seq + condition(name).sign * 0.8 * found.table["term"]
+    assert relative(found.table["advantage"], additive) > 0.05
 
 
 # Among the tiny model's perplexities of its random responses, 35 to some hundreds.
@@ -239,8 +232,7 @@ def test_lambda_from_the_teachers_perplexity(
     assert min(lams) < 0 or options == "batch"
 
 
-@pytest.mark.parametrize("name", ["antisd", "sd", "no_gate"])
-@pytest.mark.parametrize("normalization", ["none", "sequence"])
+@pytest.mark.parametrize(("name", "normalization"), [("antisd", "sequence"), ("sd", "none"), ("no_gate", "sequence")])
 def test_outliers_over_steps(name: str, normalization: str, product: Product, dense: Any) -> None:
     """Two steps measure the deviation of u, one of them after a step without any context; later outliers count as 0."""
     recipe = DenseRecipe(
