@@ -46,11 +46,11 @@ def checked(
 
 
 def default_block(weight: Tensor, stacked: int = 1) -> int:
-    """Rows of a tile that holds `stacked` times as many rows of logits: 512 MiB of float32 on a GPU, 32 MiB elsewhere,
-    but at least 256 rows of logits, below which packing the weight for each tile's products takes noticeable time.
-    Equal on all ranks, because their weights have equally many rows."""
+    """Rows of a tile: 512 MiB of float32 on a GPU, 32 MiB elsewhere, but at least 256, below which packing the weight
+    for each tile's products takes noticeable time. A tile that holds `stacked` rows of logits for each of its rows has
+    2 / 3 as many of its own for 2. Equal on all ranks, because their weights have equally many rows."""
     elements = 1 << 27 if weight.is_cuda else 1 << 23
-    return max(256, elements // max(weight.shape[0], 1) // 64 * 64) // stacked
+    return max(256, elements // max(weight.shape[0], 1) // 64 * 64) * 2 // (stacked + 1)
 
 
 class Tiles:

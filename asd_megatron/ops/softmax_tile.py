@@ -73,10 +73,10 @@ def add_target_(tile: Tensor, local: Tensor, owned: Tensor, values: Tensor) -> N
         tile[row, local] += torch.where(owned, values, 0.0)
 
 
-def slab_rows(tile: Tensor) -> Iterator[slice]:
-    """The rows of consecutive slabs of the tile."""
+def slab_rows(tile: Tensor, arrays: int = 2) -> Iterator[slice]:
+    """The rows of consecutive slabs of `arrays` tensors of the tile's shape, which share the cache."""
     n, v = tile.shape
-    step = max(1, _slab_elements(tile) // max(1, v))
+    step = max(1, 2 * _slab_elements(tile) // max(2, arrays) // max(1, v))
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
@@ -84,7 +84,7 @@ def slab_rows(tile: Tensor) -> Iterator[slice]:
 def slabs(*tiles: Tensor, scratch: int = 1) -> Iterator[tuple[slice, list[Tensor], list[Tensor]]]:
     """(rows, each tile's part, `scratch` tensors of the same shape) for consecutive slabs of tiles of one shape."""
     memory: list[Tensor] = []
-    for rows in slab_rows(tiles[0]):
+    for rows in slab_rows(tiles[0], len(tiles) + scratch):
         parts = [tile[rows] for tile in tiles]
         memory = memory or [torch.empty_like(parts[0]) for _ in range(scratch)]
         yield rows, parts, [m[: len(parts[0])] for m in memory]
