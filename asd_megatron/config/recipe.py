@@ -25,6 +25,7 @@ from asd_megatron.config.rollout import Rollout
 from asd_megatron.config.run import Run, RunBase
 from asd_megatron.config.sampling import Generation, Sampling
 from asd_megatron.config.sft import Sft
+from asd_megatron.config.teacher import Teacher
 from asd_megatron.config.yaml_text import to_yaml
 
 Kind = Literal["train", "sft"]
@@ -44,6 +45,7 @@ class Recipe(Section):
     algorithm: Algorithm = Algorithm()
     gate: Gate = Gate()
     privileged: Privileged = Privileged()
+    teacher: Teacher = Teacher()
     sampling: Sampling = Sampling()
     rollout: Rollout = Rollout()
     evaluation: Evaluation = Evaluation()
