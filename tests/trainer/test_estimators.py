@@ -1,4 +1,4 @@
-"""The sampled term estimates the exact divergence's gradient: its expectation over the token's draw is that gradient."""
+"""The sampled term estimates the exact divergence's gradient: its mean over the token's draw is that gradient."""
 
 from __future__ import annotations
 
