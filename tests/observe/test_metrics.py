@@ -247,6 +247,17 @@ def test_mismatch_against_numpy(noise: float) -> None:
     assert 0 < m["mismatch/ess_sequence"] <= m["mismatch/ess"] <= 1
 
 
+def test_the_divergence_from_the_initial_weights() -> None:
+    """Over the tokens that the loss sees, all but the forced one; absent without a KL penalty."""
+    table = make_table()
+    table["reference_logprobs"] = table["student_logprobs"] - torch.tensor([1.0, -1.0, 0, 0, 99, 0, 0, 0, 0])
+    m = step(table=table)
+    assert m["kl/k1"] == pytest.approx(0.0) and m["kl/k2"] == pytest.approx(1 / 8)
+    assert m["kl/k3"] == pytest.approx((math.exp(-1) + math.exp(1) - 2) / 8)
+    assert not undocumented(m)
+    assert not any(name.startswith("kl/") for name in step())
+
+
 def test_k3_estimates_the_divergence() -> None:
     """Its mean over tokens that the engine drew is KL(engine, trainer)."""
     g = np.random.default_rng(1)

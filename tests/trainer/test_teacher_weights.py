@@ -20,18 +20,23 @@ from tests.reference.dense import DenseGate, DenseModels, DenseRecipe, dense_upd
 from tests.trainer.product import Product, gate_of
 from tests.trainer.test_against_reference import check_update, relative
 
-STEPS = 3
+STEPS = 2
 MOVING = DenseRecipe("no_gate", 0.7, learning_rate=5e-3, epsilon=1e-4, clip_grad=0.5, beta2=0.95)
 CASES: dict[str, dict[str, Any]] = {
     "initial": {"teacher": "initial", "updates": 2},
-    "ema": {"teacher": "ema", "ema_rate": 0.4, "updates": 2, "epochs": 2},
     "ema_exact": {"teacher": "ema", "ema_rate": 0.4, "divergence": "jensen_shannon", "ascend": False},
-    "initial_exact": {"teacher": "initial", "divergence": "reverse_kl", "ascend": False, "updates": 2},
-    "k1": {"condition": "grpo", "kl": "k1"},
-    "k1_frozen": {"kl": "k1", "updates": 2, "importance": "truncated", "importance_cap": 1.1},
-    "k2": {"kl": "k2", "importance": "truncated", "importance_cap": 1.1},
-    "k3": {"condition": "grpo", "kl": "k3", "updates": 2, "aggregation": "sequence_mean"},
-    "both": {"teacher": "ema", "divergence": "forward_kl", "ascend": False, "kl": "k2", "updates": 2},
+    "k1": {"kl": "k1", "updates": 2, "importance": "truncated", "importance_cap": 1.1},
+    "k3": {"condition": "grpo", "kl": "k3", "aggregation": "sequence_mean", "epochs": 2},
+    "both": {
+        "teacher": "ema",
+        "ema_rate": 0.4,
+        "divergence": "forward_kl",
+        "ascend": False,
+        "kl": "k2",
+        "updates": 2,
+        "importance": "truncated",
+        "importance_cap": 1.1,
+    },
 }
 
 
@@ -73,8 +78,9 @@ def test_several_steps(name: str, product: Product, dense: Any) -> None:
         with copies.in_place(copy_name):  # type: ignore[arg-type]
             inside = {n: w.double() for n, w in everywhere.weights(product.port).items()}
         for n, p in reference.named_parameters():
-            scale = (p - start[n]).abs().max() if copy_name == "ema" else torch.ones(())
-            assert float((inside[n] - p).abs().max()) <= 2e-3 * float(scale), (copy_name, n)
+            moved = 0.0 if copy_name == "initial" else float((p - start[n]).detach().abs().max())
+            tolerance = 5e-3 * moved + 1e-7 * (copy_name == "ema")  # the initial weights are exact
+            assert float((inside[n] - p).detach().abs().max()) <= tolerance, (copy_name, n)
     assert live_pointers == [p.data_ptr() for chunk in product.port.chunks for p in chunk.parameters()]
 
 
