@@ -185,7 +185,7 @@ def test_the_weights_and_moments_of_another_run(world: World, grpo: Path) -> Non
 def test_a_checkpoint_without_the_copies_that_the_recipe_needs(
     world: World, grpo: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The initial weights are model.path's if the checkpoint's run was trained from it; nothing else has the average."""
+    """model.path has the initial weights if the checkpoint's run was trained from it; nothing else has the average."""
     penalised = {"run": {"steps": 4}, "algorithm": {"name": "grpo", "kl_coefficient": 0.1, "kl_estimator": "k3"}}
     resume = ["--checkpoint.resume", str(grpo)]
     folder = world.train("penalised", *resume, **penalised)
