@@ -1,4 +1,4 @@
-"""The exception type for errors that the user can fix, and hints for its messages."""
+"""The exception type for errors that the user can fix, and words for messages."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """`did you mean 'antisd'?` for the one of `names` that is most like `name`; empty if none is."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"did you mean {near[0]!r}?" if near else ""
+
+
+def plural(n: int, one: str) -> str:
+    """`1 cell`, `2 cells`."""
+    return f"{n} {one}{'' if n == 1 else 's'}"

@@ -55,11 +55,17 @@ def _discard(path: Path) -> None:
 
 @contextmanager
 def user_error(what: str, remedy: str) -> Iterator[None]:
-    """Raise an OSError from inside as a UserError: `what` went wrong, the system's reason, then the `remedy`."""
+    """Raise an OSError from inside as a UserError, `WHAT (the system's reason: the file): REMEDY`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{what}: {error}; {remedy}") from error
+        raise UserError(f"{what} ({system_reason(error)}): {remedy}") from error
+
+
+def system_reason(error: OSError) -> str:
+    """The operating system's reason and the file, if it names one: `Permission denied: 'hf/config.json'`."""
+    text = error.strerror or str(error)
+    return text if error.filename is None else f"{text}: {os.fspath(error.filename)!r}"
 
 
 @contextmanager

@@ -36,6 +36,27 @@ def locked(path: Path, refusal: Callable[[str], str]) -> Iterator[int]:
         os.close(handle)
 
 
+def holder(path: Path) -> str | None:
+    """Who holds the lock on the file `path`, as in `locked`; None when nobody does. Writes nothing. Raises OSError when
+    the file is there and cannot be opened."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return _name(handle) if error.errno in HELD else None
+    finally:
+        os.close(handle)
+    return None
+
+
+def _name(handle: int) -> str:
+    """The holder that the lock's file names."""
+    return os.pread(handle, 200, 0).decode("utf-8", "replace").strip() or "an unknown process"
+
+
 def _acquire(path: Path, refusal: Callable[[str], str]) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -61,8 +82,7 @@ def _lock(handle: int, path: Path, refusal: Callable[[str], str]) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
-            holder = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
-            raise UserError(refusal(holder or "an unknown process")) from None
+            raise UserError(refusal(_name(handle))) from None
         if error.errno not in NO_LOCKS:
             raise
         log.warning("%s: this file system has no locks (%s), a second run would not be noticed", path, error.strerror)

@@ -6,7 +6,6 @@ stage.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +16,9 @@ from asd_megatron.errors import UserError
 from asd_megatron.observe.metrics import supervised_metrics
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.reward.factory import make_verifier
-from asd_megatron.run.build import embedded_engine, evaluation_collector, make_renderer
+from asd_megatron.run.build import embedded_engine, make_collector, make_renderer
 from asd_megatron.run.evaluation import HeldOut, Weights
-from asd_megatron.run.report import announce
+from asd_megatron.run.report import announce, evaluation_text
 from asd_megatron.run.session import Session, run_session
 from asd_megatron.run.sources import held_out_problems, supervised_source
 from asd_megatron.trainer.guard import Guard
@@ -59,9 +58,7 @@ class SupervisedRun:
         if verifier is not None:
             session.closing.callback(verifier.close)
         engine = embedded_engine(session, max_batch_size=256)
-        collector = evaluation_collector(  # no time limit: the embedded engine waits for no server
-            session, engine, self.weights, problems, self.renderer, verifier, timeout=math.inf
-        )
+        collector = make_collector(session, engine, self.weights, problems, self.renderer, verifier)
         return HeldOut(session, collector, problems)
 
     def step(self, step: int) -> dict[str, float]:
@@ -133,6 +130,7 @@ def _announce(run: SupervisedRun) -> None:
             "examples": f"{recipe.data.train}, {recipe.sft.sequences_per_step} a step",
             "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens",
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
+            "evaluation": evaluation_text(recipe),
         },
         passes=("one forward and backward: cross-entropy on the given responses (3 forwards' worth)",),
     )

@@ -1,10 +1,16 @@
 """Fixtures of every module."""
 
 import pytest
+from hypothesis import settings
 
 from tests.rollout.sglang.sglang_world import START_SECONDS, sglang_pair, sglang_world
 
 __all__ = ["sglang_pair", "sglang_world"]
+
+# The same examples in every run: a failure is of the change at hand. `--hypothesis-profile default` looks for new ones.
+# A busy machine is no failure, so examples have no deadline.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,18 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.observe.plots import plot_run
-
-
-def _label(folder: Path) -> str:
-    """The condition of a run, as its recipe has it."""
-    if (folder / "recipe.yaml").is_file():
-        return load_recipe(folder / "recipe.yaml").algorithm.name
-    return folder.resolve().name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", metavar="PNG", help="where to write the picture (default: RUN/curves.png)")
     arguments = parser.parse_args(argv)
     try:
-        beside = None if arguments.beside is None else (_label(Path(arguments.beside)), arguments.beside)
-        print(plot_run(arguments.run, arguments.output, beside=beside))
+        print(plot_run(arguments.run, arguments.output, beside=arguments.beside))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,8 +10,6 @@ from typing import Any
 from asd_megatron.antisd.divergence import Condition, resolve_condition
 from asd_megatron.errors import UserError
 
-DEFAULT_WARMUP_STEPS = 5
-
 
 class GateError(UserError, ValueError):
     """Gate settings that contradict each other, or an entropy that cannot be one."""
@@ -68,19 +66,14 @@ class Gate:
         cls,
         cond: Condition | str,
         *,
+        warmup_steps: int,
         lambda_max: float = 0.5,
-        warmup_steps: int | None = None,
         tau_down: float = 0.93,
         tau_up: float = 1.0,
         h_warm: float | None = None,
     ) -> Gate:
-        """The condition's gate. `warmup_steps` None: 5 when gated and H_warm is not given, else 0.
-
-        `grpo` has no term: its lambda is always 0.
-        """
+        """The condition's gate. `grpo` has no term: its lambda is always 0."""
         c = resolve_condition(cond)
-        if warmup_steps is None:
-            warmup_steps = DEFAULT_WARMUP_STEPS if c.gated and h_warm is None else 0
         return cls(lambda_max if c.sign else 0.0, warmup_steps, tau_down, tau_up, h_warm, c.gated)
 
     def recalibrate(self) -> None:

@@ -15,6 +15,8 @@ into the other; and only FP8's delayed scaling, which is not used here, keeps an
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -29,7 +31,7 @@ from asd_megatron.checkpoint.lineage import RUN_STATE
 from asd_megatron.checkpoint.safety import check_metadata, weights_only
 from asd_megatron.distributed.objects import first_message, on_rank_zero, share_outcome
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_folder, read_json_object, remove_partial
+from asd_megatron.files import atomic_folder, read_json_object, remove_partial, system_reason
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.weight_copies import CopyName, WeightCopies
 
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FORMAT = 1
-_TORCH_SAVE = ("inline_container", "iostream error")  # in what `torch.save` raises on a full disk
+_TORCH_SAVE = ("inline_container", "iostream error")  # in what `torch.save` raises when the system refuses a write
+_TRIAL_BYTES = 1 << 20
 
 
 def save(
@@ -193,30 +196,57 @@ def _saving(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:
-        reason = _system_reason(error)
+        reason = _reason(error, folder)
         if reason is not None:
             raise UserError(
-                f"the checkpoint of step {step} cannot be saved in {folder}: {reason}; free space there, or choose "
-                "another run.folder"
+                f"the checkpoint of step {step} cannot be saved in {folder} ({reason}): free space there (or raise a"
+                " limit: quota, ulimit -f), or choose another run.folder"
             ) from error
         if isinstance(error, CheckpointException):  # a BaseException
             raise RuntimeError(f"the checkpoint of step {step} cannot be saved in {folder}: {error}") from error
         raise
 
 
-def _system_reason(error: BaseException | None) -> str | None:
-    """The operating system's message behind a failed write, None when something else failed."""
+def _reason(error: BaseException, folder: Path) -> str | None:
+    """The operating system's reason for a failed write in `folder`, None when something else failed."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     if isinstance(error, CheckpointException):  # what failed, by rank
-        reasons = [_system_reason(failure) for failure, _ in error.failures.values()]
+        reasons = [_reason(failure, folder) for failure, _ in error.failures.values()]
         return next((reason for reason in reasons if reason is not None), None)
-    while error is not None and not isinstance(error, UserError):
-        if isinstance(error, OSError):
-            return str(error)
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCH_SAVE):
-            return f"a file cannot be written ({str(error).splitlines()[0]})"
-        error = error.__cause__ or error.__context__
+    refusal = _refusal(error, folder)
+    return None if refusal is None else system_reason(refusal)
+
+
+def _refusal(error: BaseException, folder: Path) -> OSError | None:
+    """The operating system's error behind a failed write in `folder`, None when something else failed.
+
+    `torch.save` into a Python stream raises `inline_container.cc: unexpected pos 704 vs 598` with the OSError in its
+    context; into a path it raises `iostream error` alone, and a trial write finds out why.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, UserError) and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for known in chain:
+        if isinstance(known, OSError):
+            return known
+    for failed in chain:
+        if isinstance(failed, RuntimeError) and any(word in str(failed) for word in _TORCH_SAVE):
+            return _trial_write(folder) or OSError(f"a file cannot be written: {str(failed).splitlines()[0]}")
+    return None
+
+
+def _trial_write(folder: Path) -> OSError | None:
+    """The operating system's error when a file is written in `folder`, which is full perhaps; None if it can be."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_TRIAL_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
     return None
 
 
@@ -242,7 +272,7 @@ def _save_shards(
             flat = strategies._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)[0]
             planner = strategies.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
             # One thread: torch loses the error of a second one, and completes the checkpoint without its tensors.
-            writer = torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1)
+            writer = Writer(checkpoint_dir, thread_count=1)
             torch_checkpoint.save(
                 strategies.mcore_to_pyt_state_dict(flat, False), storage_writer=writer, planner=planner
             )
@@ -251,6 +281,16 @@ def _save_shards(
         def _save_config(self, checkpoint_dir: str) -> None:
             with saving():
                 save_config(CheckpointingConfig(self.backend, self.version), checkpoint_dir)
+
+    class Writer(torch_checkpoint.FileSystemWriter):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            try:
+                return super().write_data(plan, planner)
+            except RuntimeError as error:
+                refusal = _refusal(error, Path(folder))
+                if refusal is None:
+                    raise
+                raise refusal from None  # torch sends an error to the other ranks without its context
 
     strategy = InProcess("torch_dist", 1)
     try:

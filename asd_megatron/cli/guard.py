@@ -7,19 +7,22 @@ status 0 before the end.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
 
 from asd_megatron.cli.console import flush_output, tolerant_output
-from asd_megatron.distributed.launcher import end_with_launcher
+from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launcher
 from asd_megatron.errors import UserError
 
 FAILED = 1  # exit status
 USER_ERROR = 2  # exit status
 INTERRUPTED = 130  # exit status: 128 + SIGINT
+PROGRAMS = ("asd_megatron.train", "asd_megatron.sft")
 LINE = 160  # characters of another rank's error
 _reported: BaseException | None = None  # by `report_at_once`
 
@@ -46,6 +49,8 @@ def as_rank(program: Callable[[], int]) -> int:
     ranks one reports, with its traceback unless the error is a UserError; the others repeat nothing and say in one line
     what else they met, usually a collective that broke. With LOGLEVEL set every rank prints its traceback.
     """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with tolerant_output():
         end_with_launcher(os.environ)
         try:
@@ -80,6 +85,39 @@ def leave(status: int) -> NoReturn:
     if status and not _alone():
         os._exit(status)
     sys.exit(status)
+
+
+@contextmanager
+def importing(interrupted: str) -> Iterator[None]:
+    """Around imports of large packages: Ctrl-C ends the process at once, with the line `interrupted` (none if empty).
+    A KeyboardInterrupt would come out of a half-imported package as another exception, with a traceback."""
+    before = signal.getsignal(signal.SIGINT)
+    _end_at_interrupt(interrupted)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def _end_at_interrupt(text: str) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):
+            os.write(2, f"{text}\n".encode() if text else b"")
+        os._exit(INTERRUPTED)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by a job in the background
+        signal.signal(signal.SIGINT, end)
+
+
+def _end_program_at_interrupt() -> None:
+    """In a training program, until `as_rank`: Ctrl-C ends it at once, while it imports its modules. Among several ranks
+    of `asd-megatron` the launcher says so."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is not None and spec.name in PROGRAMS:
+        again = os.environ.get(COMMAND, "the same command")
+        launched = LAUNCHER in os.environ and not _alone()
+        _end_at_interrupt("" if launched else f"interrupted before the run began; to start it: {again}")
 
 
 def _alone() -> bool:
@@ -125,3 +163,6 @@ def _report_among_ranks(error: BaseException) -> None:
 def _one_line(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [""])[0]
     return line if isinstance(error, UserError) else f"{type(error).__name__}: {line[:LINE]}"
+
+
+_end_program_at_interrupt()

@@ -10,19 +10,32 @@ import argparse
 import importlib.util
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 
 from asd_megatron.cli.console import flush_output
-from asd_megatron.cli.placement import place, placement_text
+from asd_megatron.cli.guard import INTERRUPTED, importing
+from asd_megatron.cli.placement import Placement, place, placement_text
 from asd_megatron.config import AnyRecipe, Kind, check_devices, check_model, load_recipe, render_help
+from asd_megatron.config.overrides import check_flag
 from asd_megatron.distributed.launch import set_defaults, torchrun_options
-from asd_megatron.distributed.launcher import LAUNCHER, end_with_launcher
+from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launcher
 from asd_megatron.errors import UserError
 
 DRY_RUN = "--dry-run"
+# Counts of a job's processes, by launcher: Kubeflow, Open MPI, MPICH's Hydra and Intel MPI, MVAPICH2, jsrun, Flux
+COUNTS = (
+    "PET_NNODES",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "JSM_NAMESPACE_SIZE",
+    "FLUX_JOB_SIZE",
+)
 
 
 def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
@@ -35,6 +48,8 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
         _parser(kind, module).print_help()
         return 0
     words = [argument for argument in argv if argument != DRY_RUN]
+    if words and words[0].startswith("-"):
+        check_flag(words[0])
     if not words or words[0].startswith("-"):
         raise UserError(
             f"asd-megatron {kind} takes a recipe first: asd-megatron {kind} RECIPE [--section.key value ...]"
@@ -42,18 +57,42 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
     refuse_other_launchers(kind, module, os.environ)
     end_with_launcher(os.environ)
     recipe = load_recipe(words[0], words[1:], kind)
-    gpus = _gpus()
-    check_devices(recipe, cuda=gpus > 0, transformer_engine=importlib.util.find_spec("transformer_engine") is not None)
-    _check_model(recipe)
-    placement = place(recipe, gpus, os.environ)
+    print(f"asd-megatron {kind} {words[0]}: importing PyTorch and Megatron-Core takes some seconds", flush=True)
+    command = shlex.join(["asd-megatron", kind, *words])
     if DRY_RUN in argv:
-        from asd_megatron.run.dry_run import dry_run
-
+        with importing("interrupted: nothing was started"):
+            placement = _checked_placement(recipe)
+            from asd_megatron.run.dry_run import dry_run
         return dry_run(recipe, placement.ranks, placement_text(recipe, placement))
+    with importing(f"interrupted before the run began; to start it: {command}"):
+        placement = _checked_placement(recipe)
     print(placement_text(recipe, placement), flush=True)
     placement.apply(os.environ)
     set_defaults(placement.ranks, os.environ)
-    return run_ranks(module, words, placement.ranks)
+    os.environ[COMMAND] = command
+    return _run_and_tell(recipe, module, words, placement.ranks, command)
+
+
+def _checked_placement(recipe: AnyRecipe) -> Placement:
+    """Where the ranks run. Raises UserError for a machine and a model that the recipe does not fit."""
+    gpus = _gpus()
+    check_devices(recipe, cuda=gpus > 0, transformer_engine=importlib.util.find_spec("transformer_engine") is not None)
+    _check_model(recipe)
+    return place(recipe, gpus, os.environ)
+
+
+def _run_and_tell(recipe: AnyRecipe, module: str, words: Sequence[str], ranks: int, command: str) -> int:
+    """`run_ranks`; after an interruption, of this process or of one rank, say what was kept."""
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        status = run_ranks(module, words, ranks)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        from asd_megatron.run.interruption import interrupted_text  # not before a single rank replaces this process
+
+        print(interrupted_text(recipe, command, since), file=sys.stderr, flush=True)
+    return status
 
 
 def _parser(kind: Kind, module: str) -> argparse.ArgumentParser:
@@ -115,7 +154,7 @@ def refuse_other_launchers(kind: Kind, module: str, environment: Mapping[str, st
 def _counts_of_processes(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that count the processes of a job that this one is part of, each with the one to unset. A Slurm
     batch script or `salloc` shell, which is process 0 or none, counts by the tasks of its step, not of its job."""
-    counts = {"PET_NNODES": "PET_NNODES", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"}
+    counts = {name: name for name in COUNTS}
     if environment.keys() & {"RANK", "LOCAL_RANK"}:
         counts["WORLD_SIZE"] = "WORLD_SIZE"
     process = environment.get("SLURM_PROCID", "").strip()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from asd_megatron.config import AnyRecipe, Recipe
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, plural
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -44,8 +44,8 @@ def place(recipe: AnyRecipe, gpus: int, environment: Mapping[str, str]) -> Place
     if needed > len(free):
         taken = f", {len(visible) - len(free)} of them in rollout.server_devices" if len(free) < len(visible) else ""
         raise UserError(
-            f"the recipe's layout needs {needed} ranks and this machine has {len(visible)} GPUs{taken}: make the"
-            " parallelism section smaller, or use torchrun on several machines"
+            f"the recipe's layout needs {plural(needed, 'rank')} and this machine has {plural(len(visible), 'GPU')}"
+            f"{taken}: make the parallelism section smaller, or use torchrun on several machines"
         )
     ranks = needed if layout.data is not None else len(free) // layout.model_parallel * layout.model_parallel
     return Placement(ranks, tuple(free[:ranks]), servers, tuple(free[ranks:]))
@@ -72,14 +72,14 @@ def placement_text(recipe: AnyRecipe, placement: Placement) -> str:
     sizes["data"] = placement.ranks // p.model_parallel
     layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     where = _gpus(placement.devices) if placement.devices else "the CPU"
-    text = f"{_count(placement.ranks, 'rank')} on {where}" + (f" ({layout})" if layout else "")
+    text = f"{plural(placement.ranks, 'rank')} on {where}" + (f" ({layout})" if layout else "")
     if not placement.devices:
         meant = _gpu_keys(recipe)
         return f"{text}: no CUDA device found" + (f", although the recipe has {', '.join(meant)}" if meant else "")
     if placement.servers:
         text += f"; SGLang servers on {_gpus(placement.servers)}"
     if placement.unused:
-        why = "parallelism.data" if p.data is not None else f"model copies take {_count(p.model_parallel, 'GPU')} each"
+        why = "parallelism.data" if p.data is not None else f"model copies take {plural(p.model_parallel, 'GPU')} each"
         text += f"; {_gpus(placement.unused)} unused ({why})"
     return text
 
@@ -99,7 +99,3 @@ def _gpu_keys(recipe: AnyRecipe) -> list[str]:
 
 def _gpus(names: tuple[str, ...]) -> str:
     return f"GPU{'s' * (len(names) > 1)} {', '.join(names)}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number > 1)}"

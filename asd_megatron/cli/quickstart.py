@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,13 @@ import asd_megatron
 from asd_megatron.config import load_recipe
 from asd_megatron.distributed.launcher import LAUNCHER
 from asd_megatron.errors import UserError
+from asd_megatron.observe.names import graded
 from asd_megatron.observe.plots import write_summary
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.study.results import training_seconds
 
 RECIPE = Path("examples") / "puzzle" / "quickstart.yaml"
+GRACE = 5.0  # seconds in which an interrupted training ends by itself
 WINDOW = 20  # steps averaged for the u of the first and of the last steps
 CLASSES = {
     "deliberation": "deliberation words (Let, Wait, ...)",
@@ -52,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     folder = load_recipe(recipe, overrides).run.path
     command = [sys.executable, "-m", "asd_megatron.cli.main", "train", str(recipe), *overrides]
     environment = os.environ | {LAUNCHER: str(os.getpid())}  # training ends with this process
-    status = subprocess.run(command, env=environment, check=False).returncode
+    status = run(command, environment)
     if status:
         return status
     summary = summarize(folder)
@@ -60,6 +63,20 @@ def main(argv: Sequence[str]) -> int:
     print(table(summary))
     print(f"\n{folder}: curves.png, summary.json, hf/ (a Hugging Face model), metrics.jsonl, tensorboard/")
     return 0
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the training and return its exit status. After Ctrl-C, which a terminal sends to it too, it says what was
+    kept; this process waits for that."""
+    with subprocess.Popen(command, env=environment) as training:
+        try:
+            return training.wait()
+        except KeyboardInterrupt:
+            try:
+                return training.wait(GRACE)
+            except subprocess.TimeoutExpired:  # the signal was for this process alone
+                training.send_signal(signal.SIGINT)
+                return training.wait()
 
 
 def find_recipe() -> Path:
@@ -101,8 +118,9 @@ def table(summary: Mapping[str, Any]) -> str:
     """The table of what changed, as text."""
     before, after = summary["evaluation_before"], summary["evaluation_after"]
     lines = ["", f"{'held-out puzzles':38s} {'before':>8s} {'after':>8s}"]
+    mean = "mean reward" if graded([before, after]) else "accuracy"
     for name, label in (
-        ("accuracy", "accuracy"),
+        ("accuracy", mean),
         ("length_mean", "response length (tokens)"),
         ("deliberations", "deliberation words a response"),
         ("deliberation_rate", "deliberation words, fraction of tokens"),

@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, hub_hint, plural
 from asd_megatron.files import atomic_file
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from asd_megatron.rollout.sglang.servers.options import ServerOptions, devices_of_servers, parse_arguments, pass_through
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
+from asd_megatron.rollout.sglang.servers.versions import check_environment
 
 LOOK_SECONDS = 0.5
 QUESTION = "What is 6 * 7?"
@@ -64,13 +65,13 @@ def main(argv: Sequence[str]) -> int:
     words = list(argv)
     split = words.index("--") if "--" in words else len(words)
     given = _parser().parse_args(words[:split])
+    arguments = parse_arguments(words[split + 1 :])
+    check_model_and_environment(given.model, given.python)
     api_key, admin_key, file = keys(os.environ, given.log_folder)
-    options = server_options(given, parse_arguments(words[split + 1 :]), api_key, admin_key)
+    options = server_options(given, arguments, api_key, admin_key)
     for name in pass_through(options[0]):
         print(f"passed on to SGLang unchecked: --{name}")
-    print(
-        f"starting {len(options)} SGLang server{'s' * (len(options) > 1)} of {given.model}, logs in {given.log_folder}"
-    )
+    print(f"starting {plural(len(options), 'SGLang server')} of {given.model}, logs in {given.log_folder}", flush=True)
     pool = ServerPool(options, given.log_folder, start_timeout=given.start_timeout, router=given.router, say=_say)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -91,12 +92,20 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
 
+def check_model_and_environment(model: Path, python: Path) -> None:
+    """Raise UserError for a model that is no folder, and for a `--python` without a usable SGLang."""
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model} is no Hugging Face model folder: it has no config.json{hub_hint(model)}")
+    try:
+        check_environment(python)
+    except UserError as error:
+        raise UserError(f"{error} with --python") from None
+
+
 def server_options(
     given: argparse.Namespace, arguments: Mapping[str, object], api_key: str, admin_key: str
 ) -> list[ServerOptions]:
-    """Options of every server. Raises UserError for a model that is no folder and for numbers that cannot be."""
-    if not (given.model / "config.json").is_file():
-        raise UserError(f"{given.model} is no Hugging Face model folder: it has no config.json")
+    """Options of every server. Raises UserError for numbers that cannot be."""
     servers = len(given.devices) or 1 if given.servers is None else given.servers
     if servers < 1 or given.tensor_parallel < 1:
         raise UserError("--servers and --tensor-parallel are at least 1")

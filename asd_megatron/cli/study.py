@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from asd_megatron.config.yaml_text import to_yaml
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, plural
 from asd_megatron.files import atomic_write
 from asd_megatron.observe.progress import clock_text
 from asd_megatron.run.sources import model_folder
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", metavar="ARM[,ARM]", help="run the cells of these arms; the report shows all")
     parser.add_argument("--parallel", metavar="N", type=int, help="cells at a time, instead of the file's `parallel`")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--dry-run", action="store_true", help="list the cells and what they are waiting for")
+    action.add_argument("--dry-run", action="store_true", help="list the cells, their steps and states")
     action.add_argument("--report", action="store_true", help="run nothing: regenerate the tables and plots")
     arguments = parser.parse_args(argv)
     study = load_study(arguments.file)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     cells = plan_cells(study, only)
     records = {cell: check_unchanged(cell) for cell in cells}
     if arguments.dry_run:
-        return _list(records)
+        return _list(study, records)
     _check_models(cells)
     return _run(study, records, parallel)
 
@@ -74,7 +74,8 @@ def _run(study: Study, records: dict[Cell, CellRecord | None], parallel: int) ->
     with locked(study.path) as lock:
         atomic_write(study.path / "study.yaml", to_yaml(study.model_dump(mode="json")))
         progress = StudyProgress(len(records), done=len(records) - len(waiting), parallel=parallel)
-        progress.note(f"study {study.name}: {len(waiting)} of {len(records)} cells to run, {parallel} at a time")
+        cells = plural(len(records), "cell")
+        progress.note(f"study {study.name}: {len(waiting)} of {cells} to run, {parallel} at a time")
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             Runner(parallel=parallel, timeout=study.timeout, progress=progress, lock=lock).run(waiting)
@@ -98,11 +99,13 @@ def _check_models(cells: Sequence[Cell]) -> None:
             raise UserError(f"model.path of cell {cell.key}: {path} is no model folder (no config.json): make it first")
 
 
-def _list(records: dict[Cell, CellRecord | None]) -> int:
+def _list(study: Study, records: dict[Cell, CellRecord | None]) -> int:
+    """Print the study's folder and, for each cell, its place there, its steps and its state."""
+    print(f"study {study.name} in {study.path}, each cell in {study.path / 'cells'}/ARM/START/seed_N:")
     for cell, record in records.items():
-        print(f"{cell.key!s:50s} {_state(record)}")
+        print(f"{cell.key!s:50s} {plural(cell.recipe.run.steps, 'step'):>12s}  {_state(record)}")
     counts = Counter("waiting" if record is None else record.status for record in records.values())
-    print(f"{len(records)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    print(f"{plural(len(records), 'cell')}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     return 0
 
 
@@ -127,5 +130,6 @@ def _report(study: Study) -> int:
     for pair in equal_arms(findings):
         print(f"warning: {equal_arms_text(*pair)}")
     failed = [str(key) for key, record in records.items() if record is not None and record.status == "failed"]
-    print(f"{report}: {len(results)} of {len(cells)} cells" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    said = f"; failed: {', '.join(failed)}" if failed else ""
+    print(f"{report}: {len(results)} of {plural(len(cells), 'cell')}{said}")
     return FAILED if failed else 0

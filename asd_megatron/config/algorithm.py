@@ -15,7 +15,7 @@ GATED: tuple[str, ...] = ("antisd", "reverse_kl_ascent", "multiplicative", "stud
 DEFAULT_FLOOR = 0.5  # of masked importance weights
 
 
-class Algorithm(Section):
+class AlgorithmSection(Section):
     """The advantage of a token, and the policy loss."""
 
     name: ConditionName = Field(

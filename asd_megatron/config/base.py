@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
-    """One section of a recipe. A field's `description` is what the reference page and `--help` print of it."""
+    """One section of a recipe; the class of the section `rollout` is called `RolloutSection`, and so on. A field's
+    `description` is what the reference page and `--help` print of it."""
 
     model_config = ConfigDict(
         frozen=True,

@@ -7,7 +7,7 @@ from pydantic import Field
 from asd_megatron.config.base import Section
 
 
-class Batching(Section):
+class BatchingSection(Section):
     """Packing."""
 
     tokens_per_microbatch: int = Field(

@@ -19,7 +19,7 @@ def _to_keys(value: Any) -> Any:
 KeyList = Annotated[tuple[Text, ...], BeforeValidator(_to_keys)]
 
 
-class Checkpoint(Section):
+class CheckpointSection(Section):
     """Training checkpoints and Hugging Face exports."""
 
     every: int = Field(

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from asd_megatron.config.algorithm import Algorithm
+from asd_megatron.config.algorithm import AlgorithmSection
 from asd_megatron.config.checkpoint import ALL
 from asd_megatron.config.data import texts_for_booleans
 from asd_megatron.config.estimator_checks import estimator_findings
 from asd_megatron.config.gym_checks import gym_findings
-from asd_megatron.config.parallelism import Parallelism
+from asd_megatron.config.parallelism import ParallelismSection
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 from asd_megatron.config.refusals import dotted_keys, nearest_key
 from asd_megatron.config.rollout_checks import device_findings, rollout_findings
 from asd_megatron.config.teacher_checks import teacher_findings
 from asd_megatron.data.templates import PAPER_WORDING, teacher_template_fault
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, plural
 
 CORPUS = "puzzle:corpus"
 PUZZLES = ("puzzle:train", "puzzle:test")
@@ -212,7 +212,7 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _importance(a: Algorithm) -> Iterator[str]:
+def _importance(a: AlgorithmSection) -> Iterator[str]:
     if a.importance_level != "token" and a.importance_correction == "none":
         yield (
             f"algorithm.importance_level {a.importance_level} is read only with a correction: set"
@@ -242,18 +242,19 @@ def _sft(recipe: SftRecipe) -> Iterator[str]:
 
 def check_world(recipe: AnyRecipe, world_size: int) -> int:
     """The data-parallel size that `world_size` ranks leave. Raises UserError when they do not fit the layout."""
-    p: Parallelism = recipe.parallelism
+    p: ParallelismSection = recipe.parallelism
     product = f"tensor {p.tensor} x pipeline {p.pipeline} x context {p.context}"
     if world_size % p.model_parallel:
         raise UserError(
-            f"{world_size} ranks do not divide into model copies of {p.model_parallel} ({product}): start a multiple of"
-            f" {p.model_parallel} ranks, or change the parallelism section"
+            f"{plural(world_size, 'rank')} {'does' if world_size == 1 else 'do'} not divide into model copies of"
+            f" {p.model_parallel} ({product}): start a multiple of {p.model_parallel} ranks, or change the parallelism"
+            " section"
         )
     data = world_size // p.model_parallel
     if p.data is not None and p.data != data:
         raise UserError(
-            f"{product} x data {p.data} needs {p.ranks} ranks and there are {world_size}: start {p.ranks}, or set "
-            f"parallelism.data {data} (or null)"
+            f"{product} x data {p.data} needs {plural(p.ranks, 'rank')} and there {'is' if world_size == 1 else 'are'}"
+            f" {world_size}: start {p.ranks}, or set parallelism.data {data} (or null)"
         )
     return data
 
@@ -298,7 +299,7 @@ def check_model(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> None:
     _refuse(list(_divides(recipe.parallelism, hf_config)) + list(_lengths(recipe, hf_config)))
 
 
-def _divides(p: Parallelism, hf_config: Mapping[str, Any]) -> Iterator[str]:
+def _divides(p: ParallelismSection, hf_config: Mapping[str, Any]) -> Iterator[str]:
     heads = hf_config.get("num_attention_heads")
     shared = {
         "attention heads": heads,

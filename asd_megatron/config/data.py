@@ -11,7 +11,7 @@ from asd_megatron.config.base import Section, Text
 from asd_megatron.gym.tasks import MOST_TEST_PROBLEMS
 
 
-class Data(Section):
+class DataSection(Section):
     """Problem sets and prompts."""
 
     train: Text = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from asd_megatron.config.algorithm import Algorithm
+from asd_megatron.config.algorithm import AlgorithmSection
 
 WITHOUT_DIVERGENCE = {
     "grpo": "it has no per-token term",
@@ -16,7 +16,7 @@ OF_THE_SAMPLED_TERM = ("pmi_clip", "term_normalization", "term_clip")
 OF_THE_DIVERGENCE = ("divergence", "direction", "mixture", "teacher_states")
 
 
-def estimator_findings(a: Algorithm) -> Iterator[str]:
+def estimator_findings(a: AlgorithmSection) -> Iterator[str]:
     """What `algorithm` asks for that its estimator cannot do."""
     fields = type(a).model_fields
     if a.estimator == "sampled":

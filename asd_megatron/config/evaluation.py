@@ -7,7 +7,7 @@ from pydantic import Field
 from asd_megatron.config.base import Section
 
 
-class Evaluation(Section):
+class EvaluationSection(Section):
     """When and how the held-out problems of `data.test` are answered."""
 
     every: int = Field(0, ge=0, description="Evaluate after every so many steps; 0: not in between.")

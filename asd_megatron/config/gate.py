@@ -7,7 +7,7 @@ from pydantic import Field
 from asd_megatron.config.base import Section
 
 
-class Gate(Section):
+class GateSection(Section):
     """When the per-token term acts. Only the gated conditions close the gate; all of them honour `warmup_steps`."""
 
     warmup_steps: int | None = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from asd_megatron.config.data import Data
+from asd_megatron.config.data import DataSection
 from asd_megatron.config.recipe import AnyRecipe, SftRecipe
 from asd_megatron.errors import UserError
 from asd_megatron.gym.tasks import PREFIX, check_task, task_of
@@ -34,7 +34,7 @@ def gym_findings(recipe: AnyRecipe) -> Iterator[str]:
             yield from _task(task, data)
 
 
-def _task(task: str, data: Data) -> Iterator[str]:
+def _task(task: str, data: DataSection) -> Iterator[str]:
     try:
         check_task(task, data.reasoning_gym)
     except UserError as error:
@@ -59,7 +59,7 @@ def _reward(recipe: AnyRecipe, given: dict[str, str], tasks: dict[str, str]) -> 
         )
 
 
-def _unread(data: Data) -> Iterator[str]:
+def _unread(data: DataSection) -> Iterator[str]:
     fields = type(data).model_fields
     for key in ("reasoning_gym", "test_problems"):
         if getattr(data, key) != fields[key].default:

@@ -9,7 +9,7 @@ from pydantic import Field
 from asd_megatron.config.base import Section
 
 
-class Logging(Section):
+class LoggingSection(Section):
     """Metrics always go to `metrics.jsonl`; these keys add to it."""
 
     tensorboard: bool = Field(True, description="Write the metrics for TensorBoard as well.")

@@ -9,7 +9,7 @@ from pydantic import Field
 from asd_megatron.config.base import Section, Text
 
 
-class Model(Section):
+class ModelSection(Section):
     """The model to start from."""
 
     path: Text = Field(description="Folder of the Hugging Face model to start from: config, safetensors, tokenizer.")

@@ -9,7 +9,7 @@ from pydantic import Field
 from asd_megatron.config.base import Section
 
 
-class Optimizer(Section):
+class OptimizerSection(Section):
     """AdamW, gradient clipping and schedule; one schedule step an optimizer step."""
 
     learning_rate: float = Field(1e-6, gt=0, description="The learning rate after its warm-up.")

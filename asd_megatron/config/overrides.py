@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from asd_megatron.config.base import section_schema, takes_null, takes_text
-from asd_megatron.config.refusals import unknown_key
+from asd_megatron.config.refusals import dotted_keys, unknown_key
 from asd_megatron.config.yaml_text import parse_yaml
 from asd_megatron.errors import UserError
 
+FLAGS = {"dryrun": "--dry-run", "help": "--help"}
+"""The flags of `asd-megatron train` and `sft`, by their letters. The command has removed them from its overrides."""
 
-def split_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """`["--a.b", "1", "--c.d=2"]` -> `[("a.b", "1"), ("c.d", "2")]`. Raises UserError for anything else."""
+
+def check_flag(argument: str) -> None:
+    """Raise UserError for an argument that is meant as a flag: `--dry_run`, `-dryrun`, `--dry-run=true`."""
+    given = argument.partition("=")[0]
+    letters = given.lower().replace("-", "").replace("_", "")
+    near = difflib.get_close_matches(letters, FLAGS, n=1, cutoff=0.8)
+    if near:
+        raise UserError(
+            f"unexpected argument {argument!r}: did you mean {FLAGS[near[0]]}? `asd-megatron train` and"
+            " `asd-megatron sft` take it, without a value"
+        )
+
+
+def split_overrides(arguments: Sequence[str], schema: type[BaseModel] | None = None) -> list[tuple[str, str]]:
+    """`["--a.b", "1", "--c.d=2"]` -> `[("a.b", "1"), ("c.d", "2")]`. Raises UserError for anything else; with `schema`,
+    a key that it lacks is named as such when its value is missing too."""
     pairs: list[tuple[str, str]] = []
     index = 0
     while index < len(arguments):
         argument = arguments[index]
         index += 1
+        check_flag(argument)
         if not argument.startswith("--") or argument == "--":
             raise UserError(f"unexpected argument {argument!r}: after the recipe come overrides, `--section.key value`")
         key, equals, value = argument[2:].partition("=")
         if not equals:
             if index == len(arguments) or arguments[index].startswith("--"):
+                if schema is not None and key not in dotted_keys(schema):
+                    raise UserError(f"override {unknown_key(schema, key)}")
                 raise UserError(
                     f"override --{key} has no value: write `--{key} value`, or `--{key}=value` for one that begins"
                     " with --"
@@ -44,7 +64,7 @@ def apply_overrides(values: dict[str, Any], arguments: Sequence[str], schema: ty
     Raises UserError for an unknown section or key, naming the nearest valid one, and for a value that is not YAML.
     """
     out = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
-    for dotted, text in split_overrides(arguments):
+    for dotted, text in split_overrides(arguments, schema):
         section_name, _, key = dotted.partition(".")
         section = schema.model_fields.get(section_name)
         if section is None or not key:

@@ -7,7 +7,7 @@ from pydantic import Field
 from asd_megatron.config.base import Section
 
 
-class Parallelism(Section):
+class ParallelismSection(Section):
     """The layout. Ranks needed: tensor x pipeline x context x data."""
 
     tensor: int = Field(1, ge=1, description="Tensor-parallel size: ranks that each layer is divided over.")

@@ -10,7 +10,7 @@ from asd_megatron.config.base import Section, Text
 from asd_megatron.data.templates import PAPER_WORDING
 
 
-class Privileged(Section):
+class PrivilegedSection(Section):
     """The privileged context: a verified solution and the feedback on the student's own response."""
 
     max_solution_tokens: int = Field(

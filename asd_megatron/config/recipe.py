@@ -8,29 +8,28 @@ from typing import Literal
 
 from pydantic import Field
 
-from asd_megatron.config.algorithm import Algorithm
+from asd_megatron.config.algorithm import AlgorithmSection
 from asd_megatron.config.base import Section
-from asd_megatron.config.batching import Batching
-from asd_megatron.config.checkpoint import Checkpoint
-from asd_megatron.config.data import Data
-from asd_megatron.config.evaluation import Evaluation
-from asd_megatron.config.gate import Gate
-from asd_megatron.config.logging import Logging
-from asd_megatron.config.model import Model
-from asd_megatron.config.optimizer import Optimizer
-from asd_megatron.config.parallelism import Parallelism
-from asd_megatron.config.privileged import Privileged
-from asd_megatron.config.reward import Reward
-from asd_megatron.config.rollout import Rollout
-from asd_megatron.config.run import Run, RunBase
-from asd_megatron.config.sampling import Generation, Sampling
-from asd_megatron.config.sft import Sft
-from asd_megatron.config.teacher import Teacher
+from asd_megatron.config.batching import BatchingSection
+from asd_megatron.config.checkpoint import CheckpointSection
+from asd_megatron.config.data import DataSection
+from asd_megatron.config.evaluation import EvaluationSection
+from asd_megatron.config.gate import GateSection
+from asd_megatron.config.logging import LoggingSection
+from asd_megatron.config.model import ModelSection
+from asd_megatron.config.optimizer import OptimizerSection
+from asd_megatron.config.parallelism import ParallelismSection
+from asd_megatron.config.privileged import PrivilegedSection
+from asd_megatron.config.reward import RewardSection
+from asd_megatron.config.rollout import RolloutSection
+from asd_megatron.config.run import RunSection, TrainRunSection
+from asd_megatron.config.sampling import GenerationSection, SamplingSection
+from asd_megatron.config.sft import SftSection
+from asd_megatron.config.teacher import TeacherSection
 from asd_megatron.config.yaml_text import to_yaml
 
 Kind = Literal["train", "sft"]
-WARMUP_STEPS = 5  # the paper's W
-
+GATE_WARMUP_STEPS = 5  # the paper's W
 
 LONG_RESPONSES = 4096
 """Tokens of a response from which on a group shares its demonstration, unless the recipe says otherwise."""
@@ -39,29 +38,29 @@ LONG_RESPONSES = 4096
 class Recipe(Section):
     """The recipe of a `train` run."""
 
-    run: Run = Run()
-    model: Model
-    parallelism: Parallelism = Parallelism()
-    algorithm: Algorithm = Algorithm()
-    gate: Gate = Gate()
-    privileged: Privileged = Privileged()
-    teacher: Teacher = Teacher()
-    sampling: Sampling = Sampling()
-    rollout: Rollout = Rollout()
-    evaluation: Evaluation = Evaluation()
-    data: Data
-    reward: Reward = Reward()
-    optimizer: Optimizer = Optimizer()
-    batching: Batching = Batching()
-    checkpoint: Checkpoint = Checkpoint()
-    logging: Logging = Logging()
+    run: TrainRunSection = TrainRunSection()
+    model: ModelSection
+    parallelism: ParallelismSection = ParallelismSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    gate: GateSection = GateSection()
+    privileged: PrivilegedSection = PrivilegedSection()
+    teacher: TeacherSection = TeacherSection()
+    sampling: SamplingSection = SamplingSection()
+    rollout: RolloutSection = RolloutSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    data: DataSection
+    reward: RewardSection = RewardSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    batching: BatchingSection = BatchingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
 
     @property
     def gate_warmup_steps(self) -> int:
         """`gate.warmup_steps`, or its default: 5 for gated conditions without a given `h_warm`, else 0."""
         if self.gate.warmup_steps is not None:
             return self.gate.warmup_steps
-        return WARMUP_STEPS if self.algorithm.gated and self.gate.h_warm is None else 0
+        return GATE_WARMUP_STEPS if self.algorithm.gated and self.gate.h_warm is None else 0
 
     @property
     def demonstrations_per_group(self) -> int | None:
@@ -83,18 +82,18 @@ class Recipe(Section):
 class SftRecipe(Section):
     """The recipe of a supervised (`sft`) run. `reward`, `evaluation` and `sampling` matter only with `data.test`."""
 
-    run: RunBase = RunBase()
-    model: Model
-    parallelism: Parallelism = Parallelism()
-    sft: Sft = Sft()
-    data: Data
-    evaluation: Evaluation = Evaluation()
-    sampling: Generation = Generation()
-    reward: Reward | None = Field(None, description="How answers to `data.test` are scored; needed with it.")
-    optimizer: Optimizer = Optimizer()
-    batching: Batching = Batching()
-    checkpoint: Checkpoint = Checkpoint()
-    logging: Logging = Logging()
+    run: RunSection = RunSection()
+    model: ModelSection
+    parallelism: ParallelismSection = ParallelismSection()
+    sft: SftSection = SftSection()
+    data: DataSection
+    evaluation: EvaluationSection = EvaluationSection()
+    sampling: GenerationSection = GenerationSection()
+    reward: RewardSection | None = Field(None, description="How answers to `data.test` are scored; needed with it.")
+    optimizer: OptimizerSection = OptimizerSection()
+    batching: BatchingSection = BatchingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
 
     @property
     def evaluates(self) -> bool:
@@ -111,7 +110,7 @@ AnyRecipe = Recipe | SftRecipe
 SCHEMAS: dict[Kind, type[Recipe] | type[SftRecipe]] = {"train": Recipe, "sft": SftRecipe}
 
 
-def _evaluates(data: Data, evaluation: Evaluation) -> bool:
+def _evaluates(data: DataSection, evaluation: EvaluationSection) -> bool:
     return data.test is not None and bool(evaluation.every or evaluation.at_start or evaluation.at_end)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 from asd_megatron.config.base import Section
 
 
-class Reward(Section):
+class RewardSection(Section):
     """The verifier that scores responses."""
 
     name: Annotated[

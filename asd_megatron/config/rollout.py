@@ -9,7 +9,7 @@ from pydantic import Field
 from asd_megatron.config.base import Section, Text, TextList
 
 
-class Rollout(Section):
+class RolloutSection(Section):
     """The rollout engine."""
 
     engine: Literal["embedded", "sglang", "replay"] = Field(

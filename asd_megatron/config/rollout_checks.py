@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from asd_megatron.config.rollout import Rollout
+from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.distributed.addresses import is_loopback
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def rollout_findings(recipe: Recipe) -> Iterator[str]:
     """What cannot work in the section, one finding a yield, each with its remedy."""
     rollout = recipe.rollout
     if rollout.engine != "sglang":
-        for key in _changed(rollout, *(k for k in Rollout.model_fields if k not in ANY_ENGINE)):
+        for key in _changed(rollout, *(k for k in RolloutSection.model_fields if k not in ANY_ENGINE)):
             yield f"rollout.{key} is read only with rollout.engine sglang: set that, or leave rollout.{key} out"
         return
     yield from _servers(rollout)
@@ -29,7 +29,7 @@ def rollout_findings(recipe: Recipe) -> Iterator[str]:
     yield from _off_policy(recipe)
 
 
-def device_findings(rollout: Rollout, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
+def device_findings(rollout: RolloutSection, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
     """What cannot work on a machine with CUDA devices. `environment`: the variables of a trainer's rank, which say
     which devices the trainer's ranks on this machine use."""
     if rollout.engine != "sglang" or rollout.server_urls:
@@ -67,7 +67,7 @@ def trainer_devices(environment: Mapping[str, str]) -> list[str]:
     return [name.strip() for name in visible.split(",")][:ranks]
 
 
-def _shared_devices(rollout: Rollout, trainers: list[str]) -> Iterator[str]:
+def _shared_devices(rollout: RolloutSection, trainers: list[str]) -> Iterator[str]:
     """Servers on devices of the trainer that must not be there, or the reverse. A device may be named by its number or
     its UUID; names of different kinds are not compared."""
     servers = [name for entry in rollout.server_devices for name in _devices(entry)]
@@ -89,11 +89,11 @@ def _devices(entry: str) -> list[str]:
     return [name.strip() for name in entry.split(",")]
 
 
-def _changed(rollout: Rollout, *keys: str) -> list[str]:
-    return [key for key in keys if getattr(rollout, key) != Rollout.model_fields[key].default]
+def _changed(rollout: RolloutSection, *keys: str) -> list[str]:
+    return [key for key in keys if getattr(rollout, key) != RolloutSection.model_fields[key].default]
 
 
-def _servers(rollout: Rollout) -> Iterator[str]:
+def _servers(rollout: RolloutSection) -> Iterator[str]:
     if rollout.server_urls:
         for key in _changed(rollout, *STARTED_ONLY):
             yield (
@@ -125,7 +125,7 @@ def _servers(rollout: Rollout) -> Iterator[str]:
         yield f"rollout.router {rollout.router!r} is neither `start` nor a URL like http://127.0.0.1:31000"
 
 
-def _server_devices(rollout: Rollout) -> Iterator[str]:
+def _server_devices(rollout: RolloutSection) -> Iterator[str]:
     if not rollout.server_devices:
         return
     if len(rollout.server_devices) != rollout.servers:
@@ -145,7 +145,7 @@ def _server_devices(rollout: Rollout) -> Iterator[str]:
         yield f"rollout.server_devices names device {twice} twice: give every server devices of its own"
 
 
-def _weight_sync(rollout: Rollout) -> Iterator[str]:
+def _weight_sync(rollout: RolloutSection) -> Iterator[str]:
     if rollout.weight_sync != "disk" and rollout.weight_sync_folder is not None:
         yield (
             "rollout.weight_sync_folder is read only with rollout.weight_sync disk: set that, or leave the folder out"

@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints
 from asd_megatron.config.base import Section, Text
 
 
-class RunBase(Section):
+class RunSection(Section):
     """The run's name, length, seed and folder, in both stages."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]*$")] = Field(
@@ -28,7 +28,8 @@ class RunBase(Section):
         False,
         description=(
             "Replace what a run folder holds. An unfinished run with a checkpoint is resumed instead, unless"
-            " `checkpoint.resume` is `never`. Without it, a folder that holds anything but this run is refused."
+            " `checkpoint.resume` is `never`; a run of which `checkpoint.resume` names a checkpoint is not replaced"
+            " either. Without it, a folder that holds anything but this run is refused."
         ),
     )
 
@@ -38,7 +39,7 @@ class RunBase(Section):
         return Path(self.folder.replace("{name}", self.name))
 
 
-class Run(RunBase):
+class TrainRunSection(RunSection):
     """The run of a `train` recipe."""
 
     dump_rollouts: bool = Field(

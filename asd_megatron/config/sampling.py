@@ -7,7 +7,7 @@ from pydantic import Field
 from asd_megatron.config.base import Section, TextList, TokenIdList
 
 
-class Generation(Section):
+class GenerationSection(Section):
     """The limits of a response."""
 
     max_prompt_tokens: int = Field(2048, ge=1, description="Longest prompt (tokens); a longer one is refused.")
@@ -22,7 +22,7 @@ class Generation(Section):
     )
 
 
-class Sampling(Generation):
+class SamplingSection(GenerationSection):
     """How training rollouts are sampled."""
 
     problems_per_step: int = Field(32, ge=1, description="Problems a step.")

@@ -9,7 +9,7 @@ from pydantic import Field
 from asd_megatron.config.base import Section
 
 
-class Teacher(Section):
+class TeacherSection(Section):
     """The weights of the teacher (docs/teachers.md). What it is shown is the section `privileged`."""
 
     weights: Literal["live", "initial", "ema"] = Field(

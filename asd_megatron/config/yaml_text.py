@@ -13,6 +13,7 @@ from yaml.constructor import ConstructorError
 from asd_megatron.errors import UserError
 
 MAX_DEPTH = 100  # nesting; far below Python's recursion limit, and PyYAML's time grows with its square
+SHOWN_FILES = 8  # of a folder that was given instead of a file
 MAX_DIGITS = 21  # of a 64-bit number with its sign
 
 
@@ -83,15 +84,34 @@ def parse_yaml(text: str, source: str) -> Any:
 def read_yaml(path: Path, what: str) -> Any:
     """Parse the YAML file of a recipe or the like; messages call it `WHAT PATH`.
 
-    Raises UserError for a missing or unreadable file and for a YAML error (with its line).
+    Raises UserError for a missing or unreadable file, for a folder, naming the YAML files in it, and for a YAML error
+    (with its line).
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist (from {Path.cwd()}): check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{what} {path} is a folder: {_files_in(path, what)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} {path} cannot be read: {error}") from None
     return parse_yaml(text, f"{what} {path}")
+
+
+def _files_in(folder: Path, what: str) -> str:
+    """Which YAML file to give instead of `folder`: `recipe.yaml` for a recipe, as a run leaves it, else all of them."""
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file())
+    except OSError as error:
+        return f"it cannot be listed ({error.strerror or error}); give a YAML file"
+    own = [path for path in found if path.stem == what]
+    if not found:
+        return f"it has no YAML file in it; give the {what}'s file"
+    if own or len(found) == 1:
+        return f"give the {what} in it, {(own or found)[0]}"
+    return f"give one of the files in it: {', '.join(path.name for path in found[:SHOWN_FILES])}" + (
+        f" and {len(found) - SHOWN_FILES} more" if len(found) > SHOWN_FILES else ""
+    )
 
 
 class _Dumper(yaml.SafeDumper):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from asd_megatron.data.jsonl import (
     DataError,
@@ -21,9 +21,21 @@ from asd_megatron.data.jsonl import (
     scalar_field,
 )
 from asd_megatron.data.shapes import SHAPES, shape_of
+from asd_megatron.errors import plural
 from asd_megatron.records import Problem
 
 FIELDS = ("prompt", "messages", "answer", "solution", "id")
+
+
+class ProblemSource(Protocol):
+    """Problems to train on or to evaluate, from a file or generated. A step's problems are a pure function of
+    (step, n, seed), so that a resumed run needs no other state."""
+
+    def batch(self, step: int, n: int, seed: int) -> list[Problem]:
+        """The `n` problems of training step `step` (from 1)."""
+
+    def take(self, n: int | None = None) -> list[Problem]:
+        """The first `n` problems (None: all), for evaluation."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class ProblemSet:
         total = len(self.problems)
         if n > total:
             raise DataError(
-                f"{self.path} has {total} problems, fewer than the {n} of one step: "
+                f"{self.path} has {plural(total, 'problem')}, fewer than the {n} of one step: "
                 f"lower sampling.problems_per_step to {total} or add problems"
             )
         if not self.shuffle:

@@ -14,7 +14,7 @@ import os
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ def prepare() -> None:
     _replace_cuda_functions()
     _redirect_factories()
     _redirect_tensor_methods()
+    with without_compiler():
+        import megatron.core  # noqa: F401 (decorates functions with torch.compile)
     _redirect_megatron_rng()
 
 
@@ -198,9 +200,23 @@ def _redirect_tensor_methods() -> None:
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Megatron fuses element-wise functions by torch.compile when it is imported. On a CPU that would need a C++
+    compiler and minutes at the first call, and the compiler's import alone takes longer than all others."""
+    compile_ = torch.compile
+    torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+        from megatron.core import jit
+
+        jit.disable_jit_fuser()
+    finally:
+        torch.compile = compile_
+
+
 def _redirect_megatron_rng() -> None:
     """Megatron's tracker keeps CUDA generator states; here they are the CPU generator's."""
-    from megatron.core import jit
     from megatron.core.tensor_parallel import random as megatron_random
 
     def add(self: Any, name: str, seed: int) -> None:
@@ -215,4 +231,3 @@ def _redirect_megatron_rng() -> None:
     megatron_random.CudaRNGStatesTracker.add = add
     # fork() compares the CPU state before and after and warns that it changed: here it is meant to.
     logging.getLogger(megatron_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
-    jit.disable_jit_fuser()  # fusing by torch.compile needs a C++ compiler and minutes

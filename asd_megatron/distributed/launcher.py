@@ -12,6 +12,8 @@ from pathlib import Path
 
 LAUNCHER = "ASD_MEGATRON_LAUNCHER"
 """Environment variable: the process id of who started this process and must outlive it."""
+COMMAND = "ASD_MEGATRON_COMMAND"
+"""Environment variable: the command line that the user started, for messages."""
 POLL_SECONDS = 0.5
 
 

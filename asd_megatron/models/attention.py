@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from asd_megatron.records import PackedTokens
 
@@ -173,7 +172,7 @@ def _bucket(rows: list[_SegmentRow], device: torch.device) -> AttentionBucket:
     mask: Any
     single = all(len(r.spans) == 1 for r in rows)
     if single and len({(r.keys, r.queries) for r in rows}) == 1:
-        mask = causal_lower_right(length, width)
+        mask = _lower_right(length, width, device)
     else:
         # Queries in the padding attend to something too: a softmax over nothing would be NaN.
         attend = np.arange(width) <= (depths + at)[..., None]
@@ -184,6 +183,16 @@ def _bucket(rows: list[_SegmentRow], device: torch.device) -> AttentionBucket:
             attend &= (own[:, None] < 0) | (own[:, None] >= starts[..., None])
         mask = torch.from_numpy(attend[:, None]).to(device)
     return AttentionBucket(query_places, torch.from_numpy(keys).to(device), valid, mask)
+
+
+def _lower_right(length: int, width: int, device: torch.device) -> Any:
+    """The mask of `length` queries that are the newest of `width` tokens: query i attends to all but the last
+    length - 1 - i keys. On CUDA in the form that flash attention takes without a tensor."""
+    if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # imports torch.compile's machinery: seconds
+
+        return causal_lower_right(length, width)
+    return torch.ones(length, width, dtype=torch.bool, device=device).tril(width - length)
 
 
 def attention_operand(x: Tensor) -> Tensor:

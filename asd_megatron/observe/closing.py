@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asd_megatron.observe.names import graded
+
 COLUMNS = {
     "evaluation/accuracy": "held-out accuracy",
     "evaluation/length_mean": "held-out response length (tokens)",
@@ -17,6 +19,15 @@ COLUMNS = {
     "sft/loss": "cross-entropy (nats)",
 }
 """The rows of the table, by metric; a run shows those it has. Held-out ones first."""
+GRADED_COLUMNS = {
+    "evaluation/accuracy": "held-out mean reward",
+    "evaluation/pass_rate": "held-out pass rate",
+    "evaluation/length_mean": COLUMNS["evaluation/length_mean"],
+    "reward/mean": COLUMNS["reward/mean"],
+    "reward/pass_rate": "pass rate of training rollouts",
+    **{name: title for name, title in COLUMNS.items() if name != "evaluation/accuracy"},
+}
+"""The same for a run whose rewards are not only 0 and 1: its mean reward is no accuracy."""
 WINDOW = 10
 """Steps over which a training metric's first and last value are averaged."""
 SAMPLE_CHARACTERS = 600
@@ -39,9 +50,10 @@ def closing_table(
     sample: Sample | None = None,
 ) -> str:
     """The report as text. `rows`: the run's metrics.jsonl; `model_folder`: the last export, None without one."""
-    lines = _before_and_after(rows)
+    columns = GRADED_COLUMNS if graded(rows) else COLUMNS
+    lines = _before_and_after(rows, columns)
     if best := _best(rows):
-        lines.append(f"best held-out accuracy: {best[1]:.3f} after step {best[0]}")
+        lines.append(f"best {columns['evaluation/accuracy']}: {best[1]:.3f} after step {best[0]}")
     lines.append(f"model:  {model_folder or 'not exported (checkpoint.export_at_end false)'}")
     lines.append(f"curves: {run_folder / 'curves.png'}    numbers: {run_folder / 'metrics.jsonl'}")
     if sample is not None:
@@ -49,9 +61,9 @@ def closing_table(
     return "\n".join(lines)
 
 
-def _before_and_after(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _before_and_after(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
     found: list[tuple[str, float, float]] = []
-    for name, title in COLUMNS.items():
+    for name, title in columns.items():
         values = [float(row[name]) for row in rows if isinstance(row.get(name), int | float)]
         if len(values) < 2:
             continue
@@ -65,7 +77,7 @@ def _before_and_after(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
-    """(step, accuracy) of the best evaluation, the earliest of equal ones."""
+    """(step, mean reward) of the best evaluation, the earliest of equal ones."""
     name = "evaluation/accuracy"
     found = [(int(row["step"]), float(row[name])) for row in rows if isinstance(row.get(name), int | float)]
     return max(found, key=lambda pair: (pair[1], -pair[0]), default=None)

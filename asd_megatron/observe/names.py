@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.50, "q75": 0.75, "q95": 0.95, "q99": 0.99}
 PHASES = {
@@ -296,6 +297,11 @@ SECTIONS = (
         "At the steps that the recipe's `evaluation` section names (step 0 is before training).",
         (
             Metric("evaluation/accuracy", "reward", "mean reward: of rewards 0 and 1, the fraction of right answers"),
+            Metric(
+                "evaluation/pass_rate",
+                "fraction of responses",
+                "rewards of at least `privileged.success_threshold` (supervised stage: of at least 1)",
+            ),
             Metric("evaluation/length_mean", "tokens", "mean response length"),
             Metric("evaluation/truncated", "fraction of responses", "responses that the token budget cut off"),
         ),
@@ -355,6 +361,18 @@ This page is generated: `python -m asd_megatron.observe.names > docs/metrics.md`
 """
 
 METRICS = tuple(metric for section in SECTIONS for metric in section.metrics)
+
+
+def graded(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether some reward in these rows of metrics is graded: not only 0 or 1, so that the mean reward
+    (`evaluation/accuracy`, `reward/mean`) is not the pass rate and must not be called accuracy."""
+    pairs = (("evaluation/accuracy", "evaluation/pass_rate"), ("reward/mean", "reward/pass_rate"))
+    return any(
+        row[mean] != row[rate]
+        for row in rows
+        for mean, rate in pairs
+        if isinstance(row.get(mean), int | float) and isinstance(row.get(rate), int | float)
+    )
 
 
 def undocumented(names: Iterable[str]) -> list[str]:

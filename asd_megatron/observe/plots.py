@@ -13,6 +13,8 @@ import numpy as np
 
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_file, write_json
+from asd_megatron.observe.names import graded
+from asd_megatron.observe.run_names import run_names
 from asd_megatron.observe.writer import read_metrics
 
 STUDENT, TEACHER, NEUTRAL, ACCENT, BESIDE = "#2563a8", "#d1622b", "#6b7280", "#2f8f5b", "#a2428f"
@@ -33,12 +35,21 @@ class Curve:
 
 
 class Curves:
-    """The run's metrics by name; `beside`: another run's, with its label, to compare with."""
+    """The metrics of the run `name`; `beside`: another run's, to compare with."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], beside: tuple[str, Curves] | None = None) -> None:
-        self.rows, self.beside = rows, beside
+    def __init__(self, rows: Sequence[Mapping[str, Any]], name: str = "", beside: Curves | None = None) -> None:
+        self.rows, self.name, self.beside = rows, name, beside
         self.names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
-        self.last = max((row["step"] for row in rows), default=0)
+        self.last: int = max((row["step"] for row in rows), default=0)
+        # without a pass rate nothing tells rewards of 0 and 1 from others
+        unknown = "reward/mean" in self.names and "reward/pass_rate" not in self.names
+        self.graded: bool = graded(rows) or unknown or beside is not None and beside.graded
+        if beside is not None:
+            self.last = max(self.last, beside.last)
+
+    def label(self, what: str = "") -> str | None:
+        """The legend's name of a curve: what it shows, and of two runs which one's it is."""
+        return ", ".join(filter(None, (self.name if self.beside is not None else "", what))) or None
 
     def __getitem__(self, name: str) -> Curve:
         points = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
@@ -72,20 +83,36 @@ def _line(
     return values
 
 
-def _beside(axis: Any, curves: Curves, metric: str, label: str = "", style: str = "-") -> None:
+def _beside(axis: Any, curves: Curves, metric: str, what: str = "", style: str = "-") -> None:
     """The compared run's curve, in the colour that no curve of the run itself has."""
-    if curves.beside is not None and metric in curves.beside[1]:
-        name, other = curves.beside
-        _line(axis, other[metric], BESIDE, f"{name}{label}", style, faint=0)
+    other = curves.beside
+    if other is not None and metric in other:
+        _line(axis, other[metric], BESIDE, f"{other.name}, {what}" if what else other.name, style, faint=0)
+
+
+def _single(axis: Any, curves: Curves, metric: str, bottom: float | None = None) -> None:
+    """A panel of one metric; with a legend where two runs are compared."""
+    _line(axis, curves[metric], STUDENT, curves.label())
+    _beside(axis, curves, metric)
+    axis.set_ylim(bottom=bottom)
+    if curves.beside is not None:
+        _legend(axis, 2)
 
 
 def _legend(axis: Any, columns: int = 1) -> None:
-    """A legend in a band of its own above the curves."""
-    low, high = axis.get_ylim()
-    rows = -(-len(axis.get_legend_handles_labels()[1]) // columns)
-    axis.set_ylim(low, high + (high - low) * 0.095 * rows)
-    style = {"frameon": False, "fontsize": 8, "handlelength": 1.6, "labelspacing": 0.25, "columnspacing": 1.2}
-    axis.legend(loc="upper left", ncols=columns, borderaxespad=0.1, **style)
+    """A legend in a band of its own above the curves, in at most so many columns as are not wider than the panel."""
+    renderer = axis.figure.canvas.get_renderer()
+    panel = axis.get_window_extent(renderer)
+    style = {"frameon": False, "handlelength": 1.6, "labelspacing": 0.25, "columnspacing": 1.2}
+    for count, size in [*((count, 8.0) for count in range(columns, 0, -1)), (1, 7.0), (1, 6.0)]:
+        legend = axis.legend(loc="upper left", ncols=count, fontsize=size, borderaxespad=0.1, **style)
+        box = legend.get_window_extent(renderer)
+        if box.width <= panel.width:
+            break
+    low, _ = axis.get_ylim()  # first: it brings the limits up to date
+    fraction = (axis.transScale + axis.transLimits).inverted()  # of the panel to data, on logarithmic axes too
+    band = min(0.6, box.height / panel.height)
+    axis.set_ylim(low, fraction.transform((0, 1 / (1 - band)))[1])
 
 
 def spread_out(values: Sequence[float], gap: float) -> list[float]:
@@ -116,34 +143,45 @@ def label_ends(axis: Any, ends: Sequence[tuple[str, str, float, float]]) -> None
     axis.set_ylim(min(low, *places), max(high, *places))
 
 
-def _accuracy(axis: Any, curves: Curves) -> None:
-    _line(axis, curves["reward/pass_rate"], NEUTRAL, "training rollouts")
-    _beside(axis, curves, "evaluation/accuracy", ", held-out")
-    held_out = curves["evaluation/accuracy"]
+def _rate(axis: Any, curves: Curves, training: str, evaluation: str) -> None:
+    """Rewards of training rollouts and of held-out responses."""
+    _line(axis, curves[training], NEUTRAL, curves.label("training rollouts"))
+    other, held_out = curves.beside, curves[evaluation]
+    if other is not None and evaluation in other:
+        _beside(axis, curves, evaluation, "held-out")
+    else:
+        _beside(axis, curves, training, "training rollouts")
     if held_out:
         style = {"color": STUDENT, "linewidth": 1.7, "marker": "o", "markersize": 4.5, "clip_on": False}
-        axis.plot(held_out.steps, held_out.values, "-", label="held-out", **style)
+        axis.plot(held_out.steps, held_out.values, "-", label=curves.label("held-out"), **style)
         for i in {0, len(held_out.steps) - 1}:
             text = f"{held_out.values[i]:.2f}"
             at = (held_out.steps[i], held_out.values[i])
             box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}
             place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
             axis.annotate(text, at, fontsize=8, color=STUDENT, bbox=box, **place)
+
+
+def _pass_rate(axis: Any, curves: Curves) -> None:
+    """The fraction of responses that passed: where all rewards are 0 or 1, the mean reward."""
+    _rate(axis, curves, "reward/pass_rate", "evaluation/pass_rate" if curves.graded else "evaluation/accuracy")
     axis.set_ylim(0, 1)
     _legend(axis, 2)
     axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
 
 
 def _reward(axis: Any, curves: Curves) -> None:
-    _line(axis, curves["reward/mean"], STUDENT)
+    _rate(axis, curves, "reward/mean", "evaluation/accuracy")
+    _legend(axis, 2)
 
 
 def _length(axis: Any, curves: Curves) -> None:
-    _line(axis, curves["response/length_mean"], STUDENT, "training rollouts")
-    _beside(axis, curves, "response/length_mean")
+    _line(axis, curves["response/length_mean"], STUDENT, curves.label("training rollouts"))
+    _beside(axis, curves, "response/length_mean", "training rollouts")
     held_out = curves["evaluation/length_mean"]
     if held_out:
-        axis.plot(held_out.steps, held_out.values, "o", color=NEUTRAL, markersize=4.5, label="held-out")
+        label = curves.label("held-out")
+        axis.plot(held_out.steps, held_out.values, "o", color=NEUTRAL, markersize=4.5, label=label)
     axis.set_ylim(bottom=0)
     if held_out or curves.beside is not None:
         _legend(axis, 2)
@@ -151,31 +189,37 @@ def _length(axis: Any, curves: Curves) -> None:
 
 def _entropies(axis: Any, curves: Curves) -> None:
     for who, color in (("student", STUDENT), ("teacher", TEACHER)):
-        _line(axis, curves[f"entropy/{who}_mean"], color, f"{who}, mean")
-        _line(axis, curves[f"entropy/{who}_median"], color, f"{who}, median", "--", faint=0)
-    _beside(axis, curves, "entropy/student_mean", ", student, mean")
+        _line(axis, curves[f"entropy/{who}_mean"], color, curves.label(f"{who}, mean"))
+        if curves.beside is None:
+            _line(axis, curves[f"entropy/{who}_median"], color, f"{who}, median", "--", faint=0)
+    for who, style in (("student", "-"), ("teacher", "--")):
+        _beside(axis, curves, f"entropy/{who}_mean", f"{who}, mean", style)
     axis.set_ylim(bottom=0)
     _legend(axis, 2)
 
 
-def _u(axis: Any, curves: Curves) -> None:
+def _u_classes(axis: Any, curves: Curves) -> None:
     names = sorted(n for n in curves.names if n.startswith(U_PREFIX))
     axis.axhline(0, color="black", linewidth=0.6)
-    if names:
-        ends = []
-        for i, name in enumerate(names):
-            color = CLASSES[i % len(CLASSES)]
-            values = _line(axis, curves[name], color)
-            ends.append((name.removeprefix(U_PREFIX).replace("_", " "), color, curves[name].steps[-1], values[-1]))
-        label_ends(axis, ends)
-    else:
-        low, high = curves["pmi/q05"], curves["pmi/q95"]
-        if low and len(low.steps) == len(high.steps):
-            band = {"color": STUDENT, "alpha": 0.15, "linewidth": 0, "label": "5% to 95%"}
-            axis.fill_between(low.steps, low.values, high.values, **band)
-        _line(axis, curves["pmi/mean"], STUDENT, "mean")
+    ends = []
+    for i, name in enumerate(names):
+        color = CLASSES[i % len(CLASSES)]
+        values = _line(axis, curves[name], color)
+        ends.append((name.removeprefix(U_PREFIX).replace("_", " "), color, curves[name].steps[-1], values[-1]))
+    label_ends(axis, ends)
+
+
+def _u(axis: Any, curves: Curves) -> None:
+    axis.axhline(0, color="black", linewidth=0.6)
+    low, high = curves["pmi/q05"], curves["pmi/q95"]
+    if curves.beside is None and low and len(low.steps) == len(high.steps):
+        band = {"color": STUDENT, "alpha": 0.15, "linewidth": 0, "label": "5% to 95%"}
+        axis.fill_between(low.steps, low.values, high.values, **band)
+    _line(axis, curves["pmi/mean"], STUDENT, curves.label("mean"))
+    if curves.beside is None:
         _line(axis, curves["pmi/q50"], STUDENT, "median", "--", faint=0)
-        _legend(axis, 3)
+    _beside(axis, curves, "pmi/mean", "mean")
+    _legend(axis, 3)
 
 
 def _gate(axis: Any, curves: Curves) -> None:
@@ -187,7 +231,8 @@ def _gate(axis: Any, curves: Curves) -> None:
     for part in (upper, lower):
         dress(part)
     upper.set_title("Gate: median entropy (nats) and its thresholds", loc="left", fontsize=10)
-    _line(upper, curves["gate/entropy"], TEACHER, "median entropy", faint=0.45)
+    _line(upper, curves["gate/entropy"], TEACHER, curves.label("median entropy"), faint=0.45)
+    _beside(upper, curves, "gate/entropy", "median entropy")
     for name, style, label in (("gate/h_warm", "--", "opens from"), ("gate/close_below", ":", "closes below")):
         if curve := curves[name]:
             text = f"{label} {curve.values[-1]:.3g}"
@@ -196,7 +241,11 @@ def _gate(axis: Any, curves: Curves) -> None:
     lam = curves["gate/lambda"]
     lower.fill_between(lam.steps, lam.values, step="mid", color=ACCENT, alpha=0.35, linewidth=0)
     lower.step(lam.steps, lam.values, where="mid", color=ACCENT, linewidth=1.4)
-    lower.set_ylim(0, 1.2 * (lam.values.max(initial=0.0) or 1.0))
+    largest = lam.values.max(initial=0.0)
+    if curves.beside is not None and (other := curves.beside["gate/lambda"]):
+        lower.step(other.steps, other.values, where="mid", color=BESIDE, linewidth=1.0)
+        largest = max(largest, other.values.max())
+    lower.set_ylim(0, 1.2 * (largest or 1.0))
     lower.set_ylabel("lambda", fontsize=8)
     for part in (upper, lower):
         _steps(part, curves)
@@ -217,51 +266,51 @@ def _show_thresholds(axis: Any, curves: Curves) -> None:
 
 
 def _loss(axis: Any, curves: Curves) -> None:
-    _line(axis, curves["sft/loss"], STUDENT)
+    _single(axis, curves, "sft/loss")
 
 
 def _grad_norm(axis: Any, curves: Curves) -> None:
-    _line(axis, curves["optimizer/grad_norm"], STUDENT)
-    axis.set_ylim(bottom=0)
+    _single(axis, curves, "optimizer/grad_norm", bottom=0)
 
 
 def _speed(axis: Any, curves: Curves) -> None:
-    _line(axis, curves["tokens/per_second"], STUDENT)
-    axis.set_ylim(bottom=0)
-
-
-def _equal(curves: Curves, one: str, other: str) -> bool:
-    return np.array_equal(curves[one].values, curves[other].values)
+    _single(axis, curves, "tokens/per_second", bottom=0)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel is drawn when one of `needs` has a number (a trailing * stands for any ending)."""
+    """A panel is drawn when one of `needs` has a number (a trailing * stands for any ending). `graded`: only with
+    rewards that are not all 0 or 1 (True) or only where they are (False)."""
 
     title: str
     needs: tuple[str, ...]
     draw: Callable[[Any, Curves], None]
-    repeats: tuple[str, str] | None = None  # left out where these two metrics are equal: another panel shows one
+    graded: bool | None = None
 
     def wanted(self, curves: Curves) -> bool:
-        return not (self.repeats and _equal(curves, *self.repeats)) and any(
+        return self.graded in (None, curves.graded) and any(
             any(n.startswith(need[:-1]) for n in curves.names) if need.endswith("*") else need in curves
             for need in self.needs
         )
 
 
+# Where all rewards are 0 or 1, the mean reward is the pass rate: one panel, named accuracy.
+REWARD_PANELS = (
+    Panel("Accuracy", ("evaluation/accuracy", "reward/pass_rate"), _pass_rate, graded=False),
+    Panel("Mean reward", ("evaluation/accuracy", "reward/mean"), _reward, graded=True),
+    Panel("Pass rate", ("evaluation/pass_rate", "reward/pass_rate"), _pass_rate, graded=True),
+)
 TRAINING_PANELS = (
-    Panel("Accuracy", ("evaluation/accuracy", "reward/pass_rate"), _accuracy),
-    Panel("Mean reward", ("reward/mean",), _reward, repeats=("reward/mean", "reward/pass_rate")),
+    *REWARD_PANELS,
     Panel("Response length (tokens)", ("response/length_mean",), _length),
     Panel("Entropy of the next token (nats)", ("entropy/student_mean", "entropy/teacher_mean"), _entropies),
-    Panel("PMI u by token class, mean (nats)", (U_PREFIX + "*",), _u),
+    Panel("PMI u by token class, mean (nats)", (U_PREFIX + "*",), _u_classes),
     Panel("PMI u = teacher - student log-prob (nats)", ("pmi/mean",), _u),
     Panel("Gate", ("gate/lambda",), _gate),
 )
 SUPERVISED_PANELS = (
     Panel("Cross-entropy (nats)", ("sft/loss",), _loss),
-    Panel("Accuracy", ("evaluation/accuracy",), _accuracy),
+    *REWARD_PANELS,
     Panel("Gradient norm", ("optimizer/grad_norm",), _grad_norm),
     Panel("Tokens / s", ("tokens/per_second",), _speed),
 )
@@ -302,41 +351,50 @@ def save_figure(figure: Any, path: Path) -> Path:
 
 
 def _choose(curves: Curves) -> list[Panel]:
+    """The panels of a run. The overall u is left out beside u by token class, unless two runs are compared in it."""
     panels = [p for p in (SUPERVISED_PANELS if "sft/loss" in curves else TRAINING_PANELS) if p.wanted(curves)]
-    by_draw = {id(p.draw): p for p in reversed(panels)}  # u by class stands in for the overall u
-    return [p for p in panels if by_draw[id(p.draw)] is p]
+    classes = any(panel.draw is _u_classes for panel in panels)
+    compared = curves.beside is not None and "pmi/mean" in curves.beside
+    return [panel for panel in panels if panel.draw is not _u or not classes or compared]
 
 
 def plot_run(
     folder: str | os.PathLike[str],
     target: str | os.PathLike[str] | None = None,
     *,
-    beside: tuple[str, str | os.PathLike[str]] | None = None,
+    beside: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Draw RUN/curves.png (or `target`) from RUN/metrics.jsonl; returns its path. Works while the run is in progress.
-    `beside` (label, folder): another run's held-out accuracy, length and entropy in the same panels.
+    `beside`: another run's folder; its curves are drawn in the panels of the metrics that both runs have.
 
     Raises UserError when there is no metrics.jsonl or no number to plot in it.
     """
     folder = Path(folder)
-    other = None if beside is None else (beside[0], Curves(read_metrics(beside[1])))
-    curves = Curves(read_metrics(folder), other)
+    names = run_names(folder) if beside is None else run_names(folder, beside)
+    other = None if beside is None else Curves(read_metrics(beside), names[1])
+    curves = Curves(read_metrics(folder), names[0], other)
     panels = _choose(curves)
     if not panels:
         raise UserError(f"{folder}/metrics.jsonl holds nothing to plot yet: wait for the first step")
+    return save_figure(draw_panels(curves, panels), folder / "curves.png" if target is None else Path(target))
+
+
+def draw_panels(curves: Curves, panels: Sequence[Panel]) -> Any:
+    """The figure of a run's panels."""
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(4.1 * columns, 2.9 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         dress(axis)
         axis.set_title(panel.title, loc="left", fontsize=10)
         _steps(axis, curves)
         panel.draw(axis, curves)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.remove()
-    figure.suptitle(folder.resolve().name, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    return save_figure(figure, folder / "curves.png" if target is None else Path(target))
+    title = curves.name if curves.beside is None else f"{curves.name} and {curves.beside.name}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
 
 
 def write_summary(folder: str | os.PathLike[str], summary: Mapping[str, Any]) -> Path:

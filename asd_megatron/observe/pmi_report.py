@@ -6,6 +6,7 @@ Low u: tokens that the privileged context makes less likely (deliberation). High
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, plural
 from asd_megatron.observe.dumps import read_dump
 from asd_megatron.observe.metrics import context_mask, sampled_mask
 from asd_megatron.records import Example, TokenTable
@@ -26,6 +27,8 @@ class Decoder(Protocol):
     def all_special_ids(self) -> Sequence[int]: ...
 
     def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,34 @@ def token_means(ids: Tensor, pmi: Tensor, *, min_count: int = 1) -> list[TokenMe
     return sorted(means, key=lambda t: (t.mean, t.token_id))
 
 
+def _byte_characters() -> dict[str, int]:
+    """The byte of each character of a byte-level vocabulary (GPT-2, Qwen, Llama 3): a printable byte of Latin-1 is its
+    own character, the others have those from 256 on, in order."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTES = _byte_characters()
+
+
+def token_text(tokenizer: Decoder, token_id: int) -> str:
+    """A token as text, escaped as in Python: `\\n`. Bytes that are only a part of a character, which `decode` replaces
+    by U+FFFD, are shown as such: `\\xe2\\x82`."""
+    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    if "\ufffd" in text:
+        token = str(tokenizer.convert_ids_to_tokens(token_id))
+        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):  # SentencePiece's byte fallback
+            text = bytes([int(token[3:5], 16)]).decode("utf-8", "surrogateescape")
+        elif all(character in BYTES for character in token):
+            text = bytes(BYTES[character] for character in token).decode("utf-8", "surrogateescape")
+    return re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", repr(text)[1:-1])
+
+
 def _table(title: str, rows: Sequence[TokenMean], tokenizer: Decoder) -> list[str]:
     lines = [title, f"  {'token':<20} {'id':>8} {'count':>7} {'mean u':>8} {'std':>7} {'u < 0':>6}"]
     for row in rows:
-        text = repr(tokenizer.decode([row.token_id], clean_up_tokenization_spaces=False))[1:-1]
+        text = token_text(tokenizer, row.token_id)
         text = text if len(text) <= 18 else text[:17] + "~"
         cells = f"{row.token_id:>8} {row.count:>7} {row.mean:>+8.3f} {row.std:>7.3f} {row.negative_share:>6.0%}"
         lines.append(f"  {'|' + text + '|':<20} {cells}")
@@ -108,9 +135,11 @@ def pmi_report(ids: Tensor, pmi: Tensor, tokenizer: Decoder, *, min_count: int =
     every = token_means(ids, pmi, min_count=min_count)
     means = [mean for mean in every if mean.token_id not in special_ids]
     if not every:
-        raise UserError(f"no token was seen {min_count} times in {len(ids)} tokens: lower the minimum count")
-    overall = f"{len(ids)} tokens with privileged context, mean u {pmi[torch.isfinite(pmi)].mean():+.3f} nats"
-    lines = [f"{overall}; {len(every)} token ids seen at least {min_count} times", ""]
+        raise UserError(
+            f"no token was seen {plural(min_count, 'time')} in {plural(len(ids), 'token')}: lower the minimum count"
+        )
+    overall = f"{plural(len(ids), 'token')} with privileged context, mean u {pmi[torch.isfinite(pmi)].mean():+.3f} nats"
+    lines = [f"{overall}; {plural(len(every), 'token id')} seen at least {plural(min_count, 'time')}", ""]
     low, high = lowest_and_highest(means, top)
     special = [mean for mean in every if mean.token_id in special_ids]
     tables = (("Lowest mean u (deliberation)", low), ("Highest mean u (shortcuts)", high), ("Special tokens", special))

@@ -15,6 +15,7 @@ import torch
 
 import asd_megatron
 from asd_megatron.antisd.divergence import Condition
+from asd_megatron.errors import plural
 from asd_megatron.files import write_json
 
 # import name -> (name shown, distributions that may carry the version)
@@ -159,7 +160,7 @@ def gate_text(
     """How lambda is set, in one line."""
     if condition.sign == 0:
         return "no per-token term"
-    warmup = f"0 for {warmup_steps} steps, then " if warmup_steps else ""
+    warmup = f"0 for {plural(warmup_steps, 'step')}, then " if warmup_steps else ""
     if not condition.gated:
         return f"lambda {warmup}{lambda_max:g}, without a gate"
     level = "H_warm" if h_warm is None else f"H_warm = {h_warm:g}"
@@ -177,7 +178,7 @@ def layout_text(layout: Any) -> str:
     return (
         f"tp {values['tensor']}, pp {values['pipeline']}, vpp {virtual or 'none'}, cp {values['context']}, "
         f"dp {values['data']}, sequence parallel {'on' if values.get('sequence_parallel') else 'off'} "
-        f"({ranks} rank{'s' if ranks != 1 else ''})"
+        f"({plural(ranks, 'rank')})"
     )
 
 
@@ -203,12 +204,13 @@ def startup_report(
     condition: Condition | None = None,
     gate: str = "",
     passes: Sequence[str] = (),
+    advantage: str | None = None,
 ) -> str:
     """The report as text: one table, printed by rank 0 before the first step.
 
     `environment` and `suppliers` are what the functions of that name return, `layout` a Layout, `model` and `batch`
     rows to show (family, parameters, dtype; problems, rollouts, token budget ...), `condition` None in the supervised
-    stage, `gate` what `gate_text` returns, `passes` the pass plan's reasons.
+    stage, `gate` what `gate_text` returns, `passes` the pass plan's reasons, `advantage` None for the condition's own.
     """
     versions = environment["versions"]
     present = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
@@ -222,7 +224,7 @@ def startup_report(
     machine.append(("layout", layout_text(layout)))
     method = []
     if condition is not None:
-        method = [("condition", condition.name), ("advantage", formula(condition))]
+        method = [("condition", condition.name), ("advantage", advantage or formula(condition))]
         method += [("gate", gate)] if gate else []
     rows = {
         "Machine": machine,

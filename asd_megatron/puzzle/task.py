@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, plural
 from asd_megatron.records import Problem
 
 MODULUS = 17
@@ -153,7 +153,9 @@ class PuzzleStream:
             return self._distinct(n, "step", seed, step)
         total = len(self._fixed)
         if n > total:
-            raise UserError(f"the puzzle list has {total} problems, fewer than the {n} of one step: make it longer")
+            raise UserError(
+                f"the puzzle list has {plural(total, 'problem')}, fewer than the {n} of one step: make it longer"
+            )
         return [self._fixed[((step - 1) * n + i) % total] for i in range(n)]
 
 

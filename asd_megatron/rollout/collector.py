@@ -9,20 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from asd_megatron.data.problems import ProblemSource
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import broadcast_object, share_outcome
 from asd_megatron.errors import UserError
 from asd_megatron.records import FinishReason, Group, Problem, Prompt, SamplingParams
 from asd_megatron.reward.base import Verifier
 from asd_megatron.rollout.engine import RolloutEngine, RolloutError, WeightSource
-
-
-class Problems(Protocol):
-    """What the collector needs of a problem set: a step's problems, and its first `n` for evaluation."""
-
-    def batch(self, step: int, n: int, seed: int) -> list[Problem]: ...
-
-    def take(self, n: int | None = None) -> list[Problem]: ...
 
 
 class StudentPrompts(Protocol):
@@ -83,6 +76,11 @@ class Evaluation:
     def accuracy(self) -> float:
         """Mean over problems of the mean reward of their samples."""
         return sum(sum(s) / len(s) for s in self.scores) / len(self.scores)
+
+    def pass_rate(self, threshold: float) -> float:
+        """Mean over problems of the fraction of their samples with at least this reward: equal to `accuracy`, bit for
+        bit, where all rewards are 0 or 1 and the threshold is between them."""
+        return sum(sum(reward >= threshold for reward in s) / len(s) for s in self.scores) / len(self.scores)
 
     @property
     def length_mean(self) -> float:
@@ -148,7 +146,7 @@ class Collector:
         engine: RolloutEngine,
         weights: WeightSource,
         verifier: Verifier | None,
-        problem_set: Problems,
+        problem_set: ProblemSource,
         renderer: StudentPrompts,
         process_groups: ProcessGroups,
         *,
@@ -180,7 +178,7 @@ class Collector:
         self._spare: list[Prompt] = []  # finished but not needed: for the next step; their groups on global rank 0
         self._spare_groups: list[Group] = []
         self._released = False  # whether the engine has given its memory to the trainer
-        self._evaluated: tuple[Problems, int | None, list[Prompt]] | None = None
+        self._evaluated: tuple[ProblemSource, int | None, list[Prompt]] | None = None
 
     def take_timings(self) -> Timings:
         """Seconds since the last call."""
@@ -211,7 +209,7 @@ class Collector:
         return draw.first_groups()
 
     def evaluate(
-        self, problem_set: Problems, params: SamplingParams, *, step: int, problems: int | None = None
+        self, problem_set: ProblemSource, params: SamplingParams, *, step: int, problems: int | None = None
     ) -> Evaluation | None:
         """Sample every problem of `problem_set` (its first `problems`) with `params` from the newest weights, reward
         all.

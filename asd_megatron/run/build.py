@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from asd_megatron.antisd import Gate, KlPenalty, condition
 from asd_megatron.config import AnyRecipe, Recipe
-from asd_megatron.config.evaluation import Evaluation
-from asd_megatron.config.sampling import Sampling
+from asd_megatron.config.evaluation import EvaluationSection
+from asd_megatron.config.sampling import SamplingSection
+from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.templates import PAPER_WORDING
 from asd_megatron.ops.vocab_divergence import Divergence
@@ -20,7 +21,7 @@ from asd_megatron.rollout.embedded.engine import EmbeddedEngine
 from asd_megatron.rollout.engine import RolloutEngine, WeightSource
 from asd_megatron.rollout.replay import ReplayEngine
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import ProblemSource, held_out_problems, training_problems
+from asd_megatron.run.sources import held_out_problems, training_problems
 from asd_megatron.trainer.examples import ExampleBuilder
 from asd_megatron.trainer.pass_plan import PassPlan, plan_passes
 from asd_megatron.trainer.token_method import ExactTerm, Method
@@ -93,8 +94,8 @@ def make_gate(recipe: Recipe) -> Gate:
     """The gate of the recipe's condition, before its warm-up."""
     return Gate.for_condition(
         condition(recipe.algorithm.name),
+        warmup_steps=recipe.gate_warmup_steps,
         lambda_max=recipe.algorithm.lambda_max,
-        warmup_steps=recipe.gate.warmup_steps,
         tau_down=recipe.gate.tau_down,
         tau_up=recipe.gate.tau_up,
         h_warm=recipe.gate.h_warm,
@@ -174,7 +175,7 @@ def evaluation_params(session: Session) -> SamplingParams:
     return _params(session, session.recipe.evaluation, session.recipe.evaluation.samples)
 
 
-def _params(session: Session, filters: Sampling | Evaluation, n: int) -> SamplingParams:
+def _params(session: Session, filters: SamplingSection | EvaluationSection, n: int) -> SamplingParams:
     """`filters`: the section with temperature, top-p and top-k. The end of a response is that of `sampling` always."""
     limits = session.recipe.sampling
     return SamplingParams(
@@ -232,8 +233,7 @@ def rollout_plan(recipe: Recipe) -> Plan:
     )
 
 
-def training_collector(
-    recipe: Recipe,
+def make_collector(
     session: Session,
     engine: RolloutEngine,
     weights: WeightSource,
@@ -241,7 +241,15 @@ def training_collector(
     renderer: PromptRenderer,
     verifier: Verifier | None,
 ) -> Collector:
-    """The collector of an RL run: its training steps and, on the same engine, its evaluations."""
+    """The collector on `engine`: of a `train` recipe for training steps on `problems` and for evaluations, of an `sft`
+    recipe for evaluations alone."""
+    recipe = session.recipe
+    if isinstance(recipe, Recipe):
+        params, plan, timeout = training_params(recipe, session), rollout_plan(recipe), recipe.rollout.collect_timeout
+        problems_per_step = recipe.sampling.problems_per_step
+    else:  # the embedded engine waits for no server
+        params, plan, timeout = evaluation_params(session), Plan(), math.inf
+        problems_per_step = 1
     return Collector(
         engine,
         weights,
@@ -249,33 +257,9 @@ def training_collector(
         problems,
         renderer,
         session.process_groups,
-        params=training_params(recipe, session),
-        problems_per_step=recipe.sampling.problems_per_step,
+        params=params,
+        problems_per_step=problems_per_step,
         seed=recipe.run.seed,
-        plan=rollout_plan(recipe),
-        timeout=recipe.rollout.collect_timeout,
-    )
-
-
-def evaluation_collector(
-    session: Session,
-    engine: RolloutEngine,
-    weights: WeightSource,
-    problems: ProblemSource,
-    renderer: PromptRenderer,
-    verifier: Verifier | None,
-    timeout: float,
-) -> Collector:
-    """A collector for evaluations alone; `timeout` in seconds."""
-    return Collector(
-        engine,
-        weights,
-        verifier,
-        problems,
-        renderer,
-        session.process_groups,
-        params=evaluation_params(session),
-        problems_per_step=1,
-        seed=session.recipe.run.seed,
+        plan=plan,
         timeout=timeout,
     )

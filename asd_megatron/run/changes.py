@@ -12,7 +12,7 @@ from asd_megatron.config.checkpoint import ALL
 from asd_megatron.files import to_json
 
 # These say how this start is done and what the folder is called, not what the run is: never compared.
-OF_THE_START = {"checkpoint.resume", "checkpoint.accept_changes", "run.overwrite", "run.name", "run.folder"}
+START_KEYS = {"checkpoint.resume", "checkpoint.accept_changes", "run.overwrite", "run.name", "run.folder"}
 
 # A resumed run may change these; every other key decides what is trained or measured, so that one record cannot hold
 # both values unless the user says so. A key that is added to the schema belongs to the second kind until it is listed.
@@ -22,18 +22,20 @@ FREE_SECTIONS = {
     "logging",
     "parallelism",  # nor on placement
 }
-FREE_KEYS = {
+# These decide the learning rate of later steps. They are tuned during a run; metrics.jsonl has each step's rate.
+SCHEDULE_KEYS = {
     "run.steps",  # a run may be made longer; the learning-rate schedule then spans the new length
-    "run.dump_rollouts",
-    "model.layers",
-    "model.recompute",
-    # Learning-rate schedule and updates per batch are tuned during a run; metrics.jsonl has each step's learning rate.
     "optimizer.learning_rate",
     "optimizer.min_learning_rate",
     "optimizer.schedule",
     "optimizer.warmup_steps",
     "algorithm.updates_per_batch",
     "algorithm.epochs",
+}
+FREE_KEYS = SCHEDULE_KEYS | {
+    "run.dump_rollouts",
+    "model.layers",
+    "model.recompute",
     "algorithm.log_pmi",
     "evaluation.every",
     "evaluation.at_start",
@@ -42,23 +44,13 @@ FREE_KEYS = {
     "reward.workers",
 }
 # Of `rollout`, what decides which rollouts are trained on; its other keys say where and how servers run.
-OF_THE_ROLLOUTS = {
+FIXED_ROLLOUT_KEYS = {
     "rollout.engine",
     "rollout.replay_folder",
     "rollout.overlap",
     "rollout.oversampling",
     "rollout.partial_rollouts",
     "rollout.max_staleness",
-}
-# A change of one of these changes the learning rate of later steps.
-OF_THE_SCHEDULE = {
-    "run.steps",
-    "optimizer.learning_rate",
-    "optimizer.min_learning_rate",
-    "optimizer.schedule",
-    "optimizer.warmup_steps",
-    "algorithm.updates_per_batch",
-    "algorithm.epochs",
 }
 
 
@@ -75,7 +67,7 @@ class Change:
         """Whether a resumed run may change the key without `checkpoint.accept_changes`."""
         section = self.key.partition(".")[0]
         if section == "rollout":
-            return self.key not in OF_THE_ROLLOUTS
+            return self.key not in FIXED_ROLLOUT_KEYS
         return section in FREE_SECTIONS or self.key in FREE_KEYS
 
     def __str__(self) -> str:
@@ -96,7 +88,7 @@ def changes(recorded: Mapping[str, Any], recipe: AnyRecipe) -> list[Change]:
             if isinstance(before, Mapping):
                 default = None if field.is_required() else field.get_default(call_default_factory=True)
                 old = before.get(key, list(default) if isinstance(default, tuple) else default)
-            if old != new and f"{section}.{key}" not in OF_THE_START:
+            if old != new and f"{section}.{key}" not in START_KEYS:
                 found.append(Change(f"{section}.{key}", old, new))
     return found
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from asd_megatron.antisd import feedback
+from asd_megatron.antisd import condition, feedback
 from asd_megatron.checkpoint.huggingface import read_config
 from asd_megatron.config import AnyRecipe, Recipe, SftRecipe
 from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, decode, end_token_ids, load_tokenizer
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, plural
 from asd_megatron.models.families import shape_of
+from asd_megatron.observe.startup import formula
 from asd_megatron.records import Problem
 from asd_megatron.reward.base import tests_of
 from asd_megatron.reward.factory import make_verifier
-from asd_megatron.run.build import first_problems, make_plan, make_renderer, never_acts
+from asd_megatron.run.build import first_problems, make_gate, make_plan, make_renderer, never_acts
+from asd_megatron.run.folder import Start
+from asd_megatron.run.preview import preview, start_text
+from asd_megatron.run.report import evaluation_text, gate_line
 from asd_megatron.run.sources import held_out_problems, model_folder, supervised_source, training_problems
 
 if TYPE_CHECKING:
@@ -32,7 +37,8 @@ def dry_run(recipe: AnyRecipe, ranks: int, where: str) -> int:
     """Check the recipe's data, chat template, reward and model configuration, and print what would run, `where`.
 
     Builds no model, starts no rank and leaves no files. Returns exit status 0; raises UserError for what the run itself
-    would refuse. The recipe, the number of ranks and the layout have been checked before.
+    would refuse: first for its inputs, then, after the summary, for its folder. The recipe, the number of ranks and the
+    layout have been checked before.
     """
     folder = model_folder(recipe.model.path)
     config = read_config(folder)
@@ -42,15 +48,48 @@ def dry_run(recipe: AnyRecipe, ranks: int, where: str) -> int:
     check_stop_token_ids(tokenizer, recipe.sampling.stop_token_ids or ())
     end_ids = end_token_ids(folder, tokenizer)
     renderer = make_renderer(recipe, tokenizer, end_ids)
-    sections = [("layout", where), ("model", f"{family.name}, {shape.layers} layers, {folder}")]
+    sections = [("layout", where), ("model", f"{family.name}, {plural(shape.layers, 'layer')}, {folder}")]
     if isinstance(recipe, Recipe):
         sections += _training(recipe, renderer, shape.max_positions)
     else:
         sections += _supervised(recipe, renderer, tokenizer, end_ids, shape.max_positions)
-    for title, text in sections:
-        print(f"{title}\n{'-' * len(title)}\n{text}\n")
-    print(f"nothing was started: without --dry-run this recipe starts {ranks} rank{'s' * (ranks > 1)}", flush=True)
+    start, refusal = _start(recipe)
+    for title, text in [("run", _summary(recipe, start)), *sections]:
+        print(f"{title}\n{'-' * len(title)}\n{text}\n", flush=True)
+    if refusal is not None:
+        raise refusal
+    if start is not None and start.kind == "finished":
+        print("nothing was started: without --dry-run nothing would be trained either, the run is finished", flush=True)
+    else:
+        print(f"nothing was started: without --dry-run this recipe starts {plural(ranks, 'rank')}", flush=True)
     return 0
+
+
+def _start(recipe: AnyRecipe) -> tuple[Start | None, UserError | None]:
+    """What the run would do with its folder, or why it would refuse it."""
+    try:
+        return preview(recipe, "train" if isinstance(recipe, Recipe) else "sft"), None
+    except UserError as error:
+        return None, error
+
+
+def _summary(recipe: AnyRecipe, start: Start | None) -> str:
+    """The run's folder, method, length and evaluations, one a row."""
+    refused = f"{recipe.run.path}: refused, for the reason given at the end"
+    rows = {"run folder": refused if start is None else start_text(recipe, start)}
+    if isinstance(recipe, Recipe):
+        method = condition(recipe.algorithm.name)
+        rows |= {"condition": f"{method.name}: {formula(method)}", "gate": gate_line(recipe, method, make_gate(recipe))}
+    optimizer = recipe.optimizer
+    rows |= {
+        "steps": f"{recipe.run.steps}",
+        "learning rate": f"{optimizer.learning_rate:g}, {optimizer.schedule} schedule",
+        "evaluation": evaluation_text(recipe),
+    }
+    wide = max(map(len, rows))
+    return "\n".join(
+        f"{name:<{wide}}  {textwrap.indent(text, ' ' * (wide + 2)).lstrip()}" for name, text in rows.items()
+    )
 
 
 def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[Section]:
@@ -60,7 +99,9 @@ def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[
         if problems is not None:
             looked_at = problems.take(None)
             longest = renderer.check(looked_at)
-            counts.append(f"{name}: {len(looked_at)} problems checked, prompts of at most {longest} tokens")
+            counts.append(
+                f"{name}: {plural(len(looked_at), 'problem')} checked, prompts of at most {plural(longest, 'token')}"
+            )
     problem = first_problems(recipe, train)[0]
     reward, assessment = _scored(recipe, problem)
     passes = make_plan(recipe)
@@ -114,8 +155,9 @@ def _supervised(
     )
     batch = examples.batch(1, recipe.sft.sequences_per_step, recipe.run.seed)
     longest = max(len(example.prompt_ids) + len(example.response_ids) for example in batch)
+    size = f"{plural(len(batch), 'sequence')} of at most {plural(longest, 'token')}"
     sections = [
-        ("data", f"{recipe.data.train}: the first step's {len(batch)} sequences have at most {longest} tokens"),
+        ("data", f"{recipe.data.train}: the first step has {size}"),
         ("prompt of the first example", decode(tokenizer, batch[0].prompt_ids, skip_special_tokens=False)),
         ("its response", decode(tokenizer, batch[0].response_ids)),
     ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from asd_megatron.config import AnyRecipe, Recipe
+from asd_megatron.data.problems import ProblemSource
+from asd_megatron.errors import plural
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.closing import Sample
+from asd_megatron.observe.names import graded
 from asd_megatron.rollout.collector import Collector, Evaluation
 from asd_megatron.run.build import evaluation_params
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import ProblemSource, own_metrics
+from asd_megatron.run.sources import own_metrics
 
 
 class Weights:
@@ -30,6 +34,20 @@ def _sample(found: Evaluation) -> Sample | None:
         return None
     group = found.groups[0]
     return Sample(group.problem.question, group.rollouts[0].text, group.rewards[0])
+
+
+def success_threshold(recipe: AnyRecipe) -> float:
+    """The reward from which a response counts as passed; a supervised recipe has no key for it."""
+    return recipe.privileged.success_threshold if isinstance(recipe, Recipe) else 1.0
+
+
+def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
+    """The console's line. A mean reward is called accuracy only where it is the fraction of right answers."""
+    mean, passed = metrics["evaluation/accuracy"], metrics["evaluation/pass_rate"]
+    what = f"accuracy after {plural(step, 'step')}: {mean:.3f}"
+    if graded([metrics]):
+        what = f"mean reward after {plural(step, 'step')}: {mean:.3f}, pass rate {passed:.3f}"
+    return f"held-out {what}, response length {metrics['evaluation/length_mean']:.1f}"
 
 
 class HeldOut:
@@ -54,6 +72,7 @@ class HeldOut:
             return {}
         metrics = {
             "evaluation/accuracy": found.accuracy,
+            "evaluation/pass_rate": found.pass_rate(success_threshold(self.session.recipe)),
             "evaluation/length_mean": found.length_mean,
             "evaluation/truncated": found.truncated,
         }
@@ -63,9 +82,7 @@ class HeldOut:
         self.first = metrics if step == 0 else self.first
         self.last = metrics
         self.sample = _sample(found)
-        self.session.progress.note(
-            f"held-out accuracy after {step} steps: {found.accuracy:.3f}, response length {found.length_mean:.1f}"
-        )
+        self.session.progress.note(evaluation_line(step, metrics))
         return metrics
 
     def state(self) -> list[dict[str, float] | None]:

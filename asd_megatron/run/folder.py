@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from asd_megatron.checkpoint.huggingface import CONFIG, is_complete
 from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_write, remove_partial, to_json
+from asd_megatron.files import atomic_write, remove_partial, to_json, user_error
 from asd_megatron.run.changes import Change, changes, not_accepted
 
 LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "recipe.yaml", "summary.json"
@@ -51,16 +52,10 @@ class Start:
     returned_to: str | None = None
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise an OSError from inside, while `path` is written, as a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): free space or change its permissions, then start"
-            " the same command again"
-        ) from error
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Raise an OSError from inside, while `path` of the run folder is written, as a UserError."""
+    remedy = "free space or change its permissions, then start the same command again"
+    return user_error(f"{path} cannot be written", remedy)
 
 
 # ---------------------------------------------------------------- locking
@@ -70,26 +65,32 @@ def hold(folder: Path, closing: ExitStack) -> None:
     """Make the run folder if it is not there, and hold its lock until `closing` closes; a folder that is then still
     empty is removed. Raises UserError when it cannot be made, or is held by another run."""
     made: list[Path] = []
-
-    def refusal(holder: str) -> str:
-        return (
-            f"the run folder {folder} is in use by another run ({holder}): wait for it, end it, or choose another"
-            " run.name or run.folder"
-        )
-
     try:
         made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
         folder.mkdir(parents=True, exist_ok=True)
         closing.callback(_remove_empty, made)
-        closing.enter_context(locks.locked(folder / LOCK_FILE, refusal))
+        closing.enter_context(locks.locked(folder / LOCK_FILE, partial(in_use, folder)))
         closing.callback(_remove_lock, folder)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        why = (error.strerror if isinstance(error, OSError) else None) or error
         verb = "made" if folder in made or not os.path.isdir(folder) else "written to"
-        raise UserError(
-            f"the run folder {folder} cannot be {verb} ({why}): choose another run.name or run.folder, or change"
-            " permissions there"
-        ) from None
+        raise unusable(folder, verb, error) from None
+
+
+def in_use(folder: Path, holder: str) -> str:
+    """The refusal of a run folder that `holder` has locked."""
+    return (
+        f"the run folder {folder} is in use by another run ({holder}): wait for it, end it, or choose another"
+        " run.name or run.folder"
+    )
+
+
+def unusable(folder: Path, verb: str, error: OSError | ValueError) -> UserError:
+    """The refusal of a run folder that the operating system does not let be `verb`: made, written to."""
+    why = (error.strerror if isinstance(error, OSError) else None) or error
+    return UserError(
+        f"the run folder {folder} cannot be {verb} ({why}): choose another run.name or run.folder, or change"
+        " permissions there"
+    )
 
 
 def _remove_lock(folder: Path) -> None:
@@ -114,14 +115,15 @@ def claim(recipe: AnyRecipe, stage: str, closing: ExitStack) -> Start:
     folder = recipe.run.path
     hold(folder, closing)
     try:
-        return _decide(recipe, stage)
+        return decide(recipe, stage)
     except OSError as error:
         raise UserError(
             f"the run folder {folder} cannot be read ({error.strerror or error}): choose another run.name or run.folder"
         ) from None
 
 
-def _decide(recipe: AnyRecipe, stage: str) -> Start:
+def decide(recipe: AnyRecipe, stage: str) -> Start:
+    """The decision of `claim`, about a folder that need not be there or be locked. Writes nothing."""
     folder, asked = recipe.run.path, recipe.checkpoint.resume
     given = None if asked in ("auto", "never") else Path(asked)
     returned_to = None
@@ -130,6 +132,7 @@ def _decide(recipe: AnyRecipe, stage: str) -> Start:
     if given is not None and not given.is_dir():
         raise UserError(f"checkpoint.resume: {asked} is not a folder; give a checkpoint's folder, auto or never")
     elsewhere = asked if given is not None and not _inside(given, folder) else None
+    own = returned_to is not None or given is not None and elsewhere is None
     if not _entries(folder):
         return Start("fresh", elsewhere)
     newest = None if asked == "never" else lineage.latest(folder / CHECKPOINTS)
@@ -140,7 +143,7 @@ def _decide(recipe: AnyRecipe, stage: str) -> Start:
     found = tuple(changes(recorded, recipe))
     checkpoint = newest if given is None or elsewhere is not None else given
     if _complete(recipe):
-        if recipe.run.overwrite and checkpoint == newest:
+        if recipe.run.overwrite and checkpoint == newest and not own:  # a named checkpoint is not to be removed
             _check_overwrite(recipe)
             return Start("overwrite", elsewhere)
         if checkpoint == newest and not _export_is_missing(recipe, newest):
@@ -183,8 +186,20 @@ def _is_asked(recipe: AnyRecipe, checkpoint: str) -> bool:
     return asked not in ("auto", "never") and os.path.realpath(asked) == os.path.realpath(checkpoint)
 
 
+def check_step_left(recipe: AnyRecipe, start: Start, step: int) -> None:
+    """Raise UserError when the checkpoint that `start` loads, the state after `step` steps, leaves nothing to do."""
+    steps = recipe.run.steps
+    if step > steps or step == steps and start.kind != "resume":
+        raise UserError(
+            f"checkpoint.resume: {start.checkpoint} is the state after step {step} and run.steps is {steps}, so there"
+            f" is no step left: set run.steps above {step}, or checkpoint.resume never and another run.name"
+        )
+
+
 def _entries(folder: Path) -> list[str]:
-    return [name for name in os.listdir(folder) if name != LOCK_FILE]
+    with suppress(FileNotFoundError):
+        return [name for name in os.listdir(folder) if name != LOCK_FILE]
+    return []
 
 
 def _recorded(recipe: AnyRecipe, elsewhere: str | None, newest: Path | None) -> Mapping[str, Any] | None:

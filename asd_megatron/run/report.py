@@ -8,14 +8,16 @@ from typing import Any
 import torch
 
 from asd_megatron.antisd import Condition, Gate
-from asd_megatron.config import Recipe
-from asd_megatron.config.rollout import Rollout
+from asd_megatron.config import AnyRecipe, Recipe
+from asd_megatron.config.rollout import RolloutSection
+from asd_megatron.errors import plural
 from asd_megatron.models.compat import layers_text
 from asd_megatron.observe.startup import environment, gate_text, startup_report, suppliers, write_environment
 from asd_megatron.rollout.sglang.servers.options import nccl_settings
 from asd_megatron.run.folder import writing
 from asd_megatron.run.session import Session
 from asd_megatron.trainer.pass_plan import PassPlan
+from asd_megatron.trainer.token_method import ExactTerm, Method
 
 
 def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
@@ -53,7 +55,7 @@ def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
         session.progress.note(f"resumed after step {session.first_step - 1}")
 
 
-def _servers(rollout: Rollout) -> dict[str, str]:
+def _servers(rollout: RolloutSection) -> dict[str, str]:
     """The rows of the SGLang servers, with the settings that are not checked; {} for other engines."""
     if rollout.engine != "sglang":
         return {}
@@ -105,13 +107,60 @@ def _weights(recipe: Recipe, session: Session, plan: PassPlan) -> dict[str, str]
     return rows
 
 
-def announce_training(recipe: Recipe, session: Session, condition: Condition, gate: Gate, plan: PassPlan) -> None:
+def evaluation_text(recipe: AnyRecipe) -> str:
+    """When the run evaluates, on what, and how it samples there; `none` if it does not."""
+    if not recipe.evaluates:
+        return "none"
+    e = recipe.evaluation
+    every = "every step" if e.every == 1 else f"every {e.every} steps"
+    when = [every] * bool(e.every) + ["at the start"] * e.at_start + ["at the end"] * e.at_end
+    parts = [f"{recipe.data.test}" if e.problems is None else f"{plural(e.problems, 'problem')} of {recipe.data.test}"]
+    parts += [f"{e.samples} responses each"] * (e.samples > 1)
+    parts += [*when, f"temperature {e.temperature:g}", f"top_p {e.top_p:g}"]
+    return ", ".join(parts + [f"top_k {e.top_k}"] * bool(e.top_k))
+
+
+def gate_line(recipe: Recipe, condition: Condition, gate: Gate) -> str:
+    """How lambda is set in a run of the recipe."""
+    return gate_text(
+        condition,
+        lambda_max=gate.lambda_max,
+        warmup_steps=gate.warmup_steps,
+        tau_down=gate.tau_down,
+        tau_up=gate.tau_up,
+        h_warm=recipe.gate.h_warm,
+    )
+
+
+def _exact_text(exact: ExactTerm | None) -> str | None:
+    """The loss of the exact estimator in one line; None with the sampled one."""
+    if exact is None:
+        return None
+    divergence = exact.divergence
+    name = divergence.kind.replace("_", " ")
+    if divergence.mixture != 0.5:
+        name += f" with mixture {divergence.mixture:g}"
+    sign = "+" if exact.sign > 0 else "-"
+    return f"A = A_seq; the loss of a token {sign} lambda * D, D = {name} of student and teacher, over the vocabulary"
+
+
+def _teacher_states(recipe: Recipe, session: Session, method: Method) -> dict[str, str]:
+    """How much the exact estimator keeps of the teacher until the update, at most."""
+    if method.exact is None:
+        return {}
+    s, layout = recipe.sampling, session.layout
+    tokens = s.problems_per_step * s.rollouts_per_problem * s.max_response_tokens / layout.data / layout.context
+    size = tokens * session.port.config.hidden_size / layout.tensor * session.port.dtype.itemsize
+    return {
+        "teacher's states": f"at most {size / 2**30:.2f} GiB a rank, in the {recipe.algorithm.teacher_states}'s memory"
+    }
+
+
+def announce_training(
+    recipe: Recipe, session: Session, condition: Condition, gate: Gate, plan: PassPlan, method: Method
+) -> None:
     """The report of an RL run. Global rank 0 only."""
-    s, e = recipe.sampling, recipe.evaluation
-    evaluation = "none"
-    if recipe.evaluates:
-        when = [f"every {e.every} steps"] * bool(e.every) + ["at the start"] * e.at_start + ["at the end"] * e.at_end
-        evaluation = f"{recipe.data.test}, {', '.join(when)}, temperature {e.temperature:g}"
+    s = recipe.sampling
     announce(
         session,
         {
@@ -123,18 +172,13 @@ def announce_training(recipe: Recipe, session: Session, condition: Condition, ga
             "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens"
             + (", shared prefixes computed once" if session.pack_layout.share_prefixes else ""),
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
-            "evaluation": evaluation,
+            "evaluation": evaluation_text(recipe),
             **_demonstrations(recipe, plan.teacher_scoring),
             **_weights(recipe, session, plan),
+            **_teacher_states(recipe, session, method),
         },
         condition=condition,
-        gate=gate_text(
-            condition,
-            lambda_max=gate.lambda_max,
-            warmup_steps=gate.warmup_steps,
-            tau_down=gate.tau_down,
-            tau_up=gate.tau_up,
-            h_warm=recipe.gate.h_warm,
-        ),
+        advantage=_exact_text(method.exact),
+        gate=gate_line(recipe, condition, gate),
         passes=plan.reasons,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from asd_megatron.antisd import condition
 from asd_megatron.config import Recipe, recipe_hash
+from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.tokenizer import undecodable
 from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import NotFinite
@@ -21,8 +22,8 @@ from asd_megatron.rollout.collector import Collector
 from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.run.build import (
     embedded_engine,
-    evaluation_collector,
     example_builder,
+    make_collector,
     make_gate,
     make_method,
     make_plan,
@@ -30,13 +31,12 @@ from asd_megatron.run.build import (
     never_acts,
     problem_sets,
     rollout_engine,
-    training_collector,
 )
 from asd_megatron.run.evaluation import HeldOut, Weights
 from asd_megatron.run.folder import writing
 from asd_megatron.run.report import announce_training
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import ProblemSource, own_metrics
+from asd_megatron.run.sources import own_metrics
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.columns import Scores, TokenInputs, score_columns, table_columns
@@ -75,9 +75,7 @@ class TrainingRun:
             session.closing.callback(self.verifier.close)
         self.engine, self._start_engine = rollout_engine(recipe, session, self.renderer, train_set)
         session.closing.callback(self.engine.close)
-        self.collector = training_collector(
-            recipe, session, self.engine, self.weights, train_set, self.renderer, self.verifier
-        )
+        self.collector = make_collector(session, self.engine, self.weights, train_set, self.renderer, self.verifier)
         self.held_out = None
         if recipe.evaluates and test_set is not None:
             self.held_out = HeldOut(session, self._evaluator(test_set), test_set)
@@ -97,7 +95,9 @@ class TrainingRun:
         """Prepare the run folder, print the start-up report, start the engine, evaluate before the first step."""
         self.session.begin()
         self.session.on_root(self._watch_earlier_steps)
-        self.session.on_root(lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan))
+        self.session.on_root(
+            lambda: announce_training(self.recipe, self.session, self.condition, self.gate, self.plan, self.method)
+        )
         if reason := never_acts(self.recipe):
             self.session.say(f"warning: {reason}")
         with self.session.generating():  # colocated servers size their memory by what is free
@@ -326,10 +326,7 @@ class TrainingRun:
         if self.recipe.rollout.engine != "replay":
             return self.collector
         engine = embedded_engine(self.session, self.recipe.rollout.max_batch_size)
-        timeout = self.recipe.rollout.collect_timeout
-        return evaluation_collector(
-            self.session, engine, self.weights, problems, self.renderer, self.verifier, timeout=timeout
-        )
+        return make_collector(self.session, engine, self.weights, problems, self.renderer, self.verifier)
 
     def _dump(self, step: int, batch: Batch, table: TokenTable | None) -> None:
         assert table is not None

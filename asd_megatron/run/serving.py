@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from asd_megatron.config import Recipe
-from asd_megatron.config.rollout import Rollout
+from asd_megatron.config.rollout import RolloutSection
+from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
@@ -30,7 +31,6 @@ from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTrans
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import ProblemSource
 from asd_megatron.trainer.scorer import score_sequence
 
 MIB = 2**20
@@ -84,12 +84,12 @@ def probe_ids(renderer: PromptRenderer, problems: ProblemSource, max_positions: 
     return (*renderer.student(problem).ids, *continuation)[: min(PROBE_TOKENS, max_positions)]
 
 
-def _rollout(session: Session) -> Rollout:
+def _rollout(session: Session) -> RolloutSection:
     assert isinstance(session.recipe, Recipe)
     return session.recipe.rollout
 
 
-def _controller(session: Session, rollout: Rollout, probe: tuple[int, ...]) -> Controller:
+def _controller(session: Session, rollout: RolloutSection, probe: tuple[int, ...]) -> Controller:
     """The controller with all that it needs on global rank 0; no server is started yet. Raises UserError for an
     environment that cannot serve."""
     port, labels, closing = session.port, Labels(), ExitStack()
@@ -119,7 +119,7 @@ def _controller(session: Session, rollout: Rollout, probe: tuple[int, ...]) -> C
     )
 
 
-def _verifier(session: Session, rollout: Rollout) -> WeightVerifier | None:
+def _verifier(session: Session, rollout: RolloutSection) -> WeightVerifier | None:
     """Raises UserError for an architecture that cannot be verified."""
     if not rollout.verify_weights:
         return None
@@ -127,7 +127,7 @@ def _verifier(session: Session, rollout: Rollout) -> WeightVerifier | None:
     return WeightVerifier(session.hf_config, dtype=session.port.dtype, device=device)
 
 
-def _pool(session: Session, rollout: Rollout, keys: Keys) -> ServerPool:
+def _pool(session: Session, rollout: RolloutSection, keys: Keys) -> ServerPool:
     return ServerPool(
         server_options(session, rollout, keys),
         session.folder / "servers",
@@ -137,7 +137,7 @@ def _pool(session: Session, rollout: Rollout, keys: Keys) -> ServerPool:
     )
 
 
-def _fleet(rollout: Rollout, keys: Keys, pool: ServerPool | None) -> Fleet:
+def _fleet(rollout: RolloutSection, keys: Keys, pool: ServerPool | None) -> Fleet:
     return Fleet(
         list(rollout.server_urls) if pool is None else pool.urls,
         api_key=keys.api,
@@ -149,7 +149,7 @@ def _fleet(rollout: Rollout, keys: Keys, pool: ServerPool | None) -> Fleet:
     )
 
 
-def server_options(session: Session, rollout: Rollout, keys: Keys) -> list[ServerOptions]:
+def server_options(session: Session, rollout: RolloutSection, keys: Keys) -> list[ServerOptions]:
     """One for each server that the run starts."""
     arguments = dict(rollout.server_args)
     if rollout.placement == "colocated" and torch.cuda.is_available():
@@ -170,7 +170,7 @@ def server_options(session: Session, rollout: Rollout, keys: Keys) -> list[Serve
     ]
 
 
-def _transport(session: Session, rollout: Rollout) -> Transport:
+def _transport(session: Session, rollout: RolloutSection) -> Transport:
     if rollout.weight_sync == "disk":
         folder = Path(rollout.weight_sync_folder or session.folder / "weights")
         return DiskTransport(folder, session.source, timeout=rollout.weight_sync_timeout)

@@ -21,17 +21,19 @@ from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed.objects import first_message, on_rank_zero
-from asd_megatron.errors import NotFinite, UserError
+from asd_megatron.errors import NotFinite, UserError, plural
 from asd_megatron.models.families import check_architecture
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.closing import Sample, closing_table
 from asd_megatron.observe.progress import Progress, print_line
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run import folder as folders
-from asd_megatron.run.changes import OF_THE_SCHEDULE
+from asd_megatron.run.changes import SCHEDULE_KEYS
 from asd_megatron.run.clock import Clock
 from asd_megatron.run.copies import check_missing, weight_copies
 from asd_megatron.run.folder import Start, writing
+from asd_megatron.run.interruption import Interruption
+from asd_megatron.run.preview import finished_text
 from asd_megatron.run.ranks import join_ranks
 from asd_megatron.run.sources import model_folder
 from asd_megatron.trainer.batch import PackLayout
@@ -48,9 +50,10 @@ class RunFinished(Exception):
 
 def run_session(recipe: AnyRecipe, program: Callable[[Session], None]) -> int:
     """Run `program` in the recipe's session and return the exit status, 0. A run that is complete already is not run
-    again, and its model is not built."""
+    again, and its model is not built. An interruption says what was kept."""
+    interruption = Interruption(recipe)
     try:
-        with open_session(recipe) as session:
+        with interruption.told(), open_session(recipe) as session, interruption.told():
             program(session)
     except RunFinished as finished:
         if os.environ.get("RANK", "0") == "0":
@@ -97,7 +100,7 @@ class Session:
         self.folder = recipe.run.path
         self.start: Start = self.on_root(lambda: folders.claim(recipe, self.stage, closing))
         if self.start.kind == "finished":
-            raise RunFinished(_nothing_left(recipe))
+            raise RunFinished(finished_text(recipe, self.start.changes))
         self.port = self._build_port()
         self.copies = weight_copies(recipe, self.port)  # of model.path's weights, before a checkpoint is loaded
         self.optimizer = self._build_optimizer()
@@ -182,17 +185,13 @@ class Session:
         if self.copies is not None:
             self._note = self.on_root(lambda: check_missing(self.recipe, path, training.stored_copies(path)))
         state = training.load(path, self.port, self.optimizer.megatron, self.optimizer.scheduler, self.copies)
-        step, steps = int(state["step"]), self.recipe.run.steps
+        step = int(state["step"])
         if state["stage"] != self.stage:
             raise UserError(
                 f"checkpoint.resume: {checkpoint} was made by `asd-megatron {state['stage']}`: to train on from there,"
                 " give the Hugging Face folder that it exported (RUN/hf/step_NNNNNN) as model.path"
             )
-        if step > steps or step == steps and self.start.kind != "resume":
-            raise UserError(
-                f"checkpoint.resume: {checkpoint} is the state after step {step} and run.steps is {steps}, so there is"
-                f" no step left: set run.steps above {step}, or checkpoint.resume never and another run.name"
-            )
+        folders.check_step_left(self.recipe, self.start, step)
         self.optimizer.seek(step * updates_per_step(self.recipe))
         return state
 
@@ -217,12 +216,12 @@ class Session:
             lines.append(self._note)
         if changes:
             lines.append(f"settings changed after step {done}: {'; '.join(map(str, changes))}")
-        if 0 < done < self.recipe.run.steps and any(change.key in OF_THE_SCHEDULE for change in changes):
+        if 0 < done < self.recipe.run.steps and any(change.key in SCHEDULE_KEYS for change in changes):
             optimizer, rate = self.recipe.optimizer, self.optimizer.learning_rate
             before = [row.get("optimizer/learning_rate") for row in read_metrics(self.folder) if row["step"] == done]
             lines.append(
-                f"learning rate: {optimizer.schedule} schedule over {self.recipe.run.steps} steps of"
-                f" {updates_per_step(self.recipe)} updates, {rate:.3g} at step {self.first_step}"
+                f"learning rate: {optimizer.schedule} schedule over {plural(self.recipe.run.steps, 'step')} of"
+                f" {plural(updates_per_step(self.recipe), 'update')}, {rate:.3g} at step {self.first_step}"
                 + "".join(f" ({old:.3g} at step {done})" for old in before if old is not None)
             )
         return lines
@@ -385,13 +384,6 @@ class Session:
             )
 
         self.on_root(write)
-
-
-def _nothing_left(recipe: AnyRecipe) -> str:
-    return (
-        f"the run in {recipe.run.path} is finished, all {recipe.run.steps} steps are made: nothing is left to do. For"
-        " more steps raise run.steps; to train from step 1 again set run.overwrite true"
-    )
 
 
 def _close(writer: RunWriter) -> None:

@@ -8,29 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from asd_megatron.config.checks import CORPUS
-from asd_megatron.config.data import Data
-from asd_megatron.data.problems import ProblemSet, load_problems
+from asd_megatron.config.data import DataSection
+from asd_megatron.data.problems import ProblemSet, ProblemSource, load_problems
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.sft import SftExample, load_sft
 from asd_megatron.errors import UserError
 from asd_megatron.gym.stream import Task, TrainingStream
 from asd_megatron.gym.tasks import task_of
-from asd_megatron.records import Example, Problem, Rollout, TokenTable
+from asd_megatron.records import Example, Rollout, TokenTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PUZZLE = "puzzle:"
 WARM_START = "puzzle:warm_start"
-
-
-class ProblemSource(Protocol):
-    """A problem set: a step's problems are a pure function of (step, n, seed), so that resuming needs no other
-    state."""
-
-    def batch(self, step: int, n: int, seed: int) -> list[Problem]: ...
-
-    def take(self, n: int | None = None) -> list[Problem]: ...
 
 
 class SourceMetrics(Protocol):
@@ -66,13 +57,13 @@ def model_folder(path: str) -> Path:
     return Path(path)
 
 
-def training_problems(data: Data) -> ProblemSource:
+def training_problems(data: DataSection) -> ProblemSource:
     """The problem set of `data.train`: `puzzle:train`, a task `reasoning_gym:NAME`, or a JSONL file."""
     task = _task(data, data.train)
     return _named(data.train, data.shuffle) if task is None else TrainingStream(task)
 
 
-def held_out_problems(data: Data) -> ProblemSource | None:
+def held_out_problems(data: DataSection) -> ProblemSource | None:
     """The problem set of `data.test`, by the same names; None if there is none."""
     if data.test is None:
         return None
@@ -80,7 +71,7 @@ def held_out_problems(data: Data) -> ProblemSource | None:
     return _named(data.test) if task is None else ProblemSet(data.test, task.held_out, shuffle=False)
 
 
-def _task(data: Data, name: str) -> Task | None:
+def _task(data: DataSection, name: str) -> Task | None:
     task = task_of(name)
     return None if task is None else Task(task, data.reasoning_gym, data.test_problems)
 

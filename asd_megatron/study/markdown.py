@@ -50,8 +50,3 @@ def counted(summary: Summary, digits: int, usual: int, sign: bool = False) -> st
 def when(times: Reached, digits: int) -> str:
     """Mean ± sd of the times of those that got there."""
     return spread(Summary(times.mean, times.sd, times.reached), digits)
-
-
-def count(n: int, one: str) -> str:
-    """`1 cell`, `2 cells`."""
-    return f"{n} {one}{'' if n == 1 else 's'}"

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from asd_megatron.errors import plural
 from asd_megatron.observe.names import METRICS
 from asd_megatron.observe.plots import CLASSES, dress, label_ends, new_figure, save_figure, smooth
-from asd_megatron.study.markdown import count
 from asd_megatron.study.report import Findings
 from asd_megatron.study.results import EVALUATION, CellResult
 from asd_megatron.study.statistics import Floats, is_number, mean_and_sd, resample
@@ -159,7 +159,7 @@ def _arm(panel: Any, findings: Findings, arm: str, metric: str) -> None:
         if found is not None:
             panel.plot(found[0], found[1], **style)
     beside = "" if arm == baseline else f" (dotted: {baseline})"
-    panel.set_title(f"{arm}, {count(len(cells), 'cell')}{beside}", loc="left", fontsize=8)
+    panel.set_title(f"{arm}, {plural(len(cells), 'cell')}{beside}", loc="left", fontsize=8)
 
 
 def _color(findings: Findings, arm: str) -> str:

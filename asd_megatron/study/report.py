@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+from asd_megatron.errors import plural
 from asd_megatron.files import atomic_write
+from asd_megatron.observe.names import graded
 from asd_megatron.study.cells import LOG_FILE, CellRecord
-from asd_megatron.study.markdown import NOTHING, count, counted, decimals, number, spread, table, when
+from asd_megatron.study.markdown import NOTHING, counted, decimals, number, spread, table, when
 from asd_megatron.study.plan import CellKey
 from asd_megatron.study.results import CellResult, Point, trained_alike
 from asd_megatron.study.schema import Study
@@ -123,7 +125,7 @@ def _overview(findings: Findings) -> list[str]:
     common = ", ".join(f"{key} {value}" for key, value in study.overrides.items())
     return [
         f"Recipe `{study.recipe}`" + (f" with {common}" if common else "") + ".",
-        f"{states.count('finished')} of {count(len(states), 'cell')} finished{others}. "
+        f"{states.count('finished')} of {plural(len(states), 'cell')} finished{others}. "
         f"Starts: {', '.join(study.starts)}; seeds: {', '.join(map(str, study.seeds))}.",
         "",
         *table(["arm", "overrides", "finished cells", "seconds a cell", "CPU seconds"], rows, left=2),
@@ -134,6 +136,10 @@ def _overview(findings: Findings) -> list[str]:
 
 def _how_to_read(findings: Findings) -> list[str]:
     baseline = findings.study.baseline_arm
+    rewards = [
+        "* Rewards are graded, not only 0 and 1: `evaluation/accuracy` is the mean reward of held-out responses, and "
+        "`evaluation/pass_rate` the fraction that passed.",
+    ]
     return [
         "How to read the tables:",
         "",
@@ -141,6 +147,7 @@ def _how_to_read(findings: Findings) -> list[str]:
         "dash: no number.",
         "* Held-out metrics (`evaluation/`) are of one evaluation; the others are means over the steps since the "
         "evaluation before.",
+        *(rewards if graded(row for result in findings.results for row in result.rows) else []),
         f"* Differences are arm less `{baseline}`, of cells with the same start and seed. Arms that ran from other "
         "starts or with other seeds compare there alone.",
         "* The interval is for the mean difference: 95%, percentile bootstrap over the pairs, 10,000 resamples, fixed "

@@ -19,7 +19,7 @@ def run(gate: Gate, entropies: Sequence[float | None]) -> list[float]:
 
 
 def antisd(**settings: float) -> Gate:
-    return Gate.for_condition("antisd", **settings)  # type: ignore[arg-type]
+    return Gate.for_condition("antisd", **{"warmup_steps": 5, **settings})  # type: ignore[arg-type]
 
 
 def test_warm_up_then_schmitt_trigger() -> None:
@@ -77,8 +77,7 @@ def test_no_warm_up_is_refused_unless_h_warm_is_given() -> None:
     assert run(gate, [0.7, 0.66, 0.7, 0.71]) == [0.5, 0.0, 0.0, 0.5]
 
 
-def test_given_h_warm_skips_the_default_warm_up_and_outlives_an_explicit_one() -> None:
-    assert antisd(h_warm=0.71).update(0.8) == 0.5
+def test_a_given_h_warm_outlives_a_warm_up() -> None:
     gate = antisd(h_warm=0.71, warmup_steps=2)
     assert run(gate, [5.0, 5.0, 0.8]) == [0.0, 0.0, 0.5]
     assert gate.h_warm == 0.71
@@ -86,7 +85,7 @@ def test_given_h_warm_skips_the_default_warm_up_and_outlives_an_explicit_one() -
 
 @pytest.mark.parametrize("name", ["sd", "no_gate"])
 def test_ungated_conditions_act_from_the_first_step(name: str) -> None:
-    gate = Gate.for_condition(name, lambda_max=0.4)
+    gate = Gate.for_condition(name, warmup_steps=0, lambda_max=0.4)
     assert run(gate, [1.0, 0.01, None, 9.0]) == [0.4] * 4
     assert gate.is_open and gate.thresholds is None
 
@@ -98,14 +97,14 @@ def test_ungated_conditions_take_an_explicit_warm_up(name: str) -> None:
 
 
 def test_grpo_has_no_lambda() -> None:
-    gate = Gate.for_condition("grpo", lambda_max=0.5)
+    gate = Gate.for_condition("grpo", warmup_steps=0, lambda_max=0.5)
     assert run(gate, [None, 1.0, 0.1]) == [0.0] * 3
     assert not gate.is_open
 
 
 @pytest.mark.parametrize("name", [c.name for c in CONDITIONS.values() if c.gated])
-def test_gated_conditions_warm_up_for_five_steps(name: str) -> None:
-    gate = Gate.for_condition(name)
+def test_gated_conditions_warm_up(name: str) -> None:
+    gate = Gate.for_condition(name, warmup_steps=5)
     assert run(gate, [1.0] * 6) == [0.0] * 5 + [0.5]
 
 
@@ -170,7 +169,7 @@ def test_recalibrate_starts_a_new_warm_up() -> None:
 
 @pytest.mark.parametrize("name", ["grpo", "sd", "no_gate"])
 def test_a_gate_that_meets_a_run_without_one_recalibrates(name: str) -> None:
-    earlier = Gate.for_condition(name)
+    earlier = Gate.for_condition(name, warmup_steps=0)
     run(earlier, [3.0] * 10)
     gate = antisd()
     gate.load_state_dict(earlier.state_dict())
@@ -181,7 +180,7 @@ def test_a_gate_that_meets_a_run_without_one_recalibrates(name: str) -> None:
 def test_leaving_the_gate_behind_opens_it() -> None:
     closed = antisd()
     run(closed, [1.0] * 5 + [0.1])
-    free = Gate.for_condition("no_gate")
+    free = Gate.for_condition("no_gate", warmup_steps=0)
     free.load_state_dict(closed.state_dict())
     assert free.update(0.1) == 0.5
 

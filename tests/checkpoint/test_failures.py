@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from asd_megatron.checkpoint import lineage
 from asd_megatron.errors import UserError
@@ -27,6 +31,29 @@ def _files_up_to(bytes_: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
+@contextmanager
+def _full_disk(space: int) -> Iterator[None]:
+    """torch.distributed.checkpoint can write `space` bytes of tensors."""
+    written = 0
+
+    class Stream(io.FileIO):
+        def write(self, data: Any) -> int:
+            nonlocal written
+            written += memoryview(data).nbytes
+            if written > space:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    @contextmanager
+    def create_stream(self: Any, path: Any, mode: str) -> Iterator[io.FileIO]:
+        with Stream(path, mode) as stream:
+            yield stream
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSystem, "create_stream", create_stream)
+        yield
+
+
 def _failures(rank: int, folder: str) -> None:
     root = Path(folder) / "checkpoints"
     trainer = Trainer({"tensor": 2}, True, seed=1)
@@ -39,10 +66,16 @@ def _failures(rank: int, folder: str) -> None:
                 pytest.raises(UserError, match="checkpoint of step 2 cannot be saved in .*run.folder") as caught,
             ):
                 trainer.save(root, 2)
-            assert str(root) in str(caught.value) and "\n" not in str(caught.value)
+            assert "(File too large)" in str(caught.value) and "\n" not in str(caught.value)
             if rank == 0:
                 assert sorted(os.listdir(root)) == before
                 assert lineage.latest(root) == root / "step_000001"
+        for space in (0, 700, 3000):  # bytes of the shards
+            with _full_disk(space if rank == failing else 1 << 30), pytest.raises(UserError, match="save") as caught:
+                trainer.save(root, 2)
+            assert "(No space left on device)" in str(caught.value) and "\n" not in str(caught.value)
+            if rank == 0:
+                assert sorted(os.listdir(root)) == before
     blocked = Path(folder) / "blocked"
     if rank == 0:
         blocked.write_text("")

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+from asd_megatron.checkpoint import lineage
 from asd_megatron.cli import launch
 from asd_megatron.cli.guard import as_rank, guarded, report_at_once
 from asd_megatron.cli.main import VERBS, main
 from asd_megatron.distributed import first_error
 from asd_megatron.distributed.launch import cores, set_defaults
 from asd_megatron.errors import UserError
+from asd_megatron.run.folder import record
 
 ROOT = Path(__file__).parents[2]
 # Prints what a rank sees, then ends as OUTCOME says.
@@ -114,6 +116,7 @@ def test_every_verb_can_be_imported() -> None:
     [
         ([], "takes a recipe first"),
         (["--run.steps", "3"], "takes a recipe first"),
+        (["--dry_run", "r.yaml"], "did you mean --dry-run"),
         (["none.yaml"], "recipe none.yaml does not exist"),
     ],
 )
@@ -121,6 +124,88 @@ def test_a_missing_recipe(arguments: list[str], message: str, capsys: pytest.Cap
     assert main(["train", *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and "Traceback" not in err
+
+
+def test_a_folder_instead_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def message() -> str:
+        assert main(["train", str(tmp_path)]) == 2
+        return capsys.readouterr().err
+
+    assert "is a folder" in message()
+    for name, words in (("b.yml", ["give the recipe in it", "b.yml"]), ("a.yaml", ["one of", "a.yaml, b.yml"])):
+        (tmp_path / name).touch()
+        said = message()
+        assert all(word in said for word in words), said
+    recipe(tmp_path)  # as a run leaves it
+    assert f"give the recipe in it, {tmp_path / 'recipe.yaml'}\n" in message()
+
+
+@pytest.mark.parametrize("how", ["launcher", "rank"])
+def test_an_interruption_says_what_was_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    path, folder = recipe(tmp_path), tmp_path / "run"
+    begins: list[Path] = []  # the folder that the ranks begin a run in before they are interrupted
+
+    def run_ranks(module: str, argv: list[str], ranks: int) -> int:
+        for begun in begins:
+            begun.mkdir(exist_ok=True)
+            record(begun, "fresh", 0, stage="train")
+        if how == "rank":
+            return 130
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "run_ranks", run_ranks)
+    command = ["train", path, "--run.folder", str(folder), "--checkpoint.resume", "never"]
+
+    def said() -> str:
+        assert main(command) == 130
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"asd-megatron {' '.join(command)}" in line
+        return line
+
+    assert "before the run began" in said()
+    begins.append(folder)
+    assert "no checkpoint" in (line := said()) and line.endswith("--checkpoint.resume auto")
+    checkpoint = folder / "checkpoints" / lineage.name(20)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / lineage.RUN_STATE).write_text("{}")
+    lineage.name_latest(checkpoint.parent, checkpoint.name)
+    assert "step 20" in (line := said()) and str(checkpoint) in line and line.endswith("--checkpoint.resume auto")
+
+
+def test_an_interrupted_import_ends_the_process_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the exception can be turned into another one by the package that is being imported."""
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    def gpus() -> int:
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("not ended")
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(launch, "_gpus", gpus)
+    before = signal.getsignal(signal.SIGINT)
+    for words, text in (([], f"to start it: asd-megatron train {recipe(tmp_path)}\n"), (["--dry-run"], "nothing was")):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", recipe(tmp_path), *words])
+        assert ended.value.code == 130 and text in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_start_is_seen_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gpus() -> int:  # the first import of torch
+        assert "some seconds" in capsys.readouterr().out
+        return 0
+
+    monkeypatch.setattr(launch, "_gpus", gpus)
+    monkeypatch.setattr(launch, "run_ranks", lambda *_: 0)
+    assert main(["train", recipe(tmp_path)]) == 0
 
 
 def test_a_refused_recipe_starts_nothing(
@@ -169,6 +254,8 @@ def test_cores_are_divided_among_the_ranks() -> None:
         ({"RANK": "0", "WORLD_SIZE": "4"}, ["WORLD_SIZE is 4", "unset WORLD_SIZE"]),
         ({"LOCAL_RANK": "0", "WORLD_SIZE": "4"}, ["WORLD_SIZE is 4"]),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, ["OMPI_COMM_WORLD_SIZE is 4"]),
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, ["PMI_SIZE is 4", "unset PMI_SIZE"]),
+        ({"FLUX_JOB_SIZE": "2", "FLUX_TASK_RANK": "1"}, ["FLUX_JOB_SIZE is 2"]),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, ["SLURM_NTASKS is 2", "--ntasks-per-node=1"]),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, ["SLURM_STEP_NUM_TASKS is 2", "unset SLURM_PROCID"]),
     ],
@@ -194,7 +281,7 @@ def test_one_process_of_several_starts_no_ranks(
         {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"},  # a batch script, itself one process
         {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
         {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # salloc with an interactive step
-        {"OMPI_COMM_WORLD_SIZE": "1", "PET_NNODES": "1:1", "WORLD_SIZE": "4"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1", "PET_NNODES": "1:1", "WORLD_SIZE": "4"},
     ],
 )
 def test_the_only_process_of_a_job_may_start_ranks(environment: dict[str, str]) -> None:

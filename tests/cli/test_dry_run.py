@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from asd_megatron.checkpoint import lineage
 from asd_megatron.cli import launch
 from asd_megatron.cli.main import main
+from asd_megatron.config import load_recipe
+from asd_megatron.files import write_json
 from asd_megatron.models.port import ModelPort
+from asd_megatron.run.folder import claim, hold, prepare
 from tests.e2e.world import World, make_world, write_lines
 
 
@@ -36,6 +41,11 @@ def test_what_it_shows(world: World, capsys: pytest.CaptureFixture[str]) -> None
     warning = "above the 5 warm-up steps of the gate"  # the run is shorter
     for words in (
         "tensor 2",
+        f"{world.run_folder('run')}: new",
+        "antisd: A = A_seq",
+        "0.001, constant schedule",
+        "H_warm",
+        "evaluation     none",
         warning,
         "teacher scoring pass",
         "4 a step in all",
@@ -44,9 +54,53 @@ def test_what_it_shows(world: World, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert words in out, out
     assert not (world.folder / "runs").exists()
-    assert dry("train", world.recipe(algorithm={"name": "grpo"})) == 0
+    held_out = ["--data.test", str(world.problems), "--evaluation.every", "1"]
+    assert dry("train", world.recipe(algorithm={"name": "grpo"}), *held_out) == 0
     out = capsys.readouterr().out
-    assert "teacher's prompt" not in out and "starts 1 rank\n" in out
+    assert "teacher's prompt" not in out and "starts 1 rank\n" in out and "no per-token term" in out
+    assert f"{world.problems}, every step, at the start, at the end, temperature 0.7, top_p 0.95" in out
+
+
+def test_what_becomes_of_the_run_folder(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, path = world.run_folder("run"), world.recipe()
+
+    def begin() -> None:
+        with ExitStack() as closing:
+            asked = load_recipe(path)
+            prepare(asked, claim(asked, "train", closing), "train", 0)
+
+    def said(*overrides: str, status: int = 0) -> str:
+        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        assert dry("train", path, *overrides) == status
+        assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+        captured = capsys.readouterr()
+        return " ".join((captured.out + captured.err).split())
+
+    begin()
+    assert "start again from step 1" in said()
+    state = folder / "checkpoints" / lineage.name(1) / lineage.RUN_STATE
+    state.parent.mkdir(parents=True)
+    state.touch()
+    lineage.name_latest(folder / "checkpoints", lineage.name(1))
+    assert "would be resumed from step 1 of 2" in said()
+    assert "optimizer.learning_rate: 0.001 -> 0.5" in said("--optimizer.learning_rate", "0.5")
+    # refused: the summary comes all the same, and missing inputs come before it
+    text = said("--sampling.temperature", "0.7", status=2)
+    assert "refused" in text and "learning rate" in text and "sampling.temperature: 1.0 -> 0.7" in text
+    text = said("--sampling.temperature", "0.7", "--data.train", "none.jsonl", status=2)
+    assert "none.jsonl" in text and "sampling.temperature" not in text
+    with ExitStack() as closing:
+        hold(folder, closing)
+        assert "in use by another run (process" in said(status=2)
+    write_json(folder / "summary.json", {"completed": True, "steps": 2})
+    text = said("--optimizer.learning_rate", "0.5")
+    assert "nothing is left to do" in text and str(folder / "summary.json") in text
+    assert "ignored: settings that differ" in text and "0.001 -> 0.5" in text and "would be trained either" in text
+    other = ["--run.name", "other"]
+    assert "no training checkpoint" in said(*other, "--checkpoint.resume", str(world.model), status=2)
+    assert "from the weights" in said(*other, "--checkpoint.resume", str(state.parent))
+    (world.folder / "runs" / "file").touch()
+    assert "cannot be made" in said("--run.name", "file", status=2)
 
 
 @pytest.mark.parametrize(

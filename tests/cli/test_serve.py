@@ -99,7 +99,9 @@ def test_what_cannot_be_served(
     assert main(["serve", str(model / "absent")]) == 2
     assert "is no Hugging Face model folder" in capsys.readouterr().err
     assert main(["serve", str(model), "--python", "/no/python"]) == 2
-    assert "create.sh" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "create.sh" in said.err and "--python" in said.err
+    assert "starting" not in said.out and not (model / "runs").exists()  # no keys either
 
 
 def test_keys_of_the_environment(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def test_a_study_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     folder = tmp_path / "studies" / "small"
     assert study(tmp_path, "--dry-run", seeds=[1, 2]) == 0
     said = capsys.readouterr().out
-    assert "antisd/default/seed_2" in said and said.endswith("4 cells: 4 waiting\n") and not folder.exists()
+    assert f"in {folder}," in said and "antisd/default/seed_2" in said and "2 steps  waiting" in said
+    assert said.endswith("4 cells: 4 waiting\n") and not folder.exists()
     assert study(tmp_path, seeds=[1, 2]) == 0
     said = capsys.readouterr()
     assert "report.md: 4 of 4 cells" in said.out and "4 of 4 cells to run, 1 at a time" in said.err

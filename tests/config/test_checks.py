@@ -9,8 +9,9 @@ import pytest
 from asd_megatron.antisd.divergence import CONDITIONS
 from asd_megatron.antisd.importance import Level
 from asd_megatron.config import check_devices, check_model, check_world, make_recipe
-from asd_megatron.config.algorithm import GATED, Algorithm, ConditionName
+from asd_megatron.config.algorithm import GATED, AlgorithmSection, ConditionName
 from asd_megatron.errors import UserError
+from asd_megatron.ops.divergence_tile import KINDS
 
 MINIMAL: dict[str, Any] = {"model": {"path": "model"}, "data": {"train": "problems.jsonl"}}
 QWEN3_8B = {
@@ -74,6 +75,15 @@ def refusal(text: str, kind: Any = "train") -> str:
          "algorithm.aggregation=constant_length algorithm.constant_length=1024"),
         ("algorithm.constant_length=9", "read only with algorithm.aggregation constant_length", ""),
         ("algorithm.updates_per_batch=3", "does not divide the 256 rollouts", "algorithm.updates_per_batch=4"),
+        ("algorithm.divergence=forward_kl", "read only with algorithm.estimator full_vocabulary",
+         "algorithm.divergence=forward_kl algorithm.estimator=full_vocabulary"),
+        ("algorithm.estimator=full_vocabulary algorithm.name=multiplicative", "set algorithm.estimator sampled",
+         "algorithm.estimator=full_vocabulary algorithm.name=sd"),
+        ("algorithm.estimator=full_vocabulary algorithm.pmi_clip=5", "leave algorithm.pmi_clip out",
+         "algorithm.estimator=full_vocabulary algorithm.term_max_position=9000"),
+        ("algorithm.estimator=full_vocabulary algorithm.name=sd algorithm.mixture=0.9", "belongs to algorithm.diverg",
+         "algorithm.estimator=full_vocabulary algorithm.name=sd algorithm.mixture=0.9"
+         " algorithm.divergence=jensen_shannon"),
         ("algorithm.importance_level=sequence", "set algorithm.importance_correction truncated or masked",
          "algorithm.importance_level=sequence algorithm.importance_correction=truncated"),
         ("algorithm.importance_floor=0.2 algorithm.importance_correction=truncated",
@@ -167,7 +177,12 @@ def test_only_masked_importance_has_a_floor() -> None:
 
 
 def test_the_levels_of_importance_are_those_of_the_method() -> None:
-    assert Algorithm.model_fields["importance_level"].annotation == Level
+    assert AlgorithmSection.model_fields["importance_level"].annotation == Level
+
+
+def test_the_divergences_are_those_of_the_head() -> None:
+    annotation = str(AlgorithmSection.model_fields["divergence"].annotation)
+    assert all(repr(kind) in annotation for kind in KINDS) and annotation.count("'") == 2 * len(KINDS)
 
 
 def test_the_conditions_are_those_of_the_method() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from asd_megatron.antisd import Condition, Gate, condition
 from asd_megatron.config import Recipe
-from asd_megatron.run.build import make_method
+from asd_megatron.run.build import make_gate, make_method
 from asd_megatron.trainer.pass_plan import plan_passes
 
 PAPER: dict[str, Any] = {
@@ -63,14 +63,14 @@ def test_the_default_of_every_key_is_the_papers(key: str, recipe: Recipe) -> Non
 
 def test_the_gate_warms_up_for_five_steps(recipe: Recipe) -> None:
     assert recipe.gate_warmup_steps == 5
-    assert Gate.for_condition("antisd").warmup_steps == 5
+    assert make_gate(recipe).warmup_steps == 5
 
 
 def test_the_method_without_a_recipe_has_the_same_defaults(recipe: Recipe) -> None:
     from asd_megatron.trainer.token_method import Method
 
     assert make_method(recipe) == Method(condition("antisd"))
-    gate = Gate.for_condition("antisd")
+    gate = Gate.for_condition("antisd", warmup_steps=5)
     assert (gate.lambda_max, gate.tau_down, gate.tau_up) == (0.5, 0.93, 1.0)
 
 

@@ -173,6 +173,10 @@ def test_arguments_that_are_no_overrides() -> None:
     assert "unexpected argument 'steps=3'" in refusal("steps=3")
     assert "--run.overwrite has no value" in refusal("--run.overwrite", "--run.steps", "3")
     assert "--run.overwrite has no value" in refusal("--run.overwrite")
+    for flag in (["--dry_run"], ["--dryrun", "--run.steps", "3"], ["-dry-run"], ["--Dry_Run=true"], ["--dry-run", "1"]):
+        assert "did you mean --dry-run" in refusal(*flag), flag
+    assert "not supported: all weights are trained" in refusal("--lora")  # a key that is not there, value or none
+    assert "the nearest valid one is run.steps" in refusal("--run.stepz", "--run.seed", "3")
     assert "--run.stepz" not in refusal("--run.steps", "[1")
     assert "not valid YAML" in refusal("--run.steps", "[1")
 
@@ -259,7 +263,7 @@ def test_a_file_that_is_refused(tmp_path: Path, text: str, message: str) -> None
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_recipe(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder"):
         load_recipe(tmp_path)
 
 

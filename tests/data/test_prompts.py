@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import logging
+import resource
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -255,6 +259,48 @@ def test_a_chat_template_that_does_not_end_is_refused(template: str, monkeypatch
     with pytest.raises(UserError, match=r"problem p1: the chat template did not end .* data.format raw"):
         endless.check([PROBLEM])
     renderer().check([PROBLEM])  # nothing is left of the time limit
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ '%1000000000d' % 1 }}",
+        "{{ 'a' * 10 ** 10 }}",
+        "{{ '%s' % messages[0].content.ljust(10 ** 10) }}",
+        "{{ '{:>5000000000}'.format(1) }}",
+        "{{ 'a' | center(10 ** 10) }}",
+        "{{ 'a\n' | indent(10 ** 10) }}",
+        "{{ ([1] * 10 ** 9) | length }}",
+        "{{ (1).to_bytes(10 ** 10, 'big') }}",
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% if messages[-1].content | length > 3 %}{{ 'a' * 10 ** 9 }}{% endif %}",
+        "{% for i in range(17) %}{{ 'a' * 10 ** 6 }}{% endfor %}",  # memory suffices for it
+    ],
+)
+def test_a_chat_template_of_huge_operations_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "RENDER_BYTES", 1 << 26)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    huge = PromptRenderer(byte_tokenizer(template))
+    with pytest.raises(
+        UserError, match=r"problem p1: the chat template (needs more|writes 17,000,000) .* data.format raw"
+    ):
+        huge.check([PROBLEM])
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    renderer().check([PROBLEM])
+
+
+def test_a_chat_template_that_cannot_be_interrupted_ends_the_process() -> None:
+    code = """
+from types import SimpleNamespace
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from asd_megatron.data import chat
+chat.END_SECONDS = chat.RENDER_SECONDS = 0.1
+template = "{{ [[[1] * 9999] * 9999] * 9999 == [[[1] * 9999] * 9999] * 9999 }}"
+render = lambda turns, **_: ImmutableSandboxedEnvironment().from_string(template).render()
+chat.render_chat(SimpleNamespace(apply_chat_template=render), [], {})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGVTALRM and "in render_chat" in ended.stderr
 
 
 def with_special_tokens(before: str, after: str) -> Any:

@@ -1,6 +1,6 @@
 """Run a function on several gloo ranks, bounded in time.
 
-def _body(rank: int, x: float) -> float:            # module level, so that a spawned process can import it
+def _body(rank: int, x: float) -> float:            # module level, so that another process can import it
     t = torch.tensor([x]); dist.all_reduce(t); return t.item()
 
 def test_sum():
@@ -10,6 +10,8 @@ def test_sum():
 from __future__ import annotations
 
 import contextlib
+import functools
+import multiprocessing
 import os
 import pickle
 import signal
@@ -17,16 +19,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 GRACE_SECONDS = 2.0  # for the first failing rank to finish writing its traceback
 
@@ -38,7 +40,7 @@ class RankError(RuntimeError):
 def run_ranks(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, init: bool = True
 ) -> list[Any]:
-    """Call `fn(rank, *args)` on `world_size` spawned processes; return the results by rank.
+    """Call `fn(rank, *args)` on `world_size` new processes; return the results by rank.
 
     `fn`, `args` and the results are pickled; `fn` must be importable (module level). Each rank has the variables of
     torchrun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), one thread, and, with `init`, a gloo world group.
@@ -46,10 +48,13 @@ def run_ranks(
     """
     # The parent hosts the store, so the port is free by construction.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="ranks_") as folder, _single_threaded():
+    with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
+        context = _context()
+        environment = dict(os.environ)
         processes: list[BaseProcess] = [
-            context.Process(target=_rank, args=(fn, rank, world_size, store.port, args, folder, timeout, init))
+            context.Process(
+                target=_rank, args=(fn, rank, world_size, store.port, args, folder, timeout, init, environment)
+            )
             for rank in range(world_size)
         ]
         try:
@@ -90,18 +95,24 @@ def _failures(folder: Path) -> str:
     return f"; rank {rank} failed first:\n{text}"
 
 
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    """OMP_NUM_THREADS=1 for processes started inside: it counts only when set before torch is imported."""
+@functools.cache
+def _context() -> Any:
+    """Forks ranks from a server process that has imported what they need: importing takes seconds, a fork none.
+
+    Nothing imported there may start threads or a process group; the server has one OpenMP thread.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preload"])
     before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # counts only when set before torch is imported
     try:
-        yield
+        ensure_running()
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
+    return context
 
 
 def _kill(processes: list[BaseProcess]) -> None:
@@ -124,8 +135,11 @@ def _rank(
     folder: str,
     timeout: float,
     init: bool,
+    environment: dict[str, str],
 ) -> None:
     os.setsid()
+    os.environ.clear()  # the server's, from when it started
+    os.environ.update(environment, OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),

@@ -84,9 +84,9 @@ def test_a_missing_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_more_ranks_than_were_started(fresh: World, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, fresh, "--parallelism.tensor", "2")
-    assert "1 ranks do not divide into model copies of 2" in message and "start a multiple of 2 ranks" in message
+    assert "1 rank does not divide into model copies of 2" in message and "start a multiple of 2 ranks" in message
     message = refused(capsys, fresh, "--parallelism.data", "4")
-    assert "needs 4 ranks and there are 1: start 4, or set parallelism.data 1" in message
+    assert "needs 4 ranks and there is 1: start 4, or set parallelism.data 1" in message
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_layout_that_does_not_divide_starts_no_rank(
         ([{"prompt": "w1"}], ["problems.jsonl:1: `answer` is missing"]),
         ([{"answer": "w1"}], ["problems.jsonl:1: ", "`prompt`"]),
         ([], ["problems.jsonl has no problems", "write one JSON object a line"]),
-        ([{"prompt": "w1", "answer": "w2"}], ["has 1 problems, fewer than the 3", "lower sampling.problems_per_step"]),
+        ([{"prompt": "w1", "answer": "w2"}], ["has 1 problem, fewer than the 3", "lower sampling.problems_per_step"]),
         (
             [{"prompt": f"w{i} " * length, "answer": "w2"} for i, length in enumerate((1, 40, 50))],
             ["2 of the problems have prompts longer", "sampling.max_prompt_tokens (32)", "raise", "to 53"],

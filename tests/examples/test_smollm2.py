@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from asd_megatron.antisd import Gate, condition
 from asd_megatron.config import Recipe, check_model, load_recipe
 from asd_megatron.data.problems import load_problems
 from asd_megatron.data.prompts import PromptRenderer
+from asd_megatron.run.build import make_gate
 from tests.data.tokenizers import byte_tokenizer
 from tests.distributed.harness import run_ranks
 from tests.e2e.world import ROOT, dump, metrics, start
@@ -72,14 +72,7 @@ def test_recipes_fit_the_model_and_the_scripts(name: str) -> None:
 @pytest.mark.parametrize(("name", "closes"), [("word_problems.yaml", True), ("gsm8k_chat.yaml", False)])
 def test_the_term_acts_from_the_first_step(name: str, closes: bool) -> None:
     r = recipe(name)
-    gate = Gate.for_condition(
-        condition(r.algorithm.name),
-        lambda_max=r.algorithm.lambda_max,
-        warmup_steps=r.gate.warmup_steps,
-        tau_down=r.gate.tau_down,
-        tau_up=r.gate.tau_up,
-        h_warm=r.gate.h_warm,
-    )
+    gate = make_gate(r)
     entropies = (1.2, 0.8, 0.66, 0.4)  # as the teacher's fall while the format is learned
     assert [gate.update(entropy) for entropy in entropies] == [0.5, 0.5, 0.5, 0.0 if closes else 0.5]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from asd_megatron.config.data import Data
+from asd_megatron.config.data import DataSection
 from asd_megatron.errors import UserError
 from asd_megatron.gym.stream import DRAWS, TRAIN_SEEDS, Task, TrainingStream, item_of
 from asd_megatron.gym.tasks import MOST_TEST_PROBLEMS
@@ -41,7 +41,9 @@ def test_a_problem_holds_what_its_item_has() -> None:
 
 
 def test_held_out_problems_are_fixed_and_never_trained_on() -> None:
-    held_out = held_out_problems(Data(train="x", test="reasoning_gym:chain_sum", reasoning_gym=SMALL, test_problems=60))
+    held_out = held_out_problems(
+        DataSection(train="x", test="reasoning_gym:chain_sum", reasoning_gym=SMALL, test_problems=60)
+    )
     assert held_out is not None and len(held_out.take()) == 60 == len({p.question for p in held_out.take()})
     assert held_out.take(5) == held_out.take()[:5]
     assert held_out.batch(4, 16, 3) == held_out.batch(4, 16, 9)

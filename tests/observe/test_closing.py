@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from asd_megatron.observe.closing import Sample, closing_table
+from asd_megatron.run.evaluation import evaluation_line
 
 ROWS = [
     {"step": 0, "evaluation/accuracy": 0.2, "evaluation/length_mean": 9.0},
@@ -22,6 +23,30 @@ def test_before_and_after_best_step_places_and_a_sample() -> None:
     assert "best held-out accuracy: 0.600 after step 20" in text
     assert "R/hf/step_40" in text and "R/curves.png" in text
     assert "| 1 + 1?" in text and "reward 1" in text
+
+
+def test_a_mean_of_graded_rewards_is_no_accuracy() -> None:
+    rows = [
+        {"step": 0, "evaluation/accuracy": 0.3, "evaluation/pass_rate": 0.1},
+        {"step": 1, "reward/mean": 0.4, "reward/pass_rate": 0.4},
+        {
+            "step": 2,
+            "reward/mean": 0.5,
+            "reward/pass_rate": 0.2,
+            "evaluation/accuracy": 0.6,
+            "evaluation/pass_rate": 0.2,
+        },
+    ]
+    text = closing_table(rows, run_folder=Path("R"), model_folder=None)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["held-out", "mean", "reward", "0.300", "0.600"] in lines
+    assert ["held-out", "pass", "rate", "0.100", "0.200"] in lines
+    assert ["pass", "rate", "of", "training", "rollouts", "0.400", "0.200"] in lines
+    line = evaluation_line(1, {**rows[0], "evaluation/length_mean": 3})
+    assert "mean reward after 1 step: 0.300, pass rate 0.100" in line and "accuracy" not in line
+    right = {"evaluation/accuracy": 0.5, "evaluation/pass_rate": 0.5, "evaluation/length_mean": 3}
+    assert evaluation_line(2, right).startswith("held-out accuracy after 2 steps: 0.500, response")
+    assert "accuracy" not in text and "best held-out mean reward: 0.600" in text
 
 
 def test_a_run_without_evaluation_or_export_and_a_long_sample() -> None:

@@ -158,7 +158,7 @@ def warning_names() -> set[str]:
 def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     emitted = {
         *step(),
-        *(f"evaluation/{name}" for name in ("accuracy", "length_mean", "truncated")),
+        *(f"evaluation/{name}" for name in ("accuracy", "pass_rate", "length_mean", "truncated")),
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),
         *Increments().of(prompts={}, rollouts={}, rewards={}),

@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asd_megatron.errors import UserError
-from asd_megatron.observe.plots import Curves, _choose, new_figure, plot_run, smooth, spread_out, write_summary
+from asd_megatron.observe.plots import (
+    Curves,
+    _choose,
+    draw_panels,
+    new_figure,
+    plot_run,
+    smooth,
+    spread_out,
+    write_summary,
+)
+from asd_megatron.observe.run_names import run_names
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from tools import plot_run as plot_tool
 
@@ -69,10 +79,6 @@ def test_training_run(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
 
 
-def test_rewards_that_are_not_the_pass_rate_have_a_panel(tmp_path: Path) -> None:
-    assert "Mean reward" in titles(write_run(tmp_path, 5, **{"reward/pass_rate": 0.0}))
-
-
 def gate_axis(folder: Path) -> Any:
     curves = Curves(read_metrics(folder))
     axis = new_figure(4, 3).subplots()
@@ -90,12 +96,72 @@ def test_the_gates_thresholds_are_visible_and_named(tmp_path: Path, h_warm: floa
     assert f"closes below {0.93 * h_warm:.3g}" in axis.get_legend_handles_labels()[1]
 
 
-def test_another_run_is_drawn_beside(tmp_path: Path) -> None:
-    run, other = write_run(tmp_path / "antisd", 5), write_run(tmp_path / "grpo", 5)
-    curves = Curves(read_metrics(run), ("grpo", Curves(read_metrics(other))))
-    axis = new_figure(4, 3).subplots()
-    _choose(curves)[0].draw(axis, curves)
-    assert axis.get_legend_handles_labels()[1] == ["training rollouts", "grpo, held-out", "held-out"]
+def labels(axis: Any) -> list[str]:
+    return [text for part in (axis, *axis.child_axes) for text in part.get_legend_handles_labels()[1]]
+
+
+def test_another_run_is_drawn_beside_in_every_panel(tmp_path: Path) -> None:
+    extra = {"puzzle/u_other": 1.0, "reward/mean": 0.5}
+    folders = [write_run(tmp_path / name, 5, **extra) for name in "ab"]
+    names = ["antisd-of-the-first-study-1", "grpo"]
+    own = Curves(read_metrics(folders[0]), names[0], Curves(read_metrics(folders[1]), names[1]))
+    panels = _choose(own)
+    shown = {panel.title for panel in panels}
+    assert {"Mean reward", "Pass rate", "Gate", "PMI u = teacher - student log-prob (nats)"} <= shown
+    figure = draw_panels(own, panels)
+    figure.draw_without_rendering()
+    assert len(figure.axes) == len(panels)  # no empty panel
+    for axis, panel in zip(figure.axes, panels, strict=True):
+        low, high = axis.get_ylim()
+        assert panel.title != "PMI u = teacher - student log-prob (nats)" or high < 0.2, (low, high)
+        if not panel.title.startswith("PMI u by token class"):
+            assert all(any(text.startswith(name) for text in labels(axis)) for name in names), panel.title
+    legends = [part.get_legend() for axis in figure.axes for part in (axis, *axis.child_axes) if part.get_legend()]
+    assert len(legends) == 6 and fit(legends)
+
+
+def fit(legends: list[Any]) -> bool:
+    """Whether every legend lies inside its panel, by its width and height."""
+    boxes = [(legend.get_window_extent(), legend.axes.get_window_extent()) for legend in legends]
+    return all(own.width <= panel.width and own.height <= panel.height for own, panel in boxes)
+
+
+def test_the_gates_legend_fits_its_panel(tmp_path: Path) -> None:
+    write_run(tmp_path, 5, **{"gate/h_warm": 0.00123, "gate/close_below": 0.00114})
+    axis = gate_axis(tmp_path)
+    assert fit([axis.get_legend()]) and "opens from 0.00123" in labels(axis)
+
+
+@pytest.mark.parametrize(
+    ("recipes", "paths", "names"),
+    [
+        (["antisd-1", "grpo-1"], ["a/run", "b/run"], ["antisd-1", "grpo-1"]),
+        (["run", "grpo-1"], ["a/run", "b/run"], ["a", "b"]),
+        (["same", "same"], ["antisd/x/run", "grpo/x/run"], ["antisd", "grpo"]),
+        ([None, None], ["one", "two"], ["one", "two"]),
+        ([None, None], ["one", "one"], ["one (1)", "one (2)"]),
+        (["run"], ["a/run"], ["a"]),
+    ],
+)
+def test_names_that_tell_runs_apart(
+    tmp_path: Path, recipes: list[str | None], paths: list[str], names: list[str]
+) -> None:
+    for recipe, path in zip(recipes, paths, strict=True):
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        if recipe:
+            (tmp_path / path / "recipe.yaml").write_text(f"run: {{name: {recipe}}}\n")
+    assert run_names(*(tmp_path / path for path in paths)) == names
+
+
+def test_graded_rewards_have_a_panel_of_their_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path, 5, **{"reward/pass_rate": 0.0, "evaluation/accuracy": 0.5, "evaluation/pass_rate": 0.25})
+    assert titles(run)[:2] == ["Mean reward", "Pass rate"] and "Accuracy" not in titles(run)
+    curves = Curves(read_metrics(run))
+    for panel, last in zip(_choose(curves), (0.5, 0.25), strict=False):
+        axis = new_figure(4, 3).subplots()
+        panel.draw(axis, curves)
+        held_out = next(line for line in axis.get_lines() if line.get_label() == "held-out")
+        assert held_out.get_ydata()[-1] == last
 
 
 @pytest.mark.parametrize("steps", [1, 3])

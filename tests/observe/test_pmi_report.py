@@ -10,7 +10,7 @@ import torch
 
 from asd_megatron.errors import UserError
 from asd_megatron.observe.dumps import dump_path, write_dump
-from asd_megatron.observe.pmi_report import dumps_pmi, examples_pmi, pmi_report, token_means
+from asd_megatron.observe.pmi_report import dumps_pmi, examples_pmi, pmi_report, token_means, token_text
 from asd_megatron.records import TokenTable
 from tests.observe.batch import make_examples, make_table
 from tools import inspect_pmi
@@ -22,7 +22,11 @@ class Words:
     all_special_ids = (8,)
 
     def decode(self, token_ids: list[int], **kwargs: Any) -> str:
-        return {7: "Wait", 8: "\n", 9: "a" * 30}.get(token_ids[0], f"w{token_ids[0]}")
+        known = {7: "Wait", 8: "\n", 9: "a" * 30, 20: " \ufffd", 21: "\ufffd", 22: "\ufffd"}
+        return known.get(token_ids[0], f"w{token_ids[0]}")
+
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        return {20: "\u0120\u00e2\u0124", 21: "<0xE2>", 22: "\ufffd"}[token_id]
 
 
 def dump(path: Path, table: TokenTable) -> Path:
@@ -50,7 +54,7 @@ def test_report() -> None:
     ids, pmi = examples_pmi(make_examples(), make_table())
     text = pmi_report(ids, pmi, Words(), min_count=1, top=2)
     assert text.splitlines()[0] == (
-        "4 tokens with privileged context, mean u -0.188 nats; 3 token ids seen at least 1 times"
+        "4 tokens with privileged context, mean u -0.188 nats; 3 token ids seen at least 1 time"
     )
     low, rest = text.split("Highest mean u")
     high, special = rest.split("Special tokens")
@@ -59,6 +63,11 @@ def test_report() -> None:
     assert "|\\n|" in special and "+0.500" in special and "|\\n|" not in low + high
     with pytest.raises(UserError, match="no token was seen 3 times in 4 tokens"):
         pmi_report(ids, pmi, Words(), min_count=3)
+
+
+def test_bytes_that_are_no_text_are_shown() -> None:
+    """A part of a character in a byte-level vocabulary and in SentencePiece's byte fallback; U+FFFD itself."""
+    assert [token_text(Words(), i) for i in (20, 21, 22, 8)] == [" \\xe2\\x82", "\\xe2", "\ufffd", "\\n"]
 
 
 def test_dumps_are_pooled(tmp_path: Path) -> None:

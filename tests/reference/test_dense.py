@@ -218,7 +218,7 @@ def test_no_context_and_empty_context(model: Any, examples: list[Example]) -> No
 @pytest.mark.parametrize("name", list(CONDITIONS))
 def test_gate_decisions(name: str, model: Any, examples: list[Example]) -> None:
     """Temperature moves the entropies from step to step; one step has no rollout with context."""
-    memory, gate = DenseGate(), Gate.for_condition(name, warmup_steps=None if name == "grpo" else 2)
+    memory, gate = DenseGate(), Gate.for_condition(name, warmup_steps=0 if name == "grpo" else 2)
     lams = []
     for k, temperature in enumerate([1.0, 0.9, 1.0, 0.5, 0.92, 1.1, 1.0, 0.4]):
         recipe = DenseRecipe(condition=name, temperature=temperature, warmup_steps=2)

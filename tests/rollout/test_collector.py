@@ -169,6 +169,9 @@ def test_accuracy_weighs_problems_equally() -> None:
 
     result = Evaluation((group(1.0, 1.0), group(0.0)))
     assert result.accuracy == 0.5 and result.truncated == pytest.approx(2 / 3)
+    thirds = Evaluation(tuple(group(float(i % 3 == 0), float(i % 2), 1.0) for i in range(7)))
+    assert thirds.pass_rate(1.0) == thirds.accuracy  # bit for bit with rewards of 0 and 1
+    assert Evaluation((group(0.5, 1.0), group(0.25, 0.0))).pass_rate(0.5) == 0.5
 
 
 def test_rewards_must_be_finite(process_groups: Any) -> None:

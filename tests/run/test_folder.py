@@ -18,6 +18,8 @@ from asd_megatron.config import AnyRecipe, load_recipe, make_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.files import remove_folder, write_json
 from asd_megatron.run.folder import Kind, Start, changes_of, claim, prepare, read_history, record
+from asd_megatron.run.interruption import Interruption
+from asd_megatron.run.preview import finished_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,6 +155,44 @@ def test_a_run_of_the_other_stage(folder: Path) -> None:
     assert "asd-megatron train" in refusal(folder, stage="sft")
 
 
+def test_a_finished_run_says_where_its_results_are(folder: Path) -> None:
+    begin(folder)
+    complete(folder)
+    (folder / "curves.png").touch()
+    start = begin(folder, "--optimizer.learning_rate", "0.5")
+    text = finished_text(recipe(folder), start.changes)
+    for words in ("after 6 steps", "nothing is left to do", "model: none", f"summary: {folder / 'summary.json'}"):
+        assert words in " ".join(text.split()), text
+    assert f"curves:  {folder / 'curves.png'}" in text and "optimizer.learning_rate: 1e-06 -> 0.5" in text
+    (folder / "hf" / "step_000006").mkdir(parents=True)
+    text = finished_text(recipe(folder), ())
+    assert f"model:   {folder / 'hf' / 'step_000006'}" in text and "ignored" not in text
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_an_interrupted_rank_says_once_what_was_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], launched: bool
+) -> None:
+    """Inside a run and while it is being closed; among several ranks of `asd-megatron train` the launcher says it."""
+    monkeypatch.setenv("WORLD_SIZE", "2" if launched else "1")
+    monkeypatch.setenv("RANK", "0")
+    if launched:
+        monkeypatch.setenv("ASD_MEGATRON_LAUNCHER", "1")
+    monkeypatch.setenv("ASD_MEGATRON_COMMAND", "asd-megatron train r.yaml")
+    begin(folder)
+    interruption = Interruption(recipe(folder))
+    begin(folder)
+    path = checkpoint(folder, 3)
+    with pytest.raises(KeyboardInterrupt), interruption.told(), interruption.told():
+        raise KeyboardInterrupt
+    said = capsys.readouterr().err
+    if launched:
+        assert said == ""
+    else:
+        assert said.count("\n") == 1 and "step 3" in said and str(path) in said
+        assert said.endswith("asd-megatron train r.yaml\n")
+
+
 # -------------------------------------------------------------------- from another run's checkpoint
 
 
@@ -199,6 +239,22 @@ def test_the_command_that_returned_to_a_checkpoint_goes_on_when_it_is_started_ag
         *[(3, None)] * 3,
         (6, None),
     ]
+
+
+def test_a_complete_run_whose_own_checkpoint_is_named_is_not_overwritten(folder: Path) -> None:
+    begin(folder)
+    older, newest = checkpoint(folder, 3), checkpoint(folder, 6)
+    complete(folder)
+    overwrite = ["--run.overwrite", "true", "--checkpoint.resume"]
+    assert begin(folder, *overwrite, str(newest)).kind == "finished"
+    assert begin(folder, *overwrite, str(newest), "--run.steps", "9").checkpoint == str(newest)
+    complete(folder)
+    assert begin(folder, *overwrite, str(older)).checkpoint == str(older)
+    lineage.name_latest(folder / "checkpoints", newest.name)  # saved again
+    complete(folder)
+    assert begin(folder, *overwrite, str(older)).kind == "finished"  # the same command again
+    assert "settings" in refusal(folder, *overwrite, str(older), "--run.seed", "1")
+    assert begin(folder, *overwrite, "never").kind == "overwrite"
 
 
 def test_a_resume_that_nobody_asked_for_and_an_abandoned_branch_are_no_returns(folder: Path) -> None:

@@ -62,10 +62,13 @@ def method_of(recipe: DenseRecipe) -> token_method.Method:
 
 
 def gate_of(recipe: DenseRecipe, h_warm: float | None = None) -> Gate:
+    warmup_steps = recipe.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = 5 if condition(recipe.condition).gated and h_warm is None else 0
     return Gate.for_condition(
         recipe.condition,
+        warmup_steps=warmup_steps,
         lambda_max=recipe.lambda_max,
-        warmup_steps=recipe.warmup_steps,
         tau_down=recipe.tau_down,
         tau_up=recipe.tau_up,
         h_warm=h_warm,

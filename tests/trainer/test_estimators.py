@@ -1,4 +1,4 @@
-"""The sampled term estimates the exact divergence's gradient: its mean over the token's draw is that gradient."""
+"""The sampled term estimates the exact gradient: that is its expectation over the draw of the token."""
 
 from __future__ import annotations
 

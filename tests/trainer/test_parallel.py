@@ -42,6 +42,8 @@ RECIPES = {
         importance_level="sequence",
         importance_cap=3.0,
     ),
+    "exact": DenseRecipe("antisd", 0.7, warmup_steps=0, updates=2, divergence="jensen_shannon"),
+    "exact_descent": DenseRecipe("sd", divergence="forward_kl", ascend=False),
     "truncated": DenseRecipe(
         "no_gate", 0.7, importance="truncated", importance_level="sequence", importance_cap=3.0, mask_truncated=True
     ),

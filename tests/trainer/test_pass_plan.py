@@ -53,6 +53,13 @@ def test_term_normalization() -> None:
         assert not p.student_scoring and p.head == "fused"
 
 
+def test_the_exact_estimator() -> None:
+    p = plan_passes("antisd", exact=True)
+    assert p.head == "exact" and p.teacher_scoring and not p.student_scoring and p.forwards_per_step == 4
+    assert plan_passes("antisd", 2, exact=True).student_scoring
+    assert plan_passes("antisd", exact=True, importance_level="sequence").student_scoring
+
+
 @pytest.mark.parametrize("level", ["sequence", "geometric"])
 def test_importance_of_whole_responses(level: Level) -> None:
     """A response's log-probs are needed before its loss: from the first phase of the head, or a scoring pass."""
