@@ -14,6 +14,7 @@ import torch
 
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.observe import names
+from asd_megatron.observe.dumps import DIVERGENCES
 from asd_megatron.observe.metrics import (
     ROLLOUT_COUNTERS,
     GateReading,
@@ -134,7 +135,7 @@ def puzzle_names() -> set[str]:
         ids = [tuple(tokenizer(text + " <|end|>", add_special_tokens=False)["input_ids"]) for text in (wrong, right)]
     rollouts = [Rollout("p", i, (1,), x, (0.0,) * len(x), FinishReason.STOP, 0) for i, x in enumerate(ids)]
     table = TokenTable.for_lengths([len(x) for x in ids])
-    table["pmi"] = torch.zeros(table.tokens)
+    table["pmi"] = table["divergence"] = torch.zeros(table.tokens)
     examples = [Example(r, reward, 0.0, (1,)) for r, reward in zip(rollouts, (0.0, 1.0), strict=True)]
     return {*puzzle.of_step(examples, table), *puzzle.of_evaluation(rollouts, [0.0, 1.0])}
 
@@ -155,9 +156,18 @@ def warning_names() -> set[str]:
     return {name for i, metrics in enumerate(steps) for name in watch.of_step(i, metrics)[0]}
 
 
+def optional_names() -> set[str]:
+    """Of a step with the exact estimator and a KL penalty."""
+    table = make_table()
+    for name in (*DIVERGENCES, "reference_logprobs"):
+        table[name] = torch.zeros(table.tokens)
+    return set(step(table=table))
+
+
 def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     emitted = {
         *step(),
+        *optional_names(),
         *(f"evaluation/{name}" for name in ("accuracy", "pass_rate", "length_mean", "truncated")),
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),
