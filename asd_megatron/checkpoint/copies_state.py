@@ -3,7 +3,7 @@
     live       decoder.layers.mlp.linear_fc1.weight
     copies     initial.decoder.layers.mlp.linear_fc1.weight, ema.decoder.layers.mlp.linear_fc1.weight (float32)
 
-so another layout can load them too.
+Another layout can load them too.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def section(name: CopyName, chunk: str) -> str:
     return f"{name}_{chunk}"
 
 
-def is_of_a_copy(key: str) -> bool:
-    """Whether a stored tensor's key is that of a copy."""
-    return key.partition(".")[0] in NAMES
+def is_unread(key: str, state: Mapping[str, Any]) -> bool:
+    """Whether a stored tensor's key is that of a copy of which `state` has no section."""
+    name = key.partition(".")[0]
+    return name in NAMES and not any(asked.startswith(f"{name}_") for asked in state)
 
 
 def _with_data(shard: Any, key: str, data: Tensor) -> Any:

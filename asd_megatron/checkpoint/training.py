@@ -386,8 +386,9 @@ def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
         content = {key: {k: v for k, v in loaded[key].items() if k in wanted[key]} for key in wanted}
     except (Exception, CheckpointException) as error:
         raise _unfit(path, error) from error
-    unread = {key for key in unexpected if copies_state.is_of_a_copy(key)}
-    differing = sorted(key for key in missing | unexpected - unread if not _is_extra_state(key))
+    differing = sorted(
+        key for key in missing | unexpected if not (_is_extra_state(key) or copies_state.is_unread(key, state))
+    )
     if differing:
         raise UserError(
             f"{path} does not fit this model and optimizer: {len(differing)} tensors are in one of them only, such as "

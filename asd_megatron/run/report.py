@@ -102,8 +102,8 @@ def _weights(recipe: Recipe, session: Session, plan: PassPlan) -> dict[str, str]
         where = "advantage" if a.kl_estimator == "k1" else "loss"
         rows["KL penalty"] = f"{a.kl_coefficient:g} x {a.kl_estimator} to the initial weights, in the {where}"
     if session.copies is not None:
-        names, size = " and ".join(session.copies.names), session.copies.bytes / 1e9
-        rows["copies of weights"] = f"{names}: {size:.3g} GB of host memory on this rank"
+        names, size = " and ".join(session.copies.names), session.copies.bytes / 2**30
+        rows["copies of weights"] = f"{names}: {size:.2f} GiB of host memory on this rank"
     return rows
 
 
