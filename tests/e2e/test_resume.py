@@ -141,7 +141,7 @@ def test_changed_settings_are_listed_or_refused(
 
     said = capsys.readouterr().err
     assert "algorithm.updates_per_batch: 4 -> 1" in said and "sampling.temperature: 1.0 -> 0.5" in said
-    assert f"learning rate: linear schedule over 4 steps of 1 updates, {expected[2]:.3g} at step 3" in said
+    assert f"learning rate: linear schedule over 4 steps of 1 update, {expected[2]:.3g} at step 3" in said
     found = [row["optimizer/learning_rate"] for row in read_metrics(folder)]
     assert found[2:] == expected[2:]
     changed = json.loads((folder / "summary.json").read_text())["changed_settings"]

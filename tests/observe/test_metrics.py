@@ -14,7 +14,6 @@ import torch
 
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.observe import names
-from asd_megatron.observe.dumps import DIVERGENCES
 from asd_megatron.observe.metrics import (
     ROLLOUT_COUNTERS,
     GateReading,
@@ -88,6 +87,10 @@ def test_values_by_hand() -> None:
         "pmi/negative_share": 0.5,
         "term/mean": -0.05,
         "term/negative_share": 0.5,
+        "divergence/mean": 0.25,
+        "divergence/reverse_kl": 0.5,
+        "divergence/forward_kl": 0.75,
+        "divergence/agreement": 0.75,
         # what the loss sees
         "advantage/mean": 1.5 / 8,
         "advantage/abs_mean": 3.0 / 8,
@@ -156,18 +159,17 @@ def warning_names() -> set[str]:
     return {name for i, metrics in enumerate(steps) for name in watch.of_step(i, metrics)[0]}
 
 
-def optional_names() -> set[str]:
-    """Of a step with the exact estimator and a KL penalty."""
+def penalty_names() -> set[str]:
+    """Of a step with a KL penalty."""
     table = make_table()
-    for name in (*DIVERGENCES, "reference_logprobs"):
-        table[name] = torch.zeros(table.tokens)
+    table["reference_logprobs"] = table["student_logprobs"]
     return set(step(table=table))
 
 
 def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     emitted = {
         *step(),
-        *optional_names(),
+        *penalty_names(),
         *(f"evaluation/{name}" for name in ("accuracy", "pass_rate", "length_mean", "truncated")),
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),

@@ -14,7 +14,15 @@ from asd_megatron.checks.cases import hard_batch
 from asd_megatron.records import TokenTable
 from asd_megatron.trainer.align import gather_table, share_columns
 from asd_megatron.trainer.batch import Pack, PackLayout
-from asd_megatron.trainer.columns import LossConstants, LossInputs, Scores, TokenInputs, UpdateColumns, table_columns
+from asd_megatron.trainer.columns import (
+    Divergences,
+    LossConstants,
+    LossInputs,
+    Scores,
+    TokenInputs,
+    UpdateColumns,
+    table_columns,
+)
 from asd_megatron.trainer.local_batch import LocalBatch
 from tests.distributed.harness import run_ranks
 
@@ -75,21 +83,21 @@ def test_teacher_and_student_meet_at_rollout_and_position(ranks: int, context: i
         assert len(student) == row == batch.table.tokens
 
 
-@pytest.mark.parametrize("importance", [False, True])
-def test_columns_are_filled_pack_by_pack(importance: bool) -> None:
+@pytest.mark.parametrize(("importance", "exact"), [(False, False), (True, False), (True, True)])
+def test_columns_are_filled_pack_by_pack(importance: bool, exact: bool) -> None:
     """Every column of an update reaches its own row of the one tensor that is shared, and is read back from there."""
     batch = build(1, 0, PackLayout())
-    count = UpdateColumns.count(importance=importance)
-    values = torch.zeros(count, batch.table.tokens)
-    columns = UpdateColumns.of_rows(values)
+    tokens, device = batch.table.tokens, torch.device("cpu")
+    columns, values = UpdateColumns.zeros(tokens, device, importance=importance, exact=exact)
     for pack in batch.student_packs():
-        given = [pack.targets * 10 + k for k in range(count)]
-        scores, clipped, constants = Scores(*given[:2]), given[2], LossConstants(*given[3:])
-        columns.put(pack.flat, UpdateColumns(scores, clipped, constants))
+        given = [pack.targets * 100 + k for k in range(len(values))]
+        divergences = Divergences(*given[-4:]) if exact else None
+        scores, clipped, constants = Scores(*given[:2]), given[2], LossConstants(*given[3 : 8 if importance else 6])
+        columns.put(pack.flat, UpdateColumns(scores, clipped, constants, divergences))
     ids = batch.column(lambda e: e.rollout.response_ids)
-    assert torch.equal(values, torch.stack([ids * 10 + k for k in range(count)]))
+    assert torch.equal(values, torch.stack([ids * 100 + k for k in range(len(values))]))
     for pack in batch.student_packs():
-        assert torch.equal(columns.at(pack.flat).clipped, pack.targets * 10.0 + 2)
+        assert torch.equal(columns.at(pack.flat).clipped, pack.targets * 100.0 + 2)
 
 
 def token_inputs(n: int) -> TokenInputs:
