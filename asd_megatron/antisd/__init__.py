@@ -17,6 +17,7 @@ from asd_megatron.antisd.divergence import (
 )
 from asd_megatron.antisd.gate import Gate, GateError
 from asd_megatron.antisd.importance import importance_weights, ratio_statistics
+from asd_megatron.antisd.kl_penalty import KlEstimates, KlPenalty, kl_estimates, kl_loss, penalised_advantage
 from asd_megatron.antisd.normalization import finish_term, moments, normalize_term, term_statistics
 from asd_megatron.antisd.policy_loss import AggregationError, clipped_policy_loss, token_weights
 from asd_megatron.antisd.privileged import Demonstration, PrivilegedContextError, choose_demonstrations, feedback
@@ -29,6 +30,8 @@ __all__ = [
     "Demonstration",
     "Gate",
     "GateError",
+    "KlEstimates",
+    "KlPenalty",
     "PrivilegedContextError",
     "UnknownCondition",
     "choose_demonstrations",
@@ -41,8 +44,11 @@ __all__ = [
     "finish_term",
     "group_advantages",
     "importance_weights",
+    "kl_estimates",
+    "kl_loss",
     "moments",
     "normalize_term",
+    "penalised_advantage",
     "phi",
     "pmi",
     "ratio_statistics",

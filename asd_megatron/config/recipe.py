@@ -25,6 +25,7 @@ from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.config.run import RunSection, TrainRunSection
 from asd_megatron.config.sampling import GenerationSection, SamplingSection
 from asd_megatron.config.sft import SftSection
+from asd_megatron.config.teacher import TeacherSection
 from asd_megatron.config.yaml_text import to_yaml
 
 Kind = Literal["train", "sft"]
@@ -43,6 +44,7 @@ class Recipe(Section):
     algorithm: AlgorithmSection = AlgorithmSection()
     gate: GateSection = GateSection()
     privileged: PrivilegedSection = PrivilegedSection()
+    teacher: TeacherSection = TeacherSection()
     sampling: SamplingSection = SamplingSection()
     rollout: RolloutSection = RolloutSection()
     evaluation: EvaluationSection = EvaluationSection()

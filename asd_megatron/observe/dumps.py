@@ -26,10 +26,13 @@ from asd_megatron.records import DemonstrationSource, Example, FinishReason, Rol
 
 SCHEMA_VERSION = 2
 DIVERGENCES = ("divergence", "reverse_kl", "forward_kl", "agreement")
-"""Of the exact estimator; dumps written before it existed lack them."""
+"""Of the exact estimator."""
+ADDED = (*DIVERGENCES, "reference_logprobs")
+"""Columns that dumps of earlier versions lack."""
 TABLE_COLUMNS = (
     "student_logprobs",
     "teacher_logprobs",
+    "reference_logprobs",
     "engine_logprobs",
     "student_entropy",
     "teacher_entropy",
@@ -213,7 +216,7 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
     path = Path(path)
     file = _open(path)
     info = _info(path, file.schema_arrow.metadata)
-    missing = [name for name in SCHEMA.names if name not in (*file.schema_arrow.names, *DIVERGENCES)]
+    missing = [name for name in SCHEMA.names if name not in (*file.schema_arrow.names, *ADDED)]
     if missing:
         raise UserError(f"{path} lacks the column(s) {', '.join(missing)}; make the dump again")
     data = file.read()

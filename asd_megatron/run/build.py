@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from asd_megatron.antisd import Gate, condition
+from asd_megatron.antisd import Gate, KlPenalty, condition
 from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.config.evaluation import EvaluationSection
 from asd_megatron.config.sampling import SamplingSection
@@ -47,6 +47,7 @@ def make_method(recipe: Recipe) -> Method:
         importance_floor=a.mask_below,
         importance_level=a.importance_level,
         exact=exact_term(recipe),
+        kl=KlPenalty(a.kl_estimator, a.kl_coefficient) if a.kl_coefficient > 0 else None,
     )
 
 
@@ -73,6 +74,8 @@ def make_plan(recipe: Recipe) -> PassPlan:
         log_pmi=a.log_pmi,
         importance_level=a.importance_level,
         exact=a.estimator == "full_vocabulary",
+        teacher_copy=None if recipe.teacher.weights == "live" else recipe.teacher.weights,
+        kl_penalty=a.kl_coefficient > 0,
     )
 
 

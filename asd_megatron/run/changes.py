@@ -77,11 +77,11 @@ class Change:
 def changes(recorded: Mapping[str, Any], recipe: AnyRecipe) -> list[Change]:
     """The keys whose values differ between the recorded recipe (section -> key -> value) and the present one.
 
-    A key that the schema has gained since counts with its default, one that it has lost is skipped.
+    A key or section that the schema has gained since counts with its default, one that it has lost is skipped.
     """
     found = []
     for section, values in recipe.model_dump(mode="json").items():
-        before, fields = recorded.get(section), section_schema(type(recipe), section).model_fields
+        before, fields = recorded.get(section, {}), section_schema(type(recipe), section).model_fields
         for key, field in fields.items():
             new = None if values is None else values[key]
             old = None  # an optional section that was not there

@@ -25,6 +25,8 @@ PAPER: dict[str, Any] = {
     "algorithm.term_max_position": None,
     "algorithm.importance_correction": "none",
     "algorithm.mask_truncated": False,
+    "algorithm.kl_coefficient": 0.0,
+    "teacher.weights": "live",
     "gate.tau_down": 0.93,
     "gate.tau_up": 1.0,
     "gate.h_warm": None,

@@ -56,6 +56,12 @@ RECIPES = {
         importance_cap=1.1,
         importance_floor=0.9,
     ),
+    "ema_teacher": DenseRecipe(
+        "no_gate", 0.7, teacher="ema", ema_rate=0.3, divergence="jensen_shannon", kl="k3", kl_coefficient=0.2
+    ),
+    "initial_teacher": DenseRecipe(
+        "no_gate", 0.7, teacher="initial", term_normalization="sequence", kl="k1", kl_coefficient=0.2
+    ),
 }
 Found = dict[str, dict[str, Any]]
 
@@ -77,7 +83,13 @@ def _steps(product: Product, examples: list[Example]) -> Found:
     found: Found = {}
     for name, recipe in RECIPES.items():
         gate = gate_of(recipe, 0.5 if recipe.warmup_steps == 0 else None)
+        if recipe.kl is not None:  # live weights that differ from both copies
+            copies = product.keep_copies(recipe)
+            product.load_others()
+            copies.follow()
+        before = [p.clone() for chunk in product.port.chunks for p in chunk.parameters()]
         step = product.step(examples, recipe, gate, tokens_per_microbatch=96)
+        after = [p for chunk in product.port.chunks for p in chunk.parameters()]
         table: dict[str, Tensor] = {} if step.table is None else {**step.table.columns, "offsets": step.table.offsets}
         found[name] = {
             "losses": step.stats.losses,
@@ -85,7 +97,10 @@ def _steps(product: Product, examples: list[Example]) -> Found:
             "lambda": step.lam,
             "table": table,
             "gradients": step.gradients,
+            "untouched": all(map(torch.equal, before, after)),
         }
+        if recipe.kl is not None:
+            product.reload()
     optimizer = RecordingOptimizer(product.port, DenseRecipe())
     stats = product.supervised_step(supervised_examples(1), optimizer)
     found["supervised"] = {"losses": [stats.loss], "gradients": optimizer.gradients}
@@ -146,6 +161,7 @@ def test_two_ranks_equal_one(layout: str, name: str, ranks: list[dict[str, Found
         found = rank[layout][name]
         assert found["lambda"] == expected["lambda"] == 0.5
         assert found["entropy"] == pytest.approx(expected["entropy"], rel=1e-6)
+        assert found["untouched"]  # nothing was trained: the live weights are back, bit for bit
         check_update(found, expected)
     table = ranks[0][layout][name]["table"]
     assert ranks[1][layout][name]["table"] == {}  # the table goes to global rank 0 alone
