@@ -454,6 +454,29 @@ def test_special_values_on_cuda(check: Callable[[str], None]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.mixture}")
+def test_divergence_op_in_bfloat16_on_cuda(divergence: Divergence) -> None:
+    def loss(logprobs: Tensor, entropy: Tensor, block: slice) -> Tensor:
+        return logprobs.sum()
+
+    g = torch.Generator().manual_seed(0)
+    hidden, teacher = torch.randn(2, 50, 32, generator=g).bfloat16()
+    weight = (0.5 * torch.randn(300, 32, generator=g)).bfloat16()
+    coefficient = torch.randn(50, generator=g)
+    head = Head(hidden, weight, torch.randint(0, 300, (50,), generator=g), None, 1.0)
+    h, w = (t.cuda().requires_grad_() for t in (hidden, weight))
+    target, factors, on_device = head.target.cuda(), coefficient.cuda(), teacher.cuda()
+    value, columns = linear_divergence_loss(
+        h, w, target, loss, factors, lambda b: on_device[b], divergence, VocabShard.of(300, 300), token_block=20
+    )
+    value.backward()
+    want = Pair(head, teacher, weight, coefficient).evaluate(loss, divergence)
+    for name, column in columns._asdict().items():
+        assert (column.cpu().double() - want[name]).abs().max() < 2e-5, name
+    assert error(grad(h).cpu(), want["d hidden"]) < 1e-2 and error(grad(w).cpu(), want["d weight"]) < 1e-2
+
+
+@pytest.mark.gpu
 def test_a_tile_of_more_than_2_to_the_31_elements_on_cuda() -> None:
     kernels = triton_kernels()
     assert kernels is not None

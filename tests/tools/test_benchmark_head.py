@@ -74,11 +74,9 @@ def test_adapters_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Liger:
         @staticmethod
-        def apply(
-            _input: Tensor, weight: Tensor, target: Tensor, tp_group: Any, **options: Any
-        ) -> tuple[Tensor, Tensor]:
-            assert tp_group.size() == 1 and options == {"return_entropy": True}
-            logprobs, entropy = outputs(_input, weight, target)
+        def apply(hidden: Tensor, weight: Tensor, target: Tensor, group: Any, **options: Any) -> tuple[Tensor, Tensor]:
+            assert group.size() == 1 and options == {"return_entropy": True}
+            logprobs, entropy = outputs(hidden, weight, target)
             return -logprobs, entropy
 
     def verl(hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
