@@ -23,8 +23,9 @@ def train(run: TrainingRun) -> None:
         batch = run.build_batch(groups, step)  # student sequences and privileged teacher sequences
         teacher = run.score_teacher(batch)  # t_t and full-vocabulary entropy, no gradient
         student = run.score_student(batch)  # only when the pass plan says so
+        reference = run.score_reference(batch)  # only with a KL penalty: under the initial weights
         lam = run.gate_step(batch, teacher, student)  # exact median entropy over all ranks, Schmitt trigger
-        stats = run.update(batch, teacher, student, lam)  # s_t, u_t, phi, clipped policy gradient, optimizer
+        stats = run.update(batch, teacher, student, lam, reference)  # s_t, u_t, phi, clipped policy gradient, optimizer
         run.observe(step, batch, teacher, stats)
         run.checkpoint_if_due(step)
     run.finish()

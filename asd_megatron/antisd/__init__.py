@@ -17,6 +17,7 @@ from asd_megatron.antisd.divergence import (
 )
 from asd_megatron.antisd.gate import Gate, GateError
 from asd_megatron.antisd.importance import importance_weights, ratio_statistics
+from asd_megatron.antisd.kl_penalty import KlEstimates, KlPenalty, kl_estimates, kl_loss, penalised_advantage
 from asd_megatron.antisd.normalization import finish_term, moments, normalize_term, term_statistics
 from asd_megatron.antisd.outliers import OutlierLimit, without_outliers
 from asd_megatron.antisd.perplexity import (
@@ -36,6 +37,8 @@ __all__ = [
     "Demonstration",
     "Gate",
     "GateError",
+    "KlEstimates",
+    "KlPenalty",
     "OutlierLimit",
     "PerplexityError",
     "PerplexityLambda",
@@ -52,8 +55,11 @@ __all__ = [
     "finish_term",
     "group_advantages",
     "importance_weights",
+    "kl_estimates",
+    "kl_loss",
     "moments",
     "normalize_term",
+    "penalised_advantage",
     "phi",
     "pmi",
     "ratio_statistics",

@@ -18,7 +18,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
-from asd_megatron.checkpoint import lineage, optimizer_state
+from asd_megatron.checkpoint import copies_state, lineage, optimizer_state
 from asd_megatron.checkpoint.lineage import RUN_STATE
 from asd_megatron.checkpoint.safety import check_metadata, weights_only
 from asd_megatron.distributed.objects import first_message, on_rank_zero, share_outcome
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, read_json_object, remove_partial, system_reason
 from asd_megatron.models.port import ModelPort
+from asd_megatron.models.weight_copies import CopyName, WeightCopies
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -55,12 +56,14 @@ def save(
     run_state: dict[str, Any],
     *,
     keep: int = 2,
+    copies: WeightCopies | None = None,
 ) -> Path:
     """Write `folder`/step_NNNNNN, name it in `folder`/latest, then remove the checkpoints of abandoned branches and all
     but the newest `keep` of this one.
 
     `port` is wrapped in Megatron's DDP. `run_state` holds numbers, strings, lists and string-keyed dicts (else
-    ValueError); rank 0's is stored. Readers see a complete checkpoint or none: it is written aside and renamed.
+    ValueError); rank 0's is stored. `copies` are stored beside the weights. Readers see a complete checkpoint or none:
+    it is written aside and renamed.
 
     An error on any rank is raised on all, a UserError where the operating system refused; older checkpoints and
     `latest` then stay as they were.
@@ -72,13 +75,16 @@ def save(
     with ExitStack() as written:
 
         def begin() -> tuple[str, str]:
-            text = _run_state_text(step, optimizer, run_state)
+            text = _run_state_text(step, optimizer, run_state, () if copies is None else copies.names)
             with saving():
                 remove_partial(folder)
                 return str(written.enter_context(atomic_folder(target, replace=True))), text
 
         aside, text = on_rank_zero(begin, host)
-        _save_shards(aside, _state(port, optimizer, scheduler, loading=False), host, saving)
+        state = _state(port, optimizer, scheduler, loading=False)
+        if copies is not None:
+            _add_copies(state, port, copies, copies.names)
+        _save_shards(aside, state, host, saving)
 
         def finish() -> None:
             with saving():
@@ -93,24 +99,46 @@ def save(
 
 
 def load(
-    path: str | Path, port: ModelPort, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+    path: str | Path,
+    port: ModelPort,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    copies: WeightCopies | None = None,
 ) -> dict[str, Any]:
     """Load the checkpoint `path` (a step_NNNNNN folder) into the port, the optimizer and the scheduler; return its
     run state.
 
     The layout may differ from the one that wrote it, the kind of optimizer (distributed or not) may not. The
     optimizer's and the schedule's hyper-parameters stay those they were built with: from the checkpoint come the
-    moments and the step counts. UserError, on every rank, when the folder is not a complete checkpoint, contains more
+    moments and the step counts. Of `copies`, those are loaded that the checkpoint stores (`stored_copies`); the others
+    stay as they are. UserError, on every rank, when the folder is not a complete checkpoint, contains more
     than data, or belongs to another model.
     """
     path = Path(path)
     world = port.process_groups.world
     stored = _on_every_rank(lambda: _check(path, optimizer_state.is_distributed(optimizer)), world)
     state = _state(port, optimizer, scheduler, loading=True)
+    stored_names = _names_of_copies(stored)
+    kept: copies_state.Entries = {}
+    if copies is not None:
+        kept = _add_copies(state, port, copies, [name for name in copies.names if name in stored_names])
     loaded = _on_every_rank(lambda: _read(path, state), world)
     _on_every_rank(lambda: _restore(path, loaded, port, optimizer, scheduler), world)
+    for section, tensors in kept.items():
+        for key, tensor in tensors.items():
+            tensor.copy_(loaded[section][key])
     run_state: dict[str, Any] = stored["run_state"]
     return run_state
+
+
+def stored_copies(path: str | Path) -> tuple[CopyName, ...]:
+    """The copies of weights that the checkpoint `path` stores. Raises UserError for a folder that is no checkpoint."""
+    return _names_of_copies(_read_run_state(Path(path)))
+
+
+def _names_of_copies(stored: dict[str, Any]) -> tuple[CopyName, ...]:
+    """From run_state.json, in which checkpoints of earlier versions name none."""
+    return tuple(name for name in copies_state.NAMES if name in stored.get("weight_copies", []))
 
 
 def _chunks(port: ModelPort) -> dict[str, MegatronModule]:
@@ -142,6 +170,19 @@ def _state(
     with optimizer_state.gathering(optimizer):
         sharded = optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=dict(metadata))
     return {**model, "optimizer": sharded, "scheduler": {"num_steps": scheduler.num_steps}}
+
+
+def _add_copies(
+    state: dict[str, Any], port: ModelPort, copies: WeightCopies, names: Sequence[CopyName]
+) -> copies_state.Entries:
+    """Add the sharded state of the copies `names` to `state`; returns their tensors, likewise by section and name."""
+    model = {chunk: state[chunk] for chunk in _chunks(port)}
+    added: copies_state.Entries = {}
+    for name in names:
+        tensors = copies_state.tensors(copies, name, model)
+        state |= copies_state.sharded(name, model, tensors)
+        added |= tensors
+    return added
 
 
 # ---------------------------------------------------------------- writing
@@ -261,11 +302,14 @@ def _save_shards(
         raise
 
 
-def _run_state_text(step: int, optimizer: MegatronOptimizer, run_state: dict[str, Any]) -> str:
+def _run_state_text(
+    step: int, optimizer: MegatronOptimizer, run_state: dict[str, Any], copies: Sequence[CopyName]
+) -> str:
     content = {
         "format": FORMAT,
         "step": step,
         "distributed_optimizer": optimizer_state.is_distributed(optimizer),
+        "weight_copies": list(copies),
         "run_state": run_state,
     }
     _check_plain(run_state, "run_state")
@@ -322,7 +366,8 @@ def _read_run_state(path: Path) -> dict[str, Any]:
     stored = read_json_object(path / RUN_STATE, "it is damaged, resume from another checkpoint", non_finite=True)
     if stored.get("format") != FORMAT:
         raise UserError(f"{path / RUN_STATE} is not of format {FORMAT}: another version of asd_megatron wrote it")
-    if not isinstance(stored.get("distributed_optimizer"), bool) or not isinstance(stored.get("run_state"), dict):
+    kinds = {"distributed_optimizer": bool, "run_state": dict, "weight_copies": list}
+    if any(not isinstance(stored.get(key, []), kind) for key, kind in kinds.items()):
         raise UserError(f"{path / RUN_STATE} is damaged: resume from another checkpoint")
     return stored
 
@@ -341,7 +386,9 @@ def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
         content = {key: {k: v for k, v in loaded[key].items() if k in wanted[key]} for key in wanted}
     except (Exception, CheckpointException) as error:
         raise _unfit(path, error) from error
-    differing = sorted(key for key in missing | unexpected if not _is_extra_state(key))
+    differing = sorted(
+        key for key in missing | unexpected if not (_is_extra_state(key) or copies_state.is_unread(key, state))
+    )
     if differing:
         raise UserError(
             f"{path} does not fit this model and optimizer: {len(differing)} tensors are in one of them only, such as "

@@ -151,6 +151,22 @@ class AlgorithmSection(Section):
     importance_floor: float | None = Field(
         None, ge=0, description="Smallest importance weight that `masked` keeps; null: 0.5."
     )
+    kl_coefficient: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "Weight of a penalty on the divergence from the weights of `model.path` (one more scoring pass); 0: none"
+            " (the paper's)."
+        ),
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k2",
+        description=(
+            "Of the sampled token, r = log p - log p_initial. `k1`: r, subtracted from the advantage; `k2`: r^2 / 2,"
+            " in the loss; `k3`: exp(-r) - 1 + r, in the loss, whose gradient is that of the divergence in the other"
+            " direction (docs/teachers.md)."
+        ),
+    )
     mask_truncated: bool = Field(False, description="Leave responses that hit the token limit out of the loss.")
     log_pmi: bool = Field(
         False, description="Score the teacher although the condition does not need it (`grpo`), to log u."

@@ -18,6 +18,7 @@ from asd_megatron.config.parallelism import ParallelismSection
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 from asd_megatron.config.refusals import dotted_keys, nearest_key
 from asd_megatron.config.rollout_checks import device_findings, rollout_findings
+from asd_megatron.config.teacher_checks import teacher_findings
 from asd_megatron.config.term_checks import term_findings
 from asd_megatron.data.templates import PAPER_WORDING, teacher_template_fault
 from asd_megatron.errors import UserError, plural
@@ -200,6 +201,7 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
     yield from _importance(a)
     yield from estimator_findings(a)
     yield from term_findings(recipe)
+    yield from teacher_findings(recipe)
     if a.gated and recipe.gate_warmup_steps == 0 and gate.h_warm is None:
         yield (
             f"gate.warmup_steps 0 leaves the gate of algorithm.name {a.name} without a calibrated entropy: set"

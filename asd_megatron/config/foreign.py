@@ -90,6 +90,21 @@ COUNTERPARTS: dict[str, tuple[str, ...]] = {
     "clip_ratio_high": ("algorithm.clip_high",),
     "tis_imp_ratio_cap": ("algorithm.importance_cap",),
     "use_tis": ("algorithm.importance_correction",),
+    "kl_coef": ("algorithm.kl_coefficient",),
+    "kl_loss_coef": ("algorithm.kl_coefficient",),
+    "init_kl_coef": ("algorithm.kl_coefficient",),
+    "beta": ("algorithm.kl_coefficient",),
+    "use_kl_loss": ("algorithm.kl_coefficient", "algorithm.kl_estimator"),
+    "use_kl_in_reward": ("algorithm.kl_coefficient", "algorithm.kl_estimator"),
+    "kl_penalty": ("algorithm.kl_estimator",),
+    "kl_loss_type": ("algorithm.kl_estimator",),
+    "teacher_model_kind": ("teacher.weights",),
+    "teacher_regularization": ("teacher.weights",),
+    "fixed_teacher": ("teacher.weights",),
+    "use_ema_teacher": ("teacher.weights",),
+    "teacher_update_rate": ("teacher.ema_rate",),
+    "ema_decay": ("teacher.ema_rate",),
+    "ema_alpha": ("teacher.ema_rate",),
     "mask_truncated_completions": ("algorithm.mask_truncated",),
     # the released AntiSD code and its re-implementations (docs/released_form.md)
     "ca_mode": ("algorithm.composition",),
@@ -191,7 +206,8 @@ COUNTERPARTS: dict[str, tuple[str, ...]] = {
 _GPUS = (
     "the number of processes comes from `torchrun --nproc-per-node`, or from parallelism.data and the GPUs there are"
 )
-_KL = "not supported: the method has no KL term to a reference model (the paper's coefficient is 0)"
+_REFERENCE = "not supported: the reference of algorithm.kl_coefficient is always the model of model.path"
+_KL_CONTROL = "not supported: algorithm.kl_coefficient is constant"
 _LORA = "not supported: all weights are trained"
 _TRACKER = "not supported: metrics go to metrics.jsonl and TensorBoard (logging.tensorboard)"
 _CRITIC = "not supported: advantages are group-relative, there is no critic"
@@ -210,20 +226,13 @@ WITHOUT: dict[str, str] = {
     "world_size": _GPUS,
     **dict.fromkeys(
         (
-            "kl_coef",
-            "kl_loss_coef",
-            "init_kl_coef",
-            "use_kl_loss",
-            "use_kl_in_reward",
-            "kl_penalty",
-            "kl_ctrl",
-            "kl_loss_type",
-            "beta",
             "ref_load",
             "ref_model",
+            "ref_model_path",
         ),
-        _KL,
+        _REFERENCE,
     ),
+    **dict.fromkeys(("kl_ctrl", "target_kl", "kl_target"), _KL_CONTROL),
     **dict.fromkeys(
         ("lora", "lora_rank", "lora_r", "lora_alpha", "use_peft", "peft", "peft_config", "target_modules"), _LORA
     ),

@@ -26,6 +26,7 @@ from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.config.run import RunSection, TrainRunSection
 from asd_megatron.config.sampling import GenerationSection, SamplingSection
 from asd_megatron.config.sft import SftSection
+from asd_megatron.config.teacher import TeacherSection
 from asd_megatron.config.yaml_text import to_yaml
 
 Kind = Literal["train", "sft"]
@@ -42,6 +43,7 @@ class Recipe(Section):
     gate: GateSection = GateSection()
     perplexity: PerplexitySection = PerplexitySection()
     privileged: PrivilegedSection = PrivilegedSection()
+    teacher: TeacherSection = TeacherSection()
     sampling: SamplingSection = SamplingSection()
     rollout: RolloutSection = RolloutSection()
     evaluation: EvaluationSection = EvaluationSection()

@@ -27,11 +27,12 @@ from asd_megatron.records import DemonstrationSource, Example, FinishReason, Rol
 SCHEMA_VERSION = 2
 DIVERGENCES = ("divergence", "reverse_kl", "forward_kl", "agreement")
 """Of the exact estimator."""
-ADDED = (*DIVERGENCES, "lambda")
-"""Columns that older dumps of this schema version lack."""
+ADDED = (*DIVERGENCES, "reference_logprobs", "lambda")
+"""Columns that dumps of earlier versions lack."""
 TABLE_COLUMNS = (
     "student_logprobs",
     "teacher_logprobs",
+    "reference_logprobs",
     "engine_logprobs",
     "student_entropy",
     "teacher_entropy",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asd_megatron.antisd import context_tokens
+from asd_megatron.antisd import context_tokens, kl_estimates
 from asd_megatron.observe.dumps import DIVERGENCES
 from asd_megatron.observe.names import PHASES, QUANTILES, reference_page, undocumented
 from asd_megatron.records import DemonstrationSource, Example, TokenTable
@@ -196,6 +196,9 @@ def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple
         yield "advantage/mean", float(advantage.mean()) if advantage.size else NAN
         yield "advantage/std", float(advantage.std()) if advantage.size else NAN
         yield "advantage/abs_mean", float(np.abs(advantage).mean()) if advantage.size else NAN
+    if "reference_logprobs" in table:
+        student, reference = (table[f"{of}_logprobs"].cpu().double()[loss_mask] for of in ("student", "reference"))
+        yield from ((f"kl/{name}", _mean(k)) for name, k in kl_estimates(student, reference)._asdict().items())
     if "clipped" in table:
         yield "loss/clip_fraction", _mean(table["clipped"].cpu()[loss_mask])
     if "importance" in table:

@@ -17,6 +17,7 @@ PHASES = {
     "reward": "waiting for the verifiers",
     "teacher": "scoring the privileged sequences",
     "student": "the student's scoring pass, in recipes that need one",
+    "reference": "scoring under the initial weights, with a KL penalty",
     "update": "forward, backward and optimizer of every update of the batch",
     "evaluate": "the held-out evaluation",
     "checkpoint": "writing checkpoints and exports",
@@ -199,8 +200,23 @@ SECTIONS = (
             Metric("advantage/mean", "1", "mean of the per-token advantage that the loss used"),
             Metric("advantage/std", "1", "its standard deviation"),
             Metric("advantage/abs_mean", "1", "mean of its absolute value"),
-            Metric("loss/policy", "1", "clipped policy loss; near 0 on-policy by construction"),
+            Metric(
+                "loss/policy",
+                "1",
+                "clipped policy loss, near 0 on-policy by construction; a KL penalty in the loss included",
+            ),
             Metric("loss/clip_fraction", "fraction of tokens", "tokens whose ratio was clipped"),
+        ),
+    ),
+    Section(
+        "KL penalty",
+        "With `algorithm.kl_coefficient`; over the tokens that the loss sees. r = log-prob under the student (before"
+        " the step's update) - log-prob under the initial weights. Each mean estimates the divergence of a token, KL"
+        " of the student to the initial model; the recipe's `algorithm.kl_estimator` names the penalty's own.",
+        (
+            Metric("kl/k1", "nats", "mean of r; unbiased, may be negative"),
+            Metric("kl/k2", "nats", "mean of r^2 / 2"),
+            Metric("kl/k3", "nats", "mean of exp(-r) - 1 + r; unbiased, of small variance"),
         ),
     ),
     Section(

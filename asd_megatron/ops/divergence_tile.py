@@ -1,4 +1,5 @@
-"""The divergence between two softmax distributions on tiles [n, v] of their logits, and its gradient, in place.
+"""The divergence between two softmax distributions on tiles [n, v] of their logits, and its gradient, by PyTorch
+operators. `triton_tile.py` has the same functions as CUDA kernels; `tile_kernels.py` chooses.
 
 With p the student's and q the teacher's distribution, r = p / q, and D = sum_v q_v f(r_v), the derivative in the
 student's logits is (Eq. 5 in its dense form; q is a constant)
@@ -10,21 +11,23 @@ student's logits is (Eq. 5 in its dense form; q is a constant)
     forward KL       D = KL(q, p)                                                dD / dz_v = p_v - q_v
 
 (f' up to a constant, which cancels.) F is a sum over the complete vocabulary, so a tile takes two passes with one
-collective between them: `divergence_sums_` computes this rank's part of the sums and leaves p f' and p in the tiles,
-`divergence_gradient_` subtracts F p. Numbers that underflow do no harm: p = 0 only ever meets finite factors, because
-log p comes from the logits and m is kept above the smallest normal number.
+collective between them: `divergence_sums_` computes this rank's part of the sums and, here, leaves p f' and p in the
+tiles; `divergence_gradient_` subtracts F p. Numbers that underflow do no harm: p = 0 only ever meets finite factors,
+because log p comes from the logits and m is kept above the smallest normal number.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from asd_megatron.ops.softmax_tile import add_target_, exp, slabs
+from asd_megatron.ops.softmax_tile import Softmax, Targets, add_target_, exp, slabs
 
+LN_2 = math.log(2)
 Kind = Literal["jensen_shannon", "reverse_kl", "forward_kl"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -44,6 +47,18 @@ class Divergence:
             raise ValueError(f"the mixture must lie between 0 and 1: it is {self.mixture}")
 
 
+class DivergenceTile(NamedTuple):
+    """The logits of both [n, v], each row's softmax p of the student and q of the teacher, and `coefficient` [n]: the
+    loss is coefficient * D."""
+
+    student: Tensor
+    teacher: Tensor
+    p: Softmax
+    q: Softmax
+    coefficient: Tensor
+    divergence: Divergence
+
+
 class RowValues(NamedTuple):
     """Of every row of a tile [n]: `divergence` D and `mean` F (both of the chosen divergence), KL(p, q), KL(q, p), all
     in nats, and whether both distributions have their maximum at the same token (1 or 0)."""
@@ -58,43 +73,38 @@ class RowValues(NamedTuple):
 SUMS = 5
 
 
-def divergence_sums_(
-    student: Tensor,
-    teacher: Tensor,
-    offset: Tensor,
-    teacher_offset: Tensor,
-    top: Tensor,
-    coefficient: Tensor,
-    divergence: Divergence,
-) -> Tensor:
-    """This rank's part of the sums behind `row_values`, [5, n]; `student` becomes coefficient * p f' (forward KL:
-    coefficient * (p - q)), `teacher` becomes p.
+def divergence_sums_(tile: DivergenceTile) -> Tensor:
+    """This rank's part of the sums behind `row_values`, [5, n].
 
-    `student`, `teacher` [n, v] hold logits minus any constant of the row; adding `offset`, `teacher_offset` [n] makes
-    them log p and log q. A row's largest logits are 0 in both where `top` [n] is True: this part of the vocabulary has
-    the maximum of both distributions. `coefficient` [n] scales the gradient.
+    May overwrite both logits with what `divergence_gradient_` of the same implementation needs; here `student` becomes
+    coefficient * p f' (forward KL: coefficient * (p - q)), `teacher` becomes p.
     """
+    student, teacher, softmax, teacher_softmax, coefficient, divergence = tile
     n, v = student.shape
     out = torch.zeros(SUMS, n, dtype=student.dtype, device=student.device)
     if v == 0:
         return out
     smallest = torch.finfo(student.dtype).tiny
     scale = coefficient * (1 - divergence.mixture) if divergence.kind == "jensen_shannon" else coefficient
-    for rows, (logp, logq), (p, q) in slabs(student, teacher, scratch=2):
+    for rows, (logp, logq), (p, q, product) in slabs(student, teacher, scratch=3):
         cross, teacher_cross, mean, mixed, together = out[:, rows]
-        together.copy_((torch.add(logp, logq, out=p).amax(1) == 0) & top[rows])
-        exp(logp.add_(offset[rows, None]), p)
-        exp(logq.add_(teacher_offset[rows, None]), q)
-        cross.copy_(_dot(p, logq))
-        teacher_cross.copy_(_dot(q, logp))
+        logp.sub_(softmax.maximum[rows, None])
+        logq.sub_(teacher_softmax.maximum[rows, None])
+        together.copy_(torch.add(logp, logq, out=p).amax(1) == 0)
+        exp(logp.add_(softmax.top_logprob[rows, None]), p)
+        exp(logq.add_(teacher_softmax.top_logprob[rows, None]), q)
+        torch.sum(torch.mul(p, logq, out=product), 1, out=cross)
+        torch.sum(torch.mul(q, logp, out=product), 1, out=teacher_cross)
         if divergence.kind == "forward_kl":
             torch.sub(p, q, out=logp)
         elif divergence.kind == "reverse_kl":
             logp.sub_(logq).mul_(p)
         else:
-            logm = torch.lerp(p, q, divergence.mixture, out=logq).clamp_(min=smallest).log_()
-            mixed.copy_(_dot(q, logm))
-            logp.sub_(logm).mul_(p)
+            # By log2: on CPUs torch.log is MKL's, which is far slower.
+            log2m = torch.lerp(p, q, divergence.mixture, out=logq).clamp_(min=smallest).log2_()
+            torch.sum(torch.mul(q, log2m, out=product), 1, out=mixed)
+            mixed.mul_(LN_2)
+            logp.sub_(log2m, alpha=LN_2).mul_(p)
             torch.sum(logp, 1, out=mean)
         logp.mul_(scale[rows, None])
         logq.copy_(p)
@@ -119,31 +129,26 @@ def row_values(sums: Tensor, entropy: Tensor, teacher_entropy: Tensor, divergenc
 
 
 def divergence_gradient_(
-    student: Tensor,
-    p: Tensor,
-    local: Tensor,
-    owned: Tensor,
-    divergence_part: Tensor,
-    entropy: Tensor,
+    tile: DivergenceTile,
+    mean: Tensor,
+    target: Targets,
     g_logprob: Tensor,
     g_entropy: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Turn `student` [n, v], as `divergence_sums_` left it beside `p`, into the gradient in z of coefficient * D +
-    g_logprob * log p(target) + g_entropy * entropy, summed over rows; overwrites `p`.
+    """The gradient in the student's logits [n, v], in `dtype`, of coefficient * D + g_logprob * log p(target) +
+    g_entropy * entropy, summed over rows.
 
-    `divergence_part` [n] is coefficient * F; the other arguments are those of `softmax_tile.logit_gradient_`.
+    `tile` as `divergence_sums_` left it; overwrites it. `mean` [n] is F. The other arguments are those of
+    `softmax_tile.logit_gradient_`.
     """
-    student.addcmul_(p, (divergence_part + g_logprob)[:, None], value=-1)
+    student, p = tile.student, tile.teacher
+    student.addcmul_(p, (tile.coefficient * mean + g_logprob)[:, None], value=-1)
     if g_entropy is not None:
         for rows, (slab, weights), (logp,) in slabs(student, p):
-            torch.clamp(weights, min=torch.finfo(p.dtype).tiny, out=logp).log_().add_(entropy[rows, None])
+            torch.clamp(weights, min=torch.finfo(p.dtype).tiny, out=logp).log2_().mul_(LN_2).add_(
+                tile.p.entropy[rows, None]
+            )
             slab.addcmul_(weights.mul_(logp), g_entropy[rows, None], value=-1)
-    add_target_(student, local, owned, g_logprob)
-    return student
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row [n]; not a matrix product on CUDA, where those may be TF32."""
-    if a.is_cuda:
-        return (a * b).sum(1)
-    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
+    add_target_(student, target, g_logprob)
+    return student.to(dtype)

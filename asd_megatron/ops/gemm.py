@@ -44,9 +44,9 @@ def operand(x: Tensor) -> Tensor:
     return x if _is_half_on_cuda(x) or _has_onednn_bfloat16(x) else x.to(accumulation_dtype(x.dtype))
 
 
-def gradient_operand(gradient: Tensor, operand: Tensor) -> Tensor:
-    """A gradient (accumulation dtype) in the dtype that its products with `operand` take."""
-    return gradient.to(operand.dtype) if _is_half_on_cuda(operand) else gradient
+def gradient_dtype(operand: Tensor) -> torch.dtype:
+    """The dtype of gradients in their products with `operand`."""
+    return operand.dtype if _is_half_on_cuda(operand) else accumulation_dtype(operand.dtype)
 
 
 def product(out: Tensor, a: Tensor, b: Tensor) -> None:

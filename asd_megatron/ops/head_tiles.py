@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asd_megatron.ops import softmax_tile
-from asd_megatron.ops.gemm import accumulation_dtype, add_product_, gradient_operand, operand, product, rounded_product
+from asd_megatron.ops.gemm import accumulation_dtype, add_product_, gradient_dtype, operand, product, rounded_product
 from asd_megatron.ops.main_grad import WeightGradient
+from asd_megatron.ops.softmax_tile import Softmax, Targets
+from asd_megatron.ops.tile_kernels import tile_kernels
 from asd_megatron.ops.vocab_shard import VocabShard, merge_softmax
 
 TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
@@ -46,11 +47,19 @@ def checked(
 
 
 def default_block(weight: Tensor, stacked: int = 1) -> int:
-    """Rows of a tile that holds `stacked` times as many rows of logits: 512 MiB of float32 on a GPU, 32 MiB elsewhere,
-    but at least 256 rows of logits, below which packing the weight for each tile's products takes noticeable time.
-    Equal on all ranks, because their weights have equally many rows."""
+    """Rows of a tile: 512 MiB of float32 on a GPU, 32 MiB elsewhere, but at least 256, below which packing the weight
+    for each tile's products takes noticeable time. A tile that holds `stacked` rows of logits for each of its rows has
+    2 / 3 as many of its own for 2. Equal on all ranks, because their weights have equally many rows."""
     elements = 1 << 27 if weight.is_cuda else 1 << 23
-    return max(256, elements // max(weight.shape[0], 1) // 64 * 64) // stacked
+    return max(256, elements // max(weight.shape[0], 1) // 64 * 64) * 2 // (stacked + 1)
+
+
+def merged(parts: Tensor) -> Softmax:
+    """The softmax over the complete vocabulary from the statistics of all its parts [parts, 4, n]."""
+    top, total, moment = merge_softmax(parts[:, 0], parts[:, 1], parts[:, 2])
+    log_total = total.log()
+    top_logprob = top - (top + log_total)
+    return Softmax(top, top_logprob, parts[:, 3].amax(0) - top - log_total, log_total - moment / total)
 
 
 class Tiles:
@@ -76,11 +85,13 @@ class Tiles:
         self.count = target.shape[0]
         self.tiles = -(-self.count // block)
         local = target - shard.start
-        self.owned = (local >= 0) & (local < shard.rows)  # bool [N]: the target's column is on this rank
+        self.owned = (local >= 0) & (local < shard.rows)
         self.local = local.clamp(0, max(shard.rows - 1, 0))
         self.dtype = accumulation_dtype(hidden.dtype)
+        self.gradient_dtype = gradient_dtype(self.weight)
         longest = -(-self.count // max(self.tiles, 1))
         self.buffer = torch.empty((stacked * longest, shard.rows), dtype=self.dtype, device=hidden.device)
+        self.kernels = tile_kernels(self.buffer)
 
     def blocks(self) -> Iterator[slice]:
         """The tiles' slices of the N rows: as few as fit, of nearly equal length, because a tile of a few rows costs
@@ -116,33 +127,29 @@ class Tiles:
             tiles.mul_(1.0 / self.temperature)
         return tiles[:n], tiles[n:]
 
+    def targets(self, block: slice) -> Targets:
+        return Targets(self.local[block], self.owned[block])
+
     def statistics(self, tile: Tensor, block: slice) -> Tensor:
-        """(maximum, total, moment, target's logit) [4, n] of this rank's vocabulary; `tile` becomes z - maximum."""
-        return softmax_tile.softmax_statistics(tile, self.local[block], self.owned[block])
+        """(maximum, total, moment, target's logit) [4, n] of this rank's vocabulary."""
+        return self.kernels.softmax_statistics(tile, self.targets(block))
 
-    def reduce(self, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Every rank's statistics [4, n] merged into (logsumexp, log-prob of the target, entropy), each [n]. One
-        collective."""
-        return self.merged(self.shard.gather_ranks(statistics))
-
-    def merged(self, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of all ranks' statistics [ranks, 4, n]."""
-        top, total, moment = merge_softmax(parts[:, 0], parts[:, 1], parts[:, 2])
-        log_total = total.log()
-        return top + log_total, parts[:, 3].amax(0) - top - log_total, log_total - moment / total
+    def reduce(self, statistics: Tensor) -> Softmax:
+        """Every rank's statistics [4, n], merged. One collective."""
+        return merged(self.shard.gather_ranks(statistics))
 
     def logit_gradient(
-        self, tile: Tensor, offset: Tensor, entropy: Tensor, g_logprob: Tensor, g_entropy: Tensor | None, block: slice
+        self, tile: Tensor, softmax: Softmax, g_logprob: Tensor, g_entropy: Tensor | None, block: slice
     ) -> Tensor:
-        """d loss / d (hidden @ weight.T) [n, v].
-
-        `tile` is z plus any per-row constant; adding `offset` [n] makes it log p. Overwrites `tile`.
-        """
-        g_logprob = g_logprob / self.temperature
-        g_entropy = None if g_entropy is None else g_entropy / self.temperature
-        return softmax_tile.logit_gradient_(
-            tile, self.local[block], self.owned[block], offset, entropy, g_logprob, g_entropy
+        """d loss / d (hidden @ weight.T) [n, v] in `gradient_dtype`. Overwrites `tile`."""
+        g_logprob, g_entropy = self.scaled(g_logprob, g_entropy)
+        return self.kernels.logit_gradient_(
+            tile, self.targets(block), softmax, g_logprob, g_entropy, self.gradient_dtype
         )
+
+    def scaled(self, g_logprob: Tensor, g_entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Derivatives in log-prob and entropy, for gradients in hidden @ weight.T instead of z."""
+        return g_logprob / self.temperature, None if g_entropy is None else g_entropy / self.temperature
 
 
 class Gradients:
@@ -154,8 +161,7 @@ class Gradients:
         self.weight = WeightGradient(weight, tiles.dtype) if for_weight else None
 
     def add(self, gradient: Tensor, hidden: Tensor, block: slice) -> None:
-        """`gradient` [n, v] of the logits of `hidden` [n, H]."""
-        gradient = gradient_operand(gradient, hidden)
+        """`gradient` [n, v], in `Tiles.gradient_dtype`, of the logits of `hidden` [n, H]."""
         if self.local is not None:
             rounded_product(self.local[block], gradient, self.tiles.weight)
         if self.weight is not None and self.tiles.shard.rows:

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from asd_megatron.ops import divergence_tile
-from asd_megatron.ops.divergence_tile import Divergence
+from asd_megatron.ops.divergence_tile import Divergence, DivergenceTile, row_values
 from asd_megatron.ops.gemm import operand
-from asd_megatron.ops.head_tiles import Gradients, Tiles, TokenLoss, checked, default_block, differentiated
+from asd_megatron.ops.head_tiles import Gradients, Tiles, TokenLoss, checked, default_block, differentiated, merged
 from asd_megatron.ops.head_tiles import backward as fused_backward
 from asd_megatron.ops.vocab_shard import VocabShard
 
@@ -128,33 +127,18 @@ class _LinearDivergenceLoss(torch.autograd.Function):
             student, teacher = tiles.pair(h, operand(call.teacher(b).detach()), other)
             statistics = torch.cat([tiles.statistics(student, b), tiles.statistics(teacher, b)])  # [8, n]
             parts = shard.gather_ranks(statistics)
-            lse, logprobs, entropy = tiles.merged(parts[:, :4])
-            teacher_lse, teacher_logprobs, teacher_entropy = tiles.merged(parts[:, 4:])
-            part, g_logprobs, g_entropy = differentiated(call.token_loss, logprobs, entropy, b, call.differentiate)
+            p, q = merged(parts[:, :4]), merged(parts[:, 4:])
+            part, g_logprobs, g_entropy = differentiated(call.token_loss, p.logprob, p.entropy, b, call.differentiate)
 
             scale = call.coefficient[b].to(tiles.dtype)
-            top = (statistics[[0, 4]] == parts[:, [0, 4]].amax(0)).all(0)
-            sums = divergence_tile.divergence_sums_(
-                student, teacher, statistics[0] - lse, statistics[4] - teacher_lse, top, scale / temperature,
-                call.divergence,
-            )  # fmt: skip
-            values = divergence_tile.row_values(
-                shard.gather_ranks(sums).sum(0), entropy, teacher_entropy, call.divergence
-            )
+            tile = DivergenceTile(student, teacher, p, q, scale / temperature, call.divergence)
+            sums = tiles.kernels.divergence_sums_(tile)
+            values = row_values(shard.gather_ranks(sums).sum(0), p.entropy, q.entropy, call.divergence)
             loss += part + (scale * values.divergence).sum()
-            columns[:, b] = torch.stack(
-                [logprobs, entropy, teacher_logprobs, teacher_entropy, values.divergence, *values[2:]]
-            )
+            columns[:, b] = torch.stack([p.logprob, p.entropy, q.logprob, q.entropy, values.divergence, *values[2:]])
             if call.differentiate:
-                gradient = divergence_tile.divergence_gradient_(
-                    student,
-                    teacher,
-                    tiles.local[b],
-                    tiles.owned[b],
-                    scale / temperature * values.mean,
-                    entropy,
-                    g_logprobs / temperature,
-                    None if g_entropy is None else g_entropy / temperature,
+                gradient = tiles.kernels.divergence_gradient_(
+                    tile, values.mean, tiles.targets(b), *tiles.scaled(g_logprobs, g_entropy), tiles.gradient_dtype
                 )
                 gradients.add(gradient, h, b)
         ctx.d_hidden, ctx.weight_gradient = gradients.finish()

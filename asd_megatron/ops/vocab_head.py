@@ -38,6 +38,7 @@ from torch.autograd.function import once_differentiable
 
 from asd_megatron.ops.head_tiles import Gradients, Tiles, TokenLoss, checked, differentiated
 from asd_megatron.ops.head_tiles import backward as fused_backward
+from asd_megatron.ops.softmax_tile import Softmax
 from asd_megatron.ops.vocab_shard import VocabShard
 
 __all__ = ["TokenLoss", "VocabShard", "linear_logprob", "linear_token_loss"]
@@ -112,24 +113,25 @@ class _LinearLogprob(torch.autograd.Function):
         statistics = torch.empty(4, tiles.count, dtype=tiles.dtype, device=hidden.device)
         for b in tiles.blocks():
             statistics[:, b] = tiles.statistics(tiles.logits(tiles.hidden(b)), b)
-        lse, logprobs, entropy = tiles.reduce(statistics)
-        ctx.save_for_backward(hidden, weight, target, rows, lse, entropy)
+        softmax = tiles.reduce(statistics)
+        ctx.save_for_backward(hidden, weight, target, rows, *softmax)
         ctx.weight = weight  # the parameter itself: it carries Megatron's attributes
         ctx.settings = (shard, temperature, block)
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        return softmax.logprob, softmax.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logprobs: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, rows, lse, entropy = ctx.saved_tensors
+        hidden, weight, target, rows, *softmax = ctx.saved_tensors
         tiles = Tiles(hidden, weight, target, rows, *ctx.settings)
         gradients = Gradients(tiles, hidden, ctx.weight, *ctx.needs_input_grad[:2])
-        g_logprobs = torch.zeros_like(lse) if g_logprobs is None else g_logprobs
+        g_logprobs = softmax[0].new_zeros(tiles.count) if g_logprobs is None else g_logprobs
         for b in tiles.blocks():
             h = tiles.hidden(b)
             g_h = None if g_entropy is None else g_entropy[b]
-            gradients.add(tiles.logit_gradient(tiles.logits(h), -lse[b], entropy[b], g_logprobs[b], g_h, b), h, b)
+            own = Softmax(*(column[b] for column in softmax))
+            gradients.add(tiles.logit_gradient(tiles.logits(h), own, g_logprobs[b], g_h, b), h, b)
         d_hidden, weight_gradient = gradients.finish()
         return d_hidden, None if weight_gradient is None else weight_gradient.result(), *[None] * 5
 
@@ -156,13 +158,12 @@ class _LinearTokenLoss(torch.autograd.Function):
         for b in tiles.blocks():
             h = tiles.hidden(b)
             tile = tiles.logits(h)
-            statistics = tiles.statistics(tile, b)
-            lse, logprobs[b], entropy[b] = tiles.reduce(statistics)
+            softmax = tiles.reduce(tiles.statistics(tile, b))
+            logprobs[b], entropy[b] = softmax.logprob, softmax.entropy
             part, g_logprobs, g_entropy = differentiated(token_loss, logprobs[b], entropy[b], b, differentiate)
             loss += part
             if differentiate:
-                offset = statistics[0] - lse
-                gradients.add(tiles.logit_gradient(tile, offset, entropy[b], g_logprobs, g_entropy, b), h, b)
+                gradients.add(tiles.logit_gradient(tile, softmax, g_logprobs, g_entropy, b), h, b)
         ctx.d_hidden, ctx.weight_gradient = gradients.finish()
         ctx.mark_non_differentiable(logprobs, entropy)
         return loss, logprobs, entropy

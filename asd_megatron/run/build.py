@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from asd_megatron.antisd import Condition, Gate, OutlierLimit, PerplexityLambda, PerplexityRule, condition
+from asd_megatron.antisd import Condition, Gate, KlPenalty, OutlierLimit, PerplexityLambda, PerplexityRule, condition
 from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.config.evaluation import EvaluationSection
 from asd_megatron.config.sampling import SamplingSection
@@ -59,6 +59,7 @@ def make_method(recipe: Recipe) -> Method:
         importance_floor=a.mask_below,
         importance_level=a.importance_level,
         exact=exact_term(recipe),
+        kl=KlPenalty(a.kl_estimator, a.kl_coefficient) if a.kl_coefficient > 0 else None,
     )
 
 
@@ -86,6 +87,8 @@ def make_plan(recipe: Recipe) -> PassPlan:
         importance_level=a.importance_level,
         exact=a.estimator == "full_vocabulary",
         perplexity=a.lambda_source == "teacher_perplexity",
+        teacher_copy=None if recipe.teacher.weights == "live" else recipe.teacher.weights,
+        kl_penalty=a.kl_coefficient > 0,
     )
 
 

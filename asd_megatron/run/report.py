@@ -99,6 +99,24 @@ def _demonstrations(recipe: Recipe, teacher: bool) -> dict[str, str]:
     return {"demonstrations": "drawn by each rollout" if shared is None else f"{shared} shared by a group"}
 
 
+def _weights(recipe: Recipe, session: Session, plan: PassPlan) -> dict[str, str]:
+    """The rows about the teacher's weights, the KL penalty and the copies of weights that they need."""
+    a, rate = recipe.algorithm, recipe.teacher.ema_rate
+    teachers = {
+        "live": "the trained weights themselves",
+        "initial": "the initial weights, those of model.path",
+        "ema": f"moving average of the weights, rate {rate:g}, in float32",
+    }
+    rows = {"teacher": teachers[recipe.teacher.weights]} if plan.teacher_scoring else {}
+    if a.kl_coefficient > 0:
+        where = "advantage" if a.kl_estimator == "k1" else "loss"
+        rows["KL penalty"] = f"{a.kl_coefficient:g} x {a.kl_estimator} to the initial weights, in the {where}"
+    if session.copies is not None:
+        names, size = " and ".join(session.copies.names), session.copies.bytes / 2**30
+        rows["copies of weights"] = f"{names}: {size:.2f} GiB of host memory on this rank"
+    return rows
+
+
 def evaluation_text(recipe: AnyRecipe) -> str:
     """When the run evaluates, on what, and how it samples there; `none` if it does not."""
     if not recipe.evaluates:
@@ -187,6 +205,7 @@ def announce_training(
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
             "evaluation": evaluation_text(recipe),
             **_demonstrations(recipe, plan.teacher_scoring),
+            **_weights(recipe, session, plan),
             **_teacher_states(recipe, session, method),
         },
         condition=condition,

@@ -145,7 +145,13 @@ class TrainingRun:
         with self.clock.phase("teacher"):
             temperature = self.recipe.sampling.temperature
             scores = passes.score_teacher(
-                self.port, self.process_groups, batch.local, self.plan, temperature=temperature, states=batch.states
+                self.port,
+                self.process_groups,
+                batch.local,
+                self.plan,
+                temperature=temperature,
+                states=batch.states,
+                copies=self.session.copies,
             )
             self._check_scores("teacher scoring", batch, scores, "teacher")
         return scores
@@ -159,12 +165,30 @@ class TrainingRun:
             self._check_scores("student scoring", batch, scores, "student")
         return scores
 
+    def score_reference(self, batch: Batch) -> Scores | None:
+        if not self.plan.reference_scoring:
+            return None
+        with self.clock.phase("reference"):
+            temperature, copies = self.recipe.sampling.temperature, self.session.copies
+            scores = passes.score_reference(
+                self.port, self.process_groups, batch.local, self.plan, temperature=temperature, copies=copies
+            )
+            self._check_scores("reference scoring", batch, scores, "reference")
+        return scores
+
     def gate_step(self, batch: Batch, teacher: Scores | None, student: Scores | None) -> float | Tensor:
         """This step's lambda, from the gate updated with this step's median entropy; with
         `algorithm.lambda_source: teacher_perplexity` each token's [N]."""
         return self.strength.step(batch.local, batch.inputs, teacher, student)
 
-    def update(self, batch: Batch, teacher: Scores | None, student: Scores | None, lam: float | Tensor) -> UpdateStats:
+    def update(
+        self,
+        batch: Batch,
+        teacher: Scores | None,
+        student: Scores | None,
+        lam: float | Tensor,
+        reference: Scores | None = None,
+    ) -> UpdateStats:
         with self.clock.phase("update"):
             stats = update(
                 self.port,
@@ -180,6 +204,8 @@ class TrainingRun:
                 temperature=self.recipe.sampling.temperature,
                 epochs=self.recipe.algorithm.epochs,
                 states=batch.states,
+                reference=reference,
+                copies=self.session.copies,
             )
             if batch.states is not None:
                 batch.states.drop()
@@ -193,7 +219,7 @@ class TrainingRun:
 
     def observe(self, step: int, batch: Batch, teacher: Scores | None, stats: UpdateStats) -> None:
         """Metrics, dump and progress of the step; the evaluation when it is due."""
-        columns = table_columns(batch.inputs, teacher, stats.columns)
+        columns = table_columns(batch.inputs, teacher, stats.columns, stats.reference)
         if not self.plan.teacher_scoring and self.condition.u_source == "teacher":
             columns = {k: v for k, v in columns.items() if k not in ("pmi", "term")}
         table = gather_table(batch.local.table, columns, batch.local.indices, self.process_groups)
@@ -325,7 +351,7 @@ class TrainingRun:
     def _check_scores(self, phase: str, batch: Batch, scores: Scores | None, of: str) -> None:
         """Raises NotFinite on every rank when any of them scored something that is not finite. Collective.
 
-        `of`: whose scores they are, `student` or `teacher`."""
+        `of`: whose scores they are, `student`, `teacher` or `reference`."""
         if scores is None:
             return
         table = TokenTable(batch.local.table.offsets, score_columns(scores, of))

@@ -30,6 +30,7 @@ from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run import folder as folders
 from asd_megatron.run.changes import SCHEDULE_KEYS
 from asd_megatron.run.clock import Clock
+from asd_megatron.run.copies import check_missing, weight_copies
 from asd_megatron.run.folder import Start, writing
 from asd_megatron.run.interruption import Interruption
 from asd_megatron.run.preview import finished_text
@@ -75,6 +76,8 @@ class Session:
     Opening locks the run folder and checks it; a refusal leaves the folder as it was. `begin` prepares it for this run.
     `closing` takes what has to be closed at the end.
 
+    `copies` are the copies of weights that the method scores with, None without any.
+
     `first_step` is the first step still to be made (1, or the one after the checkpoint that the run resumed from),
     `resumed` the run state of that checkpoint, None for a fresh run.
     """
@@ -99,6 +102,7 @@ class Session:
         if self.start.kind == "finished":
             raise RunFinished(finished_text(recipe, self.start.changes))
         self.port = self._build_port()
+        self.copies = weight_copies(recipe, self.port)  # of model.path's weights, before a checkpoint is loaded
         self.optimizer = self._build_optimizer()
         self.pack_layout = PackLayout.of(
             self.layout,
@@ -107,6 +111,7 @@ class Session:
             pad_id=self.tokenizer.pad_token_id or 0,
             share_prefixes=self._shares_prefixes(),
         )
+        self._note: str | None = None  # about the checkpoint's copies of weights, for the console
         self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)
         self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
         self._saved = self.first_step - 1 if self.start.kind == "resume" else 0  # step of the run's newest checkpoint
@@ -176,7 +181,10 @@ class Session:
     def _load(self, checkpoint: str) -> dict[str, Any]:
         """Load weights and optimizer from a training checkpoint and set the schedule to its step; returns its run
         state. Collective."""
-        state = training.load(Path(checkpoint), self.port, self.optimizer.megatron, self.optimizer.scheduler)
+        path = Path(checkpoint)
+        if self.copies is not None:
+            self._note = self.on_root(lambda: check_missing(self.recipe, path, training.stored_copies(path)))
+        state = training.load(path, self.port, self.optimizer.megatron, self.optimizer.scheduler, self.copies)
         step = int(state["step"])
         if state["stage"] != self.stage:
             raise UserError(
@@ -204,6 +212,8 @@ class Session:
                 f"the run has returned to checkpoint.resume {self.start.returned_to} before: it goes on after step"
                 f" {done}"
             )
+        if self._note is not None:
+            lines.append(self._note)
         if changes:
             lines.append(f"settings changed after step {done}: {'; '.join(map(str, changes))}")
         if 0 < done < self.recipe.run.steps and any(change.key in SCHEDULE_KEYS for change in changes):
@@ -332,6 +342,7 @@ class Session:
                 self.optimizer.scheduler,
                 {**run_state, "step": step, "stage": self.stage},
                 keep=self.recipe.checkpoint.keep,
+                copies=self.copies,
             )
         self._saved = step
 

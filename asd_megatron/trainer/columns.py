@@ -96,13 +96,15 @@ class FrozenScores(Columns):
 class LossInputs(Columns):
     """All inputs of the loss beside the log-probs that are being differentiated.
 
-    `teacher` is None when the step has no teacher scoring pass, `frozen` when it has none of the student.
+    `teacher` is None when the step has no teacher scoring pass, `frozen` when it has none of the student, `reference`
+    (under the initial weights) without a KL penalty.
     """
 
     inputs: TokenInputs
     lam: Tensor  # float32: this step's lambda for the token
     teacher: Scores | None
     frozen: FrozenScores | None = None
+    reference: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ def score_columns(scores: Scores, of: str) -> dict[str, Tensor]:
     return {f"{of}_logprobs": scores.logprobs, f"{of}_entropy": scores.entropy}
 
 
-def table_columns(inputs: TokenInputs, teacher: Scores | None, update: UpdateColumns) -> dict[str, Tensor]:
+def table_columns(
+    inputs: TokenInputs, teacher: Scores | None, update: UpdateColumns, reference: Scores | None = None
+) -> dict[str, Tensor]:
     """A step's results under the names of `TokenTable`. Columns that were not computed are absent."""
     constants = update.constants
     found = {
@@ -158,6 +162,8 @@ def table_columns(inputs: TokenInputs, teacher: Scores | None, update: UpdateCol
     if constants.importance is not None and constants.importance_affected is not None:
         found["importance"] = constants.importance
         found["importance_affected"] = constants.importance_affected
+    if reference is not None:
+        found["reference_logprobs"] = reference.logprobs
     if update.divergences is not None:
         found |= vars(update.divergences)
     return found

@@ -7,9 +7,14 @@ from typing import Literal
 
 from asd_megatron.antisd.divergence import Condition, resolve_condition
 from asd_megatron.antisd.importance import Level
+from asd_megatron.models.weight_copies import CopyName
 
 BACKWARD_COST = 2  # a backward pass in forwards
 NORMALIZATIONS = ("none", "sequence", "demean", "batch")
+TEACHER_COPIES: dict[CopyName, str] = {
+    "initial": "under a copy of the initial weights",
+    "ema": "under the moving average of the weights",
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,9 @@ class PassPlan:
         updates: optimizer steps of the batch.
         forwards_per_step: cost of the step in forward passes over the batch; a backward pass counts as two.
         reasons: one sentence for each decision, for the start-up report.
+        teacher_copy: the copy of weights that the teacher is scored with; None: the live weights.
+        reference_scoring: a forward pass over the batch's student sequences under the initial weights, before the
+            update.
     """
 
     student_scoring: bool
@@ -33,6 +41,8 @@ class PassPlan:
     updates: int
     forwards_per_step: int
     reasons: tuple[str, ...]
+    teacher_copy: CopyName | None = None
+    reference_scoring: bool = False
 
 
 def plan_passes(
@@ -45,6 +55,8 @@ def plan_passes(
     importance_level: Level = "token",
     exact: bool = False,
     perplexity: bool = False,
+    teacher_copy: CopyName | None = None,
+    kl_penalty: bool = False,
 ) -> PassPlan:
     """Derive the passes from the recipe.
 
@@ -53,6 +65,8 @@ def plan_passes(
         term_normalization: one of `NORMALIZATIONS`. log_pmi: score the teacher even if only the log needs it.
         importance_level: of the importance-sampling correction; "token" without one. exact: the per-token term is the
             divergence over the whole vocabulary. perplexity: lambda comes from the teacher's perplexity.
+        teacher_copy: the copy of weights that scores the teacher; None: the live ones. kl_penalty: the loss or the
+            advantage needs the sampled tokens' log-probs under the initial weights.
 
     Raises ValueError for values outside these.
     """
@@ -78,6 +92,10 @@ def plan_passes(
         reasons.append(f"teacher scoring pass: only to log u (log_pmi), {c.name} does not use it (1 forward)")
     else:
         reasons.append(f"no teacher pass: {c.name} uses no privileged context")
+    if teacher and teacher_copy is not None:
+        reasons.append(
+            f"the teacher is scored {TEACHER_COPIES[teacher_copy]}: exchanged in place with the live ones, and back"
+        )
 
     because = []
     if updates * epochs > 1:
@@ -102,7 +120,7 @@ def plan_passes(
         reasons.append(
             "exact head (8 T H V): logits of student and teacher together; the teacher's hidden states of the response"
             " tokens are kept from its scoring pass until the update"
-            + ("; with several updates a copy of the head too" if updates * epochs > 1 else "")
+            + (f"; {why} a copy of the head too" if (why := _keeps_head(updates * epochs, teacher_copy)) else "")
         )
     elif student:
         known = "advantages" if importance_level == "token" else "advantages and importance weights"
@@ -116,9 +134,23 @@ def plan_passes(
     else:
         reasons.append("fused head (6 T H V): every token's weight depends on that token alone")
 
+    if kl_penalty:
+        reasons.append(
+            "reference scoring pass: the KL penalty needs the sampled tokens' log-probs under the initial weights,"
+            " exchanged in place with the live ones (1 forward)"
+        )
+
     update_cost = (1 + BACKWARD_COST) * epochs
-    forwards = update_cost + student + teacher
+    forwards = update_cost + student + teacher + kl_penalty
     times = f"{updates * epochs} updates" if updates * epochs > 1 else "1 update"
     over = f" over {epochs} epochs" if epochs > 1 else ""
     reasons.append(f"{times}{over}: {update_cost} forwards' worth; {forwards} a step in all")
-    return PassPlan(student, teacher, head, updates * epochs, forwards, tuple(reasons))
+    copy = teacher_copy if teacher else None
+    return PassPlan(student, teacher, head, updates * epochs, forwards, tuple(reasons), copy, kl_penalty)
+
+
+def _keeps_head(updates: int, teacher_copy: CopyName | None) -> str:
+    """Why the exact head needs the teacher's head beside the live one; "" if it does not."""
+    if teacher_copy is not None:
+        return "as the teacher's weights are not the live ones"
+    return "with several updates" if updates > 1 else ""

@@ -4,6 +4,7 @@ read: the gate's entropy, the teacher's perplexities, the deviation of u."""
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 from asd_megatron.antisd import context_tokens, entropy_mask, moments, response_perplexities, term_statistics
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
+from asd_megatron.models.weight_copies import CopyName, WeightCopies
 from asd_megatron.ops.quantile import lower_median
 from asd_megatron.trainer.columns import Scores, TokenInputs
 from asd_megatron.trainer.local_batch import LocalBatch
@@ -29,16 +31,44 @@ def score_teacher(
     *,
     temperature: float,
     states: TeacherStates | None = None,
+    copies: WeightCopies | None = None,
 ) -> Scores | None:
-    """Score the privileged sequences under the live weights, and keep their hidden states in `states`; None when the
-    plan has no such pass."""
+    """Score the privileged sequences under the teacher's weights, and keep their hidden states in `states`; None when
+    the plan has no such pass. `copies` has the copy that the plan names, which is in place only inside."""
     if not plan.teacher_scoring:
         return None
-    if states is not None and plan.updates > 1:
-        states.keep_head()
     keep = None if states is None else states.put
     packs, tokens = batch.teacher_packs(), batch.table.tokens
-    return score(port, process_groups, packs, tokens, temperature=temperature, keep=keep)
+    with _in_place(copies, plan.teacher_copy):
+        if states is not None and (plan.updates > 1 or plan.teacher_copy is not None):
+            states.keep_head()
+        return score(port, process_groups, packs, tokens, temperature=temperature, keep=keep)
+
+
+def score_reference(
+    port: ModelPort,
+    process_groups: ProcessGroups,
+    batch: LocalBatch,
+    plan: PassPlan,
+    *,
+    temperature: float,
+    copies: WeightCopies | None,
+) -> Scores | None:
+    """Score the student sequences under the initial weights, for the KL penalty; None when the plan has no such
+    pass."""
+    if not plan.reference_scoring:
+        return None
+    packs, tokens = batch.student_packs(), batch.table.tokens
+    with _in_place(copies, "initial"):
+        return score(port, process_groups, packs, tokens, temperature=temperature)
+
+
+def _in_place(copies: WeightCopies | None, name: CopyName | None) -> AbstractContextManager[None]:
+    if name is None:
+        return nullcontext()
+    if copies is None:
+        raise ValueError(f"the plan scores under the copy of weights {name!r}, and no copies were given")
+    return copies.in_place(name)
 
 
 def score_student(

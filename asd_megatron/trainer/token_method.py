@@ -15,10 +15,13 @@ from torch import Tensor
 
 from asd_megatron.antisd import (
     Condition,
+    KlPenalty,
     clipped_policy_loss,
     compose,
     finish_term,
     importance_weights,
+    kl_loss,
+    penalised_advantage,
     ratio_statistics,
     signal,
     term,
@@ -49,7 +52,7 @@ class Method:
     `importance_cap` None: no correction of off-policy rollouts. `importance_floor` None: weights are truncated at the
     cap; a number: weights outside [floor, cap] are masked (set to 0). `exact` None: the term is estimated from the
     sampled token. `advantage_weight`: of A_seq. `outlier_limit`: u counts as 0 in the term where |u| is above it; a run
-    measures it in its first steps.
+    measures it in its first steps. `kl` None: no penalty on the divergence from the initial weights.
     """
 
     condition: Condition
@@ -68,6 +71,7 @@ class Method:
     importance_floor: float | None = None
     importance_level: Level = "token"
     exact: ExactTerm | None = None
+    kl: KlPenalty | None = None
 
 
 class Sums(NamedTuple):
@@ -148,6 +152,9 @@ def loss_constants(tokens: LossInputs, student: Tensor, method: Method, sums: Su
         scale=method.term_normalization != "demean",
     )
     advantage = compose(method.condition, tokens.inputs.group_advantage, q, tokens.lam, weight=method.advantage_weight)
+    if method.kl is not None and method.kl.in_advantage:
+        assert tokens.reference is not None, "the plan has a reference scoring pass"
+        advantage = penalised_advantage(advantage, student, tokens.reference.logprobs, method.kl.coefficient)
     if method.importance_cap is None:
         return LossConstants(u, q, advantage)
     weights, affected = importance_weights(
@@ -205,3 +212,12 @@ def policy_loss(
         method.clip_high,
         constants.importance,
     )
+
+
+def add_kl_loss(loss: Tensor, tokens: LossInputs, logprobs: Tensor, constants: LossConstants, method: Method) -> Tensor:
+    """`loss` with the KL penalty of the tokens, when the method has one that belongs to the loss."""
+    if method.kl is None or method.kl.in_advantage:
+        return loss
+    assert tokens.reference is not None, "the plan has a reference scoring pass"
+    weight, reference = tokens.inputs.weight, tokens.reference.logprobs
+    return loss + kl_loss(logprobs, reference, weight, method.kl, constants.importance)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
+from asd_megatron.models.weight_copies import WeightCopies
 from asd_megatron.ops.vocab_divergence import linear_divergence_loss
 from asd_megatron.ops.vocab_head import TokenLoss, linear_logprob, linear_token_loss
 from asd_megatron.trainer import schedule, token_method
@@ -28,12 +29,14 @@ from asd_megatron.trainer.token_method import ExactTerm, Method, Sums
 @dataclass(frozen=True)
 class UpdateStats:
     """The results of all optimizer steps of one batch, in order. `grad_norms` are global L2 norms before clipping;
-    `applied` is False for a step that was skipped because its loss or gradient was not finite."""
+    `applied` is False for a step that was skipped because its loss or gradient was not finite. `reference`: the scores
+    under the initial weights that the KL penalty used."""
 
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     applied: tuple[bool, ...]
     columns: UpdateColumns
+    reference: Scores | None = None
 
     @property
     def loss(self) -> float:
@@ -59,6 +62,8 @@ def update(
     temperature: float,
     epochs: int = 1,
     states: TeacherStates | None = None,
+    reference: Scores | None = None,
+    copies: WeightCopies | None = None,
 ) -> UpdateStats:
     """Train on the batch: one optimizer step for each mini-batch and epoch. Collective over all ranks.
 
@@ -68,10 +73,15 @@ def update(
             importance weights are then frozen before the first optimizer step.
         lam: this step's lambda, one number or one for each token [N].
         states: of the teacher's scoring pass, for the exact estimator (`method.exact`).
+        reference: of the scoring pass under the initial weights, for the KL penalty (`method.kl`).
+        copies: whose moving average follows every applied optimizer step.
 
-    Raises ValueError when several updates of the batch have no scoring pass of the student before them.
+    Raises ValueError when several updates of the batch have no scoring pass of the student before them, and for a KL
+    penalty without `reference`.
     """
-    tokens = LossInputs(inputs, torch.zeros_like(inputs.weight) + lam, teacher)
+    if method.kl is not None and reference is None:
+        raise ValueError("a KL penalty needs a scoring pass under the initial weights first (see pass_plan)")
+    tokens = LossInputs(inputs, torch.zeros_like(inputs.weight) + lam, teacher, reference=reference)
     if student is not None:
         frozen = token_method.freeze(tokens, student, method, batch.table.rollouts, process_groups.dp)
         tokens = replace(tokens, frozen=frozen)
@@ -96,8 +106,10 @@ def update(
             result = optimizer.step(loss=losses[-1])
             norms.append(result.grad_norm)
             applied.append(result.applied)
+            if result.applied and copies is not None:
+                copies.follow()
     share_columns(values, cp=process_groups.cp, pp=process_groups.pp)
-    return UpdateStats(tuple(losses), tuple(norms), tuple(applied), out)
+    return UpdateStats(tuple(losses), tuple(norms), tuple(applied), out, reference)
 
 
 @dataclass
@@ -168,6 +180,7 @@ class _PackLoss:
         else:
             student, constants = tokens.frozen.student, tokens.frozen.constants
         loss, clipped = token_method.policy_loss(tokens.inputs, logprobs, student.logprobs, constants, self.method)
+        loss = token_method.add_kl_loss(loss, tokens, logprobs, constants, self.method)
         ever_clipped = torch.maximum(self.out.clipped[flat], clipped.float())
         found = UpdateColumns(student, ever_clipped, constants, self.out.divergences and self.out.divergences.at(flat))
         self.out.put(flat, found)

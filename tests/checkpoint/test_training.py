@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from asd_megatron.checkpoint import lineage
+from asd_megatron.checkpoint import lineage, training
 from asd_megatron.errors import UserError
 from tests.checkpoint.trainer import RUN_STATE, Trainer
 from tests.distributed.harness import run_ranks
@@ -34,24 +34,36 @@ def _continue(rank: int, folder: str) -> dict[str, Any]:
     report = {}
     for case, (layout, distributed, dtype) in LAYOUTS.items():
         path = Path(folder) / case
-        straight = Trainer(layout, distributed, seed=1, dtype=dtype)
+        straight = Trainer(layout, distributed, seed=1, dtype=dtype, copies=True)
+        start = straight.weights()
         straight.steps(range(2))
         straight.save(path, 2)
         saved_rate = straight.learning_rate
         straight.steps(range(2, 5))
         for used in (False, True)[: 1 + (case in USED)]:  # into a fresh trainer, and into one that has made steps
-            again = Trainer(layout, distributed, seed=2, dtype=dtype)
+            again = Trainer(layout, distributed, seed=2, dtype=dtype, copies=True)
             if used:
                 again.steps(range(7, 9))
             before = again.weights()
             state = again.load(lineage.latest(path))
+            again.kept()  # exchanges the weights and puts them back
             same_rate = again.learning_rate == saved_rate
             again.steps(range(2, 5))
             got, want = again.weights(), straight.weights()
+            kept, same = again.kept(), straight.kept()
             report[f"{case} used={used}"] = {
                 "state": state,
                 "same_rate": same_rate,
                 "equal": all(torch.equal(got[n], want[n]) for n in want),
+                "copies": straight.copies is not None
+                and again.copies is not None
+                and all(
+                    torch.equal(a, b)
+                    for name in straight.copies.names
+                    for a, b in zip(straight.copies._copies[name], again.copies._copies[name], strict=True)
+                ),
+                "initial": all(torch.equal(kept[f"initial {n}"], start[n]) for n in start),
+                "average": any(not torch.equal(same[f"ema {n}"], want[n]) for n in want),
                 "differed": any(not torch.equal(before[n], want[n]) for n in want),
             }
     return report
@@ -62,6 +74,7 @@ def test_continues_bit_for_bit(tmp_path: Path) -> None:
         assert len(report) == len(LAYOUTS) + len(USED)
         for case, found in report.items():
             assert found["equal"] and found["differed"] and found["same_rate"], case
+            assert found["copies"] and found["initial"] and found["average"], case
             assert found["state"] == RUN_STATE, case
 
 
@@ -69,18 +82,40 @@ def _other_layout(rank: int, folder: str) -> dict[str, float]:
     report = {}
     for distributed in (False, True):
         path = Path(folder) / f"distributed_{distributed}"
-        first = Trainer({"tensor": 2}, distributed, seed=1)
+        first = Trainer({"tensor": 2}, distributed, seed=1, copies=True)
         first.steps(range(2))
         first.save(path, 2)
         first.steps(range(2, 4))
-        want = first.weights()
+        want = first.weights() | first.kept()
         for layout in ({"data": 2}, {"pipeline": 2, "virtual_pipeline": 2}):
-            again = Trainer(layout, distributed, seed=2)
+            again = Trainer(layout, distributed, seed=2, copies=True)
             again.load(lineage.latest(path))
             again.steps(range(2, 4))
-            got = again.weights()
+            got = again.weights() | again.kept()
             report[f"{distributed} {layout}"] = max((got[n] - want[n]).abs().max().item() for n in want)
     return report
+
+
+def _without_copies(rank: int, folder: str) -> dict[str, bool]:
+    """A checkpoint with copies read by a run without any, and one without read by a run that has some."""
+    root = Path(folder)
+    keeping, plain = Trainer({}, False, seed=1, copies=True), Trainer({}, False, seed=2)
+    keeping.steps(range(2))
+    plain.steps(range(1))
+    path, other = keeping.save(root / "keeping", 2), plain.save(root / "plain", 1)
+    found = {"stored": training.stored_copies(path) == ("initial", "ema") and training.stored_copies(other) == ()}
+    plain.load(path)
+    found["read"] = all(
+        torch.equal(a, b) for a, b in zip(plain.weights().values(), keeping.weights().values(), strict=True)
+    )
+    kept = keeping.kept()
+    keeping.load(other)
+    found["stay"] = all(torch.equal(tensor, kept[name]) for name, tensor in keeping.kept().items())
+    return found
+
+
+def test_checkpoints_with_and_without_copies(tmp_path: Path) -> None:
+    assert run_ranks(_without_copies, 1, str(tmp_path)) == [{"stored": True, "read": True, "stay": True}]
 
 
 def test_another_layout_can_resume(tmp_path: Path) -> None:

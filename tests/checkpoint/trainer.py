@@ -50,7 +50,8 @@ class Weights:
 class Trainer:
     """A port, Megatron's optimizer and its schedule. Gradients are a function of the weights.
 
-    change: alters a chunk's modules before it is wrapped. config: replaces values of CONFIG.
+    copies: keep the initial weights and a moving average. change: alters a chunk's modules before it is wrapped.
+    config: replaces values of CONFIG.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Trainer:
         seed: int,
         dtype: torch.dtype = torch.float32,
         change: Callable[[Any], None] = lambda chunk: None,
+        copies: bool = False,
         **config: Any,
     ) -> None:
         from asd_megatron.distributed.layout import Layout, init
@@ -70,12 +72,14 @@ class Trainer:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
         from asd_megatron.models.port import ModelPort
+        from asd_megatron.models.weight_copies import WeightCopies
 
         self.port = ModelPort.build({**CONFIG, **config}, groups, sizes, dtype=dtype, layers="local")
         for chunk in self.port.chunks:
             change(chunk)
         self.port.load(Weights(self.port.expected(), seed))
         self.port.wrap_ddp(distributed_optimizer=distributed, overlap_grad_reduce=False)
+        self.copies = WeightCopies(self.port, initial=True, ema_rate=0.3) if copies else None
         settings = OptimizerConfig(
             optimizer="adam",
             lr=1e-2,
@@ -110,14 +114,27 @@ class Trainer:
                 for parameter in chunk.parameters():
                     parameter.main_grad.copy_(torch.sin(parameter.detach().float() * 37 * (number + 1)))
             self.optimizer.step()
+            if self.copies is not None:
+                self.copies.follow()
             self.scheduler.step(1)
 
     def save(self, folder: Path, step: int, run_state: dict[str, Any] = RUN_STATE, keep: int = 2) -> Path:
-        return training.save(folder, step, self.port, self.optimizer, self.scheduler, run_state, keep=keep)
+        return training.save(
+            folder, step, self.port, self.optimizer, self.scheduler, run_state, keep=keep, copies=self.copies
+        )
 
     def load(self, path: Path | None) -> dict[str, Any]:
         assert path is not None
-        return training.load(path, self.port, self.optimizer, self.scheduler)
+        return training.load(path, self.port, self.optimizer, self.scheduler, self.copies)
+
+    def kept(self) -> dict[str, Tensor]:
+        """All full tensors of the copies, each rounded to the model's dtype."""
+        assert self.copies is not None
+        found = {}
+        for name in self.copies.names:
+            with self.copies.in_place(name):
+                found |= {f"{name} {key}": tensor.clone() for key, tensor in self.weights().items()}
+        return found
 
     def weights(self) -> dict[str, Tensor]:
         return everywhere.weights(self.port)

@@ -109,7 +109,10 @@ def test_an_unknown_override_names_the_nearest_key(override: str, nearest: str) 
         ("--actor_rollout_ref.actor.optim.lr", "optimizer.learning_rate"),
         ("--tensor-model-parallel-size", "parallelism.tensor"),
         ("--trainer.n_gpus_per_node", "torchrun --nproc-per-node"),
-        ("--algorithm.kl_coef", "not supported: the method has no KL term"),
+        ("--algorithm.kl_coef", "algorithm.kl_coefficient"),
+        ("--actor.use_kl_loss", "algorithm.kl_coefficient or algorithm.kl_estimator"),
+        ("--ref_load", "the model of model.path"),
+        ("--teacher_update_rate", "teacher.ema_rate"),
         ("--lora.r", "not supported"),
         ("--trainer.wandb", "not supported: metrics go to metrics.jsonl and TensorBoard"),
         ("--data.path", "the keys of data are train, test"),  # not model.path

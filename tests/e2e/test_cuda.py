@@ -52,6 +52,15 @@ def test_float32_trains_as_on_the_cpu(world: World, recorded: Path) -> None:
             torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
 
 
+def test_copies_of_weights_are_exchanged_as_on_the_cpu(world: World) -> None:
+    """Pinned host memory: a moving average as the teacher, and the initial weights for a KL penalty."""
+    copies = ["--teacher.weights", "ema", "--teacher.ema_rate", "0.5", "--algorithm.kl_coefficient", "0.1"]
+    expected = trained(world, "copies_recorded", "--model.dtype", "float32", *copies, **NO_GPU)
+    folder = replayed(world, expected, "copies", "--model.dtype", "float32", *copies)
+    assert_close(common(folder), common(expected), 1e-3)
+    assert metrics(folder)[1]["kl/k2"] > 0
+
+
 def test_bfloat16_stays_near_float32(world: World, recorded: Path) -> None:
     folder = replayed(world, recorded, "bfloat16", "--model.dtype", "bfloat16")
     ours, theirs = dump(folder, 1).table.columns, dump(recorded, 1).table.columns

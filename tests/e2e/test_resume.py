@@ -52,6 +52,9 @@ def test_straight_and_interrupted(
     options = {**ANTISD, "data": {"test": str(world.problems)}, "checkpoint": {"every": 3}}
     if source == "gate":
         options["gate"] = {"warmup_steps": warmup_steps, "tau_down": 0.99}
+        if warmup_steps == 4:  # and with two copies of weights in the checkpoint
+            options["teacher"] = {"weights": "ema", "ema_rate": 0.2}
+            options["algorithm"] = {"name": "antisd", "kl_coefficient": 0.1}
     else:
         monkeypatch.setattr(perplexity, "UNUSABLE_MEAN", math.inf)  # a random model's perplexities
         options["algorithm"] = RELEASED_FORM
@@ -209,6 +212,31 @@ def test_the_weights_and_moments_of_another_run(world: World, grpo: Path) -> Non
         "grpo_elsewhere", "--run.steps", "5", "--checkpoint.resume", str(grpo), algorithm={"name": "grpo"}
     )
     assert metrics(own)[3:] == metrics(other)
+
+
+def test_a_checkpoint_without_the_copies_that_the_recipe_needs(
+    world: World, grpo: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """model.path has the initial weights if the checkpoint's run was trained from it; nothing else has the average."""
+    penalised = {"run": {"steps": 4}, "algorithm": {"name": "grpo", "kl_coefficient": 0.1, "kl_estimator": "k3"}}
+    resume = ["--checkpoint.resume", str(grpo)]
+    folder = world.train("penalised", *resume, **penalised)
+    said = capsys.readouterr()
+    assert "initial weights: those of model.path" in said.err
+    assert "copies of weights" in said.out and "0.1 x k3 to the initial weights" in said.out
+    (row,) = read_metrics(folder)
+    assert row["kl/k3"] > 0 and row["kl/k2"] > 0  # step 4: three steps away from them
+
+    def refused(*overrides: str, **sections: dict[str, Any]) -> str:
+        argv = [str(world.recipe(**sections)), "--run.name", "refused_copies", *overrides, *resume]
+        return refusal(capsys, train.main, argv)
+
+    averaged = {"run": {"steps": 4}, "algorithm": {"name": "no_gate"}, "teacher": {"weights": "ema"}}
+    message = refused(**averaged)
+    assert "stores no moving average" in message and "set teacher.weights" in message
+    shutil.copytree(world.model, tmp_path / "model")
+    message = refused("--model.path", str(tmp_path / "model"), **penalised)
+    assert f"was trained from {world.model}" in message and "set model.path as it was" in message
 
 
 def test_checkpoints_that_cannot_be_used(

@@ -37,9 +37,9 @@ def test_schema_and_metadata(tmp_path: Path) -> None:
     schema = pq.read_schema(path)
     assert " ".join(schema.names) == (
         "step prompt_id sample prompt_ids response_ids finish_reason reward group_advantage demonstration_source "
-        "demonstration_sample teacher_prompt_ids student_logprobs teacher_logprobs engine_logprobs student_entropy "
-        "teacher_entropy pmi advantage divergence reverse_kl forward_kl agreement lambda loss_mask weight_version "
-        "version_changes"
+        "demonstration_sample teacher_prompt_ids student_logprobs teacher_logprobs reference_logprobs engine_logprobs "
+        "student_entropy teacher_entropy pmi advantage divergence reverse_kl forward_kl agreement lambda loss_mask "
+        "weight_version version_changes"
     )
     assert schema.field("response_ids").type.value_type == pa.int32()
     assert schema.field("pmi").type.value_type == pa.float32()

@@ -165,9 +165,17 @@ def warning_names() -> set[str]:
     return {name for i, metrics in enumerate(steps) for name in watch.of_step(i, metrics)[0]}
 
 
+def penalty_names() -> set[str]:
+    """Of a step with a KL penalty."""
+    table = make_table()
+    table["reference_logprobs"] = table["student_logprobs"]
+    return set(step(table=table))
+
+
 def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     emitted = {
         *step(),
+        *penalty_names(),
         *(f"evaluation/{name}" for name in ("accuracy", "pass_rate", "length_mean", "truncated")),
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),
@@ -256,6 +264,17 @@ def test_mismatch_against_numpy(noise: float) -> None:
     for name, value in expected.items():
         assert m[name] == pytest.approx(value, rel=1e-5 if name == "mismatch/k3" else 1e-9), name
     assert 0 < m["mismatch/ess_sequence"] <= m["mismatch/ess"] <= 1
+
+
+def test_the_divergence_from_the_initial_weights() -> None:
+    """Over the tokens that the loss sees, all but the forced one; absent without a KL penalty."""
+    table = make_table()
+    table["reference_logprobs"] = table["student_logprobs"] - torch.tensor([1.0, -1.0, 0, 0, 99, 0, 0, 0, 0])
+    m = step(table=table)
+    assert m["kl/k1"] == pytest.approx(0.0) and m["kl/k2"] == pytest.approx(1 / 8)
+    assert m["kl/k3"] == pytest.approx((math.exp(-1) + math.exp(1) - 2) / 8)
+    assert not undocumented(m)
+    assert not any(name.startswith("kl/") for name in step())
 
 
 def test_k3_estimates_the_divergence() -> None:

@@ -7,6 +7,7 @@ product's formulas, so that it can check them. Only the containers (`Example`) a
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,10 @@ class DenseRecipe:
     divergence: str | None = None  # jensen_shannon, reverse_kl, forward_kl: the exact estimator
     ascend: bool = True
     mixture: float = 0.5
+    teacher: str = "live"  # initial, ema: whose weights score the privileged sequences
+    ema_rate: float = 0.05
+    kl: str | None = None  # k1, k2, k3: a penalty on the divergence from the initial weights
+    kl_coefficient: float = 0.0
     learning_rate: float | None = None
     beta1: float = 0.9
     beta2: float = 0.999
@@ -97,6 +102,18 @@ class DenseAdam:
     second: dict[str, Tensor] = field(default_factory=dict)
 
 
+class DenseModels:
+    """The models beside the trained one: as training started, and the moving average over the updates."""
+
+    def __init__(self, model: Any) -> None:
+        self.initial, self.ema = copy.deepcopy(model), copy.deepcopy(model)
+
+    @torch.no_grad()
+    def follow(self, model: Any, rate: float) -> None:
+        for average, p in zip(self.ema.parameters(), model.parameters(), strict=True):
+            average.copy_((1 - rate) * average + rate * p)
+
+
 @dataclass
 class DenseResult:
     """Everything that one step computes. Lists are per rollout ([T] float64; None for a teacher that was not asked) or
@@ -116,6 +133,7 @@ class DenseResult:
     perplexities: list[float | None]  # the teacher's, of every rollout
     teacher_distributions: list[Tensor | None]  # log q [T, V], for the exact estimator
     acts: list[Tensor]  # tokens that carry a term
+    reference_logprobs: list[Tensor] = field(default_factory=list)  # under the initial weights, with a KL penalty
     losses: list[float] = field(default_factory=list)
     clipped: list[int] = field(default_factory=list)  # tokens whose gradient the clip removed
     gradients: list[dict[str, Tensor]] = field(default_factory=list)  # of the loss, before gradient clipping
@@ -308,6 +326,7 @@ def dense_update(
     gate: DenseGate | None = None,
     adam: DenseAdam | None = None,
     mini_batches: Sequence[Sequence[int]] | None = None,
+    models: DenseModels | None = None,
 ) -> DenseResult:
     """One whole step: scores, gate, advantages, then every update.
 
@@ -315,13 +334,14 @@ def dense_update(
         model: a float64 `transformers` causal language model (see `exact`); its weights change when the recipe has a
             learning rate.
         examples: rewarded rollouts with their group advantages.
-        gate, adam: memory, changed in place; None: new.
+        gate, adam, models: memory, changed in place; None: new.
         mini_batches: indices of each update's examples; None: `recipe.updates` contiguous ones of equal size, the first
             ones one longer when it does not divide. Repeated `recipe.epochs` times.
     """
     gate = DenseGate() if gate is None else gate
     adam = DenseAdam() if adam is None else adam
-    result = score_batch(model, examples, recipe, gate)
+    models = DenseModels(model) if models is None else models
+    result = score_batch(model, examples, recipe, gate, models)
     if mini_batches is None:
         rest = list(range(len(examples)))
         mini_batches = []
@@ -331,6 +351,7 @@ def dense_update(
             rest = rest[size:]
     for chosen in [m for _ in range(recipe.epochs) for m in mini_batches]:
         _one_update(model, examples, recipe, result, adam, chosen)
+        models.follow(model, recipe.ema_rate)
     return result
 
 
@@ -341,8 +362,15 @@ def loss_tokens(example: Example, recipe: DenseRecipe) -> Tensor:
 
 
 @torch.no_grad()
-def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, gate: DenseGate) -> DenseResult:
+def score_batch(
+    model: Any,
+    examples: Sequence[Example],
+    recipe: DenseRecipe,
+    gate: DenseGate,
+    models: DenseModels | None = None,
+) -> DenseResult:
     """Steps 1 to 9 of Algorithm 1: everything before the update, under the weights as they are."""
+    teaching = model if recipe.teacher == "live" or models is None else getattr(models, recipe.teacher)
     student: list[tuple[Tensor, Tensor]] = []
     teacher: list[tuple[Tensor, Tensor] | None] = []
     for e in examples:
@@ -351,7 +379,7 @@ def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, ga
         if e.teacher_prompt_ids is None:
             teacher.append(None)
         else:
-            teacher.append(score(model, e.teacher_prompt_ids, response, recipe.temperature))
+            teacher.append(score(teaching, e.teacher_prompt_ids, response, recipe.temperature))
 
     no_teacher = recipe.condition == "no_teacher"
     pmi, listened, acts, entropies = [], [], [], []
@@ -395,8 +423,24 @@ def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, ga
             response = e.rollout.response_ids
             logp = distributions(model, e.rollout.prompt_ids, response, recipe.temperature)
             if e.teacher_prompt_ids is not None:
-                teachers[i] = distributions(model, e.teacher_prompt_ids, response, recipe.temperature)
+                teachers[i] = distributions(teaching, e.teacher_prompt_ids, response, recipe.temperature)
             term.append(torch.where(acts[i], divergence(recipe, logp, logp if teachers[i] is None else teachers[i]), 0))
+    advantages = [
+        advantage(
+            "grpo" if recipe.divergence else recipe.condition,
+            recipe.advantage_weight * e.group_advantage,
+            q,
+            lams[i],
+            recipe.composition,
+        )
+        for i, (e, q) in enumerate(zip(examples, term, strict=True))
+    ]
+    reference = []
+    if recipe.kl is not None and models is not None:
+        for i, e in enumerate(examples):
+            reference.append(score(models.initial, e.rollout.prompt_ids, e.rollout.response_ids, recipe.temperature)[0])
+            if recipe.kl == "k1":
+                advantages[i] = advantages[i] - recipe.kl_coefficient * (student[i][0] - reference[i])
     return DenseResult(
         student_logprobs=[s[0] for s in student],
         student_entropy=[s[1] for s in student],
@@ -404,16 +448,7 @@ def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, ga
         teacher_entropy=[None if t is None else t[1] for t in teacher],
         pmi=pmi,
         term=term,
-        advantage=[
-            advantage(
-                "grpo" if recipe.divergence else recipe.condition,
-                recipe.advantage_weight * e.group_advantage,
-                q,
-                lams[i],
-                recipe.composition,
-            )
-            for i, (e, q) in enumerate(zip(examples, term, strict=True))
-        ],
+        advantage=advantages,
         importance=[
             importance(recipe, s[0], torch.tensor(e.rollout.logprobs, dtype=torch.float64), loss_tokens(e, recipe))
             for e, s in zip(examples, student, strict=True)
@@ -424,6 +459,7 @@ def score_batch(model: Any, examples: Sequence[Example], recipe: DenseRecipe, ga
         perplexities=found,
         teacher_distributions=teachers,
         acts=acts,
+        reference_logprobs=reference,
     )
 
 
@@ -463,6 +499,11 @@ def _one_update(
         if logq is not None:
             sign = -1 if recipe.ascend else 1
             loss = loss + sign * result.lams[i] * divergence(recipe, logp, logq)[result.acts[i]].sum() / denominator
+        if recipe.kl in ("k2", "k3"):
+            log_ratio = result.reference_logprobs[i] - now
+            estimate = log_ratio**2 / 2 if recipe.kl == "k2" else log_ratio.exp() - 1 - log_ratio
+            penalty = (estimate * result.importance[i])[mask].sum()
+            loss = loss + recipe.kl_coefficient * penalty / denominator
         loss.backward()
         total += loss.item()
         clipped_tokens += int((bounded < plain)[mask].sum())

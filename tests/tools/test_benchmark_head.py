@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark_head.py"
 WAYS = ("fused", "materialised", "vocab_parallel", "checkpointed", "liger_style")
@@ -38,7 +42,67 @@ def test_every_way_agrees_with_float64(tmp_path: Path, options: tuple[str, ...],
         assert with_it - without == pytest.approx(weight_gradient, abs=2e-3)
     assert report["materialised"]["memory_over_2tv"] > report["vocab_parallel"]["memory_over_2tv"]
     assert {"cpu", "load", "load_after"} <= set(report["machine"])
-    assert report["floor"]["seconds"] == min(report["floor"]["whole_seconds"], report["floor"]["tiled_seconds"])
+    assert set(report["divergence"]["error"]) == {"logprobs", "entropy", "divergence", "d_hidden", "d_weight"}
+    # A divergence is a difference of numbers of the size of the entropy.
+    assert max(report["divergence"]["error"].values()) < max(tolerance, 2e-5)
+    for way, key in (("fused", "floor"), ("divergence", "divergence_floor")):
+        floor = report[key]["seconds"]
+        assert floor == min(report[key]["whole_seconds"], report[key]["tiled_seconds"])
+        assert report[way]["time_over_floor"] == pytest.approx(report[way]["seconds"] / floor, rel=0.05)
+    assert set(report["absent"]) == {"liger_tp", "verl_triton"}
+    assert report["machine"]["device"] == "cpu"
+
+
+def test_a_missing_cuda_device_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the tool sets it when it is imported
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    import benchmark_head
+
+    assert benchmark_head.main(["--device", "cuda"]) == 2
+    assert "--device cpu" in capsys.readouterr().err
+
+
+def test_adapters_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With functions of their signatures: the sign, the arguments and the gradients are right."""
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    from head import rivals, ways
+
+    def outputs(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logp = torch.log_softmax(hidden @ weight.t(), 1)
+        return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(1)
+
+    class Liger:
+        @staticmethod
+        def apply(hidden: Tensor, weight: Tensor, target: Tensor, group: Any, **options: Any) -> tuple[Tensor, Tensor]:
+            assert group.size() == 1 and options == {"return_entropy": True}
+            logprobs, entropy = outputs(hidden, weight, target)
+            return -logprobs, entropy
+
+    def verl(hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        assert options == (1.0, "none", None)  # temperature, reduction, process group
+        return outputs(hidden, weight, labels)
+
+    packages = {
+        "liger_kernel.ops": SimpleNamespace(LigerFusedLinearScaledCrossEntropyTPFunction=Liger),
+        "verl.utils.kernel.linear_cross_entropy": SimpleNamespace(linear_cross_entropy=verl),
+    }
+    problem = ways.Problem.random(20, 30, 8, torch.device("cpu"), torch.float32)
+    want = ways.dense(problem)
+    try:
+        for path, adapter in rivals.RIVALS.values():
+            got = adapter(packages[path], problem)
+            assert max(ways.errors(got, want, ways.Result._fields).values()) < 3e-6, path
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    for name, module in packages.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    found, absent = rivals.find_rivals(torch.device("cuda"))
+    assert set(found) == set(rivals.RIVALS) and not absent
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
+    found, absent = rivals.find_rivals(torch.device("cuda"))
+    assert set(found) == {"verl_triton"} and "liger_kernel.ops" in absent["liger_tp"]
 
 
 @pytest.mark.slow

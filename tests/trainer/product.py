@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asd_megatron.antisd import Condition, Gate, OutlierLimit, PerplexityLambda, PerplexityRule, condition
+from asd_megatron.antisd import Condition, Gate, KlPenalty, OutlierLimit, PerplexityLambda, PerplexityRule, condition
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config
 from asd_megatron.data.sft import SftExample
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.models.port import ModelPort
+from asd_megatron.models.weight_copies import WeightCopies
 from asd_megatron.observe.metrics import GateReading, PerplexityReading
 from asd_megatron.ops.vocab_divergence import Divergence
 from asd_megatron.records import Example, TokenTable
@@ -89,6 +90,7 @@ def method_of(recipe: DenseRecipe) -> token_method.Method:
             Divergence(recipe.divergence, recipe.mixture),  # type: ignore[arg-type]
             -1 if recipe.ascend else 1,
         ),
+        kl=None if recipe.kl is None else KlPenalty(recipe.kl, recipe.kl_coefficient),  # type: ignore[arg-type]
     )
 
 
@@ -156,6 +158,21 @@ def snapshot(tensors: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors}
 
 
+class Others:
+    """A reader of slightly different tensors."""
+
+    def __init__(self, reader: FolderReader) -> None:
+        self.reader = reader
+
+    def keys(self) -> set[str]:
+        return self.reader.keys()
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        found = self.reader.get(name, shape)
+        noise = torch.Generator().manual_seed(sum(name.encode()))
+        return found + 0.05 * torch.randn(shape, generator=noise)
+
+
 class Product:
     """A model folder on this rank, in a layout. Collective where its parts are."""
 
@@ -168,9 +185,20 @@ class Product:
         self.port.load(self.reader)
         self.port.wrap_ddp(distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False)
         self.pack_layout = PackLayout.of(layout, self.process_groups, self.port.device)
+        self.copies: WeightCopies | None = None
 
     def reload(self) -> None:
         self.port.load(self.reader)
+        self.copies = None
+
+    def keep_copies(self, recipe: DenseRecipe) -> WeightCopies:
+        """Copies of the present weights, for a teacher and a KL penalty of other weights than the live ones."""
+        self.copies = WeightCopies(self.port, initial=True, ema_rate=recipe.ema_rate)
+        return self.copies
+
+    def load_others(self) -> None:
+        """Weights near those of the folder, the same in every layout."""
+        self.port.load(Others(self.reader))
 
     def batch(self, examples: Sequence[Example], recipe: DenseRecipe, tokens_per_microbatch: int) -> LocalBatch:
         return LocalBatch.build(
@@ -201,16 +229,18 @@ class Product:
             epochs=recipe.epochs,
             importance_level=method.importance_level,
             exact=method.exact is not None,
+            teacher_copy=None if recipe.teacher == "live" else recipe.teacher,  # type: ignore[arg-type]
+            kl_penalty=method.kl is not None,
         )
         batch = self.batch(examples, recipe, tokens_per_microbatch)
         inputs = token_method.token_inputs(batch, method)
         states = None
         if method.exact is not None:
             states = TeacherStates(self.port, self.process_groups, batch.table.tokens, on_host=True)
-        teacher = passes.score_teacher(
-            self.port, self.process_groups, batch, needed, temperature=recipe.temperature, states=states
-        )
-        student = passes.score_student(self.port, self.process_groups, batch, needed, temperature=recipe.temperature)
+        where, temperature = (self.port, self.process_groups, batch, needed), recipe.temperature
+        teacher = passes.score_teacher(*where, temperature=temperature, states=states, copies=self.copies)
+        student = passes.score_student(*where, temperature=temperature)
+        reference = passes.score_reference(*where, temperature=temperature, copies=self.copies)
         lam = strength.step(batch, inputs, teacher, student)
         optimizer = RecordingOptimizer(self.port, recipe)
         stats = update(
@@ -227,9 +257,11 @@ class Product:
             temperature=recipe.temperature,
             epochs=recipe.epochs,
             states=states,
+            reference=reference,
+            copies=self.copies,
         )
         strength.learn(inputs, stats.columns)
-        columns = table_columns(inputs, teacher, stats.columns)
+        columns = table_columns(inputs, teacher, stats.columns, stats.reference)
         table = gather_table(batch.table, columns, batch.indices, self.process_groups)
         reading = strength.reading
         entropy = reading.entropy if isinstance(reading, GateReading) else None

@@ -73,6 +73,12 @@ RECIPES = {
         importance_cap=1.1,
         importance_floor=0.9,
     ),
+    "ema_teacher": DenseRecipe(
+        "no_gate", 0.7, teacher="ema", ema_rate=0.3, divergence="jensen_shannon", kl="k3", kl_coefficient=0.2
+    ),
+    "initial_teacher": DenseRecipe(
+        "no_gate", 0.7, teacher="initial", term_normalization="sequence", kl="k1", kl_coefficient=0.2
+    ),
 }
 Found = dict[str, dict[str, Any]]
 
@@ -94,10 +100,16 @@ def _steps(product: Product, examples: list[Example]) -> Found:
     found: Found = {}
     for name, recipe in RECIPES.items():
         gate = gate_of(recipe, 0.5 if recipe.warmup_steps == 0 else None)
+        if recipe.kl is not None:  # live weights that differ from both copies
+            copies = product.keep_copies(recipe)
+            product.load_others()
+            copies.follow()
         strength = strength_of(recipe, product.process_groups, gate)
         if recipe.outlier_deviations is not None:  # the warm-up step that measures u's deviation
             product.step(hard_batch(2), recipe, strength)
+        before = [p.clone() for chunk in product.port.chunks for p in chunk.parameters()]
         step = product.step(examples, recipe, strength, tokens_per_microbatch=96)
+        after = [p for chunk in product.port.chunks for p in chunk.parameters()]
         table: dict[str, Tensor] = {} if step.table is None else {**step.table.columns, "offsets": step.table.offsets}
         found[name] = {
             "losses": step.stats.losses,
@@ -107,7 +119,10 @@ def _steps(product: Product, examples: list[Example]) -> Found:
             "limit": strength.outlier_limit,
             "table": table,
             "gradients": step.gradients,
+            "untouched": all(map(torch.equal, before, after)),
         }
+        if recipe.kl is not None:
+            product.reload()
     optimizer = RecordingOptimizer(product.port, DenseRecipe())
     stats = product.supervised_step(supervised_examples(1), optimizer)
     found["supervised"] = {"losses": [stats.loss], "gradients": optimizer.gradients}
@@ -173,6 +188,7 @@ def test_two_ranks_equal_one(layout: str, name: str, ranks: list[dict[str, Found
         assert (found["lambdas"], str(found["limit"])) == (first["lambdas"], str(first["limit"]))  # to the last bit
         assert found["lambdas"] == pytest.approx(expected["lambdas"], rel=1e-4, abs=1e-7)
         assert (found["limit"] or 0.0) == pytest.approx(expected["limit"] or 0.0, rel=1e-5)
+        assert found["untouched"]  # nothing was trained: the live weights are back, bit for bit
         check_update(found, expected)
     table = ranks[0][layout][name]["table"]
     assert ranks[1][layout][name]["table"] == {}  # the table goes to global rank 0 alone

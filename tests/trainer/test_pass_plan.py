@@ -86,6 +86,24 @@ def test_log_pmi_scores_the_teacher_for_the_log_only() -> None:
     assert plan_passes("antisd", log_pmi=True) == plan_passes("antisd")
 
 
+def test_other_weights_for_the_teacher_add_no_pass() -> None:
+    for name in TEACHER:
+        p = plan_passes(name, teacher_copy="ema")
+        assert p.teacher_copy == "ema" and p.forwards_per_step == plan_passes(name).forwards_per_step
+        assert any("moving average" in reason for reason in p.reasons)
+    assert plan_passes("grpo", teacher_copy="initial").teacher_copy is None  # nothing scores with it
+    assert "a copy of the head" in "".join(plan_passes("antisd", exact=True, teacher_copy="initial").reasons)
+    assert "a copy of the head" not in "".join(plan_passes("antisd", exact=True).reasons)
+
+
+@pytest.mark.parametrize("name", list(CONDITIONS))
+def test_a_kl_penalty_adds_a_pass(name: str) -> None:
+    p = plan_passes(name, kl_penalty=True)
+    assert p.reference_scoring and p.forwards_per_step == plan_passes(name).forwards_per_step + 1
+    assert any("initial weights" in reason and "(1 forward)" in reason for reason in p.reasons)
+    assert not plan_passes(name).reference_scoring
+
+
 def test_reasons_name_what_decided() -> None:
     def told(*args: object, **options: object) -> str:
         return "\n".join(plan_passes(*args, **options).reasons)  # type: ignore[arg-type]

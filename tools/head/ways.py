@@ -6,7 +6,7 @@ the gradients of hidden states and head weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,7 +120,7 @@ def checkpointed(problem: Problem) -> Result:
     hidden, weight = problem.leaves()
     parts: list[tuple[Tensor, Tensor]] = [
         checkpoint(_logprobs, hidden[block], weight, problem.target[block], use_reentrant=False)
-        for block in _blocks(len(hidden), CHUNK)
+        for block in blocks(len(hidden), CHUNK)
     ]
     logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     problem.loss(logprobs, entropy, slice(None)).backward()
@@ -135,7 +135,7 @@ def liger_style(problem: Problem) -> Result:
     chunk = 1 << (-(-tokens // -(-vocab // width)) - 1).bit_length()  # the power of 2 from T / ceil(V / H) on
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
     logprobs, entropy = torch.empty(2, tokens, device=hidden.device)
-    for block in _blocks(tokens, chunk):
+    for block in blocks(tokens, chunk):
         logp = torch.log_softmax((hidden[block] @ weight.t()).float(), -1)
         logprobs[block] = logp.gather(1, target[block, None])[:, 0]
         softmax = logp.exp()
@@ -154,7 +154,7 @@ def liger_style(problem: Problem) -> Result:
     return Result(logprobs, entropy, d_hidden, d_weight.to(weight.dtype))
 
 
-def _blocks(count: int, length: int) -> Iterator[slice]:
+def blocks(count: int, length: int) -> Iterator[slice]:
     for start in range(0, count, length):
         yield slice(start, min(start + length, count))
 
@@ -179,7 +179,7 @@ class Products:
 
     def __call__(self) -> None:
         hidden, weight = self.problem.hidden, self.problem.weight
-        for block in _blocks(len(hidden), self.chunk):
+        for block in blocks(len(hidden), self.chunk):
             logits = self.logits[: block.stop - block.start]
             torch.mm(hidden[block], weight.t(), out=logits)
             torch.mm(logits, weight, out=self.d_hidden[block])
@@ -190,7 +190,7 @@ def dense(problem: Problem) -> Result:
     """The same in float64 by autograd, chunk by chunk: what every way is checked against."""
     hidden, weight = (leaf.detach().double().requires_grad_() for leaf in problem.leaves())
     columns: list[tuple[Tensor, Tensor]] = []
-    for block in _blocks(len(hidden), CHUNK):
+    for block in blocks(len(hidden), CHUNK):
         logp = torch.log_softmax(hidden[block] @ weight.t(), -1)
         logprobs = logp.gather(1, problem.target[block, None])[:, 0]
         entropy = -(logp.exp() * logp).sum(-1)
@@ -200,10 +200,10 @@ def dense(problem: Problem) -> Result:
     return Result(logprobs, entropy, hidden.grad, weight.grad)
 
 
-def errors(got: Result, want: Result) -> dict[str, float]:
+def errors(got: Sequence[Tensor | None], want: Sequence[Tensor | None], names: Sequence[str]) -> dict[str, float]:
     """Largest absolute difference of each result over the largest absolute value."""
     found = {}
-    for name, ours, reference in zip(Result._fields, got, want, strict=True):
+    for name, ours, reference in zip(names, got, want, strict=True):
         assert ours is not None and reference is not None
         found[name] = ((ours.double() - reference).abs().max() / reference.abs().max()).item()
     return found
