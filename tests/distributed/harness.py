@@ -38,18 +38,19 @@ class RankError(RuntimeError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, init: bool = True
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, init: bool = True, fresh: bool = False
 ) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` new processes; return the results by rank.
 
     `fn`, `args` and the results are pickled; `fn` must be importable (module level). Each rank has the variables of
     torchrun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), one thread, and, with `init`, a gloo world group.
+    `fresh`: ranks import everything themselves, under the environment as it is, which takes seconds.
     Raises RankError with the traceback of the first rank that failed, or when `timeout` seconds have passed.
     """
     # The parent hosts the store, so the port is free by construction.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
-        context = _context()
+        context = multiprocessing.get_context("spawn") if fresh else _context()
         environment = dict(os.environ)
         processes: list[BaseProcess] = [
             context.Process(

@@ -44,9 +44,9 @@ def _peak(fused: bool, dtype: torch.dtype, main_grad: bool = False) -> int:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_gradients_a_tile_and_its_slabs(fused: bool, slabs: None) -> None:
-    """In all 2 MiB beside the weight's gradient, where one copy of the logits has 8 MiB. The statistics take two slabs;
-    `linear_logprob` has computed them when it allocates the gradients."""
-    results, scratch = 4 * (V + T) * H, (2 if fused else 1) * SLAB
+    """In all 2 MiB beside the weight's gradient, where one copy of the logits has 8 MiB. The statistics take two slabs
+    of ten rows, the gradient one of 16; `linear_logprob` has computed them when it allocates the gradients."""
+    results, scratch = 4 * (V + T) * H, (20 if fused else 16) * SLAB // 16
     peak = _peak(fused, torch.float32)
     assert results + TILE + scratch <= peak <= results + TILE + scratch + SMALL
 

@@ -386,7 +386,7 @@ def _op_errors(rank: int, vocab: int, divergence: Divergence, local_rows: int = 
 @needs_triton
 def test_interpreted_ops_on_two_ranks() -> None:
     with interpreting():
-        ranks = run_ranks(_ops, 2)
+        ranks = run_ranks(_ops, 2, fresh=True)
     for worst in ranks:
         for name, value in worst.items():
             assert value < 5e-6, (name, value)
