@@ -65,8 +65,13 @@ class TeacherStates:
             return
         self._rows = torch.cat([self._rows, *self._parts])
         self._parts.clear()
-        if self.cp.size() == 1:
-            return
+        if self.cp.size() > 1:
+            self._exchange(packs)
+        if self.memory != self.port.device:  # a GPU's rows on the host
+            self._rows = self._rows.pin_memory()
+
+    def _exchange(self, packs: Sequence[Pack]) -> None:
+        """Rows to the context-parallel ranks whose student packs hold their tokens."""
         me, device = self.cp.rank(), self.port.device
         holder = torch.where(self._place >= 0, me, -1)
         user = torch.full_like(holder, -1)
