@@ -42,16 +42,18 @@ def compose(
     """The advantage of every token [N] from A_seq [N], the finished term [N] and this step's lambda, one number or one
     for each token [N] (formulas: `Condition`).
 
-    A constant of the policy gradient (detached). Where the term or lambda is 0, it is A_seq exactly. `weight`: of A_seq
-    where the term is added to it; 1 otherwise. The forms `multiplicative` and `rlsd` (with a lambda of at most
-    1) never change the sign of A_seq.
+    A constant of the policy gradient (detached). `weight`: of A_seq in the additive form, where it must be 1 in the
+    others; a condition without a term (`grpo`) ignores it. Where the term or lambda is 0, the result is the weighted
+    A_seq exactly. The forms `multiplicative` and `rlsd` (with a lambda of at most 1) never change the sign of A_seq.
     """
     c = resolve_condition(cond)
     a, q = group_advantage.detach(), term.detach()
+    if c.sign == 0:
+        return a.clone()
     if weight != 1.0:
         a = weight * a
     strength = c.sign * lam
-    if c.sign == 0 or (not isinstance(strength, Tensor) and strength == 0):
+    if not isinstance(strength, Tensor) and strength == 0:
         return a.clone()
     if c.composition == "additive":
         composed = a + strength * q

@@ -140,7 +140,7 @@ def formula(condition: Condition, weight: float = 1.0) -> str:
     q = "phi(u)" if condition.shape == "phi" else "u"
     sign = "+" if condition.sign > 0 else "-"
     if condition.sign == 0:
-        return f"A = {a_seq}"
+        return "A = A_seq"
     if condition.composition == "multiplicative":
         text = f"A = A_seq * max(0, 1 {sign} lambda * {q} * sign(A_seq))"
     elif condition.composition == "multiplicative_plain":

@@ -58,6 +58,7 @@ def test_compositions_by_hand(a_seq: float, u: list[float], lam: float) -> None:
     factor = (1 - lam * p * a.sign()).clamp(min=0)
     torch.testing.assert_close(compose("multiplicative", a, p, lam), a * factor)
     assert compose("grpo", a, p, lam).tolist() == a.tolist()
+    assert compose("grpo", a, p, lam, weight=0.0).tolist() == a.tolist()  # no term to weigh A_seq against
 
 
 @given(st.floats(-5, 5), values, st.floats(-0.5, 1))

@@ -92,6 +92,7 @@ def test_formulas_of_the_released_compositions() -> None:
     assert formula(rlsd) == f"A = A_seq * ((1 - lambda) + lambda * clip(exp(u * sign(A_seq)), 0.8, 1.2)){u}"
     assert "exp(-u * sign(A_seq))" in formula(replace(condition("reverse_kl_ascent"), composition="rlsd"))
     assert formula(condition("antisd"), 0.5).startswith("A = 0.5 * A_seq - lambda * phi(u)")
+    assert formula(condition("grpo"), 0.5) == "A = A_seq"
 
 
 def test_lambda_from_the_perplexity_in_words() -> None:
