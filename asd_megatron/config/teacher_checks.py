@@ -20,9 +20,7 @@ def teacher_findings(recipe: Recipe) -> Iterator[str]:
             " teacher.ema_rate out"
         )
     scored = a.name not in WITHOUT_TEACHER or a.log_pmi
-    # With a KL penalty the initial weights are kept and scored with, whatever scores the teacher.
-    read = scored or teacher.weights == "initial" and a.kl_coefficient > 0
-    if teacher.weights != "live" and not read:
+    if teacher.weights != "live" and not scored:
         yield (
             f"teacher.weights {teacher.weights}: algorithm.name {a.name} scores no teacher; leave teacher.weights out,"
             " or set algorithm.log_pmi true to log u"

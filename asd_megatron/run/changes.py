@@ -37,6 +37,7 @@ FREE_KEYS = SCHEDULE_KEYS | {
     "model.layers",
     "model.recompute",
     "algorithm.log_pmi",
+    "algorithm.teacher_states",
     "evaluation.every",
     "evaluation.at_start",
     "evaluation.at_end",

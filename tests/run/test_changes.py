@@ -23,6 +23,13 @@ def test_what_decides_the_training_is_refused(text: str) -> None:
     assert not_accepted(found, ()) == found and not_accepted(found, [key]) == []
 
 
+def test_where_the_teachers_states_wait_may_change() -> None:
+    recorded = make_recipe(MINIMAL, ["--algorithm.estimator", "full_vocabulary"]).model_dump(mode="json")
+    arguments = ["--algorithm.estimator", "full_vocabulary", "--algorithm.teacher_states", "host"]
+    found = changes(recorded, make_recipe(MINIMAL, arguments))
+    assert [change.key for change in found] == ["algorithm.teacher_states"] and not_accepted(found, ()) == []
+
+
 def test_a_section_that_was_not_recorded_counts_with_its_defaults() -> None:
     recorded = make_recipe(MINIMAL).model_dump(mode="json")
     del recorded["teacher"]
