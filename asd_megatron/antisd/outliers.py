@@ -1,4 +1,4 @@
-"""Outliers of u: beyond some standard deviations, measured in a warm-up, a token's u counts as 0 in the term."""
+"""Outliers of u: a u above a multiple of its standard deviation, measured in a warm-up, counts as 0 in the term."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class OutlierLimit:
 
     def __init__(self, deviations: float, warmup_steps: int) -> None:
         if deviations <= 0 or warmup_steps < 1:
-            raise ValueError(f"outliers beyond {deviations} deviations of {warmup_steps} warm-up steps cannot be told")
+            raise ValueError(f"deviations {deviations} must be above 0 and warmup_steps {warmup_steps} at least 1")
         self.deviations, self.warmup_steps = deviations, warmup_steps
         self.history: list[float] = []
 

@@ -49,12 +49,14 @@ class AlgorithmSection(Section):
         ),
     )
     advantage_weight: float = Field(
-        1.0, ge=0, description="Weight of the group advantage where the term is added to it."
+        1.0,
+        ge=0,
+        description="Weight of the group advantage where a term is added to it (`grpo` has none).",
     )
     estimator: Literal["sampled", "full_vocabulary"] = Field(
         "sampled",
         description=(
-            "How the per-token term is had. `sampled`: from the log-probs of the sampled token (the paper's);"
+            "How the per-token term is computed. `sampled`: from the log-probs of the sampled token (the paper's);"
             " `full_vocabulary`: the divergence between student and teacher itself, over all tokens, whose gradient"
             " the sampled term estimates. docs/divergences.md compares them."
         ),
@@ -75,7 +77,7 @@ class AlgorithmSection(Section):
         gt=0,
         lt=1,
         description=(
-            "The teacher's share of the mixture in `jensen_shannon`: 0.5 is the symmetric divergence, others the"
+            "The teacher's weight in the mixture of `jensen_shannon`: 0.5 is the symmetric divergence, others the"
             " generalised one."
         ),
     )
@@ -113,8 +115,8 @@ class AlgorithmSection(Section):
         None,
         gt=0,
         description=(
-            "A u beyond so many standard deviations counts as 0 in the term; the deviation is the mean over the warm-up"
-            " steps. null: no such rule."
+            "A u with an absolute value above so many standard deviations of u counts as 0 in the term; the deviation"
+            " is the mean over the warm-up steps. null: no such rule."
         ),
     )
     term_normalization: Literal["none", "sequence", "demean", "batch"] = Field(

@@ -15,14 +15,14 @@ class TeacherSection(Section):
     weights: Literal["live", "initial", "ema"] = Field(
         "live",
         description=(
-            "`live`: the trained weights themselves (the paper's); `initial`: the weights of `model.path`, all the"
-            " run; `ema`: an exponential moving average of the trained weights, moved after every applied update. The"
-            " last two keep a copy in host memory."
+            "`live`: the trained weights themselves (the paper's); `initial`: the weights of `model.path`,"
+            " throughout the run; `ema`: an exponential moving average of the trained weights, moved after every"
+            " applied update. The last two keep a copy in host memory."
         ),
     )
     ema_rate: float = Field(
         0.05,
         gt=0,
         lt=1,
-        description="With `ema`: the share of the trained weights in each step of the average (1 minus the decay).",
+        description="With `ema`: the weight of the trained weights in each step of the average (1 minus the decay).",
     )

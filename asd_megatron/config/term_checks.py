@@ -44,8 +44,8 @@ def _composition(recipe: Recipe) -> Iterator[str]:
         )
     if a.composition == "rlsd" and a.lambda_max > 1:
         yield (
-            f"algorithm.lambda_max {a.lambda_max} with algorithm.composition rlsd: lambda is the share of the weighted"
-            " advantage; set it to 1 or less"
+            f"algorithm.lambda_max {a.lambda_max} with algorithm.composition rlsd: lambda interpolates between A_seq"
+            " and the weighted A_seq: set it to 1 or less"
         )
     form = a.composition or ("multiplicative" if a.name == "multiplicative" else "additive")
     if a.advantage_weight != 1 and form != "additive":

@@ -29,7 +29,7 @@ WARNINGS = {
     "no_context": "no rollout had privileged context, several steps in a row",
     "out_of_distribution": "u < 0 for nearly all tokens, mean below -1 nat, several steps in a row",
     "equal_rewards": "equal rewards in every group, several steps in a row",
-    "gate_closed": "lambda was 0 (of every response) in more than half of the steps since the warm-up",
+    "gate_closed": "lambda was 0 (for every response) in more than half of the steps since the warm-up",
     "short_calibration": "H_warm was calibrated on few tokens",
 }
 
@@ -160,8 +160,12 @@ SECTIONS = (
         "Outliers of u",
         "With `algorithm.outlier_deviations`. Tokens as for u.",
         (
-            Metric("outliers/limit", "nats", "a |u| above it counts as 0 in the term; null during the warm-up"),
-            Metric("outliers/share", "fraction of tokens", "tokens whose |u| is above the limit"),
+            Metric(
+                "outliers/limit",
+                "nats",
+                "a u of larger absolute value counts as 0 in the term; null in the warm-up",
+            ),
+            Metric("outliers/share", "fraction of tokens", "tokens whose u has an absolute value above the limit"),
         ),
     ),
     Section(
@@ -203,7 +207,8 @@ SECTIONS = (
             Metric(
                 "loss/policy",
                 "1",
-                "clipped policy loss, near 0 on-policy by construction; a KL penalty in the loss included",
+                "clipped policy loss, near 0 on-policy by construction; plus, where the recipe has them, the KL penalty"
+                " by `k2` or `k3` and the exact estimator's lambda D",
             ),
             Metric("loss/clip_fraction", "fraction of tokens", "tokens whose ratio was clipped"),
         ),

@@ -34,8 +34,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence. `mixture` is b of the generalised Jensen-Shannon divergence, in (0, 1): the teacher's share of
-    m. 0.5 is the symmetric one, at most log 2; the others ignore it. Raises ValueError for values outside these."""
+    """Which divergence. `mixture` is b of the generalised Jensen-Shannon divergence, in (0, 1): the teacher's weight
+    in m. 0.5 is the symmetric one, at most log 2; the others ignore it. Raises ValueError for values outside these."""
 
     kind: Kind = "jensen_shannon"
     mixture: float = 0.5

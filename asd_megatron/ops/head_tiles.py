@@ -48,8 +48,9 @@ def checked(
 
 def default_block(weight: Tensor, stacked: int = 1) -> int:
     """Rows of a tile: 512 MiB of float32 on a GPU, 32 MiB elsewhere, but at least 256, below which packing the weight
-    for each tile's products takes noticeable time. A tile that holds `stacked` rows of logits for each of its rows has
-    2 / 3 as many of its own for 2. Equal on all ranks, because their weights have equally many rows."""
+    for each tile's products takes noticeable time. `stacked` is how many rows of logits a tile holds for each of its
+    rows; with 2 (student and teacher) the tile has 2 / 3 as many rows. Equal on all ranks, because their weights have
+    equally many rows."""
     elements = 1 << 27 if weight.is_cuda else 1 << 23
     return max(256, elements // max(weight.shape[0], 1) // 64 * 64) * 2 // (stacked + 1)
 

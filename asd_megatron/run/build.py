@@ -98,12 +98,12 @@ def never_acts(recipe: Recipe) -> str | None:
     by_gate = recipe.algorithm.lambda_source == "gate"
     if condition(recipe.algorithm.name).sign == 0 or recipe.run.steps > warm_up:
         return None
-    of, remedy = "the gate", "lower gate.warmup_steps, or give gate.h_warm"
+    of, remedy = "the gate", "lower gate.warmup_steps" + (", or give gate.h_warm" if recipe.algorithm.gated else "")
     if not by_gate:
         of, remedy = "the perplexity's target", "lower perplexity.warmup_steps, or give perplexity.target"
     return (
         f"run.steps {recipe.run.steps} is not above the {warm_up} warm-up steps of {of}, in which lambda is 0: this"
-        f" run trains as grpo. Raise run.steps, {remedy}"
+        f" run trains without the per-token term. Raise run.steps, {remedy}"
     )
 
 

@@ -1,7 +1,7 @@
 """The teacher's last hidden states at the response positions, kept from its scoring pass for the update's head.
 
 The exact divergence needs the teacher's complete distribution of every response token. Its hidden states [N, H] are
-what is kept of it: with N tokens they are H / V of the logits, and the head turns them into logits again, tile by tile.
+kept instead of its logits [N, V]; the head computes the logits from them, tile by tile.
 
 Each tensor-parallel rank keeps H / tp of every row, whatever the sequence parallelism. Where the student's context
 parallelism puts a token on another rank than the teacher's, `bring` sends the row there:
