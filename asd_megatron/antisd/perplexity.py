@@ -82,8 +82,8 @@ class PerplexityLambda:
     """Computes each step's lambdas from the teacher's perplexities of the step's responses.
 
     * Warm-up: the first `warmup_steps` steps with a perplexity run with lambda 0. P* is the rule's, from the lower
-      median of these steps' mean perplexities; steps with a mean of 10 and more are left out, and as long as none is
-      left the warm-up lasts. A given `target` needs no warm-up.
+      median of these steps' mean perplexities. Steps with a mean of 10 and more do not count for it, and the warm-up
+      continues until one step counts. A given `target` needs no warm-up.
     * A step without any perplexity changes nothing and does not count as a warm-up step.
 
     All ranks hold equal objects and update them with the same perplexities. A checkpoint needs `state_dict` alone; the

@@ -23,7 +23,7 @@ CopyName = Literal["initial", "ema"]
 
 
 class WeightCopies:
-    """Which copies a run needs, as they are now.
+    """The copies of weights that a run scores with, at the present step.
 
     Beside each copy, `in_place` needs host memory for the live weights, allocated once. Host memory is pinned where
     the model is on a CUDA device.

@@ -28,6 +28,7 @@ def checked(
     temperature: float,
     token_block: int | None,
 ) -> tuple[Tensor | None, int]:
+    """(rows, rows of a tile). Raises ValueError for shapes and values that the fused head does not take."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden must be [T, H] and weight [rows, H] of one dtype: they are {hidden.dtype} {tuple(hidden.shape)} "

@@ -114,7 +114,7 @@ def teacher_perplexities(
 
 
 def per_token(batch: LocalBatch, values: Tensor) -> Tensor:
-    """One value for each response of the global batch [R] to this rank's tokens: float32 [N]."""
+    """Each response's value, of the global batch's [R], at every one of its tokens on this rank: float32 [N]."""
     own = batch.table.spread(values[batch.indices])
     return own.to(batch.layout.device, torch.float32)
 

@@ -111,8 +111,3 @@ class TeacherStates:
         self._place.fill_(-1)
         self._parts.clear()
         self.head = None
-
-    @property
-    def bytes(self) -> int:
-        """Of the rows that this rank holds."""
-        return self._rows.numel() * self._rows.element_size()
