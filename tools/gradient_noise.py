@@ -156,6 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             fixed += ["--checkpoint.every", "0", "--checkpoint.export_at_end", "false"]
             recipe = load_recipe(arguments.recipe, [*overrides, *fixed])
             assert isinstance(recipe, Recipe)
+            if recipe.teacher.weights != "live" or recipe.algorithm.kl_coefficient:
+                raise UserError(
+                    "the noise is measured with the live teacher and without a KL penalty: leave out"
+                    " teacher.weights and algorithm.kl_coefficient"
+                )
             return run_session(recipe, lambda session: _show(measure(TrainingRun(recipe, session), arguments.batches)))
 
     def _show(found: dict[str, Moments]) -> None:

@@ -82,6 +82,11 @@ def _perplexity(recipe: Recipe) -> Iterator[str]:
                 + (" (perplexity.warmup_steps is the key here)" if key == "warmup_steps" else "")
                 + ", or set algorithm.lambda_source gate"
             )
+    if p.target is not None and p.target >= p.cutoff:
+        yield (
+            f"perplexity.target {p.target} is not below perplexity.cutoff {p.cutoff}: every response above the target"
+            " would have lambda 0; lower the first or raise the second"
+        )
     if p.warmup_steps == 0 and p.target is None:
         yield (
             "perplexity.warmup_steps 0 leaves no step to measure the target perplexity in: set it to 1 or more, or give"

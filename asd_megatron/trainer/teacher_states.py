@@ -60,7 +60,7 @@ class TeacherStates:
 
     def bring(self, packs: Sequence[Pack]) -> None:
         """Exchange rows so that this rank has those of the tokens in `packs`, its student packs of the complete batch.
-        Collective over the context-parallel group of the last stage; call once, after all `put`."""
+        Collective over the context-parallel group of the last stage; call after all `put`; may be repeated."""
         if not self.port.is_last_stage:
             return
         self._rows = torch.cat([self._rows, *self._parts])

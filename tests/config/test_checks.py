@@ -107,6 +107,8 @@ def refusal(text: str, kind: Any = "train") -> str:
          "algorithm.lambda_source=teacher_perplexity algorithm.name=multiplicative"),
         ("algorithm.lambda_source=teacher_perplexity algorithm.name=no_teacher", "it has no teacher",
          "algorithm.lambda_source=teacher_perplexity algorithm.name=grpo"),
+        ("algorithm.lambda_source=teacher_perplexity perplexity.target=3", "is not below perplexity.cutoff",
+         "algorithm.lambda_source=teacher_perplexity perplexity.target=2.9"),
         ("algorithm.lambda_source=teacher_perplexity perplexity.warmup_steps=0", "or give perplexity.target",
          "algorithm.lambda_source=teacher_perplexity perplexity.warmup_steps=0 perplexity.target=1.2"),
         ("algorithm.lambda_source=teacher_perplexity perplexity.target=1.2 perplexity.target_ratio=0.9",
