@@ -182,6 +182,6 @@ class _PackLoss:
         loss, clipped = token_method.policy_loss(tokens.inputs, logprobs, student.logprobs, constants, self.method)
         loss = token_method.add_kl_loss(loss, tokens, logprobs, constants, self.method)
         ever_clipped = torch.maximum(self.out.clipped[flat], clipped.float())
-        found = UpdateColumns(student, ever_clipped, constants, self.out.divergences and self.out.divergences.at(flat))
-        self.out.put(flat, found)
+        # `_exact` writes the divergences, which are known only after the tile's loss.
+        replace(self.out, divergences=None).put(flat, UpdateColumns(student, ever_clipped, constants))
         return loss
