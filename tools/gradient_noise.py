@@ -27,14 +27,10 @@ from asd_megatron.cli.guard import as_rank
 from asd_megatron.config import Recipe, load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.files import write_json
-from asd_megatron.run.build import exact_term
 from asd_megatron.run.rl import Batch, TrainingRun
 from asd_megatron.run.session import Session, run_session
-from asd_megatron.trainer import passes
 from asd_megatron.trainer.columns import Scores
 from asd_megatron.trainer.optimizer import StepResult
-from asd_megatron.trainer.pass_plan import plan_passes
-from asd_megatron.trainer.teacher_states import TeacherStates
 from asd_megatron.trainer.token_method import Method
 from asd_megatron.trainer.updater import update
 
@@ -84,7 +80,7 @@ class Moments:
         return {"norm": norm2**0.5, "noise": variance**0.5, "batches": batches}
 
 
-def gradient(run: TrainingRun, batch: Batch, teacher: Scores, states: TeacherStates, method: Method) -> Tensor:
+def gradient(run: TrainingRun, batch: Batch, teacher: Scores, method: Method) -> Tensor:
     gradients = _Gradients(run.session)
     exact = method.exact is not None
     update(
@@ -96,32 +92,26 @@ def gradient(run: TrainingRun, batch: Batch, teacher: Scores, states: TeacherSta
         teacher=teacher,
         student=None,
         method=method,
-        plan=plan_passes(method.condition, exact=exact),
+        plan=run.plan if exact else replace(run.plan, head="fused"),
         lam=run.recipe.algorithm.lambda_max,
         temperature=run.recipe.sampling.temperature,
-        states=states if exact else None,
+        states=batch.states if exact else None,
     )
     return gradients.found
 
 
 def measure(run: TrainingRun, batches: int) -> dict[str, Moments]:
     """Moments by loss and estimator over fresh batches."""
-    exact = exact_term(run.recipe)
     found = {f"{loss} {how}": Moments() for loss in LOSSES for how in ("sampled", "exact")}
     run.start()
     for step in range(1, batches + 1):
         batch = run.build_batch(run.collect(step), step)
-        states = TeacherStates(run.port, run.process_groups, batch.local.table.tokens)
-        plan = plan_passes(run.method.condition, exact=True)
-        temperature = run.recipe.sampling.temperature
-        teacher = passes.score_teacher(
-            run.port, run.process_groups, batch.local, plan, temperature=temperature, states=states
-        )
+        teacher = run.score_teacher(batch)
         assert teacher is not None
         for loss, weight in LOSSES.items():
-            method = replace(run.method, advantage_weight=weight)
-            for how, term in (("exact", exact), ("sampled", None)):
-                found[f"{loss} {how}"].add(gradient(run, batch, teacher, states, replace(method, exact=term)))
+            method = replace(run.strength.method, advantage_weight=weight)
+            found[f"{loss} exact"].add(gradient(run, batch, teacher, method))
+            found[f"{loss} sampled"].add(gradient(run, batch, teacher, replace(method, exact=None)))
         run.weights.version = step
         print(f"batch {step} of {batches}", file=sys.stderr, flush=True)
     return found

@@ -186,12 +186,10 @@ def _teacher_states(recipe: Recipe, session: Session, method: Method) -> dict[st
     }
 
 
-def announce_training(
-    recipe: Recipe, session: Session, condition: Condition, strength: TermStrength, plan: PassPlan, method: Method
-) -> None:
+def announce_training(recipe: Recipe, session: Session, strength: TermStrength, plan: PassPlan) -> None:
     """The report of an RL run. Global rank 0 only."""
-    perplexity = strength.perplexity
-    s = recipe.sampling
+    method, perplexity = strength.method, strength.perplexity
+    condition, s = method.condition, recipe.sampling
     announce(
         session,
         {

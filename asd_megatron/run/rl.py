@@ -25,8 +25,6 @@ from asd_megatron.run.build import (
     embedded_engine,
     example_builder,
     make_collector,
-    make_condition,
-    make_method,
     make_plan,
     make_renderer,
     make_strength,
@@ -63,10 +61,10 @@ class TrainingRun:
 
     def __init__(self, recipe: Recipe, session: Session) -> None:
         self.recipe, self.session = recipe, session
-        self.condition = make_condition(recipe)
         self.process_groups, self.port, self.clock = session.process_groups, session.port, session.clock
-        self.method, self.plan = make_method(recipe), make_plan(recipe)
+        self.plan = make_plan(recipe)
         self.strength = make_strength(recipe, self.process_groups)
+        self.condition = self.strength.method.condition
         self.guard, self.increments, self.warnings = Guard(), Increments(), MethodWarnings()
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
@@ -97,9 +95,7 @@ class TrainingRun:
         """Prepare the run folder, print the start-up report, start the engine, evaluate before the first step."""
         self.session.begin()
         self.session.on_root(self._watch_earlier_steps)
-        self.session.on_root(
-            lambda: announce_training(self.recipe, self.session, self.condition, self.strength, self.plan, self.method)
-        )
+        self.session.on_root(lambda: announce_training(self.recipe, self.session, self.strength, self.plan))
         if reason := never_acts(self.recipe):
             self.session.say(f"warning: {reason}")
         with self.session.generating():  # colocated servers size their memory by what is free
@@ -136,10 +132,11 @@ class TrainingRun:
             mask_truncated=algorithm.mask_truncated,
         )
         states = None
-        if self.method.exact is not None:
+        method = self.strength.method
+        if method.exact is not None:
             on_host = algorithm.teacher_states == "host"
             states = TeacherStates(self.port, self.process_groups, local.table.tokens, on_host=on_host)
-        return Batch(step, local, token_method.token_inputs(local, self.method), states)
+        return Batch(step, local, token_method.token_inputs(local, method), states)
 
     def score_teacher(self, batch: Batch) -> Scores | None:
         with self.clock.phase("teacher"):
