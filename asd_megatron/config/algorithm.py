@@ -11,6 +11,8 @@ from asd_megatron.config.base import Section
 ConditionName = Literal[
     "grpo", "sd", "antisd", "reverse_kl_ascent", "no_gate", "multiplicative", "student_entropy_gate", "no_teacher"
 ]
+DivergenceName = Literal["jensen_shannon", "reverse_kl", "forward_kl"]
+ESTIMATES_REVERSE_KL: tuple[str, ...] = ("sd", "reverse_kl_ascent")
 GATED: tuple[str, ...] = ("antisd", "reverse_kl_ascent", "multiplicative", "student_entropy_gate", "no_teacher")
 DEFAULT_FLOOR = 0.5  # of masked importance weights
 
@@ -61,7 +63,7 @@ class AlgorithmSection(Section):
             " the sampled term estimates. docs/divergences.md compares them."
         ),
     )
-    divergence: Literal["jensen_shannon", "reverse_kl", "forward_kl"] | None = Field(
+    divergence: DivergenceName | None = Field(
         None,
         description=(
             "With `full_vocabulary`: `jensen_shannon`, `reverse_kl` (student to teacher) or `forward_kl` (teacher to"
@@ -173,6 +175,11 @@ class AlgorithmSection(Section):
     log_pmi: bool = Field(
         False, description="Score the teacher although the condition does not need it (`grpo`), to log u."
     )
+
+    @property
+    def divergence_kind(self) -> DivergenceName:
+        """`divergence`; null: the one whose gradient `name`'s sampled term estimates."""
+        return self.divergence or ("reverse_kl" if self.name in ESTIMATES_REVERSE_KL else "jensen_shannon")
 
     @property
     def mask_below(self) -> float | None:

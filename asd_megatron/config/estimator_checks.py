@@ -45,8 +45,7 @@ def estimator_findings(a: AlgorithmSection) -> Iterator[str]:
                 f"algorithm.{key} {getattr(a, key)} changes the sampled token's term, and algorithm.estimator"
                 f" full_vocabulary has none: leave algorithm.{key} out, or set algorithm.estimator sampled"
             )
-    default_shape = "reverse_kl" if a.name in ("sd", "reverse_kl_ascent") else "jensen_shannon"
-    if a.mixture != fields["mixture"].default and (a.divergence or default_shape) != "jensen_shannon":
+    if a.mixture != fields["mixture"].default and a.divergence_kind != "jensen_shannon":
         yield (
             f"algorithm.mixture {a.mixture} belongs to algorithm.divergence jensen_shannon: set that, or leave"
             " algorithm.mixture out"

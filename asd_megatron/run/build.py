@@ -69,10 +69,8 @@ def exact_term(recipe: Recipe) -> ExactTerm | None:
     a = recipe.algorithm
     if a.estimator == "sampled":
         return None
-    estimated = condition(a.name)
-    kind = a.divergence or ("jensen_shannon" if estimated.shape == "phi" else "reverse_kl")
-    direction = a.direction or ("descend" if estimated.sign > 0 else "ascend")
-    return ExactTerm(Divergence(kind, a.mixture), 1 if direction == "descend" else -1)
+    direction = a.direction or ("descend" if condition(a.name).sign > 0 else "ascend")
+    return ExactTerm(Divergence(a.divergence_kind, a.mixture), 1 if direction == "descend" else -1)
 
 
 def make_plan(recipe: Recipe) -> PassPlan:

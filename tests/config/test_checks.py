@@ -241,6 +241,12 @@ def test_the_divergences_are_those_of_the_head() -> None:
     assert all(repr(kind) in annotation for kind in KINDS) and annotation.count("'") == 2 * len(KINDS)
 
 
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_the_divergence_is_the_one_that_the_sampled_term_estimates(name: str) -> None:
+    expected = "jensen_shannon" if CONDITIONS[name].shape == "phi" else "reverse_kl"
+    assert AlgorithmSection(name=name).divergence_kind == expected  # type: ignore[arg-type]
+
+
 def test_the_conditions_are_those_of_the_method() -> None:
     assert ConditionName.__args__ == tuple(CONDITIONS)  # type: ignore[attr-defined]
     assert set(GATED) == {name for name, condition in CONDITIONS.items() if condition.gated}
