@@ -19,6 +19,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,6 +61,11 @@ def user_error(what: str, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what} ({system_reason(error)}): {remedy}") from error
+
+
+def utc_now() -> str:
+    """The time as all records have it, `2026-01-31T08:00:00+00:00`; later times sort later."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def system_reason(error: OSError) -> str:

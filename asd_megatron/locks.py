@@ -9,10 +9,10 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 from asd_megatron.errors import UserError
+from asd_megatron.files import utc_now
 
 HELD = (errno.EAGAIN, errno.EACCES)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -96,4 +96,4 @@ def _is(handle: int, path: Path) -> bool:
 
 
 def _this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}"
+    return f"process {os.getpid()} on {socket.gethostname()} since {utc_now()}"

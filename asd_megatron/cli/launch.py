@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 
 from asd_megatron.cli.console import flush_output
 from asd_megatron.cli.guard import INTERRUPTED, importing
@@ -25,6 +24,7 @@ from asd_megatron.config.overrides import check_flag
 from asd_megatron.distributed.launch import set_defaults, torchrun_options
 from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launcher
 from asd_megatron.errors import UserError
+from asd_megatron.files import utc_now
 
 DRY_RUN = "--dry-run"
 # Counts of a job's processes, by launcher: Kubeflow, Open MPI, MPICH's Hydra and Intel MPI, MVAPICH2, jsrun, Flux
@@ -83,7 +83,7 @@ def _checked_placement(recipe: AnyRecipe) -> Placement:
 
 def _run_and_tell(recipe: AnyRecipe, module: str, words: Sequence[str], ranks: int, command: str) -> int:
     """`run_ranks`; after an interruption, of this process or of one rank, say what was kept."""
-    since = datetime.now(UTC).isoformat(timespec="seconds")
+    since = utc_now()
     try:
         status = run_ranks(module, words, ranks)
     except KeyboardInterrupt:

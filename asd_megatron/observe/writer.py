@@ -6,12 +6,11 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_write, to_json
+from asd_megatron.files import atomic_write, to_json, utc_now
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -82,7 +81,7 @@ class RunWriter:
         if step <= self._last_step:
             raise ValueError(f"step {step} after step {self._last_step}: one object a step, in order")
         self._last_step = step
-        line = {"step": step, "time_utc": datetime.now(UTC).isoformat(timespec="seconds"), **metrics}
+        line = {"step": step, "time_utc": utc_now(), **metrics}
         self._lines.write(to_json(line) + "\n")
         self._lines.flush()
         if self._board is not None:

@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from asd_megatron.checkpoint.huggingface import CONFIG, is_complete
 from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_write, remove_partial, to_json, user_error
+from asd_megatron.files import atomic_write, remove_partial, to_json, user_error, utc_now
 from asd_megatron.run.changes import Change, changes, not_accepted
 
 LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "recipe.yaml", "summary.json"
@@ -350,7 +349,7 @@ def _remove(path: Path) -> None:
 def record(folder: Path, event: str, step: int, **values: Any) -> None:
     """Append an event after `step` steps to RUN/history.jsonl: a start (its kind; `returned` if `checkpoint.resume`
     named the run's own checkpoint), a `change` of a recipe key, the `end`."""
-    line = {"time_utc": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, **values}
+    line = {"time_utc": utc_now(), "event": event, "step": step, **values}
     with (folder / HISTORY_FILE).open("ab+") as file:
         torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         file.write(b"\n" * torn + to_json(line).encode() + b"\n")

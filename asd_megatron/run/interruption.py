@@ -6,25 +6,20 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
 from asd_megatron.checkpoint import lineage
 from asd_megatron.config import AnyRecipe
 from asd_megatron.distributed.first_error import report_once
 from asd_megatron.distributed.launcher import COMMAND, LAUNCHER
+from asd_megatron.files import utc_now
 from asd_megatron.observe.progress import print_line
 from asd_megatron.run.folder import CHECKPOINTS, read_history
 
 STARTS = ("fresh", "restart", "resume", "overwrite")
 
 
-def now() -> str:
-    """The time in UTC, as in history.jsonl."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def interrupted_text(recipe: AnyRecipe, command: str, since: str) -> str:
-    """One line about a run that was started by `command` at `since` (a time of `now`) and was interrupted."""
+    """One line about a run that was started by `command` at `since` (a time of `utc_now`) and was interrupted."""
     folder = recipe.run.path
     starts = [event for event in read_history(folder) if event.get("event") in STARTS]
     if not starts or str(starts[-1].get("time_utc")) < since:
@@ -44,7 +39,7 @@ class Interruption:
     the launcher does, after they have ended."""
 
     def __init__(self, recipe: AnyRecipe) -> None:
-        self.recipe, self.since, self.said = recipe, now(), False
+        self.recipe, self.since, self.said = recipe, utc_now(), False
 
     @contextmanager
     def told(self) -> Iterator[None]:

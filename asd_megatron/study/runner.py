@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from asd_megatron import __version__, locks
+from asd_megatron.files import utc_now
 from asd_megatron.study.cells import LOG_FILE, CellRecord, Status, log_tail, write_record
 from asd_megatron.study.plan import Cell
 from asd_megatron.study.progress import StudyProgress
@@ -125,7 +125,7 @@ class Runner:
             version=__version__,
             threads=threads,
             parallel=self.parallel,
-            started=_now(),
+            started=utc_now(),
         )
         if not (cell.run_folder / "recipe.yaml").is_file():  # else the run itself resumes or overwrites
             shutil.rmtree(cell.run_folder, ignore_errors=True)
@@ -172,7 +172,7 @@ class Runner:
         record = replace(
             running.record,
             status=status,
-            ended=_now(),
+            ended=utc_now(),
             seconds=round(running.seconds(), 3),
             cpu_seconds=running.cpu_seconds,
             exit_status=running.process.returncode,
@@ -194,7 +194,3 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(STOP_WAIT)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

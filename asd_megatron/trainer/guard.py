@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asd_megatron.errors import NotFinite
+from asd_megatron.errors import NotFinite, plural
 from asd_megatron.records import Example, Rollout, TokenTable
 
 SHOWN = 4  # rollouts that a message names
@@ -30,10 +30,9 @@ def _stop(phase: str, step: int, name: str, places: Sequence[tuple[Rollout, int]
         first.setdefault(f"{rollout.prompt_id}/{rollout.sample}", position)
     shown = ", ".join(f"{label} at response position {position}" for label, position in list(first.items())[:SHOWN])
     more = f" and {len(first) - SHOWN} more" if len(first) > SHOWN else ""
-    plural = "s" if len(first) > 1 else ""
     return NotFinite(
-        f"step {step}, {phase}: {name} is not finite for {len(places)} token{'s' if len(places) > 1 else ''} of "
-        f"rollout{plural} {shown}{more}. {hint}"
+        f"step {step}, {phase}: {name} is not finite for {plural(len(places), 'token')} of "
+        f"rollout{'s' if len(first) > 1 else ''} {shown}{more}. {hint}"
     )
 
 
