@@ -100,14 +100,21 @@ class UpdateGroup:
         # The daemon is separate from our own client: without it, every wait for another rank to join ends.
         daemon: dist.TCPStore | None = _listen(address, seconds)
         assert daemon is not None
-        port, bodies = daemon.port, self._invitations(address, daemon.port)
+        not_created = f"the update group was not created at {address} (rollout.weight_sync_address)"
+        try:
+            # Before any server is asked: one that refuses ends the daemon, and a client that is not connected by then
+            # tries to connect until its timeout.
+            client = dist.TCPStore(address, daemon.port, None, False, timedelta(seconds=seconds))
+        except RuntimeError as error:
+            raise TransferIncomplete(incomplete(self._receivers, {}, f"{not_created}: {reason(error)}")) from error
+        bodies = self._invitations(address, daemon.port)
 
         def invite(receiver: Receiver) -> dict[str, Any]:
             return ask(receiver, "/init_weights_update_group", bodies[receiver.url], seconds + SLACK_SECONDS)
 
         pool = ThreadPoolExecutor(1 + len(bodies), thread_name_prefix="weight-sync")
         try:
-            ours = pool.submit(self._make, address, port, seconds)
+            ours = pool.submit(self._make, client, seconds)
             theirs = {receiver.url: pool.submit(invite, receiver) for receiver in self._receivers}
             futures: list[Future[Any]] = [ours, *theirs.values()]
             done, late = wait(futures, seconds, FIRST_EXCEPTION)
@@ -123,9 +130,7 @@ class UpdateGroup:
         ours.add_done_callback(_leave_when_joined)
         if ours.done() and (error := ours.exception()) is not None and not isinstance(error, RuntimeError):
             raise error  # stores and backends raise RuntimeError alone
-        others = f"the update group was not created at {address} (rollout.weight_sync_address)"
-        if (why := _why(ours)) is not None:
-            others += f": {why}"
+        others = not_created if (why := _why(ours)) is None else f"{not_created}: {why}"
         raise TransferIncomplete(incomplete(self._receivers, failures, others))
 
     def _invitations(self, address: str, port: int) -> dict[str, dict[str, Any]]:
@@ -144,7 +149,7 @@ class UpdateGroup:
             offset += receiver.tensor_parallel
         return bodies
 
-    def _make(self, address: str, port: int, seconds: float) -> dist.ProcessGroup:
+    def _make(self, client: dist.TCPStore, seconds: float) -> dist.ProcessGroup:
         """Our end. torch's helper is private, but SGLang 0.5.23 creates its end with the same one
         (`init_custom_process_group`): both must use the same key names in the store, and no public function creates a
         group outside the default one.
@@ -152,7 +157,6 @@ class UpdateGroup:
         c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
 
         size = 1 + sum(receiver.tensor_parallel for receiver in self._receivers)
-        client = dist.TCPStore(address, port, None, False, timedelta(seconds=seconds))
         # gloo connects here, within `seconds`. NCCL connects at the first broadcast; its own timeout must be the longer
         # one, so that `broadcast` reports a slow broadcast before NCCL aborts it.
         limit = timedelta(seconds=2 * self._timeout if self._backend == "nccl" else seconds)
