@@ -43,7 +43,7 @@ class CheckpointSection(Section):
         "auto",
         description=(
             "`auto`: resume from the run folder's newest checkpoint, if any; `never`: start from step 1; or the folder"
-            " of a checkpoint. One of this run: return to it, once; the same command started again goes on from the"
+            " of a checkpoint. One of this run: return to it, once; the same command started again continues from the"
             " newest checkpoint, even when the named one was removed since. To return a second time, name another"
             " checkpoint of the run, or start from this one under another `run.name`. One of another run: a new run"
             " folder starts from it, and resumes from its own newest checkpoint when the same command is started again."

@@ -27,7 +27,7 @@ def nearest_key(schema: type[BaseModel], dotted: str) -> str | None:
     """The valid key or section that `dotted` plausibly means; None when nothing is like it.
 
     In this order: the same key in another section (`optimizer.steps` -> `run.steps`), a similar one in its own section,
-    a similar one anywhere. Similar in its own section is first one that goes on after the given words
+    a similar one anywhere. Similar in its own section is first one that begins with the given words
     (`reward.timeout` -> `reward.timeout_seconds`).
     """
     keys = dotted_keys(schema)

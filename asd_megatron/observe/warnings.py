@@ -127,13 +127,13 @@ class MethodWarnings:
         found = f"lambda was 0 in {fraction:.0%} of the {self._gated_steps} steps since the warm-up"
         if by_perplexity:
             return (
-                f"{found} for every response: AntiSD acts as GRPO. Look at perplexity/mean beside perplexity/target and"
+                f"{found} for every response: the term does nothing. Look at perplexity/mean beside perplexity/target and"
                 " perplexity/above_cutoff: raise perplexity.cutoff, set perplexity.target, or use"
                 " algorithm.lambda_source gate"
             )
         return (
-            f"{found}: the gate is closed and"
-            " AntiSD acts as GRPO. Look at gate/entropy beside gate/close_below: when the entropy fell during the"
+            f"{found}: the gate is closed and the term"
+            " does nothing. Look at gate/entropy beside gate/close_below: when the entropy fell during the"
             " warm-up or later, lower optimizer.learning_rate, set gate.h_warm or gate.tau_down, or use algorithm.name"
             " no_gate"
         )

@@ -43,7 +43,7 @@ class Start:
     """The decision about the run folder. `checkpoint`: the training checkpoint to load, of this run folder for
     `resume` and of another for `fresh`, `restart` and `overwrite`. `changes`: recipe keys that differ from the run that
     is resumed or restarted. `returned_to`: the checkpoint of `checkpoint.resume`, when the run has returned to it
-    before and goes on from a newer one."""
+    before and continues from a newer one."""
 
     kind: Kind
     checkpoint: str | None = None
@@ -127,7 +127,7 @@ def decide(recipe: AnyRecipe, stage: str) -> Start:
     given = None if asked in ("auto", "never") else Path(asked)
     returned_to = None
     if given is not None and _has_returned(folder, given):
-        given, returned_to = None, asked  # the same command again: the run goes on from its newest checkpoint
+        given, returned_to = None, asked  # the same command again: the run continues from its newest checkpoint
     if given is not None and not given.is_dir():
         raise UserError(f"checkpoint.resume: {asked} is not a folder; give a checkpoint's folder, auto or never")
     elsewhere = asked if given is not None and not _inside(given, folder) else None

@@ -209,7 +209,7 @@ class Session:
             lines.append(f"the run in {self.folder} stopped before its first checkpoint: it starts again from step 1")
         if self.start.returned_to is not None:
             lines.append(
-                f"the run has returned to checkpoint.resume {self.start.returned_to} before: it goes on after step"
+                f"the run has returned to checkpoint.resume {self.start.returned_to} before: it continues after step"
                 f" {done}"
             )
         if self._note is not None:

@@ -26,7 +26,7 @@ def _token_loss(logprobs: Tensor, entropy: Tensor, block: slice) -> Tensor:
     return logprobs.sum() + entropy.sum()
 
 
-def _peak(fused: bool, dtype: torch.dtype, main_grad: bool = False) -> int:
+def _peak(fused: bool, dtype: torch.dtype, main_grad: bool = False, block: int = BLOCK) -> int:
     hidden, weight = (torch.randn(n, H).to(dtype).requires_grad_() for n in (T, V))
     target = torch.randint(0, V, (T,))
     if main_grad:
@@ -34,9 +34,9 @@ def _peak(fused: bool, dtype: torch.dtype, main_grad: bool = False) -> int:
 
     def action() -> None:
         if fused:
-            linear_token_loss(hidden, weight, target, _token_loss, VocabShard.of(V, V), token_block=BLOCK)[0].backward()
+            linear_token_loss(hidden, weight, target, _token_loss, VocabShard.of(V, V), token_block=block)[0].backward()
         else:
-            logprobs, entropy = linear_logprob(hidden, weight, target, VocabShard.of(V, V), token_block=BLOCK)
+            logprobs, entropy = linear_logprob(hidden, weight, target, VocabShard.of(V, V), token_block=block)
             (logprobs.sum() + entropy.sum()).backward()
 
     return peak_bytes(action, torch.device("cpu"))
@@ -63,7 +63,7 @@ def test_bfloat16_weights_are_not_widened_whole(fused: bool, slabs: None, monkey
     if not gemm._has_onednn_bfloat16(torch.empty(1, dtype=torch.bfloat16)):
         pytest.skip("this CPU multiplies no bfloat16")
     monkeypatch.setattr(gemm, "WIDENED_ELEMENTS", 128 * H)
-    peak = _peak(fused, torch.bfloat16, main_grad=True)
-    # a part of the weight, a tile's gradient in bfloat16, hidden states and their gradient
-    assert peak <= TILE + TILE // 2 + 2 * SLAB + 4 * 128 * H + 4 * T * H + SMALL
-    assert peak < 4 * V * H + TILE
+    peak = _peak(fused, torch.bfloat16, main_grad=True, block=BLOCK // 4)
+    # Beside a small tile and its slab: its gradient, which oneDNN may copy, a part of the weight, and results. The whole
+    # weight in float32 has 1 MiB.
+    assert peak <= TILE // 4 * 2 + TILE // 8 + SLAB + 4 * 128 * H + 2 * T * H + SMALL // 2
