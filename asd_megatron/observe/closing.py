@@ -47,15 +47,18 @@ def closing_table(
     *,
     run_folder: Path,
     model_folder: Path | None,
+    curves: bool = True,
     sample: Sample | None = None,
 ) -> str:
-    """The report as text. `rows`: the run's metrics.jsonl; `model_folder`: the last export, None without one."""
+    """The report as text. `rows`: the run's metrics.jsonl; `model_folder`: the last export, None without one;
+    `curves`: whether curves.png was drawn."""
     columns = GRADED_COLUMNS if graded(rows) else COLUMNS
     lines = _before_and_after(rows, columns)
     if best := _best(rows):
         lines.append(f"best {columns['evaluation/accuracy']}: {best[1]:.3f} after step {best[0]}")
     lines.append(f"model:  {model_folder or 'not exported (checkpoint.export_at_end false)'}")
-    lines.append(f"curves: {run_folder / 'curves.png'}    numbers: {run_folder / 'metrics.jsonl'}")
+    drawn = run_folder / "curves.png" if curves else f"python tools/plot_run.py {run_folder} draws them"
+    lines.append(f"curves: {drawn}    numbers: {run_folder / 'metrics.jsonl'}")
     if sample is not None:
         lines += ["", f"a held-out response (reward {sample.reward:g}):", *_quoted(sample.prompt, sample.response)]
     return "\n".join(lines)

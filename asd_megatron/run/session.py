@@ -361,8 +361,8 @@ class Session:
             self.export(step)
 
     def finish(self, summary: Mapping[str, Any], sample: Sample | None = None) -> None:
-        """End a run after its last step: write RUN/summary.json and RUN/curves.png, and print the closing report with a
-        held-out `sample`. Collective."""
+        """End a run after its last step: write RUN/summary.json and, with `logging.curves`, RUN/curves.png, and print
+        the closing report with a held-out `sample`. Collective."""
 
         def write() -> None:
             from asd_megatron.observe.plots import plot_run, write_summary  # matplotlib
@@ -373,15 +373,14 @@ class Session:
                 changes = folders.changes_of(self.folder)
                 folders.record(self.folder, "end", self.recipe.run.steps)
                 write_summary(self.folder, {**summary, "completed": True, "changed_settings": changes})
-                plot_run(self.folder)
+                if self.recipe.logging.curves:
+                    plot_run(self.folder)
             self.progress.close()
             exported = folders.export_folder(self.folder, self.recipe.run.steps)
             model = exported if exported.is_dir() else None
-            print(
-                "\n"
-                + closing_table(read_metrics(self.folder), run_folder=self.folder, model_folder=model, sample=sample),
-                flush=True,
-            )
+            rows, curves = read_metrics(self.folder), self.recipe.logging.curves
+            table = closing_table(rows, run_folder=self.folder, model_folder=model, curves=curves, sample=sample)
+            print(f"\n{table}", flush=True)
 
         self.on_root(write)
 

@@ -64,7 +64,7 @@ class World:
             "privileged": {"min_solution_tokens": 1},
             "optimizer": {"learning_rate": 1e-3},
             "batching": {"tokens_per_microbatch": 256},
-            "logging": {"progress": False, "tensorboard": False},
+            "logging": {"progress": False, "tensorboard": False, "curves": False},
             "checkpoint": {"every": 0, "export_at_end": False},
         }
 

@@ -72,7 +72,7 @@ def run(folder: Path, name: str) -> Path:
         "optimizer": {"learning_rate": 3e-4},
         "batching": {"tokens_per_microbatch": 400},
         "checkpoint": {"export_every": 1},
-        "logging": {"progress": False, "tensorboard": False},
+        "logging": {"progress": False, "tensorboard": False, "curves": False},
     }
     for section, keys in RUNS[name][0].items():
         sections[section] = {**sections.get(section, {}), **keys}

@@ -40,7 +40,7 @@ def recipe_file(folder: Path, **algorithm: Any) -> Path:
         "data": {"train": "puzzle:train"},
         "reward": {"name": "puzzle"},
         "checkpoint": {"every": 1, "export_at_end": False},
-        "logging": {"progress": False, "tensorboard": False},
+        "logging": {"progress": False, "tensorboard": False, "curves": False},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(sections))
