@@ -64,6 +64,6 @@ def test_bfloat16_weights_are_not_widened_whole(fused: bool, slabs: None, monkey
         pytest.skip("this CPU multiplies no bfloat16")
     monkeypatch.setattr(gemm, "WIDENED_ELEMENTS", 128 * H)
     peak = _peak(fused, torch.bfloat16, main_grad=True, block=BLOCK // 4)
-    # Beside a small tile and its slab: its gradient, which oneDNN may copy, a part of the weight, and results. The whole
-    # weight in float32 has 1 MiB.
+    # Beside a small tile and its slab: its gradient, which oneDNN may copy, a part of the weight, and results. All of
+    # the weight in float32 has 1 MiB.
     assert peak <= TILE // 4 * 2 + TILE // 8 + SLAB + 4 * 128 * H + 2 * T * H + SMALL // 2

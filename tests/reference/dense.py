@@ -159,16 +159,31 @@ def exact(model: Any) -> Any:
     return model
 
 
-def distributions(model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Tensor:
-    """Log-probabilities [T, V] of the distributions that the response tokens are drawn from."""
-    logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
-    return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
+def distributions(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float
+) -> list[Tensor]:
+    """For every response, log-probabilities [T, V] of the distributions that its tokens are drawn from.
+
+    One batch, filled up at the end: attention is causal, so no token sees the filling.
+    """
+    rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
+    if not rows:
+        return []
+    logits = model(input_ids=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False).logits
+    return [
+        torch.log_softmax(row[len(p) - 1 : len(p) + len(r) - 1] / temperature, dim=-1)
+        for row, p, r in zip(logits, prompts, responses, strict=True)
+    ]
 
 
-def score(model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of every response token and the entropy of the distribution it was drawn from: two [T]."""
-    logp = distributions(model, prompt, response, temperature)
-    return logp[range(len(response)), list(response)], -(logp.exp() * logp).sum(-1)
+def score(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Log-probability of every response token and the entropy of the distribution it was drawn from: two [T] each."""
+    return [
+        (logp[range(len(response)), list(response)], -(logp.exp() * logp).sum(-1))
+        for logp, response in zip(distributions(model, prompts, responses, temperature), responses, strict=True)
+    ]
 
 
 def lower_median(values: Sequence[float]) -> float | None:
@@ -340,7 +355,8 @@ def dense_update(
     """
     gate = DenseGate() if gate is None else gate
     adam = DenseAdam() if adam is None else adam
-    models = DenseModels(model) if models is None else models
+    if models is None and (recipe.teacher != "live" or recipe.kl is not None):
+        models = DenseModels(model)
     result = score_batch(model, examples, recipe, gate, models)
     if mini_batches is None:
         rest = list(range(len(examples)))
@@ -351,7 +367,8 @@ def dense_update(
             rest = rest[size:]
     for chosen in [m for _ in range(recipe.epochs) for m in mini_batches]:
         _one_update(model, examples, recipe, result, adam, chosen)
-        models.follow(model, recipe.ema_rate)
+        if models is not None:
+            models.follow(model, recipe.ema_rate)
     return result
 
 
@@ -371,15 +388,14 @@ def score_batch(
 ) -> DenseResult:
     """Steps 1 to 9 of Algorithm 1: everything before the update, under the weights as they are."""
     teaching = model if recipe.teacher == "live" or models is None else getattr(models, recipe.teacher)
-    student: list[tuple[Tensor, Tensor]] = []
-    teacher: list[tuple[Tensor, Tensor] | None] = []
-    for e in examples:
-        response = e.rollout.response_ids
-        student.append(score(model, e.rollout.prompt_ids, response, recipe.temperature))
-        if e.teacher_prompt_ids is None:
-            teacher.append(None)
-        else:
-            teacher.append(score(teaching, e.teacher_prompt_ids, response, recipe.temperature))
+    prompts = [e.rollout.prompt_ids for e in examples]
+    responses = [e.rollout.response_ids for e in examples]
+    taught = [i for i, e in enumerate(examples) if e.teacher_prompt_ids is not None]
+    contexts = [examples[i].teacher_prompt_ids or () for i in taught], [responses[i] for i in taught]
+    student = score(model, prompts, responses, recipe.temperature)
+    teacher: list[tuple[Tensor, Tensor] | None] = [None] * len(examples)
+    for i, scores in zip(taught, score(teaching, *contexts, recipe.temperature), strict=True):
+        teacher[i] = scores
 
     no_teacher = recipe.condition == "no_teacher"
     pmi, listened, acts, entropies = [], [], [], []
@@ -418,13 +434,12 @@ def score_batch(
     if recipe.divergence is None:
         term = per_token_term(recipe, pmi, acts, limit)
     else:
-        term = []
-        for i, e in enumerate(examples):
-            response = e.rollout.response_ids
-            logp = distributions(model, e.rollout.prompt_ids, response, recipe.temperature)
-            if e.teacher_prompt_ids is not None:
-                teachers[i] = distributions(teaching, e.teacher_prompt_ids, response, recipe.temperature)
-            term.append(torch.where(acts[i], divergence(recipe, logp, logp if teachers[i] is None else teachers[i]), 0))
+        for i, logq in zip(taught, distributions(teaching, *contexts, recipe.temperature), strict=True):
+            teachers[i] = logq
+        term = [
+            torch.where(acts[i], divergence(recipe, logp, logp if teachers[i] is None else teachers[i]), 0)
+            for i, logp in enumerate(distributions(model, prompts, responses, recipe.temperature))
+        ]
     advantages = [
         advantage(
             "grpo" if recipe.divergence else recipe.condition,
@@ -437,10 +452,11 @@ def score_batch(
     ]
     reference = []
     if recipe.kl is not None and models is not None:
-        for i, e in enumerate(examples):
-            reference.append(score(models.initial, e.rollout.prompt_ids, e.rollout.response_ids, recipe.temperature)[0])
-            if recipe.kl == "k1":
-                advantages[i] = advantages[i] - recipe.kl_coefficient * (student[i][0] - reference[i])
+        reference = [logprobs for logprobs, _ in score(models.initial, prompts, responses, recipe.temperature)]
+        if recipe.kl == "k1":
+            advantages = [
+                a - recipe.kl_coefficient * (s[0] - r) for a, s, r in zip(advantages, student, reference, strict=True)
+            ]
     return DenseResult(
         student_logprobs=[s[0] for s in student],
         student_entropy=[s[1] for s in student],
@@ -472,18 +488,19 @@ def _one_update(
     chosen: Sequence[int],
 ) -> None:
     """One mini-batch: the clipped policy gradient over its own global denominators, then AdamW."""
-    masks = {i: loss_tokens(examples[i], recipe) for i in chosen}
+    masks = {i: mask for i in chosen if (mask := loss_tokens(examples[i], recipe)).any()}
     tokens = sum(int(m.sum()) for m in masks.values())
-    sequences = sum(bool(m.any()) for m in masks.values())
+    sequences = len(masks)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     model.zero_grad(set_to_none=True)
-    total, clipped_tokens = 0.0, 0
-    for i, mask in masks.items():
-        if not mask.any():
-            continue
-        rollout = examples[i].rollout
-        logp = distributions(model, rollout.prompt_ids, rollout.response_ids, recipe.temperature)
-        now = logp[range(len(rollout.response_ids)), list(rollout.response_ids)]
+    total, clipped_tokens = torch.zeros((), dtype=torch.float64), 0
+    rollouts = [examples[i].rollout for i in masks]
+    prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+    for (i, mask), logp in zip(
+        masks.items(), distributions(model, prompts, responses, recipe.temperature), strict=True
+    ):
+        response = examples[i].rollout.response_ids
+        now = logp[range(len(response)), list(response)]
         old, a = result.student_logprobs[i], result.advantage[i]
         ratio = (now - old).exp()
         plain = ratio * a
@@ -504,12 +521,13 @@ def _one_update(
             estimate = log_ratio**2 / 2 if recipe.kl == "k2" else log_ratio.exp() - 1 - log_ratio
             penalty = (estimate * result.importance[i])[mask].sum()
             loss = loss + recipe.kl_coefficient * penalty / denominator
-        loss.backward()
-        total += loss.item()
+        total = total + loss
         clipped_tokens += int((bounded < plain)[mask].sum())
+    if masks:
+        total.backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
     norm = math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
-    result.losses.append(total)
+    result.losses.append(total.item())
     result.clipped.append(clipped_tokens)
     result.gradients.append(gradients)
     result.grad_norms.append(norm)

@@ -174,7 +174,8 @@ class Product:
 
 
 def live_logprobs(model: Any, examples: list[Example], temperature: float) -> Tensor:
-    return torch.cat([score(model, e.rollout.prompt_ids, e.rollout.response_ids, temperature)[0] for e in examples])
+    prompts, responses = zip(*((e.rollout.prompt_ids, e.rollout.response_ids) for e in examples), strict=True)
+    return torch.cat([logprobs for logprobs, _ in score(model, prompts, responses, temperature)])
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -217,7 +217,7 @@ class Product:
         recipe: DenseRecipe,
         gate: Gate | TermStrength,
         *,
-        tokens_per_microbatch: int = 100,
+        tokens_per_microbatch: int = 200,
     ) -> Step:
         """The lines of `train.train` from `build_batch` on."""
         method = method_of(recipe)

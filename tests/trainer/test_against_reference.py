@@ -427,7 +427,7 @@ def test_gate_decisions_over_steps(product: Product, dense: Any) -> None:
             if k == 1:
                 batch = [replace(e, teacher_prompt_ids=None) for e in batch]  # no H, except to a student's gate
             expected = score_batch(dense, batch, recipe, memory)
-            found = product.step(batch, recipe, gate)
+            found = product.step(batch, recipe, gate, tokens_per_microbatch=400)
             check_scores(found, expected)
             lams.append(found.lam)
             if name != "grpo":

@@ -45,7 +45,7 @@ def test_equals_dense_cross_entropy(tokens_per_microbatch: int, product: Product
     total = sum(sum(e.loss_weights) for e in batch)
     loss = torch.zeros((), dtype=torch.float64)
     for e in batch:
-        logprobs, _ = score(dense, e.prompt_ids, e.response_ids, 1.0)
+        [(logprobs, _)] = score(dense, [e.prompt_ids], [e.response_ids], 1.0)
         loss = loss - (torch.tensor(e.loss_weights, dtype=torch.float64) * logprobs).sum() / total
     loss.backward()
     assert stats.loss == pytest.approx(loss.item(), rel=1e-6)
