@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from asd_megatron.checks import parity
+from asd_megatron.checks import parity, parity_worker
 from asd_megatron.checks.layouts import CELLS
 from asd_megatron.checks.parity import ParityResult
 from asd_megatron.cli import main as cli
 from asd_megatron.errors import UserError
+from tests.distributed.harness import run_ranks
 
 SOME = ["tp2_sp", "pp2_vpp2", "cp2", "dp2_overlap"]
 WITHOUT_REFERENCES = [n for n, c in CELLS.items() if n != c.reference]
@@ -28,8 +29,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> list[ParityResult]:
-    return parity.run(SOME, folder, timeout=280, say=lambda _: None)
+def results(folder: Path) -> Iterator[list[ParityResult]]:
+    """One process by torchrun, as the command starts all; two by a fork, which imports nothing again."""
+    torchrun = parity._launch
+
+    def launch(ranks: int, folder: Path, cells: Sequence[str], timeout: float) -> None:
+        if ranks == 1:
+            torchrun(ranks, folder, cells, timeout)
+        else:
+            run_ranks(_work, ranks, [str(folder), *cells], timeout=timeout, init=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "_launch", launch)
+        yield parity.run(SOME, folder, timeout=280, say=lambda _: None)
+
+
+def _work(rank: int, argv: list[str]) -> None:
+    parity_worker.main(argv)
 
 
 def test_cells_of_two_ranks(results: list[ParityResult]) -> None:

@@ -50,7 +50,7 @@ def run_ranks(
     # The parent hosts the store, so the port is free by construction.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
-        context = multiprocessing.get_context("spawn") if fresh else _context()
+        context = multiprocessing.get_context("spawn") if fresh else forkserver()
         environment = dict(os.environ)
         processes: list[BaseProcess] = [
             context.Process(
@@ -97,7 +97,7 @@ def _failures(folder: Path) -> str:
 
 
 @functools.cache
-def _context() -> Any:
+def forkserver() -> Any:
     """Forks ranks from a server process that has imported what they need: importing takes seconds, a fork none.
 
     Nothing imported there may start threads or a process group; the server has one OpenMP thread.

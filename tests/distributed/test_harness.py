@@ -38,6 +38,6 @@ def test_the_first_traceback_is_reported() -> None:
 
 def test_time_is_bounded() -> None:
     start = time.monotonic()
-    with pytest.raises(RankError, match="did not finish in 8"):
-        run_ranks(_hang, 2, timeout=8)
+    with pytest.raises(RankError, match="did not finish in 3"):
+        run_ranks(_hang, 2, timeout=3)
     assert time.monotonic() - start < 30
