@@ -108,7 +108,7 @@ def _steps(product: Product, examples: list[Example]) -> Found:
         if recipe.outlier_deviations is not None:  # the warm-up step that measures u's deviation
             product.step(hard_batch(2), recipe, strength)
         before = [p.clone() for chunk in product.port.chunks for p in chunk.parameters()]
-        step = product.step(examples, recipe, strength, tokens_per_microbatch=96)
+        step = product.step(examples, recipe, strength, tokens_per_microbatch=160)
         after = [p for chunk in product.port.chunks for p in chunk.parameters()]
         table: dict[str, Tensor] = {} if step.table is None else {**step.table.columns, "offsets": step.table.offsets}
         found[name] = {
