@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_a_model_with_a_chat_template_is_asked_in_chat(model: Path) -> None:
 
 
 @pytest.mark.sglang
-def test_a_real_server_answers_the_printed_line(tmp_path: Path) -> None:
+def test_a_real_server_answers_the_printed_line_and_ends_with_a_killed_command(tmp_path: Path) -> None:
     """The puzzle's model, which has a chat template."""
     model = Path(asd_megatron.__file__).parent / "puzzle" / "warm_start"
     command = [sys.executable, "-m", "asd_megatron.cli.main", "serve", str(model), "--python", str(sglang_python())]
@@ -147,7 +148,15 @@ def test_a_real_server_answers_the_printed_line(tmp_path: Path) -> None:
             asked = subprocess.run(curl(said), shell=True, capture_output=True, text=True, timeout=SECONDS)
             answer = json.loads(asked.stdout)
             assert answer["object"] == "chat.completion" and answer["choices"][0]["message"]["content"]
-            serve.send_signal(signal.SIGTERM)
-            assert serve.wait(SECONDS) == 0
+            started = [
+                int(pid) for f in Path(f"/proc/{serve.pid}/task").glob("*/children") for pid in f.read_text().split()
+            ]
+            members = [pid for server in started for pid in group_members(server)]
+            assert any(b"sglang::scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in members)
+            serve.kill()
+            deadline = time.monotonic() + SECONDS
+            while left := [pid for server in started for pid in group_members(server)]:
+                assert time.monotonic() < deadline, left
+                time.sleep(0.1)
         finally:
             serve.kill()

@@ -105,8 +105,8 @@ class UpdateGroup:
             # Before any server is asked: one that refuses ends the daemon, and a client that is not connected by then
             # tries to connect until its timeout.
             client = dist.TCPStore(address, daemon.port, None, False, timedelta(seconds=seconds))
-        except RuntimeError as error:
-            raise TransferIncomplete(incomplete(self._receivers, {}, f"{not_created}: {reason(error)}")) from error
+        except RuntimeError as failed:
+            raise TransferIncomplete(incomplete(self._receivers, {}, f"{not_created}: {reason(failed)}")) from failed
         bodies = self._invitations(address, daemon.port)
 
         def invite(receiver: Receiver) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleR
 from asd_megatron.rollout.sglang.servers.options import free_port, router_command, secret_arguments, server_environment
 from asd_megatron.rollout.sglang.servers.process import ServerProcess
 from tests.rollout.sglang import fleets
+from tests.rollout.sglang.fake_environment import group_members
 from tests.rollout.sglang.fleets import once_each
 from tests.rollout.sglang.sglang_world import SGLangWorld, server_options
 
@@ -254,14 +255,20 @@ def test_both_behind_a_router(build: Build, reference: Any, sglang_pair: SGLangW
 
 
 def test_killed_in_mid_generation(build: Build, reference: Any, sglang_pair: SGLangWorld) -> None:
+    """The other server makes its samples again; nothing of it is left, and the pool starts it again at its address."""
     fleet = build()
     sglang_pair.slow(0.02)
     asked = requests(6, 4, max_new_tokens=80, ignore_eos=True)
     fleet.submit(asked)
     until(lambda: fleet.servers()[0].in_flight > 0)
     time.sleep(0.2)
-    os.kill(sglang_pair.pids[0], signal.SIGKILL)
+    pool, urls, (pid, survivor) = sglang_pair.pool, sglang_pair.urls, sglang_pair.pids
+    deaths, members = pool.counters["deaths"], group_members(pid)
+    assert len(members) >= 4  # server, scheduler, detokenizer, watcher
+    os.kill(pid, signal.SIGKILL)
     results = gather(fleet)
+    until(lambda: pool.counters["deaths"] == deaths + 1)
+    until(lambda: not set(members) & set(group_members(pid)), 20.0)
     once_each(results, asked)
     assert {r.finish_reason for r in results} == {"length"}
     assert off(reference, results, asked) < TOLERANCE
@@ -270,6 +277,7 @@ def test_killed_in_mid_generation(build: Build, reference: Any, sglang_pair: SGL
     until(lambda: fleet.servers()[0].healthy, 240.0)  # the pool has started it again
     back = fleet.servers()[0]
     assert (back.label, back.reported) == (None, "default")
+    assert sglang_pair.urls == urls and sglang_pair.pids[1] == survivor
     fleet.submit(asked[:4])
     assert {r.url for r in gather(fleet)} == {sglang_pair.urls[1]}
 

@@ -1,13 +1,8 @@
-"""The real SGLang under a pool: its keys, its death and return, its end with the trainer, why it cannot start."""
+"""The real SGLang under a pool: its keys, where it listens, why it cannot start."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +17,6 @@ from tests.rollout.sglang.sglang_world import ADMIN_KEY, API_KEY, START_SECONDS,
 pytestmark = pytest.mark.sglang
 
 PROMPT: dict[str, Any] = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2}}
-
-
-def wait(condition: Callable[[], Any], seconds: float = START_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def test_the_environment() -> None:
@@ -81,21 +69,6 @@ def test_servers_listen_on_their_own_address_alone(sglang_pair: SGLangWorld) -> 
     assert len(listening) >= 2 and set(listening) == {"0100007F"}  # 127.0.0.1
 
 
-def test_a_killed_server_comes_back(sglang_pair: SGLangWorld) -> None:
-    pool = sglang_pair.pool
-    deaths, (url, other), (pid, survivor) = pool.counters["deaths"], sglang_pair.urls, sglang_pair.pids
-    members = group_members(pid)
-    assert len(members) >= 4  # server, scheduler, detokenizer, watcher
-    os.kill(pid, signal.SIGKILL)
-    wait(lambda: pool.counters["deaths"] == deaths + 1)
-    wait(lambda: not set(members) & set(group_members(pid)), 20.0)
-    assert request(other, "/generate", PROMPT, key=API_KEY)[0] == 200
-    wait(lambda: pool.states == ["healthy", "healthy"])
-    assert sglang_pair.urls == [url, other] and sglang_pair.pids[1] == survivor
-    status, answer = request(url, "/generate", PROMPT, key=API_KEY)
-    assert status == 200 and answer["meta_info"]["weight_version"] == "default"
-
-
 def test_why_a_server_cannot_start(tmp_path: Path) -> None:
     pool = ServerPool([server_options(tmp_path / "no_model")], tmp_path, start_timeout=START_SECONDS)
     with pytest.raises(UserError) as raised:
@@ -103,36 +76,3 @@ def test_why_a_server_cannot_start(tmp_path: Path) -> None:
     message = str(raised.value)
     assert "before it was ready: the model's folder does not exist\n" in message and "no_model" in message
     assert group_members(pool.processes[0].pid or 0) == []
-
-
-TRAINER = """
-import sys, time
-from pathlib import Path
-from asd_megatron.rollout.sglang.servers.process import ServerProcess
-from asd_megatron.rollout.sglang.servers.options import command, pick_ports, server_environment
-from tests.rollout.sglang.sglang_world import server_options
-given, = pick_ports([server_options(Path(sys.argv[1]))])
-process = ServerProcess("it", command(given), url="", log=Path(sys.argv[2]), environment=server_environment(given, {}))
-process.start()
-print(process.pid, flush=True)
-time.sleep(600)
-"""
-
-
-def test_servers_end_with_a_killed_trainer(sglang_pair: SGLangWorld, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", TRAINER, str(sglang_pair.folder), str(tmp_path / "log")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as trainer:
-        try:
-            assert trainer.stdout is not None
-            group = int(trainer.stdout.readline())
-            wait(
-                lambda: (
-                    b"sglang::scheduler"
-                    in b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in group_members(group))
-                )
-            )
-            trainer.kill()
-            wait(lambda: group_members(group) == [], 20.0)
-        finally:
-            trainer.kill()
-    assert sglang_pair.pool.states == ["healthy", "healthy"]  # nobody else's end
