@@ -127,8 +127,8 @@ class MethodWarnings:
         found = f"lambda was 0 in {fraction:.0%} of the {self._gated_steps} steps since the warm-up"
         if by_perplexity:
             return (
-                f"{found} for every response: the term does nothing. Look at perplexity/mean beside perplexity/target and"
-                " perplexity/above_cutoff: raise perplexity.cutoff, set perplexity.target, or use"
+                f"{found} for every response: the term does nothing. Look at perplexity/mean beside"
+                " perplexity/target and perplexity/above_cutoff: raise perplexity.cutoff, set perplexity.target, or use"
                 " algorithm.lambda_source gate"
             )
         return (
