@@ -1,5 +1,5 @@
-"""What a training step costs: passes and phases, AntiSD beside GRPO, sampling beside `generate`, padding, weak scaling,
-TRL's GRPOTrainer on the same task, and bfloat16 working weights.
+"""What a training step costs: passes and phases, AntiSD beside GRPO, the exact divergence beside the sampled term,
+sampling beside `generate`, padding, weak scaling, TRL's GRPOTrainer on the same task, and bfloat16 working weights.
 
 Every measurement runs in processes of its own; what is compared runs in turn, and medians count. Ratios are of wall
 time; those named `_processor` of processor time, which others disturb less. Needs SmolLM2 and its

@@ -50,13 +50,14 @@ def overrides(folder: Path, steps: int, extra: Sequence[str]) -> list[str]:
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """`spec`: recipe, overrides, conditions, steps, warm (first steps that do not count), folder. Collective; the
-    result is global rank 0's. `processor`: this rank's processor time, which others disturb less than `seconds`."""
+    """`spec`: recipe, overrides, conditions, steps, warm (first steps that do not count), folder. A condition is an
+    `algorithm.name`, or NAME-ESTIMATOR with an `algorithm.estimator`. Collective; the result is global rank 0's.
+    `processor`: this rank's processor time, which others disturb less than `seconds`."""
     folder, steps, warm = Path(spec["folder"]), spec["steps"] + spec["warm"], spec["warm"]
     recipes: dict[str, Recipe] = {
         name: load_recipe(
             spec["recipe"],
-            [*overrides(folder / "run", steps, spec["overrides"]), "--algorithm.name", name],
+            [*overrides(folder / "run", steps, spec["overrides"]), *_condition(name)],
         )
         for name in spec["conditions"]
     }
@@ -91,6 +92,11 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "extras": {name: values[warm:] for name, values in extras.items()},
         "metrics": rows,
     }
+
+
+def _condition(name: str) -> list[str]:
+    algorithm, _, estimator = name.partition("-")
+    return ["--algorithm.name", algorithm, *(["--algorithm.estimator", estimator] if estimator else [])]
 
 
 def _whole_step(run: TrainingRun, session: Session, step: int) -> tuple[float, Batch]:

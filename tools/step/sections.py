@@ -26,6 +26,7 @@ SMALL_PACKS = ("--batching.tokens_per_microbatch", "2048")  # float32 activation
 ONE_DEMONSTRATION = ("--privileged.demonstrations_per_group", "1")
 NO_ENDS = ("--sampling.stop_token_ids", "[]", "--sampling.stop", "[]")
 TRL_DRIVER = Path(__file__).resolve().parents[1] / "trl_env" / "grpo_step.py"
+EXACT = "antisd-full_vocabulary"
 PATIENCE = 900.0  # seconds that one measurement may take
 
 
@@ -120,6 +121,36 @@ def _trained_puzzle(
         launch.run(command, threads=context.threads, timeout=PATIENCE)
         model = options(model__path=str(run / "hf" / f"step_{steps:06d}"))
         return measure(name, [*overrides, *model])
+
+
+def estimators(context: Context) -> list[Case]:
+    """AntiSD with the exact divergence beside the sampled term, whole steps in turn in one process."""
+    both = ["antisd", EXACT]
+
+    def measure(name: str, model: str, overrides: Sequence[str], *, steps: int, warm: int) -> list[Figure]:
+        label = f"{name}: both estimators in turn, {steps} steps each"
+        found = context.cell(label, "conditions", model, overrides, conditions=both, steps=steps, warm=warm)
+        context.details[name] = {condition: summary(seconds) for condition, seconds in found["seconds"].items()}
+        for condition in both:
+            context.keep_phases(f"{name} {condition}", condition, found)
+        updates = ([row["time/update"] for row in found["metrics"][condition]] for condition in (EXACT, "antisd"))
+        return [
+            Figure(
+                f"{name}.exact_over_sampled",
+                paired_ratio(found["seconds"][EXACT], found["seconds"]["antisd"]),
+                target=1.25,
+            ),
+            Figure(
+                f"{name}.exact_over_sampled_processor",
+                paired_ratio(found["processor"][EXACT], found["processor"]["antisd"]),
+            ),
+            Figure(f"{name}.exact_over_sampled_update", paired_ratio(*updates)),
+        ]
+
+    puzzle = partial(measure, "estimators_puzzle", "puzzle", ONE_RANK, steps=context.count(4, 40), warm=3)
+    few = {"steps": context.count(1, 3), "warm": 1}
+    smollm2 = partial(measure, "estimators_smollm2_bf16", "smollm2", (*ONE_RANK, *BF16), **few)
+    return [Case("puzzle", "puzzle", puzzle), Case("smollm2_bf16", "smollm2", smollm2)]
 
 
 def condition_figures(name: str, found: dict[str, Any]) -> list[Figure]:
@@ -325,6 +356,7 @@ def _precision_drift(context: Context, overrides: Sequence[str]) -> list[Figure]
 
 SECTIONS: dict[str, Callable[[Context], list[Case]]] = {
     "conditions": conditions,
+    "estimators": estimators,
     "sampling": sampling,
     "scaling": scaling,
     "trl": trl,
