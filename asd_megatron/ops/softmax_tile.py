@@ -81,12 +81,13 @@ def logit_gradient_(
     Overwrites `tile`. `g_logprob` [n]; `g_entropy` [n] or None, which is 0.
     """
     for rows, (slab,), (scratch,) in slabs(tile):
-        logp = slab.sub_(softmax.maximum[rows, None]).add_(softmax.top_logprob[rows, None])
-        p = exp(logp, scratch)
+        slab.sub_(softmax.maximum[rows, None])
+        norm = softmax.top_logprob[rows, None]
         if g_entropy is None:
-            torch.mul(p, -g_logprob[rows, None], out=slab)
+            torch.mul(exp(slab, scratch), -g_logprob[rows, None] * norm.exp(), out=slab)
         else:
-            logp.add_(softmax.entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_logprob[rows, None]).mul_(p)
+            p = exp(slab.add_(norm), scratch)
+            slab.add_(softmax.entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_logprob[rows, None]).mul_(p)
     add_target_(tile, target, g_logprob)
     return tile.to(dtype)
 
@@ -103,7 +104,7 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     On CPUs by a batched product: it reads both once, where a product and a sum for each of the k * l results take as
     many passes over one more tensor. Sums of segments have less rounding than a row's. v = 32,768, k = l = 2:
 
-        a [2, n, 32768] -> [8 n, 2, 4096]    b -> [8 n, 4096, 2]    found [8 n, 2, 2]
+        a [2, n, 32768] -> [16 n, 2, 2048]    b -> [16 n, 2048, 2]    found [16 n, 2, 2]
     """
     if a.is_cuda:  # where products may be TF32
         return (a[:, None] * b[None]).sum(3).permute(2, 0, 1)
@@ -119,8 +120,8 @@ def add_segments(found: Sequence[Tensor], n: int) -> Tensor:
 
 @cache
 def _segment(v: int) -> int:
-    """The longest segment up to 4,096 columns that divides v equally; v itself if only short ones do."""
-    length = next((length for length in range(min(v, 4096), 0, -1) if v % length == 0), v)
+    """The longest segment up to 2,048 columns that divides v equally; v itself if only short ones do."""
+    length = next((length for length in range(min(v, 2048), 0, -1) if v % length == 0), v)
     return length if length >= 256 else v
 
 

@@ -159,12 +159,20 @@ class Evaluation:
         return _on_cpu({**p._asdict(), "gradient": torch.cat(parts, 1)})
 
     def divergence(self, divergence: Divergence) -> dict[str, Tensor]:
-        (p, q), x = self.softmax, self.x
-        pairs = [
-            DivergenceTile(torch.stack([student, teacher]), p, q, x.coefficient, divergence)
-            for student, teacher, _ in self.tiles
-        ]
-        sums = torch.stack([self.kernels.divergence_sums_(pair) for pair in pairs]).sum(0)
+        x = self.x
+        if len(self.tiles) == 1:
+            student, teacher, target = self.tiles[0]
+            tile, sums = self.kernels.complete_divergence_(
+                torch.stack([student, teacher]), target, x.coefficient, divergence
+            )
+            pairs = [tile]
+        else:
+            p, q = self.softmax
+            pairs = [
+                DivergenceTile(torch.stack([student, teacher]), p, q, x.coefficient, divergence)
+                for student, teacher, _ in self.tiles
+            ]
+            sums = torch.stack([self.kernels.divergence_sums_(pair) for pair in pairs]).sum(0)
         values = row_values(sums, divergence)
         parts = [
             self.kernels.divergence_gradient_(pair, values.mean, target, x.g_logprob, x.g_entropy, self.dtype)
