@@ -81,13 +81,12 @@ def logit_gradient_(
     Overwrites `tile`. `g_logprob` [n]; `g_entropy` [n] or None, which is 0.
     """
     for rows, (slab,), (scratch,) in slabs(tile):
-        slab.sub_(softmax.maximum[rows, None])
-        norm = softmax.top_logprob[rows, None]
+        logp = slab.sub_(softmax.maximum[rows, None]).add_(softmax.top_logprob[rows, None])
+        p = exp(logp, scratch)
         if g_entropy is None:
-            torch.mul(exp(slab, scratch), -g_logprob[rows, None] * norm.exp(), out=slab)
+            torch.mul(p, -g_logprob[rows, None], out=slab)
         else:
-            p = exp(slab.add_(norm), scratch)
-            slab.add_(softmax.entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_logprob[rows, None]).mul_(p)
+            logp.add_(softmax.entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_logprob[rows, None]).mul_(p)
     add_target_(tile, target, g_logprob)
     return tile.to(dtype)
 
