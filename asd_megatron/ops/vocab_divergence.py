@@ -9,10 +9,13 @@ same of the teacher's hidden states, and only a tile of both is ever in memory:
 
     1. z and z' by one product (by two, if the teacher has a head of its own)
     2. each rank: softmax statistics of its columns of both
-    3. all-gather of [8, n], merged: log-prob of the target and entropy of both; the token loss is called
+    3. all-gather of [8, n], merged: log-prob of the target and entropy of both
     4. each rank: sums over its columns for the divergence (`divergence_tile.py`)
-    5. all-gather of [5, n], added up: D, both KL divergences, F
+    5. all-gather of [5, n], added up: D, both KL divergences, F; the token loss is called
     6. gradient of the student's logits in the tile's memory, then two products with it
+
+One rank does steps 2 to 5 in one pass over the logits, without collectives. On CPUs it also processes a tile in two
+parts that share the products of step 6 (`head_tiles.PairTiles`); a part is then a block of `teacher` and `token_loss`.
 
 8 N H V flops: steps 1 (4 N H V) and 6 (4 N H V). The teacher gets no gradient.
 """
@@ -77,7 +80,8 @@ def linear_divergence_loss(
     `coefficient` [N] is a constant; where it is 0 the teacher's row only enters the columns and must be finite.
     `teacher_weight` [padded rows, H]: the teacher's head, sharded like `weight`; None: the teacher's is `weight`, as a
     constant. The other arguments, `main_grad`, what is collective and what is raised are those of
-    `vocab_head.linear_token_loss`. A tile holds the logits of both, so `token_block` rows take twice its memory.
+    `vocab_head.linear_token_loss`. A tile of `token_block` rows takes the memory of
+    twice as many rows of logits; of 4 / 3 as many where it is processed in two parts.
     """
     rows, block = checked(
         hidden, weight, target, shard, rows, temperature, token_block or default_pair_block(weight, shard)
