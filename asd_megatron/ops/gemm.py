@@ -9,7 +9,7 @@ the same product up to the rounding of the logit gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -85,19 +85,28 @@ def add_product_(out: Tensor, gradient: Tensor, b: Tensor) -> None:
         out.addmm_(gradient.t(), b)
 
 
-@contextmanager
-def _bfloat16_operands() -> Iterator[None]:
+def _bfloat16_operands() -> AbstractContextManager[None]:
     """Allow float32 products to round their operands to bfloat16: these are bfloat16 numbers already, or a gradient.
 
     Sums and results remain float32. PyTorch then calls oneDNN instead of MKL, which multiplies with AMX where the
     machine has it and in float32 with AVX-512 elsewhere (MKL does not on AMD).
     """
+    return _cpu_precision("bf16")
+
+
+def exact_products() -> AbstractContextManager[None]:
+    """Float32 products on CPUs do not round their operands, whatever torch.set_float32_matmul_precision says."""
+    return _cpu_precision("ieee")
+
+
+@contextmanager
+def _cpu_precision(precision: str) -> Iterator[None]:
     settings = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9; without it PyTorch calls MKL
     if settings is None:
         yield
         return
     before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    settings.fp32_precision = precision
     try:
         yield
     finally:

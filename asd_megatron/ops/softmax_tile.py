@@ -11,11 +11,14 @@ is one or two slabs:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from asd_megatron.ops.vocab_shard import merge_softmax
 
 LOG2_E = math.log2(math.e)
 
@@ -41,6 +44,13 @@ class Targets(NamedTuple):
     owned: Tensor
 
 
+def merged(parts: Tensor) -> Softmax:
+    """The softmax over the complete vocabulary from the statistics of all its parts [parts, 4, n]."""
+    top, total, moment = merge_softmax(parts[:, 0], parts[:, 1], parts[:, 2])
+    log_total = total.log()
+    return Softmax(top, -log_total, parts[:, 3].amax(0) - top - log_total, log_total - moment / total)
+
+
 def softmax_statistics(tile: Tensor, target: Targets) -> Tensor:
     """(maximum, total, moment, target's logit) [4, n] over the columns.
 
@@ -52,7 +62,7 @@ def softmax_statistics(tile: Tensor, target: Targets) -> Tensor:
     if v == 0:
         out[0] = out[3] = -torch.inf
         return out
-    out[3] = torch.where(target.owned, tile.gather(1, target.local[:, None])[:, 0], -torch.inf)
+    out[3] = target_logits(tile, target)
     for rows, (slab,), (shifted, weights) in slabs(tile, scratch=2):
         maximum, total, moment = out[:3, rows]
         torch.amax(slab, 1, out=maximum)
@@ -81,6 +91,39 @@ def logit_gradient_(
     return tile.to(dtype)
 
 
+def target_logits(tile: Tensor, target: Targets) -> Tensor:
+    """Each row's logit of its target [n], -inf where the tile does not have it."""
+    return torch.where(target.owned, tile.gather(1, target.local[:, None])[:, 0], -torch.inf)
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """sum_v a[i, row, v] b[j, row, v] of a [k, n, v] and b [l, n, v], rows contiguous: in segments of the rows, as
+    `add_segments` takes them. Inside `exact_products`.
+
+    On CPUs by a batched product: it reads both once, where a product and a sum for each of the k * l results take as
+    many passes over one more tensor. Sums of segments have less rounding than a row's. v = 32,768, k = l = 2:
+
+        a [2, n, 32768] -> [16 n, 2, 2048]    b -> [16 n, 2048, 2]    found [16 n, 2, 2]
+    """
+    if a.is_cuda:  # where products may be TF32
+        return (a[:, None] * b[None]).sum(3).permute(2, 0, 1)
+    segment = _segment(a.shape[2])
+    x, y = a.view(len(a), -1, segment), b.view(len(b), -1, segment)
+    return torch.bmm(x.transpose(0, 1), y.permute(1, 2, 0))
+
+
+def add_segments(found: Sequence[Tensor], n: int) -> Tensor:
+    """[k, l, n] from what `row_dots` found for consecutive slabs of n rows."""
+    return torch.cat(list(found)).unflatten(0, (n, -1)).sum(1).permute(1, 2, 0)
+
+
+@cache
+def _segment(v: int) -> int:
+    """The longest segment up to 2,048 columns that divides v equally; v itself if only short ones do."""
+    length = next((length for length in range(min(v, 2048), 0, -1) if v % length == 0), v)
+    return length if length >= 256 else v
+
+
 def add_target_(tile: Tensor, target: Targets, values: Tensor) -> None:
     """Add `values` [n] at each row's target where this tile has it."""
     if tile.shape[1]:
@@ -90,10 +133,15 @@ def add_target_(tile: Tensor, target: Targets, values: Tensor) -> None:
 
 def slab_rows(tile: Tensor, arrays: int = 2) -> Iterator[slice]:
     """The rows of consecutive slabs of `arrays` tensors of the tile's shape, which share the cache."""
-    n, v = tile.shape
-    step = max(1, 2 * _slab_elements(tile) // max(2, arrays) // max(1, v))
+    n = tile.shape[0]
+    step = slab_step(tile, arrays)
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
+
+
+def slab_step(tile: Tensor, arrays: int) -> int:
+    """Rows of a slab of `arrays` tensors of the tile's width."""
+    return max(1, 2 * _slab_elements(tile) // max(2, arrays) // max(1, tile.shape[1]))
 
 
 def slabs(*tiles: Tensor, scratch: int = 1) -> Iterator[tuple[slice, list[Tensor], list[Tensor]]]:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from asd_megatron.ops import divergence_tile, softmax_tile
-from asd_megatron.ops.divergence_tile import DivergenceTile
+from asd_megatron.ops.divergence_tile import Divergence, DivergenceTile
 from asd_megatron.ops.softmax_tile import Softmax, Targets
 
 
 class TileKernels(NamedTuple):
-    """The four functions, specified in `softmax_tile.py` and `divergence_tile.py`."""
+    """The five functions, specified in `softmax_tile.py` and `divergence_tile.py`."""
 
     softmax_statistics: Callable[[Tensor, Targets], Tensor]
     logit_gradient_: Callable[[Tensor, Targets, Softmax, Tensor, Tensor | None, torch.dtype], Tensor]
+    complete_divergence_: Callable[[Tensor, Targets, Tensor, Divergence], tuple[DivergenceTile, Tensor]]
     divergence_sums_: Callable[[DivergenceTile], Tensor]
     divergence_gradient_: Callable[[DivergenceTile, Tensor, Targets, Tensor, Tensor | None, torch.dtype], Tensor]
 
@@ -26,6 +27,7 @@ class TileKernels(NamedTuple):
 TORCH = TileKernels(
     softmax_tile.softmax_statistics,
     softmax_tile.logit_gradient_,
+    divergence_tile.complete_divergence_,
     divergence_tile.divergence_sums_,
     divergence_tile.divergence_gradient_,
 )
@@ -51,6 +53,7 @@ def triton_kernels() -> TileKernels | None:
     return TileKernels(
         triton_tile.softmax_statistics,
         triton_tile.logit_gradient_,
+        triton_tile.complete_divergence_,
         triton_tile.divergence_sums_,
         triton_tile.divergence_gradient_,
     )

@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from asd_megatron.ops import divergence_tile, softmax_tile
-from asd_megatron.ops.divergence_tile import SUMS, DivergenceTile
-from asd_megatron.ops.softmax_tile import Softmax, Targets
+from asd_megatron.ops.divergence_tile import SUMS, Divergence, DivergenceTile
+from asd_megatron.ops.softmax_tile import Softmax, Targets, merged
 
 BLOCK = 2048
 """Columns of a block: 8 for each of the 256 threads, so that the sums of a row stay in registers."""
@@ -61,9 +61,18 @@ def logit_gradient_(
     return out
 
 
+def complete_divergence_(
+    logits: Tensor, target: Targets, coefficient: Tensor, divergence: Divergence
+) -> tuple[DivergenceTile, Tensor]:
+    """As `divergence_tile.complete_divergence_`, but leaves the logits as they are."""
+    p, q = (merged(softmax_statistics(part, target)[None]) for part in logits)
+    tile = DivergenceTile(logits, p, q, coefficient, divergence)
+    return tile, divergence_sums_(tile)
+
+
 def divergence_sums_(tile: DivergenceTile) -> Tensor:
     """As `divergence_tile.divergence_sums_`, but leaves the logits as they are."""
-    student, teacher, p, q, _, divergence = tile
+    (student, teacher), p, q, _, divergence = tile
     n, v = student.shape
     if not student.numel():
         return divergence_tile.divergence_sums_(tile)
@@ -84,7 +93,7 @@ def divergence_gradient_(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `divergence_tile.divergence_gradient_`; overwrites the student's logits only if they have `dtype`."""
-    student, teacher, p, q, coefficient, divergence = tile
+    (student, teacher), p, q, coefficient, divergence = tile
     out = _gradient_memory(student, dtype)
     if out.numel():
         _launch(
@@ -182,10 +191,10 @@ def _divergence_sums(
     teacher += row * teacher_stride
     p_top, p_top_logp = tl.load(p_maximum + row), tl.load(p_top_logprob + row)
     q_top, q_top_logp = tl.load(q_maximum + row), tl.load(q_top_logprob + row)
-    cross = tl.zeros((BLOCK,), tl.float32)
-    teacher_cross = tl.zeros((BLOCK,), tl.float32)
-    mean = tl.zeros((BLOCK,), tl.float32)
-    mixed = tl.zeros((BLOCK,), tl.float32)
+    reverse = tl.zeros((BLOCK,), tl.float32)
+    forward = tl.zeros((BLOCK,), tl.float32)
+    student_part = tl.zeros((BLOCK,), tl.float32)
+    teacher_part = tl.zeros((BLOCK,), tl.float32)
     together = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -195,17 +204,17 @@ def _divergence_sums(
         logp = z - p_top + p_top_logp
         logq = teacher_z - q_top + q_top_logp
         p, q = tl.exp2(logp * LOG2_E), tl.exp2(logq * LOG2_E)
-        cross += _weighted(p, logq)
-        teacher_cross += _weighted(q, logp)
+        reverse += _weighted(p, logp - logq)
+        forward += _weighted(q, logq - logp)
         if KIND == "jensen_shannon":
             logm = _log_mixture(p, q, mixture)
-            mean += _weighted(p, logp - logm)
-            mixed += q * logm
+            student_part += _weighted(p, logp - logm)
+            teacher_part += _weighted(q, logq - logm)
     rows = tl.num_programs(0).to(tl.int64)
-    tl.store(out + row, tl.sum(cross, 0))
-    tl.store(out + rows + row, tl.sum(teacher_cross, 0))
-    tl.store(out + 2 * rows + row, tl.sum(mean, 0))
-    tl.store(out + 3 * rows + row, tl.sum(mixed, 0))
+    tl.store(out + row, tl.sum(reverse, 0))
+    tl.store(out + rows + row, tl.sum(forward, 0))
+    tl.store(out + 2 * rows + row, tl.sum(student_part, 0))
+    tl.store(out + 3 * rows + row, tl.sum(teacher_part, 0))
     tl.store(out + 4 * rows + row, tl.max(together, 0))
 
 

@@ -9,10 +9,13 @@ same of the teacher's hidden states, and only a tile of both is ever in memory:
 
     1. z and z' by one product (by two, if the teacher has a head of its own)
     2. each rank: softmax statistics of its columns of both
-    3. all-gather of [8, n], merged: log-prob of the target and entropy of both; the token loss is called
+    3. all-gather of [8, n], merged: log-prob of the target and entropy of both
     4. each rank: sums over its columns for the divergence (`divergence_tile.py`)
-    5. all-gather of [5, n], added up: D, both KL divergences, F
+    5. all-gather of [5, n], added up: D, both KL divergences, F; the token loss is called
     6. gradient of the student's logits in the tile's memory, then two products with it
+
+One rank does steps 2 to 5 in one pass over the logits, without collectives. On CPUs it also processes a tile in two
+parts that share the products of step 6 (`head_tiles.PairTiles`); a part is then a block of `teacher` and `token_loss`.
 
 8 N H V flops: steps 1 (4 N H V) and 6 (4 N H V). The teacher gets no gradient.
 """
@@ -28,8 +31,9 @@ from torch.autograd.function import once_differentiable
 
 from asd_megatron.ops.divergence_tile import Divergence, DivergenceTile, row_values
 from asd_megatron.ops.gemm import operand
-from asd_megatron.ops.head_tiles import Gradients, Tiles, TokenLoss, checked, default_block, differentiated, merged
+from asd_megatron.ops.head_tiles import Gradients, PairTiles, TokenLoss, checked, default_pair_block, differentiated
 from asd_megatron.ops.head_tiles import backward as fused_backward
+from asd_megatron.ops.softmax_tile import merged
 from asd_megatron.ops.vocab_shard import VocabShard
 
 __all__ = ["Divergence", "DivergenceColumns", "TeacherHidden", "VocabShard", "linear_divergence_loss"]
@@ -76,9 +80,12 @@ def linear_divergence_loss(
     `coefficient` [N] is a constant; where it is 0 the teacher's row only enters the columns and must be finite.
     `teacher_weight` [padded rows, H]: the teacher's head, sharded like `weight`; None: the teacher's is `weight`, as a
     constant. The other arguments, `main_grad`, what is collective and what is raised are those of
-    `vocab_head.linear_token_loss`. A tile holds the logits of both, so `token_block` rows take twice its memory.
+    `vocab_head.linear_token_loss`. A tile of `token_block` rows takes the memory of
+    twice as many rows of logits; of 4 / 3 as many where it is processed in two parts.
     """
-    rows, block = checked(hidden, weight, target, shard, rows, temperature, token_block or default_block(weight, 2))
+    rows, block = checked(
+        hidden, weight, target, shard, rows, temperature, token_block or default_pair_block(weight, shard)
+    )
     if coefficient.shape != target.shape:
         raise ValueError(f"coefficient must be {tuple(target.shape)}: it is {tuple(coefficient.shape)}")
     if teacher_weight is not None and (teacher_weight.shape, teacher_weight.dtype) != (weight.shape, weight.dtype):
@@ -116,31 +123,38 @@ class _LinearDivergenceLoss(torch.autograd.Function):
         block: int,
         call: _Call,
     ) -> tuple[Tensor, Tensor]:
-        tiles = Tiles(hidden, weight, target, rows, shard, temperature, block, stacked=2)
+        tiles = PairTiles(hidden, weight, target, rows, shard, temperature, block)
         other = None if teacher_weight is None else operand(teacher_weight.detach()[: shard.rows])
         needed = ctx.needs_input_grad[:2] if call.differentiate else (False, False)
         gradients = Gradients(tiles, hidden, weight, *needed)
         loss = torch.zeros((), dtype=tiles.dtype, device=hidden.device)
         columns = torch.empty(len(DivergenceColumns._fields), tiles.count, dtype=tiles.dtype, device=hidden.device)
         for b in tiles.blocks():
-            h = tiles.hidden(b)
-            student, teacher = tiles.pair(h, operand(call.teacher(b).detach()), other)
-            statistics = torch.cat([tiles.statistics(student, b), tiles.statistics(teacher, b)])  # [8, n]
-            parts = shard.gather_ranks(statistics)
-            p, q = merged(parts[:, :4]), merged(parts[:, 4:])
-            part, g_logprobs, g_entropy = differentiated(call.token_loss, p.logprob, p.entropy, b, call.differentiate)
-
-            scale = call.coefficient[b].to(tiles.dtype)
-            tile = DivergenceTile(student, teacher, p, q, scale / temperature, call.divergence)
-            sums = tiles.kernels.divergence_sums_(tile)
-            values = row_values(shard.gather_ranks(sums).sum(0), p.entropy, q.entropy, call.divergence)
-            loss += part + (scale * values.divergence).sum()
-            columns[:, b] = torch.stack([p.logprob, p.entropy, q.logprob, q.entropy, values.divergence, *values[2:]])
-            if call.differentiate:
-                gradient = tiles.kernels.divergence_gradient_(
-                    tile, values.mean, tiles.targets(b), *tiles.scaled(g_logprobs, g_entropy), tiles.gradient_dtype
+            gradient: Tensor | None = None
+            for part in tiles.parts(b):
+                states = operand(call.teacher(part).detach())
+                logits = tiles.pair(tiles.hidden(part), states, other, at=part.start - b.start)
+                scale = call.coefficient[part].to(tiles.dtype)
+                tile, sums = _sums(tiles, logits, part, scale / temperature, call.divergence)
+                p, q = tile.p, tile.q
+                part_loss, g_logprobs, g_entropy = differentiated(
+                    call.token_loss, p.logprob, p.entropy, part, call.differentiate
                 )
-                gradients.add(gradient, h, b)
+                values = row_values(sums, call.divergence)
+                loss += part_loss + (scale * values.divergence).sum()
+                columns[:, part] = torch.stack(
+                    [p.logprob, p.entropy, q.logprob, q.entropy, values.divergence, *values[2:]]
+                )
+                if call.differentiate:
+                    gradient = tiles.kernels.divergence_gradient_(
+                        tile,
+                        values.mean,
+                        tiles.targets(part),
+                        *tiles.scaled(g_logprobs, g_entropy),
+                        tiles.gradient_dtype,
+                    )
+            if gradient is not None:
+                gradients.add(tiles.gradient(gradient, b), tiles.hidden(b), b)
         ctx.d_hidden, ctx.weight_gradient = gradients.finish()
         ctx.mark_non_differentiable(columns)
         return loss, columns
@@ -149,3 +163,17 @@ class _LinearDivergenceLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_loss: Tensor, _g_columns: Tensor) -> tuple[Tensor | None, ...]:
         return (*fused_backward(ctx, g_loss, "linear_divergence_loss"), *[None] * 7)
+
+
+def _sums(
+    tiles: PairTiles, logits: Tensor, rows: slice, coefficient: Tensor, divergence: Divergence
+) -> tuple[DivergenceTile, Tensor]:
+    """Both distributions of logits [2, n, v] and their sums over the complete vocabulary. Two collectives; none on one
+    rank."""
+    shard, kernels = tiles.shard, tiles.kernels
+    if shard.world == 1:
+        return kernels.complete_divergence_(logits, tiles.targets(rows), coefficient, divergence)
+    parts = shard.gather_ranks(torch.stack([tiles.statistics(part, rows) for part in logits]))  # [ranks, 2, 4, n]
+    p, q = (merged(part) for part in parts.unbind(1))
+    tile = DivergenceTile(logits, p, q, coefficient, divergence)
+    return tile, shard.gather_ranks(kernels.divergence_sums_(tile)).sum(0)

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from asd_megatron.ops import tile_kernels
 from asd_megatron.ops.divergence_tile import Divergence, DivergenceTile, row_values
-from asd_megatron.ops.head_tiles import merged
-from asd_megatron.ops.softmax_tile import Softmax, Targets
+from asd_megatron.ops.softmax_tile import Softmax, Targets, merged
 from asd_megatron.ops.tile_kernels import TORCH, TileKernels, triton_kernels
 from asd_megatron.ops.vocab_divergence import linear_divergence_loss
 from asd_megatron.ops.vocab_head import VocabShard, linear_logprob
@@ -160,13 +159,21 @@ class Evaluation:
         return _on_cpu({**p._asdict(), "gradient": torch.cat(parts, 1)})
 
     def divergence(self, divergence: Divergence) -> dict[str, Tensor]:
-        (p, q), x = self.softmax, self.x
-        pairs = [
-            DivergenceTile(student.clone(), teacher.clone(), p, q, x.coefficient, divergence)
-            for student, teacher, _ in self.tiles
-        ]
-        sums = torch.stack([self.kernels.divergence_sums_(pair) for pair in pairs]).sum(0)
-        values = row_values(sums, p.entropy, q.entropy, divergence)
+        x = self.x
+        if len(self.tiles) == 1:
+            student, teacher, target = self.tiles[0]
+            tile, sums = self.kernels.complete_divergence_(
+                torch.stack([student, teacher]), target, x.coefficient, divergence
+            )
+            pairs = [tile]
+        else:
+            p, q = self.softmax
+            pairs = [
+                DivergenceTile(torch.stack([student, teacher]), p, q, x.coefficient, divergence)
+                for student, teacher, _ in self.tiles
+            ]
+            sums = torch.stack([self.kernels.divergence_sums_(pair) for pair in pairs]).sum(0)
+        values = row_values(sums, divergence)
         parts = [
             self.kernels.divergence_gradient_(pair, values.mean, target, x.g_logprob, x.g_entropy, self.dtype)
             for pair, (_, _, target) in zip(pairs, self.tiles, strict=True)
@@ -315,7 +322,7 @@ def _empty(shape: tuple[int, int]) -> bool:
         found = []
         for k in (kernels, TORCH):
             student, teacher = torch.empty(shape), torch.empty(shape)
-            pair = DivergenceTile(student, teacher, softmax, softmax, row, divergence)
+            pair = DivergenceTile(torch.stack([student, teacher]), softmax, softmax, row, divergence)
             found.append(
                 [
                     k.softmax_statistics(student, target),

@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from asd_megatron.ops import softmax_tile
+from asd_megatron.ops.divergence_tile import complete_divergence_, row_values
+from asd_megatron.ops.softmax_tile import Targets
 from asd_megatron.ops.vocab_divergence import Divergence, VocabShard, linear_divergence_loss
 from tests.ops.dense import Head, error, grad
-from tests.ops.dense_divergence import Pair
+from tests.ops.dense_divergence import Pair, dense_divergence, kl
+from tools.head.memory import peak_bytes
 
 T, H, V, PADDED = 29, 16, 101, 128
 DIVERGENCES = [
@@ -203,6 +207,52 @@ def test_equal_distributions_have_neither_divergence_nor_gradient() -> None:
         got = run(pair, weight, divergence, loss=nothing)
         assert got["divergence"].max() < 2e-6 and got["d hidden"].abs().max() < 2e-5
         assert got["agreement"].all()
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])  # medium: float32 products may be those of bfloat16
+def test_small_divergences_are_no_difference_of_large_numbers(precision: str) -> None:
+    """Of nearly equal distributions with an entropy of 5 nats: float32 rounds that by 5e-7."""
+    g = torch.Generator().manual_seed(0)
+    student = 3 * torch.randn(40, 4096, generator=g)
+    teacher = student + 0.01 * torch.randn(student.shape, generator=g)
+    target = Targets(torch.zeros(40, dtype=torch.long), torch.ones(40, dtype=torch.bool))
+    logp, logq = (torch.log_softmax(z.double(), 1) for z in (student, teacher))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for divergence in DIVERGENCES:
+            _, sums = complete_divergence_(torch.stack([student, teacher]), target, torch.ones(40), divergence)
+            got, want = row_values(sums, divergence), dense_divergence(logp, logq, divergence)
+            assert want.min() > 1e-6 and want.max() < 1e-4
+            for found, exact in (
+                (got.divergence, want),
+                (got.reverse_kl, kl(logp, logq)),
+                (got.forward_kl, kl(logq, logp)),
+            ):
+                assert (found - exact).abs().max() < 1e-6, divergence
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_memory_of_a_tile() -> None:
+    """Beside the gradients: student's and teacher's logits of two thirds of the tile's rows, and a slab."""
+    tokens, vocab, width, block = 256, 4096, 32, 96
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, teacher = (torch.randn(n, width, generator=g) for n in (tokens, vocab, tokens))
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def action() -> None:
+        linear_divergence_loss(
+            hidden, weight, torch.zeros(tokens, dtype=torch.long), nothing, torch.ones(tokens), lambda b: teacher[b],
+            Divergence(), VocabShard.of(vocab, vocab), token_block=block,
+        )[0].backward()  # fmt: skip
+
+    longest = 86  # three tiles
+    tile, results = 4 * vocab * 2 * 58, 4 * width * (tokens + vocab)
+    slab = 4 * 3 * vocab * softmax_tile.slab_step(torch.empty(longest, vocab), 3)
+    peak = peak_bytes(action, torch.device("cpu"))
+    assert tile + results <= peak <= tile + results + slab + 64 * tokens * 8 + 4 * 2 * longest * width * 4
 
 
 def test_bfloat16_operands_have_float32_sums() -> None:
