@@ -18,6 +18,7 @@ import torch
 
 from asd_megatron.checkpoint import lineage, training
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write_folder
+from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed.objects import first_message, on_rank_zero
@@ -183,7 +184,7 @@ class Session:
         state. Collective."""
         path = Path(checkpoint)
         if self.copies is not None:
-            self._note = self.on_root(lambda: check_missing(self.recipe, path, training.stored_copies(path)))
+            self._note = self.on_root(lambda: check_missing(self.recipe, path, RunStateFile.read(path).copies))
         state = training.load(path, self.port, self.optimizer.megatron, self.optimizer.scheduler, self.copies)
         step = int(state["step"])
         if state["stage"] != self.stage:
