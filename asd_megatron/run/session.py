@@ -23,9 +23,11 @@ from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed.objects import first_message, on_rank_zero
 from asd_megatron.errors import NotFinite, UserError, plural
+from asd_megatron.files import write_json
 from asd_megatron.models.families import check_architecture
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.closing import Sample, closing_table
+from asd_megatron.observe.plots import plot_run
 from asd_megatron.observe.progress import Progress, print_line
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run import folder as folders
@@ -366,14 +368,13 @@ class Session:
         the closing report with a held-out `sample`. Collective."""
 
         def write() -> None:
-            from asd_megatron.observe.plots import plot_run, write_summary  # matplotlib
-
             if not self.steps() and (self.folder / folders.SUMMARY_FILE).is_file():
                 return  # a complete run whose export was missing
             with writing(self.folder):
                 changes = folders.changes_of(self.folder)
                 folders.record(self.folder, "end", self.recipe.run.steps)
-                write_summary(self.folder, {**summary, "completed": True, "changed_settings": changes})
+                content = {**summary, "completed": True, "changed_settings": changes}
+                write_json(self.folder / folders.SUMMARY_FILE, content)
                 if self.recipe.logging.curves:
                     plot_run(self.folder)
             self.progress.close()
