@@ -214,9 +214,16 @@ class TrainingRun:
             self.guard.check_update(loss, grad_norm, batch.step)
         return stats
 
-    def observe(self, step: int, batch: Batch, teacher: Scores | None, stats: UpdateStats) -> None:
+    def observe(
+        self,
+        step: int,
+        batch: Batch,
+        teacher: Scores | None,
+        stats: UpdateStats,
+        reference: Scores | None = None,
+    ) -> None:
         """Metrics, dump and progress of the step; the evaluation when it is due."""
-        columns = table_columns(batch.inputs, teacher, stats.columns, stats.reference)
+        columns = table_columns(batch.inputs, teacher, stats.columns, reference)
         if not self.plan.teacher_scoring and self.condition.u_source == "teacher":
             columns = {k: v for k, v in columns.items() if k not in ("pmi", "term")}
         table = gather_table(batch.local.table, columns, batch.local.indices, self.process_groups)
