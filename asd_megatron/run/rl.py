@@ -272,7 +272,7 @@ class TrainingRun:
             policy_loss=stats.loss,
             times=times,
             computed=(computed.total, computed.real, computed.sequences),
-            gate=self.strength.reading if self.condition.sign else None,
+            reading=self.strength.reading if self.condition.sign else None,
             outlier_limit=self.strength.outlier_limit,
             skipped_updates=stats.applied.count(False),
             success_threshold=self.recipe.privileged.success_threshold,
