@@ -310,9 +310,9 @@ def step_metrics(
     """All metrics of one training step, from the examples and token table of the *global* batch (the same order in
     both).
 
-    `reading` None leaves the metrics of lambda out (conditions without a per-token term). `outlier_limit`: of |u| in nats,
-    NaN while it is being measured; None: no such rule. Columns that were not computed leave theirs out, and so does
-    `step` None with the age of the rollouts (step s trains weights of version s - 1).
+    `reading` None leaves the metrics of lambda out (conditions without a per-token term). `outlier_limit`: of |u| in
+    nats, NaN while it is being measured; None: no such rule. Columns that were not computed leave theirs out, and so
+    does `step` None with the age of the rollouts (step s trains weights of version s - 1).
     `computed` counts the tokens of all packs of the step: with padding, without, and as if no prefix were shared.
     `times` are seconds by phase; `total` is their sum unless given. A statistic over no tokens, and any statistic's
     non-finite inputs, come out as NaN and as `tokens/not_finite`: the writer turns NaN into null.
