@@ -72,7 +72,7 @@ def _refusal(error: BaseException, folder: Path) -> OSError | None:
 
 
 def _trial_write(folder: Path) -> OSError | None:
-    """The operating system's error when a file is written in `folder`, which is full perhaps; None if it can be."""
+    """The operating system's error for a file of 1 MiB in `folder`; None if it can be written."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_TRIAL_BYTES))

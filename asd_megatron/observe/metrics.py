@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from asd_megatron.antisd import context_tokens, kl_estimates
-from asd_megatron.observe.dumps import DIVERGENCES
+from asd_megatron.observe.dumps import DIVERGENCES, NEED_CONTEXT
 from asd_megatron.observe.names import PHASES, QUANTILES
 from asd_megatron.records import DemonstrationSource, Example, TokenTable
 
@@ -248,7 +248,7 @@ def _not_finite(table: TokenTable, sampled: Tensor, with_context: Tensor) -> int
     bad = torch.zeros(table.tokens, dtype=torch.bool)
     for name, column in table.columns.items():
         if column.is_floating_point():
-            needs_context = name.startswith("teacher_") or name in ("pmi", "term", *DIVERGENCES)
+            needs_context = name in (*NEED_CONTEXT, "term")
             bad |= ~torch.isfinite(column.cpu()) & (with_context if needs_context else sampled)
     return int(bad.sum())
 
