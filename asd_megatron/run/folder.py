@@ -113,16 +113,20 @@ def claim(recipe: AnyRecipe, stage: str, closing: ExitStack) -> Start:
     """Hold the run folder until `closing` closes, and decide what this start does with it; `prepare` does it. Raises
     UserError for a folder that cannot be made, is in use or holds something else, and for changed settings that would
     falsify the run's record."""
-    folder = recipe.run.path
-    hold(folder, closing)
-    try:
-        return decide(recipe, stage)
-    except OSError as error:
-        raise unusable(folder, "read", error) from None
+    hold(recipe.run.path, closing)
+    return decide(recipe, stage)
 
 
 def decide(recipe: AnyRecipe, stage: str) -> Start:
-    """The decision of `claim`, about a folder that need not be there or be locked. Writes nothing."""
+    """The decision of `claim`, about a folder that need not be there or be locked. Writes nothing. Raises UserError as
+    `claim` does, and for a folder that cannot be read."""
+    try:
+        return _decide(recipe, stage)
+    except OSError as error:
+        raise unusable(recipe.run.path, "read", error) from None
+
+
+def _decide(recipe: AnyRecipe, stage: str) -> Start:
     folder, asked = recipe.run.path, recipe.checkpoint.resume
     given = None if asked in ("auto", "never") else Path(asked)
     returned_to = None
