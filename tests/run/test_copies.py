@@ -8,7 +8,7 @@ import pytest
 
 from asd_megatron.errors import UserError
 from asd_megatron.run.copies import check_missing
-from tests.run.test_folder import begin, checkpoint, recipe
+from tests.run.starts import begin, checkpoint, recipe
 
 PENALTY = ["--algorithm.kl_coefficient", "0.1"]
 
