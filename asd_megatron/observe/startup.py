@@ -135,7 +135,8 @@ def suppliers(chunks: Iterable[torch.nn.Module], optimizer: Any = None) -> dict[
 
 
 def formula(condition: Condition, weight: float = 1.0) -> str:
-    """The per-token advantage of a condition in one line (Eq. 2, 3, 6; the multiplicative form is ours)."""
+    """The per-token advantage of a condition in one line (Eq. 2, 3, 6; the multiplicative forms are not the paper's).
+    `weight`: of A_seq where a term is added to it."""
     a_seq = "A_seq" if weight == 1 else f"{weight:g} * A_seq"
     q = "phi(u)" if condition.shape == "phi" else "u"
     sign = "+" if condition.sign > 0 else "-"
