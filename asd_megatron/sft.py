@@ -132,7 +132,7 @@ def _announce(run: SupervisedRun) -> None:
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
             "evaluation": evaluation_text(recipe),
         },
-        passes=("one forward and backward: cross-entropy on the given responses (3 forwards' worth)",),
+        ("one forward and backward: cross-entropy on the given responses (3 forwards' worth)",),
     )
 
 

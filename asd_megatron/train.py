@@ -26,7 +26,7 @@ def train(run: TrainingRun) -> None:
         reference = run.score_reference(batch)  # only with a KL penalty: under the initial weights
         lam = run.gate_step(batch, teacher, student)  # exact median entropy over all ranks, Schmitt trigger
         stats = run.update(batch, teacher, student, lam, reference)  # s_t, u_t, phi, clipped policy gradient, optimizer
-        run.observe(step, batch, teacher, stats)
+        run.observe(step, batch, teacher, stats, reference)
         run.checkpoint_if_due(step)
     run.finish()
 

@@ -81,6 +81,7 @@ class Moments:
 
 
 def gradient(run: TrainingRun, batch: Batch, teacher: Scores, method: Method) -> Tensor:
+    """The gradient of all parameters, flat, float64."""
     gradients = _Gradients(run.session)
     exact = method.exact is not None
     update(
@@ -118,6 +119,7 @@ def measure(run: TrainingRun, batches: int) -> dict[str, Moments]:
 
 
 def report(found: dict[str, Moments]) -> dict[str, Any]:
+    """The figures of every gradient, and of both losses the ratio of the variances and the cosine of the means."""
     out: dict[str, Any] = {name: moments.figures() for name, moments in found.items()}
     for loss in LOSSES:
         sampled, exact = found[f"{loss} sampled"], found[f"{loss} exact"]

@@ -18,8 +18,8 @@ import asd_megatron
 from asd_megatron.config import load_recipe
 from asd_megatron.distributed.launcher import LAUNCHER
 from asd_megatron.errors import UserError
+from asd_megatron.files import write_json
 from asd_megatron.observe.names import graded
-from asd_megatron.observe.plots import write_summary
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.study.results import training_seconds
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     if status:
         return status
     summary = summarize(folder)
-    write_summary(folder, summary)
+    write_json(folder / "summary.json", summary)
     print(table(summary))
     print(f"\n{folder}: curves.png, summary.json, hf/ (a Hugging Face model), metrics.jsonl, tensorboard/")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from asd_megatron.config.algorithm import AlgorithmSection
+from asd_megatron.config.refusals import changed, unread
 
 WITHOUT_DIVERGENCE = {
     "grpo": "it has no per-token term",
@@ -18,14 +19,8 @@ OF_THE_DIVERGENCE = ("divergence", "direction", "mixture", "teacher_states")
 
 def estimator_findings(a: AlgorithmSection) -> Iterator[str]:
     """What `algorithm` asks for that its estimator cannot do."""
-    fields = type(a).model_fields
     if a.estimator == "sampled":
-        for key in OF_THE_DIVERGENCE:
-            if getattr(a, key) != fields[key].default:
-                yield (
-                    f"algorithm.{key} {getattr(a, key)} is read only with algorithm.estimator full_vocabulary: set that"
-                    f", or leave algorithm.{key} out"
-                )
+        yield from unread("algorithm", a, *OF_THE_DIVERGENCE, needs="algorithm.estimator full_vocabulary")
         return
     if a.name in WITHOUT_DIVERGENCE:
         yield (
@@ -39,14 +34,10 @@ def estimator_findings(a: AlgorithmSection) -> Iterator[str]:
             " full_vocabulary adds the divergence to the loss: leave algorithm.composition out, or set"
             " algorithm.estimator sampled"
         )
-    for key in OF_THE_SAMPLED_TERM:
-        if getattr(a, key) != fields[key].default:
-            yield (
-                f"algorithm.{key} {getattr(a, key)} changes the sampled token's term, and algorithm.estimator"
-                f" full_vocabulary has none: leave algorithm.{key} out, or set algorithm.estimator sampled"
-            )
-    if a.mixture != fields["mixture"].default and a.divergence_kind != "jensen_shannon":
+    for key, value in changed(a, *OF_THE_SAMPLED_TERM).items():
         yield (
-            f"algorithm.mixture {a.mixture} belongs to algorithm.divergence jensen_shannon: set that, or leave"
-            " algorithm.mixture out"
+            f"algorithm.{key} {value} changes the sampled token's term, and algorithm.estimator full_vocabulary has"
+            f" none: leave algorithm.{key} out, or set algorithm.estimator sampled"
         )
+    if a.divergence_kind != "jensen_shannon":
+        yield from unread("algorithm", a, "mixture", needs="algorithm.divergence jensen_shannon")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from asd_megatron.config.data import DataSection
 from asd_megatron.config.recipe import AnyRecipe, SftRecipe
+from asd_megatron.config.refusals import changed
 from asd_megatron.errors import UserError
 from asd_megatron.gym.tasks import PREFIX, check_task, task_of
 
@@ -60,7 +61,5 @@ def _reward(recipe: AnyRecipe, given: dict[str, str], tasks: dict[str, str]) -> 
 
 
 def _unread(data: DataSection) -> Iterator[str]:
-    fields = type(data).model_fields
-    for key in ("reasoning_gym", "test_problems"):
-        if getattr(data, key) != fields[key].default:
-            yield f"data.{key} is read only with a problem set {PREFIX}TASK: name one, or leave data.{key} out"
+    for key in changed(data, "reasoning_gym", "test_problems"):
+        yield f"data.{key} is read only with a problem set {PREFIX}TASK: name one, or leave data.{key} out"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from asd_megatron.config import foreign
-from asd_megatron.config.base import section_schema, type_in_words, value_in_words
+from asd_megatron.config.base import Section, section_schema, type_in_words, value_in_words
 
 GENERIC = {"name", "path", "every"}  # keys that mean another thing in each section
 RENAMED_KEYS = {
@@ -16,6 +17,19 @@ RENAMED_KEYS = {
     "rollout.receipt_tolerance": "rollout.verify_tolerance",
 }
 """Keys of earlier versions, each with its new name."""
+
+
+def changed(section: Section, *keys: str) -> dict[str, Any]:
+    """Those of `keys`, by default of all, whose values differ from their defaults, with their values."""
+    fields = type(section).model_fields
+    values = {key: getattr(section, key) for key in keys or fields}
+    return {key: value for key, value in values.items() if value != fields[key].default}
+
+
+def unread(name: str, section: Section, *keys: str, needs: str) -> Iterator[str]:
+    """The refusals of `keys` of the section `name` that were changed although only a recipe with `needs` reads them."""
+    for key, value in changed(section, *keys).items():
+        yield f"{name}.{key} {value} is read only with {needs}: set that, or leave {name}.{key} out"
 
 
 def dotted_keys(schema: type[BaseModel]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from asd_megatron.config.refusals import changed
 from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.distributed.addresses import is_loopback
 
@@ -21,7 +22,7 @@ def rollout_findings(recipe: Recipe) -> Iterator[str]:
     """What cannot work in the section, one finding a yield, each with its remedy."""
     rollout = recipe.rollout
     if rollout.engine != "sglang":
-        for key in _changed(rollout, *(k for k in RolloutSection.model_fields if k not in ANY_ENGINE)):
+        for key in changed(rollout, *(k for k in RolloutSection.model_fields if k not in ANY_ENGINE)):
             yield f"rollout.{key} is read only with rollout.engine sglang: set that, or leave rollout.{key} out"
         return
     yield from _servers(rollout)
@@ -89,13 +90,9 @@ def _devices(entry: str) -> list[str]:
     return [name.strip() for name in entry.split(",")]
 
 
-def _changed(rollout: RolloutSection, *keys: str) -> list[str]:
-    return [key for key in keys if getattr(rollout, key) != RolloutSection.model_fields[key].default]
-
-
 def _servers(rollout: RolloutSection) -> Iterator[str]:
     if rollout.server_urls:
-        for key in _changed(rollout, *STARTED_ONLY):
+        for key in changed(rollout, *STARTED_ONLY):
             yield (
                 f"rollout.{key} is for servers that the run starts, and rollout.server_urls names running ones: leave"
                 " one of the two out"
@@ -156,7 +153,7 @@ def _weight_sync(rollout: RolloutSection) -> Iterator[str]:
             " address out"
         )
     if rollout.weight_sync == "disk":
-        for key in _changed(rollout, "weight_sync_bucket_mib"):
+        for key in changed(rollout, "weight_sync_bucket_mib"):
             yield f"rollout.{key} is not read with rollout.weight_sync disk: leave it out"
     if rollout.weight_sync == "cuda_ipc" and rollout.server_urls:
         yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from asd_megatron.config.recipe import Recipe
+from asd_megatron.config.refusals import changed, unread
 
 WITHOUT_PERPLEXITY = {
     "no_teacher": "it has no teacher",
@@ -20,12 +21,7 @@ def term_findings(recipe: Recipe) -> Iterator[str]:
     if recipe.algorithm.lambda_source == "teacher_perplexity":
         yield from _perplexity(recipe)
         return
-    for key, field in type(recipe.perplexity).model_fields.items():
-        if (value := getattr(recipe.perplexity, key)) != field.default:
-            yield (
-                f"perplexity.{key} {value} is read only with algorithm.lambda_source teacher_perplexity: set that, or"
-                f" leave perplexity.{key} out"
-            )
+    yield from unread("perplexity", recipe.perplexity, needs="algorithm.lambda_source teacher_perplexity")
 
 
 def _composition(recipe: Recipe) -> Iterator[str]:
@@ -74,14 +70,13 @@ def _perplexity(recipe: Recipe) -> Iterator[str]:
             f"algorithm.lambda_source teacher_perplexity: algorithm.name {a.name} cannot use it"
             f" ({WITHOUT_PERPLEXITY[a.name]}); set algorithm.lambda_source gate, or algorithm.name antisd"
         )
-    for key, field in type(recipe.gate).model_fields.items():
-        if (value := getattr(recipe.gate, key)) != field.default:
-            yield (
-                f"gate.{key} {value} is of the entropy gate, and algorithm.lambda_source teacher_perplexity replaces"
-                f" it: leave gate.{key} out"
-                + (" (perplexity.warmup_steps is the key here)" if key == "warmup_steps" else "")
-                + ", or set algorithm.lambda_source gate"
-            )
+    for key, value in changed(recipe.gate).items():
+        yield (
+            f"gate.{key} {value} is of the entropy gate, and algorithm.lambda_source teacher_perplexity replaces it:"
+            f" leave gate.{key} out"
+            + (" (perplexity.warmup_steps is the key here)" if key == "warmup_steps" else "")
+            + ", or set algorithm.lambda_source gate"
+        )
     if p.target is not None and p.target >= p.cutoff:
         yield (
             f"perplexity.target {p.target} is not below perplexity.cutoff {p.cutoff}: every response above the target"
@@ -92,11 +87,7 @@ def _perplexity(recipe: Recipe) -> Iterator[str]:
             "perplexity.warmup_steps 0 leaves no step to measure the target perplexity in: set it to 1 or more, or give"
             " perplexity.target"
         )
-    ways = [
-        key
-        for key in ("target", "target_ratio", "target_offset")
-        if getattr(p, key) != type(p).model_fields[key].default
-    ]
+    ways = changed(p, "target", "target_ratio", "target_offset")
     if len(ways) > 1:
         yield f"{' and '.join(f'perplexity.{key}' for key in ways)} contradict each other: give one of them"
     if p.lambda_min > a.lambda_max:

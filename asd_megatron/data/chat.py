@@ -55,7 +55,9 @@ def render_chat(
             f"the chat template needs more than {RENDER_BYTES >> 20} MiB of memory for this prompt: {REMEDY}"
         ) from None
     except Exception as e:  # whatever the template's authors raise
-        raise TemplateError(f"the chat template failed: {type(e).__name__}: {e}") from e
+        raise TemplateError(
+            f"the chat template failed: {type(e).__name__}: {e}; change the turns if it refuses them, or {REMEDY}"
+        ) from e
     assert isinstance(text, str)
     if len(text) > MAX_CHARACTERS:
         raise TemplateError(

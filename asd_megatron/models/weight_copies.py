@@ -30,7 +30,7 @@ class WeightCopies:
     """
 
     def __init__(self, port: ModelPort, *, initial: bool = False, ema_rate: float | None = None) -> None:
-        """Copy the port's weights. `ema_rate`: share of the live weights in each step of the moving average; None: no
+        """Copy the port's weights. `ema_rate`: weight of the live ones in each step of the moving average; None: no
         average. Call after `port.wrap_ddp`."""
         self.port, self.ema_rate = port, ema_rate
         self._copies: dict[CopyName, list[Tensor]] = {}

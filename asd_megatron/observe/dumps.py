@@ -1,8 +1,9 @@
 """Rollout dumps: one Parquet file a step, one row a rollout, every number that the step was made of.
 
 Schema version 2. Step N's dump holds numbers under the weights before update N: whoever has those weights as a Hugging
-Face folder can recompute all of them. Lists are per response token, float32. A list is null where the number does not
-exist: the teacher's and u for rollouts without privileged context, columns that the recipe does not compute.
+Face folder can recompute them (the divergences: with one update a batch). Lists are per response token, float32. A list
+is null where the number does not exist: the teacher's, u and the divergences for rollouts without privileged context,
+columns that the recipe does not compute.
 `loss_mask` is the rollout's own: the tokens that the policy sampled.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,29 @@ def _read_column(values: pa.ChunkedArray, lengths: Sequence[int]) -> torch.Tenso
     return torch.from_numpy(np.concatenate(rows))
 
 
+def _read_example(row: Mapping[str, Any]) -> Example:
+    teacher = row["teacher_prompt_ids"]
+    rollout = Rollout(
+        prompt_id=row["prompt_id"],
+        sample=row["sample"],
+        prompt_ids=tuple(row["prompt_ids"]),
+        response_ids=tuple(row["response_ids"]),
+        logprobs=tuple(row["engine_logprobs"]),
+        finish_reason=FinishReason(row["finish_reason"]),
+        weight_version=row["weight_version"],
+        version_changes=tuple((position, version) for position, version in row["version_changes"]),
+        loss_mask=tuple(row["loss_mask"]),
+    )
+    return Example(
+        rollout=rollout,
+        reward=row["reward"],
+        group_advantage=row["group_advantage"],
+        teacher_prompt_ids=None if teacher is None else tuple(teacher),
+        demonstration_source=DemonstrationSource(row["demonstration_source"]),
+        demonstration_sample=row["demonstration_sample"],
+    )
+
+
 def read_dump(path: str | os.PathLike[str]) -> Dump:
     """Read a dump back into examples (without texts) and a token table.
 
@@ -225,35 +249,11 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
     if missing:
         raise UserError(f"{path} lacks the column(s) {', '.join(missing)}; make the dump again")
     data = file.read()
-    c = {name: data[name].to_pylist() for name in SCHEMA.names if name not in (*TABLE_COLUMNS, "lambda")}
-    lambdas: list[float | None] = data["lambda"].to_pylist() if "lambda" in data.column_names else [None]
-    engine = data["engine_logprobs"].to_pylist()
-    lengths = [len(ids) for ids in c["response_ids"]]
-    examples = []
+    read = [name for name in SCHEMA.names if name not in (*TABLE_COLUMNS, "lambda")] + ["engine_logprobs"]
+    columns = [data[name].to_pylist() for name in read]
     try:
-        for i in range(data.num_rows):
-            teacher = c["teacher_prompt_ids"][i]
-            rollout = Rollout(
-                prompt_id=c["prompt_id"][i],
-                sample=c["sample"][i],
-                prompt_ids=tuple(c["prompt_ids"][i]),
-                response_ids=tuple(c["response_ids"][i]),
-                logprobs=tuple(engine[i]),
-                finish_reason=FinishReason(c["finish_reason"][i]),
-                weight_version=c["weight_version"][i],
-                version_changes=tuple((position, version) for position, version in c["version_changes"][i]),
-                loss_mask=tuple(c["loss_mask"][i]),
-            )
-            examples.append(
-                Example(
-                    rollout=rollout,
-                    reward=c["reward"][i],
-                    group_advantage=c["group_advantage"][i],
-                    teacher_prompt_ids=None if teacher is None else tuple(teacher),
-                    demonstration_source=DemonstrationSource(c["demonstration_source"][i]),
-                    demonstration_sample=c["demonstration_sample"][i],
-                )
-            )
+        examples = [_read_example(dict(zip(read, row, strict=True))) for row in zip(*columns, strict=True)]
+        lengths = [len(example.rollout.response_ids) for example in examples]
         table = TokenTable.for_lengths(lengths)
         for name in TABLE_COLUMNS:
             column = _read_column(data[name], lengths) if name in data.column_names else None
@@ -261,4 +261,5 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
                 table[name] = column
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: a row is damaged ({error}); make the dump again") from error
-    return Dump(info, examples, table, None if None in lambdas else [x for x in lambdas if x is not None])
+    lambdas: list[Any] = data["lambda"].to_pylist() if "lambda" in data.column_names else [None]
+    return Dump(info, examples, table, None if None in lambdas else lambdas)

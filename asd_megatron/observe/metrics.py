@@ -12,21 +12,9 @@ import torch
 from torch import Tensor
 
 from asd_megatron.antisd import context_tokens, kl_estimates
-from asd_megatron.observe.dumps import DIVERGENCES
-from asd_megatron.observe.names import PHASES, QUANTILES, reference_page, undocumented
+from asd_megatron.observe.dumps import DIVERGENCES, NEED_CONTEXT
+from asd_megatron.observe.names import PHASES, QUANTILES
 from asd_megatron.records import DemonstrationSource, Example, TokenTable
-
-__all__ = [
-    "GateReading",
-    "Increments",
-    "PerplexityReading",
-    "context_mask",
-    "reference_page",
-    "sampled_mask",
-    "step_metrics",
-    "supervised_metrics",
-    "undocumented",
-]
 
 NAN = float("nan")
 
@@ -260,7 +248,7 @@ def _not_finite(table: TokenTable, sampled: Tensor, with_context: Tensor) -> int
     bad = torch.zeros(table.tokens, dtype=torch.bool)
     for name, column in table.columns.items():
         if column.is_floating_point():
-            needs_context = name.startswith("teacher_") or name in ("pmi", "term", *DIVERGENCES)
+            needs_context = name in (*NEED_CONTEXT, "term")
             bad |= ~torch.isfinite(column.cpu()) & (with_context if needs_context else sampled)
     return int(bad.sum())
 
@@ -312,7 +300,7 @@ def step_metrics(
     grad_norm: float,
     policy_loss: float,
     times: Mapping[str, float],
-    gate: GateReading | PerplexityReading | None = None,
+    reading: GateReading | PerplexityReading | None = None,
     outlier_limit: float | None = None,
     step: int | None = None,
     computed: tuple[int, int, int] | None = None,
@@ -322,9 +310,9 @@ def step_metrics(
     """All metrics of one training step, from the examples and token table of the *global* batch (the same order in
     both).
 
-    `gate` None leaves the gate's metrics out (conditions without a per-token term). `outlier_limit`: of |u| in nats,
-    NaN while it is being measured; None: no such rule. Columns that were not computed leave theirs out, and so does
-    `step` None with the age of the rollouts (step s trains weights of version s - 1).
+    `reading` None leaves the metrics of lambda out (conditions without a per-token term). `outlier_limit`: of |u| in
+    nats, NaN while it is being measured; None: no such rule. Columns that were not computed leave theirs out, and so
+    does `step` None with the age of the rollouts (step s trains weights of version s - 1).
     `computed` counts the tokens of all packs of the step: with padding, without, and as if no prefix were shared.
     `times` are seconds by phase; `total` is their sum unless given. A statistic over no tokens, and any statistic's
     non-finite inputs, come out as NaN and as `tokens/not_finite`: the writer turns NaN into null.
@@ -343,10 +331,10 @@ def step_metrics(
     if computed is not None:
         out.update(_of_packs(*computed))
     counts = _loss_mask(examples, table) & context_mask(examples, table)
-    if isinstance(gate, PerplexityReading):
-        out.update(_of_perplexity(gate))
-    elif gate is not None:
-        out.update(_of_gate(gate, int(counts.sum())))
+    if isinstance(reading, PerplexityReading):
+        out.update(_of_perplexity(reading))
+    elif reading is not None:
+        out.update(_of_gate(reading, int(counts.sum())))
     if outlier_limit is not None and "pmi" in table:
         out.update(_of_outliers(table, counts, outlier_limit))
     out["loss/policy"] = policy_loss

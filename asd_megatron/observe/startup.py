@@ -15,7 +15,7 @@ import torch
 
 import asd_megatron
 from asd_megatron.antisd.divergence import Condition
-from asd_megatron.antisd.perplexity import PerplexityRule
+from asd_megatron.antisd.perplexity import RATIO_LIMITS, PerplexityRule
 from asd_megatron.errors import plural
 from asd_megatron.files import write_json
 
@@ -135,7 +135,8 @@ def suppliers(chunks: Iterable[torch.nn.Module], optimizer: Any = None) -> dict[
 
 
 def formula(condition: Condition, weight: float = 1.0) -> str:
-    """The per-token advantage of a condition in one line (Eq. 2, 3, 6; the multiplicative form is ours)."""
+    """The per-token advantage of a condition in one line (Eq. 2, 3, 6; the multiplicative forms are not the paper's).
+    `weight`: of A_seq where a term is added to it."""
     a_seq = "A_seq" if weight == 1 else f"{weight:g} * A_seq"
     q = "phi(u)" if condition.shape == "phi" else "u"
     sign = "+" if condition.sign > 0 else "-"
@@ -187,11 +188,12 @@ def perplexity_text(rule: PerplexityRule, *, warmup_steps: int, target: float | 
     else:
         level = f"the warm-up's median - {rule.target_offset:g}"
     shift = {"none": "", "negative": ", shifted to mean 0 where that is negative", "always": ", shifted to mean 0"}
+    low, high = RATIO_LIMITS
     whose = "of each response" if rule.scope == "response" else "of the batch, from the mean logarithm"
     return (
-        f"lambda {whose} {warmup}clip({rule.lambda_0:g} x {rule.alpha:g} x log(P / P*), {rule.lambda_min:g},"
-        f" {rule.lambda_max:g}) of the teacher's perplexity P, P* = {level}; 0 where P > {rule.cutoff:g}"
-        f"{shift[rule.shift]}; no entropy gate"
+        f"lambda {whose} {warmup}clip({rule.lambda_0:g} x {rule.alpha:g} x log(clip(P / P*, {low:g}, {high:g})),"
+        f" {rule.lambda_min:g}, {rule.lambda_max:g}) of the teacher's perplexity P, P* = {level};"
+        f" 0 where P > {rule.cutoff:g}{shift[rule.shift]}; no entropy gate"
     )
 
 
@@ -253,19 +255,14 @@ def startup_report(
     suppliers: Mapping[str, str],
     model: Mapping[str, Any],
     batch: Mapping[str, Any],
-    condition: Condition | None = None,
-    term: str = "",
-    gate: str = "",
-    perplexity: str = "",
     passes: Sequence[str] = (),
-    advantage: str | None = None,
+    method: Mapping[str, str] | None = None,
 ) -> str:
     """The report as text: one table, printed by rank 0 before the first step.
 
-    `environment` and `suppliers` are what the functions of that name return, `layout` a Layout, `model` and `batch`
-    rows to show (family, parameters, dtype; problems, rollouts, token budget ...), `condition` None in the supervised
-    stage, `term` what `term_text` returns, `gate` what `gate_text` or `perplexity` what `perplexity_text`, `passes` the
-    pass plan's reasons, `advantage` None for the condition's own.
+    `environment` and `suppliers` are what the functions of that name return, `layout` a Layout, `model`, `batch` and
+    `method` rows to show (family, parameters, dtype; problems, rollouts, token budget; condition, advantage, lambda),
+    `method` None in the supervised stage, `passes` the pass plan's reasons.
     """
     versions = environment["versions"]
     present = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
@@ -277,15 +274,11 @@ def startup_report(
     counted = [f"{devices.count(d)} x {d}" if devices.count(d) > 1 else d for d in dict.fromkeys(devices)]
     machine.append(("devices", "; ".join(counted) + f"; {environment['cores']} cores"))
     machine.append(("layout", layout_text(layout)))
-    method = []
-    if condition is not None:
-        method = [("condition", condition.name), ("advantage", advantage or formula(condition))]
-        method += [(key, text) for key, text in (("term", term), ("gate", gate), ("lambda", perplexity)) if text]
     rows = {
         "Machine": machine,
         "Model": [(key, _shown(value)) for key, value in model.items()],
         "Supplied by": list(suppliers.items()),
-        "Method": method,
+        "Method": list((method or {}).items()),
         "A step": [(key, _shown(value)) for key, value in batch.items()]
         + [("passes" if i == 0 else "", reason) for i, reason in enumerate(passes)],
     }

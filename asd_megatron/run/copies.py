@@ -38,8 +38,8 @@ def weight_copies(recipe: AnyRecipe, port: ModelPort) -> WeightCopies | None:
 def check_missing(recipe: AnyRecipe, checkpoint: Path, stored: Sequence[str]) -> str | None:
     """A line for the console when the initial weights are those of `model.path`, because the checkpoint stores none.
 
-    They are the same when the checkpoint's run was trained from the same `model.path`. Raises UserError when that
-    is not known, and for a moving average, which nothing but the checkpoint has.
+    They are the same when the checkpoint's weights were first trained from the same `model.path`. Raises UserError when
+    that is not known, and for a moving average, which nothing but the checkpoint has.
     """
     missing = [name for name in needed_copies(recipe) if name not in stored]
     if "ema" in missing:
@@ -49,20 +49,30 @@ def check_missing(recipe: AnyRecipe, checkpoint: Path, stored: Sequence[str]) ->
         )
     if not missing:
         return None
-    recorded = _model_path(checkpoint)
-    if recorded is None or Path(recorded).resolve() != Path(recipe.model.path).resolve():
-        was = "its run's recipe.yaml cannot be read" if recorded is None else f"its run was trained from {recorded}"
+    first = _first_model_path(checkpoint)
+    if first is None or Path(first).resolve() != Path(recipe.model.path).resolve():
+        was = f"its weights were first trained from {first}, not from model.path {recipe.model.path}"
+        if first is None:
+            was = "the recipe.yaml of the run that trained its weights first cannot be read"
         raise UserError(
-            f"{checkpoint} stores no copy of the initial weights, and {was}, not from model.path {recipe.model.path}:"
-            " set model.path as it was, or teacher.weights live and algorithm.kl_coefficient 0"
+            f"{checkpoint} stores no copy of the initial weights, and {was}: set model.path as it was, or"
+            " teacher.weights live and algorithm.kl_coefficient 0"
         )
     return f"initial weights: those of model.path {recipe.model.path} (the checkpoint was made without a copy of them)"
 
 
-def _model_path(checkpoint: Path) -> str | None:
-    """`model.path` of the run that wrote RUN/checkpoints/step_NNNNNN; None when that is not known."""
+def _first_model_path(checkpoint: Path) -> str | None:
+    """`model.path` at the first step of the weights in RUN/checkpoints/step_NNNNNN: before it was changed in the middle
+    of that run, or of the run whose checkpoint that one started from. None when it is not known."""
+    run = checkpoint.resolve().parent.parent
+    events = folders.read_history(run)
+    begun = max((i for i, event in enumerate(events) if event.get("event") in folders.BEGINNINGS), default=0)
+    if events and events[begun].get("checkpoint") is not None:
+        return _first_model_path(Path(str(events[begun]["checkpoint"])))
+    for event in events[begun:]:
+        if event.get("event") == "change" and event.get("key") == "model.path" and event.get("step"):
+            return str(event.get("old"))
     try:
-        recorded = read_yaml(checkpoint.resolve().parents[1] / folders.RECIPE_FILE, "recipe")
-        return str(recorded["model"]["path"])
-    except (UserError, OSError, IndexError, KeyError, TypeError):
+        return str(read_yaml(run / folders.RECIPE_FILE, "recipe")["model"]["path"])
+    except (UserError, OSError, KeyError, TypeError):
         return None

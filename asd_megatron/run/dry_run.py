@@ -27,7 +27,7 @@ from asd_megatron.run.build import (
 )
 from asd_megatron.run.folder import Start
 from asd_megatron.run.preview import preview, start_text
-from asd_megatron.run.report import advantage_line, evaluation_text, lambda_line, term_line
+from asd_megatron.run.report import evaluation_text, method_rows
 from asd_megatron.run.sources import held_out_problems, model_folder, supervised_source, training_problems
 
 if TYPE_CHECKING:
@@ -85,12 +85,7 @@ def _summary(recipe: AnyRecipe, start: Start | None) -> str:
     refused = f"{recipe.run.path}: refused, for the reason given at the end"
     rows = {"run folder": refused if start is None else start_text(recipe, start)}
     if isinstance(recipe, Recipe):
-        method, perplexity = make_method(recipe), make_perplexity(recipe)
-        rows["condition"] = f"{method.condition.name}: {advantage_line(recipe, method)}"
-        if term := term_line(recipe, method.condition):
-            rows["term"] = term
-        how = lambda_line(recipe, method.condition, make_gate(recipe), perplexity)
-        rows["gate" if perplexity is None else "lambda"] = how
+        rows |= method_rows(recipe, make_method(recipe), make_gate(recipe), make_perplexity(recipe))
     optimizer = recipe.optimizer
     rows |= {
         "steps": f"{recipe.run.steps}",

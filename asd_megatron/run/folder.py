@@ -27,7 +27,7 @@ from asd_megatron.checkpoint.huggingface import CONFIG, is_complete
 from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_write, remove_partial, to_json, user_error, utc_now
+from asd_megatron.files import atomic_write, remove_partial, system_reason, to_json, user_error, utc_now
 from asd_megatron.run.changes import Change, changes, not_accepted
 
 LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "recipe.yaml", "summary.json"
@@ -36,6 +36,8 @@ CHECKPOINTS, EXPORTS = "checkpoints", "hf"
 OF_AN_ATTEMPT = ("environment.json", "metrics.jsonl", "tensorboard", "rollouts", "servers", SUMMARY_FILE, "curves.png")
 
 Kind = Literal["fresh", "restart", "resume", "overwrite", "finished"]
+BEGINNINGS = ("fresh", "restart", "overwrite")
+"""The starts from step 1, or from another run's checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ def in_use(folder: Path, holder: str) -> str:
 
 
 def unusable(folder: Path, verb: str, error: OSError | ValueError) -> UserError:
-    """The refusal of a run folder that the operating system does not let be `verb`: made, written to."""
-    why = (error.strerror if isinstance(error, OSError) else None) or error
+    """The refusal of a run folder that the operating system does not let be `verb`: made, read, written to."""
+    why = system_reason(error) if isinstance(error, OSError) else error
     return UserError(
         f"the run folder {folder} cannot be {verb} ({why}): choose another run.name or run.folder, or change"
         " permissions there"
@@ -111,18 +113,20 @@ def claim(recipe: AnyRecipe, stage: str, closing: ExitStack) -> Start:
     """Hold the run folder until `closing` closes, and decide what this start does with it; `prepare` does it. Raises
     UserError for a folder that cannot be made, is in use or holds something else, and for changed settings that would
     falsify the run's record."""
-    folder = recipe.run.path
-    hold(folder, closing)
-    try:
-        return decide(recipe, stage)
-    except OSError as error:
-        raise UserError(
-            f"the run folder {folder} cannot be read ({error.strerror or error}): choose another run.name or run.folder"
-        ) from None
+    hold(recipe.run.path, closing)
+    return decide(recipe, stage)
 
 
 def decide(recipe: AnyRecipe, stage: str) -> Start:
-    """The decision of `claim`, about a folder that need not be there or be locked. Writes nothing."""
+    """The decision of `claim`, about a folder that need not be there or be locked. Writes nothing. Raises UserError as
+    `claim` does, and for a folder that cannot be read."""
+    try:
+        return _decide(recipe, stage)
+    except OSError as error:
+        raise unusable(recipe.run.path, "read", error) from None
+
+
+def _decide(recipe: AnyRecipe, stage: str) -> Start:
     folder, asked = recipe.run.path, recipe.checkpoint.resume
     given = None if asked in ("auto", "never") else Path(asked)
     returned_to = None
@@ -170,7 +174,7 @@ def _has_returned(folder: Path, given: Path) -> bool:
     returns: set[str] = set()  # names of checkpoints of the present branch
     for event in read_history(folder):
         name = Path(str(event.get("checkpoint"))).name
-        if event.get("event") in ("fresh", "restart", "overwrite"):
+        if event.get("event") in BEGINNINGS:
             returns.clear()
         elif event.get("event") == "resume":
             returns = {other for other in returns if lineage.step_of(other) <= lineage.step_of(name)}
@@ -211,7 +215,7 @@ def _recorded(recipe: AnyRecipe, elsewhere: str | None, newest: Path | None) -> 
     if not isinstance(found, dict):
         raise UserError(f"{folder / RECIPE_FILE} is no recipe: choose another run.name, or set run.overwrite true")
     if elsewhere is not None:
-        begun = [event for event in read_history(folder) if event.get("event") in ("fresh", "restart", "overwrite")]
+        begun = [event for event in read_history(folder) if event.get("event") in BEGINNINGS]
         if not begun or begun[-1].get("checkpoint") != os.path.realpath(elsewhere):
             return None
     return found

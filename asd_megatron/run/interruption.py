@@ -13,15 +13,13 @@ from asd_megatron.distributed.first_error import report_once
 from asd_megatron.distributed.launcher import COMMAND, LAUNCHER
 from asd_megatron.files import utc_now
 from asd_megatron.observe.progress import print_line
-from asd_megatron.run.folder import CHECKPOINTS, read_history
-
-STARTS = ("fresh", "restart", "resume", "overwrite")
+from asd_megatron.run.folder import BEGINNINGS, CHECKPOINTS, read_history
 
 
 def interrupted_text(recipe: AnyRecipe, command: str, since: str) -> str:
     """One line about a run that was started by `command` at `since` (a time of `utc_now`) and was interrupted."""
     folder = recipe.run.path
-    starts = [event for event in read_history(folder) if event.get("event") in STARTS]
+    starts = [event for event in read_history(folder) if event.get("event") in (*BEGINNINGS, "resume")]
     if not starts or str(starts[-1].get("time_utc")) < since:
         return f"interrupted before the run began: {folder} is as it was; to start the run: {command}"
     again = f"{command} --checkpoint.resume auto" if recipe.checkpoint.resume == "never" else command

@@ -34,10 +34,7 @@ def preview(recipe: AnyRecipe, stage: str) -> Start:
         raise unusable(folder, "written to", error) from None
     if holder is not None:
         raise UserError(in_use(folder, holder))
-    try:
-        start = decide(recipe, stage)
-    except OSError as error:
-        raise unusable(folder, "read", error) from None
+    start = decide(recipe, stage)
     if start.checkpoint is not None:
         if not (Path(start.checkpoint) / lineage.RUN_STATE).is_file():
             raise UserError(

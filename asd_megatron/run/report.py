@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -30,8 +30,11 @@ from asd_megatron.trainer.pass_plan import PassPlan
 from asd_megatron.trainer.token_method import Method
 
 
-def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
-    """Print the report, show it in TensorBoard, write RUN/environment.json. Global rank 0 only."""
+def announce(
+    session: Session, batch: Mapping[str, str], passes: Sequence[str], method: Mapping[str, str] | None = None
+) -> None:
+    """Print the report, show it in TensorBoard, write RUN/environment.json. Global rank 0 only. `batch`, `passes` and
+    `method`: of `startup_report`."""
     if not session.is_root or session.writer is None:
         return
     found = environment()
@@ -55,7 +58,8 @@ def announce(session: Session, batch: dict[str, Any], **method: Any) -> None:
         suppliers=parts,
         model=model,
         batch=batch,
-        **method,
+        passes=passes,
+        method=method,
     )
     print(report, flush=True)
     session.writer.text("start-up report", report)
@@ -130,7 +134,16 @@ def evaluation_text(recipe: AnyRecipe) -> str:
     return ", ".join(parts + [f"top_k {e.top_k}"] * bool(e.top_k))
 
 
-def lambda_line(recipe: Recipe, condition: Condition, gate: Gate, perplexity: PerplexityLambda | None) -> str:
+def method_rows(recipe: Recipe, method: Method, gate: Gate, perplexity: PerplexityLambda | None) -> dict[str, str]:
+    """The rows about the method: condition, advantage, what is done to the term, how lambda is set."""
+    rows = {"condition": method.condition.name, "advantage": _advantage(recipe, method)}
+    if term := _term(recipe, method.condition):
+        rows["term"] = term
+    rows["gate" if perplexity is None else "lambda"] = _lambda(recipe, method.condition, gate, perplexity)
+    return rows
+
+
+def _lambda(recipe: Recipe, condition: Condition, gate: Gate, perplexity: PerplexityLambda | None) -> str:
     """How lambda is set in a run of the recipe."""
     if perplexity is not None:
         target, warmup_steps = recipe.perplexity.target, perplexity.warmup_steps
@@ -145,7 +158,7 @@ def lambda_line(recipe: Recipe, condition: Condition, gate: Gate, perplexity: Pe
     )
 
 
-def term_line(recipe: Recipe, condition: Condition) -> str:
+def _term(recipe: Recipe, condition: Condition) -> str:
     """What is done to the term beside its formula; empty where nothing is."""
     a = recipe.algorithm
     if condition.sign == 0:
@@ -160,7 +173,7 @@ def term_line(recipe: Recipe, condition: Condition) -> str:
     )
 
 
-def advantage_line(recipe: Recipe, method: Method) -> str:
+def _advantage(recipe: Recipe, method: Method) -> str:
     """The advantage of a token, or the loss of the exact estimator, in one line."""
     exact, weight = method.exact, recipe.algorithm.advantage_weight
     if exact is None:
@@ -188,8 +201,7 @@ def _teacher_states(recipe: Recipe, session: Session, method: Method) -> dict[st
 
 def announce_training(recipe: Recipe, session: Session, strength: TermStrength, plan: PassPlan) -> None:
     """The report of an RL run. Global rank 0 only."""
-    method, perplexity = strength.method, strength.perplexity
-    condition, s = method.condition, recipe.sampling
+    method, s = strength.method, recipe.sampling
     announce(
         session,
         {
@@ -206,9 +218,6 @@ def announce_training(recipe: Recipe, session: Session, strength: TermStrength, 
             **_weights(recipe, session, plan),
             **_teacher_states(recipe, session, method),
         },
-        condition=condition,
-        advantage=advantage_line(recipe, method),
-        term=term_line(recipe, condition),
-        **{"gate" if perplexity is None else "perplexity": lambda_line(recipe, condition, strength.gate, perplexity)},
-        passes=plan.reasons,
+        plan.reasons,
+        method_rows(recipe, method, strength.gate, strength.perplexity),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -139,39 +139,15 @@ class TrainingRun:
         return Batch(step, local, token_method.token_inputs(local, method), states)
 
     def score_teacher(self, batch: Batch) -> Scores | None:
-        with self.clock.phase("teacher"):
-            temperature = self.recipe.sampling.temperature
-            scores = passes.score_teacher(
-                self.port,
-                self.process_groups,
-                batch.local,
-                self.plan,
-                temperature=temperature,
-                states=batch.states,
-                copies=self.session.copies,
-            )
-            self._check_scores("teacher scoring", batch, scores, "teacher")
-        return scores
+        wanted, copies = self.plan.teacher_scoring, self.session.copies
+        return self._score("teacher", wanted, batch, passes.score_teacher, states=batch.states, copies=copies)
 
     def score_student(self, batch: Batch) -> Scores | None:
-        with self.clock.phase("student"):
-            temperature = self.recipe.sampling.temperature
-            scores = passes.score_student(
-                self.port, self.process_groups, batch.local, self.plan, temperature=temperature
-            )
-            self._check_scores("student scoring", batch, scores, "student")
-        return scores
+        return self._score("student", self.plan.student_scoring, batch, passes.score_student)
 
     def score_reference(self, batch: Batch) -> Scores | None:
-        if not self.plan.reference_scoring:
-            return None
-        with self.clock.phase("reference"):
-            temperature, copies = self.recipe.sampling.temperature, self.session.copies
-            scores = passes.score_reference(
-                self.port, self.process_groups, batch.local, self.plan, temperature=temperature, copies=copies
-            )
-            self._check_scores("reference scoring", batch, scores, "reference")
-        return scores
+        wanted, copies = self.plan.reference_scoring, self.session.copies
+        return self._score("reference", wanted, batch, passes.score_reference, copies=copies)
 
     def gate_step(self, batch: Batch, teacher: Scores | None, student: Scores | None) -> float | Tensor:
         """This step's lambda, from the gate updated with this step's median entropy; with
@@ -214,9 +190,16 @@ class TrainingRun:
             self.guard.check_update(loss, grad_norm, batch.step)
         return stats
 
-    def observe(self, step: int, batch: Batch, teacher: Scores | None, stats: UpdateStats) -> None:
+    def observe(
+        self,
+        step: int,
+        batch: Batch,
+        teacher: Scores | None,
+        stats: UpdateStats,
+        reference: Scores | None = None,
+    ) -> None:
         """Metrics, dump and progress of the step; the evaluation when it is due."""
-        columns = table_columns(batch.inputs, teacher, stats.columns, stats.reference)
+        columns = table_columns(batch.inputs, teacher, stats.columns, reference)
         if not self.plan.teacher_scoring and self.condition.u_source == "teacher":
             columns = {k: v for k, v in columns.items() if k not in ("pmi", "term")}
         table = gather_table(batch.local.table, columns, batch.local.indices, self.process_groups)
@@ -265,7 +248,7 @@ class TrainingRun:
             policy_loss=stats.loss,
             times=times,
             computed=(computed.total, computed.real, computed.sequences),
-            gate=self.strength.reading if self.condition.sign else None,
+            reading=self.strength.reading if self.condition.sign else None,
             outlier_limit=self.strength.outlier_limit,
             skipped_updates=stats.applied.count(False),
             success_threshold=self.recipe.privileged.success_threshold,
@@ -344,6 +327,19 @@ class TrainingRun:
         responses = [rollout.response_ids for rollout in rollouts]
         self.renderer.counters["undecodable_tokens"] += undecodable(self.session.tokenizer, responses)
         return self.builder.build(groups, step)
+
+    def _score(
+        self, of: str, wanted: bool, batch: Batch, scoring_pass: Callable[..., Scores | None], **options: Any
+    ) -> Scores | None:
+        """The checked scores `of` the teacher, the student or the reference, None when the plan has no such pass: it
+        is then no phase of the step."""
+        if not wanted:
+            return None
+        with self.clock.phase(of):
+            where, temperature = (self.port, self.process_groups, batch.local), self.recipe.sampling.temperature
+            scores = scoring_pass(*where, self.plan, temperature=temperature, **options)
+            self._check_scores(f"{of} scoring", batch, scores, of)
+        return scores
 
     def _check_scores(self, phase: str, batch: Batch, scores: Scores | None, of: str) -> None:
         """Raises NotFinite on every rank when any of them scored something that is not finite. Collective.

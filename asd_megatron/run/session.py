@@ -17,14 +17,16 @@ from typing import Any, TypeVar
 import torch
 
 from asd_megatron.checkpoint import lineage, training
-from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write_folder
+from asd_megatron.checkpoint.huggingface import read_config, write_folder
+from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed.objects import first_message, on_rank_zero
 from asd_megatron.errors import NotFinite, UserError, plural
+from asd_megatron.files import write_json
 from asd_megatron.models.families import check_architecture
-from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.closing import Sample, closing_table
+from asd_megatron.observe.plots import plot_run
 from asd_megatron.observe.progress import Progress, print_line
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run import folder as folders
@@ -33,12 +35,12 @@ from asd_megatron.run.clock import Clock
 from asd_megatron.run.copies import check_missing, weight_copies
 from asd_megatron.run.folder import Start, writing
 from asd_megatron.run.interruption import Interruption
+from asd_megatron.run.model import build_optimizer, build_port, shares_prefixes, updates_per_step
 from asd_megatron.run.preview import finished_text
 from asd_megatron.run.ranks import join_ranks
 from asd_megatron.run.sources import model_folder
 from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.guard import Guard, first_not_finite
-from asd_megatron.trainer.optimizer import Optimizer
 
 T = TypeVar("T")
 log = logging.getLogger("asd_megatron")
@@ -101,15 +103,15 @@ class Session:
         self.start: Start = self.on_root(lambda: folders.claim(recipe, self.stage, closing))
         if self.start.kind == "finished":
             raise RunFinished(finished_text(recipe, self.start.changes))
-        self.port = self._build_port()
+        self.port = build_port(recipe, self.hf_config, self.source, self.process_groups, self.layout)
         self.copies = weight_copies(recipe, self.port)  # of model.path's weights, before a checkpoint is loaded
-        self.optimizer = self._build_optimizer()
+        self.optimizer = build_optimizer(recipe, self.port)
         self.pack_layout = PackLayout.of(
             self.layout,
             self.process_groups,
             self.port.device,
             pad_id=self.tokenizer.pad_token_id or 0,
-            share_prefixes=self._shares_prefixes(),
+            share_prefixes=shares_prefixes(recipe, self.port),
         )
         self._note: str | None = None  # about the checkpoint's copies of weights, for the console
         self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)
@@ -142,48 +144,12 @@ class Session:
 
     # ---------------------------------------------------------------- opening
 
-    def _build_port(self) -> ModelPort:
-        """The model with its start weights, wrapped for training."""
-        recipe = self.recipe
-        port = ModelPort.build(
-            self.hf_config,
-            self.process_groups,
-            self.layout,
-            dtype=_dtype(recipe.model.dtype),
-            layers=recipe.model.layers,
-            recompute=recipe.model.recompute,
-        )
-        with FolderReader(self.source) as tensors:
-            port.load(tensors)
-        port.wrap_ddp(
-            distributed_optimizer=recipe.parallelism.distributed_optimizer,
-            overlap_grad_reduce=recipe.parallelism.overlap_grad_reduce,
-        )
-        return port
-
-    def _build_optimizer(self) -> Optimizer:
-        return Optimizer(
-            self.port,
-            **self.recipe.optimizer.model_dump(),
-            total_steps=self.recipe.run.steps * updates_per_step(self.recipe),
-            distributed=self.recipe.parallelism.distributed_optimizer,
-        )
-
-    def _shares_prefixes(self) -> bool:
-        asked = self.recipe.batching.share_prefixes
-        if asked and not self.port.shares_prefixes:
-            raise UserError(
-                "batching.share_prefixes true: only our own attention knows shared prefixes, and model.layers auto"
-                " chose Transformer Engine's; set model.layers local, or leave batching.share_prefixes out"
-            )
-        return self.port.shares_prefixes if asked is None else asked
-
     def _load(self, checkpoint: str) -> dict[str, Any]:
         """Load weights and optimizer from a training checkpoint and set the schedule to its step; returns its run
         state. Collective."""
         path = Path(checkpoint)
         if self.copies is not None:
-            self._note = self.on_root(lambda: check_missing(self.recipe, path, training.stored_copies(path)))
+            self._note = self.on_root(lambda: check_missing(self.recipe, path, RunStateFile.read(path).copies))
         state = training.load(path, self.port, self.optimizer.megatron, self.optimizer.scheduler, self.copies)
         step = int(state["step"])
         if state["stage"] != self.stage:
@@ -365,14 +331,13 @@ class Session:
         the closing report with a held-out `sample`. Collective."""
 
         def write() -> None:
-            from asd_megatron.observe.plots import plot_run, write_summary  # matplotlib
-
             if not self.steps() and (self.folder / folders.SUMMARY_FILE).is_file():
                 return  # a complete run whose export was missing
             with writing(self.folder):
                 changes = folders.changes_of(self.folder)
                 folders.record(self.folder, "end", self.recipe.run.steps)
-                write_summary(self.folder, {**summary, "completed": True, "changed_settings": changes})
+                content = {**summary, "completed": True, "changed_settings": changes}
+                write_json(self.folder / folders.SUMMARY_FILE, content)
                 if self.recipe.logging.curves:
                     plot_run(self.folder)
             self.progress.close()
@@ -389,14 +354,3 @@ def _close(writer: RunWriter) -> None:
     """Close without raising: an error of the last write has been reported already."""
     with suppress(OSError):
         writer.close()
-
-
-def updates_per_step(recipe: AnyRecipe) -> int:
-    """Optimizer steps of one training step."""
-    return recipe.algorithm.updates_per_batch * recipe.algorithm.epochs if isinstance(recipe, Recipe) else 1
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if torch.cuda.is_available() else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

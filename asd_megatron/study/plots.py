@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from asd_megatron.errors import plural
+from asd_megatron.observe.curves import smooth
+from asd_megatron.observe.drawing import CLASSES, dress, label_ends, new_figure, save_figure
 from asd_megatron.observe.names import METRICS
-from asd_megatron.observe.plots import CLASSES, dress, label_ends, new_figure, save_figure, smooth
 from asd_megatron.study.report import Findings
 from asd_megatron.study.results import EVALUATION, CellResult
 from asd_megatron.study.statistics import Floats, is_number, mean_and_sd, resample

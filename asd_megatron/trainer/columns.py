@@ -121,8 +121,8 @@ class Divergences(Columns):
 @dataclass(frozen=True)
 class UpdateColumns(Columns):
     """What an update reports of every token, float32: `student` and `constants` under the weights before the first
-    optimizer step, `clipped` 1 where the clip removed the gradient in any of the batch's updates, `divergences` (with
-    the exact estimator) under the weights of the token's last update."""
+    optimizer step, `clipped` 1 where the clip removed the gradient in any of the batch's updates. With the exact
+    estimator `divergences` and `constants.term`, which is D, are under the weights of the token's last update."""
 
     student: Scores
     clipped: Tensor
@@ -140,7 +140,7 @@ class UpdateColumns(Columns):
 
 
 def score_columns(scores: Scores, of: str) -> dict[str, Tensor]:
-    """`scores` under the names of `TokenTable`; `of`: `student` or `teacher`."""
+    """`scores` under the names of `TokenTable`; `of`: `student`, `teacher` or `reference`."""
     return {f"{of}_logprobs": scores.logprobs, f"{of}_entropy": scores.entropy}
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from asd_megatron.antisd.divergence import Condition, resolve_condition
 from asd_megatron.antisd.importance import Level
+from asd_megatron.errors import plural
 from asd_megatron.models.weight_copies import CopyName
 
 BACKWARD_COST = 2  # a backward pass in forwards
@@ -15,6 +16,8 @@ TEACHER_COPIES: dict[CopyName, str] = {
     "initial": "under a copy of the initial weights",
     "ema": "under the moving average of the weights",
 }
+
+Head = Literal["fused", "two_phase", "exact"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class PassPlan:
 
     student_scoring: bool
     teacher_scoring: bool
-    head: Literal["fused", "two_phase", "exact"]
+    head: Head
     updates: int
     forwards_per_step: int
     reasons: tuple[str, ...]
@@ -78,79 +81,91 @@ def plan_passes(
             f"term_normalization {term_normalization!r} does not exist; choose one of {', '.join(NORMALIZATIONS)}"
         )
     normalization = term_normalization if c.sign else "none"  # without a term in the loss there is nothing to scale
-    reasons: list[str] = []
-
+    steps = updates * epochs
     teacher = c.uses_teacher or log_pmi
+    copy = teacher_copy if teacher else None
+    causes = _student_causes(c, steps, normalization, importance_level, exact)
+    head, head_reason = _head(steps, normalization, importance_level, exact=exact, student=bool(causes), copy=copy)
+
+    reasons = [_teacher_reason(c, log_pmi=log_pmi, perplexity=perplexity)]
+    if copy is not None:
+        reasons.append(f"the teacher is scored {TEACHER_COPIES[copy]}: exchanged in place with the live ones, and back")
+    if causes:
+        reasons.append(f"student scoring pass: {'; '.join(causes)} (1 forward)")
+    else:
+        reasons.append("no student scoring pass: with one update a batch its own log-probs are the old ones")
+    reasons.append(head_reason)
+    if kl_penalty:
+        reasons.append(
+            "reference scoring pass: the KL penalty needs the sampled tokens' log-probs under the initial weights,"
+            " exchanged in place with the live ones (1 forward)"
+        )
+    update_cost = (1 + BACKWARD_COST) * epochs
+    forwards = update_cost + bool(causes) + teacher + kl_penalty
+    over = f" over {epochs} epochs" if epochs > 1 else ""
+    reasons.append(f"{plural(steps, 'update')}{over}: {update_cost} forwards' worth; {forwards} a step in all")
+    return PassPlan(
+        student_scoring=bool(causes),
+        teacher_scoring=teacher,
+        head=head,
+        updates=steps,
+        forwards_per_step=forwards,
+        reasons=tuple(reasons),
+        teacher_copy=copy,
+        reference_scoring=kl_penalty,
+    )
+
+
+def _teacher_reason(c: Condition, *, log_pmi: bool, perplexity: bool) -> str:
+    """Why the teacher is scored, or is not."""
     if c.uses_teacher:
         needs = "u = t - s needs its log-probs"
         if c.gated and c.gate_entropy == "teacher":
             needs += ", the gate its entropy"
         elif perplexity:
             needs += ", lambda its perplexity"
-        reasons.append(f"teacher scoring pass: {needs} before the update (1 forward)")
-    elif teacher:
-        reasons.append(f"teacher scoring pass: only to log u (log_pmi), {c.name} does not use it (1 forward)")
-    else:
-        reasons.append(f"no teacher pass: {c.name} uses no privileged context")
-    if teacher and teacher_copy is not None:
-        reasons.append(
-            f"the teacher is scored {TEACHER_COPIES[teacher_copy]}: exchanged in place with the live ones, and back"
-        )
+        return f"teacher scoring pass: {needs} before the update (1 forward)"
+    if log_pmi:
+        return f"teacher scoring pass: only to log u (log_pmi), {c.name} does not use it (1 forward)"
+    return f"no teacher pass: {c.name} uses no privileged context"
 
-    because = []
-    if updates * epochs > 1:
-        because.append(f"{updates * epochs} updates a batch share the log-probs, u and lambda from before the first")
+
+def _student_causes(c: Condition, updates: int, normalization: str, level: Level, exact: bool) -> list[str]:
+    """Why the student is scored before the update; none: it is not."""
+    causes = []
+    if updates > 1:
+        causes.append(f"{updates} updates a batch share the log-probs, u and lambda from before the first")
     if c.gated and c.gate_entropy == "student":
-        because.append("the gate reads the student's entropy, so lambda must be known before the update")
+        causes.append("the gate reads the student's entropy, so lambda must be known before the update")
     if normalization == "batch":
-        because.append("term_normalization batch needs every token's term before any token's loss")
-    if exact and importance_level != "token":
-        because.append(f"importance_level {importance_level} needs a rollout's log-probs before its loss")
-    student = bool(because)
-    if student:
-        reasons.append(f"student scoring pass: {'; '.join(because)} (1 forward)")
-    else:
-        reasons.append("no student scoring pass: with one update a batch its own log-probs are the old ones")
+        causes.append("term_normalization batch needs every token's term before any token's loss")
+    if exact and level != "token":
+        causes.append(f"importance_level {level} needs a rollout's log-probs before its loss")
+    return causes
 
-    head: Literal["fused", "two_phase", "exact"] = "fused"
-    over_rollouts = [f"term_normalization {normalization}"] if normalization in ("sequence", "demean") else []
-    over_rollouts += [f"importance_level {importance_level}"] if importance_level != "token" else []
+
+def _head(
+    updates: int, normalization: str, level: Level, *, exact: bool, student: bool, copy: CopyName | None
+) -> tuple[Head, str]:
+    """The head of the update and why. `student`: the plan has a scoring pass of the student."""
     if exact:
-        head = "exact"
-        reasons.append(
+        keeps = ""
+        if copy is not None:
+            keeps = "; as the teacher's weights are not the live ones a copy of the head too"
+        elif updates > 1:
+            keeps = "; with several updates a copy of the head too"
+        return "exact", (
             "exact head (8 T H V): logits of student and teacher together; the teacher's hidden states of the response"
-            " tokens are kept from its scoring pass until the update"
-            + (f"; {why} a copy of the head too" if (why := _keeps_head(updates * epochs, teacher_copy)) else "")
+            f" tokens are kept from its scoring pass until the update{keeps}"
         )
-    elif student:
-        known = "advantages" if importance_level == "token" else "advantages and importance weights"
-        reasons.append(f"fused head (6 T H V): {known} are known before the update")
-    elif over_rollouts:
-        head = "two_phase"
+    if student:
+        known = "advantages" if level == "token" else "advantages and importance weights"
+        return "fused", f"fused head (6 T H V): {known} are known before the update"
+    over_rollouts = [f"term_normalization {normalization}"] if normalization in ("sequence", "demean") else []
+    over_rollouts += [f"importance_level {level}"] if level != "token" else []
+    if over_rollouts:
         need = "needs" if len(over_rollouts) == 1 else "need"
-        reasons.append(
+        return "two_phase", (
             f"two-phase head (8 T H V): {' and '.join(over_rollouts)} {need} a rollout's log-probs before its loss"
         )
-    else:
-        reasons.append("fused head (6 T H V): every token's weight depends on that token alone")
-
-    if kl_penalty:
-        reasons.append(
-            "reference scoring pass: the KL penalty needs the sampled tokens' log-probs under the initial weights,"
-            " exchanged in place with the live ones (1 forward)"
-        )
-
-    update_cost = (1 + BACKWARD_COST) * epochs
-    forwards = update_cost + student + teacher + kl_penalty
-    times = f"{updates * epochs} updates" if updates * epochs > 1 else "1 update"
-    over = f" over {epochs} epochs" if epochs > 1 else ""
-    reasons.append(f"{times}{over}: {update_cost} forwards' worth; {forwards} a step in all")
-    copy = teacher_copy if teacher else None
-    return PassPlan(student, teacher, head, updates * epochs, forwards, tuple(reasons), copy, kl_penalty)
-
-
-def _keeps_head(updates: int, teacher_copy: CopyName | None) -> str:
-    """Why the exact head needs the teacher's head beside the live one; "" if it does not."""
-    if teacher_copy is not None:
-        return "as the teacher's weights are not the live ones"
-    return "with several updates" if updates > 1 else ""
+    return "fused", "fused head (6 T H V): every token's weight depends on that token alone"

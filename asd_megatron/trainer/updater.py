@@ -20,7 +20,7 @@ from asd_megatron.trainer.batch import Pack
 from asd_megatron.trainer.columns import Divergences, LossInputs, Scores, TokenInputs, UpdateColumns
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.optimizer import Optimizer
-from asd_megatron.trainer.pass_plan import PassPlan
+from asd_megatron.trainer.pass_plan import Head, PassPlan
 from asd_megatron.trainer.sft import sum_over_ranks
 from asd_megatron.trainer.teacher_states import TeacherStates
 from asd_megatron.trainer.token_method import ExactTerm, Method, Sums
@@ -29,14 +29,12 @@ from asd_megatron.trainer.token_method import ExactTerm, Method, Sums
 @dataclass(frozen=True)
 class UpdateStats:
     """The results of all optimizer steps of one batch, in order. `grad_norms` are global L2 norms before clipping;
-    `applied` is False for a step that was skipped because its loss or gradient was not finite. `reference`: the scores
-    under the initial weights that the KL penalty used."""
+    `applied` is False for a step that was skipped because its loss or gradient was not finite."""
 
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     applied: tuple[bool, ...]
     columns: UpdateColumns
-    reference: Scores | None = None
 
     @property
     def loss(self) -> float:
@@ -109,7 +107,7 @@ def update(
             if result.applied and copies is not None:
                 copies.follow()
     share_columns(values, cp=process_groups.cp, pp=process_groups.pp)
-    return UpdateStats(tuple(losses), tuple(norms), tuple(applied), out, reference)
+    return UpdateStats(tuple(losses), tuple(norms), tuple(applied), out)
 
 
 @dataclass
@@ -123,7 +121,7 @@ class _PackLoss:
     method: Method
     temperature: float
     rollouts: int
-    head: str
+    head: Head
     states: TeacherStates | None
 
     def __call__(self, pack: Pack, hidden: Tensor) -> Tensor:

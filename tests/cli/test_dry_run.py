@@ -42,7 +42,7 @@ def test_what_it_shows(world: World, capsys: pytest.CaptureFixture[str]) -> None
     for words in (
         "tensor 2",
         f"{world.run_folder('run')}: new",
-        "antisd: A = A_seq",
+        "advantage      A = A_seq - lambda * phi(u)",
         "0.001, constant schedule",
         "H_warm",
         "evaluation     none",

@@ -81,7 +81,7 @@ def refusal(text: str, kind: Any = "train") -> str:
          "algorithm.estimator=full_vocabulary algorithm.name=sd"),
         ("algorithm.estimator=full_vocabulary algorithm.pmi_clip=5", "leave algorithm.pmi_clip out",
          "algorithm.estimator=full_vocabulary algorithm.term_max_position=9000"),
-        ("algorithm.estimator=full_vocabulary algorithm.name=sd algorithm.mixture=0.9", "belongs to algorithm.diverg",
+        ("algorithm.estimator=full_vocabulary algorithm.name=sd algorithm.mixture=0.9", "with algorithm.divergence",
          "algorithm.estimator=full_vocabulary algorithm.name=sd algorithm.mixture=0.9"
          " algorithm.divergence=jensen_shannon"),
         ("algorithm.importance_level=sequence", "set algorithm.importance_correction truncated or masked",

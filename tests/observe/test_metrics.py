@@ -45,7 +45,7 @@ def step(examples: list[Example] | None = None, table: TokenTable | None = None,
         "grad_norm": 0.5,
         "policy_loss": -0.01,
         "times": TIMES,
-        "gate": GATE,
+        "reading": GATE,
         "skipped_updates": 2,
         "step": 6,
         "computed": (50, 40, 80),
@@ -153,7 +153,7 @@ def server_names() -> set[str]:
 
 def released_form_names() -> set[str]:
     lambdas = torch.zeros(4, dtype=torch.float64)
-    return set(step(gate=PerplexityReading(lambdas + 1, lambdas, cutoff=3.0), outlier_limit=1.0))
+    return set(step(reading=PerplexityReading(lambdas + 1, lambdas, cutoff=3.0), outlier_limit=1.0))
 
 
 def warning_names() -> set[str]:
@@ -307,7 +307,7 @@ def test_without_correction_or_step_number_theirs_are_left_out() -> None:
 
 
 def test_without_teacher_there_is_no_context_to_miss() -> None:
-    m = step(table=make_table(teacher=False), gate=None)
+    m = step(table=make_table(teacher=False), reading=None)
     for prefix in ("pmi/", "term/", "demonstration/", "entropy/teacher", "gate/", "rollouts/masked"):
         assert not [name for name in m if name.startswith(prefix)], prefix
     assert m["tokens/teacher"] == 0
@@ -371,7 +371,7 @@ def test_misuse_is_refused() -> None:
 
 
 def test_given_total_is_kept_and_gate_without_entropy_is_nan() -> None:
-    m = step(times={"rollout": 1.0, "total": 4.5}, gate=GateReading(open=False, lam=0.0, warming_up=True))
+    m = step(times={"rollout": 1.0, "total": 4.5}, reading=GateReading(open=False, lam=0.0, warming_up=True))
     assert m["time/total"] == 4.5
     assert "time/teacher" not in m
     assert m["gate/warming_up"] == 1
@@ -386,7 +386,7 @@ def test_lambdas_from_the_perplexity_and_outliers() -> None:
         cutoff=3.0,
         target=1.4,
     )
-    m = step(gate=reading, outlier_limit=0.7)
+    m = step(reading=reading, outlier_limit=0.7)
     assert not any(name.startswith("gate/") for name in m) and undocumented(m) == []
     expected = {
         "perplexity/mean": 2.5,
@@ -403,6 +403,6 @@ def test_lambdas_from_the_perplexity_and_outliers() -> None:
     }
     assert {name: m[name] for name in expected} == pytest.approx(expected)
     none = PerplexityReading(torch.full((4,), nan), torch.zeros(4), cutoff=3.0, warming_up=True)
-    m = step(gate=none, outlier_limit=nan)
+    m = step(reading=none, outlier_limit=nan)
     assert none.lam == 0 and math.isnan(m["lambda/mean"]) and math.isnan(m["perplexity/target"])
     assert m["perplexity/warming_up"] == 1 and math.isnan(m["outliers/limit"]) and m["outliers/share"] == 0

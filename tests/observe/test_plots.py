@@ -1,8 +1,7 @@
-"""Curves and summary: drawn for every kind of run, from whatever there is."""
+"""Curves: drawn for every kind of run, from whatever there is."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asd_megatron.errors import UserError
-from asd_megatron.observe.plots import (
-    Curves,
-    _choose,
-    draw_panels,
-    new_figure,
-    plot_run,
-    smooth,
-    spread_out,
-    write_summary,
-)
+from asd_megatron.observe.curves import Curves, smooth
+from asd_megatron.observe.drawing import new_figure, spread_out
+from asd_megatron.observe.plots import _choose, draw_panels, plot_run
 from asd_megatron.observe.run_names import run_names
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from tools import plot_run as plot_tool
@@ -107,13 +99,14 @@ def test_lambdas_from_the_perplexity_have_a_panel_instead(tmp_path: Path) -> Non
 
 
 def test_another_run_is_drawn_beside_in_every_panel(tmp_path: Path) -> None:
-    extra = {"puzzle/u_other": 1.0, "reward/mean": 0.5}
+    extra = {"puzzle/u_other": 1.0, "reward/mean": 0.5, "lambda/mean": 0.1, "lambda/min": 0.0, "lambda/max": 0.3}
     folders = [write_run(tmp_path / name, 5, **extra) for name in "ab"]
     names = ["antisd-of-the-first-study-1", "grpo"]
     own = Curves(read_metrics(folders[0]), names[0], Curves(read_metrics(folders[1]), names[1]))
     panels = _choose(own)
     shown = {panel.title for panel in panels}
-    assert {"Mean reward", "Pass rate", "Gate", "PMI u = teacher - student log-prob (nats)"} <= shown
+    assert {"Mean reward", "Pass rate", "Gate", "Lambda of the responses"} <= shown
+    assert "PMI u = teacher - student log-prob (nats)" in shown
     figure = draw_panels(own, panels)
     figure.draw_without_rendering()
     assert len(figure.axes) == len(panels)  # no empty panel
@@ -123,7 +116,7 @@ def test_another_run_is_drawn_beside_in_every_panel(tmp_path: Path) -> None:
         if not panel.title.startswith("PMI u by token class"):
             assert all(any(text.startswith(name) for text in labels(axis)) for name in names), panel.title
     legends = [part.get_legend() for axis in figure.axes for part in (axis, *axis.child_axes) if part.get_legend()]
-    assert len(legends) == 6 and fit(legends)
+    assert len(legends) == 7 and fit(legends)
 
 
 def fit(legends: list[Any]) -> bool:
@@ -205,12 +198,6 @@ def test_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     png_size(target)
     assert plot_tool.main([str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_summary(tmp_path: Path) -> None:
-    path = write_summary(tmp_path, {"accuracy_before": 0.2, "accuracy_after": NAN})
-    assert path.name == "summary.json"
-    assert json.loads(path.read_text()) == {"accuracy_before": 0.2, "accuracy_after": None}
 
 
 def test_smoothing_keeps_lines_and_constants() -> None:

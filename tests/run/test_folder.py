@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from asd_megatron.checkpoint import lineage
-from asd_megatron.config import AnyRecipe, load_recipe, make_recipe
+from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
-from asd_megatron.files import remove_folder, write_json
+from asd_megatron.files import remove_folder
 from asd_megatron.run.folder import Kind, Start, changes_of, claim, prepare, read_history, record
-from asd_megatron.run.interruption import Interruption
 from asd_megatron.run.preview import finished_text
+from tests.run.starts import begin, checkpoint, complete, contents, recipe, refusal
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,47 +27,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "run"
-
-
-def recipe(folder: Path, *overrides: str) -> AnyRecipe:
-    values = {"model": {"path": "/models/m"}, "data": {"train": "d.jsonl"}, "run": {"folder": str(folder), "steps": 6}}
-    return make_recipe(values, ["--checkpoint.export_at_end", "false", *overrides])
-
-
-def begin(folder: Path, *overrides: str, stage: str = "train") -> Start:
-    """Claim and prepare the folder, as a run that is then killed."""
-    asked = recipe(folder, *overrides)
-    with ExitStack() as closing:
-        start = claim(asked, stage, closing)
-        if start.kind != "finished":
-            step = int(start.checkpoint[-6:]) if start.kind == "resume" and start.checkpoint else 0
-            prepare(asked, start, stage, step)
-            (folder / "metrics.jsonl").touch()
-    return start
-
-
-def refusal(folder: Path, *overrides: str, stage: str = "train") -> str:
-    before = contents(folder)
-    with pytest.raises(UserError) as caught:
-        begin(folder, *overrides, stage=stage)
-    assert contents(folder) == before
-    return str(caught.value)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
-
-
-def checkpoint(folder: Path, step: int) -> Path:
-    path = folder / "checkpoints" / lineage.name(step)
-    path.mkdir(parents=True)
-    (path / lineage.RUN_STATE).write_text("{}")
-    lineage.name_latest(folder / "checkpoints", path.name)
-    return path
-
-
-def complete(folder: Path, steps: int = 6) -> None:
-    write_json(folder / "summary.json", {"completed": True, "steps": steps})
 
 
 # -------------------------------------------------------------------- what is found
@@ -167,30 +126,6 @@ def test_a_finished_run_says_where_its_results_are(folder: Path) -> None:
     (folder / "hf" / "step_000006").mkdir(parents=True)
     text = finished_text(recipe(folder), ())
     assert f"model:   {folder / 'hf' / 'step_000006'}" in text and "ignored" not in text
-
-
-@pytest.mark.parametrize("launched", [False, True])
-def test_an_interrupted_rank_says_once_what_was_kept(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], launched: bool
-) -> None:
-    """Inside a run and while it is being closed; among several ranks of `asd-megatron train` the launcher says it."""
-    monkeypatch.setenv("WORLD_SIZE", "2" if launched else "1")
-    monkeypatch.setenv("RANK", "0")
-    if launched:
-        monkeypatch.setenv("ASD_MEGATRON_LAUNCHER", "1")
-    monkeypatch.setenv("ASD_MEGATRON_COMMAND", "asd-megatron train r.yaml")
-    begin(folder)
-    interruption = Interruption(recipe(folder))
-    begin(folder)
-    path = checkpoint(folder, 3)
-    with pytest.raises(KeyboardInterrupt), interruption.told(), interruption.told():
-        raise KeyboardInterrupt
-    said = capsys.readouterr().err
-    if launched:
-        assert said == ""
-    else:
-        assert said.count("\n") == 1 and "step 3" in said and str(path) in said
-        assert said.endswith("asd-megatron train r.yaml\n")
 
 
 # -------------------------------------------------------------------- from another run's checkpoint

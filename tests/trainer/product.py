@@ -261,7 +261,7 @@ class Product:
             copies=self.copies,
         )
         strength.learn(inputs, stats.columns)
-        columns = table_columns(inputs, teacher, stats.columns, stats.reference)
+        columns = table_columns(inputs, teacher, stats.columns, reference)
         table = gather_table(batch.table, columns, batch.indices, self.process_groups)
         reading = strength.reading
         entropy = reading.entropy if isinstance(reading, GateReading) else None

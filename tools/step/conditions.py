@@ -108,9 +108,10 @@ def _whole_step(run: TrainingRun, session: Session, step: int) -> tuple[float, B
     batch = run.build_batch(groups, step)
     teacher = run.score_teacher(batch)
     student = run.score_student(batch)
+    reference = run.score_reference(batch)
     lam = run.gate_step(batch, teacher, student)
-    stats = run.update(batch, teacher, student, lam)
-    run.observe(step, batch, teacher, stats)
+    stats = run.update(batch, teacher, student, lam, reference)
+    run.observe(step, batch, teacher, stats, reference)
     run.checkpoint_if_due(step)
     dist.barrier()
     return _now() - started, batch

@@ -1,0 +1,69 @@
+"""The model and its optimizer as the recipe's sections say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asd_megatron.checkpoint.huggingface import FolderReader
+from asd_megatron.config import AnyRecipe, Recipe
+from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.errors import UserError
+from asd_megatron.models.port import ModelPort
+from asd_megatron.trainer.optimizer import Optimizer
+
+
+def build_port(
+    recipe: AnyRecipe, hf_config: Mapping[str, Any], source: Path, process_groups: ProcessGroups, layout: Layout
+) -> ModelPort:
+    """The model with the weights of the Hugging Face folder `source`, wrapped for training. Collective."""
+    port = ModelPort.build(
+        hf_config,
+        process_groups,
+        layout,
+        dtype=_dtype(recipe.model.dtype),
+        layers=recipe.model.layers,
+        recompute=recipe.model.recompute,
+    )
+    with FolderReader(source) as tensors:
+        port.load(tensors)
+    port.wrap_ddp(
+        distributed_optimizer=recipe.parallelism.distributed_optimizer,
+        overlap_grad_reduce=recipe.parallelism.overlap_grad_reduce,
+    )
+    return port
+
+
+def build_optimizer(recipe: AnyRecipe, port: ModelPort) -> Optimizer:
+    """The optimizer with the learning-rate schedule of the complete run."""
+    return Optimizer(
+        port,
+        **recipe.optimizer.model_dump(),
+        total_steps=recipe.run.steps * updates_per_step(recipe),
+        distributed=recipe.parallelism.distributed_optimizer,
+    )
+
+
+def shares_prefixes(recipe: AnyRecipe, port: ModelPort) -> bool:
+    """Whether packs share prefixes. Raises UserError when the recipe says so and the model's attention cannot."""
+    asked = recipe.batching.share_prefixes
+    if asked and not port.shares_prefixes:
+        raise UserError(
+            "batching.share_prefixes true: only our own attention knows shared prefixes, and model.layers auto"
+            " chose Transformer Engine's; set model.layers local, or leave batching.share_prefixes out"
+        )
+    return port.shares_prefixes if asked is None else asked
+
+
+def updates_per_step(recipe: AnyRecipe) -> int:
+    """Optimizer steps of one training step."""
+    return recipe.algorithm.updates_per_batch * recipe.algorithm.epochs if isinstance(recipe, Recipe) else 1
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
