@@ -12,6 +12,7 @@ from torch import Tensor
 
 from asd_megatron.antisd import Gate, OutlierLimit, PerplexityLambda
 from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.errors import plural
 from asd_megatron.observe.metrics import GateReading, PerplexityReading
 from asd_megatron.trainer import passes
 from asd_megatron.trainer.columns import Scores, TokenInputs, UpdateColumns
@@ -98,13 +99,28 @@ class TermStrength:
             "outliers": None if self.outliers is None else self.outliers.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], *, recalibrate: bool) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, recalibrate: bool) -> list[str]:
         """Restore the parts that were saved; others, those of another source of lambda, start with their warm-up.
-        `recalibrate`: all of them do."""
+        `recalibrate`: all of them do. Returns a line for the console about a level that is not the saved one."""
         if recalibrate:
             self.gate.recalibrate()
-            return
+            return []
         self.gate.load_state_dict(state["gate"])
         for name, part in (("perplexity", self.perplexity), ("outliers", self.outliers)):
             if part is not None and state.get(name) is not None:
                 part.load_state_dict(state[name])
+        levels = []
+        if self.gate.gated:
+            levels.append(("gate.h_warm", state["gate"]["h_warm"], self.gate.h_warm, self.gate.warmup_steps))
+        if self.perplexity is not None and state.get("perplexity") is not None:
+            before, perplexity = state["perplexity"]["target"], self.perplexity
+            levels.append(("perplexity.target", before, perplexity.target, perplexity.warmup_steps))
+        return [_level_text(*level) for level in levels if level[1] is not None and level[1] != level[2]]
+
+
+def _level_text(key: str, before: float, present: float | None, warmup_steps: int) -> str:
+    """What becomes of a level of the checkpoint's run that the recipe has changed or does not give any more."""
+    if present is not None:
+        return f"{key} is {present:.4g} from here on; it was {before:.4g} up to the checkpoint"
+    warmup = plural(warmup_steps, "warm-up step")
+    return f"{key} was given as {before:.4g} up to the checkpoint and is measured from here on, over {warmup}"

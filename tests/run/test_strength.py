@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +71,58 @@ def test_a_resumed_run_goes_on_with_its_own_state_and_another_source_of_lambda_w
     assert back.gate.h_warm is None and back.gate.warming_up
     older = {"gate": state_of(gate)["gate"]}  # a checkpoint of before there were others
     other.load_state_dict(older, recalibrate=False)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 2])
+def test_a_level_that_the_recipe_gives_no_more_is_measured(warmup_steps: int) -> None:
+    """In the warm-up that the saved run made beside it, otherwise in one after the checkpoint; and the run says so."""
+    common = f"gate.warmup_steps={warmup_steps} gate.h_warm=0.7"
+    given = {"gate": strength(common), "perplexity": strength(_by_perplexity(f"{warmup_steps} perplexity.target=1.2"))}
+    for _ in range(2):
+        given["gate"].gate.update(0.5)
+        assert given["perplexity"].perplexity is not None
+        given["perplexity"].perplexity.update(torch.tensor([1.5]))
+    kept = strength(common)
+    assert kept.load_state_dict(state_of(given["gate"]), recalibrate=False) == [] and kept.gate.h_warm == 0.7
+
+    steps = warmup_steps or 3
+    gate, other = strength(f"gate.warmup_steps={steps}"), strength(_by_perplexity(f"{steps}"))
+    assert other.perplexity is not None
+    said = gate.load_state_dict(state_of(given["gate"]), recalibrate=False)
+    said += other.load_state_dict(state_of(given["perplexity"]), recalibrate=False)
+    assert [line.partition(" ")[0] for line in said] == ["gate.h_warm", "perplexity.target"]
+    if warmup_steps:
+        assert (gate.gate.h_warm, other.perplexity.target) == (0.5, 1.5 - 0.1)
+        return
+    assert all("3 warm-up steps" in line for line in said)
+    assert gate.gate.warming_up and other.perplexity.warming_up and other.perplexity.target is None
+    assert [gate.gate.update(h) for h in (0.9, 0.6, 0.8, 0.8)] == [0, 0, 0, 0.5] and gate.gate.h_warm == 0.8
+    found = [other.perplexity.update(torch.tensor([p])).item() for p in (1.4, 2.0, 1.7, 2.4)]
+    assert found[:3] == [0, 0, 0] and found[3] == pytest.approx(0.2 * math.log(1.5))
+
+
+def test_a_changed_rule_applies_to_the_measured_perplexities() -> None:
+    saved = strength(BY_PERPLEXITY)
+    assert saved.perplexity is not None
+    for _ in range(6):
+        saved.perplexity.update(torch.tensor([2.0], dtype=torch.float64))
+    changed = strength(f"{BY_PERPLEXITY} perplexity.target_ratio=0.8")
+    assert changed.perplexity is not None
+    said = changed.load_state_dict(state_of(saved), recalibrate=False)
+    assert changed.perplexity.target == pytest.approx(1.6) and not changed.perplexity.warming_up
+    assert said == ["perplexity.target is 1.6 from here on; it was 1.9 up to the checkpoint"]
+
+
+@pytest.mark.parametrize("earlier", ["algorithm.name=grpo", BY_PERPLEXITY])
+def test_a_warm_up_without_a_gate_begins_after_a_run_without_one(earlier: str) -> None:
+    """sd and no_gate honour gate.warmup_steps, in which outliers are measured, also when they continue such a run."""
+    sd = strength("algorithm.name=sd gate.warmup_steps=2")
+    sd.load_state_dict(state_of(strength(earlier)), recalibrate=False)
+    assert [sd.gate.update(0.5) for _ in range(3)] == [0, 0, 0.5]
+
+
+def _by_perplexity(warmup_steps: str) -> str:
+    return f"{BY_PERPLEXITY} perplexity.warmup_steps={warmup_steps}"
 
 
 @pytest.mark.parametrize(
