@@ -385,9 +385,7 @@ class TrainingRun:
 
     def _restore(self, state: dict[str, Any]) -> list[str]:
         """Continue with the state of a checkpoint; returns lines for the console."""
-        # Continual AntiSD (section 4.4): after grpo, H_warm is calibrated over new warm-up steps.
-        recalibrate = self.condition.gated and state["condition"] == "grpo"
-        changed = self.strength.load_state_dict(state, recalibrate=recalibrate)
+        changed = self.strength.load_state_dict(state, of=state["condition"])
         self.guard.load_state_dict(state["guard"])
         if self.held_out is not None and state["evaluations"] is not None:
             self.held_out.restore(state["evaluations"])

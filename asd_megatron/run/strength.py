@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from asd_megatron.antisd import Gate, OutlierLimit, PerplexityLambda
+from asd_megatron.antisd import Gate, OutlierLimit, PerplexityLambda, condition
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.errors import plural
 from asd_megatron.observe.metrics import GateReading, PerplexityReading
@@ -99,14 +99,20 @@ class TermStrength:
             "outliers": None if self.outliers is None else self.outliers.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], *, recalibrate: bool) -> list[str]:
+    def load_state_dict(self, state: Mapping[str, Any], *, of: str) -> list[str]:
         """Restore the parts that were saved; others, those of another source of lambda, start with their warm-up.
-        `recalibrate`: all of them do. Returns a line for the console about a level that is not the saved one."""
-        if recalibrate:
+        `of`: the saved run's condition. Returns a line for the console about a level that is not the saved one.
+
+        A gate that reads another entropy than the saved one, or meets one that reads none, starts with its warm-up;
+        the outliers then do too. So continual AntiSD (section 4.4) calibrates H_warm after `grpo`.
+        """
+        own = self.method.condition
+        if own.gated and condition(of).gate_entropy != own.gate_entropy:
             self.gate.recalibrate()
             return []
         self.gate.load_state_dict(state["gate"])
-        for name, part in (("perplexity", self.perplexity), ("outliers", self.outliers)):
+        outliers = self.outliers if condition(of).u_source == own.u_source else None  # of the same u
+        for name, part in (("perplexity", self.perplexity), ("outliers", outliers)):
             if part is not None and state.get(name) is not None:
                 part.load_state_dict(state[name])
         levels = []

@@ -61,16 +61,16 @@ def test_a_resumed_run_goes_on_with_its_own_state_and_another_source_of_lambda_w
         strength("algorithm.outlier_deviations=2"),
         strength(f"{BY_PERPLEXITY} algorithm.outlier_deviations=2"),
     )
-    same.load_state_dict(state_of(gate), recalibrate=False)
+    same.load_state_dict(state_of(gate), of="antisd")
     assert state_of(same) == state_of(gate) and same.gate.h_warm == 0.7
-    other.load_state_dict(state_of(gate), recalibrate=False)
+    other.load_state_dict(state_of(gate), of="antisd")
     assert other.perplexity is not None and other.perplexity.target is None and other.perplexity.warming_up
     assert other.outliers is not None and other.outliers.limit == 3.0  # u is the same in both
     back = strength("algorithm.name=antisd")
-    back.load_state_dict(state_of(perplexity), recalibrate=False)
+    back.load_state_dict(state_of(perplexity), of="antisd")
     assert back.gate.h_warm is None and back.gate.warming_up
     older = {"gate": state_of(gate)["gate"]}  # a checkpoint of before there were others
-    other.load_state_dict(older, recalibrate=False)
+    other.load_state_dict(older, of="antisd")
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 2])
@@ -83,13 +83,13 @@ def test_a_level_that_the_recipe_gives_no_more_is_measured(warmup_steps: int) ->
         assert given["perplexity"].perplexity is not None
         given["perplexity"].perplexity.update(torch.tensor([1.5]))
     kept = strength(common)
-    assert kept.load_state_dict(state_of(given["gate"]), recalibrate=False) == [] and kept.gate.h_warm == 0.7
+    assert kept.load_state_dict(state_of(given["gate"]), of="antisd") == [] and kept.gate.h_warm == 0.7
 
     steps = warmup_steps or 3
     gate, other = strength(f"gate.warmup_steps={steps}"), strength(_by_perplexity(f"{steps}"))
     assert other.perplexity is not None
-    said = gate.load_state_dict(state_of(given["gate"]), recalibrate=False)
-    said += other.load_state_dict(state_of(given["perplexity"]), recalibrate=False)
+    said = gate.load_state_dict(state_of(given["gate"]), of="antisd")
+    said += other.load_state_dict(state_of(given["perplexity"]), of="antisd")
     assert [line.partition(" ")[0] for line in said] == ["gate.h_warm", "perplexity.target"]
     if warmup_steps:
         assert (gate.gate.h_warm, other.perplexity.target) == (0.5, 1.5 - 0.1)
@@ -108,7 +108,7 @@ def test_a_changed_rule_applies_to_the_measured_perplexities() -> None:
         saved.perplexity.update(torch.tensor([2.0], dtype=torch.float64))
     changed = strength(f"{BY_PERPLEXITY} perplexity.target_ratio=0.8")
     assert changed.perplexity is not None
-    said = changed.load_state_dict(state_of(saved), recalibrate=False)
+    said = changed.load_state_dict(state_of(saved), of="antisd")
     assert changed.perplexity.target == pytest.approx(1.6) and not changed.perplexity.warming_up
     assert said == ["perplexity.target is 1.6 from here on; it was 1.9 up to the checkpoint"]
 
@@ -117,8 +117,32 @@ def test_a_changed_rule_applies_to_the_measured_perplexities() -> None:
 def test_a_warm_up_without_a_gate_begins_after_a_run_without_one(earlier: str) -> None:
     """sd and no_gate honour gate.warmup_steps, in which outliers are measured, also when they continue such a run."""
     sd = strength("algorithm.name=sd gate.warmup_steps=2")
-    sd.load_state_dict(state_of(strength(earlier)), recalibrate=False)
+    sd.load_state_dict(state_of(strength(earlier)), of="antisd")
     assert [sd.gate.update(0.5) for _ in range(3)] == [0, 0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("antisd", "student_entropy_gate"), ("no_teacher", "antisd"), ("grpo", "antisd")]
+)
+def test_a_gate_on_another_entropy_is_calibrated_anew(before: str, after: str) -> None:
+    outliers = "algorithm.outlier_deviations=2 gate.warmup_steps=1"
+    saved, made = strength(f"algorithm.name={before} {outliers}"), strength(f"algorithm.name={after} {outliers}")
+    saved.gate.update(3.0)
+    if saved.outliers is not None:
+        saved.outliers.record(1.0)
+    assert made.load_state_dict(state_of(saved), of=before) == []
+    assert made.gate.h_warm is None and made.gate.warming_up and made.outliers is not None and made.outliers.measuring
+    assert [made.gate.update(0.8) for _ in range(2)] == [0, 0.5] and made.gate.h_warm == 0.8
+
+
+def test_outliers_of_another_u_are_measured_anew() -> None:
+    options = "algorithm.outlier_deviations=2 gate.warmup_steps=1"
+    saved, made = strength(f"algorithm.name=no_teacher {options}"), strength(f"algorithm.name=no_gate {options}")
+    assert saved.outliers is not None and made.outliers is not None
+    saved.gate.update(3.0)
+    saved.outliers.record(1.0)
+    made.load_state_dict(state_of(saved), of="no_teacher")
+    assert made.outliers.measuring
 
 
 def _by_perplexity(warmup_steps: str) -> str:
