@@ -160,6 +160,15 @@ def test_a_run_that_ends_in_its_warm_up_says_so(text: str, remedy: str | None) -
     assert never_acts(make_recipe(MINIMAL, [*pairs, "--run.steps=6"])) is None  # type: ignore[arg-type]
 
 
+def test_equal_us_have_no_deviation_to_limit_outliers_by() -> None:
+    made = strength("algorithm.outlier_deviations=2 gate.warmup_steps=1")
+    inputs: Any = SimpleNamespace(term_mask=torch.tensor([True, True, False]), weight=torch.zeros(3))
+    for us in ([0.3, 0.3, 9.0], [1.0, 3.0, 9.0]):
+        assert made.outliers is not None and made.outliers.measuring
+        made.learn(inputs, SimpleNamespace(constants=SimpleNamespace(pmi=torch.tensor(us))))  # type: ignore[arg-type]
+    assert made.outliers is not None and made.outliers.limit == 2.0
+
+
 def test_a_rank_without_responses() -> None:
     nothing = torch.zeros(0)
     assert response_perplexities(nothing, nothing.bool(), nothing.long(), 0).shape == (0,)
