@@ -38,7 +38,7 @@ def weight_copies(recipe: AnyRecipe, port: ModelPort) -> WeightCopies | None:
 def check_missing(recipe: AnyRecipe, checkpoint: Path, stored: Sequence[str]) -> str | None:
     """A line for the console when the initial weights are those of `model.path`, because the checkpoint stores none.
 
-    They are the same when the checkpoint's run was trained from the same `model.path`. Raises UserError when that
+    They are the same when the checkpoint's training began from the same `model.path`. Raises UserError when that
     is not known, and for a moving average, which nothing but the checkpoint has.
     """
     missing = [name for name in needed_copies(recipe) if name not in stored]
@@ -51,7 +51,8 @@ def check_missing(recipe: AnyRecipe, checkpoint: Path, stored: Sequence[str]) ->
         return None
     recorded = _model_path(checkpoint)
     if recorded is None or Path(recorded).resolve() != Path(recipe.model.path).resolve():
-        was = "its run's recipe.yaml cannot be read" if recorded is None else f"its run was trained from {recorded}"
+        unknown = "the recipe.yaml of the run that began its training cannot be read"
+        was = unknown if recorded is None else f"its training began from {recorded}"
         raise UserError(
             f"{checkpoint} stores no copy of the initial weights, and {was}, not from model.path {recipe.model.path}:"
             " set model.path as it was, or teacher.weights live and algorithm.kl_coefficient 0"
@@ -59,10 +60,21 @@ def check_missing(recipe: AnyRecipe, checkpoint: Path, stored: Sequence[str]) ->
     return f"initial weights: those of model.path {recipe.model.path} (the checkpoint was made without a copy of them)"
 
 
-def _model_path(checkpoint: Path) -> str | None:
-    """`model.path` of the run that wrote RUN/checkpoints/step_NNNNNN; None when that is not known."""
+def _model_path(checkpoint: Path, before: frozenset[Path] = frozenset()) -> str | None:
+    """`model.path` of the run whose training led to RUN/checkpoints/step_NNNNNN: that with which RUN began or, if it
+    began from another run's checkpoint, that of the other. None when it is not known. `before`: runs already seen."""
     try:
-        recorded = read_yaml(checkpoint.resolve().parents[1] / folders.RECIPE_FILE, "recipe")
-        return str(recorded["model"]["path"])
+        run = checkpoint.resolve().parents[1]
+        if run in before:
+            return None
+        events = folders.read_history(run)
+        begun = [i for i, event in enumerate(events) if event.get("event") in ("fresh", "restart", "overwrite")]
+        events = events[begun[-1] if begun else 0 :]
+        if begun and events[0].get("checkpoint") is not None:
+            return _model_path(Path(events[0]["checkpoint"]), before | {run})
+        for event in events:
+            if event.get("event") == "change" and event.get("key") == "model.path" and event.get("step"):
+                return str(event["old"])
+        return str(read_yaml(run / folders.RECIPE_FILE, "recipe")["model"]["path"])
     except (UserError, OSError, IndexError, KeyError, TypeError):
         return None
