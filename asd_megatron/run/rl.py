@@ -97,7 +97,8 @@ class TrainingRun:
         self.session.on_root(lambda: announce_training(self.recipe, self.session, self.strength, self.plan))
         for line in self._changed_levels:
             self.session.say(line)
-        if reason := never_acts(self.recipe):
+        done = self.session.first_step - 1
+        if reason := never_acts(self.recipe, done=done, warm_up=self.strength.warm_up):
             self.session.say(f"warning: {reason}")
         with self.session.generating():  # colocated servers size their memory by what is free
             self._start_engine()

@@ -79,6 +79,13 @@ class TermStrength:
             self.outliers.record(passes.pmi_deviation(self.process_groups, inputs, update.constants.pmi))
 
     @property
+    def warm_up(self) -> int:
+        """Warm-up steps still to be made, at least."""
+        source = self.gate if self.perplexity is None else self.perplexity
+        made = len(self.gate.history) if self.perplexity is None else self.perplexity.steps
+        return max(source.warmup_steps - made, 0) if source.warming_up else 0
+
+    @property
     def outlier_limit(self) -> float | None:
         """Of the latest step, for its metrics: NaN while it is being measured, None without the rule."""
         if self.outliers is None:

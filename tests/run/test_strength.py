@@ -160,6 +160,19 @@ def test_a_run_that_ends_in_its_warm_up_says_so(text: str, remedy: str | None) -
     assert never_acts(make_recipe(MINIMAL, [*pairs, "--run.steps=6"])) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("text", ["algorithm.name=antisd", BY_PERPLEXITY])
+def test_so_does_a_resumed_run_whose_warm_up_takes_the_steps_that_are_left(text: str) -> None:
+    recipe: Any = make_recipe(MINIMAL, [f"--{pair}" for pair in f"run.steps=100 {text}".split()])
+    made, done = make_strength(recipe, ALONE), 96  # a checkpoint of grpo: the warm-up is still to be made
+    assert "leaves 4 after step 96" in (never_acts(recipe, done=done, warm_up=made.warm_up) or "")
+    for _ in range(5):
+        assert never_acts(recipe, done=done, warm_up=made.warm_up) is not None or made.warm_up < 4
+        made.gate.update(0.7)
+        if made.perplexity is not None:
+            made.perplexity.update(torch.tensor([1.5]))
+    assert made.warm_up == 0 and never_acts(recipe, done=done, warm_up=made.warm_up) is None
+
+
 def test_equal_us_have_no_deviation_to_limit_outliers_by() -> None:
     made = strength("algorithm.outlier_deviations=2 gate.warmup_steps=1")
     inputs: Any = SimpleNamespace(term_mask=torch.tensor([True, True, False]), weight=torch.zeros(3))
