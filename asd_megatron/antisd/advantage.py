@@ -44,7 +44,7 @@ def compose(
 
     A constant of the policy gradient (detached). `weight`: of A_seq in the additive form, where it must be 1 in the
     others; a condition without a term (`grpo`) ignores it. Where the term or lambda is 0, the result is the weighted
-    A_seq exactly. The forms `multiplicative` and `rlsd` (with a lambda of at most 1) never change the sign of A_seq.
+    A_seq exactly. `multiplicative` and `rlsd` (with a lambda between -5 and 5) never change the sign of A_seq.
     """
     c = resolve_condition(cond)
     a, q = group_advantage.detach(), term.detach()

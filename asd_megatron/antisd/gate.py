@@ -143,14 +143,16 @@ class Gate:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state.
 
-        A gated condition recalibrates instead when the state is that of an ungated one (`grpo`, `sd`, `no_gate`). An
-        ungated one restores the progress of its warm-up only. An `h_warm` given by the recipe stays.
+        A gated condition recalibrates instead when the state is that of an ungated one (`grpo`, `sd`, `no_gate`), and
+        so does any condition with a warm-up when the state has no step of one. An ungated one restores the progress of
+        its warm-up only. H_warm is what the recipe gives, otherwise the saved warm-up's median: one that the saved
+        recipe gave does not outlive it.
         """
         self.recalibrate()
-        if self.gated and not state["gated"]:
+        if (self.gated and not state["gated"]) or (self.warmup_steps > 0 and not state["history"]):
             return
         self.history = [float(h) for h in state["history"]]
         self._warming_up = bool(state["warming_up"])
         self._g = int(state["g"]) if self.gated else 1
-        if self._given_h_warm is None and state["h_warm"] is not None:
-            self.h_warm = float(state["h_warm"])
+        if not self._warming_up or len(self.history) >= self.warmup_steps:
+            self._calibrate()

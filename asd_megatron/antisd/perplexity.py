@@ -101,8 +101,16 @@ class PerplexityLambda:
         self.rule, self.warmup_steps, self._given = rule, warmup_steps, target
         self.steps = 0
         self.history: list[float] = []
-        self.target = target
         self._warming_up = warmup_steps > 0
+
+    @property
+    def target(self) -> float | None:
+        """P*: the given one, otherwise the rule's from the warm-up; None while that lasts."""
+        if self._given is not None:
+            return self._given
+        if self.steps < self.warmup_steps or not self.history:
+            return None
+        return self.rule.target(sorted(self.history)[(len(self.history) - 1) // 2])
 
     @property
     def warming_up(self) -> bool:
@@ -115,15 +123,14 @@ class PerplexityLambda:
         lambdas = torch.zeros_like(perplexities)
         if not usable.numel():
             return lambdas
-        if self.steps >= self.warmup_steps and self.target is not None:
+        target = self.target
+        if self.steps >= self.warmup_steps and target is not None:
             self._warming_up = False
-            return self.rule.lambdas(perplexities, self.target)
+            return self.rule.lambdas(perplexities, target)
         self.steps += 1
         mean = float(usable.mean())
         if mean < UNUSABLE_MEAN:
             self.history.append(mean)
-        if self.steps >= self.warmup_steps and self.target is None and self.history:
-            self.target = self.rule.target(sorted(self.history)[(len(self.history) - 1) // 2])
         return lambdas
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,12 +143,11 @@ class PerplexityLambda:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved state. A `target` given by the recipe stays."""
+        """Restore a saved state: the progress of its warm-up. The target follows from that under the present settings:
+        one that the saved recipe gave does not outlive it, and where nothing was measured the warm-up begins."""
         self.steps = int(state["steps"])
         self.history = [float(p) for p in state["history"]]
-        self._warming_up = bool(state["warming_up"])
-        if self._given is None and state["target"] is not None:
-            self.target = float(state["target"])
+        self._warming_up = bool(state["warming_up"]) or self.target is None
 
 
 def response_perplexities(teacher_logprobs: Tensor, counted: Tensor, segment: Tensor, segments: int) -> Tensor:

@@ -43,6 +43,11 @@ def _composition(recipe: Recipe) -> Iterator[str]:
             f"algorithm.lambda_max {a.lambda_max} with algorithm.composition rlsd: lambda interpolates between A_seq"
             " and the weighted A_seq: set it to 1 or less"
         )
+    if a.composition == "rlsd" and a.lambda_source == "teacher_perplexity" and recipe.perplexity.lambda_min < -1:
+        yield (
+            f"perplexity.lambda_min {recipe.perplexity.lambda_min} with algorithm.composition rlsd: a lambda far below"
+            " 0 turns the sign of A_seq; set it to -1 or more"
+        )
     form = a.composition or ("multiplicative" if a.name == "multiplicative" else "additive")
     if a.advantage_weight != 1 and form != "additive":
         yield (

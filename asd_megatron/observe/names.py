@@ -31,6 +31,7 @@ WARNINGS = {
     "equal_rewards": "equal rewards in every group, several steps in a row",
     "gate_closed": "lambda was 0 (for every response) in more than half of the steps since the warm-up",
     "short_calibration": "H_warm was calibrated on few tokens",
+    "unusable_perplexity": "the teacher's perplexity was too large for the target, several warm-up steps in a row",
 }
 
 

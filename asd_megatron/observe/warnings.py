@@ -6,11 +6,13 @@ per run; the step's metric `warnings/KIND` is 1 while the condition holds.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from asd_megatron.antisd import perplexity
 from asd_megatron.observe.names import WARNINGS
 
 STEPS_IN_A_ROW = 3
@@ -46,6 +48,11 @@ def _equal_rewards(m: Metrics) -> bool:
     return m.get("reward/mixed_groups") == 0
 
 
+def _unusable_perplexity(m: Metrics) -> bool:
+    unknown = math.isnan(m.get("perplexity/target", math.nan))
+    return unknown and m.get("perplexity/mean", 0.0) >= perplexity.UNUSABLE_MEAN
+
+
 IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
     "no_context": (
         _no_context,
@@ -66,6 +73,12 @@ IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
         "all rewards of every group have been equal for {n} steps (pass rate {passed:.0%}): the group-relative"
         " advantage is 0. Look at a few responses (run.dump_rollouts true) and the reward; choose easier or harder"
         " problems, or more rollouts per problem",
+    ),
+    "unusable_perplexity": (
+        _unusable_perplexity,
+        "the teacher's mean perplexity of the responses has been too large to measure the target for {n} steps"
+        " (perplexity/mean {perplexity:.3g}): lambda stays 0 until a step is below {unusable:g}. Look at a teacher's"
+        " prompt (`asd-megatron train RECIPE --dry-run`); give perplexity.target, or use algorithm.lambda_source gate",
     ),
 }
 """Conditions of single steps, reported when they hold `STEPS_IN_A_ROW` times."""
@@ -111,6 +124,8 @@ class MethodWarnings:
             negative=metrics.get("pmi/negative_share", 0.0),
             mean=metrics.get("pmi/mean", 0.0),
             passed=metrics.get("reward/pass_rate", 0.0),
+            perplexity=metrics.get("perplexity/mean", 0.0),
+            unusable=perplexity.UNUSABLE_MEAN,
         )
 
     def _gate_closed(self, metrics: Metrics) -> str | None:

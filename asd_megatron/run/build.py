@@ -90,17 +90,19 @@ def make_plan(recipe: Recipe) -> PassPlan:
     )
 
 
-def never_acts(recipe: Recipe) -> str | None:
-    """Why the per-token term cannot act in any step of this recipe's run; None if it can."""
-    warm_up = recipe.lambda_warmup_steps
+def never_acts(recipe: Recipe, *, done: int = 0, warm_up: int | None = None) -> str | None:
+    """Why the per-token term cannot act in any step of this recipe's run after the `done` ones; None if it can.
+    `warm_up`: its warm-up steps still to be made; None: all."""
+    steps, warm_up = recipe.run.steps - done, recipe.lambda_warmup_steps if warm_up is None else warm_up
     by_gate = recipe.algorithm.lambda_source == "gate"
-    if condition(recipe.algorithm.name).sign == 0 or recipe.run.steps > warm_up:
+    if condition(recipe.algorithm.name).sign == 0 or steps > warm_up or steps <= 0:
         return None
     of, remedy = "the gate", "lower gate.warmup_steps" + (", or give gate.h_warm" if recipe.algorithm.gated else "")
     if not by_gate:
         of, remedy = "the perplexity's target", "lower perplexity.warmup_steps, or give perplexity.target"
+    left = f"run.steps {recipe.run.steps}" + (f" leaves {steps} after step {done}, which" if done else "")
     return (
-        f"run.steps {recipe.run.steps} is not above the {warm_up} warm-up steps of {of}, in which lambda is 0: this"
+        f"{left} is not above the {warm_up} warm-up steps of {of}, in which lambda is 0: this"
         f" run trains without the per-token term. Raise run.steps, {remedy}"
     )
 

@@ -38,8 +38,8 @@ def weight_copies(recipe: AnyRecipe, port: ModelPort) -> WeightCopies | None:
 def check_missing(recipe: AnyRecipe, checkpoint: Path, stored: Sequence[str]) -> str | None:
     """A line for the console when the initial weights are those of `model.path`, because the checkpoint stores none.
 
-    They are the same when the checkpoint's weights were first trained from the same `model.path`. Raises UserError when
-    that is not known, and for a moving average, which nothing but the checkpoint has.
+    They are the same when the checkpoint's training began from the same `model.path`. Raises UserError when that
+    is not known, and for a moving average, which nothing but the checkpoint has.
     """
     missing = [name for name in needed_copies(recipe) if name not in stored]
     if "ema" in missing:
@@ -49,11 +49,10 @@ def check_missing(recipe: AnyRecipe, checkpoint: Path, stored: Sequence[str]) ->
         )
     if not missing:
         return None
-    first = _first_model_path(checkpoint)
-    if first is None or Path(first).resolve() != Path(recipe.model.path).resolve():
-        was = f"its weights were first trained from {first}, not from model.path {recipe.model.path}"
-        if first is None:
-            was = "the recipe.yaml of the run that trained its weights first cannot be read"
+    recorded = _model_path(checkpoint)
+    if recorded is None or Path(recorded).resolve() != Path(recipe.model.path).resolve():
+        unknown = "the recipe.yaml of the run that began its training cannot be read"
+        was = unknown if recorded is None else f"its training began from {recorded}"
         raise UserError(
             f"{checkpoint} stores no copy of the initial weights, and {was}: set model.path as it was, or"
             " teacher.weights live and algorithm.kl_coefficient 0"
@@ -61,18 +60,21 @@ def check_missing(recipe: AnyRecipe, checkpoint: Path, stored: Sequence[str]) ->
     return f"initial weights: those of model.path {recipe.model.path} (the checkpoint was made without a copy of them)"
 
 
-def _first_model_path(checkpoint: Path) -> str | None:
-    """`model.path` at the first step of the weights in RUN/checkpoints/step_NNNNNN: before it was changed in the middle
-    of that run, or of the run whose checkpoint that one started from. None when it is not known."""
-    run = checkpoint.resolve().parent.parent
-    events = folders.read_history(run)
-    begun = max((i for i, event in enumerate(events) if event.get("event") in folders.BEGINNINGS), default=0)
-    if events and events[begun].get("checkpoint") is not None:
-        return _first_model_path(Path(str(events[begun]["checkpoint"])))
-    for event in events[begun:]:
-        if event.get("event") == "change" and event.get("key") == "model.path" and event.get("step"):
-            return str(event.get("old"))
+def _model_path(checkpoint: Path, before: frozenset[Path] = frozenset()) -> str | None:
+    """`model.path` of the run whose training led to RUN/checkpoints/step_NNNNNN: that with which RUN began or, if it
+    began from another run's checkpoint, that of the other. None when it is not known. `before`: runs already seen."""
     try:
+        run = checkpoint.resolve().parents[1]
+        if run in before:
+            return None
+        events = folders.read_history(run)
+        begun = [i for i, event in enumerate(events) if event.get("event") in folders.BEGINNINGS]
+        events = events[begun[-1] if begun else 0 :]
+        if begun and events[0].get("checkpoint") is not None:
+            return _model_path(Path(events[0]["checkpoint"]), before | {run})
+        for event in events:
+            if event.get("event") == "change" and event.get("key") == "model.path" and event.get("step"):
+                return str(event["old"])
         return str(read_yaml(run / folders.RECIPE_FILE, "recipe")["model"]["path"])
-    except (UserError, OSError, KeyError, TypeError):
+    except (UserError, OSError, IndexError, KeyError, TypeError):
         return None

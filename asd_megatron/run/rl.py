@@ -86,8 +86,7 @@ class TrainingRun:
             feedback_kind=self.verifier.feedback_kind if self.verifier else "binary",
             max_positions=self.port.max_positions,
         )
-        if session.resumed is not None:
-            self._restore(session.resumed)
+        self._changed_levels = [] if session.resumed is None else self._restore(session.resumed)
 
     # ---------------------------------------------------------------- the loop's lines
 
@@ -96,7 +95,10 @@ class TrainingRun:
         self.session.begin()
         self.session.on_root(self._watch_earlier_steps)
         self.session.on_root(lambda: announce_training(self.recipe, self.session, self.strength, self.plan))
-        if reason := never_acts(self.recipe):
+        for line in self._changed_levels:
+            self.session.say(line)
+        done = self.session.first_step - 1
+        if reason := never_acts(self.recipe, done=done, warm_up=self.strength.warm_up):
             self.session.say(f"warning: {reason}")
         with self.session.generating():  # colocated servers size their memory by what is free
             self._start_engine()
@@ -378,10 +380,10 @@ class TrainingRun:
             "evaluations": None if self.held_out is None else self.held_out.state(),
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        # Continual AntiSD (section 4.4): after grpo, H_warm is calibrated over new warm-up steps.
-        recalibrate = self.condition.gated and state["condition"] == "grpo"
-        self.strength.load_state_dict(state, recalibrate=recalibrate)
+    def _restore(self, state: dict[str, Any]) -> list[str]:
+        """Continue with the state of a checkpoint; returns lines for the console."""
+        changed = self.strength.load_state_dict(state, of=state["condition"])
         self.guard.load_state_dict(state["guard"])
         if self.held_out is not None and state["evaluations"] is not None:
             self.held_out.restore(state["evaluations"])
+        return changed

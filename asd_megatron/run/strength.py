@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from asd_megatron.antisd import Gate, OutlierLimit, PerplexityLambda
+from asd_megatron.antisd import Gate, OutlierLimit, PerplexityLambda, condition
 from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.errors import plural
 from asd_megatron.observe.metrics import GateReading, PerplexityReading
 from asd_megatron.trainer import passes
 from asd_megatron.trainer.columns import Scores, TokenInputs, UpdateColumns
@@ -78,6 +79,13 @@ class TermStrength:
             self.outliers.record(passes.pmi_deviation(self.process_groups, inputs, update.constants.pmi))
 
     @property
+    def warm_up(self) -> int:
+        """Warm-up steps still to be made, at least."""
+        source = self.gate if self.perplexity is None else self.perplexity
+        made = len(self.gate.history) if self.perplexity is None else self.perplexity.steps
+        return max(source.warmup_steps - made, 0) if source.warming_up else 0
+
+    @property
     def outlier_limit(self) -> float | None:
         """Of the latest step, for its metrics: NaN while it is being measured, None without the rule."""
         if self.outliers is None:
@@ -98,13 +106,34 @@ class TermStrength:
             "outliers": None if self.outliers is None else self.outliers.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], *, recalibrate: bool) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, of: str) -> list[str]:
         """Restore the parts that were saved; others, those of another source of lambda, start with their warm-up.
-        `recalibrate`: all of them do."""
-        if recalibrate:
+        `of`: the saved run's condition. Returns a line for the console about a level that is not the saved one.
+
+        A gate that reads another entropy than the saved one, or meets one that reads none, starts with its warm-up;
+        the outliers then do too. So continual AntiSD (section 4.4) calibrates H_warm after `grpo`.
+        """
+        own = self.method.condition
+        if own.gated and condition(of).gate_entropy != own.gate_entropy:
             self.gate.recalibrate()
-            return
+            return []
         self.gate.load_state_dict(state["gate"])
-        for name, part in (("perplexity", self.perplexity), ("outliers", self.outliers)):
+        outliers = self.outliers if condition(of).u_source == own.u_source else None  # of the same u
+        for name, part in (("perplexity", self.perplexity), ("outliers", outliers)):
             if part is not None and state.get(name) is not None:
                 part.load_state_dict(state[name])
+        levels = []
+        if self.gate.gated:
+            levels.append(("gate.h_warm", state["gate"]["h_warm"], self.gate.h_warm, self.gate.warmup_steps))
+        if self.perplexity is not None and state.get("perplexity") is not None:
+            before, perplexity = state["perplexity"]["target"], self.perplexity
+            levels.append(("perplexity.target", before, perplexity.target, perplexity.warmup_steps))
+        return [_level_text(*level) for level in levels if level[1] is not None and level[1] != level[2]]
+
+
+def _level_text(key: str, before: float, present: float | None, warmup_steps: int) -> str:
+    """What becomes of a level of the checkpoint's run that the recipe has changed or does not give any more."""
+    if present is not None:
+        return f"{key} is {present:.4g} from here on; it was {before:.4g} up to the checkpoint"
+    warmup = plural(warmup_steps, "warm-up step")
+    return f"{key} was given as {before:.4g} up to the checkpoint and is measured from here on, over {warmup}"

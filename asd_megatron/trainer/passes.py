@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asd_megatron.antisd import context_tokens, entropy_mask, moments, response_perplexities, term_statistics
+from asd_megatron.antisd.normalization import STD_FLOOR
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.weight_copies import CopyName, WeightCopies
@@ -120,13 +121,15 @@ def per_token(batch: LocalBatch, values: Tensor) -> Tensor:
 
 
 def pmi_deviation(process_groups: ProcessGroups, inputs: TokenInputs, pmi: Tensor) -> float | None:
-    """The standard deviation of u (nats) over the tokens of the global batch that carry a term; None without any.
-    Collective over the data-parallel group; the same on every rank."""
+    """The standard deviation of u (nats) over the tokens of the global batch that carry a term; None where all have the
+    same u: an outlier limit from that would leave no term at all. Collective over the data-parallel group; the same on
+    every rank."""
     dp = process_groups.dp
     parts = torch.zeros(dp.size(), 3, dtype=torch.float64)
     parts[dp.rank()] = term_statistics(pmi.cpu(), inputs.term_mask.cpu())[0]
     total = _sum_over(dp, parts, inputs.weight.device).sum(0, keepdim=True)
-    return float(moments(total)[1]) if total[0, 2] > 0 else None
+    deviation = float(moments(total)[1])
+    return deviation if deviation > STD_FLOOR else None
 
 
 def _sum_over(group: dist.ProcessGroup, values: Tensor, device: torch.device) -> Tensor:

@@ -129,6 +129,9 @@ def refusal(text: str, kind: Any = "train") -> str:
         ("algorithm.composition=rlsd", "set algorithm.name sd", "algorithm.composition=rlsd algorithm.name=sd"),
         ("algorithm.composition=rlsd algorithm.name=sd algorithm.lambda_max=1.5", "set it to 1 or less",
          "algorithm.composition=rlsd algorithm.name=sd algorithm.lambda_max=1"),
+        ("algorithm.composition=rlsd algorithm.name=sd algorithm.lambda_source=teacher_perplexity"
+         " perplexity.lambda_min=-6", "set it to -1 or more", "algorithm.composition=rlsd algorithm.name=sd"
+         " algorithm.lambda_source=teacher_perplexity perplexity.lambda_min=-1"),
         ("algorithm.composition=additive algorithm.name=multiplicative", "set algorithm.name antisd",
          "algorithm.composition=multiplicative algorithm.name=antisd"),
         ("algorithm.advantage_weight=0.5 algorithm.name=multiplicative", "composition multiplicative adds none",

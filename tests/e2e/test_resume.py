@@ -237,7 +237,7 @@ def test_a_checkpoint_without_the_copies_that_the_recipe_needs(
     assert "stores no moving average" in message and "set teacher.weights" in message
     shutil.copytree(world.model, tmp_path / "model")
     message = refused("--model.path", str(tmp_path / "model"), **penalised)
-    assert f"were first trained from {world.model}," in message and "set model.path as it was" in message
+    assert f"began from {world.model}" in message and "set model.path as it was" in message
 
 
 def test_checkpoints_that_cannot_be_used(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from asd_megatron.observe.names import WARNINGS
@@ -19,6 +21,8 @@ HEALTHY = {
     "gate/h_warm": 0.7,
 }
 WARM_UP = {**HEALTHY, "gate/lambda": 0.0, "gate/warming_up": 1.0}
+
+MEASURING = {"perplexity/warming_up": 1.0, "perplexity/target": math.nan, "lambda/zero_share": 1.0}
 
 
 def run(*steps: dict[str, float]) -> tuple[MethodWarnings, list[tuple[int, str]]]:
@@ -41,6 +45,11 @@ CASES = {
         [{**WARM_UP, "gate/tokens": CALIBRATION_TOKENS / 5 - 1}] * 5 + [HEALTHY] * 3,
         6,
         "gate.warmup_steps",
+    ),
+    "unusable_perplexity": (
+        [{**MEASURING, "perplexity/mean": 9.9}] * 3 + [{**MEASURING, "perplexity/mean": 10.0}] * 4,
+        6,
+        "give perplexity.target",
     ),
 }
 

@@ -1,50 +1,50 @@
-"""Whose weights are the initial ones, when a checkpoint stores no copy of them."""
+"""Where the initial weights come from when a checkpoint stores none."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from asd_megatron.config import Recipe, make_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.run.copies import check_missing
-from tests.run.starts import begin, checkpoint, recipe
-
-PENALTY = ["--algorithm.kl_coefficient", "0.1"]
 
 
-def missing(path: Path, model: str) -> str | None:
-    asked = recipe(path.parent / "unused", "--model.path", model, *PENALTY)
-    return check_missing(asked, path, [])
+def penalised(model: str) -> Recipe:
+    recipe: Any = make_recipe({"model": {"path": model}, "data": {"train": "t"}}, ["--algorithm.kl_coefficient=0.1"])
+    return recipe
 
 
-def refused(path: Path, model: str) -> str:
-    with pytest.raises(UserError) as caught:
-        missing(path, model)
-    return str(caught.value)
+def run(folder: Path, model: str, *events: dict[str, Any]) -> str:
+    """A run's folder; returns the path of its checkpoint."""
+    checkpoint = folder / "checkpoints" / "step_000002"
+    checkpoint.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(f"model: {{path: {model}}}\n")
+    (folder / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return str(checkpoint)
 
 
-def test_the_first_model_path_counts(tmp_path: Path) -> None:
-    """Not the last one, of a run that was moved to another model folder, or that started from another run's weights."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    begin(first)
-    saved = checkpoint(first, 2)
-    assert "initial weights: those of model.path /models/m" in str(missing(saved, "/models/m"))
-    assert "first trained from /models/m, not from model.path /models/other" in refused(saved, "/models/other")
+def test_the_initial_weights_are_those_with_which_the_training_began(tmp_path: Path) -> None:
+    """Not those of the latest recipe: a resumed run reads only the shapes from its `model.path`."""
+    changed = {"event": "change", "step": 2, "key": "model.path", "old": "first", "new": "second"}
+    own = run(tmp_path / "own", "second", {"event": "fresh", "checkpoint": None}, {"event": "resume"}, changed)
+    forked = run(tmp_path / "forked", "third", {"event": "fresh", "checkpoint": own}, {"event": "resume"})
+    older = run(tmp_path / "older", "first")  # a run without a history
+    for checkpoint in (own, forked, older):
+        assert "those of model.path first" in (check_missing(penalised("first"), Path(checkpoint), []) or "")
+        for other in ("second", "third"):
+            with pytest.raises(UserError, match="its training began from first"):
+                check_missing(penalised(other), Path(checkpoint), [])
 
-    begin(first, "--model.path", "/models/other", "--checkpoint.accept_changes", "model.path")
-    saved = checkpoint(first, 4)
-    assert missing(saved, "/models/m") and "first trained from /models/m" in refused(saved, "/models/other")
-
-    begin(second, "--model.path", "/models/other", "--checkpoint.resume", str(saved))
-    later = checkpoint(second, 5)
-    assert missing(later, "/models/m") and "first trained from /models/m" in refused(later, "/models/other")
-
-    (first / "recipe.yaml").unlink()
-    (first / "history.jsonl").unlink()
-    assert "cannot be read: set model.path as it was" in refused(later, "/models/m")
-
-
-def test_a_checkpoint_with_the_copies_needs_no_history(tmp_path: Path) -> None:
-    asked = recipe(tmp_path / "unused", *PENALTY)
-    assert check_missing(asked, tmp_path / "nowhere" / "step_000001", ["initial"]) is None
+    restart = {"event": "restart", "checkpoint": None}
+    again = run(tmp_path / "again", "second", changed, restart, {**changed, "step": 0})  # before the first step
+    assert check_missing(penalised("second"), Path(again), []) is not None
+    gone = run(tmp_path / "gone", "first", {"event": "fresh", "checkpoint": str(tmp_path / "x" / "y" / "z")})
+    circle = tmp_path / "circle" / "checkpoints" / "step_000002"
+    run(tmp_path / "circle", "first", {"event": "overwrite", "checkpoint": str(circle)})
+    for checkpoint in (gone, str(circle)):
+        with pytest.raises(UserError, match=r"recipe\.yaml of the run that began"):
+            check_missing(penalised("first"), Path(checkpoint), [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,16 +61,92 @@ def test_a_resumed_run_goes_on_with_its_own_state_and_another_source_of_lambda_w
         strength("algorithm.outlier_deviations=2"),
         strength(f"{BY_PERPLEXITY} algorithm.outlier_deviations=2"),
     )
-    same.load_state_dict(state_of(gate), recalibrate=False)
+    same.load_state_dict(state_of(gate), of="antisd")
     assert state_of(same) == state_of(gate) and same.gate.h_warm == 0.7
-    other.load_state_dict(state_of(gate), recalibrate=False)
+    other.load_state_dict(state_of(gate), of="antisd")
     assert other.perplexity is not None and other.perplexity.target is None and other.perplexity.warming_up
     assert other.outliers is not None and other.outliers.limit == 3.0  # u is the same in both
     back = strength("algorithm.name=antisd")
-    back.load_state_dict(state_of(perplexity), recalibrate=False)
+    back.load_state_dict(state_of(perplexity), of="antisd")
     assert back.gate.h_warm is None and back.gate.warming_up
     older = {"gate": state_of(gate)["gate"]}  # a checkpoint of before there were others
-    other.load_state_dict(older, recalibrate=False)
+    other.load_state_dict(older, of="antisd")
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 2])
+def test_a_level_that_the_recipe_gives_no_more_is_measured(warmup_steps: int) -> None:
+    """In the warm-up that the saved run made beside it, otherwise in one after the checkpoint; and the run says so."""
+    common = f"gate.warmup_steps={warmup_steps} gate.h_warm=0.7"
+    given = {"gate": strength(common), "perplexity": strength(_by_perplexity(f"{warmup_steps} perplexity.target=1.2"))}
+    for _ in range(2):
+        given["gate"].gate.update(0.5)
+        assert given["perplexity"].perplexity is not None
+        given["perplexity"].perplexity.update(torch.tensor([1.5]))
+    kept = strength(common)
+    assert kept.load_state_dict(state_of(given["gate"]), of="antisd") == [] and kept.gate.h_warm == 0.7
+
+    steps = warmup_steps or 3
+    gate, other = strength(f"gate.warmup_steps={steps}"), strength(_by_perplexity(f"{steps}"))
+    assert other.perplexity is not None
+    said = gate.load_state_dict(state_of(given["gate"]), of="antisd")
+    said += other.load_state_dict(state_of(given["perplexity"]), of="antisd")
+    assert [line.partition(" ")[0] for line in said] == ["gate.h_warm", "perplexity.target"]
+    if warmup_steps:
+        assert (gate.gate.h_warm, other.perplexity.target) == (0.5, 1.5 - 0.1)
+        return
+    assert all("3 warm-up steps" in line for line in said)
+    assert gate.gate.warming_up and other.perplexity.warming_up and other.perplexity.target is None
+    assert [gate.gate.update(h) for h in (0.9, 0.6, 0.8, 0.8)] == [0, 0, 0, 0.5] and gate.gate.h_warm == 0.8
+    found = [other.perplexity.update(torch.tensor([p])).item() for p in (1.4, 2.0, 1.7, 2.4)]
+    assert found[:3] == [0, 0, 0] and found[3] == pytest.approx(0.2 * math.log(1.5))
+
+
+def test_a_changed_rule_applies_to_the_measured_perplexities() -> None:
+    saved = strength(BY_PERPLEXITY)
+    assert saved.perplexity is not None
+    for _ in range(6):
+        saved.perplexity.update(torch.tensor([2.0], dtype=torch.float64))
+    changed = strength(f"{BY_PERPLEXITY} perplexity.target_ratio=0.8")
+    assert changed.perplexity is not None
+    said = changed.load_state_dict(state_of(saved), of="antisd")
+    assert changed.perplexity.target == pytest.approx(1.6) and not changed.perplexity.warming_up
+    assert said == ["perplexity.target is 1.6 from here on; it was 1.9 up to the checkpoint"]
+
+
+@pytest.mark.parametrize("earlier", ["algorithm.name=grpo", BY_PERPLEXITY])
+def test_a_warm_up_without_a_gate_begins_after_a_run_without_one(earlier: str) -> None:
+    """sd and no_gate honour gate.warmup_steps, in which outliers are measured, also when they continue such a run."""
+    sd = strength("algorithm.name=sd gate.warmup_steps=2")
+    sd.load_state_dict(state_of(strength(earlier)), of="antisd")
+    assert [sd.gate.update(0.5) for _ in range(3)] == [0, 0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("antisd", "student_entropy_gate"), ("no_teacher", "antisd"), ("grpo", "antisd")]
+)
+def test_a_gate_on_another_entropy_is_calibrated_anew(before: str, after: str) -> None:
+    outliers = "algorithm.outlier_deviations=2 gate.warmup_steps=1"
+    saved, made = strength(f"algorithm.name={before} {outliers}"), strength(f"algorithm.name={after} {outliers}")
+    saved.gate.update(3.0)
+    if saved.outliers is not None:
+        saved.outliers.record(1.0)
+    assert made.load_state_dict(state_of(saved), of=before) == []
+    assert made.gate.h_warm is None and made.gate.warming_up and made.outliers is not None and made.outliers.measuring
+    assert [made.gate.update(0.8) for _ in range(2)] == [0, 0.5] and made.gate.h_warm == 0.8
+
+
+def test_outliers_of_another_u_are_measured_anew() -> None:
+    options = "algorithm.outlier_deviations=2 gate.warmup_steps=1"
+    saved, made = strength(f"algorithm.name=no_teacher {options}"), strength(f"algorithm.name=no_gate {options}")
+    assert saved.outliers is not None and made.outliers is not None
+    saved.gate.update(3.0)
+    saved.outliers.record(1.0)
+    made.load_state_dict(state_of(saved), of="no_teacher")
+    assert made.outliers.measuring
+
+
+def _by_perplexity(warmup_steps: str) -> str:
+    return f"{BY_PERPLEXITY} perplexity.warmup_steps={warmup_steps}"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +158,28 @@ def test_a_run_that_ends_in_its_warm_up_says_so(text: str, remedy: str | None) -
     said = never_acts(make_recipe(MINIMAL, pairs))  # type: ignore[arg-type]
     assert (said is None) == (remedy is None) and (remedy or "") in (said or "")
     assert never_acts(make_recipe(MINIMAL, [*pairs, "--run.steps=6"])) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["algorithm.name=antisd", BY_PERPLEXITY])
+def test_so_does_a_resumed_run_whose_warm_up_takes_the_steps_that_are_left(text: str) -> None:
+    recipe: Any = make_recipe(MINIMAL, [f"--{pair}" for pair in f"run.steps=100 {text}".split()])
+    made, done = make_strength(recipe, ALONE), 96  # a checkpoint of grpo: the warm-up is still to be made
+    assert "leaves 4 after step 96" in (never_acts(recipe, done=done, warm_up=made.warm_up) or "")
+    for _ in range(5):
+        assert never_acts(recipe, done=done, warm_up=made.warm_up) is not None or made.warm_up < 4
+        made.gate.update(0.7)
+        if made.perplexity is not None:
+            made.perplexity.update(torch.tensor([1.5]))
+    assert made.warm_up == 0 and never_acts(recipe, done=done, warm_up=made.warm_up) is None
+
+
+def test_equal_us_have_no_deviation_to_limit_outliers_by() -> None:
+    made = strength("algorithm.outlier_deviations=2 gate.warmup_steps=1")
+    inputs: Any = SimpleNamespace(term_mask=torch.tensor([True, True, False]), weight=torch.zeros(3))
+    for us in ([0.3, 0.3, 9.0], [1.0, 3.0, 9.0]):
+        assert made.outliers is not None and made.outliers.measuring
+        made.learn(inputs, SimpleNamespace(constants=SimpleNamespace(pmi=torch.tensor(us))))  # type: ignore[arg-type]
+    assert made.outliers is not None and made.outliers.limit == 2.0
 
 
 def test_a_rank_without_responses() -> None:

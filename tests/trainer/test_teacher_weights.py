@@ -15,6 +15,7 @@ from torch import Tensor
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.models import weight_copies
 from asd_megatron.records import Example
+from asd_megatron.trainer.optimizer import Optimizer, StepResult
 from tests.models import everywhere
 from tests.reference.dense import DenseGate, DenseModels, DenseRecipe, dense_update
 from tests.trainer.product import Product, gate_of
@@ -155,6 +156,29 @@ def test_a_failed_scoring_pass_puts_the_live_weights_back(product: Product, monk
     with pytest.raises(ValueError, match="stopped"):
         product.step(hard_batch(1), recipe, gate_of(recipe))
     assert all(map(torch.equal, parameters(product), live))
+
+
+def test_a_skipped_update_does_not_move_the_average(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two updates a batch the first is applied and the second is not."""
+    recipe = replace(MOVING, teacher="ema", ema_rate=0.25, updates=2)
+    copies = product.keep_copies(recipe)
+    start = [p.clone() for p in parameters(product)]
+    after_first: list[Tensor] = []
+
+    def step(optimizer: Optimizer, *, loss: float = 0.0) -> StepResult:
+        if after_first:
+            return StepResult(float("nan"), False)
+        with torch.no_grad():
+            for p in parameters(product):
+                p.add_(1.0)
+        after_first.extend(p.clone() for p in parameters(product))
+        return StepResult(1.0, True)
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    assert product.step(hard_batch(1), recipe, gate_of(recipe)).stats.applied == (True, False)
+    with copies.in_place("ema"):
+        for p, a, b in zip(parameters(product), start, after_first, strict=True):
+            torch.testing.assert_close(p, 0.75 * a + 0.25 * b)
 
 
 def test_a_plan_without_its_copies_is_refused(product: Product) -> None:
