@@ -222,6 +222,29 @@ def _u(axis: Any, curves: Curves) -> None:
     _legend(axis, 3)
 
 
+def _means(axis: Any, curves: Curves, labels: Mapping[str, str]) -> None:
+    """Metrics of one unit in one panel, by name and label; beside another run, the first of them."""
+    first = next(iter(labels))
+    for (name, label), color in zip(labels.items(), (STUDENT, TEACHER, NEUTRAL), strict=True):
+        if curves.beside is None or name == first:
+            _line(axis, curves[name], color, curves.label(label))
+    _beside(axis, curves, first, labels[first])
+    _legend(axis, 3)
+
+
+def _divergence(axis: Any, curves: Curves) -> None:
+    labels = {"divergence/mean": "D", "divergence/reverse_kl": "reverse KL", "divergence/forward_kl": "forward KL"}
+    _means(axis, curves, labels)
+
+
+def _kl(axis: Any, curves: Curves) -> None:
+    _means(axis, curves, {"kl/k3": "k3", "kl/k1": "k1", "kl/k2": "k2"})
+
+
+def _perplexity(axis: Any, curves: Curves) -> None:
+    _means(axis, curves, {"perplexity/mean": "mean", "perplexity/median": "median", "perplexity/target": "target"})
+
+
 def _gate(axis: Any, curves: Curves) -> None:
     """H against its two thresholds above, lambda below. The axis of H is logarithmic where H is far above both."""
     lower = axis.inset_axes([0, -0.02, 1, 0.2])
@@ -257,10 +280,11 @@ def _gate(axis: Any, curves: Curves) -> None:
 def _lambda(axis: Any, curves: Curves) -> None:
     mean, low, high = (curves[f"lambda/{name}"] for name in ("mean", "min", "max"))
     axis.axhline(0, color="black", linewidth=0.6)
-    if low and len(low.steps) == len(high.steps):
+    if curves.beside is None and low and len(low.steps) == len(high.steps):
         band = {"color": ACCENT, "alpha": 0.2, "linewidth": 0, "label": "smallest to largest"}
         axis.fill_between(low.steps, low.values, high.values, **band)
-    axis.step(mean.steps, mean.values, where="mid", color=ACCENT, linewidth=1.4, label="mean")
+    axis.step(mean.steps, mean.values, where="mid", color=ACCENT, linewidth=1.4, label=curves.label("mean"))
+    _beside(axis, curves, "lambda/mean", "mean")
     _legend(axis, 2)
 
 
@@ -318,6 +342,9 @@ TRAINING_PANELS = (
     Panel("PMI u = teacher - student log-prob (nats)", ("pmi/mean",), _u),
     Panel("Gate", ("gate/lambda",), _gate),
     Panel("Lambda of the responses", ("lambda/mean",), _lambda),
+    Panel("Teacher's perplexity of a response", ("perplexity/mean",), _perplexity),
+    Panel("Divergence of student and teacher (nats)", ("divergence/mean",), _divergence),
+    Panel("KL to the initial weights (nats)", ("kl/k3",), _kl),
 )
 SUPERVISED_PANELS = (
     Panel("Cross-entropy (nats)", ("sft/loss",), _loss),

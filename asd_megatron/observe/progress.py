@@ -49,6 +49,8 @@ def progress_text(metrics: Mapping[str, float]) -> str:
         ("response/length_mean", "length {:.0f}"),
         ("entropy/student_median", "H student {:.3f}"),
         ("entropy/teacher_median", "H teacher {:.3f}"),
+        ("divergence/mean", "D {:.3g}"),
+        ("kl/k3", "KL to the initial weights {:.3g}"),
     ):
         if math.isfinite(metrics.get(name, math.nan)):
             parts.append(form.format(metrics[name]))

@@ -6,11 +6,13 @@ per run; the step's metric `warnings/KIND` is 1 while the condition holds.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from asd_megatron.antisd.perplexity import UNUSABLE_MEAN
 from asd_megatron.observe.names import WARNINGS
 
 STEPS_IN_A_ROW = 3
@@ -19,6 +21,8 @@ CLOSED_FRACTION, CLOSED_AFTER = 0.5, 10
 """The gate is reported when lambda was 0 in more than this fraction of at least so many steps since the warm-up."""
 NEGATIVE_FRACTION, NEGATIVE_MEAN = 0.9, -1.0
 """u is out of distribution when more than this fraction of tokens has u < 0 and the mean is below so many nats."""
+ABOVE_CUTOFF = 0.5
+"""The cut-off of the perplexity is reported when more than this fraction of responses is above it."""
 CALIBRATION_TOKENS = 256
 """Tokens over all warm-up steps below which H_warm is too noisy an estimate."""
 
@@ -46,6 +50,15 @@ def _equal_rewards(m: Metrics) -> bool:
     return m.get("reward/mixed_groups") == 0
 
 
+def _above_cutoff(m: Metrics) -> bool:
+    return m.get("perplexity/above_cutoff", 0.0) > ABOVE_CUTOFF
+
+
+def _no_target(m: Metrics) -> bool:
+    known = math.isfinite(m.get("perplexity/target", math.nan))
+    return not known and m.get("perplexity/mean", 0.0) >= UNUSABLE_MEAN
+
+
 IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
     "no_context": (
         _no_context,
@@ -67,14 +80,31 @@ IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
         " advantage is 0. Look at a few responses (run.dump_rollouts true) and the reward; choose easier or harder"
         " problems, or more rollouts per problem",
     ),
+    "above_cutoff": (
+        _above_cutoff,
+        "{above:.0%} of the responses have a teacher's perplexity above perplexity.cutoff, where lambda is 0 ({n} steps"
+        " in a row, mean perplexity {perplexity:.3g}): the term does nothing on them. Look at a teacher's prompt"
+        " (`asd-megatron train RECIPE --dry-run`); raise perplexity.cutoff above perplexity/target, or use"
+        " algorithm.lambda_source gate",
+    ),
+    "no_target": (
+        _no_target,
+        "the teacher's mean perplexity has been {perplexity:.3g} for {n} steps: from {unusable:g} on a step does not"
+        " count for the target, and lambda is 0 until one counts. Look at perplexity/median: when it is small, a few"
+        " responses make the mean; give perplexity.target, or use algorithm.lambda_source gate",
+    ),
 }
 """Conditions of single steps, reported when they hold `STEPS_IN_A_ROW` times."""
 
 
 @dataclass
 class MethodWarnings:
-    """Watches the metrics of a run's steps, in order. Feed a resumed run the rows of its metrics.jsonl first."""
+    """Watches the metrics of a run's steps, in order. Feed a resumed run the rows of its metrics.jsonl first.
 
+    `group_advantage`: the recipe trains on it; equal rewards do not matter to one that does not.
+    """
+
+    group_advantage: bool = True
     reported: list[Finding] = field(default_factory=list)
     _recent: dict[str, deque[bool]] = field(
         default_factory=lambda: {kind: deque(maxlen=STEPS_IN_A_ROW) for kind in IN_A_ROW}
@@ -101,6 +131,8 @@ class MethodWarnings:
             return self._gate_closed(metrics)
         if kind == "short_calibration":
             return self._short_calibration(metrics)
+        if kind == "equal_rewards" and not self.group_advantage:
+            return None
         holds, text = IN_A_ROW[kind]
         recent = self._recent[kind]
         recent.append(holds(metrics))
@@ -111,6 +143,9 @@ class MethodWarnings:
             negative=metrics.get("pmi/negative_share", 0.0),
             mean=metrics.get("pmi/mean", 0.0),
             passed=metrics.get("reward/pass_rate", 0.0),
+            above=metrics.get("perplexity/above_cutoff", 0.0),
+            perplexity=metrics.get("perplexity/mean", 0.0),
+            unusable=UNUSABLE_MEAN,
         )
 
     def _gate_closed(self, metrics: Metrics) -> str | None:

@@ -106,8 +106,34 @@ def test_lambdas_from_the_perplexity_have_a_panel_instead(tmp_path: Path) -> Non
     assert titles(tmp_path)[-1] == "Lambda of the responses" and "Gate" not in titles(tmp_path)
 
 
+METHODS = {
+    "lambda/mean": 0.1,
+    "lambda/min": -0.02,
+    "lambda/max": 0.4,
+    "perplexity/mean": 1.5,
+    "perplexity/median": 1.4,
+    "perplexity/target": NAN,
+    "divergence/mean": 0.1,
+    "divergence/reverse_kl": 1.2,
+    "divergence/forward_kl": 1.9,
+    "kl/k1": -0.01,
+    "kl/k2": 0.02,
+    "kl/k3": 0.01,
+}
+"""What the teacher's perplexity, the exact divergence and the KL penalty add."""
+
+
+def test_each_part_of_the_method_has_a_panel(tmp_path: Path) -> None:
+    write_run(tmp_path, 5, **METHODS)
+    curves = Curves(read_metrics(tmp_path))
+    drawn = dict(zip(titles(tmp_path), draw_panels(curves, _choose(curves)).axes, strict=True))
+    assert labels(drawn["Divergence of student and teacher (nats)"]) == ["D", "reverse KL", "forward KL"]
+    assert labels(drawn["KL to the initial weights (nats)"]) == ["k3", "k1", "k2"]
+    assert labels(drawn["Teacher's perplexity of a response"]) == ["mean", "median"]  # no target yet
+
+
 def test_another_run_is_drawn_beside_in_every_panel(tmp_path: Path) -> None:
-    extra = {"puzzle/u_other": 1.0, "reward/mean": 0.5}
+    extra = {"puzzle/u_other": 1.0, "reward/mean": 0.5, **METHODS}
     folders = [write_run(tmp_path / name, 5, **extra) for name in "ab"]
     names = ["antisd-of-the-first-study-1", "grpo"]
     own = Curves(read_metrics(folders[0]), names[0], Curves(read_metrics(folders[1]), names[1]))
@@ -123,7 +149,7 @@ def test_another_run_is_drawn_beside_in_every_panel(tmp_path: Path) -> None:
         if not panel.title.startswith("PMI u by token class"):
             assert all(any(text.startswith(name) for text in labels(axis)) for name in names), panel.title
     legends = [part.get_legend() for axis in figure.axes for part in (axis, *axis.child_axes) if part.get_legend()]
-    assert len(legends) == 6 and fit(legends)
+    assert len(legends) == 10 and fit(legends)
 
 
 def fit(legends: list[Any]) -> bool:

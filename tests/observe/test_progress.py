@@ -38,6 +38,7 @@ def test_text() -> None:
     assert progress_text({**closed, "gate/warming_up": 1.0}).startswith("gate warming up")
     assert progress_text({"sft/loss": 0.5, "tokens/per_second": 999.0}) == "loss 0.5000, 999 tokens/s"
     assert progress_text({"evaluation/accuracy": 0.25}) == "held-out 0.250"
+    assert progress_text({"divergence/mean": 0.1306, "kl/k3": 1e-4}) == "D 0.131, KL to the initial weights 0.0001"
     assert progress_text({"lambda/mean": 0.1234, "perplexity/warming_up": 0.0}) == "lambda 0.123"
     assert progress_text({"lambda/mean": 0.0, "perplexity/warming_up": 1.0}) == "lambda 0 (warming up)"
 
