@@ -27,7 +27,7 @@ from asd_megatron.run.build import (
 )
 from asd_megatron.run.folder import Start
 from asd_megatron.run.preview import preview, start_text
-from asd_megatron.run.report import advantage_line, evaluation_text, lambda_line, term_line
+from asd_megatron.run.report import advantage_line, evaluation_text, lambda_line, term_line, weights_rows
 from asd_megatron.run.sources import held_out_problems, model_folder, supervised_source, training_problems
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def _summary(recipe: AnyRecipe, start: Start | None) -> str:
             rows["term"] = term
         how = lambda_line(recipe, method.condition, make_gate(recipe), perplexity)
         rows["gate" if perplexity is None else "lambda"] = how
+        rows |= weights_rows(recipe, make_plan(recipe))
     optimizer = recipe.optimizer
     rows |= {
         "steps": f"{recipe.run.steps}",

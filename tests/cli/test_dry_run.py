@@ -54,6 +54,11 @@ def test_what_it_shows(world: World, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert words in out, out
     assert not (world.folder / "runs").exists()
+    method = {"name": "sd", "estimator": "full_vocabulary", "advantage_weight": 0.0, "kl_coefficient": 0.1}
+    assert dry("train", world.recipe(algorithm=method), "--teacher.weights", "ema") == 0
+    out = capsys.readouterr().out
+    assert "lambda * D, D = reverse KL(student, teacher)" in out and "moving average of the weights, rate 0.05" in out
+    assert "0.1 x k2 to the initial weights, in the loss" in out
     held_out = ["--data.test", str(world.problems), "--evaluation.every", "1"]
     assert dry("train", world.recipe(algorithm={"name": "grpo"}), *held_out) == 0
     out = capsys.readouterr().out
