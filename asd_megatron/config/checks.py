@@ -177,10 +177,10 @@ def _train(recipe: Recipe) -> Iterator[str]:
 
 def _algorithm(recipe: Recipe) -> Iterator[str]:
     a, gate, s = recipe.algorithm, recipe.gate, recipe.sampling
-    if s.rollouts_per_problem == 1:
+    if s.rollouts_per_problem == 1 and a.weighs_group_advantage:
         yield (
             "sampling.rollouts_per_problem 1: a group of one has no group-relative advantage; set it to 2 or more (the"
-            " paper uses 8)"
+            " paper uses 8), or train on the per-token term alone with algorithm.advantage_weight 0"
         )
     rollouts = s.problems_per_step * s.rollouts_per_problem
     if rollouts % a.updates_per_batch:

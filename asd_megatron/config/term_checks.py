@@ -47,6 +47,11 @@ def _composition(recipe: Recipe) -> Iterator[str]:
             f"algorithm.lambda_max {a.lambda_max} with algorithm.composition rlsd: lambda interpolates between A_seq"
             " and the weighted A_seq: set it to 1 or less"
         )
+    if a.advantage_weight == 0 and a.lambda_max == 0:
+        yield (
+            "algorithm.advantage_weight 0 with algorithm.lambda_max 0 leaves nothing to train on: raise one of them, or"
+            " set algorithm.name grpo"
+        )
     form = a.composition or ("multiplicative" if a.name == "multiplicative" else "additive")
     if a.advantage_weight != 1 and form != "additive":
         yield (

@@ -59,7 +59,10 @@ class ExampleBuilder:
         return [example for group in groups for example in self._of_group(group, step)]
 
     def _of_group(self, group: Group, step: int) -> list[Example]:
-        advantages = group_advantages(torch.tensor(group.rewards, dtype=torch.float64)).tolist()
+        if len(group.rewards) == 1:  # in recipes whose loss has no group advantage; others are refused
+            advantages = [0.0]
+        else:
+            advantages = group_advantages(torch.tensor(group.rewards, dtype=torch.float64)).tolist()
         demonstrations = [Demonstration(DemonstrationSource.NONE)] * len(group.rollouts)
         if self.privileged:
             demonstrations = choose_demonstrations(

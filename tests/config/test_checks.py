@@ -67,6 +67,11 @@ def refusal(text: str, kind: Any = "train") -> str:
         ("sampling.top_p=0.95", "set sampling.top_p 1.0", "evaluation.top_p=0.95"),
         ("sampling.top_k=20", "sampling.top_k 0", "evaluation.top_k=20"),
         ("sampling.rollouts_per_problem=1", "no group-relative advantage", "sampling.rollouts_per_problem=2"),
+        ("sampling.rollouts_per_problem=1 algorithm.name=grpo algorithm.advantage_weight=0",
+         "with algorithm.advantage_weight 0", "sampling.rollouts_per_problem=1 algorithm.name=sd "
+         "algorithm.advantage_weight=0"),
+        ("algorithm.advantage_weight=0 algorithm.lambda_max=0", "nothing to train on",
+         "algorithm.advantage_weight=0 algorithm.lambda_max=0 algorithm.name=grpo"),
         ("gate.warmup_steps=0", "use algorithm.name no_gate", "gate.warmup_steps=0 gate.h_warm=0.71"),
         ("gate.warmup_steps=0 algorithm.name=no_teacher", "give gate.h_warm",
          "gate.warmup_steps=0 algorithm.name=no_gate"),
