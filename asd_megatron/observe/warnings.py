@@ -63,7 +63,7 @@ IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
     "no_context": (
         _no_context,
         "no rollout has had privileged context for {n} steps (pmi/coverage 0), so the per-token term is 0"
-        " everywhere and this is plain GRPO. Look at demonstration/*: with no correct rollout and no reference solution"
+        " everywhere and {rest}. Look at demonstration/*: with no correct rollout and no reference solution"
         " there is nothing to show; give `solution` in data.train, set privileged.when_no_solution, or choose easier"
         " problems",
     ),
@@ -146,6 +146,7 @@ class MethodWarnings:
             above=metrics.get("perplexity/above_cutoff", 0.0),
             perplexity=metrics.get("perplexity/mean", 0.0),
             unusable=UNUSABLE_MEAN,
+            rest="this is plain GRPO" if self.group_advantage else "nothing is trained",
         )
 
     def _gate_closed(self, metrics: Metrics) -> str | None:

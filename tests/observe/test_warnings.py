@@ -97,6 +97,8 @@ def test_equal_rewards_do_not_matter_to_a_recipe_without_the_group_advantage() -
     watch = MethodWarnings(group_advantage=False)
     equal = {**HEALTHY, "reward/mixed_groups": 0.0}
     assert [watch.of_step(i, equal) for i in range(5)] == [({}, [])] * 5
+    without = [watch.of_step(i, {**equal, "pmi/coverage": 0.0})[1] for i in range(5)]
+    assert len(without[2]) == 1 and "nothing is trained" in without[2][0]
 
 
 def test_a_resumed_run_does_not_repeat_itself() -> None:
