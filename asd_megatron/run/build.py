@@ -94,7 +94,14 @@ def never_acts(recipe: Recipe) -> str | None:
     """Why the per-token term cannot act in any step of this recipe's run; None if it can."""
     warm_up = recipe.lambda_warmup_steps
     by_gate = recipe.algorithm.lambda_source == "gate"
-    if condition(recipe.algorithm.name).sign == 0 or recipe.run.steps > warm_up:
+    if condition(recipe.algorithm.name).sign == 0:
+        return None
+    if by_gate and recipe.algorithm.lambda_max == 0:
+        return (
+            "algorithm.lambda_max 0: this run trains without the per-token term. Raise it, or set algorithm.name grpo,"
+            " which scores no teacher"
+        )
+    if recipe.run.steps > warm_up:
         return None
     of, remedy = "the gate", "lower gate.warmup_steps" + (", or give gate.h_warm" if recipe.algorithm.gated else "")
     if not by_gate:

@@ -106,6 +106,7 @@ def _summary(recipe: AnyRecipe, start: Start | None) -> str:
 
 def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[Section]:
     train, test = training_problems(recipe.data), held_out_problems(recipe.data)
+    passes = make_plan(recipe)
     counts = []
     for name, problems in ((recipe.data.train, train), (recipe.data.test, test)):
         if problems is not None:
@@ -114,9 +115,10 @@ def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[
             counts.append(
                 f"{name}: {plural(len(looked_at), 'problem')} checked, prompts of at most {plural(longest, 'token')}"
             )
+            if problems is train and passes.teacher_scoring and recipe.privileged.use_reference:
+                counts[-1] += f", {sum(bool(problem.solution) for problem in looked_at):,} with a solution"
     problem = first_problems(recipe, train)[0]
     reward, assessment = _scored(recipe, problem)
-    passes = make_plan(recipe)
     sections = [
         ("data", "\n".join(counts)),
         ("reward", f"{recipe.reward.name} gives {reward:g} for the response {FAKE_RESPONSE!r} to the problem below"),
@@ -125,7 +127,7 @@ def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[
         (f"student's prompt of problem {problem.prompt_id}", renderer.student_text(problem)),
     ]
     if passes.teacher_scoring:
-        demonstration = problem.solution or DEMONSTRATION
+        demonstration = (recipe.privileged.use_reference and problem.solution) or DEMONSTRATION
         limit = recipe.privileged.max_teacher_tokens or positions
         text = renderer.teacher_text(problem, demonstration, assessment)
         sections.append((f"teacher's prompt for that response (with it at most {limit} tokens)", text))

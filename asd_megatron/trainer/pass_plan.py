@@ -82,7 +82,7 @@ def plan_passes(
 
     teacher = c.uses_teacher or log_pmi
     if c.uses_teacher:
-        needs = "u = t - s needs its log-probs"
+        needs = "D needs its hidden states" if exact else "u = t - s needs its log-probs"
         if c.gated and c.gate_entropy == "teacher":
             needs += ", the gate its entropy"
         elif perplexity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ def test_what_it_shows(world: World, capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "lambda * D, D = reverse KL(student, teacher)" in out and "moving average of the weights, rate 0.05" in out
     assert "0.1 x k2 to the initial weights, in the loss" in out
+    counted = re.search(r"(\d+) problems checked, .* tokens, (\d+) with a solution", out)
+    assert counted is not None and counted[1] == counted[2]
+    assert dry("train", world.recipe(algorithm=method), "--privileged.use_reference", "false") == 0
+    assert "(a verified solution of this problem)" in capsys.readouterr().out  # never the data's
     held_out = ["--data.test", str(world.problems), "--evaluation.every", "1"]
     assert dry("train", world.recipe(algorithm={"name": "grpo"}), *held_out) == 0
     out = capsys.readouterr().out
