@@ -105,6 +105,13 @@ COUNTERPARTS: dict[str, tuple[str, ...]] = {
     "teacher_update_rate": ("teacher.ema_rate",),
     "ema_decay": ("teacher.ema_rate",),
     "ema_alpha": ("teacher.ema_rate",),
+    "teacher_weights": ("teacher.weights",),
+    "update_rate": ("teacher.ema_rate",),
+    "ema_update_rate": ("teacher.ema_rate",),
+    "full_logit_distillation": ("algorithm.estimator",),
+    "full_vocab": ("algorithm.estimator",),
+    "jsd_alpha": ("algorithm.mixture",),
+    "jsd_beta": ("algorithm.mixture",),
     "mask_truncated_completions": ("algorithm.mask_truncated",),
     # the released AntiSD code and its re-implementations (docs/released_form.md)
     "ca_mode": ("algorithm.composition",),
@@ -212,6 +219,9 @@ _LORA = "not supported: all weights are trained"
 _TRACKER = "not supported: metrics go to metrics.jsonl and TensorBoard (logging.tensorboard)"
 _CRITIC = "not supported: advantages are group-relative, there is no critic"
 _REWARD_MODEL = "not supported: rewards come from verifiers (reward.name), your own function among them"
+_TOP_K = "not supported: algorithm.estimator full_vocabulary is exact, over all tokens of the vocabulary"
+_STD = "not supported: a group's advantages are divided by its standard deviation"
+_TEACHER = "not supported: the teacher is the model under training; teacher.weights says with which weights"
 _EPOCHS = "a run is counted in steps: run.steps; problems repeat in a new order when all were used"
 _VLLM = "not supported: rollouts come from SGLang servers (rollout.engine sglang) or from the embedded engine"
 _FSDP = "not supported: Megatron-Core shards models (the parallelism section)"
@@ -244,6 +254,9 @@ WITHOUT: dict[str, str] = {
     **dict.fromkeys(("total_epochs", "num_train_epochs", "num_epoch", "num_episodes"), _EPOCHS),
     **dict.fromkeys(("vllm", "use_vllm", "vllm_mode", "vllm_tensor_parallel_size"), _VLLM),
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "zero_stage", "param_offload", "fsdp_size"), _FSDP),
+    **dict.fromkeys(("distillation_topk", "topk_distillation", "top_k_distillation"), _TOP_K),
+    **dict.fromkeys(("norm_adv_by_std_in_grpo", "scale_rewards"), _STD),
+    **dict.fromkeys(("teacher_model", "teacher_model_path", "teacher_path"), _TEACHER),
     "entropy_coeff": "not supported: the method has no entropy bonus; what it does to entropy is the gate's matter",
     "entropy_coef": "not supported: the method has no entropy bonus; what it does to entropy is the gate's matter",
     "trust_remote_code": "not supported: no code from a model folder is run",
