@@ -189,6 +189,7 @@ def example_builder(
         success_threshold=p.success_threshold,
         exclude_self=p.exclude_self,
         demonstrations_per_group=p.demonstrations_per_group,
+        use_group=p.use_group,
         use_reference=p.use_reference,
         when_no_solution=p.when_no_solution,
         feedback_kind=feedback_kind,

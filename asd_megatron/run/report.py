@@ -102,6 +102,8 @@ def _servers(rollout: RolloutSection) -> dict[str, str]:
 def _demonstrations(recipe: Recipe, teacher: bool) -> dict[str, str]:
     if not teacher:
         return {}
+    if not recipe.privileged.use_group:
+        return {"demonstrations": "the data's" if recipe.privileged.use_reference else "none"}
     shared = recipe.privileged.demonstrations_per_group
     return {"demonstrations": "drawn by each rollout" if shared is None else f"{shared} shared by a group"}
 

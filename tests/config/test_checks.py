@@ -156,6 +156,8 @@ def refusal(text: str, kind: Any = "train") -> str:
         ("teacher.ema_rate=0.1", "set that, or leave teacher.ema_rate out", "teacher.ema_rate=0.1 teacher.weights=ema"),
         ("algorithm.kl_estimator=k1", "algorithm.kl_coefficient above 0",
          "algorithm.kl_estimator=k1 algorithm.kl_coefficient=0.001"),
+        ("privileged.use_group=false privileged.use_reference=false", "leaves no solution to show",
+         "privileged.use_group=false privileged.use_reference=false privileged.when_no_solution=feedback_only"),
         ("privileged.min_solution_tokens=9000", "privileged.max_solution_tokens", "privileged.min_solution_tokens=64"),
         ("privileged.max_teacher_tokens=1024", "leaves no room for a prompt", "privileged.max_teacher_tokens=4096"),
         ("privileged.raw_template={prompt}{solution}", "set data.format raw",
