@@ -36,6 +36,8 @@ def _gate(metrics: Mapping[str, float]) -> str:
     state = "open" if metrics["gate/open"] else "closed"
     if metrics.get("gate/warming_up"):
         state = "warming up"
+    elif math.isnan(metrics.get("gate/h_warm", 0.0)):  # without thresholds there is no gate
+        return f"lambda {metrics.get('gate/lambda', 0.0):g}"
     return f"gate {state} (lambda {metrics.get('gate/lambda', 0.0):g})"
 
 

@@ -64,8 +64,8 @@ IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
         _no_context,
         "no rollout has had privileged context for {n} steps (pmi/coverage 0), so the per-token term is 0"
         " everywhere and {rest}. Look at demonstration/*: with no correct rollout and no reference solution"
-        " there is nothing to show; give `solution` in data.train, set privileged.when_no_solution, or choose easier"
-        " problems",
+        " there is nothing to show; give `solution` in data.train (read with privileged.use_reference true), set"
+        " privileged.when_no_solution, or choose easier problems",
     ),
     "out_of_distribution": (
         _out_of_distribution,
