@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asd_megatron.checkpoint import lineage
+from asd_megatron.checkpoint import lineage, training
 from asd_megatron.cli import launch
 from asd_megatron.cli.main import main
 from asd_megatron.config import load_recipe
@@ -99,6 +100,10 @@ def test_what_becomes_of_the_run_folder(world: World, capsys: pytest.CaptureFixt
     assert "refused" in text and "learning rate" in text and "sampling.temperature: 1.0 -> 0.7" in text
     text = said("--sampling.temperature", "0.7", "--data.train", "none.jsonl", status=2)
     assert "none.jsonl" in text and "sampling.temperature" not in text
+    without_copies = {"format": training.FORMAT, "distributed_optimizer": False, "run_state": {}, "weight_copies": []}
+    state.write_text(json.dumps(without_copies))
+    method = ["--algorithm.name", "sd", "--teacher.weights", "ema", "--checkpoint.accept_changes", "all"]
+    assert "stores no moving average" in said(*method, status=2)
     with ExitStack() as closing:
         hold(folder, closing)
         assert "in use by another run (process" in said(status=2)
