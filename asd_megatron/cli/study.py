@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -93,10 +93,21 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _check_models(cells: Sequence[Cell]) -> None:
-    """Raises UserError for a model that is not there, before a cell is run for it."""
-    for path, cell in {cell.recipe.model.path: cell for cell in reversed(cells)}.items():
-        if not (model_folder(path) / "config.json").is_file():
-            raise UserError(f"model.path of cell {cell.key}: {path} is no model folder (no config.json): make it first")
+    """Raises UserError for models that are not there, before a cell is run for one."""
+    if missing := _missing_models(cells):
+        raise UserError("; ".join(missing))
+
+
+def _missing_models(cells: Iterable[Cell]) -> list[str]:
+    """A line for each model that is not there, with the first cell that starts from it."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.recipe.model.path, cell)
+    return [
+        f"model.path of cell {cell.key}: {path} is no model folder (no config.json): make it first"
+        for path, cell in first.items()
+        if not (model_folder(path) / "config.json").is_file()
+    ]
 
 
 def _list(study: Study, records: dict[Cell, CellRecord | None]) -> int:
@@ -106,6 +117,8 @@ def _list(study: Study, records: dict[Cell, CellRecord | None]) -> int:
         print(f"{cell.key!s:50s} {plural(cell.recipe.run.steps, 'step'):>12s}  {_state(record)}")
     counts = Counter("waiting" if record is None else record.status for record in records.values())
     print(f"{plural(len(records), 'cell')}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    for line in _missing_models(records):
+        print(line)
     return 0
 
 

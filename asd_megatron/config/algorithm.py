@@ -182,6 +182,11 @@ class AlgorithmSection(Section):
         return self.divergence or ("reverse_kl" if self.name in ESTIMATES_REVERSE_KL else "jensen_shannon")
 
     @property
+    def weighs_group_advantage(self) -> bool:
+        """Whether the group advantage is part of the loss."""
+        return self.name == "grpo" or self.advantage_weight > 0
+
+    @property
     def mask_below(self) -> float | None:
         """The smallest importance weight that is kept; None where the correction does not mask."""
         if self.importance_correction != "masked":

@@ -155,6 +155,11 @@ def _train(recipe: Recipe) -> Iterator[str]:
             f"privileged.max_teacher_tokens {privileged.max_teacher_tokens} leaves no room for a prompt beside a"
             f" response of sampling.max_response_tokens {s.max_response_tokens}: raise the first or lower the second"
         )
+    if not (privileged.use_group or privileged.use_reference) and privileged.when_no_solution == "mask":
+        yield (
+            "privileged.use_group false with privileged.use_reference false leaves no solution to show: set one of them"
+            " true, or privileged.when_no_solution reference_answer or feedback_only"
+        )
     yield from _teacher_wording(recipe)
     if privileged.raw_template is not None and data.format != "raw":
         yield (
@@ -177,10 +182,10 @@ def _train(recipe: Recipe) -> Iterator[str]:
 
 def _algorithm(recipe: Recipe) -> Iterator[str]:
     a, gate, s = recipe.algorithm, recipe.gate, recipe.sampling
-    if s.rollouts_per_problem == 1:
+    if s.rollouts_per_problem == 1 and a.weighs_group_advantage:
         yield (
             "sampling.rollouts_per_problem 1: a group of one has no group-relative advantage; set it to 2 or more (the"
-            " paper uses 8)"
+            " paper uses 8), or train on the per-token term alone with algorithm.advantage_weight 0"
         )
     rollouts = s.problems_per_step * s.rollouts_per_problem
     if rollouts % a.updates_per_batch:

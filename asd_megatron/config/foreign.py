@@ -103,8 +103,14 @@ COUNTERPARTS: dict[str, tuple[str, ...]] = {
     "fixed_teacher": ("teacher.weights",),
     "use_ema_teacher": ("teacher.weights",),
     "teacher_update_rate": ("teacher.ema_rate",),
-    "ema_decay": ("teacher.ema_rate",),
     "ema_alpha": ("teacher.ema_rate",),
+    "teacher_weights": ("teacher.weights",),
+    "update_rate": ("teacher.ema_rate",),
+    "ema_update_rate": ("teacher.ema_rate",),
+    "full_logit_distillation": ("algorithm.estimator",),
+    "full_vocab": ("algorithm.estimator",),
+    "jsd_alpha": ("algorithm.mixture",),
+    "jsd_beta": ("algorithm.mixture",),
     "mask_truncated_completions": ("algorithm.mask_truncated",),
     # the released AntiSD code and its re-implementations (docs/released_form.md)
     "ca_mode": ("algorithm.composition",),
@@ -129,7 +135,7 @@ COUNTERPARTS: dict[str, tuple[str, ...]] = {
     "prm_clip": ("algorithm.term_clip",),
     "prm_length_mask_threshold": ("algorithm.term_max_length",),
     "prm_max_position": ("algorithm.term_max_position",),
-    "solution_source": ("privileged.use_reference",),
+    "solution_source": ("privileged.use_reference", "privileged.use_group"),
     # optimizer
     "lr": ("optimizer.learning_rate",),
     "min_lr": ("optimizer.min_learning_rate",),
@@ -212,6 +218,9 @@ _LORA = "not supported: all weights are trained"
 _TRACKER = "not supported: metrics go to metrics.jsonl and TensorBoard (logging.tensorboard)"
 _CRITIC = "not supported: advantages are group-relative, there is no critic"
 _REWARD_MODEL = "not supported: rewards come from verifiers (reward.name), your own function among them"
+_TOP_K = "not supported: algorithm.estimator full_vocabulary is exact, over all tokens of the vocabulary"
+_STD = "not supported: a group's advantages are divided by its standard deviation"
+_TEACHER = "not supported: the teacher is the model under training; teacher.weights says with which weights"
 _EPOCHS = "a run is counted in steps: run.steps; problems repeat in a new order when all were used"
 _VLLM = "not supported: rollouts come from SGLang servers (rollout.engine sglang) or from the embedded engine"
 _FSDP = "not supported: Megatron-Core shards models (the parallelism section)"
@@ -244,10 +253,14 @@ WITHOUT: dict[str, str] = {
     **dict.fromkeys(("total_epochs", "num_train_epochs", "num_epoch", "num_episodes"), _EPOCHS),
     **dict.fromkeys(("vllm", "use_vllm", "vllm_mode", "vllm_tensor_parallel_size"), _VLLM),
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "zero_stage", "param_offload", "fsdp_size"), _FSDP),
+    **dict.fromkeys(("distillation_topk", "topk_distillation", "top_k_distillation"), _TOP_K),
+    **dict.fromkeys(("norm_adv_by_std_in_grpo", "scale_rewards"), _STD),
+    **dict.fromkeys(("teacher_model", "teacher_model_path", "teacher_path"), _TEACHER),
     "entropy_coeff": "not supported: the method has no entropy bonus; what it does to entropy is the gate's matter",
     "entropy_coef": "not supported: the method has no entropy bonus; what it does to entropy is the gate's matter",
     "trust_remote_code": "not supported: no code from a model folder is run",
     "push_to_hub": "not supported: the run leaves a Hugging Face folder in RUN/hf, upload it yourself",
+    "ema_decay": "here it is teacher.ema_rate, 1 minus the decay",
     "load_in_4bit": _LORA,
     "load_in_8bit": _LORA,
     "apply_chat_template": "prompts go through the tokenizer's chat template unless data.format is raw",

@@ -38,6 +38,10 @@ class PrivilegedSection(Section):
             " alone."
         ),
     )
+    use_group: bool = Field(
+        True,
+        description="Show verified solutions of the rollout's group; false: the data's alone (`use_reference`).",
+    )
     use_reference: bool = Field(
         True,
         description="Where the group has no verified solution, show the data's; false: solutions of the group alone.",

@@ -48,6 +48,11 @@ def _composition(recipe: Recipe) -> Iterator[str]:
             f"perplexity.lambda_min {recipe.perplexity.lambda_min} with algorithm.composition rlsd: a lambda far below"
             " 0 turns the sign of A_seq; set it to -1 or more"
         )
+    if a.advantage_weight == 0 and a.lambda_max == 0:
+        yield (
+            "algorithm.advantage_weight 0 with algorithm.lambda_max 0 leaves nothing to train on: raise one of them, or"
+            " set algorithm.name grpo"
+        )
     form = a.composition or ("multiplicative" if a.name == "multiplicative" else "additive")
     if a.advantage_weight != 1 and form != "additive":
         yield (

@@ -74,7 +74,10 @@ def draw_beside(axis: Any, curves: Curves, metric: str, what: str = "", style: s
 
 
 def draw_legend(axis: Any, columns: int = 1) -> None:
-    """A legend in a band of its own above the curves, in at most so many columns as are not wider than the panel."""
+    """A legend in a band of its own above the curves, in at most so many columns as are not wider than the panel. None
+    for a panel whose metrics have no number yet."""
+    if not axis.get_legend_handles_labels()[1]:
+        return
     renderer = axis.figure.canvas.get_renderer()
     panel = axis.get_window_extent(renderer)
     style = {"frameon": False, "handlelength": 1.6, "labelspacing": 0.25, "columnspacing": 1.2}

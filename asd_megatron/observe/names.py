@@ -29,9 +29,10 @@ WARNINGS = {
     "no_context": "no rollout had privileged context, several steps in a row",
     "out_of_distribution": "u < 0 for nearly all tokens, mean below -1 nat, several steps in a row",
     "equal_rewards": "equal rewards in every group, several steps in a row",
+    "above_cutoff": "most responses have a teacher's perplexity above `perplexity.cutoff`, several steps in a row",
+    "no_target": "the mean perplexity is too large to measure the target from, several steps in a row",
     "gate_closed": "lambda was 0 (for every response) in more than half of the steps since the warm-up",
     "short_calibration": "H_warm was calibrated on few tokens",
-    "unusable_perplexity": "the teacher's perplexity was too large for the target, several warm-up steps in a row",
 }
 
 

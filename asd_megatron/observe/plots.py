@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,29 @@ def _u(axis: Any, curves: Curves) -> None:
     draw_legend(axis, 3)
 
 
+def _means(axis: Any, curves: Curves, labels: Mapping[str, str]) -> None:
+    """Metrics of one unit in one panel, by name and label; beside another run, the first of them."""
+    first = next(iter(labels))
+    for (name, label), color in zip(labels.items(), (STUDENT, TEACHER, NEUTRAL), strict=True):
+        if curves.beside is None or name == first:
+            draw_line(axis, curves[name], color, curves.label(label))
+    draw_beside(axis, curves, first, labels[first])
+    draw_legend(axis, 3)
+
+
+def _divergence(axis: Any, curves: Curves) -> None:
+    labels = {"divergence/mean": "D", "divergence/reverse_kl": "reverse KL", "divergence/forward_kl": "forward KL"}
+    _means(axis, curves, labels)
+
+
+def _kl(axis: Any, curves: Curves) -> None:
+    _single(axis, curves, "kl/k3", bottom=0)  # the others estimate the same with more noise or bias
+
+
+def _perplexity(axis: Any, curves: Curves) -> None:
+    _means(axis, curves, {"perplexity/mean": "mean", "perplexity/median": "median", "perplexity/target": "target"})
+
+
 def _gate(axis: Any, curves: Curves) -> None:
     """H against its two thresholds above, lambda below. The axis of H is logarithmic where H is far above both."""
     lower = axis.inset_axes([0, -0.02, 1, 0.2])
@@ -218,6 +241,9 @@ TRAINING_PANELS = (
     Panel("PMI u = teacher - student log-prob (nats)", ("pmi/mean",), _u),
     Panel("Gate", ("gate/lambda",), _gate),
     Panel("Lambda of the responses", ("lambda/mean",), _lambda),
+    Panel("Teacher's perplexity of a response", ("perplexity/mean",), _perplexity),
+    Panel("Divergence of student and teacher (nats)", ("divergence/mean",), _divergence),
+    Panel("KL to the initial weights, k3 (nats)", ("kl/k3",), _kl),
 )
 SUPERVISED_PANELS = (
     Panel("Cross-entropy (nats)", ("sft/loss",), _loss),

@@ -36,6 +36,8 @@ def _gate(metrics: Mapping[str, float]) -> str:
     state = "open" if metrics["gate/open"] else "closed"
     if metrics.get("gate/warming_up"):
         state = "warming up"
+    elif math.isnan(metrics.get("gate/h_warm", 0.0)):  # without thresholds there is no gate
+        return f"lambda {metrics.get('gate/lambda', 0.0):g}"
     return f"gate {state} (lambda {metrics.get('gate/lambda', 0.0):g})"
 
 
@@ -49,6 +51,8 @@ def progress_text(metrics: Mapping[str, float]) -> str:
         ("response/length_mean", "length {:.0f}"),
         ("entropy/student_median", "H student {:.3f}"),
         ("entropy/teacher_median", "H teacher {:.3f}"),
+        ("divergence/mean", "D {:.3g}"),
+        ("kl/k3", "KL to the initial weights {:.3g}"),
     ):
         if math.isfinite(metrics.get(name, math.nan)):
             parts.append(form.format(metrics[name]))

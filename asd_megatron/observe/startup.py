@@ -189,11 +189,11 @@ def perplexity_text(rule: PerplexityRule, *, warmup_steps: int, target: float | 
         level = f"the warm-up's median - {rule.target_offset:g}"
     shift = {"none": "", "negative": ", shifted to mean 0 where that is negative", "always": ", shifted to mean 0"}
     low, high = RATIO_LIMITS
-    whose = "of each response" if rule.scope == "response" else "of the batch, from the mean logarithm"
+    whose = "of each response" if rule.scope == "response" else "of the batch, from the mean of the logarithms"
     return (
-        f"lambda {whose} {warmup}clip({rule.lambda_0:g} x {rule.alpha:g} x log(clip(P / P*, {low:g}, {high:g})),"
-        f" {rule.lambda_min:g}, {rule.lambda_max:g}) of the teacher's perplexity P, P* = {level};"
-        f" 0 where P > {rule.cutoff:g}{shift[rule.shift]}; no entropy gate"
+        f"{whose}: {warmup}clip({rule.lambda_0:g} x {rule.alpha:g} x log(clip(P / P*, {low:g}, {high:g})),"
+        f" {rule.lambda_min:g}, {rule.lambda_max:g}) of the teacher's perplexity P, P* = {level}; 0 where P >"
+        f" {rule.cutoff:g}{shift[rule.shift]}; no entropy gate"
     )
 
 

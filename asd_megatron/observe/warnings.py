@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from asd_megatron.antisd import perplexity
+from asd_megatron.antisd.perplexity import UNUSABLE_MEAN
 from asd_megatron.observe.names import WARNINGS
 
 STEPS_IN_A_ROW = 3
@@ -21,6 +21,8 @@ CLOSED_FRACTION, CLOSED_AFTER = 0.5, 10
 """The gate is reported when lambda was 0 in more than this fraction of at least so many steps since the warm-up."""
 NEGATIVE_FRACTION, NEGATIVE_MEAN = 0.9, -1.0
 """u is out of distribution when more than this fraction of tokens has u < 0 and the mean is below so many nats."""
+ABOVE_CUTOFF = 0.5
+"""The cut-off of the perplexity is reported when more than this fraction of responses is above it."""
 CALIBRATION_TOKENS = 256
 """Tokens over all warm-up steps below which H_warm is too noisy an estimate."""
 
@@ -48,18 +50,22 @@ def _equal_rewards(m: Metrics) -> bool:
     return m.get("reward/mixed_groups") == 0
 
 
-def _unusable_perplexity(m: Metrics) -> bool:
-    unknown = math.isnan(m.get("perplexity/target", math.nan))
-    return unknown and m.get("perplexity/mean", 0.0) >= perplexity.UNUSABLE_MEAN
+def _above_cutoff(m: Metrics) -> bool:
+    return m.get("perplexity/above_cutoff", 0.0) > ABOVE_CUTOFF
+
+
+def _no_target(m: Metrics) -> bool:
+    known = math.isfinite(m.get("perplexity/target", math.nan))
+    return not known and m.get("perplexity/mean", 0.0) >= UNUSABLE_MEAN
 
 
 IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
     "no_context": (
         _no_context,
         "no rollout has had privileged context for {n} steps (pmi/coverage 0), so the per-token term is 0"
-        " everywhere and this is plain GRPO. Look at demonstration/*: with no correct rollout and no reference solution"
-        " there is nothing to show; give `solution` in data.train, set privileged.when_no_solution, or choose easier"
-        " problems",
+        " everywhere and {rest}. Look at demonstration/*: with no correct rollout and no reference solution"
+        " there is nothing to show; give `solution` in data.train (read with privileged.use_reference true), set"
+        " privileged.when_no_solution, or choose easier problems",
     ),
     "out_of_distribution": (
         _out_of_distribution,
@@ -74,11 +80,18 @@ IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
         " advantage is 0. Look at a few responses (run.dump_rollouts true) and the reward; choose easier or harder"
         " problems, or more rollouts per problem",
     ),
-    "unusable_perplexity": (
-        _unusable_perplexity,
-        "the teacher's mean perplexity of the responses has been too large to measure the target for {n} steps"
-        " (perplexity/mean {perplexity:.3g}): lambda stays 0 until a step is below {unusable:g}. Look at a teacher's"
-        " prompt (`asd-megatron train RECIPE --dry-run`); give perplexity.target, or use algorithm.lambda_source gate",
+    "above_cutoff": (
+        _above_cutoff,
+        "{above:.0%} of the responses have a teacher's perplexity above perplexity.cutoff, where lambda is 0 ({n} steps"
+        " in a row, mean perplexity {perplexity:.3g}): the term does nothing on them. Look at a teacher's prompt"
+        " (`asd-megatron train RECIPE --dry-run`); raise perplexity.cutoff above perplexity/target, or use"
+        " algorithm.lambda_source gate",
+    ),
+    "no_target": (
+        _no_target,
+        "the teacher's mean perplexity has been {perplexity:.3g} for {n} steps: from {unusable:g} on a step does not"
+        " count for the target, and lambda is 0 until one counts. Look at perplexity/median: when it is small, a few"
+        " responses make the mean; give perplexity.target, or use algorithm.lambda_source gate",
     ),
 }
 """Conditions of single steps, reported when they hold `STEPS_IN_A_ROW` times."""
@@ -86,8 +99,12 @@ IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
 
 @dataclass
 class MethodWarnings:
-    """Watches the metrics of a run's steps, in order. Feed a resumed run the rows of its metrics.jsonl first."""
+    """Watches the metrics of a run's steps, in order. Feed a resumed run the rows of its metrics.jsonl first.
 
+    `group_advantage`: the recipe trains on it; equal rewards do not matter to one that does not.
+    """
+
+    group_advantage: bool = True
     reported: list[Finding] = field(default_factory=list)
     _recent: dict[str, deque[bool]] = field(
         default_factory=lambda: {kind: deque(maxlen=STEPS_IN_A_ROW) for kind in IN_A_ROW}
@@ -114,6 +131,8 @@ class MethodWarnings:
             return self._gate_closed(metrics)
         if kind == "short_calibration":
             return self._short_calibration(metrics)
+        if kind == "equal_rewards" and not self.group_advantage:
+            return None
         holds, text = IN_A_ROW[kind]
         recent = self._recent[kind]
         recent.append(holds(metrics))
@@ -124,8 +143,10 @@ class MethodWarnings:
             negative=metrics.get("pmi/negative_share", 0.0),
             mean=metrics.get("pmi/mean", 0.0),
             passed=metrics.get("reward/pass_rate", 0.0),
+            above=metrics.get("perplexity/above_cutoff", 0.0),
             perplexity=metrics.get("perplexity/mean", 0.0),
-            unusable=perplexity.UNUSABLE_MEAN,
+            unusable=UNUSABLE_MEAN,
+            rest="this is plain GRPO" if self.group_advantage else "nothing is trained",
         )
 
     def _gate_closed(self, metrics: Metrics) -> str | None:

@@ -95,7 +95,14 @@ def never_acts(recipe: Recipe, *, done: int = 0, warm_up: int | None = None) -> 
     `warm_up`: its warm-up steps still to be made; None: all."""
     steps, warm_up = recipe.run.steps - done, recipe.lambda_warmup_steps if warm_up is None else warm_up
     by_gate = recipe.algorithm.lambda_source == "gate"
-    if condition(recipe.algorithm.name).sign == 0 or steps > warm_up or steps <= 0:
+    if condition(recipe.algorithm.name).sign == 0:
+        return None
+    if by_gate and recipe.algorithm.lambda_max == 0:
+        return (
+            "algorithm.lambda_max 0: this run trains without the per-token term. Raise it, or set algorithm.name grpo,"
+            " which scores no teacher"
+        )
+    if steps > warm_up or steps <= 0:
         return None
     of, remedy = "the gate", "lower gate.warmup_steps" + (", or give gate.h_warm" if recipe.algorithm.gated else "")
     if not by_gate:
@@ -184,6 +191,7 @@ def example_builder(
         success_threshold=p.success_threshold,
         exclude_self=p.exclude_self,
         demonstrations_per_group=p.demonstrations_per_group,
+        use_group=p.use_group,
         use_reference=p.use_reference,
         when_no_solution=p.when_no_solution,
         feedback_kind=feedback_kind,

@@ -27,7 +27,7 @@ from asd_megatron.run.build import (
 )
 from asd_megatron.run.folder import Start
 from asd_megatron.run.preview import preview, start_text
-from asd_megatron.run.report import evaluation_text, method_rows
+from asd_megatron.run.report import evaluation_text, method_rows, weights_rows
 from asd_megatron.run.sources import held_out_problems, model_folder, supervised_source, training_problems
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def _summary(recipe: AnyRecipe, start: Start | None) -> str:
     rows = {"run folder": refused if start is None else start_text(recipe, start)}
     if isinstance(recipe, Recipe):
         rows |= method_rows(recipe, make_method(recipe), make_gate(recipe), make_perplexity(recipe))
+        rows |= weights_rows(recipe, make_plan(recipe))
     optimizer = recipe.optimizer
     rows |= {
         "steps": f"{recipe.run.steps}",
@@ -100,6 +101,7 @@ def _summary(recipe: AnyRecipe, start: Start | None) -> str:
 
 def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[Section]:
     train, test = training_problems(recipe.data), held_out_problems(recipe.data)
+    passes = make_plan(recipe)
     counts = []
     for name, problems in ((recipe.data.train, train), (recipe.data.test, test)):
         if problems is not None:
@@ -108,9 +110,10 @@ def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[
             counts.append(
                 f"{name}: {plural(len(looked_at), 'problem')} checked, prompts of at most {plural(longest, 'token')}"
             )
+            if problems is train and passes.teacher_scoring and recipe.privileged.use_reference:
+                counts[-1] += f", {sum(bool(problem.solution) for problem in looked_at):,} with a solution"
     problem = first_problems(recipe, train)[0]
     reward, assessment = _scored(recipe, problem)
-    passes = make_plan(recipe)
     sections = [
         ("data", "\n".join(counts)),
         ("reward", f"{recipe.reward.name} gives {reward:g} for the response {FAKE_RESPONSE!r} to the problem below"),
@@ -119,7 +122,7 @@ def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[
         (f"student's prompt of problem {problem.prompt_id}", renderer.student_text(problem)),
     ]
     if passes.teacher_scoring:
-        demonstration = problem.solution or DEMONSTRATION
+        demonstration = (recipe.privileged.use_reference and problem.solution) or DEMONSTRATION
         limit = recipe.privileged.max_teacher_tokens or positions
         text = renderer.teacher_text(problem, demonstration, assessment)
         sections.append((f"teacher's prompt for that response (with it at most {limit} tokens)", text))

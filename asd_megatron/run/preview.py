@@ -8,9 +8,11 @@ from pathlib import Path
 
 from asd_megatron import locks
 from asd_megatron.checkpoint import lineage
+from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe
 from asd_megatron.errors import UserError, plural
 from asd_megatron.run.changes import Change
+from asd_megatron.run.copies import check_missing, needed_copies
 from asd_megatron.run.folder import (
     LOCK_FILE,
     SUMMARY_FILE,
@@ -43,6 +45,8 @@ def preview(recipe: AnyRecipe, stage: str) -> Start:
             )
         if step := lineage.step_of(Path(start.checkpoint).resolve().name):
             check_step_left(recipe, start, step)
+        if needed_copies(recipe):
+            check_missing(recipe, Path(start.checkpoint), RunStateFile.read(Path(start.checkpoint)).copies)
     return start
 
 

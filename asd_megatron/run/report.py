@@ -29,6 +29,13 @@ from asd_megatron.run.strength import TermStrength
 from asd_megatron.trainer.pass_plan import PassPlan
 from asd_megatron.trainer.token_method import Method
 
+DIVERGENCES = {
+    "jensen_shannon": "Jensen-Shannon divergence of student and teacher",
+    "reverse_kl": "reverse KL(student, teacher)",
+    "forward_kl": "forward KL(teacher, student)",
+}
+"""The exact divergences in words."""
+
 
 def announce(
     session: Session, batch: Mapping[str, str], passes: Sequence[str], method: Mapping[str, str] | None = None
@@ -99,12 +106,14 @@ def _servers(rollout: RolloutSection) -> dict[str, str]:
 def _demonstrations(recipe: Recipe, teacher: bool) -> dict[str, str]:
     if not teacher:
         return {}
+    if not recipe.privileged.use_group:
+        return {"demonstrations": "the data's" if recipe.privileged.use_reference else "none"}
     shared = recipe.privileged.demonstrations_per_group
     return {"demonstrations": "drawn by each rollout" if shared is None else f"{shared} shared by a group"}
 
 
-def _weights(recipe: Recipe, session: Session, plan: PassPlan) -> dict[str, str]:
-    """The rows about the teacher's weights, the KL penalty and the copies of weights that they need."""
+def weights_rows(recipe: Recipe, plan: PassPlan) -> dict[str, str]:
+    """The rows about the teacher's weights and the KL penalty."""
     a, rate = recipe.algorithm, recipe.teacher.ema_rate
     teachers = {
         "live": "the trained weights themselves",
@@ -115,10 +124,19 @@ def _weights(recipe: Recipe, session: Session, plan: PassPlan) -> dict[str, str]
     if a.kl_coefficient > 0:
         where = "advantage" if a.kl_estimator == "k1" else "loss"
         rows["KL penalty"] = f"{a.kl_coefficient:g} x {a.kl_estimator} to the initial weights, in the {where}"
-    if session.copies is not None:
-        names, size = " and ".join(session.copies.names), session.copies.bytes / 2**30
-        rows["copies of weights"] = f"{names}: {size:.2f} GiB of host memory on this rank"
     return rows
+
+
+def _size(size: float) -> str:
+    """Bytes in GiB, or in MiB where that is less than one."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
+def _copies(session: Session) -> dict[str, str]:
+    if session.copies is None:
+        return {}
+    names, size = " and ".join(session.copies.names), _size(session.copies.bytes)
+    return {"copies of weights": f"{names}: {size} of host memory on this rank"}
 
 
 def evaluation_text(recipe: AnyRecipe) -> str:
@@ -179,12 +197,12 @@ def _advantage(recipe: Recipe, method: Method) -> str:
     if exact is None:
         return formula(method.condition, weight)
     divergence = exact.divergence
-    name = divergence.kind.replace("_", " ")
+    name = DIVERGENCES[divergence.kind]
     if divergence.mixture != 0.5:
         name += f" with mixture {divergence.mixture:g}"
     sign = "+" if exact.sign > 0 else "-"
     a_seq = "A_seq" if weight == 1 else f"{weight:g} * A_seq"
-    return f"A = {a_seq}; the loss of a token {sign} lambda * D, D = {name} of student and teacher, over the vocabulary"
+    return f"A = {a_seq}; the loss of a token {sign} lambda * D, D = {name}, over the vocabulary"
 
 
 def _teacher_states(recipe: Recipe, session: Session, method: Method) -> dict[str, str]:
@@ -194,9 +212,7 @@ def _teacher_states(recipe: Recipe, session: Session, method: Method) -> dict[st
     s, layout = recipe.sampling, session.layout
     tokens = s.problems_per_step * s.rollouts_per_problem * s.max_response_tokens / layout.data / layout.context
     size = tokens * session.port.config.hidden_size / layout.tensor * session.port.dtype.itemsize
-    return {
-        "teacher's states": f"at most {size / 2**30:.2f} GiB a rank, in the {recipe.algorithm.teacher_states}'s memory"
-    }
+    return {"teacher's states": f"at most {_size(size)} a rank, in the {recipe.algorithm.teacher_states}'s memory"}
 
 
 def announce_training(recipe: Recipe, session: Session, strength: TermStrength, plan: PassPlan) -> None:
@@ -215,7 +231,8 @@ def announce_training(recipe: Recipe, session: Session, strength: TermStrength, 
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
             "evaluation": evaluation_text(recipe),
             **_demonstrations(recipe, plan.teacher_scoring),
-            **_weights(recipe, session, plan),
+            **weights_rows(recipe, plan),
+            **_copies(session),
             **_teacher_states(recipe, session, method),
         },
         plan.reasons,

@@ -65,7 +65,8 @@ class TrainingRun:
         self.plan = make_plan(recipe)
         self.strength = make_strength(recipe, self.process_groups)
         self.condition = self.strength.method.condition
-        self.guard, self.increments, self.warnings = Guard(), Increments(), MethodWarnings()
+        self.guard, self.increments = Guard(), Increments()
+        self.warnings = MethodWarnings(group_advantage=recipe.algorithm.weighs_group_advantage)
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         train_set, test_set = problem_sets(recipe, self.renderer)

@@ -10,7 +10,7 @@ import torch
 
 from asd_megatron.antisd import choose_demonstrations, feedback, group_advantages
 from asd_megatron.antisd.privileged import Demonstration
-from asd_megatron.records import DemonstrationSource, Example, FinishReason, Group, Problem
+from asd_megatron.records import DemonstrationSource, Example, FinishReason, Group, Problem, Rollout
 
 
 class TeacherPrompts(Protocol):
@@ -28,6 +28,7 @@ class ExampleBuilder:
         renderer, limits: of the privileged prompt; the limits are the renderer's. seed: of the draw of demonstrations.
         privileged: False for conditions without a teacher pass: no rollout gets a privileged prompt.
         success_threshold, exclude_self, demonstrations_per_group, when_no_solution: see `antisd.privileged`.
+        use_group: False: no rollout demonstrates.
         use_reference: False: the data set's reference solutions are not shown.
         feedback_kind: `binary` or `fraction`, as the verifier says; `tests_of` counts a problem's test cases for the
         latter.
@@ -43,6 +44,7 @@ class ExampleBuilder:
         success_threshold: float = 1.0,
         exclude_self: bool = True,
         demonstrations_per_group: int | None = None,
+        use_group: bool = True,
         use_reference: bool = True,
         when_no_solution: str = "mask",
         feedback_kind: str = "binary",
@@ -51,7 +53,7 @@ class ExampleBuilder:
         self.renderer, self.limits, self.seed, self.privileged = renderer, limits, seed, privileged
         self.success_threshold, self.exclude_self = success_threshold, exclude_self
         self.demonstrations_per_group = demonstrations_per_group
-        self.use_reference = use_reference
+        self.use_group, self.use_reference = use_group, use_reference
         self.when_no_solution, self.feedback_kind, self.tests_of = when_no_solution, feedback_kind, tests_of
 
     def build(self, groups: Sequence[Group], step: int) -> list[Example]:
@@ -59,7 +61,10 @@ class ExampleBuilder:
         return [example for group in groups for example in self._of_group(group, step)]
 
     def _of_group(self, group: Group, step: int) -> list[Example]:
-        advantages = group_advantages(torch.tensor(group.rewards, dtype=torch.float64)).tolist()
+        if len(group.rewards) == 1:  # in recipes whose loss has no group advantage; others are refused
+            advantages = [0.0]
+        else:
+            advantages = group_advantages(torch.tensor(group.rewards, dtype=torch.float64)).tolist()
         demonstrations = [Demonstration(DemonstrationSource.NONE)] * len(group.rollouts)
         if self.privileged:
             demonstrations = choose_demonstrations(
@@ -71,7 +76,7 @@ class ExampleBuilder:
                 when_no_solution=self.when_no_solution,
                 has_reference=self.use_reference and bool(group.problem.solution),
                 has_answer=bool(group.problem.answer),
-                eligible=[r.finish_reason is FinishReason.STOP and bool(r.text.strip()) for r in group.rollouts],
+                eligible=[self.use_group and self._demonstrates(rollout) for rollout in group.rollouts],
             )
         examples = []
         for i, rollout in enumerate(group.rollouts):
@@ -83,6 +88,10 @@ class ExampleBuilder:
                 Example(rollout, group.rewards[i], advantages[i], teacher_ids, chosen.source, chosen.sample)
             )
         return examples
+
+    @staticmethod
+    def _demonstrates(rollout: Rollout) -> bool:
+        return rollout.finish_reason is FinishReason.STOP and bool(rollout.text.strip())
 
     def _teacher_ids(self, group: Group, index: int, chosen: Demonstration) -> tuple[int, ...] | None:
         if chosen.source is DemonstrationSource.NONE:

@@ -87,7 +87,7 @@ def plan_passes(
     causes = _student_causes(c, steps, normalization, importance_level, exact)
     head, head_reason = _head(steps, normalization, importance_level, exact=exact, student=bool(causes), copy=copy)
 
-    reasons = [_teacher_reason(c, log_pmi=log_pmi, perplexity=perplexity)]
+    reasons = [_teacher_reason(c, exact=exact, log_pmi=log_pmi, perplexity=perplexity)]
     if copy is not None:
         reasons.append(f"the teacher is scored {TEACHER_COPIES[copy]}: exchanged in place with the live ones, and back")
     if causes:
@@ -116,10 +116,10 @@ def plan_passes(
     )
 
 
-def _teacher_reason(c: Condition, *, log_pmi: bool, perplexity: bool) -> str:
+def _teacher_reason(c: Condition, *, exact: bool, log_pmi: bool, perplexity: bool) -> str:
     """Why the teacher is scored, or is not."""
     if c.uses_teacher:
-        needs = "u = t - s needs its log-probs"
+        needs = "D needs its hidden states" if exact else "u = t - s needs its log-probs"
         if c.gated and c.gate_entropy == "teacher":
             needs += ", the gate its entropy"
         elif perplexity:

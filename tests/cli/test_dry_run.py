@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from asd_megatron.checkpoint import lineage
+from asd_megatron.checkpoint.run_state import FORMAT
 from asd_megatron.cli import launch
 from asd_megatron.cli.main import main
 from asd_megatron.config import load_recipe
@@ -54,6 +57,15 @@ def test_what_it_shows(world: World, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert words in out, out
     assert not (world.folder / "runs").exists()
+    method = {"name": "sd", "estimator": "full_vocabulary", "advantage_weight": 0.0, "kl_coefficient": 0.1}
+    assert dry("train", world.recipe(algorithm=method), "--teacher.weights", "ema") == 0
+    out = capsys.readouterr().out
+    assert "lambda * D, D = reverse KL(student, teacher)" in out and "moving average of the weights, rate 0.05" in out
+    assert "0.1 x k2 to the initial weights, in the loss" in out
+    counted = re.search(r"(\d+) problems checked, .* tokens, (\d+) with a solution", out)
+    assert counted is not None and counted[1] == counted[2]
+    assert dry("train", world.recipe(algorithm=method), "--privileged.use_reference", "false") == 0
+    assert "(a verified solution of this problem)" in capsys.readouterr().out  # never the data's
     held_out = ["--data.test", str(world.problems), "--evaluation.every", "1"]
     assert dry("train", world.recipe(algorithm={"name": "grpo"}), *held_out) == 0
     out = capsys.readouterr().out
@@ -89,6 +101,10 @@ def test_what_becomes_of_the_run_folder(world: World, capsys: pytest.CaptureFixt
     assert "refused" in text and "learning rate" in text and "sampling.temperature: 1.0 -> 0.7" in text
     text = said("--sampling.temperature", "0.7", "--data.train", "none.jsonl", status=2)
     assert "none.jsonl" in text and "sampling.temperature" not in text
+    without_copies = {"format": FORMAT, "distributed_optimizer": False, "run_state": {}, "weight_copies": []}
+    state.write_text(json.dumps(without_copies))
+    method = ["--algorithm.name", "sd", "--teacher.weights", "ema", "--checkpoint.accept_changes", "all"]
+    assert "stores no moving average" in said(*method, status=2)
     with ExitStack() as closing:
         hold(folder, closing)
         assert "in use by another run (process" in said(status=2)

@@ -68,6 +68,8 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert study(tmp_path, overrides={"run.steps": 3}) == 2
     assert "run with another recipe (run.steps: 2 -> 3)" in capsys.readouterr().err
     assert study(tmp_path, "--parallel", "0") == 2
+    assert study(tmp_path, "--dry-run", starts={"far": {"model.path": "nowhere"}}, name="far") == 0
+    assert "nowhere is no model folder" in capsys.readouterr().out
     assert study(tmp_path, starts={"far": {"model.path": "nowhere"}}) == 2
     assert "model.path of cell grpo/far/seed_1: nowhere is no model folder" in capsys.readouterr().err
 

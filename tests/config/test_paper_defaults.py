@@ -36,6 +36,7 @@ PAPER: dict[str, Any] = {
     # section 4, Appendix C: each rollout has its own verified solution from the group, or the data's
     "privileged.demonstrations_per_group": None,
     "privileged.success_threshold": 1.0,
+    "privileged.use_group": True,
     "privileged.use_reference": True,
     "privileged.when_no_solution": "mask",
     # Table 5
@@ -153,7 +154,7 @@ def test_each_rollout_draws_its_own_demonstration_at_any_length(tokens: int) -> 
         recipe = Recipe.model_validate({**values, "privileged": given})
         builder = example_builder(recipe, renderer, privileged=True, feedback_kind="binary", max_positions=40_960)
         assert builder.demonstrations_per_group == given.get("demonstrations_per_group")
-        assert builder.use_reference
+        assert builder.use_group and builder.use_reference
 
 
 def test_the_method_without_a_recipe_has_the_same_defaults(recipe: Recipe) -> None:

@@ -161,8 +161,8 @@ def warning_names() -> set[str]:
     watch = MethodWarnings()
     warm_up = {"gate/lambda": 0.0, "gate/warming_up": 1.0, "gate/tokens": 1.0}
     useless = {"pmi/coverage": 0.0, "pmi/negative_share": 1.0, "pmi/mean": -9.0, "reward/mixed_groups": 0.0}
-    useless |= {"gate/lambda": 0.0, "gate/h_warm": 1.0, "perplexity/mean": 99.0}
-    steps = [warm_up] + [useless] * 20
+    useless |= {"perplexity/above_cutoff": 1.0, "perplexity/mean": 99.0}
+    steps = [warm_up] + [{**useless, "gate/lambda": 0.0, "gate/h_warm": 1.0}] * 20
     return {name for i, metrics in enumerate(steps) for name in watch.of_step(i, metrics)[0]}
 
 

@@ -98,8 +98,34 @@ def test_lambdas_from_the_perplexity_have_a_panel_instead(tmp_path: Path) -> Non
     assert titles(tmp_path)[-1] == "Lambda of the responses" and "Gate" not in titles(tmp_path)
 
 
+METHODS = {
+    "lambda/mean": 0.1,
+    "lambda/min": -0.02,
+    "lambda/max": 0.4,
+    "perplexity/mean": 1.5,
+    "perplexity/median": 1.4,
+    "perplexity/target": NAN,
+    "divergence/mean": 0.1,
+    "divergence/reverse_kl": 1.2,
+    "divergence/forward_kl": 1.9,
+    "kl/k1": -0.01,
+    "kl/k2": 0.02,
+    "kl/k3": 0.01,
+}
+"""What the teacher's perplexity, the exact divergence and the KL penalty add."""
+
+
+def test_each_part_of_the_method_has_a_panel(tmp_path: Path) -> None:
+    write_run(tmp_path, 5, **METHODS)
+    curves = Curves(read_metrics(tmp_path))
+    drawn = dict(zip(titles(tmp_path), draw_panels(curves, _choose(curves)).axes, strict=True))
+    assert labels(drawn["Divergence of student and teacher (nats)"]) == ["D", "reverse KL", "forward KL"]
+    assert drawn["KL to the initial weights, k3 (nats)"].get_lines()
+    assert labels(drawn["Teacher's perplexity of a response"]) == ["mean", "median"]  # no target yet
+
+
 def test_another_run_is_drawn_beside_in_every_panel(tmp_path: Path) -> None:
-    extra = {"puzzle/u_other": 1.0, "reward/mean": 0.5, "lambda/mean": 0.1, "lambda/min": 0.0, "lambda/max": 0.3}
+    extra = {"puzzle/u_other": 1.0, "reward/mean": 0.5, **METHODS}
     folders = [write_run(tmp_path / name, 5, **extra) for name in "ab"]
     names = ["antisd-of-the-first-study-1", "grpo"]
     own = Curves(read_metrics(folders[0]), names[0], Curves(read_metrics(folders[1]), names[1]))
@@ -116,7 +142,7 @@ def test_another_run_is_drawn_beside_in_every_panel(tmp_path: Path) -> None:
         if not panel.title.startswith("PMI u by token class"):
             assert all(any(text.startswith(name) for text in labels(axis)) for name in names), panel.title
     legends = [part.get_legend() for axis in figure.axes for part in (axis, *axis.child_axes) if part.get_legend()]
-    assert len(legends) == 7 and fit(legends)
+    assert len(legends) == 10 and fit(legends)
 
 
 def fit(legends: list[Any]) -> bool:
@@ -179,6 +205,12 @@ def test_runs_with_less_to_show(tmp_path: Path) -> None:
             writer.write(step, {"sft/loss": 1.0 / step, "optimizer/grad_norm": 1.0, "tokens/per_second": 10.0})
     assert titles(tmp_path / "sft") == ["Cross-entropy (nats)", "Gradient norm", "Tokens / s"]
     plot_run(tmp_path / "sft")
+
+
+def test_a_run_without_any_context_has_panels_without_curves(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    nothing = {"gate/entropy": NAN, "gate/h_warm": NAN, "gate/close_below": NAN, "perplexity/target": NAN}
+    plot_run(write_run(tmp_path, 3, **nothing))
+    assert not [str(warning.message) for warning in recwarn if "legend" in str(warning.message)]
 
 
 def test_nothing_to_plot(tmp_path: Path) -> None:

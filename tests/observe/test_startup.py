@@ -98,7 +98,7 @@ def test_formulas_of_the_released_compositions() -> None:
 def test_lambda_from_the_perplexity_in_words() -> None:
     text = perplexity_text(PerplexityRule(), warmup_steps=5, target=None)
     assert text == (
-        "lambda of each response 0 for 5 steps, then clip(0.1 x 2 x log(clip(P / P*, 0.5, 3)), -0.02, 0.5) of the"
+        "of each response: 0 for 5 steps, then clip(0.1 x 2 x log(clip(P / P*, 0.5, 3)), -0.02, 0.5) of the"
         " teacher's perplexity P, P* = the warm-up's median - 0.1; 0 where P > 3; no entropy gate"
     )
     assert "P* = 1.3;" in perplexity_text(PerplexityRule(target_ratio=0.9), warmup_steps=0, target=1.3)

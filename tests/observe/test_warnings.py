@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from asd_megatron.observe.names import WARNINGS
 from asd_megatron.observe.warnings import CALIBRATION_TOKENS, MethodWarnings
 
+NAN = float("nan")
 HEALTHY = {
     "pmi/coverage": 0.9,
     "pmi/negative_share": 0.6,
@@ -21,8 +20,13 @@ HEALTHY = {
     "gate/h_warm": 0.7,
 }
 WARM_UP = {**HEALTHY, "gate/lambda": 0.0, "gate/warming_up": 1.0}
-
-MEASURING = {"perplexity/warming_up": 1.0, "perplexity/target": math.nan, "lambda/zero_share": 1.0}
+BY_PERPLEXITY = {k: v for k, v in HEALTHY.items() if not k.startswith("gate/")} | {
+    "perplexity/mean": 1.4,
+    "perplexity/above_cutoff": 0.1,
+    "perplexity/target": 1.3,
+    "perplexity/warming_up": 0.0,
+    "lambda/zero_share": 0.1,
+}
 
 
 def run(*steps: dict[str, float]) -> tuple[MethodWarnings, list[tuple[int, str]]]:
@@ -40,29 +44,27 @@ CASES = {
         "asd-megatron train RECIPE --dry-run",
     ),
     "equal_rewards": ([{**HEALTHY, "reward/mixed_groups": 0.0, "reward/pass_rate": 0.0}] * 5, 3, "pass rate 0%"),
+    "above_cutoff": ([{**BY_PERPLEXITY, "perplexity/above_cutoff": 0.6}] * 5, 3, "perplexity.cutoff"),
+    "no_target": (
+        [{**BY_PERPLEXITY, "perplexity/warming_up": 1.0, "perplexity/target": NAN, "perplexity/mean": 1e3}] * 5,
+        3,
+        "perplexity.target",
+    ),
     "gate_closed": ([WARM_UP] * 5 + [{**HEALTHY, "gate/lambda": 0.0}] * 12, 15, "gate/close_below"),
     "short_calibration": (
         [{**WARM_UP, "gate/tokens": CALIBRATION_TOKENS / 5 - 1}] * 5 + [HEALTHY] * 3,
         6,
         "gate.warmup_steps",
     ),
-    "unusable_perplexity": (
-        [{**MEASURING, "perplexity/mean": 9.9}] * 3 + [{**MEASURING, "perplexity/mean": 10.0}] * 4,
-        6,
-        "give perplexity.target",
-    ),
 }
 
 
 def test_lambda_0_of_every_response_is_reported_with_its_own_remedy() -> None:
-    by_perplexity = {k: v for k, v in HEALTHY.items() if not k.startswith("gate/")} | {
-        "perplexity/warming_up": 0.0,
-        "lambda/zero_share": 1.0,
-    }
-    warm_up = {**by_perplexity, "perplexity/warming_up": 1.0}
-    _, found = run(*[warm_up] * 5, *[by_perplexity] * 12)
+    closed = {**BY_PERPLEXITY, "lambda/zero_share": 1.0}
+    warm_up = {**closed, "perplexity/warming_up": 1.0}
+    _, found = run(*[warm_up] * 5, *[closed] * 12)
     assert [step for step, _ in found] == [15] and "perplexity.cutoff" in found[0][1] and "gate.tau" not in found[0][1]
-    _, found = run(*[warm_up] * 5, *[{**by_perplexity, "lambda/zero_share": 0.9}] * 12)
+    _, found = run(*[warm_up] * 5, *[{**closed, "lambda/zero_share": 0.9}] * 12)
     assert found == []
 
 
@@ -89,6 +91,14 @@ def test_a_healthy_run_and_conditions_without_a_term_say_nothing() -> None:
     assert run(*[grpo] * 20)[1] == []
     flicker = [{**HEALTHY, "pmi/coverage": 0.0}, {**HEALTHY, "pmi/coverage": 0.0}, HEALTHY]
     assert run(*flicker * 5)[1] == []
+
+
+def test_equal_rewards_do_not_matter_to_a_recipe_without_the_group_advantage() -> None:
+    watch = MethodWarnings(group_advantage=False)
+    equal = {**HEALTHY, "reward/mixed_groups": 0.0}
+    assert [watch.of_step(i, equal) for i in range(5)] == [({}, [])] * 5
+    without = [watch.of_step(i, {**equal, "pmi/coverage": 0.0})[1] for i in range(5)]
+    assert len(without[2]) == 1 and "nothing is trained" in without[2][0]
 
 
 def test_a_resumed_run_does_not_repeat_itself() -> None:

@@ -157,6 +157,7 @@ def test_a_run_that_ends_in_its_warm_up_says_so(text: str, remedy: str | None) -
     pairs = [f"--{pair}" for pair in f"run.steps=5 {text}".split()]
     said = never_acts(make_recipe(MINIMAL, pairs))  # type: ignore[arg-type]
     assert (said is None) == (remedy is None) and (remedy or "") in (said or "")
+    assert "set algorithm.name grpo" in str(never_acts(make_recipe(MINIMAL, ["--algorithm.lambda_max=0"])))
     assert never_acts(make_recipe(MINIMAL, [*pairs, "--run.steps=6"])) is None  # type: ignore[arg-type]
 
 

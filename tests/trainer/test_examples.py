@@ -107,6 +107,17 @@ def test_a_group_without_a_success() -> None:
         assert all(WRONG in text(e) if problem is SOLVED else e.teacher_prompt_ids is None for e in examples)
 
 
+def test_only_the_data_demonstrates() -> None:
+    rewards = [1.0, 0.0, 1.0]
+    assert sources(builder(use_group=False).build([group(rewards)], step=3)) == ["reference"] * 3
+    assert sources(builder(use_group=False).build([group(rewards, UNSOLVED)], step=3)) == ["none"] * 3
+
+
+def test_a_group_of_one_has_no_group_advantage_and_the_reference_demonstrates() -> None:
+    (example,) = builder().build([group([1.0])], step=1)
+    assert example.group_advantage == 0.0 and sources([example]) == ["reference"]
+
+
 def test_what_cannot_demonstrate() -> None:
     """Truncated and empty responses do not, whatever their reward; nor do rewards below the threshold."""
     examples = builder().build([group([1.0, 1.0, 1.0, 0.0], truncated=(0,), empty=(1,))], step=1)

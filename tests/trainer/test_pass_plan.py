@@ -93,6 +93,9 @@ def test_other_weights_for_the_teacher_add_no_pass() -> None:
         assert any("moving average" in reason for reason in p.reasons)
     assert plan_passes("grpo", teacher_copy="initial").teacher_copy is None  # nothing scores with it
     assert "a copy of the head" in "".join(plan_passes("antisd", exact=True, teacher_copy="initial").reasons)
+    assert (
+        plan_passes("antisd", exact=True).reasons[0].startswith("teacher scoring pass: D needs its hidden states, the")
+    )
     assert "a copy of the head" not in "".join(plan_passes("antisd", exact=True).reasons)
 
 
