@@ -71,7 +71,7 @@ smollm2: $(INSTALLED)
 
 test: lint
 	$(PY) -m asd_megatron.cli.main recipes --check docs/recipes.md
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no -n $(PYTEST_WORKERS) --dist loadfile -m "not slow and not gpu and not sglang" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not sglang" $(PYTEST_ARGS)
 
 test-sglang: $(INSTALLED) $(SGLANG_INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no -m "sglang and not slow and not gpu" $(PYTEST_ARGS)

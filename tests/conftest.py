@@ -14,7 +14,10 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that may be the one to wait for servers has the time for it."""
+    """Files that start ranks or programs come first, so that none of them is what all workers wait for at the end. A
+    test that may be the one to wait for servers has the time for it."""
+    starters = ("run_ranks", "forkserver", "start")
+    items.sort(key=lambda item: not any(hasattr(getattr(item, "module", None), name) for name in starters))
     for item in items:
         if item.get_closest_marker("sglang") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(2 * START_SECONDS))
