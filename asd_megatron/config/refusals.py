@@ -18,6 +18,9 @@ RENAMED_KEYS = {
 }
 """Keys of earlier versions, each with its new name."""
 
+BASELINES = ("opsd", "sdft", "sdpo")
+"""Methods of others that examples/baselines has in terms of the recipe."""
+
 
 def changed(section: Section, *keys: str) -> dict[str, Any]:
     """Those of `keys`, by default of all, whose values differ from their defaults, with their values."""
@@ -120,6 +123,8 @@ def _line(finding: dict[str, Any], schema: type[BaseModel]) -> str:
     if kind == "string_pattern_mismatch":
         return f"{dotted}: {given!r} is not of the form it takes. {field.description}"
     hint = ' (quote it to make it text: "...")' if kind == "string_type" and given is not None else ""
+    if dotted == "algorithm.name" and str(given).lower() in BASELINES:
+        hint = f"; examples/baselines/{str(given).lower()}.yaml has its settings"
     return f"{dotted}: expected {type_in_words(field)}, was given {value_in_words(given)}{hint}"
 
 
