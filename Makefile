@@ -22,7 +22,7 @@ help:
 	@echo "make quickstart   watch a tiny model learn to search with AntiSD (2 CPU cores, about 10 minutes)"
 	@echo "make sglang-demo  the same with two real SGLang servers making the rollouts (2 CPU cores, some minutes)"
 	@echo "make smollm2      the pretrained SmolLM2-135M-Instruct learns word problems in 14 AntiSD steps (CPU)"
-	@echo "make test         linter, types, generated pages, all tests that need no SGLang server (about 8 minutes)"
+	@echo "make test         linter, types, generated pages, all tests that need no SGLang server (about 6 minutes)"
 	@echo "make test-sglang  the tests with real SGLang servers on the CPU"
 	@echo "make test-py312   the same on Python 3.12 with its own megatron-core release"
 	@echo "make gpu-checks   what only CUDA can run (docs/gpu_checks.md)"
