@@ -84,12 +84,13 @@ def _trial_write(folder: Path) -> OSError | None:
 
 
 def save_shards(
-    folder: str, state: dict[str, Any], host: dist.ProcessGroup, saving: Callable[[], AbstractContextManager[None]]
+    folder: str, state: dict[str, Any], host: dist.ProcessGroup, guarded: Callable[[], AbstractContextManager[None]]
 ) -> None:
     """Megatron's save with a writer that stays in this process.
 
     Its own forks workers out of a process full of threads, keeps a helper process alive and hangs when a worker dies.
     What global rank 0 writes alone, before and after the shards, is shared with the others, who would wait for it.
+    `guarded`: `saving` of this checkpoint.
     """
     import torch.distributed.checkpoint as torch_checkpoint
     from megatron.core import dist_checkpointing
@@ -112,7 +113,7 @@ def save_shards(
             on_rank_zero(partial(self._save_config, str(checkpoint_dir)), host)
 
         def _save_config(self, checkpoint_dir: str) -> None:
-            with saving():
+            with guarded():
                 save_config(CheckpointingConfig(self.backend, self.version), checkpoint_dir)
 
     class Writer(torch_checkpoint.FileSystemWriter):
@@ -127,7 +128,7 @@ def save_shards(
 
     strategy = InProcess("torch_dist", 1)
     try:
-        with saving():
+        with guarded():
             dist_checkpointing.save(state, folder, sharded_strategy=strategy)
     except Exception as error:
         if not strategy.begun:  # the others wait in its `save`

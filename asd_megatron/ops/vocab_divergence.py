@@ -80,8 +80,8 @@ def linear_divergence_loss(
     `coefficient` [N] is a constant; where it is 0 the teacher's row only enters the columns and must be finite.
     `teacher_weight` [padded rows, H]: the teacher's head, sharded like `weight`; None: the teacher's is `weight`, as a
     constant. The other arguments, `main_grad`, what is collective and what is raised are those of
-    `vocab_head.linear_token_loss`. A tile of `token_block` rows takes the memory of
-    twice as many rows of logits; of 4 / 3 as many where it is processed in two parts.
+    `vocab_head.linear_token_loss`. A tile of `token_block` rows takes the memory of twice as many
+    rows of logits; of 4 / 3 as many where it is processed in two parts.
     """
     rows, block = checked(
         hidden, weight, target, shard, rows, temperature, token_block or default_pair_block(weight, shard)

@@ -339,8 +339,10 @@ class TrainingRun:
         if not wanted:
             return None
         with self.clock.phase(of):
-            where, temperature = (self.port, self.process_groups, batch.local), self.recipe.sampling.temperature
-            scores = scoring_pass(*where, self.plan, temperature=temperature, **options)
+            temperature = self.recipe.sampling.temperature
+            scores = scoring_pass(
+                self.port, self.process_groups, batch.local, self.plan, temperature=temperature, **options
+            )
             self._check_scores(f"{of} scoring", batch, scores, of)
         return scores
 

@@ -97,15 +97,34 @@ def conditions(context: Context) -> list[Case]:
 def _conditions(
     context: Context, model: str, name: str, overrides: Sequence[str], *, steps: int, warm: int, ranks: int = 1
 ) -> list[Figure]:
-    label = f"{name}: GRPO and AntiSD in turn, {steps} steps each"
     both = ["grpo", "antisd"]
-    found = context.cell(label, "conditions", model, overrides, ranks, conditions=both, steps=steps, warm=warm)
+    found = _in_turn(context, model, name, overrides, ranks, what="GRPO and AntiSD", both=both, steps=steps, warm=warm)
+    return condition_figures(name, found)
+
+
+def _in_turn(
+    context: Context,
+    model: str,
+    name: str,
+    overrides: Sequence[str],
+    ranks: int = 1,
+    *,
+    what: str,
+    both: Sequence[str],
+    steps: int,
+    warm: int,
+) -> dict[str, Any]:
+    """What a `conditions` cell found of `both`, its details and phases kept. `what`: the two in words."""
+    label = f"{name}: {what} in turn, {steps} steps each"
+    found: dict[str, Any] = context.cell(
+        label, "conditions", model, overrides, ranks, conditions=both, steps=steps, warm=warm
+    )
     kept = {condition: summary(seconds) for condition, seconds in found["seconds"].items()}
     for condition, rows in found["metrics"].items():
         context.keep_phases(f"{name} {condition}", condition, found)
         kept[condition]["response_tokens"] = statistics.mean(row["response/length_mean"] for row in rows)
     context.details[name] = kept
-    return condition_figures(name, found)
+    return found
 
 
 def _trained_puzzle(
@@ -128,11 +147,8 @@ def estimators(context: Context) -> list[Case]:
     both = ["antisd", EXACT]
 
     def measure(name: str, model: str, overrides: Sequence[str], *, steps: int, warm: int) -> list[Figure]:
-        label = f"{name}: both estimators in turn, {steps} steps each"
-        found = context.cell(label, "conditions", model, overrides, conditions=both, steps=steps, warm=warm)
-        context.details[name] = {condition: summary(seconds) for condition, seconds in found["seconds"].items()}
-        for condition in both:
-            context.keep_phases(f"{name} {condition}", condition, found)
+        turns = {"what": "both estimators", "both": both, "steps": steps, "warm": warm}
+        found = _in_turn(context, model, name, overrides, **turns)
         updates = ([row["time/update"] for row in found["metrics"][condition]] for condition in (EXACT, "antisd"))
         return [
             Figure(
