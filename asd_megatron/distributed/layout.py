@@ -18,7 +18,16 @@ SEED = 1234  # of Megatron's own random state (dropout), which our models do not
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of every kind of parallelism; their product is the number of ranks. Impossible sizes raise UserError."""
+    """Sizes of every kind of parallelism. Impossible sizes raise UserError.
+
+    tensor x pipeline x context x data is the number of ranks. `expert` divides the experts of each layer over that many
+    consecutive ranks of a pipeline stage, which for all other weights are tensor-, context- or data-parallel; within an
+    expert nothing is sharded. With tensor 2, data 2 and expert 4 on one stage:
+
+        rank       0      1      2      3
+        attention  tp 0   tp 1   tp 0   tp 1
+        experts    1/4    2/4    3/4    4/4
+    """
 
     tensor: int = 1
     pipeline: int = 1
@@ -26,10 +35,16 @@ class Layout:
     context: int = 1
     data: int = 1
     sequence_parallel: bool = False
+    expert: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.tensor, self.pipeline, self.context, self.data) < 1:
+        if min(self.tensor, self.pipeline, self.context, self.data, self.expert) < 1:
             raise UserError(f"every size of a layout must be at least 1: {self}")
+        if self.stage_size % self.expert:
+            raise UserError(
+                f"expert parallelism {self.expert} does not divide the {self.stage_size} ranks of a pipeline stage"
+                " (tensor x context x data): lower parallelism.expert, or raise parallelism.data"
+            )
         if self.virtual_pipeline is not None and (self.pipeline == 1 or self.virtual_pipeline < 2):
             raise UserError(
                 "a virtual pipeline interleaves at least 2 chunks a stage, of at least 2 stages: raise "
@@ -40,15 +55,25 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.context * self.data
+        return self.pipeline * self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.tensor * self.context * self.data
+
+    def expert_rank(self, stage: int, part: int) -> int:
+        """The global rank that is first to hold part `part` of the `expert` parts of a stage's experts."""
+        return stage * self.stage_size + part
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
     """This rank's process groups.
 
-    `dp` has one rank for each part of the batch; `dp_cp` are all ranks that hold the same weights. `host` are all
-    ranks on gloo: for Python objects, and for waits that may be long.
+    `dp` has one rank for each part of the batch; `dp_cp` are all ranks that hold the same weights, experts excepted:
+    `ep` are the ranks over which the experts are divided. `host` are all ranks on gloo: for Python objects, and for
+    waits that may be long.
     """
 
     tp: dist.ProcessGroup
@@ -56,6 +81,7 @@ class ProcessGroups:
     cp: dist.ProcessGroup
     dp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
+    ep: dist.ProcessGroup
     world: dist.ProcessGroup
     host: dist.ProcessGroup
 
@@ -87,6 +113,8 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> ProcessGroups:
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, math.ceil(timeout_minutes)),
     )
@@ -100,6 +128,7 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> ProcessGroups:
         cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
         world=world,
         host=host,
     )

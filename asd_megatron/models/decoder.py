@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asd_megatron.models.attention import Attends, fill_rows
-from asd_megatron.models.families import ModelShape
+from asd_megatron.models.family import ModelShape
 from asd_megatron.models.gpt import softmax_scale
 
 
@@ -66,7 +66,10 @@ class LocalStack:
         self._inverse_frequencies, self._group = inverse_frequencies, group
         self._activation, self._scale = config.activation_func, softmax_scale(config)
         self._epsilon, self._dim = shape.norm_epsilon, shape.head_dim
-        self._queries, self._head_norms = shape.heads // shape.kv_heads, shape.qk_norm  # query heads of one key head
+        self._queries, self._head_norms = (
+            shape.heads // shape.kv_heads,
+            shape.qk_norm == "head",
+        )  # query heads of one key head
         self._layers = [self._read(layer) for layer in chunk.decoder.layers]
         self._embedding = chunk.embedding.word_embeddings.weight if chunk.pre_process else None
         self._final_norm = chunk.decoder.final_layernorm.weight if chunk.post_process else None

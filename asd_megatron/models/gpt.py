@@ -10,7 +10,7 @@ import torch
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.models.attention import SDPACoreAttention
 from asd_megatron.models.compat import hidden_state_model
-from asd_megatron.models.families import Family, ModelShape
+from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.norm import RMSNorm
 
 
@@ -31,7 +31,7 @@ def transformer_config(
         "kv_channels": shape.head_dim,
         "normalization": "RMSNorm",
         "layernorm_epsilon": shape.norm_epsilon,
-        "qk_layernorm": shape.qk_norm,
+        "qk_layernorm": shape.qk_norm == "head",
         "gated_linear_unit": True,
         "activation_func": family.activation,
         "add_bias_linear": False,
@@ -101,10 +101,10 @@ def build_chunks(config: Any, shape: ModelShape, layout: Layout, *, layers: str,
             parallel_output=True,
             share_embeddings_and_output_weights=shape.tied,
             position_embedding_type="rope",
-            rotary_base=int(shape.rotary.theta),
+            rotary_base=int(shape.rotaries[0].theta),
             vp_stage=vp_stage,
         )
-        inverse = shape.rotary.inverse_frequencies()
+        inverse = shape.rotaries[0].inverse_frequencies()
         rotary = chunk.rotary_pos_emb.inv_freq
         chunk.rotary_pos_emb.inv_freq = inverse.to(rotary.device, rotary.dtype)
         if torch.cuda.is_available():

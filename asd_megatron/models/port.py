@@ -22,7 +22,8 @@ from asd_megatron.models.attention import MIN_ROWS, DecodingCache, PackAttention
 from asd_megatron.models.compat import resolve_layers
 from asd_megatron.models.decoder import LocalStack, Stack
 from asd_megatron.models.export import BUCKET_BYTES, FullTensors, Key, Part, first_stages
-from asd_megatron.models.families import Family, ModelShape, shape_of
+from asd_megatron.models.families import shape_of
+from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.loading import TensorReader, check_names, read_unquantized
 from asd_megatron.models.module_stack import evaluating, sampling_modules
 from asd_megatron.models.rope import angles
@@ -65,15 +66,13 @@ class ModelPort:
         self.device = device.device()
         self.is_first_stage = any(chunk.pre_process for chunk in chunks)
         self.is_last_stage = any(chunk.post_process for chunk in chunks)
-        self._shapes = Shapes(
-            shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab, self.padded_vocab_size
-        )
+        self._shapes = shapes_of(shape, layout.tensor)
         self.layers = layers
         self._stack: Stack | None = None  # set inside `sampling`, as is the next
         self._head: Tensor | None = None
         self._scorers: dict[int, LocalStack] = {}  # set inside `scoring`, by id of the chunk
         self._stages: dict[Key, int] | None = None  # of every parameter, for `export`; communicated once
-        self._inverse_frequencies = shape.rotary.inverse_frequencies().to(self.device)
+        self._inverse_frequencies = shape.rotaries[0].inverse_frequencies().to(self.device)
         self._mark_sharded()
 
     def _mark_sharded(self) -> None:
@@ -366,6 +365,22 @@ class ModelPort:
 def _bare(chunk: Any) -> Any:
     """The model inside Megatron's DDP wrapper."""
     return chunk.module if hasattr(chunk, "module") and hasattr(chunk, "ddp_config") else chunk
+
+
+def shapes_of(shape: ModelShape, tensor: int) -> Shapes:
+    """The sizes of a model's tensors under tensor parallelism `tensor`."""
+    experts = shape.experts
+    return Shapes(
+        shape.hidden,
+        shape.heads,
+        shape.kv_heads,
+        shape.head_dim,
+        shape.ffn,
+        shape.vocab,
+        _padded(shape.vocab, tensor),
+        experts=0 if experts is None else experts.count,
+        expert_ffn=0 if experts is None else experts.ffn,
+    )
 
 
 def _padded(vocab: int, tensor: int) -> int:

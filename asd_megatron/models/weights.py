@@ -17,7 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shapes:
-    """The model's sizes that operations need. `padded_vocab` is a multiple of the tensor-parallel size."""
+    """The model's sizes that operations need. `padded_vocab` is a multiple of the tensor-parallel size; `experts` and
+    `expert_ffn` are 0 in a model without experts."""
 
     hidden: int
     heads: int
@@ -26,6 +27,28 @@ class Shapes:
     ffn: int
     vocab: int
     padded_vocab: int
+    experts: int = 0
+    expert_ffn: int = 0
+
+    @property
+    def queries(self) -> int:
+        """Rows of the query projection."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.kv_heads * self.head_dim
+
+    def of(self, dims: Sequence[str]) -> tuple[int, ...]:
+        """The sizes of these names."""
+        return tuple(getattr(self, dim) for dim in dims)
+
+
+class Sliceable(Protocol):
+    """A full tensor, in memory or in a file, of which slices along one dimension are taken."""
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor: ...
 
 
 class Operation(Protocol):
@@ -35,11 +58,18 @@ class Operation(Protocol):
         """The full tensors' shapes."""
         ...
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int, s: Shapes) -> Tensor: ...
+    def shard(self, full: Sequence[Sliceable], rank: int, size: int, s: Shapes) -> Tensor:
+        """This rank's shard, from slices of the full tensors that hold nothing else."""
+        ...
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
         """The full tensors; they may be views of `shards`."""
         ...
+
+
+def _part(length: int, rank: int, size: int) -> slice:
+    """Part `rank` of `size` equal ones."""
+    return slice(rank * length // size, (rank + 1) * length // size)
 
 
 @dataclass(frozen=True)
@@ -49,13 +79,29 @@ class Copy:
     dims: tuple[str, ...]
 
     def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
-        return (tuple(getattr(s, d) for d in self.dims),)
+        return (s.of(self.dims),)
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int, s: Shapes) -> Tensor:
-        return full[0]
+    def shard(self, full: Sequence[Sliceable], rank: int, size: int, s: Shapes) -> Tensor:
+        return full[0][:]
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
         return (shards[0],)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sharded along its first dimension, in the tensor's own order. `dims` name its sizes in `Shapes`."""
+
+    dims: tuple[str, ...]
+
+    def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
+        return (s.of(self.dims),)
+
+    def shard(self, full: Sequence[Sliceable], rank: int, size: int, s: Shapes) -> Tensor:
+        return full[0][_part(s.of(self.dims)[0], rank, size)]
+
+    def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards)),)
 
 
 @dataclass(frozen=True)
@@ -66,9 +112,9 @@ class Vocabulary:
     def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
         return ((s.vocab, s.hidden),)
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int, s: Shapes) -> Tensor:
+    def shard(self, full: Sequence[Sliceable], rank: int, size: int, s: Shapes) -> Tensor:
         rows = s.padded_vocab // size
-        mine = full[0][rank * rows : (rank + 1) * rows]
+        mine = full[0][min(rank * rows, s.vocab) : min((rank + 1) * rows, s.vocab)]
         if len(mine) == rows:
             return mine
         return torch.cat([mine, mine.new_zeros(rows - len(mine), s.hidden)])
@@ -79,40 +125,46 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class QKV:
-    """q, k and v projections in Megatron's interleaved order: for each key/value head its query heads, then its key,
-    then its value. With 4 query and 2 key/value heads: q0 q1 k0 v0 | q2 q3 k1 v1, of which rank 0 of 2 holds the first
-    half.
+    """q, k and v projections, or their biases, in Megatron's interleaved order: for each key/value head its query
+    heads, then its key, then its value. With 4 query and 2 key/value heads: q0 q1 k0 v0 | q2 q3 k1 v1, of which rank 0
+    of 2 holds the first half.
     """
 
-    def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
-        return (
-            (s.heads * s.head_dim, s.hidden),
-            (s.kv_heads * s.head_dim, s.hidden),
-            (s.kv_heads * s.head_dim, s.hidden),
-        )
+    bias: bool = False
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int, s: Shapes) -> Tensor:
-        per_head = [t.reshape(s.kv_heads, -1, s.head_dim, s.hidden) for t in full]
-        interleaved = torch.cat(per_head, 1)
-        heads = s.kv_heads // size
-        return interleaved[rank * heads : (rank + 1) * heads].reshape(-1, s.hidden)
+    def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
+        return tuple((rows,) if self.bias else (rows, s.hidden) for rows in (s.queries, s.keys, s.keys))
+
+    def shard(self, full: Sequence[Sliceable], rank: int, size: int, s: Shapes) -> Tensor:
+        heads, rest = s.kv_heads // size, self._rest(s)
+        parts = [
+            t[_part(shape[0], rank, size)].reshape(heads, -1, s.head_dim, *rest)
+            for t, shape in zip(full, self.shapes(s), strict=True)
+        ]
+        return torch.cat(parts, 1).reshape(-1, *rest)
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
-        per_key = s.heads // s.kv_heads
-        full = torch.cat(list(shards)).reshape(s.kv_heads, per_key + 2, s.head_dim, s.hidden)
+        per_key, rest = s.heads // s.kv_heads, self._rest(s)
+        full = torch.cat(list(shards)).reshape(s.kv_heads, per_key + 2, s.head_dim, *rest)
         parts = full.split([per_key, 1, 1], 1)
-        return tuple(p.reshape(-1, s.hidden) for p in parts)
+        return tuple(p.reshape(-1, *rest) for p in parts)
+
+    def _rest(self, s: Shapes) -> tuple[int, ...]:
+        return () if self.bias else (s.hidden,)
 
 
 @dataclass(frozen=True)
 class GateUp:
-    """Gate and up projections, each sharded along rows: a rank holds its gate rows, then its up rows."""
+    """Gate and up projections, each sharded along rows: a rank holds its gate rows, then its up rows. `rows` names
+    their number in `Shapes`."""
+
+    rows: str = "ffn"
 
     def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
-        return ((s.ffn, s.hidden), (s.ffn, s.hidden))
+        return (s.of((self.rows, "hidden")),) * 2
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int, s: Shapes) -> Tensor:
-        return torch.cat([t.chunk(size)[rank] for t in full])
+    def shard(self, full: Sequence[Sliceable], rank: int, size: int, s: Shapes) -> Tensor:
+        return torch.cat([t[_part(getattr(s, self.rows), rank, size)] for t in full])
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
@@ -121,16 +173,16 @@ class GateUp:
 
 @dataclass(frozen=True)
 class Row:
-    """[out, in] sharded along its input (Megatron's row-parallel linear): the projection back to the hidden size.
-    `source` names the input's size."""
+    """[hidden, in] sharded along its input (Megatron's row-parallel linear): the projection back to the hidden size.
+    `source` names the input's size in `Shapes`."""
 
-    source: str  # "attention" or "ffn"
+    source: str
 
     def shapes(self, s: Shapes) -> tuple[tuple[int, ...], ...]:
-        return ((s.hidden, s.heads * s.head_dim if self.source == "attention" else s.ffn),)
+        return (s.of(("hidden", self.source)),)
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int, s: Shapes) -> Tensor:
-        return full[0].chunk(size, 1)[rank]
+    def shard(self, full: Sequence[Sliceable], rank: int, size: int, s: Shapes) -> Tensor:
+        return full[0][:, _part(getattr(s, self.source), rank, size)]
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
         return (torch.cat(list(shards), 1),)
@@ -138,10 +190,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter of a family, for every layer that has it.
+    """One Megatron parameter of a family, for every layer and expert that has it.
 
-    `megatron`: its names (local layers and Transformer Engine name norms differently). `huggingface`: the tensors that
-    it holds. `{layer}` stands for the global layer number in all names.
+    `megatron`: its names (local layers and Transformer Engine name norms and experts differently). `huggingface`: the
+    tensors that it holds. `{layer}` and `{expert}` stand for the global layer and expert number in all names. A
+    parameter of an expert is on one rank, never sharded.
     """
 
     megatron: tuple[str, ...]
@@ -152,5 +205,14 @@ class Rule:
     def per_layer(self) -> bool:
         return "{layer}" in self.huggingface[0]
 
-    def names(self, layer: int | None) -> tuple[str, ...]:
-        return self.huggingface if layer is None else tuple(n.replace("{layer}", str(layer)) for n in self.huggingface)
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.huggingface[0]
+
+    def names(self, layer: int | None, expert: int | None = None) -> tuple[str, ...]:
+        """The Hugging Face names of one layer's, one expert's tensors."""
+        filled = {"{layer}": layer, "{expert}": expert}
+        out = self.huggingface
+        for place, number in filled.items():
+            out = out if number is None else tuple(n.replace(place, str(number)) for n in out)
+        return out

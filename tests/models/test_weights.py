@@ -10,7 +10,7 @@ import torch
 from asd_megatron.models.weights import QKV, Copy, GateUp, Row, Shapes, Vocabulary
 
 SIZES = Shapes(hidden=6, heads=8, kv_heads=4, head_dim=3, ffn=12, vocab=11, padded_vocab=12)
-OPERATIONS = [Copy(("hidden",)), Copy(("head_dim",)), Vocabulary(), QKV(), GateUp(), Row("attention"), Row("ffn")]
+OPERATIONS = [Copy(("hidden",)), Copy(("head_dim",)), Vocabulary(), QKV(), GateUp(), Row("queries"), Row("ffn")]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

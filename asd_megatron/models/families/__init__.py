@@ -1,19 +1,25 @@
-"""Model families: one declarative file each."""
+"""Model families: one declarative file each, whose `FAMILY` is found by being in this folder."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from asd_megatron.errors import UserError
-from asd_megatron.models.families.family import Family, ModelShape
-from asd_megatron.models.families.llama import LLAMA
-from asd_megatron.models.families.qwen3 import QWEN3
+from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.hf_config import shown
 
-FAMILIES: tuple[Family, ...] = (QWEN3, LLAMA)
+__all__ = ["Family", "ModelShape", "check_architecture", "families", "family_of", "shape_of"]
 
-__all__ = ["FAMILIES", "Family", "ModelShape", "check_architecture", "family_of", "shape_of"]
+
+@cache
+def families() -> tuple[Family, ...]:
+    """All families, by file name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(importlib.import_module(f"{__name__}.{name}").FAMILY for name in names)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -21,10 +27,10 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
     found = hf_config.get("architectures") or ()
     if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
         raise UserError(f"config.json: architectures is {shown(found)}, expected a list of names; download it again")
-    for family in FAMILIES:
+    for family in families():
         if set(found) & set(family.architectures):
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    known = ", ".join(name for family in families() for name in family.architectures)
     raise UserError(
         f"config.json names the architecture {', '.join(found) or '(none)'}, which is not supported; "
         f"supported are {known}"

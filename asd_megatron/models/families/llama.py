@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
+from asd_megatron.models.family import decoder_family
 
-from asd_megatron.models.families.family import Family, decoder_rules, translate_decoder
-
-LLAMA = Family(
-    name="llama",
-    architectures=("LlamaForCausalLM",),
-    translate=partial(translate_decoder, qk_norm=False),
-    rules=decoder_rules(qk_norm=False),
-)
+FAMILY = decoder_family("llama", "LlamaForCausalLM")

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
+from asd_megatron.models.family import decoder_family
 
-from asd_megatron.models.families.family import Family, decoder_rules, translate_decoder
-
-QWEN3 = Family(
-    name="qwen3",
-    architectures=("Qwen3ForCausalLM",),
-    translate=partial(translate_decoder, qk_norm=True, explicit=("head_dim", "num_key_value_heads")),
-    rules=decoder_rules(qk_norm=True),
-)
+FAMILY = decoder_family("qwen3", "Qwen3ForCausalLM", qk_norm="head", explicit=("head_dim", "num_key_value_heads"))
