@@ -53,8 +53,7 @@ def hidden_state_model(gpt_class: type) -> type:
     """GPTModel whose last stage returns hidden states after the final norm: the head is fused with the loss, outside.
 
     Both releases end their forward in `_postprocess`, handed the decoder's output by keyword, and begin it with
-    `_preprocess`, whose second result are the rotation angles: a pack that brings its own (`packed_seq_params.angles`)
-    gets those.
+    `_preprocess`, whose second result are the rotation angles: here those of the pack (`packed_seq_params.angles`).
     """
     if not hasattr(gpt_class, "_postprocess") or not hasattr(gpt_class, "_preprocess"):
         raise UserError(
@@ -64,8 +63,7 @@ def hidden_state_model(gpt_class: type) -> type:
     class HiddenStateModel(gpt_class):  # type: ignore[misc,valid-type]
         def _preprocess(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
             found = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
-            own = getattr(packed_seq_params, "angles", None)
-            return found if own is None else (found[0], own, *found[2:])
+            return (found[0], packed_seq_params.angles, *found[2:])
 
         def _postprocess(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
             return hidden_states

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,11 @@ class RotarySettings:
             )
         return cls(head_dim, theta, _llama3(config, chosen, name) if kind == "llama3" else None)
 
+    @property
+    def attention_factor(self) -> float:
+        """By which queries and keys are multiplied."""
+        return 1.0
+
     def inverse_frequencies(self) -> Tensor:
         """float32 [head_dim / 2]."""
         steps = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
@@ -130,7 +135,17 @@ def _llama3(config: Mapping[str, Any], chosen: Mapping[str, Any], name: str) -> 
     return scaling
 
 
-def angles(positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
-    """Rotation angles in Megatron's layout for positions [s, b]: float32 [s, b, 1, head_dim]."""
-    half = positions.float()[..., None] * inverse_frequencies
-    return torch.cat([half, half], -1)[:, :, None]
+class Rotation:
+    """The rotation angles of a model's rotary embeddings, of which it may have several kinds."""
+
+    def __init__(self, rotaries: Sequence[RotarySettings], device: torch.device) -> None:
+        self.inverse_frequencies = [rotary.inverse_frequencies().to(device) for rotary in rotaries]
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """In Megatron's layout for positions [s, b]: float32 [s, b, 1, head_dim]; with several kinds [kinds, s, b, 1,
+        head_dim], of which each layer takes its own."""
+        found = []
+        for inverse in self.inverse_frequencies:
+            half = positions.float()[..., None] * inverse
+            found.append(torch.cat([half, half], -1)[:, :, None])
+        return found[0] if len(found) == 1 else torch.stack(found)

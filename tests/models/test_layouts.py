@@ -14,13 +14,17 @@ from torch import Tensor
 from tests.distributed.harness import run_ranks
 from tests.models import everywhere
 from tests.models.oracle import as_plain, oracle, pack, relative
-from tests.models.tiny import tiny_llama, tiny_qwen3
+from tests.models.tiny import tiny_llama, tiny_olmo3, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
 MODELS = {
     "qwen3": (tiny_qwen3, {}),
     "qwen3_tied": (tiny_qwen3, {"tie_word_embeddings": True}),
     "llama": (tiny_llama, {}),
     "llama_tied": (tiny_llama, {"tie_word_embeddings": True}),
+    "qwen2": (tiny_qwen2, {}),
+    "olmo3": (tiny_olmo3, {}),
+    "qwen3_moe": (tiny_qwen3_moe, {}),
+    "qwen3_moe_raw": (tiny_qwen3_moe, {"norm_topk_prob": False, "tie_word_embeddings": True}),
 }
 FORWARD, BACKWARD = 2e-5, 2e-5
 Case = tuple[str, dict[str, Any], dict[str, Any]]
