@@ -49,6 +49,15 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
 
 
+def routers_without_transformer_engine() -> None:
+    """Let 0.16.1's routers run without Transformer Engine: they ask for its matrix product by a name that is missing
+    then."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def hidden_state_model(gpt_class: type) -> type:
     """GPTModel whose last stage returns hidden states after the final norm: the head is fused with the loss, outside.
 

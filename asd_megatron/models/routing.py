@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from asd_megatron.models.compat import routers_without_transformer_engine
+
 UNKNOWN = -1
 """In place of a replayed expert: the router chooses."""
 
@@ -165,6 +167,8 @@ def router_class() -> type:
     """Megatron's top-k router that obeys and informs a `MicroBatchRouting`. (A function: importing Megatron replaces
     CUDA's functions first.)"""
     from megatron.core.transformer.moe.router import TopKRouter
+
+    routers_without_transformer_engine()
 
     class Router(TopKRouter):  # type: ignore[misc]
         told: MicroBatchRouting | None = None

@@ -141,8 +141,9 @@ def _sampling_changes_nothing(port: Any, micros: list[Any], gradients: dict[str,
         return
     with port.sampling():
         pass
-    with port.sampling(through_modules=True):
-        assert not port.config.sequence_parallel and not port.chunks[0].module.decoder.training
+    if port.layout.expert == 1:  # modules would leave the experts on their ranks
+        with port.sampling(through_modules=True):
+            assert not port.config.sequence_parallel and not port.chunks[0].module.decoder.training
     assert port.config.sequence_parallel == port.layout.sequence_parallel
     assert all(c.training for c in port.chunks[0].modules())
     _run(port, micros, lambda *_: None)
