@@ -364,7 +364,8 @@ TOKEN_ID = re.compile(r".*_token_ids?")
 
 
 def refuse_changes(fields: Fields) -> tuple[str, ...]:
-    """Refuse the fields that nothing has read and that change the mathematics; returns those that are not known here."""
+    """Refuse the fields that nothing has read and that change the mathematics; returns those that are not known
+    here."""
     unread = set(fields.unread())
     for why, values in CHANGES:
         for key in sorted(unread & values.keys()):
