@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asd_megatron.models.compat import routers_without_transformer_engine
+from asd_megatron.models.compat import prepare_routers
 
 UNKNOWN = -1
 """In place of a replayed expert: the router chooses."""
@@ -172,7 +172,7 @@ def router_class() -> type:
     CUDA's functions first.)"""
     from megatron.core.transformer.moe.router import TopKRouter
 
-    routers_without_transformer_engine()
+    prepare_routers()
 
     class Router(TopKRouter):  # type: ignore[misc]
         told: MicroBatchRouting | None = None

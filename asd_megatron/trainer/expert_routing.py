@@ -31,9 +31,9 @@ Replay = Literal["none", "engine", "scoring"]
 class StudentRouting:
     """The routing of one batch's student passes, in a model with experts.
 
-    `experts`: int16 [layers, tokens, per_token] on the host, the recorded ones of this data-parallel rank's student
-    tokens (`Pack.numbers`), UNKNOWN where there is no record; None without replay. A pipeline stage records its own
-    layers. `replayed_fraction`: of the tokens that have a record.
+    `experts`: int16 [layers, tokens + 1, per_token] on the host, the recorded ones of this data-parallel rank's student
+    tokens (`Pack.numbers`), UNKNOWN where there is no record, as in the last row, which padding (number -1) refers to;
+    None without replay. A pipeline stage records its own layers.
     """
 
     def __init__(self, port: ModelPort, process_groups: ProcessGroups, batch: LocalBatch, replay: Replay) -> None:
@@ -42,7 +42,7 @@ class StudentRouting:
         self._sequence_parallel = port.layout.sequence_parallel
         self.experts: Tensor | None = None
         if replay != "none":
-            shape = (port.shape.layers, batch.student_tokens, port.shape.experts.per_token)
+            shape = (port.shape.layers, batch.student_tokens + 1, port.shape.experts.per_token)
             self.experts = torch.full(shape, UNKNOWN, dtype=torch.int16)
         if replay == "engine":
             self._read(batch)
@@ -59,9 +59,10 @@ class StudentRouting:
 
     @property
     def replayed_fraction(self) -> float:
-        if self.experts is None or not self.experts.numel():
+        """Of this rank's student tokens."""
+        if self.experts is None or self.experts.shape[1] == 1:
             return 0.0
-        return float((self.experts != UNKNOWN).float().mean())
+        return float((self.experts[:, :-1] != UNKNOWN).float().mean())
 
     def scoring(self, pack: Pack) -> MicroBatchRouting:
         """For the student's scoring pass: replays the engine's experts, or records."""
@@ -97,7 +98,4 @@ class StudentRouting:
         """int64 [layers, T_local, per_token]."""
         if self.experts is None:
             return None
-        numbers = pack.numbers.cpu()
-        found = self.experts[:, numbers.clamp_min(0)].to(torch.int64)
-        found[:, numbers < 0] = UNKNOWN
-        return found.to(self._device)
+        return self.experts[:, pack.numbers.cpu()].to(self._device, torch.int64)
