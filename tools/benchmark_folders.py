@@ -41,7 +41,12 @@ from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, to_json, write_json
 from asd_megatron.models.port import ModelPort
 
-LAYOUTS: dict[str, dict[str, int]] = {"tp1": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
+LAYOUTS = {
+    "tp1": Layout(),
+    "tp2": Layout(tensor=2, sequence_parallel=True),
+    "pp2": Layout(pipeline=2),
+    "ep2": Layout(data=2, expert=2),  # models with experts alone
+}
 MIB = 2**20
 SAMPLE_SECONDS = 0.002
 QWEN3: dict[str, Any] = {
@@ -173,9 +178,10 @@ def _rank(
     os._exit(0)  # a normal exit may abort in the destructor of a group that something still refers to
 
 
-def _measure_layout(folder: str, sizes: dict[str, int], target: str, repeats: int, cold: bool) -> dict[str, Any]:
+def _measure_layout(
+    folder: str, layout: Layout, target: str, shard_bytes: int, repeats: int, cold: bool
+) -> dict[str, Any]:
     """Load and export on this rank: seconds of each repetition, highest memory of all."""
-    layout = Layout(**sizes)
     port = ModelPort.build(read_config(folder), init(layout), layout, dtype=torch.bfloat16, layers="local")
     parameters = [parameter.detach() for chunk in port.chunks for parameter in chunk.parameters()]
     for parameter in parameters:
@@ -201,7 +207,7 @@ def _measure_layout(folder: str, sizes: dict[str, int], target: str, repeats: in
             out[name]["all"] = max(out[name]["all"], peaks.all)
 
     measured("load", load)
-    measured("export", lambda: write_folder(port, folder, target))
+    measured("export", lambda: write_folder(port, folder, target, max_shard_bytes=shard_bytes))
     return out
 
 
@@ -281,7 +287,9 @@ def emptied(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(folder: Path, layouts: Sequence[str], scratch: Path, *, repeats: int, cold: bool) -> Iterator[Row]:
+def measure(
+    folder: Path, layouts: Sequence[str], scratch: Path, *, shard_bytes: int, repeats: int, cold: bool
+) -> Iterator[Row]:
     """All rows of one folder. cold: the files are dropped from the page cache before each."""
     files = weight_files(folder)
     size = sum(path.stat().st_size for path in files)
@@ -302,10 +310,10 @@ def measure(folder: Path, layouts: Sequence[str], scratch: Path, *, repeats: int
     yield row("plain read", "", min(timed(lambda: read_files(files)) for _ in range(repeats)))
     yield row("plain copy", "", min(copied() for _ in range(repeats)))
     for name in layouts:
-        sizes = LAYOUTS[name]
-        ranks = sizes.get("tensor", 1) * sizes.get("pipeline", 1)
+        layout = LAYOUTS[name]
         with emptied(scratch / "export") as target:
-            found = _on_ranks(_measure_layout, ranks, str(folder), sizes, str(target), repeats, cold)
+            given = (str(folder), layout, str(target), shard_bytes, repeats, cold)
+            found = _on_ranks(_measure_layout, layout.world_size, *given)
             for action in ("load", "export"):
                 memory = [
                     RankMemory(*(round(x / MIB, 1) for x in (f["shard"], f[action]["anonymous"], f[action]["all"])))
@@ -332,8 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", metavar="DIR", help="a model folder (default: one of random weights)")
     parser.add_argument("--shape", choices=SHAPES, default="qwen3", help="of the random model (default: qwen3)")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of random weights, at least (default: 2)")
-    parser.add_argument("--shard-mib", type=int, default=1024, help="size of its files (default: 1024)")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="(default: all)")
+    parser.add_argument("--shard-mib", type=int, default=1024, help="size of the files written (default: 1024)")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="(default: all)")
     parser.add_argument("--scratch", metavar="DIR", help="where files are written (default: a temporary folder)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of which the best counts (default: 3)")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each figure")
@@ -351,9 +359,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{size / 1e9:.2f} GB in {len(files)} files. Memory, MiB of each rank: shard / anonymous / with files\n"
             )
             print("| action | layout | seconds | GB/s | memory |\n|---|---|---|---|---|", flush=True)
-            for row in measure(
-                folder, arguments.layouts, Path(scratch), repeats=arguments.repeats, cold=arguments.cold
-            ):
+            has_experts = bool(read_config(folder).get("num_experts"))
+            layouts = arguments.layouts or [n for n, layout in LAYOUTS.items() if has_experts or layout.expert == 1]
+            given = {"shard_bytes": arguments.shard_mib * MIB, "repeats": arguments.repeats, "cold": arguments.cold}
+            for row in measure(folder, layouts, Path(scratch), **given):
                 print(line(row), flush=True)
                 rows.append(row)
             bytes_, model = size, "" if arguments.folder else arguments.shape

@@ -20,18 +20,27 @@ from asd_megatron.checkpoint.huggingface import CONFIG, INDEX, SINGLE, FolderRea
 from asd_megatron.errors import UserError
 from asd_megatron.files import remove_partial
 from tests.distributed.harness import RankError, run_ranks
-from tests.models.tiny import tiny_qwen3
+from tests.models.tiny import tiny_qwen3, tiny_qwen3_moe
 
-LAYOUTS: list[dict[str, Any]] = [{"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}]
+DENSE: list[dict[str, Any]] = [{"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}]
+EXPERTS: list[dict[str, Any]] = [{"data": 2, "expert": 2}, {"tensor": 2, "sequence_parallel": True, "expert": 2}]
+CASES = (
+    ("single", torch.float32, DENSE),
+    ("sharded", torch.float32, DENSE),
+    ("half_sharded", torch.bfloat16, DENSE),
+    ("experts", torch.float32, EXPERTS),
+    ("half_experts", torch.bfloat16, EXPERTS),
+)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`single` and `sharded` in float32, `half` and `half_sharded` in bfloat16; the sharded ones are tied."""
+    """In float32, and as `half_*` in bfloat16; the sharded ones are tied."""
     root = tmp_path_factory.mktemp("folders")
-    for name, tied in (("single", False), ("sharded", True)):
-        made = tiny_qwen3(root / name, tie_word_embeddings=tied)
-        half = root / ("half" if name == "single" else "half_sharded")
+    for name in ("single", "sharded", "experts"):
+        make = tiny_qwen3_moe if name == "experts" else tiny_qwen3
+        made = make(root / name, tie_word_embeddings=name == "sharded")
+        half = root / f"half_{name}"
         shutil.copytree(made, half)
         tensors = {n: t.bfloat16() for n, t in load_file(made / SINGLE).items()}
         save_file(tensors, half / SINGLE)
@@ -80,9 +89,9 @@ class Counted:
 def _through_a_model(rank: int, root: str, target: str) -> None:
     from asd_megatron.checkpoint.huggingface import write_folder
 
-    for name, dtype in (("single", torch.float32), ("sharded", torch.float32), ("half_sharded", torch.bfloat16)):
+    for name, dtype, layouts in CASES:
         folder = Path(root) / name
-        for number, layout in enumerate(LAYOUTS):
+        for number, layout in enumerate(layouts):
             port = _build(folder, layout, dtype)
             read: dict[str, int] = {}
             seen: list[tuple[int, int]] = []
@@ -122,7 +131,7 @@ def test_round_trips_are_bitwise_and_read_no_more_than_the_shard(folders: Path, 
             index = json.loads((path / INDEX).read_text())
             assert index["metadata"]["total_size"] == sum(t.nbytes for t in original.values())
             assert set(index["weight_map"].values()) == {p.name for p in path.glob("*.safetensors")}
-    assert len(list(tmp_path.iterdir())) == 9
+    assert len(list(tmp_path.iterdir())) == sum(len(layouts) for *_, layouts in CASES)
 
 
 def _one_bad_node(rank: int, root: str) -> str:
