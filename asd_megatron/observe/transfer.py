@@ -11,8 +11,8 @@ QUIET_BYTES = 1 << 30
 
 
 class TransferProgress:
-    """`loading the model: 3.2 of 16.4 GB (1.10 GB/s)` through `say`, every `every_seconds`, and what it took at the end
-    if there was a line before. Nothing below QUIET_BYTES. Called with (bytes done, all bytes)."""
+    """`loading the model: 3.2 of 16.4 GB (1.10 GB/s)` through `say` every `every_seconds`, at the end what it took.
+    Nothing below QUIET_BYTES or for what is quicker than that. Called with (bytes done, all bytes)."""
 
     def __init__(
         self,
@@ -27,12 +27,14 @@ class TransferProgress:
         self._shown = False
 
     def __call__(self, done: int, total: int) -> None:
-        now = self._clock()
-        complete = done >= total and self._shown
-        if total < QUIET_BYTES or not (complete or now - self._last >= self._every):
+        now, complete = self._clock(), done >= total
+        if total < QUIET_BYTES or (now - self._last < self._every and not (complete and self._shown)):
             return
-        self._last, self._shown = now, not complete
+        self._last, self._shown = now, True
         seconds = max(now - self._started, 1e-9)
-        amount = f"{done / 1e9:.1f}" + ("" if done >= total else f" of {total / 1e9:.1f}")
-        took = f" in {clock_text(seconds)}" if complete else ""
-        self._say(f"{self._what}: {amount} GB{took} ({done / 1e9 / seconds:.2f} GB/s)")
+        amount = (
+            f"{total / 1e9:.1f} GB in {clock_text(seconds)}"
+            if complete
+            else f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
+        )
+        self._say(f"{self._what}: {amount} ({done / 1e9 / seconds:.2f} GB/s)")
