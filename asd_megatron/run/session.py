@@ -30,6 +30,7 @@ from asd_megatron.observe.closing import Sample, closing_table
 from asd_megatron.observe.expert_load import ExpertLoadFile, load_metrics
 from asd_megatron.observe.plots import plot_run
 from asd_megatron.observe.progress import Progress, print_line
+from asd_megatron.observe.transfer import TransferProgress
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run import folder as folders
 from asd_megatron.run.changes import SCHEDULE_KEYS
@@ -332,7 +333,13 @@ class Session:
     def export(self, step: int) -> Path:
         """RUN/hf/step_NNNNNN, a complete Hugging Face folder. Collective."""
         with self.clock.phase("checkpoint"):
-            return write_folder(self.port, self.source, folders.export_folder(self.folder, step))
+            return write_folder(
+                self.port,
+                self.source,
+                folders.export_folder(self.folder, step),
+                max_shard_bytes=self.recipe.checkpoint.shard_bytes,
+                progress=TransferProgress("exporting the model", self.say) if self.recipe.logging.progress else None,
+            )
 
     def _export_if_missing(self, step: int) -> None:
         """Write the export that was due at the step from which the run resumes, if a kill prevented it. Collective."""
