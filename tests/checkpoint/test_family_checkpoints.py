@@ -43,7 +43,8 @@ def _resharded(rank: int, folder: str, distributed: bool) -> dict[str, float]:
             again.load(lineage.latest(path))
             again.steps(range(2, 4))
             got = again.weights() | again.kept()
-            report[f"{config['model_type']} {written} {layout}"] = max((got[n] - want[n]).abs().max().item() for n in want)
+            error = max((got[n] - want[n]).abs().max().item() for n in want)
+            report[f"{config['model_type']} {written} {layout}"] = error
     return report
 
 
