@@ -157,8 +157,9 @@ def rotary_by_layer_type(fields: Fields, head_dim: int, default_theta: float) ->
     (transformers 5), or the flat `rope_scaling` and `rope_theta`, which are of the full-attention layers alone.
 
     Done as `Olmo3Config.convert_rope_params_to_dict` does it. Sliding-window layers never get the `rope_theta` beside
-    the objects, but the default; `rope_scaling` is laid over the object of the full-attention layers; `truncate` is
-    looked for outside the two objects, where nothing writes it, so that YaRN's ramp is always rounded.
+    the objects, but the default; `rope_scaling` is laid over the object of the full-attention layers, and has to say
+    `rope_type`, not `type`; `truncate` is looked for outside the two objects, where nothing writes it, so that YaRN's
+    ramp is always rounded.
     """
     parameters, scaling = fields.inside("rope_parameters"), fields.inside("rope_scaling")
     for key in parameters.given():
@@ -167,8 +168,9 @@ def rotary_by_layer_type(fields: Fields, head_dim: int, default_theta: float) ->
                 key, f"transformers does not read it there: give each of {listed(LAYER_TYPES)} an object of its own"
             )
     full, sliding = (parameters.inside(kind) for kind in LAYER_TYPES)
-    name = "rope_scaling" if scaling.given() else "rope_parameters.full_attention"
-    full = full.updated(scaling) if scaling.given() else full
+    name = "rope_parameters.full_attention"
+    if scaling.given():  # over a default that has a rope_type, so that a `type` in it is not read
+        full, name = scaling.laid_over(full.values() or {"rope_type": "default"}), "rope_scaling"
     theta = full.number("rope_theta", fields.number("rope_theta", default_theta))
     sliding_theta = sliding.number("rope_theta", default_theta)
     if fields.get("rope_theta") is not None and not sliding.has("rope_theta") and theta != sliding_theta:
