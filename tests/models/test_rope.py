@@ -82,7 +82,9 @@ KINDS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "llama3": st.builds(
         lambda original, factors, factor: {**original, **factors, "factor": factor},
         ORIGINAL,
-        st.sampled_from(({"low_freq_factor": 1.0, "high_freq_factor": 4}, {"low_freq_factor": 2, "high_freq_factor": 3})),
+        st.sampled_from(
+            ({"low_freq_factor": 1.0, "high_freq_factor": 4}, {"low_freq_factor": 2, "high_freq_factor": 3})
+        ),
         st.sampled_from((1, 8.0, 32)),
     ),
     "yarn": st.builds(

@@ -38,7 +38,9 @@ def their_keys(config: dict[str, Any], layer: int) -> set[int]:
     """The positions that the last position's output depends on, in a model whose other layers do not attend."""
     kept = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
     torch.manual_seed(0)
-    model = AutoModel.from_config(AutoConfig.for_model(config["model_type"], **kept), attn_implementation="eager").float()
+    model = AutoModel.from_config(
+        AutoConfig.for_model(config["model_type"], **kept), attn_implementation="eager"
+    ).float()
     with torch.no_grad():
         for i, block in enumerate(model.layers):
             if i != layer:
@@ -77,7 +79,11 @@ def test_absent_keys_have_the_defaults_of_transformers(family: str, key: str) ->
     ("family", "over", "message"),
     [
         ("qwen3", {"layer_types": [FULL] * 3}, "layer_types is .*; it has 3 entries and num_hidden_layers is 4"),
-        ("qwen3", {"layer_types": [FULL, "chunked_attention"] * 2}, "layer_types is .*expected a list of full_attention"),
+        (
+            "qwen3",
+            {"layer_types": [FULL, "chunked_attention"] * 2},
+            "layer_types is .*expected a list of full_attention",
+        ),
         ("qwen3", {"layer_types": [FULL, SLIDING] * 2}, "asks for sliding_attention, but sliding_window is null"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0, expected a whole number"),
         ("qwen2", {**LATE, "max_window_layers": -1}, "max_window_layers is -1, expected a whole number from 0"),
