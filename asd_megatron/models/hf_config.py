@@ -37,6 +37,11 @@ class Fields:
         self._read: set[str] = set()
         self._bad: set[str] = set()
 
+    @property
+    def name(self) -> str:
+        """What an inner object is called: `rope_scaling`."""
+        return self._path.removesuffix(".")
+
     def has(self, key: str) -> bool:
         """Whether the key is there, even with null. Counts as reading it."""
         self._read.add(key)
