@@ -94,6 +94,7 @@ def test_experts() -> None:
     over = {"norm_topk_prob": True, "router_aux_loss_coef": 0.02, "mlp_only_layers": [], "decoder_sparse_step": 1}
     assert _shape({**MOE, **over}).experts == Experts(6, 2, 16, normalized=True, auxiliary_loss=0.02)
     assert _shape(LLAMA).experts is None
+    assert _shape({k: v for k, v in MOE.items() if k != "head_dim"}).head_dim == 64  # transformers 5 may leave it out
 
 
 def test_either_name_of_the_number_of_experts() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -14,7 +17,9 @@ from asd_megatron.errors import UserError
 from asd_megatron.models import families as families_package
 from asd_megatron.models.families import check_architecture, families, shape_of
 from asd_megatron.models.hf_config import warn_once
-from tests.models.test_rope import base
+from asd_megatron.models.hf_fields import CHANGES
+from asd_megatron.models.rope import COMMON_KEYS, KINDS, LAYER_TYPES, OPTIONS
+from tests.models.test_rope import MODULES, base
 
 
 def test_all_violations_are_named_at_once() -> None:
@@ -118,3 +123,51 @@ def test_a_family_is_added_by_one_file(tmp_path: Path, monkeypatch: pytest.Monke
     } < names
     with pytest.raises(UserError, match="ToyForCausalLM"):  # and is gone again
         shape_of(config)
+
+
+ROPE_KEYS = [*COMMON_KEYS, *LAYER_TYPES, *{key: None for keys in (*KINDS.values(), *OPTIONS.values()) for key in keys}]
+KEYS = sorted({*base("qwen3_moe"), *(key for _, values in CHANGES for key in values)} - {"architectures"})
+KEYS += ["rope_theta", "max_window_layers", "rms_norm_eps", "initializer_range", "tie_word_embeddings"]
+SCALARS = st.sampled_from(
+    (
+        None,
+        True,
+        False,
+        0,
+        1,
+        4,
+        -1,
+        0.5,
+        1e40,
+        10**400,
+        float("nan"),
+        float("inf"),
+        "8",
+        "yarn",
+        "linear",
+        "llama3",
+        "x",
+    )
+)
+JUNK = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(ROPE_KEYS), inner, max_size=4)
+)
+ROPES = st.dictionaries(st.sampled_from(ROPE_KEYS), JUNK, max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    family=st.sampled_from(sorted(MODULES)),
+    over=st.dictionaries(st.sampled_from(KEYS), JUNK, max_size=5),
+    ropes=st.dictionaries(st.sampled_from(("rope_scaling", "rope_parameters")), ROPES | JUNK, max_size=2),
+)
+def test_no_value_of_any_field_goes_unnoticed(family: str, over: dict[str, Any], ropes: dict[str, Any]) -> None:
+    """A damaged config is refused by a message that names its fields, or its frequencies are numbers."""
+    try:
+        _, shape = shape_of({**base(family), **over, **ropes})
+    except UserError as error:
+        assert "of the wrong kind:" not in str(error)  # what shape_of says of an exception that nobody foresaw
+        assert any(key in str(error) for key in (*over, *ropes, *ROPE_KEYS, "RoPE")), str(error)
+    else:
+        for rotary in shape.rotaries:
+            assert rotary.inverse_frequencies().isfinite().all() and 0 < rotary.attention_factor < float("inf")
