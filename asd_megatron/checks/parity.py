@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 
 from asd_megatron.checks.cases import write_tiny_model
 from asd_megatron.checks.layouts import CELLS, ParityCell
+from asd_megatron.checks.ranks import CheckError, run_module
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_write
 
@@ -26,12 +26,6 @@ UPDATE_TOLERANCE = 1e-4
 LONG_TOLERANCE = 1e-3
 """Weight changes after eleven Adam steps, eight of them with active clipping: rounding errors feed back into the next
 step's loss."""
-
-LAUNCHER_GRACE_SECONDS = 40  # torchrun gives its ranks 30
-
-
-class ParityError(UserError):
-    """A layout failed to run."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +47,18 @@ class ParityResult:
     @property
     def max_relative_error(self) -> float:
         """The larger of the loss error and the gradient error; the updates have a tolerance of their own."""
-        return _largest([self.loss_error, self.gradient_error or 0.0])
+        return largest([self.loss_error, self.gradient_error or 0.0])
 
 
-def _largest(errors: Sequence[float]) -> float:
+def largest(errors: Sequence[float]) -> float:
     """The maximum; NaN counts as the largest."""
     return next((e for e in errors if math.isnan(e)), max(errors))
 
 
-def _worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+def worst_tensor(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest error of a tensor, max |difference| / max |expected value|, and its name."""
     if set(found) != set(expected):
-        raise ParityError(f"the cell exported other tensors than one process: {sorted(set(found) ^ set(expected))}")
+        raise CheckError(f"the cell exported other tensors than one process: {sorted(set(found) ^ set(expected))}")
     worst, where = 0.0, ""
     for name, reference in expected.items():
         scale = float(reference.abs().max())
@@ -80,12 +75,12 @@ def compare(cell: ParityCell, found: dict[str, Any], expected: dict[str, Any]) -
     scale = expected["advantage_scale"]
     pairs = list(zip(found["losses"], expected["losses"], strict=True))
     pairs += list(zip(found["losses_clipped"], expected["losses_clipped"], strict=True))
-    loss = _largest([abs(a - b) for a, b in pairs]) / scale
+    loss = largest([abs(a - b) for a, b in pairs]) / scale
     gradient, worst_gradient = None, ""
     if not cell.distributed_optimizer:  # its gradients are sharded: the updates show them
-        gradient, worst_gradient = _worst(found["gradients"], expected["gradients"])
-    update, worst_update = _worst(found["updates"], expected["updates"])
-    long_run, _ = _worst(found["updates_all"], expected["updates_all"])
+        gradient, worst_gradient = worst_tensor(found["gradients"], expected["gradients"])
+    update, worst_update = worst_tensor(found["updates"], expected["updates"])
+    long_run, _ = worst_tensor(found["updates_all"], expected["updates_all"])
     passed = (
         loss <= TOLERANCE
         and (gradient or 0.0) <= TOLERANCE
@@ -111,7 +106,7 @@ def run(
     names: Sequence[str], folder: Path, *, timeout: float = 900, say: Callable[[str], None] = print
 ) -> list[ParityResult]:
     """Run the named cells, and the single-process references they need, in `folder` and compare. One torchrun for each
-    number of ranks. Raises UserError for an unknown name, ParityError when a cell fails to run."""
+    number of ranks. Raises UserError for an unknown name, CheckError when a cell fails to run."""
     unknown = [n for n in names if n not in CELLS]
     if unknown:
         raise UserError(f"no such parity layout: {', '.join(unknown)}; there are {', '.join(CELLS)}")
@@ -128,32 +123,14 @@ def run(
 
 
 def _launch(ranks: int, folder: Path, cells: Sequence[str], timeout: float) -> None:
-    from asd_megatron.distributed.launch import torchrun_command, worker_environment
-
-    command = torchrun_command(ranks, "asd_megatron.checks.parity_worker", [str(folder), *cells])
-    log = folder / f"ranks{ranks}.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=worker_environment(ranks), stdout=out, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise ParityError(f"the cells {', '.join(cells)} did not finish within {timeout:.0f} s") from None
-        finally:
-            _end(process)
-    if code:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-        raise ParityError(f"the cells {', '.join(cells)} failed on {ranks} ranks (exit {code}):\n{tail}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop a launcher that still runs: SIGTERM first, so that it can end its ranks, SIGKILL after the grace time."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(LAUNCHER_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    run_module(
+        ranks,
+        "asd_megatron.checks.parity_worker",
+        [str(folder), *cells],
+        folder / f"ranks{ranks}.log",
+        timeout=timeout,
+        what=f"the cells {', '.join(cells)}",
+    )
 
 
 def table(results: Sequence[ParityResult]) -> str:

@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "quickstart": ("asd_megatron.cli.quickstart", "train the built-in puzzle and print what changed"),
     "study": ("asd_megatron.cli.study", "run many recipes and seeds, resumable, and compare them in one table"),
     "parity": ("asd_megatron.cli.parity", "check that an update is the same in every parallel layout"),
+    "models-table": ("asd_megatron.cli.models_table", "compare every model family, in every layout, with transformers"),
     "recipes": ("asd_megatron.cli.recipes", "print, write or check the reference of every recipe key"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asd_megatron.checks.reference import reference
 from asd_megatron.records import PackedTokens
 
 BATCHES = ([9, 1, 5], [17], [2, 2, 3, 11], [6, 4])
@@ -30,33 +31,14 @@ class Oracle:
 
 
 def oracle(folder: Path) -> Oracle:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     generator = torch.Generator().manual_seed(5)
-    out = Oracle([], [], [], {})
-    for lengths in BATCHES:
-        ids = [torch.randint(model.config.vocab_size, (n,), generator=generator) for n in lengths]
-        results = [model(i[None], output_hidden_states=True) for i in ids]
-        for i, r in zip(ids, results, strict=True):
-            if len(i) > 1:
-                torch.nn.functional.cross_entropy(r.logits[0, :-1], i[1:], reduction="sum").backward()
-        out.ids.append(ids)
-        out.hidden.append([r.hidden_states[-1][0].detach() for r in results])
-        out.logits.append([r.logits[0].detach() for r in results])
-    given = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    out.gradients = {n: g for name, gradient in given for n, g in _named(name, gradient)}
-    return out
-
-
-def _named(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor under its name in a folder: `transformers` fuses all experts of a layer in memory alone."""
-    prefix, _, last = name.rpartition(".")
-    for expert, mine in enumerate(tensor) if prefix.endswith(".experts") else ():
-        for part, half in zip(last.split("_")[:-1], mine.chunk(2) if last == "gate_up_proj" else (mine,), strict=True):
-            yield f"{prefix}.{expert}.{part}_proj.weight", half
-    if not prefix.endswith(".experts"):
-        yield name, tensor
+    ids = [[torch.randint(vocabulary, (n,), generator=generator) for n in lengths] for lengths in BATCHES]
+    found = reference(folder, [i for batch in ids for i in batch])
+    hidden, logits = iter(found.hidden), iter(found.logits)
+    return Oracle(
+        ids, [[next(hidden) for _ in b] for b in BATCHES], [[next(logits) for _ in b] for b in BATCHES], found.gradients
+    )
 
 
 @dataclass

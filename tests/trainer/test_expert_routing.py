@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from asd_megatron.checks.reference import named
 from asd_megatron.models.routing import UNKNOWN, LoadReport, MicroBatchRouting, combined, token_weights
 from tests.distributed.harness import run_ranks
 from tests.models import everywhere
-from tests.models.oracle import _named, pack, relative
+from tests.models.oracle import pack, relative
 from tests.models.tiny import tiny_qwen3_moe
 
 LENGTHS = ([9, 1, 5], [17, 3], [2, 4, 3, 11], [6, 4])
@@ -67,7 +68,7 @@ def _truth(folder: Path) -> dict[str, Any]:
         n: torch.zeros_like(tensor) if p.grad is None else gradient
         for name, p in model.named_parameters()
         for (n, tensor), (_, gradient) in zip(
-            _named(name, p.detach()), _named(name, p if p.grad is None else p.grad), strict=True
+            named(name, p.detach()), named(name, p if p.grad is None else p.grad), strict=True
         )
     }
     hidden = []
