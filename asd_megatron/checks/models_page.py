@@ -39,10 +39,8 @@ def lines(cells: Sequence[dict[str, Any]]) -> str:
         errors = f"{number(c['max_logit_difference'], '.1e'):>8s} {number(c.get('max_gradient_error'), '.1e'):>9s}"
         verdict = "ok" if c["passed"] else "FAILED"
         verdict += "" if c["round_trip_bitwise"] else ": the round trip is not bitwise"
-        used = "?" if memory is None else f"{memory:.0f}"
-        out.append(
-            f"{c['family']:10s} {c['layout']:9s} {c['ranks']:5d} {errors} {used:>6s} {c['seconds']:6.1f}  {verdict}"
-        )
+        used = f"{_memory(c):>6s} {c['seconds']:6.1f}"
+        out.append(f"{c['family']:10s} {c['layout']:9s} {c['ranks']:5d} {errors} {used}  {verdict}")
     return "\n".join(out)
 
 

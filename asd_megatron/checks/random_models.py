@@ -54,7 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         "rope_parameters": {"sliding_attention": {**PLAIN, "rope_theta": 1000.0}, "full_attention": YARN},
     },
-    "llama": {"rope_parameters": LLAMA3},
+    "llama": {"hidden_size": 112, "rope_parameters": LLAMA3},
     "qwen2": {
         "hidden_size": 112,
         "use_sliding_window": True,

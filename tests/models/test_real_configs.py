@@ -1,21 +1,26 @@
-"""`config.json` files as published: their translation, the parameters that it implies, and transformers' reading."""
+"""`config.json` files as published: their translation, the parameters that it implies, transformers' reading, and two
+layers of each at full width."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from asd_megatron.checks.reference import reference
 from asd_megatron.models.families import Family, ModelShape, shape_of
 from asd_megatron.models.hf_config import warn_once
 from asd_megatron.models.rope import Llama3Scaling, Scaling, YarnScaling
 from asd_megatron.models.weights import Shapes
+from tests.distributed.harness import run_ranks
+from tests.models.oracle import pack
 from tests.models.test_rope import assert_same_rope
 
 FOLDER = Path(__file__).parent / "configs"
@@ -122,3 +127,64 @@ def test_transformers_reads_it_as_we_do_and_what_it_writes_is_read_the_same(name
     written = json.loads((tmp_path / "written" / "config.json").read_text())
     assert ("rope_parameters" in written, "rope_theta" in written) == (True, False)
     assert shape_of(written) == (family, shape)
+
+
+def two_layers(name: str) -> dict[str, Any]:
+    """The published config with two of its layers; Olmo 3's have a window and none."""
+    config = read(name)
+    types = config.get("layer_types")
+    return {**config, "num_hidden_layers": 2, **({"layer_types": types[2:4]} if types else {})}
+
+
+def _parameters_built(rank: int, names: list[str]) -> dict[str, int]:
+    from asd_megatron.distributed.layout import Layout, init
+    from asd_megatron.models.port import ModelPort
+
+    process_groups, found = init(Layout()), {}
+    for name in names:  # no weight is touched, so none of the memory is used
+        port = ModelPort.build(two_layers(name), process_groups, Layout(), dtype=torch.bfloat16, layers="local")
+        found[name] = sum(parameter.numel() for chunk in port.chunks for parameter in chunk.parameters())
+    return found
+
+
+def test_two_layers_of_each_build_at_full_width() -> None:
+    built = run_ranks(_parameters_built, 1, list(MODELS))[0]
+    for name, published in MODELS.items():
+        family, shape = shape_of(two_layers(name))
+        assert built[name] == parameters(family, shape), name
+        full, one_layer = published.parameters, built[name] - parameters(*_without_layers(name))
+        assert built[name] + (published.layers - 2) * one_layer // 2 == full, name
+
+
+def _without_layers(name: str) -> tuple[Family, ModelShape]:
+    family, shape = shape_of(two_layers(name))
+    return family, replace(shape, layers=0)
+
+
+def _largest_difference(rank: int, folder: str, ids: list[torch.Tensor], logits: list[torch.Tensor]) -> float:
+    from asd_megatron.checkpoint.huggingface import FolderReader, read_config
+    from asd_megatron.distributed.layout import Layout, init
+    from asd_megatron.models.port import ModelPort
+
+    port = ModelPort.build(read_config(folder), init(Layout()), Layout(), dtype=torch.float32, layers="local")
+    with FolderReader(folder) as reader:
+        port.load(reader)
+    with torch.no_grad():
+        hidden = port.forward(port.chunks[0], pack(ids, context=1, rank=0, multiple=1).tokens)[:, 0]
+        found = hidden @ port.head_weight().t()
+    return float((found - torch.cat(logits)).abs().max())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["SmolLM2-135M-Instruct", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Qwen3-0.6B", "Llama-3.2-1B"))],
+)
+def test_two_layers_at_full_width_compute_what_transformers_does(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**two_layers(name), "dtype": "float32"}))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).float()
+    model.save_pretrained(tmp_path)
+    del model
+    ids = [torch.arange(n) * 7 % 1000 for n in (9, 1, 40)]
+    logits = reference(tmp_path, ids, gradients=False).logits
+    assert run_ranks(_largest_difference, 1, str(tmp_path), ids, logits)[0] < 2e-5 * float(logits[2].abs().max())
