@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
 from asd_megatron.trainer.batch import PackLayout, TokenSequence, build_packs
 from asd_megatron.trainer.scorer import score
@@ -35,12 +35,13 @@ def random_pairs(vocabulary: int, count: int = 12, seed: int = 7) -> list[Pair]:
 
 
 def measure_drift(
-    build: Callable[[torch.dtype], tuple[ModelPort, ProcessGroups]], layout: Layout, pairs: list[tuple[Any, ...]]
+    build: Callable[[torch.dtype], ModelPort], groups: ProcessGroups, pairs: list[tuple[Any, ...]]
 ) -> dict[str, Any]:
-    """Score the responses in float32 and in bfloat16. Of s, t and u over all response tokens, in nats: the mean
-    absolute value in float32, and the mean and 99% quantile of bfloat16's absolute difference from it."""
+    """Score the responses, with models of one rank, in float32 and in bfloat16. Of s, t and u over all response tokens,
+    in nats: the mean absolute value in float32, and the mean and 99% quantile of bfloat16's absolute difference from
+    it."""
     given = [Pair(*pair) for pair in pairs]
-    exact, rounded = (_scored(*build(dtype), layout, given) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (_scored(build(dtype), groups, given) for dtype in (torch.float32, torch.bfloat16))
     found: dict[str, Any] = {"tokens": len(exact["s"])}
     for name, values in exact.items():
         moved = (rounded[name] - values).abs()
@@ -52,7 +53,7 @@ def measure_drift(
     return found
 
 
-def _scored(port: ModelPort, groups: ProcessGroups, layout: Layout, pairs: list[Pair]) -> dict[str, Tensor]:
+def _scored(port: ModelPort, groups: ProcessGroups, pairs: list[Pair]) -> dict[str, Tensor]:
     """s, t and u = t - s of every response token: float64 [tokens] each."""
     tokens = sum(len(pair.response) for pair in pairs)
 
@@ -61,7 +62,7 @@ def _scored(port: ModelPort, groups: ProcessGroups, layout: Layout, pairs: list[
         for prompt, pair in zip(prompts, pairs, strict=True):
             sequences.append(TokenSequence((*prompt, *pair.response), len(prompt), row))
             row += len(pair.response)
-        packs = build_packs([sequences], 0, PACK_TOKENS, PackLayout.of(layout, groups, port.device))
+        packs = build_packs([sequences], 0, PACK_TOKENS, PackLayout.of(port.layout, groups, port.device))
         return score(port, groups, packs, tokens, temperature=1.0).logprobs.double().cpu()
 
     s, t = logprobs([pair.prompt for pair in pairs]), logprobs([pair.privileged for pair in pairs])

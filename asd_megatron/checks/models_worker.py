@@ -1,7 +1,7 @@
 """One rank of the models table: `python -m asd_megatron.checks.models_worker FOLDER TASKS` under torchrun.
 
 Runs the trainer's own path (folders in and out, packs, Megatron's schedules, the vocabulary-parallel head) and writes
-`FOLDER/NAME.json` for each task.
+`FOLDER/NAME.json` for each task. All tasks have the same layout.
 """
 
 from __future__ import annotations
@@ -23,30 +23,26 @@ from asd_megatron.checks.bfloat16 import measure_drift
 from asd_megatron.checks.memory import PeakMemory
 from asd_megatron.checks.model_cells import Task, read_tasks
 from asd_megatron.checks.parity import largest, worst_tensor
+from asd_megatron.checks.parity_worker import constant_adam
 from asd_megatron.checks.ranks import REPORT
-from asd_megatron.distributed import device
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.launcher import end_with_launcher
-from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.files import write_json
 from asd_megatron.models.port import ModelPort
 from asd_megatron.ops.vocab_head import linear_logprob
 from asd_megatron.trainer import schedule
 from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, build_packs
-from asd_megatron.trainer.optimizer import Optimizer
 
 PACK_TOKENS = 128
-LEARNING_RATE = 1e-3
 
 
-def loaded(task: Task, dtype: torch.dtype, folder: str = "") -> tuple[ModelPort, ProcessGroups]:
-    """The task's model in its layout. Collective."""
-    groups = layouts.init(task.layout)
-    source = folder or task.folder
-    port = ModelPort.build(read_config(source), groups, task.layout, dtype=dtype, layers="local")
-    with FolderReader(source) as tensors:
+def loaded(folder: str, layout: Layout, groups: ProcessGroups, dtype: torch.dtype) -> ModelPort:
+    """The folder's model in the layout. Collective."""
+    port = ModelPort.build(read_config(folder), groups, layout, dtype=dtype, layers="local")
+    with FolderReader(folder) as tensors:
         port.load(tensors)
-    return port, groups
+    return port
 
 
 def build_task_packs(task: Task, port: ModelPort, groups: ProcessGroups, sequences: list[Tensor]) -> list[Pack]:
@@ -95,11 +91,11 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def measure_parity(root: Path, task: Task) -> dict[str, Any]:
+def measure_parity(root: Path, task: Task, groups: ProcessGroups) -> dict[str, Any]:
     """Errors against `transformers`, on global rank 0."""
     truth = torch.load(task.sequences, mmap=True)
     expected = torch.cat([logits[:-1] for logits in truth["logits"]])
-    port, groups = loaded(task, torch.float32)
+    port = loaded(task.folder, task.layout, groups, torch.float32)
     found: dict[str, Any] = {"round_trip_bitwise": _round_trip(root, port, task.folder)}
     differences = [0.0]
 
@@ -120,7 +116,7 @@ def measure_parity(root: Path, task: Task) -> dict[str, Any]:
     found["max_logit_difference"] = largest(_from_ranks(largest(differences)))
     found["compared_tokens"] = len(expected)
     del port
-    port, _ = loaded(task, torch.bfloat16, task.bfloat16)
+    port = loaded(task.bfloat16, task.layout, groups, torch.bfloat16)
     found["round_trip_bitwise"] &= _round_trip(root, port, task.bfloat16)
     return found
 
@@ -136,26 +132,13 @@ def _round_trip(root: Path, port: ModelPort, folder: str) -> bool:
     return same
 
 
-def measure_training(root: Path, task: Task) -> dict[str, Any]:
+def measure_training(root: Path, task: Task, groups: ProcessGroups) -> dict[str, Any]:
     """One optimizer step with the distributed optimizer; the logits after it go to `NAME.RANK.pt`, the weights to
     the folder `NAME`."""
     ids = torch.load(task.sequences)["ids"]
-    port, groups = loaded(task, torch.float32)
+    port = loaded(task.folder, task.layout, groups, torch.float32)
     port.wrap_ddp(distributed_optimizer=True, overlap_grad_reduce=False)
-    optimizer = Optimizer(
-        port,
-        learning_rate=LEARNING_RATE,
-        min_learning_rate=0.0,
-        schedule="constant",
-        warmup_steps=0,
-        total_steps=10,
-        weight_decay=0.0,
-        beta1=0.9,
-        beta2=0.95,
-        epsilon=1e-8,
-        clip_grad=1.0,
-        distributed=True,
-    )
+    optimizer = constant_adam(port, distributed=True)
     packs = build_task_packs(task, port, groups, ids)
     optimizer.zero_grad()
     run_backward(port, packs, lambda *_: None)
@@ -168,12 +151,12 @@ def measure_training(root: Path, task: Task) -> dict[str, Any]:
     return {"applied": step.applied, "grad_norm": step.grad_norm}
 
 
-def _drift(root: Path, task: Task) -> dict[str, Any]:
+def _drift(root: Path, task: Task, groups: ProcessGroups) -> dict[str, Any]:
     pairs = torch.load(task.sequences)["pairs"]
-    return measure_drift(lambda dtype: loaded(task, dtype), task.layout, pairs)
+    return measure_drift(lambda dtype: loaded(task.folder, task.layout, groups, dtype), groups, pairs)
 
 
-MEASURES: dict[str, Callable[[Path, Task], dict[str, Any]]] = {
+MEASURES: dict[str, Callable[[Path, Task, ProcessGroups], dict[str, Any]]] = {
     "parity": measure_parity,
     "logits": measure_parity,
     "train": measure_training,
@@ -190,19 +173,19 @@ def _from_ranks(value: Any) -> list[Any]:
 def main(argv: list[str]) -> None:
     end_with_launcher(os.environ)
     root = Path(argv[0])
-    device.prepare()
-    for task in read_tasks(Path(argv[1])):
+    tasks = read_tasks(Path(argv[1]))
+    groups = layouts.init(tasks[0].layout)  # once: gloo's threads of a group stay for the life of the process
+    for task in tasks:
         start = time.perf_counter()
         with PeakMemory() as memory:
-            found = MEASURES[task.kind](root, task)
+            found = MEASURES[task.kind](root, task, groups)
         found["seconds"] = round(time.perf_counter() - start, 2)
         found["peak_memory_mib"] = _from_ranks(None if memory.mib is None else round(memory.mib, 1))
         if dist.get_rank() == 0:
             write_json(root / f"{task.name}.json", found)
             print(f"{REPORT}{task.name}: {found['seconds']:.1f} s", flush=True)
-        layouts.shutdown_model_parallel()
     dist.barrier()
-    dist.destroy_process_group()
+    layouts.shutdown()
 
 
 if __name__ == "__main__":

@@ -70,7 +70,14 @@ def build(folder: Path, cell: ParityCell) -> Trained:
     with FolderReader(source) as tensors:
         port.load(tensors)
     port.wrap_ddp(distributed_optimizer=cell.distributed_optimizer, overlap_grad_reduce=cell.overlap)
-    optimizer = Optimizer(
+    optimizer = constant_adam(port, distributed=cell.distributed_optimizer)
+    packs = PackLayout.of(cell.layout, process_groups, port.device, share_prefixes=cell.share_prefixes)
+    return Trained(port, process_groups, optimizer, packs, cell, port.load_balance(AUXILIARY_LOSS))
+
+
+def constant_adam(port: ModelPort, *, distributed: bool) -> Optimizer:
+    """The optimizer of the checks, over a port that is wrapped in DDP."""
+    return Optimizer(
         port,
         learning_rate=LEARNING_RATE,
         min_learning_rate=0.0,
@@ -82,10 +89,8 @@ def build(folder: Path, cell: ParityCell) -> Trained:
         beta2=0.95,
         epsilon=ADAM_EPSILON,
         clip_grad=1.0,
-        distributed=cell.distributed_optimizer,
+        distributed=distributed,
     )
-    packs = PackLayout.of(cell.layout, process_groups, port.device, share_prefixes=cell.share_prefixes)
-    return Trained(port, process_groups, optimizer, packs, cell, port.load_balance(AUXILIARY_LOSS))
 
 
 def run_step(
