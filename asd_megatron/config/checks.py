@@ -323,6 +323,11 @@ def _experts(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> Iterator[str]:
                 f"model.auxiliary_loss {recipe.model.auxiliary_loss:g} balances the load of experts, and the model has"
                 " none: leave model.auxiliary_loss out"
             )
+        if isinstance(recipe, Recipe) and recipe.rollout.routing_replay != "none":
+            yield (
+                f"rollout.routing_replay {recipe.rollout.routing_replay} replays the routing of experts, and the model"
+                " has none: leave rollout.routing_replay out"
+            )
         return
     if experts % p.expert:
         usable = [n for n in range(1, experts + 1) if experts % n == 0]

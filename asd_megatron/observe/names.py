@@ -248,7 +248,7 @@ SECTIONS = (
             Metric(
                 "experts/replayed",
                 "fraction of tokens",
-                "tokens whose experts are replayed, with `rollout.routing_replay`",
+                "tokens whose experts the engine returned, with `rollout.routing_replay engine`",
             ),
         ),
     ),

@@ -40,7 +40,7 @@ from asd_megatron.run.sources import own_metrics
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.columns import Scores, TokenInputs, score_columns, table_columns
-from asd_megatron.trainer.expert_routing import StudentRouting
+from asd_megatron.trainer.expert_routing import StudentRouting, returned_fraction
 from asd_megatron.trainer.guard import Guard, check_rollouts, check_scores
 from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
 from asd_megatron.trainer.teacher_states import TeacherStates
@@ -269,8 +269,8 @@ class TrainingRun:
         if self.guard.consecutive and self.session.checkpoint_due(step):
             metrics["checkpoint/skipped"] = 1.0
         metrics |= self.session.write_load(step, stats.load)
-        if batch.routing is not None and batch.routing.experts is not None:
-            metrics["experts/replayed"] = batch.routing.replayed_fraction
+        if self.recipe.rollout.routing_replay == "engine":
+            metrics["experts/replayed"] = returned_fraction(batch.local.all_examples)
         metrics |= evaluation | self._counters() | self.engine.metrics()
         found, texts = self.warnings.of_step(step, metrics)
         metrics |= found

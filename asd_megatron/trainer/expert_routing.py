@@ -12,6 +12,7 @@ prefix that several sequences share is routed as in the first of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.routing import UNKNOWN, LoadBalance, MicroBatchRouting, token_weights
+from asd_megatron.records import Example
 from asd_megatron.trainer.batch import Pack
 from asd_megatron.trainer.local_batch import LocalBatch
 
@@ -56,13 +58,6 @@ class StudentRouting:
                 self.experts[:, first : first + len(given)] = torch.from_numpy(
                     np.ascontiguousarray(given.transpose(1, 0, 2))
                 ).to(torch.int16)
-
-    @property
-    def replayed_fraction(self) -> float:
-        """Of this rank's student tokens."""
-        if self.experts is None or self.experts.shape[1] == 1:
-            return 0.0
-        return float((self.experts[:, :-1] != UNKNOWN).float().mean())
 
     def scoring(self, pack: Pack) -> MicroBatchRouting:
         """For the student's scoring pass: replays the engine's experts, or records."""
@@ -99,3 +94,10 @@ class StudentRouting:
         if self.experts is None:
             return None
         return self.experts[:, pack.numbers.cpu()].to(self._device, torch.int64)
+
+
+def returned_fraction(examples: Sequence[Example]) -> float:
+    """The fraction of all student tokens whose experts the engine returned."""
+    rollouts = [example.rollout for example in examples]
+    returned = sum(len(r.routed_experts) for r in rollouts if r.routed_experts is not None)
+    return returned / max(1, sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts))
