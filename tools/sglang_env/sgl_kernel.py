@@ -3,8 +3,8 @@
 SGLang imports kernels by name all over its modules, whether it calls them or not. With `--attention-backend
 torch_native` a float32 or bfloat16 text model, with experts or without, never does.
 
-With `--enable-return-routed-experts` SGLang also pins host memory for copies from a GPU, whatever the device is. Without
-CUDA in torch there is nothing to pin it for, so that request succeeds without doing anything.
+With `--enable-return-routed-experts` SGLang also pins host memory for copies from a GPU, whatever the device is.
+Without CUDA in torch there is nothing to pin it for, so that request succeeds without doing anything.
 """
 
 import torch
