@@ -139,13 +139,15 @@ def test_wrong_experts_are_found(
     transport.close()
 
 
+@pytest.mark.parametrize("seed", [4, 5])
 def test_the_routed_experts_are_those_of_the_weights(
-    folders: dict[str, Path], servers: dict[str, HttpReceiver], tmp_path: Path
+    seed: int, folders: dict[str, Path], servers: dict[str, HttpReceiver], tmp_path: Path
 ) -> None:
-    """Against transformers' router on the same tokens: of a prompt, of a response, from the cache, after an abort."""
+    """Against transformers' router on the same tokens: of a prompt, of a response, from the cache of these weights and
+    not of those before."""
     folder, url = folders["qwen3_moe"], servers["qwen3_moe"].url
     sender = DiskTransport(tmp_path / "weights", folder)
-    assert synchronise(sender, [servers["qwen3_moe"]], tensors(folder, 4), "0c0c0c0c-4").failures == {}
+    assert synchronise(sender, [servers["qwen3_moe"]], tensors(folder, seed), f"0c0c0c0c-{seed}").failures == {}
     routing = Routing.of(json.loads((folder / "config.json").read_text()))
     assert routing == Routing(layers=4, experts=6, per_token=2)
 
@@ -154,7 +156,7 @@ def test_the_routed_experts_are_those_of_the_weights(
             server = SGLangServer(url, session, API_KEY)
 
             async def ask(ids: list[int], new: int) -> list[int]:
-                sampling = {"max_new_tokens": new, "temperature": 1.0, "ignore_eos": True}
+                sampling = {"max_new_tokens": new, "temperature": 0.0, "ignore_eos": True}
                 answers.append((ids, await server.generate(ids, sampling, routing)))
                 return [*ids, *answers[-1][1].output_ids]
 
@@ -167,7 +169,7 @@ def test_the_routed_experts_are_those_of_the_weights(
     for ids, answer in asyncio.run(run()):
         tokens = [*ids, *answer.output_ids]
         with torch.no_grad():
-            logits = model(folder, 4)(torch.tensor([tokens]), output_router_logits=True).router_logits
+            logits = model(folder, seed)(torch.tensor([tokens]), output_router_logits=True).router_logits
         wanted = torch.stack([layer.topk(2).indices for layer in logits], dim=1)[:-1]
         assert answer.routed_experts is not None, answer.unrouted
         assert answer.routed_experts.shape == (len(tokens) - 1, 4, 2)

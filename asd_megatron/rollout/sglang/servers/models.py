@@ -40,8 +40,8 @@ def check_served(config: Mapping[str, Any], context_length: int | None = None) -
         _check_olmo3_rope(config)
     if "Qwen3MoeForCausalLM" in architectures and config.get("tie_word_embeddings"):
         raise UserError(
-            "config.json: tie_word_embeddings is true, and SGLang gives every Qwen3-MoE a head of its own, which nothing"
-            " would fill: use rollout.engine embedded"
+            "config.json: tie_word_embeddings is true, and SGLang gives every Qwen3-MoE an output layer of its own,"
+            " which nothing would fill: use rollout.engine embedded"
         )
     window = config.get("sliding_window")
     if "use_sliding_window" in config and not config["use_sliding_window"]:

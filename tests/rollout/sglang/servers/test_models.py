@@ -42,7 +42,7 @@ def test_a_window_that_sglang_ignores() -> None:
 
 
 def test_experts_with_tied_embeddings() -> None:
-    """Seen with SGLang 0.5.23: the server starts, and samples with a head that was never loaded."""
+    """Seen with SGLang 0.5.23: the server starts, and samples with an output layer that was never loaded."""
     config = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 6}
     with pytest.raises(UserError, match="tie_word_embeddings is true.*rollout.engine embedded"):
         check_served({**config, "tie_word_embeddings": True})
