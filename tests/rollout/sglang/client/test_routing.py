@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_what_is_not_of_this_model_and_these_tokens(given: object, reason: str) 
 def test_unusable_routes_cost_no_sample(fake_pair: tuple[FakeSGLang, FakeSGLang], make_fleet: Make) -> None:
     """One answer with routes of other tokens, one from a server without the flag, one that was not asked for any."""
     first, second = fake_pair
-    first.routing, first.faults = ROUTING, first.faults.__class__(["200", "routes"])
+    first.routing, first.faults = ROUTING, deque(["503", "routes"])
     fleet = make_fleet(first, retries=3)
     wanted = [SampleRequest((0, s), 0, (1, s), {"max_new_tokens": 4}, ROUTING) for s in range(3)]
     fleet.submit(wanted)
