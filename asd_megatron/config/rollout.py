@@ -149,6 +149,14 @@ class RolloutSection(Section):
             " interface from which they are reached."
         ),
     )
+    routing_replay: Literal["none", "engine", "scoring"] = Field(
+        "none",
+        description=(
+            "Models with experts: which choices of experts are replayed when the student's log-probs are computed."
+            " `none`: the trainer routes every token by itself; `engine`: those of the SGLang servers, returned"
+            " with the rollouts; `scoring`: those of the trainer's own scoring pass before the updates."
+        ),
+    )
     verify_weights: bool = Field(
         True,
         description=(

@@ -148,7 +148,7 @@ def server_names() -> set[str]:
     readings = ServerMetrics()
     probes = {"http://a": ProbeDifference(0.0, 0.0, False)}
     readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.5, checked=1, probes=probes))
-    return set(readings.take(ServerCounters(), serving=1, restarts=0))
+    return set(readings.take(ServerCounters(), serving=1, restarts=0, unrouted=0))
 
 
 def released_form_names() -> set[str]:
