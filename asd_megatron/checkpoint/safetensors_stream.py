@@ -1,0 +1,107 @@
+"""Safetensors files written one tensor at a time.
+
+`safetensors.torch.save_file` wants all tensors of a file in memory. When names, shapes and dtype are known beforehand,
+the header can be written first and each tensor to its place, in any order; the file is the same byte for byte.
+
+    8 bytes      length of the header
+    header       {"__metadata__": {"format": "pt"}, name: {"dtype", "shape", "data_offsets"}, ...}, padded to 8 bytes
+    data         the tensors, by name
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from asd_megatron.checkpoint.huggingface import INDEX, SINGLE
+from asd_megatron.files import to_json
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_ALIGNMENT = 8
+
+
+def write_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    folder: Path,
+    max_shard_bytes: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Write safetensors of at most `max_shard_bytes` (a larger tensor gets a file of its own) with their index, or one
+    file without an index when that is enough.
+
+    `shapes` has every tensor's, in the order in which `tensors` yields them; they are converted to `dtype`. `advance`
+    takes the bytes of each tensor once it is written. OSError when the system refuses to write.
+    """
+    shards = _shards(shapes, dtype, max_shard_bytes)
+    names = [SINGLE] if len(shards) == 1 else _names(len(shards))
+    remaining = iter(tensors)
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, {n: shapes[n] for n in shard}, dtype, remaining, advance)
+    if len(shards) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(to_json(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _names(count: int) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int) -> list[list[str]]:
+    """The tensors of each file, in their order."""
+    shards: list[list[str]] = []
+    size = 0
+    for name, shape in shapes.items():
+        bytes_ = math.prod(shape) * dtype.itemsize
+        if not shards or size + bytes_ > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += bytes_
+    return shards
+
+
+def _write_file(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, Tensor]],
+    advance: Callable[[int], None],
+) -> None:
+    header, starts = _header(shapes, dtype)
+    expected = iter(tensors)
+    with path.open("wb") as file:
+        file.write(header)
+        for name, shape in shapes.items():
+            found, tensor = next(expected)
+            assert found == name and tuple(tensor.shape) == shape, (found, name, tuple(tensor.shape), shape)
+            data = tensor.detach().to(dtype).contiguous()
+            file.seek(len(header) + starts[name])
+            file.write(data.view(-1).view(torch.uint8).numpy().data)
+            advance(data.nbytes)
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the data, and where in the data each tensor begins."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    end = 0
+    for name in sorted(shapes):
+        starts[name], end = end, end + math.prod(shapes[name]) * dtype.itemsize
+        entries[name] = {
+            "dtype": _DTYPES[dtype],
+            "shape": list(shapes[name]),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text, starts

@@ -1,0 +1,143 @@
+"""Where a model's parameters are in Megatron-Core's `torch_dist` checkpoints, by the rules of its family.
+
+    parameter    decoder.layers.{layer}.self_attention.linear_qkv.weight       [rows, hidden]
+    stacked      decoder.layers.self_attention.linear_qkv.weight               [layers, rows, hidden], at [layer]
+    by layer     decoder.layers.3.self_attention.linear_qkv.weight             [rows, hidden]
+    an expert's  decoder.layers.mlp.experts.experts.linear_fc1.weight          [layers, experts, rows, hidden], at
+                                                                               [layer, expert]
+
+Megatron stacks the layers of a homogeneous model; others, and releases that say so in the checkpoint, have a key for
+each layer, or for each expert (`mlp.experts.experts.5.linear_fc1.weight`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from asd_megatron.models.family import Family, ModelShape
+from asd_megatron.models.port import shapes_of
+from asd_megatron.models.weights import Rule, Shapes, Vocabulary
+
+LAYERS = "decoder.layers."
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A stored tensor, the leading index at which a parameter is in it, and the sizes of these axes."""
+
+    key: str
+    index: tuple[int, ...] = ()
+    leading: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the complete model: its rule, and the layer and the expert that it belongs to."""
+
+    rule: Rule
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The Hugging Face tensors that it holds."""
+        return self.rule.names(self.layer, self.expert)
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether its rows are tokens, after which a checkpoint may have padding."""
+        return isinstance(self.rule.operation, Vocabulary)
+
+    def shape(self, shapes: Shapes) -> tuple[int, ...]:
+        """Of the full Megatron tensor; `shapes` without padding."""
+        full = [torch.empty(shape, device="meta") for shape in self.rule.operation.shapes(shapes)]
+        return tuple(self.rule.operation.shard(full, 0, 1, shapes).shape)
+
+    def places(self, model: ModelShape) -> list[Place]:
+        """Everywhere that Megatron may have stored it; the first is where it is written now."""
+        experts = 0 if model.experts is None else model.experts.count
+        found: list[Place] = []
+        for name in reversed(self.rule.megatron):  # last, the name of Transformer Engine's module: all layers use it
+            places = [Place(_stored_name(name))]
+            for number, count, mark in ((self.layer, model.layers, "{layer}."), (self.expert, experts, "{expert}.")):
+                if number is not None:
+                    places = [wider for place in places for wider in _stacked_or_not(place, number, count, mark)]
+            found += places
+        return list(dict.fromkeys(found))
+
+
+def _stacked_or_not(place: Place, number: int, count: int, mark: str) -> Iterator[Place]:
+    yield Place(place.key.replace(mark, ""), (*place.index, number), (*place.leading, count))
+    yield Place(place.key.replace(mark, f"{number}."), place.index, place.leading)
+
+
+def _stored_name(name: str) -> str:
+    """The key of a parameter, from its name in a module:
+
+    mlp.experts.local_experts.{expert}.linear_fc1.weight, mlp.experts.linear_fc1.weight{expert}
+        -> mlp.experts.experts.{expert}.linear_fc1.weight
+    """
+    if name.endswith("{expert}"):
+        head, _, tail = name.removesuffix("{expert}").partition("mlp.experts.")
+        return f"{head}mlp.experts.experts.{{expert}}.{tail}"
+    return name.replace("experts.local_experts.", "experts.experts.")
+
+
+def parameters(family: Family, shape: ModelShape) -> Iterator[Parameter]:
+    """Every parameter in the order of the forward pass, without the head of a tied model."""
+    rules = [rule for rule in family.rules if not (shape.tied and rule.huggingface == (HEAD,))]
+    numbers = [number for number, rule in enumerate(rules) if rule.per_layer]
+    yield from map(Parameter, rules[: numbers[0]])
+    count = 0 if shape.experts is None else shape.experts.count
+    for layer in range(shape.layers):
+        of_layer = rules[numbers[0] : numbers[-1] + 1]
+        of_expert = [rule for rule in of_layer if rule.per_expert]
+        for rule in of_layer:
+            if not rule.per_expert:
+                yield Parameter(rule, layer)
+            elif rule is of_expert[0]:
+                yield from (Parameter(r, layer, expert) for expert in range(count) for r in of_expert)
+    yield from map(Parameter, rules[numbers[-1] + 1 :])
+
+
+def unpadded(shape: ModelShape) -> Shapes:
+    """The sizes of a model's full tensors, whose vocabulary has no padding."""
+    return shapes_of(shape, 1)
+
+
+_NOT_OF_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|initial\.|ema\.|rng_state|rerun_state_machine|iteration")
+
+
+def is_of_the_model(key: str) -> bool:
+    """Whether a stored tensor is a live weight: not of an optimizer, a copy of the weights, a random state or a
+    module's extra state."""
+    return not (_NOT_OF_THE_MODEL.match(key) or "_extra_state" in key)
+
+
+_KNOWN = {
+    "mixer.": "Mamba layers",
+    "linear_kv_down_proj": "multi-latent attention",
+    "linear_q_down_proj": "multi-latent attention",
+    "mtp.": "multi-token prediction",
+    "position_embeddings": "learned positions",
+    "shared_experts": "shared experts",
+    "expert_bias": "a router with biases",
+    ".bias": "biases",
+    "layer_norm_bias": "LayerNorm",
+    "cross_attention": "cross attention",
+    "encoder.": "an encoder",
+    "router": "experts",
+    "experts": "experts",
+    "layernorm": "norms",
+    "output_layer": "a head that is not the embedding",
+}
+
+
+def what_it_belongs_to(key: str) -> str:
+    """` (Mamba layers)`: the part of a model that an unexpected key is of; empty where that is not known."""
+    return next((f" ({what})" for part, what in _KNOWN.items() if part in key), "")
