@@ -59,6 +59,7 @@ def prepare() -> None:
     with without_compiler():
         import megatron.core  # noqa: F401 (decorates functions with torch.compile)
     _redirect_megatron_rng()
+    _redirect_token_counts()
 
 
 def _prepare_cuda(environment: MutableMapping[str, str]) -> None:
@@ -231,3 +232,14 @@ def _redirect_megatron_rng() -> None:
     megatron_random.CudaRNGStatesTracker.add = add
     # fork() compares the CPU state before and after and warns that it changed: here it is meant to.
     logging.getLogger(megatron_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+
+
+def _redirect_token_counts() -> None:
+    """Megatron's dispatcher of tokens to experts moves their counts from a GPU to NumPy arrays, which collectives take
+    as split sizes; counts that are on the CPU already would stay tensors, which they do not take."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = moved

@@ -3,7 +3,6 @@ for the key/value cache of the sampler."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,8 +33,17 @@ numbers would then depend on how many others are in its batch."""
 class Attends(Protocol):
     """Attention as `models.decoder` calls it: over the sampler's key/value cache, or over a pack (`PackAttention`)."""
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
-        """query [s, B, hkv, h / hkv, d], key and value [s, B, hkv, d], after RoPE. Returns [s, B, h * d]."""
+    def attend(
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        softmax_scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        """query [s, B, hkv, h / hkv, d], key and value [s, B, hkv, d], after RoPE. `window`: the newest keys that a
+        query attends to, its own included; None: all. Returns [s, B, h * d]."""
         ...
 
 
@@ -66,6 +74,9 @@ class AttentionBucket:
             B  8         1 1 1 1 1 1 | . . | 1 . .             cross-segment pairs (B, A) are computed and masked
                9         1 1 1 1 1 1 | . . | 1 1 .
               10         1 1 1 1 1 1 | . . | 1 1 1
+
+    With a sliding window a query attends only to that many newest positions: window 4 leaves B 8 (position 6) the keys
+    3 4 5 and itself.
 
     Attributes:
         queries, keys: int64 [n, S] and [n, K], places in the pack; 0 in the padding. valid: bool [n, S].
@@ -103,10 +114,25 @@ class _SegmentRow:
         return np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
 
 
-def plan_buckets(cu_seqlens: Sequence[int], parents: Sequence[int], device: torch.device) -> list[AttentionBucket]:
+def plan_buckets(
+    cu_seqlens: Sequence[int], parents: Sequence[int], device: torch.device, window: int | None = None
+) -> list[AttentionBucket]:
     """Group a pack's segments into rows, and rows of similar size into buckets. `cu_seqlens`, `parents` as in
     `PackedTokens`: `parents` () for sequences that share nothing."""
-    return [_bucket(rows, device) for rows in _by_size(_rows(cu_seqlens, parents))]
+    return [_bucket(rows, device, window) for rows in _by_size(_rows(cu_seqlens, parents))]
+
+
+class AttentionPlan:
+    """The buckets of one pack, computed once for all layers with the same window."""
+
+    def __init__(self, cu_seqlens: Sequence[int], parents: Sequence[int], device: torch.device) -> None:
+        self._pack = (cu_seqlens, parents, device)
+        self._buckets: dict[int | None, list[AttentionBucket]] = {}
+
+    def buckets(self, window: int | None) -> list[AttentionBucket]:
+        if window not in self._buckets:
+            self._buckets[window] = plan_buckets(*self._pack, window)
+        return self._buckets[window]
 
 
 def _rows(cu_seqlens: Sequence[int], parents: Sequence[int]) -> list[_SegmentRow]:
@@ -153,7 +179,7 @@ def _by_size(rows: list[_SegmentRow]) -> list[list[_SegmentRow]]:
     return buckets
 
 
-def _bucket(rows: list[_SegmentRow], device: torch.device) -> AttentionBucket:
+def _bucket(rows: list[_SegmentRow], device: torch.device, window: int | None) -> AttentionBucket:
     # NumPy: with tensors, planning a small pack would take as long as its attention.
     width, length = max(r.keys for r in rows), max(r.queries for r in rows)
     queries, starts = np.zeros((2, len(rows), length), dtype=np.int64)
@@ -163,7 +189,9 @@ def _bucket(rows: list[_SegmentRow], device: torch.device) -> AttentionBucket:
     valid = torch.from_numpy(at < np.array([[r.queries] for r in rows])).to(device)
     query_places = torch.from_numpy(queries).to(device)
     depths = np.array([[len(r.path)] for r in rows])
-    if not depths.any():
+    if window is not None and window >= width:
+        window = None
+    if not depths.any() and window is None:
         return AttentionBucket(query_places, query_places, valid, None)
     keys = np.zeros((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
@@ -171,16 +199,24 @@ def _bucket(rows: list[_SegmentRow], device: torch.device) -> AttentionBucket:
         keys[i, len(row.path) : row.keys] = queries[i, : row.queries]
     mask: Any
     single = all(len(r.spans) == 1 for r in rows)
-    if single and len({(r.keys, r.queries) for r in rows}) == 1:
+    if single and window is None and len({(r.keys, r.queries) for r in rows}) == 1:
         mask = _lower_right(length, width, device)
     else:
-        # Queries in the padding attend to something too: a softmax over nothing would be NaN.
         attend = np.arange(width) <= (depths + at)[..., None]
+        own = np.arange(width) - depths  # [n, K]: place among the row's own tokens, negative on the path
         if not single:
             for i, row in enumerate(rows):
                 starts[i, : row.queries] = row.segment_starts
-            own = np.arange(width) - depths  # [n, K]: place among the row's own tokens, negative on the path
             attend &= (own[:, None] < 0) | (own[:, None] >= starts[..., None])
+        if window is not None:
+            # Positions, from the root: of a query depth + its place in its segment, of a key on the path its place.
+            query_positions = (depths + at - starts)[..., None]
+            key_positions = np.where(
+                own[:, None] < 0, np.arange(width), depths[..., None] + own[:, None] - starts[..., None]
+            )
+            attend &= key_positions > query_positions - window
+            attend[..., 0] |= ~attend.any(-1)
+        # Queries in the padding attend to something too: a softmax over nothing would be NaN.
         mask = torch.from_numpy(attend[:, None]).to(device)
     return AttentionBucket(query_places, torch.from_numpy(keys).to(device), valid, mask)
 
@@ -241,11 +277,14 @@ class SDPACoreAttention(torch.nn.Module):
         attention_type: str,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        *,
+        scale: float,
+        window: int | None,
         **_: Any,
     ) -> None:
+        """`scale`, `window`: of this layer; `softmax_scale`, Megatron's for all layers, is not read."""
         super().__init__()
-        self.layer_number = layer_number
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.layer_number, self.scale, self.window = layer_number, scale, window
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
@@ -263,29 +302,37 @@ class SDPACoreAttention(torch.nn.Module):
             raise ValueError("this attention takes packed sequences only")
         if self.cp_group is not None:
             cu_seqlens = packed_seq_params.cu_seqlens_q.tolist()
-            out = _context_parallel(query, key, value, cu_seqlens, self.scale, self.cp_group)
+            out = _context_parallel(query, key, value, cu_seqlens, self.scale, self.window, self.cp_group)
         else:
             out = self._packed(query, key, value, packed_seq_params)
         return out.reshape(len(query), 1, -1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
-        buckets = getattr(packed, "buckets", None)
-        if buckets is None:  # all layers of the micro-batch share the plan
+        plan = getattr(packed, "plan", None)
+        if plan is None:  # all layers of the micro-batch share it
             parents = getattr(packed, "parents", ())
-            buckets = packed.buckets = plan_buckets(packed.cu_seqlens_q.tolist(), parents, query.device)
-        return _attend(query, key, value, buckets, self.scale)
+            plan = packed.plan = AttentionPlan(packed.cu_seqlens_q.tolist(), parents, query.device)
+        return _attend(query, key, value, plan.buckets(self.window), self.scale)
 
 
 class PackAttention:
     """Attention over one pack for `models.decoder`, which sees the pack as a batch of one long row."""
 
     def __init__(self, packed: PackedTokens) -> None:
-        self._buckets = plan_buckets(packed.cu_seqlens.tolist(), packed.parents, packed.cu_seqlens.device)
+        self._plan = AttentionPlan(packed.cu_seqlens.tolist(), packed.parents, packed.cu_seqlens.device)
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
+    def attend(
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        softmax_scale: float,
+        window: int | None = None,
+    ) -> Tensor:
         """query [T, 1, hkv, h / hkv, d], key and value [T, 1, hkv, d], after RoPE. Returns [T, 1, h * d]."""
         query = query.flatten(2, 3).squeeze(1)
-        out = _attend(query, key.squeeze(1), value.squeeze(1), self._buckets, softmax_scale)
+        out = _attend(query, key.squeeze(1), value.squeeze(1), self._plan.buckets(window), softmax_scale)
         return out.reshape(len(query), 1, -1)
 
 
@@ -331,7 +378,13 @@ def zigzag(length: int, size: int, rank: int) -> Tensor:
 
 
 def _context_parallel(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: list[int], scale: float, group: dist.ProcessGroup
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: list[int],
+    scale: float,
+    window: int | None,
+    group: dist.ProcessGroup,
 ) -> Tensor:
     """This rank's queries of every sequence against the sequence's gathered keys, put back in the order of
     positions."""
@@ -345,7 +398,10 @@ def _context_parallel(
         order = torch.cat([zigzag(length, size, r) for r in range(size)]).argsort().to(query.device)
         keys = both[:, span].flatten(0, 1)[order].permute(1, 2, 0, 3)[:, None]  # [2, 1, hkv, L, d]
         at = zigzag(length, size, rank).to(query.device)
-        mask = torch.arange(length, device=query.device)[None] <= at[:, None]
+        places = torch.arange(length, device=query.device)[None]
+        mask = places <= at[:, None]
+        if window is not None:
+            mask &= places > at[:, None] - window
         q = query[span].transpose(0, 1)[None]
         outputs.append(_attention(q, keys[0], keys[1], scale, mask)[0].transpose(0, 1))
         start += local
@@ -366,16 +422,16 @@ class CachedAttention(torch.nn.Module):
 
     holder: CacheHolder
 
-    def __init__(self, holder: CacheHolder, layer_number: int, softmax_scale: float) -> None:
+    def __init__(self, holder: CacheHolder, layer_number: int, scale: float, window: int | None) -> None:
         super().__init__()
         self.__dict__["holder"] = holder  # not a submodule, not state
-        self.layer_number, self.softmax_scale = layer_number, softmax_scale
+        self.layer_number, self.scale, self.window = layer_number, scale, window
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         assert self.holder.cache is not None
         filled = query.shape[1]
         query, key, value = (x[:, : self.holder.rows] for x in (query, key, value))
-        out = self.holder.cache.attend(self.layer_number, query, key, value, self.softmax_scale)
+        out = self.holder.cache.attend(self.layer_number, query, key, value, self.scale, self.window)
         return fill_rows(out, filled, dim=1)
 
 

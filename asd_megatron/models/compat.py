@@ -49,12 +49,20 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
 
 
+def routers_without_transformer_engine() -> None:
+    """Let 0.16.1's routers run without Transformer Engine: they ask for its matrix product by a name that is missing
+    then."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def hidden_state_model(gpt_class: type) -> type:
     """GPTModel whose last stage returns hidden states after the final norm: the head is fused with the loss, outside.
 
     Both releases end their forward in `_postprocess`, handed the decoder's output by keyword, and begin it with
-    `_preprocess`, whose second result are the rotation angles: a pack that brings its own (`packed_seq_params.angles`)
-    gets those.
+    `_preprocess`, whose second result are the rotation angles: here those of the pack (`packed_seq_params.angles`).
     """
     if not hasattr(gpt_class, "_postprocess") or not hasattr(gpt_class, "_preprocess"):
         raise UserError(
@@ -64,8 +72,7 @@ def hidden_state_model(gpt_class: type) -> type:
     class HiddenStateModel(gpt_class):  # type: ignore[misc,valid-type]
         def _preprocess(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
             found = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
-            own = getattr(packed_seq_params, "angles", None)
-            return found if own is None else (found[0], own, *found[2:])
+            return (found[0], packed_seq_params.angles, *found[2:])
 
         def _postprocess(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
             return hidden_states

@@ -4,6 +4,8 @@ Parameters travel in buckets: gathered on tensor-parallel rank 0 of their pipeli
 stage, unsharded and yielded one by one. The next bucket is in flight while the current one is consumed:
 
     tp 0, tp 1 of stage 1  --gather-->  tp 0 of stage 1  --send-->  tp 0 of stage 0: unshard, yield (name, tensor)
+
+Experts are not sharded: the rank that holds one sends it to the first rank of all directly.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,27 +24,40 @@ from asd_megatron.distributed.objects import broadcast_object, gather_objects
 from asd_megatron.models.weights import Rule, Shapes
 
 BUCKET_BYTES = 256 * 2**20
-Key = tuple[int, int | None]
-"""A parameter of the complete model: the index of its rule in the family, and its global layer (None: outside the
-layers)."""
+
+
+class Key(NamedTuple):
+    """A parameter of the complete model: the index of its rule in the family, its global layer and expert (None:
+    outside the layers, no expert's)."""
+
+    rule: int
+    layer: int | None = None
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter of the model. `stage` is the first pipeline stage that has it, `shard` this rank's shard, if
-    any."""
+    """One parameter of the model.
+
+    Attributes:
+        stage: the first pipeline stage that has it.
+        owner: of an expert's parameter, the global rank that sends it; None: it is sharded over `tp`.
+        shard: this rank's shard, if any.
+    """
 
     rule: Rule
-    layer: int | None
+    key: Key
     stage: int
+    owner: int | None
     shard: Tensor | None
 
 
 @dataclass
-class _StageBucket:
-    """Consecutive parameters of one stage; `numel` counts the elements of one rank's shards of them."""
+class _Bucket:
+    """Consecutive parameters from one place, a stage or an owner; `numel` counts the elements of one rank's shards."""
 
     stage: int
+    owner: int | None
     parts: list[Part]
     numel: int
 
@@ -50,7 +66,7 @@ class _StageBucket:
 class _Transfer:
     """A bucket in flight. `gathered` [tp, numel], on the ranks that it passes, is complete after `work`."""
 
-    bucket: _StageBucket
+    bucket: _Bucket
     gathered: Tensor | None
     work: dist.Work | None
 
@@ -71,23 +87,25 @@ def first_stages(keys: Iterable[Key], pp: dist.ProcessGroup) -> dict[Key, int]:
 
 @dataclass(frozen=True)
 class FullTensors:
-    """Gathers one replica's parameters. `dtype` and `device` are those of every `Part.shard`."""
+    """Gathers one replica's parameters. `dtype` and `device` are those of every `Part.shard`. `replica`: whether this
+    rank takes part in what is sharded over `tp`; the owners of experts need not."""
 
     process_groups: ProcessGroups
     shapes: Shapes
     dtype: torch.dtype
     device: torch.device
+    replica: bool
 
     def stream(self, parts: Sequence[Part], bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        """Each part's full tensors by Hugging Face name, in the order of `parts`, on the first rank of `pp` and `tp`;
-        nothing on the others, which take part until the iterator is exhausted.
+        """Each part's full tensors by Hugging Face name, in the order of `parts`, on global rank 0; nothing on the
+        others, which take part until the iterator is exhausted.
 
         Every tensor owns its memory. At most two buckets are alive at a time, beside the tensor being consumed; a
         parameter above `bucket_bytes` is a bucket of its own.
         """
-        pp, tp = self.process_groups.pp.rank(), self.process_groups.tp.rank()
-        is_root = pp == tp == 0
-        transfers = (self._start(b) for b in self._buckets(parts, bucket_bytes) if is_root or b.stage == pp)
+        rank, tp = self.process_groups.world.rank(), self.process_groups.tp.rank()
+        is_root = rank == 0
+        transfers = (self._start(b) for b in self._buckets(parts, bucket_bytes) if is_root or self._gives(b))
         transfer = next(transfers, None)
         following = None
         try:
@@ -96,7 +114,9 @@ class FullTensors:
                 transfer.wait()
                 if is_root:
                     yield from self._unsharded(transfer)
-                elif tp == 0 and transfer.gathered is not None:
+                elif transfer.gathered is not None and transfer.bucket.owner is not None:
+                    dist.send(transfer.gathered, dst=0, group=self.process_groups.world)
+                elif transfer.gathered is not None and tp == 0:
                     dist.send(transfer.gathered, group=self.process_groups.pp, group_dst=0)
                 transfer = following
         except GeneratorExit:  # the consumer stops early; the other ranks send all the same
@@ -105,30 +125,47 @@ class FullTensors:
                 following = next(transfers, None)
             raise
 
-    def _buckets(self, parts: Sequence[Part], bucket_bytes: int) -> list[_StageBucket]:
+    def _gives(self, bucket: _Bucket) -> bool:
+        """Whether this rank's shards are in the bucket."""
+        if bucket.owner is not None:
+            return bucket.owner == self.process_groups.world.rank()
+        return self.replica and bucket.stage == self.process_groups.pp.rank()
+
+    def _ranks(self, owner: int | None) -> int:
+        """Over how many ranks a parameter is sharded."""
+        return self.process_groups.tp.size() if owner is None else 1
+
+    def _buckets(self, parts: Sequence[Part], bucket_bytes: int) -> list[_Bucket]:
         """The same on every rank. Bytes are those of the shards of all tensor-parallel ranks."""
-        size = self.process_groups.tp.size()
-        limit = bucket_bytes // (size * self.dtype.itemsize)
-        buckets: list[_StageBucket] = []
+        buckets: list[_Bucket] = []
         for part in parts:
-            numel = _shard_shape(part.rule, self.shapes, size).numel()
-            if not buckets or buckets[-1].stage != part.stage or buckets[-1].numel + numel > limit:
-                buckets.append(_StageBucket(part.stage, [], 0))
-            buckets[-1].parts.append(part)
-            buckets[-1].numel += numel
+            ranks = self._ranks(part.owner)
+            numel = _shard_shape(part.rule, self.shapes, ranks).numel()
+            latest = buckets[-1] if buckets else None
+            if (
+                latest is None
+                or (latest.stage, latest.owner) != (part.stage, part.owner)
+                or (latest.numel + numel) * ranks * self.dtype.itemsize > bucket_bytes
+            ):
+                latest = _Bucket(part.stage, part.owner, [], 0)
+                buckets.append(latest)
+            latest.parts.append(part)
+            latest.numel += numel
         return buckets
 
-    def _start(self, bucket: _StageBucket) -> _Transfer:
+    def _start(self, bucket: _Bucket) -> _Transfer:
         """Start the transfer that brings the bucket to this rank, or takes this rank's shards from it."""
-        tp, pp = self.process_groups.tp, self.process_groups.pp
-        if bucket.stage != pp.rank():
-            gathered = self._empty(tp.size(), bucket.numel)
+        tp, pp, world = self.process_groups.tp, self.process_groups.pp, self.process_groups.world
+        if not self._gives(bucket):
+            gathered = self._empty(self._ranks(bucket.owner), bucket.numel)
+            if bucket.owner is not None:
+                return _Transfer(bucket, gathered, dist.irecv(gathered, src=bucket.owner, group=world))
             return _Transfer(bucket, gathered, dist.irecv(gathered, group=pp, group_src=bucket.stage))
         mine = self._empty(1, bucket.numel)
         for part, shard in self._shards(bucket, mine):
             assert part.shard is not None, part.rule
             shard[0].copy_(part.shard.detach())
-        if tp.size() == 1:
+        if self._ranks(bucket.owner) == 1:
             return _Transfer(bucket, mine, None)
         if tp.rank() != 0:
             return _Transfer(bucket, None, dist.gather(mine[0], group=tp, group_dst=0, async_op=True))
@@ -140,15 +177,15 @@ class FullTensors:
         storage = transfer.gathered.untyped_storage().data_ptr()
         for part, shards in self._shards(transfer.bucket, transfer.gathered):
             full = part.rule.operation.unshard(shards, self.shapes)
-            for name, tensor in zip(part.rule.names(part.layer), full, strict=True):
+            for name, tensor in zip(part.rule.names(part.key.layer, part.key.expert), full, strict=True):
                 # A tensor that the consumer keeps must not keep the bucket's memory.
                 yield name, tensor.clone() if tensor.untyped_storage().data_ptr() == storage else tensor.contiguous()
 
-    def _shards(self, bucket: _StageBucket, flat: Tensor) -> Iterator[tuple[Part, list[Tensor]]]:
+    def _shards(self, bucket: _Bucket, flat: Tensor) -> Iterator[tuple[Part, list[Tensor]]]:
         """Each part's shards as views of `flat` [n, numel], one row for each of n ranks."""
         start = 0
         for part in bucket.parts:
-            shape = _shard_shape(part.rule, self.shapes, self.process_groups.tp.size())
+            shape = _shard_shape(part.rule, self.shapes, self._ranks(bucket.owner))
             end = start + shape.numel()
             yield part, [row[start:end].view(shape) for row in flat]
             start = end

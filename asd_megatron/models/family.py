@@ -9,44 +9,27 @@ from typing import Any, Literal
 
 import torch
 
-from asd_megatron.errors import UserError
-from asd_megatron.models.hf_config import flag, number, required, shown, whole_number
+from asd_megatron.models.hf_config import DAMAGED, MOST_POSITIONS, Fields
+from asd_megatron.models.hf_fields import refuse_changes, warn_of_unknown
+from asd_megatron.models.layer_attention import Attention, AttentionKind, full_attention
 from asd_megatron.models.rope import RotarySettings
 from asd_megatron.models.weights import QKV, Copy, GateUp, Row, Rule, Split, Vocabulary
+
+__all__ = ["AttentionKind", "Experts", "Family", "ModelShape", "QKNorm", "decoder_family"]
 
 # The largest sizes that are believed. Beyond them a file is damaged, and building such a model would take all memory.
 MOST = {
     "num_hidden_layers": 1 << 12,
     "hidden_size": 1 << 18,
     "num_attention_heads": 1 << 12,
-    "num_key_value_heads": 1 << 12,
-    "head_dim": 1 << 12,
     "intermediate_size": 1 << 21,
     "vocab_size": 1 << 24,
-    "max_position_embeddings": (1 << 31) - 1,
-    "num_experts": 1 << 12,
-    "num_experts_per_tok": 1 << 12,
-    "moe_intermediate_size": 1 << 21,
-    "sliding_window": (1 << 31) - 1,
+    "max_position_embeddings": MOST_POSITIONS,
 }
-OPTIONAL = ("num_key_value_heads", "head_dim")
-SIZES = tuple(MOST)[:8]
+MOST_HEADS, MOST_HEAD_DIM, MOST_EXPERTS, MOST_EXPERT_FFN = 1 << 12, 1 << 12, 1 << 12, 1 << 21
 
 QKNorm = Literal["none", "head", "projection"]
 """RMSNorm of queries and keys: none; of each head, with one weight for all heads; of the complete projection."""
-
-
-@dataclass(frozen=True)
-class AttentionKind:
-    """How a layer attends.
-
-    Attributes:
-        rotary: its rotary position embedding.
-        window: the newest keys that a query attends to, its own included; None: all.
-    """
-
-    rotary: RotarySettings
-    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,21 +92,6 @@ class Family:
     activation: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.silu
 
 
-Attention = Callable[[Mapping[str, Any], int, int], tuple[AttentionKind, ...]]
-"""(config, layers, head_dim) -> how each layer attends."""
-
-
-def full_attention(config: Mapping[str, Any], layers: int, head_dim: int) -> tuple[AttentionKind, ...]:
-    """Every layer attends to all earlier tokens; a config that asks for a window is refused."""
-    refuse_unless(config, "use_sliding_window", (False, None), "sliding-window attention is not supported")
-    layer_types = config.get("layer_types")
-    if layer_types is not None and (
-        not isinstance(layer_types, list | tuple) or any(kind != "full_attention" for kind in layer_types)
-    ):
-        raise UserError("config.json: layer_types asks for other layers than full_attention, which are not supported")
-    return (AttentionKind(RotarySettings.from_config(config, head_dim)),) * layers
-
-
 def decoder_family(
     name: str,
     *architectures: str,
@@ -133,65 +101,63 @@ def decoder_family(
     experts: bool = False,
     attention: Attention = full_attention,
     explicit: tuple[str, ...] = (),
+    norm_epsilon: float = 1e-6,
 ) -> Family:
     """A family of decoders with grouped-query attention, RoPE, RMSNorm and SwiGLU, whose other projections have no
     bias.
 
-    `explicit` are optional keys of config.json that this family requires, since `transformers` gives them other
-    defaults than ours.
+    `name` is the family's `model_type`. `explicit` are optional keys of config.json that this family requires, since
+    `transformers` gives them other defaults than ours. `norm_epsilon` is its default of `rms_norm_eps`.
     """
     translate = partial(
         _translate,
+        name=name,
         qk_norm=qk_norm,
         qkv_bias=qkv_bias,
         post_norm=post_norm,
         experts=experts,
         attention=attention,
         explicit=explicit,
+        norm_epsilon=norm_epsilon,
     )
     rules = _rules(qk_norm=qk_norm, qkv_bias=qkv_bias, post_norm=post_norm, experts=experts)
     return Family(name, architectures, translate, rules)
 
 
-def refuse_unless(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...], why: str) -> None:
-    """Raise UserError unless the key is absent or one of `allowed`; `why` says what is supported."""
-    if config.get(key, allowed[0]) not in allowed:
-        raise UserError(f"config.json: {key} is {shown(config[key])}; {why}")
-
-
 def _translate(
     config: Mapping[str, Any],
     *,
+    name: str,
     qk_norm: QKNorm,
     qkv_bias: bool,
     post_norm: bool,
     experts: bool,
     attention: Attention,
     explicit: tuple[str, ...],
+    norm_epsilon: float,
 ) -> ModelShape:
+    fields = Fields(config)
+    if fields.get("model_type", name) != name:  # transformers builds the model that this names, not `architectures`
+        fields.unsupported("model_type", f"architectures names a model of type {name}: correct one of them")
     for key in explicit:
-        required(config, key)
-    refuse_unless(config, "quantization_config", (None,), "quantized weights cannot be trained; use a model without")
-    refuse_unless(config, "hidden_act", ("silu",), "only silu (SwiGLU) is supported")
-    refuse_unless(config, "attention_bias", (False, None), "projections with a bias are not supported")
-    refuse_unless(config, "mlp_bias", (False, None), "projections with a bias are not supported")
-    size = {key: whole_number(config, key, MOST[key]) for key in SIZES if key not in OPTIONAL}
-    heads, hidden = size["num_attention_heads"], size["hidden_size"]
-    kv_heads, head_dim = (None if config.get(key) is None else whole_number(config, key, MOST[key]) for key in OPTIONAL)
-    kv_heads = heads if kv_heads is None else kv_heads
-    if heads % kv_heads:
-        raise UserError(
-            f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}: the file is"
-            " damaged, or of another model; download the model again"
+        fields.required(key)
+    size = {key: fields.whole_number(key, most) for key, most in MOST.items()}
+    layers, hidden, heads = (size[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    kv_heads = fields.whole_number("num_key_value_heads", MOST_HEADS, default=heads)
+    if fields.good("num_attention_heads", "num_key_value_heads") and heads % kv_heads:
+        fields.problem(
+            f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}{DAMAGED}"
         )
-    if head_dim is None and hidden % heads:
-        raise UserError(
-            f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads} and there is no head_dim:"
-            " the file is damaged, or of another model; download the model again"
-        )
-    head_dim = hidden // heads if head_dim is None else head_dim
+    head_dim = _head_dim(fields, hidden, heads)
+    epsilon = fields.number("rms_norm_eps", norm_epsilon, zero=True)
+    tied, initializer = fields.flag("tie_word_embeddings"), fields.number("initializer_range", 0.02, zero=True)
+    kinds = attention(fields, layers, head_dim)
+    mixture = _experts(fields) if experts else None
+    unknown = refuse_changes(fields)
+    fields.finish()
+    warn_of_unknown(unknown)
     return ModelShape(
-        layers=size["num_hidden_layers"],
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
@@ -199,26 +165,51 @@ def _translate(
         ffn=size["intermediate_size"],
         vocab=size["vocab_size"],
         max_positions=size["max_position_embeddings"],
-        norm_epsilon=number(config, "rms_norm_eps", 1e-6, zero=True),
-        tied=flag(config, "tie_word_embeddings"),
-        attention=attention(config, size["num_hidden_layers"], head_dim),
+        norm_epsilon=epsilon,
+        tied=tied,
+        attention=kinds,
         qk_norm=qk_norm,
         qkv_bias=qkv_bias,
         post_norm=post_norm,
-        experts=_experts(config) if experts else None,
-        initializer_range=number(config, "initializer_range", 0.02, zero=True),
+        experts=mixture,
+        initializer_range=initializer,
     )
 
 
-def _experts(config: Mapping[str, Any]) -> Experts:
-    refuse_unless(config, "mlp_only_layers", ([], None), "a model with dense and sparse layers is not supported")
-    refuse_unless(config, "decoder_sparse_step", (1, None), "a model with dense and sparse layers is not supported")
+def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
+    """`head_dim`, or hidden / heads without it; 2 where one of the three was refused."""
+    if fields.get("head_dim") is not None:
+        head_dim = fields.whole_number("head_dim", MOST_HEAD_DIM)
+        return head_dim if fields.good("head_dim") else 2
+    if not fields.good("hidden_size", "num_attention_heads", "head_dim"):
+        return 2
+    if hidden % heads:
+        fields.problem(
+            f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads} and there is no"
+            f" head_dim{DAMAGED}"
+        )
+        return 2
+    return hidden // heads
+
+
+def _experts(fields: Fields) -> Experts:
+    name, other = "num_experts", "num_local_experts"  # transformers 4 writes the first, 5 the second
+    given = [key for key in (name, other) if fields.get(key) is not None]
+    count = fields.whole_number(given[0] if given else name, MOST_EXPERTS)
+    if len(given) == 2 and fields.get(other) != count and fields.good(name):
+        fields.unsupported(other, f"but {name} is {count}, and both say how many experts a layer has")
+    per_token = fields.whole_number("num_experts_per_tok", MOST_EXPERTS)
+    if per_token > count and fields.good(name, other, "num_experts_per_tok"):
+        fields.unsupported("num_experts_per_tok", f"there are {count} experts{DAMAGED}")
+    for key, all_layers in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+        if fields.get(key, all_layers) != all_layers:
+            fields.unsupported(key, "a model with dense and sparse layers is not supported")
     return Experts(
-        count=whole_number(config, "num_experts", MOST["num_experts"]),
-        per_token=whole_number(config, "num_experts_per_tok", MOST["num_experts_per_tok"]),
-        ffn=whole_number(config, "moe_intermediate_size", MOST["moe_intermediate_size"]),
-        normalized=flag(config, "norm_topk_prob"),
-        auxiliary_loss=number(config, "router_aux_loss_coef", 0.001, zero=True),
+        count=count,
+        per_token=per_token,
+        ffn=fields.whole_number("moe_intermediate_size", MOST_EXPERT_FFN),
+        normalized=fields.flag("norm_topk_prob"),
+        auxiliary_loss=fields.number("router_aux_loss_coef", 0.001, zero=True),
     )
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from asd_megatron.distributed.layout import Layout
-from asd_megatron.models.attention import SDPACoreAttention
+from asd_megatron.errors import UserError
 from asd_megatron.models.compat import hidden_state_model
 from asd_megatron.models.family import Family, ModelShape
-from asd_megatron.models.norm import RMSNorm
+from asd_megatron.models.layers import layer_specs, norm_class
 
 
 def transformer_config(
@@ -32,6 +31,7 @@ def transformer_config(
         "normalization": "RMSNorm",
         "layernorm_epsilon": shape.norm_epsilon,
         "qk_layernorm": shape.qk_norm == "head",
+        "add_qkv_bias": shape.qkv_bias,
         "gated_linear_unit": True,
         "activation_func": family.activation,
         "add_bias_linear": False,
@@ -57,14 +57,47 @@ def transformer_config(
         "sequence_parallel": layout.sequence_parallel,
         "variable_seq_lengths": layout.pipeline > 1,  # packs differ in length
         "moe_token_dispatcher_type": "alltoall",  # the only one that Megatron allows with it, experts or not
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": 1,
         # Freed outputs are still being sent under interleaving (use after free in 0.16 and 0.17).
         "deallocate_pipeline_outputs": False,
         "overlap_p2p_comm": virtual is not None,
         "batch_p2p_comm": virtual is None,
         "calculate_per_token_loss": True,  # gradients are summed, never averaged: denominators are in the loss
         **_recompute(recompute),
+        **_experts(shape, fused),
+        **(_windows(shape) if fused else {}),  # local layers have theirs in the spec
     }
     return TransformerConfig(**wanted)  # both tested releases know every key
+
+
+def _experts(shape: ModelShape, fused: bool) -> dict[str, Any]:
+    experts = shape.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn,
+        "moe_router_topk": experts.per_token,
+        # The softmax of the chosen logits alone is that of all logits, divided by the sum over the chosen ones.
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # the auxiliary loss is `models.routing`'s
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": fused,
+        "moe_permute_fusion": fused,
+    }
+
+
+def _windows(shape: ModelShape) -> dict[str, Any]:
+    """Megatron knows one window, and which layers have it (1) or attend to everything (0)."""
+    windows = [kind.window for kind in shape.attention]
+    sizes = {w for w in windows if w is not None}
+    if not sizes:
+        return {}
+    if len(sizes) > 1:
+        raise UserError("layers with different sliding windows need model.layers local: Megatron-Core knows one window")
+    return {"window_size": (sizes.pop() - 1, 0), "window_attn_skip_freq": [int(w is not None) for w in windows]}
 
 
 def _recompute(kind: str) -> dict[str, Any]:
@@ -81,6 +114,7 @@ def build_chunks(config: Any, shape: ModelShape, layout: Layout, *, layers: str,
     from megatron.core.models.gpt import GPTModel
 
     model_class = hidden_state_model(GPTModel)
+    specs = layer_specs(shape, layers, layout.tensor)
     stages = layout.virtual_pipeline or 1
     chunks = []
     for stage in range(stages):
@@ -93,46 +127,27 @@ def build_chunks(config: Any, shape: ModelShape, layout: Layout, *, layers: str,
             last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
         chunk = model_class(
             config=config,
-            transformer_layer_spec=_block_spec(config, layers, vp_stage),
+            transformer_layer_spec=_block_spec(config, specs, layers, vp_stage),
             vocab_size=padded_vocab,
             max_sequence_length=shape.max_positions,
             pre_process=first,
             post_process=last,
             parallel_output=True,
             share_embeddings_and_output_weights=shape.tied,
-            position_embedding_type="rope",
-            rotary_base=int(shape.rotaries[0].theta),
+            position_embedding_type="none",  # every micro-batch brings its rotation angles (`ModelPort.forward`)
             vp_stage=vp_stage,
         )
-        inverse = shape.rotaries[0].inverse_frequencies()
-        rotary = chunk.rotary_pos_emb.inv_freq
-        chunk.rotary_pos_emb.inv_freq = inverse.to(rotary.device, rotary.dtype)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         chunks.append(chunk)
     return chunks
 
 
-def _block_spec(config: Any, layers: str, vp_stage: int | None) -> Any:
-    from megatron.core.models.gpt import gpt_layer_specs
+def _block_spec(config: Any, specs: list[Any], layers: str, vp_stage: int | None) -> Any:
+    """The spec of one chunk: its layers out of those of the complete model."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    count = get_num_layers_to_build(config, vp_stage)
-    if layers == "te":
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=TENorm)
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    parts = spec.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules
-    attention.core_attention = SDPACoreAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
-
-
-def softmax_scale(config: Any) -> float:
-    """The factor of the attention scores: the config's, or 1 / sqrt(head_dim)."""
-    return config.softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+    first = get_transformer_layer_offset(config, vp_stage)
+    mine = specs[first : first + get_num_layers_to_build(config, vp_stage)]
+    return TransformerBlockSubmodules(layer_specs=mine, layer_norm=norm_class(layers))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from asd_megatron.models.attention import Attends, CachedAttention, CacheHolder
-from asd_megatron.models.gpt import softmax_scale
-from asd_megatron.models.rope import angles
+from asd_megatron.models.family import ModelShape
+from asd_megatron.models.layers import softmax_scale
+from asd_megatron.models.rope import Rotation
 
 SEQUENCE_PARALLEL_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
@@ -20,8 +21,8 @@ SEQUENCE_PARALLEL_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", 
 class ModuleStack:
     """A chunk's embedding and layers as Megatron's modules (a `models.decoder.Stack`)."""
 
-    def __init__(self, chunk: Any, holder: CacheHolder, inverse_frequencies: Tensor) -> None:
-        self._chunk, self._holder, self._inverse_frequencies = chunk, holder, inverse_frequencies
+    def __init__(self, chunk: Any, holder: CacheHolder, rotation: Rotation) -> None:
+        self._chunk, self._holder, self._rotation = chunk, holder, rotation
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         hidden: Tensor = self._chunk.embedding(input_ids=input_ids, position_ids=position_ids)
@@ -31,13 +32,13 @@ class ModuleStack:
         self._holder.cache, self._holder.rows = cache, rows
         if not self._chunk.pre_process:
             self._chunk.decoder.set_input_tensor(hidden)
-        rotary = angles(position_ids.transpose(0, 1), self._inverse_frequencies)
+        rotary = self._rotation.angles(position_ids.transpose(0, 1))
         out: Tensor = self._chunk.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
         return out
 
 
 @contextmanager
-def sampling_modules(chunk: Any, config: Any, inverse_frequencies: Tensor) -> Iterator[ModuleStack]:
+def sampling_modules(chunk: Any, config: Any, shape: ModelShape, rotation: Rotation) -> Iterator[ModuleStack]:
     """The chunk prepared for sampling: evaluation mode, the engine's cache in place of core attention, no sequence
     parallelism (a single token cannot be sharded). Restored on leaving.
     """
@@ -52,9 +53,11 @@ def sampling_modules(chunk: Any, config: Any, inverse_frequencies: Tensor) -> It
         for owner, name, _ in saved:
             setattr(owner, name, False)
         for attention in attentions:
-            attention.core_attention = CachedAttention(holder, attention.layer_number, softmax_scale(config))
+            kind = shape.attention[attention.layer_number - 1]
+            scale = softmax_scale(shape, kind)
+            attention.core_attention = CachedAttention(holder, attention.layer_number, scale, kind.window)
         with evaluating([chunk]):
-            yield ModuleStack(chunk, holder, inverse_frequencies)
+            yield ModuleStack(chunk, holder, rotation)
     finally:
         for attention, core in zip(attentions, cores, strict=True):
             attention.core_attention = core

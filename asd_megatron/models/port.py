@@ -6,7 +6,7 @@ No other module names GPTModel, a Megatron parameter or a layout of weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,7 +26,8 @@ from asd_megatron.models.families import shape_of
 from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.loading import TensorReader, check_names, read_unquantized
 from asd_megatron.models.module_stack import evaluating, sampling_modules
-from asd_megatron.models.rope import angles
+from asd_megatron.models.rope import Rotation
+from asd_megatron.models.routing import LoadBalance, MicroBatchRouting
 from asd_megatron.models.weights import Copy, Row, Rule, Shapes
 from asd_megatron.ops import gemm
 from asd_megatron.ops.vocab_shard import VocabShard
@@ -72,21 +73,25 @@ class ModelPort:
         self._head: Tensor | None = None
         self._scorers: dict[int, LocalStack] = {}  # set inside `scoring`, by id of the chunk
         self._stages: dict[Key, int] | None = None  # of every parameter, for `export`; communicated once
-        self._inverse_frequencies = shape.rotaries[0].inverse_frequencies().to(self.device)
-        self._mark_sharded()
+        self._rotation = Rotation(shape.rotaries, self.device)
+        self._mark()
 
-    def _mark_sharded(self) -> None:
-        """Mark the parameters that are sharded over tensor-parallel ranks: the gradient norm counts the others once.
+    def _mark(self) -> None:
+        """Mark the parameters that differ over tensor-parallel ranks: the gradient norm counts the others once. Those
+        of experts are reduced over the ranks that hold the same experts.
 
-        Megatron's own initialization would do so, but is skipped (every weight is loaded).
+        Megatron's own initialization would do the first, but is skipped (every weight is loaded), and does the second
+        with expert parallelism alone: without it, experts that tensor-parallel ranks hold would drift apart.
         """
         from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
         for chunk in self.chunks:
             for name, parameter in chunk.named_parameters():
-                operation = self._rule(self._identify(chunk, name)).operation
-                if not isinstance(operation, Copy) and not hasattr(parameter, "tensor_model_parallel"):
-                    set_tensor_model_parallel_attributes(parameter, True, int(isinstance(operation, Row)), 1)
+                rule = self._rule(self._identify(chunk, name))
+                if not isinstance(rule.operation, Copy) and not hasattr(parameter, "tensor_model_parallel"):
+                    set_tensor_model_parallel_attributes(parameter, True, int(isinstance(rule.operation, Row)), 1)
+                if rule.per_expert:
+                    parameter.allreduce = False
 
     @classmethod
     def build(
@@ -144,14 +149,24 @@ class ModelPort:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def forward(self, chunk: torch.nn.Module, packed: PackedTokens) -> Tensor:
+    def load_balance(self, coefficient: float | None = None) -> LoadBalance | None:
+        """For the updates of a model with experts, None for others. coefficient: of the auxiliary loss; None: the
+        model's own."""
+        experts = self.shape.experts
+        if experts is None:
+            return None
+        own = experts.auxiliary_loss if coefficient is None else coefficient
+        return LoadBalance(self.shape.layers, experts.count, own, self.device)
+
+    def forward(self, chunk: torch.nn.Module, packed: PackedTokens, routing: MicroBatchRouting | None = None) -> Tensor:
         """Forward pass of one chunk over one micro-batch: its hidden states, on the last stage after the final norm.
 
+        routing: what the routers of a model with experts are told about the T tokens.
         Returns [T, 1, H] in the model's dtype, or [T / tp, 1, H] under sequence parallelism (T a multiple of tp). On
         later pipeline stages the input is what Megatron's schedules set as the previous stage's output.
         """
         if id(chunk) in self._scorers:
-            return self._score(_bare(chunk), self._scorers[id(chunk)], packed)
+            return self._score(_bare(chunk), self._scorers[id(chunk)], packed, routing)
         from megatron.core.packed_seq_params import PackedSeqParams
 
         params = PackedSeqParams(
@@ -163,26 +178,36 @@ class ModelPort:
             max_seqlen_q=packed.max_seqlen,
             max_seqlen_kv=packed.max_seqlen,
         )
-        if packed.parents:  # for our attention and, because a segment need not begin at position 0, for RoPE
-            params.parents = packed.parents
-            params.angles = angles(packed.position_ids[:, None], self._inverse_frequencies)
+        params.parents = packed.parents  # for our attention
+        # A segment need not begin at position 0; sequences do, and Megatron takes as many of the first angles for each.
+        positions = packed.position_ids if packed.parents else torch.arange(packed.max_seqlen, device=self.device)
+        params.angles = self._rotation.angles(positions[:, None])
+        if routing is not None and self.config.sequence_parallel:
+            routing = routing.sliced(self.process_groups.tp.rank(), self.layout.tensor)
+        params.routing = routing
         return chunk(packed.input_ids[None], packed.position_ids[None], None, packed_seq_params=params)
 
-    def _score(self, chunk: Any, stack: LocalStack, packed: PackedTokens) -> Tensor:
+    def _score(self, chunk: Any, stack: LocalStack, packed: PackedTokens, routing: MicroBatchRouting | None) -> Tensor:
         positions = packed.position_ids[None]
+        self._tell_routers(chunk, routing)
         hidden = stack.embed(packed.input_ids[None], positions) if chunk.pre_process else chunk.decoder.input_tensor
         return stack.run(hidden, positions, PackAttention(packed), rows=1)
+
+    def _tell_routers(self, chunk: Any, routing: MicroBatchRouting | None) -> None:
+        """For a forward without Megatron's layers, which do so themselves."""
+        for layer in chunk.decoder.layers if self.shape.experts is not None else ():
+            layer.mlp.router.told = routing
 
     @contextmanager
     def scoring(self, *, through_modules: bool | None = None) -> Iterator[None]:
         """Inside, `forward` computes no gradients. The weights must not change inside.
 
         through_modules: run Megatron's modules instead of the inference forward (`models.decoder`), which gives the
-        same numbers. None: only where the latter is impossible, with Transformer Engine's layers and with context or
-        sequence parallelism.
+        same numbers. None: only where the latter is impossible, with Transformer Engine's layers and with context,
+        sequence or expert parallelism.
         """
         if through_modules is None:
-            cut = self.layout.context > 1 or self.config.sequence_parallel
+            cut = self.layout.context > 1 or self.config.sequence_parallel or self.layout.expert > 1
             through_modules = self.layers != "local" or cut
         if through_modules:
             with torch.no_grad(), evaluating(self.chunks):
@@ -196,7 +221,9 @@ class ModelPort:
             self._scorers = {}
 
     def _local_stack(self, chunk: Any) -> LocalStack:
-        return LocalStack(chunk, self.shape, self.config, self._inverse_frequencies, self._tensor_group)
+        experts = self.process_groups.ep if self.layout.expert > 1 else None
+        self._tell_routers(chunk, None)
+        return LocalStack(chunk, self.shape, self.config, self._rotation, self._tensor_group, experts)
 
     @property
     def _tensor_group(self) -> dist.ProcessGroup | None:
@@ -220,24 +247,19 @@ class ModelPort:
         out: dict[str, tuple[int, ...]] = {}
         for key in self._keys():
             rule = self._rule(key)
-            out.update(zip(rule.names(key[1]), rule.operation.shapes(self._shapes), strict=True))
+            out.update(zip(rule.names(key.layer, key.expert), rule.operation.shapes(self._shapes), strict=True))
         return out
 
     def _rule(self, key: Key) -> Rule:
-        return self.family.rules[key[0]]
+        return self.family.rules[key.rule]
+
+    def _shard(self, rule: Rule) -> tuple[int, int]:
+        """(rank, ranks) over which the rule's parameters are sharded, for its operation."""
+        return (0, 1) if rule.per_expert else (self.process_groups.tp.rank(), self.layout.tensor)
 
     def _keys(self) -> Iterator[Key]:
         """All parameters in the order of the forward pass; the head of a tied model is left out."""
-        rules = self.family.rules
-        per_layer = [number for number, rule in enumerate(rules) if rule.per_layer]
-        for number in range(per_layer[0]):
-            yield number, None
-        for layer in range(self.shape.layers):
-            for number in per_layer:
-                yield number, layer
-        for number in range(per_layer[-1] + 1, len(rules)):
-            if not (self.tied and rules[number].huggingface == ("lm_head.weight",)):
-                yield number, None
+        return model_keys(self.family, self.shape)
 
     def _local(self) -> dict[Key, Tensor]:
         """This rank's parameters. A tied head on the last stage has the embedding's key."""
@@ -248,16 +270,19 @@ class ModelPort:
         return found
 
     def _identify(self, chunk: Any, name: str) -> Key:
-        layer = None
-        match = re.match(r"decoder\.layers\.(\d+)\.", name)
-        if match:
+        layer = expert = None
+        if match := re.match(r"decoder\.layers\.(\d+)\.", name):
             layer = chunk.decoder.layers[int(match[1])].layer_number - 1
             name = f"decoder.layers.{{layer}}.{name[match.end() :]}"
+        if match := re.search(r"(?<=local_experts\.)\d+|(?<=\.weight)\d+$", name):  # of this rank
+            assert self.shape.experts is not None
+            expert = int(match[0]) + self.process_groups.ep.rank() * self.shape.experts.count // self.layout.expert
+            name = f"{name[: match.start()]}{{expert}}{name[match.end() :]}"
         if self.tied and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"
         for number, rule in enumerate(self.family.rules):
             if name in rule.megatron:
-                return number, layer
+                return Key(number, layer, expert)
         raise RuntimeError(f"family {self.family.name} has no rule for the parameter {name}")
 
     def load(self, reader: TensorReader) -> None:
@@ -270,21 +295,19 @@ class ModelPort:
                 for name, parameter in chunk.named_parameters():
                     key = self._identify(chunk, name)
                     rule = self._rule(key)
-                    full = [read_unquantized(reader, n, expected[n]) for n in rule.names(key[1])]
-                    parameter.copy_(
-                        rule.operation.shard(full, self.process_groups.tp.rank(), self.layout.tensor, self._shapes)
-                    )
+                    full = [read_unquantized(reader, n, expected[n]) for n in rule.names(key.layer, key.expert)]
+                    parameter.copy_(rule.operation.shard(full, *self._shard(rule), self._shapes))
 
     def export(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
         """Stream every full tensor exactly once, by Hugging Face name, on global rank 0 alone, as copies that own their
         memory.
 
-        Collective over one replica, the ranks that are first of `dp_cp`: all of them must exhaust the iterator, which
-        yields nothing except on rank 0; on the other replicas it ends at once. The next bucket of at most
-        `bucket_bytes` is in flight while the current one is consumed, so about two are alive at a time. Parameters must
-        not change meanwhile. A slow consumer keeps the replica waiting, at most a group's timeout for each bucket. One
-        that stops early must close the iterator, which then receives and drops the rest. When a rank fails, the others
-        raise, at the latest after the timeout.
+        Collective over one replica, the ranks that are first of `dp_cp` and the first to hold an expert: all of them
+        must exhaust the iterator, which yields nothing except on rank 0; on other ranks it ends at once. The next
+        bucket of at most `bucket_bytes` is in flight while the current one is consumed, so about two are alive at a
+        time. Parameters must not change meanwhile. A slow consumer keeps the replica waiting, at most a group's timeout
+        for each bucket. One that stops early must close the iterator, which then receives and drops the rest. When a
+        rank fails, the others raise, at the latest after the timeout.
         """
         return self._stream(lambda parameter: parameter, self.dtype, bucket_bytes)
 
@@ -297,16 +320,26 @@ class ModelPort:
         self, of: Callable[[Any], Tensor], dtype: torch.dtype, bucket_bytes: int
     ) -> Iterator[tuple[str, Tensor]]:
         """Export `of(parameter)`, a tensor of the parameter's shape in `dtype`."""
-        if self.process_groups.dp_cp.rank() != 0:
-            return  # another replica
         local = self._local()
         if self._stages is None:
-            self._stages = first_stages(local, self.process_groups.pp)
+            self._stages = first_stages(self._layer_keys(local), self.process_groups.pp)
         parts = []
         for key in self._keys():
-            rule, layer = self._rule(key), key[1]
-            parts.append(Part(rule, layer, self._stages[key], of(local[key]) if key in local else None))
-        yield from FullTensors(self.process_groups, self._shapes, dtype, self.device).stream(parts, bucket_bytes)
+            rule, stage = self._rule(key), self._stages[Key(key.rule, key.layer)]
+            owner = None if key.expert is None else self._expert_owner(stage, key.expert)
+            parts.append(Part(rule, key, stage, owner, of(local[key]) if key in local else None))
+        replica = self.process_groups.dp_cp.rank() == 0
+        full = FullTensors(self.process_groups, self._shapes, dtype, self.device, replica)
+        yield from full.stream(parts, bucket_bytes)
+
+    @staticmethod
+    def _layer_keys(keys: Iterable[Key]) -> list[Key]:
+        """The keys without their experts: those of one layer are on one stage."""
+        return list(dict.fromkeys(Key(key.rule, key.layer) for key in keys))
+
+    def _expert_owner(self, stage: int, expert: int) -> int:
+        assert self.shape.experts is not None
+        return self.layout.expert_rank(stage, expert * self.layout.expert // self.shape.experts.count)
 
     # ---------------------------------------------------------------- sampling
 
@@ -314,16 +347,24 @@ class ModelPort:
     def sampling(self, *, through_modules: bool | None = None) -> Iterator[None]:
         """Inside, `decode` samples with the model, without gradients. The weights must not change inside.
 
-        through_modules: run Megatron's modules; None: only with Transformer Engine's layers. Raises UserError for
-        virtual stages and context parallelism.
+        through_modules: run Megatron's modules; None: only with Transformer Engine's layers. Under expert parallelism
+        every rank holds copies of all experts inside, so that ranks may sample different numbers of tokens: collective
+        over all ranks. Raises UserError for virtual stages and context parallelism, and for modules under expert
+        parallelism.
         """
         if len(self.chunks) > 1 or self.layout.context > 1:
             raise UserError("sampling on the training model needs one chunk a stage and no context parallelism")
         chunk = _bare(self.chunks[0])
+        through_modules = self.layers != "local" if through_modules is None else through_modules
+        if through_modules and self.layout.expert > 1:
+            raise UserError(
+                "sampling on the training model under expert parallelism needs model.layers local: Transformer Engine's"
+                " experts stay on their ranks; use rollout.engine sglang, or set parallelism.expert 1"
+            )
         with ExitStack() as inside:
-            if self.layers != "local" if through_modules is None else through_modules:
+            if through_modules:
                 inside.enter_context(torch.no_grad())
-                self._stack = inside.enter_context(sampling_modules(chunk, self.config, self._inverse_frequencies))
+                self._stack = inside.enter_context(sampling_modules(chunk, self.config, self.shape, self._rotation))
             else:
                 inside.enter_context(torch.inference_mode())  # a sixth faster than `no_grad` with few rows
                 self._stack = self._local_stack(chunk)
@@ -387,11 +428,43 @@ def _padded(vocab: int, tensor: int) -> int:
     return -(-vocab // tensor) * tensor
 
 
+def model_keys(family: Family, shape: ModelShape) -> Iterator[Key]:
+    """All parameters of a model in the order of the forward pass; the head of a tied model is left out."""
+    rules = family.rules
+    per_layer = [number for number, rule in enumerate(rules) if rule.per_layer]
+    per_expert = [number for number in per_layer if rules[number].per_expert]
+    experts = 0 if shape.experts is None else shape.experts.count
+    for number in range(per_layer[0]):
+        yield Key(number)
+    for layer in range(shape.layers):
+        for number in per_layer:
+            if number not in per_expert:
+                yield Key(number, layer)
+        for expert in range(experts):
+            for number in per_expert:
+                yield Key(number, layer, expert)
+    for number in range(per_layer[-1] + 1, len(rules)):
+        if not (shape.tied and rules[number].huggingface == ("lm_head.weight",)):
+            yield Key(number)
+
+
 def _check_layout(shape: ModelShape, layout: Layout) -> None:
     """Refuse what cannot be sharded; recipes are checked earlier, this is for callers without one."""
-    for size, name in ((shape.heads, "attention heads"), (shape.kv_heads, "key/value heads"), (shape.ffn, "ffn size")):
+    sizes = [(shape.heads, "attention heads"), (shape.kv_heads, "key/value heads")]
+    if shape.experts is None:
+        sizes.append((shape.ffn, "ffn size"))
+    for size, name in sizes:
         if size % layout.tensor:
             raise UserError(f"tensor parallelism {layout.tensor} does not divide the model's {name} ({size})")
     stages = layout.pipeline * (layout.virtual_pipeline or 1)
     if shape.layers % stages:
         raise UserError(f"{stages} pipeline stages do not divide the model's {shape.layers} layers")
+    experts = 1 if shape.experts is None else shape.experts.count
+    if experts % layout.expert:
+        what = "has no experts" if shape.experts is None else f"has {experts} experts"
+        raise UserError(f"expert parallelism {layout.expert}: the model {what}; set parallelism.expert to a divisor")
+    if shape.experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
+        raise UserError(
+            "a model with experts needs sequence parallelism with tensor parallelism: set "
+            "parallelism.sequence_parallel true"
+        )

@@ -31,8 +31,8 @@ def _everywhere(
         for name, parameter in chunk.named_parameters():
             key = port._identify(chunk, name)
             rule = port._rule(key)
-            full = [found[n] for n in rule.names(key[1])]
-            shard = rule.operation.shard(full, port.process_groups.tp.rank(), port.layout.tensor, port._shapes)
+            full = [found[n] for n in rule.names(key.layer, key.expert)]
+            shard = rule.operation.shard(full, *port._shard(rule), port._shapes)
             mine = of(parameter).detach().cpu()
             tolerance = 0.0 if exact else 1e-5 * max(float(t.abs().max()) for t in full)
             torch.testing.assert_close(mine, shard, rtol=0.0, atol=tolerance, equal_nan=True, msg=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,18 @@ def oracle(folder: Path) -> Oracle:
         out.ids.append(ids)
         out.hidden.append([r.hidden_states[-1][0].detach() for r in results])
         out.logits.append([r.logits[0].detach() for r in results])
-    out.gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    out.gradients = {n: g for name, p in model.named_parameters() if p.grad is not None for n, g in _named(name, p.grad)}
     return out
+
+
+def _named(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor under its name in a folder: `transformers` fuses all experts of a layer in memory alone."""
+    prefix, _, last = name.rpartition(".")
+    for expert, mine in enumerate(tensor) if prefix.endswith(".experts") else ():
+        for part, half in zip(last.split("_")[:-1], mine.chunk(2) if last == "gate_up_proj" else (mine,), strict=True):
+            yield f"{prefix}.{expert}.{part}_proj.weight", half
+    if not prefix.endswith(".experts"):
+        yield name, tensor
 
 
 @dataclass

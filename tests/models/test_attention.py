@@ -22,17 +22,21 @@ from tests.distributed.harness import run_ranks
 
 PACKS = ([5], [1, 1, 1], [7, 2, 9, 2, 8, 1, 30], [64, 3, 3, 60, 4, 61], [16, 1], [200, 3, 3, 180, 4])
 HEADS, KV_HEADS, DIM = 4, 2, 6
+SCALE = DIM**-0.5
 
 
 def _boundaries(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
-    """Softmax over every earlier position of the same sequence, one sequence and one head at a time: [T, h * d]."""
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float = SCALE, window: int | None = None
+) -> Tensor:
+    """Softmax over every earlier position of the same sequence, or the newest `window` ones, one sequence and one head
+    at a time: [T, h * d]."""
     rows = []
     for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
-        causal = torch.ones(len(q), len(q), dtype=torch.bool).tril()
+        causal = torch.ones(len(q), len(q), dtype=torch.bool).tril().triu(1 - (window or len(q)))
         heads = []
         for head in range(HEADS):
             group = head // (HEADS // KV_HEADS)
@@ -49,9 +53,12 @@ def _inputs(tokens: int, seed: int = 0) -> list[Tensor]:
     return [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
 
 
-def _attention(context: int = 1, group: Any = None, **over: Any) -> SDPACoreAttention:
-    config = SimpleNamespace(kv_channels=DIM, context_parallel_size=context)
-    return SDPACoreAttention(config, 1, None, "self", pg_collection=SimpleNamespace(cp=group), **over)
+def _attention(
+    context: int = 1, group: Any = None, scale: float = SCALE, window: int | None = None
+) -> SDPACoreAttention:
+    config = SimpleNamespace(context_parallel_size=context)
+    groups = SimpleNamespace(cp=group)
+    return SDPACoreAttention(config, 1, None, "self", pg_collection=groups, scale=scale, window=window)
 
 
 def _differentiate(function: Any, qkv: list[Tensor], gradient: Tensor) -> list[Tensor]:
@@ -62,18 +69,18 @@ def _differentiate(function: Any, qkv: list[Tensor], gradient: Tensor) -> list[T
 
 
 @pytest.mark.parametrize("lengths", PACKS, ids=str)
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_packs_against_dense_attention(lengths: list[int], scale: float | None) -> None:
+@pytest.mark.parametrize(("scale", "window"), [(SCALE, None), (0.3, None), (SCALE, 1), (SCALE, 5), (SCALE, 64)])
+def test_packs_against_dense_attention(lengths: list[int], scale: float, window: int | None) -> None:
     *qkv, gradient = _inputs(sum(lengths))
-    attention = _attention(softmax_scale=scale)
+    attention = _attention(scale=scale, window=window)
     packed = SimpleNamespace(cu_seqlens_q=_boundaries(lengths))
     found = _differentiate(lambda *x: attention(*x, packed_seq_params=packed).squeeze(1), qkv, gradient)
-    expected = _differentiate(lambda q, k, v: _dense(q, k, v, lengths, scale or DIM**-0.5), qkv, gradient)
+    expected = _differentiate(lambda q, k, v: _dense(q, k, v, lengths, scale, window), qkv, gradient)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    plan = packed.buckets
+    plan = packed.plan.buckets(window)
     attention(*qkv, packed_seq_params=packed)
-    assert packed.buckets is plan  # the next layer uses it again
+    assert packed.plan.buckets(window) is plan  # the next layer uses it again
 
 
 TREES = {
@@ -89,23 +96,27 @@ def _path(segment: int, parents: tuple[int, ...]) -> list[int]:
     return [*(_path(parents[segment], parents) if parents[segment] >= 0 else []), segment]
 
 
-def _dense_tree(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], parents: tuple[int, ...], scale: float) -> Tensor:
+def _dense_tree(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], parents: tuple[int, ...], window: int | None
+) -> Tensor:
     """Each segment as the end of its own complete sequence: [T, h * d]."""
     start = _boundaries(lengths).tolist()
     rows = []
     for i, length in enumerate(lengths):
         tokens = torch.cat([torch.arange(start[s], start[s + 1]) for s in _path(i, parents)])
-        rows.append(_dense(q[tokens], k[tokens], v[tokens], [len(tokens)], scale)[-length:])
+        rows.append(_dense(q[tokens], k[tokens], v[tokens], [len(tokens)], window=window)[-length:])
     return torch.cat(rows)
 
 
+@pytest.mark.parametrize("window", [None, 1, 4, 20])
 @pytest.mark.parametrize("name", TREES)
-def test_shared_prefixes_against_dense_attention(name: str) -> None:
+def test_shared_prefixes_against_dense_attention(name: str, window: int | None) -> None:
     lengths, parents = TREES[name]
     *qkv, gradient = _inputs(sum(lengths))
+    attention = _attention(window=window)
     packed = SimpleNamespace(cu_seqlens_q=_boundaries(lengths), parents=parents)
-    found = _differentiate(lambda *x: _attention()(*x, packed_seq_params=packed).squeeze(1), qkv, gradient)
-    expected = _differentiate(lambda q, k, v: _dense_tree(q, k, v, lengths, parents, DIM**-0.5), qkv, gradient)
+    found = _differentiate(lambda *x: attention(*x, packed_seq_params=packed).squeeze(1), qkv, gradient)
+    expected = _differentiate(lambda q, k, v: _dense_tree(q, k, v, lengths, parents, window), qkv, gradient)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -159,22 +170,23 @@ def test_zigzag_gives_every_position_to_one_rank(size: int) -> None:
     assert len({int((positions + 1).sum()) for positions in held}) == 1
 
 
-def _shared(rank: int, lengths: list[int]) -> list[list[Tensor]]:
+def _shared(rank: int, lengths: list[int], window: int | None) -> list[list[Tensor]]:
     """This rank's share of the output and of the gradients, found and expected."""
     size = dist.get_world_size()
     start = _boundaries(lengths).tolist()
     mine = torch.cat([a + zigzag(n, size, rank) for a, n in zip(start, lengths, strict=False)])
     *qkv, gradient = _inputs(sum(lengths))
-    attention = _attention(size, dist.group.WORLD)
+    attention = _attention(size, dist.group.WORLD, window=window)
     packed = SimpleNamespace(cu_seqlens_q=_boundaries(lengths))
     found = _differentiate(
         lambda *x: attention(*x, packed_seq_params=packed).squeeze(1), [x[mine] for x in qkv], gradient[mine]
     )
-    expected = _differentiate(lambda q, k, v: _dense(q, k, v, lengths, DIM**-0.5), qkv, gradient)
+    expected = _differentiate(lambda q, k, v: _dense(q, k, v, lengths, window=window), qkv, gradient)
     return [found, [x[mine] for x in expected]]
 
 
-def test_context_parallel_against_dense_attention() -> None:
-    for found, expected in run_ranks(_shared, 2, [8, 4, 20, 4, 12]):
+@pytest.mark.parametrize("window", [None, 5])
+def test_context_parallel_against_dense_attention(window: int | None) -> None:
+    for found, expected in run_ranks(_shared, 2, [8, 4, 20, 4, 12], window):
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

@@ -53,7 +53,7 @@ def test_llama() -> None:
     assert (shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim) == (4, 32, 4, 2, 8)
     assert (shape.ffn, shape.vocab, shape.max_positions, shape.norm_epsilon) == (48, 61, 128, 1e-5)
     assert shape.qk_norm == "none" and not shape.tied
-    assert shape.rotaries[0].theta == 5e5 and shape.rotaries[0].llama3 is None
+    assert shape.rotaries[0].theta == 5e5 and shape.rotaries[0].scaling is None
     assert _shape({**LLAMA, "tie_word_embeddings": True}).tied
     assert _shape({**LLAMA, "num_key_value_heads": None}).kv_heads == 4
 
@@ -114,7 +114,7 @@ def test_every_spelling_of_rope_is_read_as_transformers_reads_it(model_class: An
     theirs = model_class(**kept, **{k: dict(v) if isinstance(v, dict) else v for k, v in rope.items()})
     kind = theirs.rope_parameters["rope_type"]
     ours = RotarySettings.from_config({**kept, **rope}, 16)
-    assert ours.theta == theirs.rope_parameters["rope_theta"] and (ours.llama3 is not None) == (kind == "llama3")
+    assert ours.theta == theirs.rope_parameters["rope_theta"] and (ours.scaling is not None) == (kind == "llama3")
     if kind == "llama3":
         expected, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
         torch.testing.assert_close(ours.inverse_frequencies(), expected, rtol=1e-6, atol=0)

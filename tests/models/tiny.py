@@ -1,7 +1,7 @@
 """Tiny Hugging Face folders made by `transformers`: config, random weights, word-level tokenizer, chat template.
 
-Sizes are awkward on purpose: a vocabulary that two ranks do not divide, heads whose size is not hidden / heads, norm
-weights that are not one.
+Sizes are awkward on purpose: a vocabulary that two ranks do not divide, heads whose size is not hidden / heads, experts
+that are no power of two, norm weights that are not one, biases that are not zero.
 """
 
 from __future__ import annotations
@@ -38,6 +38,19 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,  # all three bands of the scaling occur in six frequencies
 }
+OLMO3_ROPE = {  # YaRN as the published ones have it, with an original length that the tests exceed
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 1000.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": 1.2079441541679836,
+        "original_max_position_embeddings": 16,
+    },
+}
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 1e6}
 SPECIAL = ("<pad>", "<end>", "<unknown>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
@@ -49,7 +62,7 @@ def tiny_qwen3(folder: str | os.PathLike[str], *, seed: int = 0, **over: Any) ->
     """A Qwen3 folder; `over` replaces config values."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    settings = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, **over}
+    settings = {**SIZES, "rope_parameters": dict(DEFAULT_ROPE), **over}
     return _write(Qwen3ForCausalLM, Qwen3Config(**settings), Path(folder), seed)
 
 
@@ -61,6 +74,47 @@ def tiny_llama(folder: str | os.PathLike[str], *, seed: int = 0, **over: Any) ->
     return _write(LlamaForCausalLM, LlamaConfig(**settings), Path(folder), seed)
 
 
+def tiny_qwen3_moe(folder: str | os.PathLike[str], *, seed: int = 0, **over: Any) -> Path:
+    """A Qwen3-MoE folder: 6 experts of 20 channels in every layer, the top 2 of them normalised; `over` replaces config
+    values. transformers 5.23 writes `num_local_experts` where published folders have `num_experts`."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+    settings = {**SIZES, **experts, "rope_parameters": dict(DEFAULT_ROPE), **over}
+    return _write(Qwen3MoeForCausalLM, Qwen3MoeConfig(**settings), Path(folder), seed)
+
+
+def tiny_olmo3(folder: str | os.PathLike[str], *, seed: int = 0, **over: Any) -> Path:
+    """An Olmo 3 folder: three layers with a window of 8 tokens to one without, YaRN; `over` replaces config values.
+
+    Its heads are of hidden / heads, as in every published one: SGLang knows no other for this family.
+    """
+    from transformers import Olmo3Config, Olmo3ForCausalLM
+
+    own = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+    ropes = {kind: dict(rope) for kind, rope in OLMO3_ROPE.items()}
+    settings = {**SIZES, **own, "rope_parameters": ropes, **over}
+    settings.pop("head_dim")
+    return _write(Olmo3ForCausalLM, Olmo3Config(**settings), Path(folder), seed)
+
+
+def tiny_qwen2(folder: str | os.PathLike[str], *, seed: int = 0, **over: Any) -> Path:
+    """A Qwen2 folder with random query, key and value biases; `over` replaces config values."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    settings = {**SIZES, "rope_parameters": dict(DEFAULT_ROPE), **over}
+    settings.pop("head_dim")
+    return _write(Qwen2ForCausalLM, Qwen2Config(**settings), Path(folder), seed)
+
+
+def tiny_mistral(folder: str | os.PathLike[str], *, seed: int = 0, **over: Any) -> Path:
+    """A Mistral folder without a sliding window, like version 0.3; `over` replaces config values."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    settings = {**SIZES, "sliding_window": None, "rope_parameters": dict(DEFAULT_ROPE), **over}
+    return _write(MistralForCausalLM, MistralConfig(**settings), Path(folder), seed)
+
+
 def _write(model_class: Any, config: Any, folder: Path, seed: int) -> Path:
     from transformers import GenerationConfig
 
@@ -70,6 +124,8 @@ def _write(model_class: Any, config: Any, folder: Path, seed: int) -> Path:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
+            elif name.endswith(".bias"):
+                parameter.copy_(0.2 * torch.randn(parameter.shape))
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0, temperature=0.6, do_sample=True)
     model.save_pretrained(folder)
     tokenizer(config.vocab_size).save_pretrained(folder)

@@ -15,8 +15,12 @@ from asd_megatron.rollout.embedded.cache import EMPTY, KVCache
 HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 8, 2
 
 
-def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Last position of full causal attention, one sequence: [t, h, d] -> [h*d]."""
+WINDOWS = (None, 4)  # of the layers
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """Last position of causal attention, one sequence: [t, h, d] -> [h*d]."""
+    query, key, value = (x[-window:] if window else x for x in (query, key, value))
     key, value = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (key, value))
     out = F.scaled_dot_product_attention(
         query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), is_causal=True, scale=scale
@@ -44,8 +48,8 @@ class _Batch:
         self.cache.prefix(length)
         for layer in range(LAYERS):
             tokens = [x[:length] for x in self.rows[0][layer]]
-            out = self.cache.attend(layer + 5, *(x[:, None] for x in tokens), self.scale)
-            torch.testing.assert_close(self.cache.newest(out)[0, 0], _reference(*tokens, self.scale))
+            out = self.cache.attend(layer + 5, *(x[:, None] for x in tokens), self.scale, WINDOWS[layer])
+            torch.testing.assert_close(self.cache.newest(out)[0, 0], _reference(*tokens, self.scale, WINDOWS[layer]))
 
     def prefill(self, start: int, stop: int) -> None:
         rows = self.rows[start:stop]
@@ -56,10 +60,12 @@ class _Batch:
                 torch.nn.utils.rnn.pad_sequence([row[layer][i][self.shared :] for row in rows], padding_value=9.0)
                 for i in range(3)
             )
-            out = self.cache.attend(layer + 5, q, k, v, self.scale)
+            out = self.cache.attend(layer + 5, q, k, v, self.scale, WINDOWS[layer])
             assert out.shape == (int(lengths.max()) - self.shared, len(rows), HEADS * DIM)
             for i, row in enumerate(rows):
-                torch.testing.assert_close(self.cache.newest(out)[0, i], _reference(*row[layer], self.scale))
+                torch.testing.assert_close(
+                    self.cache.newest(out)[0, i], _reference(*row[layer], self.scale, WINDOWS[layer])
+                )
 
     def decode(self) -> None:
         self.cache.decode()
@@ -67,11 +73,13 @@ class _Batch:
         new = [[self._make(1) for _ in range(LAYERS)] for _ in self.rows]
         for layer in range(LAYERS):
             q, k, v = (torch.stack([n[layer][i][0] for n in new])[None] for i in range(3))
-            out = self.cache.attend(layer + 5, q, k, v, self.scale)
+            out = self.cache.attend(layer + 5, q, k, v, self.scale, WINDOWS[layer])
             for r, row in enumerate(self.rows):
                 old = row[layer]
                 row[layer] = tuple(torch.cat([old[i], new[r][layer][i]]) for i in range(3))  # type: ignore[assignment]
-                torch.testing.assert_close(out[0, r], _reference(*row[layer], self.scale), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    out[0, r], _reference(*row[layer], self.scale, WINDOWS[layer]), atol=1e-5, rtol=1e-5
+                )
 
     def select(self, indices: list[int], how: str) -> None:
         getattr(self.cache, how)(torch.tensor(indices))
@@ -141,8 +149,8 @@ def test_a_prompt_is_stored_once_and_its_samples_leave_one_by_one(samples: int) 
     assert len(set(cells)) < 0.7 * len(cells)  # most leave without any copying
 
 
-@pytest.mark.parametrize("shared", [0, 30])
-def test_a_token_attends_alike_in_the_cache_and_in_a_pack(shared: int) -> None:
+@pytest.mark.parametrize(("shared", "window"), [(0, None), (30, None), (30, 35)])
+def test_a_token_attends_alike_in_the_cache_and_in_a_pack(shared: int, window: int | None) -> None:
     """The same float32 numbers, bit for bit, whatever its neighbours: so the engine's log-probs are the trainer's."""
     heads, kv_heads, dim, prompts, samples, decoded = 9, 3, 64, (41, 70), 2, 40
     generator = torch.Generator().manual_seed(1)
@@ -154,7 +162,8 @@ def test_a_token_attends_alike_in_the_cache_and_in_a_pack(shared: int) -> None:
     of_prompts = [[torch.cat(x) for x in zip(beginning, make(n - shared), strict=True)] for n in prompts]
     rows = [[torch.cat(x) for x in zip(p, make(decoded), strict=True)] for p in of_prompts for _ in range(samples)]
     lengths = [n + decoded for n in prompts for _ in range(samples)]
-    packed = SDPACoreAttention(SimpleNamespace(kv_channels=dim, context_parallel_size=1), 1, None, "self")(
+    config = SimpleNamespace(context_parallel_size=1)
+    packed = SDPACoreAttention(config, 1, None, "self", scale=dim**-0.5, window=window)(
         *(torch.cat([row[i] for row in rows]) for i in range(3)),
         packed_seq_params=SimpleNamespace(cu_seqlens_q=torch.tensor([0, *lengths]).cumsum(0)),
     )
@@ -163,15 +172,19 @@ def test_a_token_attends_alike_in_the_cache_and_in_a_pack(shared: int) -> None:
     cache = KVCache(len(prompts), max(prompts))
     if shared:
         cache.prefix(shared)
-        assert torch.equal(cache.attend(1, *(x[:, None] for x in beginning))[:, 0], expected[0][:shared])
+        assert torch.equal(cache.attend(1, *(x[:, None] for x in beginning), window=window)[:, 0], expected[0][:shared])
     cache.prefill(0, torch.tensor(prompts))
-    rest = cache.attend(1, *(torch.nn.utils.rnn.pad_sequence([p[i][shared:] for p in of_prompts]) for i in range(3)))
+    rest = cache.attend(
+        1, *(torch.nn.utils.rnn.pad_sequence([p[i][shared:] for p in of_prompts]) for i in range(3)), window=window
+    )
     cache.expand(torch.arange(len(prompts)).repeat_interleave(samples))
     steps = []
     for t in range(decoded):
         cache.decode()
         newest = [[x[n - decoded + t] for x in row] for n, row in zip(lengths, rows, strict=True)]
-        steps.append(cache.attend(1, *(torch.stack([new[i] for new in newest])[None] for i in range(3)))[0])
+        steps.append(
+            cache.attend(1, *(torch.stack([new[i] for new in newest])[None] for i in range(3)), window=window)[0]
+        )
     for i, (n, out) in enumerate(zip(lengths, expected, strict=True)):
         prompt = n - decoded
         assert torch.equal(rest[: prompt - shared, i // samples], out[shared:prompt])

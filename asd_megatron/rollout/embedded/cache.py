@@ -69,8 +69,7 @@ class KVCache:
         self._members = 1  # cells of each group
         self._cells = torch.arange(rows)  # int64 [rows]: each row's cell
         self._maps: tuple[Tensor, Tensor] | None = None  # each cell's row (any row, if empty), each row's cell
-        self._bias: Tensor | None = None  # the mask of `_mask`, computed once for each layout
-        self._padded = False  # whether it masks anything
+        self._masks: dict[int | None, Tensor | None] = {}  # of `_mask`, by window
 
     def prefix(self, length: int) -> None:
         """The next forward holds, as one row, the first `length` tokens, which all prompts have in common."""
@@ -90,6 +89,7 @@ class KVCache:
         """The next forward holds one token of every row; its keys and values take the next slot."""
         self._span = self._newest = None
         self._slots += 1
+        self._masks = {window: mask for window, mask in self._masks.items() if window is None}
         if self._slots <= self._capacity:
             return
         self._capacity += self._block
@@ -98,9 +98,15 @@ class KVCache:
             new[:, :, : old.shape[2]] = old
 
     def attend(
-        self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None = None
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        softmax_scale: float | None = None,
+        window: int | None = None,
     ) -> Tensor:
-        """Store this forward's keys and values, then attend over everything stored.
+        """Store this forward's keys and values, then attend over everything stored, or the newest `window` tokens.
 
         query [s, B, h, d], or [s, B, hkv, h / hkv, d]; key and value [s, B, hkv, d], after RoPE, heads of this
         tensor-parallel rank, h a multiple of hkv with consecutive query heads sharing a key head. softmax_scale:
@@ -111,10 +117,10 @@ class KVCache:
         if query.dim() == 4:
             query = query.view(steps, rows, kv_heads, -1, dim)
         if self._span is not None:
-            return self._attend_prompt(layer_number, self._span, query, key, value, scale)
+            return self._attend_prompt(layer_number, self._span, query, key, value, scale, window)
         if rows != self.rows:
             raise RuntimeError(f"the forward has {rows} rows, the cache holds {self.rows}")
-        out = self._attend_cells(layer_number, self._grid(query), self._grid(key), self._grid(value), scale)
+        out = self._attend_cells(layer_number, self._grid(query), self._grid(key), self._grid(value), scale, window)
         # [groups, hkv, cells, h / hkv, d] to [1, cells, h * d], then cells to rows.
         out = query.new_empty(out.transpose(1, 2).shape).copy_(out.transpose(1, 2)).view(1, -1, query[0, 0].numel())
         return out if self._maps is None else out.index_select(1, self._maps[1])
@@ -147,7 +153,14 @@ class KVCache:
         return x.view(-1, self._members, *x.shape[2:]).transpose(1, 2)
 
     def _attend_prompt(
-        self, layer: int, span: tuple[int, int], query: Tensor, key: Tensor, value: Tensor, scale: float
+        self,
+        layer: int,
+        span: tuple[int, int],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         steps, rows, kv_heads, dim = key.shape
         dtype, begin, end = query.dtype, self._begin, self._begin + steps
@@ -161,14 +174,19 @@ class KVCache:
         mask = None
         if begin:
             key, value = store[:, :, :, :end]
+        if begin or window is not None and window < end:
             mask = torch.ones(steps, end, dtype=torch.bool, device=key.device).tril(begin)
+            if window is not None:
+                mask = mask.triu(begin - window + 1)
         # Padding is on the right, so the causal mask alone hides it from every real position.
         out = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != kv_heads
         )
         return out.permute(2, 0, 1, 3).reshape(steps, rows, -1).to(dtype)
 
-    def _attend_cells(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _attend_cells(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
         """query [groups, hkv, cells, h / hkv, d], key and value [groups, hkv, cells, d]; returns the query's shape.
 
         Scores of prompt and decoded tokens are two products over the same queries, softmaxed together. The query heads
@@ -176,6 +194,8 @@ class KVCache:
 
             prompts   [groups * hkv, cells * h / hkv, d] @ [groups * hkv, d, width]
             decoded   [groups * hkv * cells, h / hkv, d] @ [groups * hkv * cells, d, slots]
+
+        The newest `window` tokens are slots, the same ones in every cell, and what is left of it in the prompt.
         """
         groups, kv_heads, cells, heads, dim = query.shape
         prompt_keys, prompt_values = self._prompts[layer].flatten(1, 2)
@@ -184,30 +204,34 @@ class KVCache:
         new_key, new_value = self._decoded[layer].select(2, self._slots - 1)
         new_key.view(key.shape).copy_(key)
         new_value.view(key.shape).copy_(value)
-        keys, values = self._decoded[layer].narrow(2, 0, self._slots)
+        slots = self._slots if window is None else min(window, self._slots)
+        keys, values = self._decoded[layer].narrow(2, self._slots - slots, slots)
         wide = prompt_keys.new_empty(query.shape).copy_(query)
         of_prompts = _product(wide.view(groups * kv_heads, -1, dim), prompt_keys, transpose=True).view(
             -1, heads, self.width
         )
         of_tokens = _product(wide.view(-1, heads, dim), keys, transpose=True)
         scores = torch.cat([of_prompts, of_tokens], -1).mul_(scale)
-        bias = self._mask(scores)
+        bias = self._mask(scores, window)
         if bias is not None:
             scores.view(groups, -1, scores.shape[-1])[..., : self.width] += bias
         weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
         total = weights.sum(-1, keepdim=True)
         out = _product(weights.view(groups * kv_heads, -1, scores.shape[-1]).narrow(2, 0, self.width), prompt_values)
-        out.view(-1, heads, dim).add_(_product(weights.narrow(2, self.width, self._slots), values))
+        out.view(-1, heads, dim).add_(_product(weights.narrow(2, self.width, slots), values))
         return out.view(-1, heads, dim).div_(total).view(query.shape)
 
-    def _mask(self, like: Tensor) -> Tensor | None:
-        """Additive mask [groups, 1, width]: -inf in the padding of a shorter prompt."""
-        if self._bias is None:
-            padding = torch.arange(self.width) >= self._group_lengths[:, None]
-            self._bias = torch.zeros(padding.shape, dtype=like.dtype).masked_fill_(padding, float("-inf"))
-            self._bias = self._bias[:, None].to(like.device)
-            self._padded = bool(padding.any())
-        return self._bias if self._padded else None
+    def _mask(self, like: Tensor, window: int | None) -> Tensor | None:
+        """Additive mask [groups, 1, width]: -inf in the padding of a shorter prompt and outside the window; None if it
+        would mask nothing. Computed once for each layout of the cells, with a window for each token."""
+        if window not in self._masks:
+            places = torch.arange(self.width)
+            hidden = places >= self._group_lengths[:, None]
+            if window is not None:  # the query is at position length + slots - 1
+                hidden |= places < self._group_lengths[:, None] + self._slots - window
+            bias = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, float("-inf"))
+            self._masks[window] = bias[:, None].to(like.device) if bool(hidden.any()) else None
+        return self._masks[window]
 
     def _select(self, indices: Tensor) -> None:
         self.rows, self.lengths, self._cells = len(indices), self.lengths[indices], self._cells[indices]
@@ -242,7 +266,7 @@ class KVCache:
         cell_sources[cells] = self._cells
         self._move(group_sources, cell_sources, members)
         self._group_lengths, self._members, self._cells = self._group_lengths[group_sources], members, cells
-        self._bias = None
+        self._masks = {}
         self._map()
 
     def _move(self, group_sources: Tensor, cell_sources: Tensor, members: int) -> None:
