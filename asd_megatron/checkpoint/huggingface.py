@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from asd_megatron.distributed.objects import share_outcome
 from asd_megatron.errors import UserError, hub_hint
 from asd_megatron.files import atomic_folder, read_json_object, to_json, user_error
+from asd_megatron.models.loading import Progress, TensorReader, in_one_message, some
 from asd_megatron.models.port import ModelPort
 
 log = logging.getLogger(__name__)
@@ -27,9 +29,11 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 4 << 30
+MAPPED_BYTES = 256 << 20
 OTHER_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # configs, tokenizers of every kind, chat template
 OTHER_NAMES = ("LICENSE", "NOTICE")
 CHAT_TEMPLATES = "additional_chat_templates"
+_FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -46,51 +50,134 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return read_json_object(folder / CONFIG, "download the model again")
 
 
-class FolderReader:
-    """The tensors of a folder's safetensors files, read one at a time. Close it, or use it as a context manager."""
+class FileTensor:
+    """A tensor of a `FolderReader`: shape and dtype as the file's header says, slices read when they are taken.
+
+    `dtype` is safetensors' name of a type that is not floating-point.
+    """
+
+    def __init__(self, reader: FolderReader, name: str, path: Path, shape: tuple[int, ...], dtype: str) -> None:
+        self._reader, self.name, self.path, self.shape = reader, name, path, shape
+        self.dtype: torch.dtype | str = _FLOATING.get(dtype, dtype)
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        """A view of the mapped file. Raises UserError when the folder has `problems`, or cannot be read any more."""
+        return self._reader.read(self, index)
+
+
+class FolderReader(TensorReader):
+    """The tensors of a folder's safetensors files by name. Close it, or use it as a context manager.
+
+    Opening it reads the headers of all files, no weights. UserError when there is nothing to read: no folder, no
+    safetensors, a damaged index. Damage of single files is collected in `problems`, so that it can be told together
+    with what is wrong with the tensors (`models.loading.refusal`); meanwhile no tensor can be read.
+
+    Files are mapped, not copied. The mapped pages count as the process's memory (file-backed, the system may drop
+    them), so the mappings are given back after every MAPPED_BYTES that were taken: what stays are slices that the
+    caller still holds.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self.name = f"the model folder {self.folder}"
+        self._tensors: dict[str, FileTensor] = {}
         self._files = ExitStack()
-        self._where: dict[str, tuple[Any, Path]] = {}  # tensor name: its file's handle and path
-        try:
-            for path in weight_files(self.folder):
-                self._open(path)
-        except BaseException:
-            self.close()
-            raise
+        self._mapped: dict[Path, Any] = {}  # handles of safe_open
+        self._taken = 0  # bytes, of these mappings
+        self._stamps: dict[Path, tuple[int, int, int]] = {}
+        index = read_index(self.folder)
+        names = [SINGLE] if index is None else sorted(set(index.values()))
+        held: dict[str, set[str]] = {}  # tensors of each file that can be read
+        missing: list[str] = []
+        unreadable: list[str] = []
+        twice: list[str] = []
+        for path in (self.folder / name for name in names):
+            try:
+                held[path.name] = self._list(path, twice)
+            except FileNotFoundError:
+                missing.append(f"{path} is missing")
+            except (SafetensorError, OSError) as error:
+                unreadable.append(f"{path} is not a readable safetensors file ({error})")
+        self.close()
+        self.problems: list[str] = []
+        if missing:
+            self.problems.append(f"{some(missing)}, though {INDEX} names it: download the model again")
+        if unreadable:
+            self.problems.append(f"{some(unreadable)}: download it again")
+        if twice:
+            self.problems.append(f"{some(twice)}: download them again")
+        if index is not None:
+            self._compare(index, held)
 
-    def _open(self, path: Path) -> None:
-        try:
-            handle = self._files.enter_context(safe_open(str(path), framework="pt"))
-            names = list(handle.keys())
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing, though {INDEX} names it: download the model again") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a readable safetensors file ({error}): download it again") from None
+    def _list(self, path: Path, twice: list[str]) -> set[str]:
+        status = path.stat()
+        self._stamps[path] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        handle = self._files.enter_context(safe_open(str(path), framework="pt"))
+        names = handle.keys()
         for name in names:
-            if name in self._where:
-                raise UserError(f"tensor {name} is in {path} and in {self._where[name][1]}: download them again")
-            self._where[name] = (handle, path)
+            header = handle.get_slice(name)
+            if name in self._tensors:
+                twice.append(f"tensor {name} is in {path} and in {self._tensors[name].path}")
+            else:
+                self._tensors[name] = FileTensor(self, name, path, tuple(header.get_shape()), header.get_dtype())
+        return set(names)
 
-    def keys(self) -> set[str]:
-        return set(self._where)
+    def _compare(self, index: Mapping[str, str], held: Mapping[str, set[str]]) -> None:
+        """Find where the index and the files that can be read disagree."""
+        self.lost = {name for name in index if name not in self._tensors}
+        misplaced = []
+        for name, file in index.items():
+            if file in held and name not in held[file]:
+                instead = f" (it is in {self._tensors[name].path.name})" if name in self._tensors else ""
+                misplaced.append(f"tensor {name} is not in {self.folder / file}{instead}")
+        unlisted = [f"tensor {t.name} is in {t.path}" for t in self._tensors.values() if t.name not in index]
+        if misplaced:
+            self.problems.append(f"{some(misplaced)}, though {INDEX} says so: download the model again")
+        if unlisted:
+            self.problems.append(f"{some(unlisted)}, but {INDEX} does not list it: download the model again")
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor, in the file's dtype. Raises UserError if it is missing or of another shape."""
-        if name not in self._where:
-            raise UserError(f"{self.folder} has no tensor {name}: the model folder is incomplete")
-        handle, path = self._where[name]
+    def __getitem__(self, name: str) -> FileTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def place(self, name: str) -> str:
+        return str(self._tensors[name].path)
+
+    def read(self, tensor: FileTensor, index: slice | tuple[slice, ...]) -> Tensor:
+        """A slice of one of the tensors."""
+        if self.problems:
+            raise UserError(in_one_message(self.problems))
+        rows = range(*(index if isinstance(index, slice) else index[0]).indices(tensor.shape[0]))
+        width = tensor.dtype.itemsize if isinstance(tensor.dtype, torch.dtype) else 1
+        taken = len(rows) * math.prod(tensor.shape[1:]) * width  # a slice of columns touches the pages of its rows
+        if self._taken + taken > MAPPED_BYTES:
+            self.close()
+        self._taken += taken
         try:
-            found = tuple(handle.get_slice(name).get_shape())
-            if found != shape:
-                raise UserError(f"{path}: tensor {name} has shape {found}, {CONFIG} asks for {shape}")
-            return handle.get_tensor(name)
+            return self._map(tensor.path).get_slice(tensor.name)[index]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: tensor {name} cannot be read ({error}): download it again") from None
+            raise UserError(
+                f"{tensor.path}: tensor {tensor.name} cannot be read ({error}): download it again"
+            ) from None
+
+    def _map(self, path: Path) -> Any:
+        if path not in self._mapped:
+            status = path.stat()
+            if self._stamps[path] != (status.st_ino, status.st_size, status.st_mtime_ns):
+                raise UserError(f"{path} has changed since it was opened: start again when it is complete")
+            self._mapped[path] = self._files.enter_context(safe_open(str(path), framework="pt"))
+        return self._mapped[path]
 
     def close(self) -> None:
+        """Give back the mappings; slices that the caller holds keep theirs."""
+        self._mapped.clear()
         self._files.close()
+        self._taken = 0
 
     def __enter__(self) -> FolderReader:
         return self
@@ -99,12 +186,12 @@ class FolderReader:
         self.close()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the model's weights, by the index where there are several. UserError when there
-    are none, or when the index is damaged or names a file outside the folder."""
+def read_index(folder: Path) -> dict[str, str] | None:
+    """The name of the safetensors file that holds each tensor; None where one file without an index holds all. Raises
+    UserError when there are no safetensors, or when the index is damaged or names a file outside the folder."""
     with user_error(f"the model folder {folder} cannot be read", "check model.path"):
         if (folder / SINGLE).is_file():  # first, as transformers does
-            return [folder / SINGLE]
+            return None
         if not (folder / INDEX).is_file():
             raise UserError(
                 f"{folder} holds neither {SINGLE} nor {INDEX}: convert the model to safetensors "
@@ -121,7 +208,13 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{folder / INDEX} is damaged (`weight_map` names {name!r:.80}, which is no safetensors file in the "
                 "folder): download it again"
             )
-    return [folder / name for name in sorted(set(weight_map.values()))]
+    return weight_map
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model's weights. Raises UserError as `read_index`."""
+    index = read_index(folder)
+    return [folder / name for name in ([SINGLE] if index is None else sorted(set(index.values())))]
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
@@ -139,12 +232,16 @@ def write_folder(
     target: str | os.PathLike[str],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
 ) -> Path:
     """Export the port's weights as a complete folder: safetensors files of at most `max_shard_bytes` (a larger tensor
     gets a file of its own) and `source`'s config, generation config, tokenizer, chat templates and licence.
 
-    Atomic: `target` is complete or absent; an older one is replaced. Collective over all ranks; global rank 0 writes.
-    When it cannot (disk full, no permission), UserError on every rank.
+    Atomic: `target` is complete or absent; an older one is replaced. Collective over all ranks; global rank 0 writes,
+    and holds at most one file's tensors at a time, beside what `port.export` does. When it cannot (disk full, no
+    permission), UserError on every rank.
+
+    progress: told on global rank 0 how many bytes of weights are written.
     """
     target = Path(target)
     tensors = port.export()
@@ -153,7 +250,7 @@ def write_folder(
         if port.process_groups.world.rank() == 0:
             with atomic_folder(target, replace=True) as folder:
                 copy_others(Path(source), folder, port.dtype)
-                write_weights(tensors, folder, max_shard_bytes)
+                write_weights(_counted(tensors, port, progress), folder, max_shard_bytes)
     except (OSError, SafetensorError) as error:
         failure = UserError(
             f"the model cannot be exported to {target}: {error}; free space there, or choose another run.folder"
@@ -164,6 +261,18 @@ def write_folder(
         for _ in tensors:  # every rank takes part in all of its collectives
             pass
     return share_outcome(target, failure, port.process_groups.host)
+
+
+def _counted(
+    tensors: Iterator[tuple[str, Tensor]], port: ModelPort, progress: Progress | None
+) -> Iterator[tuple[str, Tensor]]:
+    total = sum(math.prod(shape) for shape in port.expected().values()) * port.dtype.itemsize
+    done = 0
+    for name, tensor in tensors:
+        yield name, tensor
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, total)
 
 
 def copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -1,69 +1,121 @@
-"""The checks on a model folder's tensors before they are copied into a model."""
+"""The full tensors that a model is loaded from, and the checks on them before any is copied."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from asd_megatron.errors import UserError
-
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SHOWN = 5  # names that a message lists
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHOWN = 5  # entries of a list that a message shows
+BLOCK_BYTES = 16 << 20  # compared at a time, of each of two tensors
+THE_FOLDER = "the model folder"
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, all bytes)."""
 
 
-class TensorReader(Protocol):
-    """A source of full tensors by Hugging Face name (a model folder, a dictionary)."""
+class FullTensor(Protocol):
+    """A full tensor, in memory or in a file, whose shape and dtype are known without reading it. A slice reads only
+    what it holds."""
 
-    def keys(self) -> set[str]: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor; raises UserError, naming where it looked, if it is missing or of another shape."""
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """A text for a type that is not floating-point, in which no model is loaded."""
         ...
 
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor: ...
 
-def check_names(reader: TensorReader, expected: Mapping[str, tuple[int, ...]], *, family: str, tied: bool) -> None:
-    """The reader has exactly the `expected` tensors (full shapes by name). Raises UserError for missing and unknown
-    ones.
 
-    A tied model's folder may repeat the embedding as its head, if the two are equal.
+class TensorReader(Mapping[str, FullTensor]):
+    """Full tensors by Hugging Face name that know where they come from. A plain dictionary of tensors is as good to
+    load from."""
+
+    name: str = THE_FOLDER
+    problems: Sequence[str] = ()
+    """What is wrong with the source itself, one sentence each."""
+    lost: Collection[str] = ()
+    """Names that are not here for a reason that is among `problems`."""
+
+    def place(self, name: str) -> str:
+        """Where the tensor is, for messages."""
+        return self.name
+
+
+def refusal(
+    tensors: Mapping[str, FullTensor], expected: Mapping[str, tuple[int, ...]], *, family: str, tied: bool
+) -> str | None:
+    """Everything that keeps `tensors` from being loaded, in one message; None when they are exactly the `expected` ones
+    (full shapes by name), in floating-point numbers, and their source is undamaged.
+
+    A tied model's folder may repeat the embedding as its head, if the two are equal. What names, shapes and types do
+    not show is not seen: two tensors (two experts) of equal shape under each other's names, or altered numbers.
     """
-    found = reader.keys()
-    missing = [name for name in expected if name not in found]
-    if missing:
-        raise UserError(f"the model folder is incomplete: it has no tensor {_some(missing)}; download the model again")
-    ignored = {HEAD} if tied else set()
-    unknown = sorted(n for n in found - set(expected) - ignored if not n.endswith("rotary_emb.inv_freq"))
+    reader = tensors if isinstance(tensors, TensorReader) else None
+    problems: Sequence[str] = () if reader is None else reader.problems
+    lost: Collection[str] = () if reader is None else reader.lost
+    source, place = (THE_FOLDER, lambda name: THE_FOLDER) if reader is None else (reader.name, reader.place)
+    out = list(problems)
+    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in tensors and name not in lost]
+    if missing and (len(tensors) or not problems):
+        out.append(f"{source} is incomplete: it has no tensor {some(missing)}; download the model again")
+    repeated = {HEAD: expected[EMBEDDING]} if tied and HEAD in tensors else {}
+    wanted = {**expected, **repeated}
+    unknown = [name for name in tensors if name not in wanted and not name.endswith("rotary_emb.inv_freq")]
     if unknown:
-        raise UserError(
-            f"the model folder holds tensors that a {family} model of its config.json does not have: "
-            f"{_some(unknown)}; is that config.json of another model?"
+        out.append(
+            f"{source} holds tensors that a {family} model of its config.json does not have: "
+            f"{some([f'{name} (in {place(name)})' for name in sorted(unknown)])}; is that config.json of another model?"
         )
-    if HEAD in found & ignored:
-        _check_repeated_head(reader, expected[EMBEDDING])
+    known = {name: tensors[name] for name in wanted if name in tensors}
+    misshapen = [
+        f"tensor {name} in {place(name)} has shape {tuple(tensor.shape)}, config.json asks for {wanted[name]}"
+        for name, tensor in known.items()
+        if tuple(tensor.shape) != wanted[name]
+    ]
+    if misshapen:
+        out.append(some(misshapen))
+    quantized = [
+        f"tensor {name} in {place(name)} has type {tensor.dtype}"
+        for name, tensor in known.items()
+        if tensor.dtype not in FLOATING
+    ]
+    if quantized:  # copying them would succeed and give nonsense
+        out.append(f"{some(quantized)}: quantized weights cannot be trained, use the unquantized model")
+    if repeated and not (problems or misshapen or quantized) and EMBEDDING in tensors:
+        out += _differing_head(tensors)
+    return in_one_message(out) if out else None
 
 
-def _check_repeated_head(reader: TensorReader, shape: tuple[int, ...]) -> None:
+def _differing_head(tensors: Mapping[str, FullTensor]) -> list[str]:
     """`transformers` unties a head that differs from the embedding, so it is refused."""
-    if not torch.equal(reader.get(HEAD, shape), reader.get(EMBEDDING, shape)):
-        raise UserError(
-            f"config.json ties the embedding to the head (tie_word_embeddings), but the model folder holds an {HEAD} "
-            f"that differs from {EMBEDDING}: set tie_word_embeddings to false there"
-        )
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    rows = max(BLOCK_BYTES // max(4 * embedding.shape[1], 1), 1)
+    for start in range(0, embedding.shape[0], rows):
+        block = slice(start, start + rows)
+        if not bool((head[block] == embedding[block]).all()):
+            return [
+                "config.json ties the embedding to the head (tie_word_embeddings), but the model folder holds an "
+                f"{HEAD} that differs from {EMBEDDING}: set tie_word_embeddings to false there"
+            ]
+    return []
 
 
-def read_unquantized(reader: TensorReader, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The full tensor. Raises UserError for quantized numbers: copying them would succeed and give nonsense."""
-    tensor = reader.get(name, shape)
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise UserError(
-            f"tensor {name} of the model folder has type {tensor.dtype}: quantized weights cannot be trained, use the "
-            "unquantized model"
-        )
-    return tensor
+def in_one_message(problems: Sequence[str]) -> str:
+    """One as it is, several as a list."""
+    if len(problems) == 1:
+        return problems[0]
+    return "\n  ".join([f"{THE_FOLDER} cannot be loaded:", *problems])
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+def some(entries: Sequence[str]) -> str:
+    """The first of the entries, and how many there are."""
+    text = ", ".join(entries[:SHOWN])
+    more = len(entries) - SHOWN
+    return text if more <= 0 else f"{text} and {more} more ({len(entries)} in all)"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from asd_megatron.distributed import device
 from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import UserError
 from asd_megatron.models import gpt
 from asd_megatron.models.attention import MIN_ROWS, DecodingCache, PackAttention, fill_rows
@@ -24,7 +25,7 @@ from asd_megatron.models.decoder import LocalStack, Stack
 from asd_megatron.models.export import BUCKET_BYTES, FullTensors, Key, Part, first_stages
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.family import Family, ModelShape
-from asd_megatron.models.loading import TensorReader, check_names, read_unquantized
+from asd_megatron.models.loading import FullTensor, Progress, refusal
 from asd_megatron.models.module_stack import evaluating, sampling_modules
 from asd_megatron.models.rope import Rotation
 from asd_megatron.models.routing import LoadBalance, MicroBatchRouting
@@ -285,18 +286,28 @@ class ModelPort:
                 return Key(number, layer, expert)
         raise RuntimeError(f"family {self.family.name} has no rule for the parameter {name}")
 
-    def load(self, reader: TensorReader) -> None:
-        """Fill every parameter from full tensors. Raises UserError for missing or unknown tensors (on every rank), for
-        wrong shapes and quantized numbers."""
+    def load(self, tensors: Mapping[str, FullTensor], *, progress: Progress | None = None) -> None:
+        """Fill every parameter from slices of full tensors, reading nothing else. Raises one UserError, before anything
+        is copied and the same on every rank, for all that is wrong with the tensors (`models.loading`). Collective.
+
+        progress: told how many bytes of this rank's parameters are loaded.
+        """
         expected = self.expected()
-        check_names(reader, expected, family=self.family.name, tied=self.tied)
+        message = refusal(tensors, expected, family=self.family.name, tied=self.tied)
+        message = first_message(message, self.process_groups.world)
+        if message is not None:
+            raise UserError(message)
+        parameters = [(chunk, *named) for chunk in map(_bare, self.chunks) for named in chunk.named_parameters()]
+        total, done = sum(parameter.nbytes for *_, parameter in parameters), 0
         with torch.no_grad():
-            for chunk in map(_bare, self.chunks):
-                for name, parameter in chunk.named_parameters():
-                    key = self._identify(chunk, name)
-                    rule = self._rule(key)
-                    full = [read_unquantized(reader, n, expected[n]) for n in rule.names(key.layer, key.expert)]
-                    parameter.copy_(rule.operation.shard(full, *self._shard(rule), self._shapes))
+            for chunk, name, parameter in parameters:
+                key = self._identify(chunk, name)
+                rule = self._rule(key)
+                full = [tensors[n] for n in rule.names(key.layer, key.expert)]
+                parameter.copy_(rule.operation.shard(full, *self._shard(rule), self._shapes))
+                done += parameter.nbytes
+                if progress is not None:
+                    progress(done, total)
 
     def export(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
         """Stream every full tensor exactly once, by Hugging Face name, on global rank 0 alone, as copies that own their

@@ -33,18 +33,10 @@ CONFIG: dict[str, Any] = {
 RUN_STATE = {"step": 2, "gate": {"open": True, "h_warm": 0.1 + 0.2, "history": [math.inf, None]}, "text": "é"}
 
 
-class Weights:
+def weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     """Random full tensors for `ModelPort.load`."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
-        g = torch.Generator().manual_seed(seed)
-        self.tensors = {name: 0.1 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
-
-    def keys(self) -> set[str]:
-        return set(self.tensors)
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.tensors[name]
+    g = torch.Generator().manual_seed(seed)
+    return {name: 0.1 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
 
 
 class Trainer:
@@ -77,7 +69,7 @@ class Trainer:
         self.port = ModelPort.build({**CONFIG, **config}, groups, sizes, dtype=dtype, layers="local")
         for chunk in self.port.chunks:
             change(chunk)
-        self.port.load(Weights(self.port.expected(), seed))
+        self.port.load(weights(self.port.expected(), seed))
         self.port.wrap_ddp(distributed_optimizer=distributed, overlap_grad_reduce=False)
         self.copies = WeightCopies(self.port, initial=True, ema_rate=0.3) if copies else None
         settings = OptimizerConfig(

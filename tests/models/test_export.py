@@ -107,7 +107,7 @@ def _once_and_whole(port: Any, folder: Path, bucket_bytes: int) -> None:
         return
     assert [name for name, _ in found] == list(port.expected())  # each once
     with FolderReader(folder) as reader:
-        want = {name: reader.get(name, shape).to(port.dtype) for name, shape in port.expected().items()}
+        want = {name: reader[name][:].to(port.dtype) for name in port.expected()}
         for name, tensor in found:
             assert tensor.is_contiguous() and not tensor.requires_grad
             assert tensor.dtype == port.dtype and torch.equal(tensor, want[name]), name

@@ -1,28 +1,13 @@
-"""A tiny Qwen3 by transformers, and as a source of tensors for a ModelPort."""
+"""A tiny Qwen3 by transformers, and as a ModelPort."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.models.port import ModelPort
-
-
-class Reader:
-    """A state dict as ModelPort.load wants it."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def keys(self) -> set[str]:
-        return set(self._tensors)
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        assert tuple(self._tensors[name].shape) == shape, name
-        return self._tensors[name]
 
 
 def hugging_face_model(vocab: int = 61) -> Any:
@@ -50,5 +35,5 @@ def hugging_face_model(vocab: int = 61) -> Any:
 
 def port_of(model: Any, process_groups: ProcessGroups, layout: Layout) -> ModelPort:
     port = ModelPort.build(model.config.to_dict(), process_groups, layout, dtype=torch.float32, layers="local")
-    port.load(Reader(model.state_dict()))
+    port.load(model.state_dict())
     return port

@@ -158,21 +158,6 @@ def snapshot(tensors: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors}
 
 
-class Others:
-    """A reader of slightly different tensors."""
-
-    def __init__(self, reader: FolderReader) -> None:
-        self.reader = reader
-
-    def keys(self) -> set[str]:
-        return self.reader.keys()
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        found = self.reader.get(name, shape)
-        noise = torch.Generator().manual_seed(sum(name.encode()))
-        return found + 0.05 * torch.randn(shape, generator=noise)
-
-
 class Product:
     """A model folder on this rank, in a layout. Collective where its parts are."""
 
@@ -198,7 +183,11 @@ class Product:
 
     def load_others(self) -> None:
         """Weights near those of the folder, the same in every layout."""
-        self.port.load(Others(self.reader))
+        others = {}
+        for name, tensor in self.reader.items():
+            noise = torch.Generator().manual_seed(sum(name.encode()))
+            others[name] = tensor[:] + 0.05 * torch.randn(tensor.shape, generator=noise)
+        self.port.load(others)
 
     def batch(self, examples: Sequence[Example], recipe: DenseRecipe, tokens_per_microbatch: int) -> LocalBatch:
         return LocalBatch.build(
