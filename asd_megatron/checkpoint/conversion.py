@@ -7,8 +7,10 @@ one parameter in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,14 @@ from asd_megatron.checkpoint.safetensors_stream import write_tensors
 from asd_megatron.checkpoint.shards import refused_write
 from asd_megatron.checkpoint.stored_model import StoredModel, WeightsName
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_folder, atomic_write, system_reason
+from asd_megatron.files import atomic_folder, system_reason
 from asd_megatron.models.families import shape_of
-from asd_megatron.models.loading import TensorReader, check_names, read_unquantized
-from asd_megatron.models.stored import Parameter, parameters, unpadded
+from asd_megatron.models.loading import Progress, refusal
+from asd_megatron.models.stored import Parameter, Place, full_shapes, parameters, unpadded
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of Megatron-LM: with an older version, or none, it would reorder queries, keys and values.
 _CHECKPOINT_VERSION = 3.0
-Advance = Callable[[int], None]
-"""Takes the bytes that were written since it was called last."""
 
 
 def megatron_to_hf(
@@ -43,27 +43,26 @@ def megatron_to_hf(
     weights: WeightsName = "live",
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    begin: Callable[[int], Advance] = lambda total: lambda written: None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint's weights as the folder `target`, which is complete or absent. `model`: the Hugging Face
     folder whose config, tokenizer and other files it gets.
 
-    dtype: None: that of the live weights, to which a moving average is rounded too. begin: takes the bytes that will be
-    written. UserError, before anything is written, when `target` exists or the tensors are not those of `model`; also
-    when the checkpoint turns out damaged, or the system refuses to write.
+    dtype: None: that of the live weights, to which a moving average is rounded too. UserError, before anything is
+    written, when `target` exists or the tensors are not those of `model`; also when the checkpoint turns out damaged,
+    or the system refuses to write.
     """
     target = Path(target)
     stored = StoredModel(checkpoint, read_config(model), weights=weights)
     dtype = dtype or stored.dtype
     if dtype is None:
         raise UserError(f"the weights in {checkpoint.folder} have several dtypes: choose one with --dtype")
-    if dtype not in DTYPES.values():
+    if dtype not in DTYPES:
         raise UserError(f"the weights in {checkpoint.folder} have the dtype {dtype}: choose another with --dtype")
-    shapes = stored.expected()
+    tensors = ((name, tensor[:]) for name, tensor in stored.items())
     with _writing(target), atomic_folder(target) as folder:
         copy_others(Path(model), folder, dtype)
-        advance = begin(sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize)
-        write_tensors(stored.tensors(), shapes, dtype, folder, max_shard_bytes, advance)
+        write_tensors(tensors, stored.shapes, dtype, folder, max_shard_bytes, progress)
     return target
 
 
@@ -72,7 +71,7 @@ def hf_to_megatron(
     target: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    begin: Callable[[int], Advance] = lambda total: lambda written: None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the weights of the Hugging Face folder `source` as the folder `target`, which is complete or absent: a
     Megatron-LM `release` checkpoint without an optimizer, which any layout loads.
@@ -81,28 +80,25 @@ def hf_to_megatron(
     """
     source, target = Path(source), Path(target)
     family, shape = shape_of(read_config(source))
-    shapes = unpadded(shape)
-    wanted = list(parameters(family, shape))
-    full: dict[str, tuple[int, ...]] = {}
-    for parameter in wanted:
-        full.update(zip(parameter.names, parameter.rule.operation.shapes(shapes), strict=True))
+    sizes = unpadded(shape)
+    wanted = parameters(family, shape)
     with FolderReader(source) as reader:
-        check_names(reader, full, family=family.name, tied=shape.tied)
-        dtype = dtype or _only_dtype(reader, full)
-        planned = [(parameter, parameter.places(shape)[0], parameter.shape(shapes)) for parameter in wanted]
+        message = refusal(reader, full_shapes(wanted, sizes), family=family.name, tied=shape.tied)
+        if message is not None:
+            raise UserError(message)
+        dtype = dtype or _only_dtype(reader, wanted)
+        pieces = [_Piece(parameter, parameter.places(shape)[0], parameter.shape(sizes)) for parameter in wanted]
 
         def resolve(parameter: Parameter) -> Tensor:
-            """The parameter's Megatron tensor."""
-            tensors = [read_unquantized(reader, name, full[name]) for name in parameter.names]
-            return parameter.rule.operation.shard(tensors, 0, 1, shapes)
+            """The parameter's full Megatron tensor."""
+            return parameter.rule.operation.shard([reader[name] for name in parameter.names], 0, 1, sizes)
 
         with _writing(target), atomic_folder(target) as folder:
             release = folder / RELEASE
             release.mkdir()
-            advance = begin(sum(torch.Size(s).numel() for _, _, s in planned) * dtype.itemsize)
-            _save_shards(release, _planner(planned, dtype, resolve, advance))
+            _save_shards(release, _planner(pieces, dtype, resolve, progress))
             _save_common(release)
-            atomic_write(folder / TRACKER, f"{RELEASE}\n")
+            (folder / TRACKER).write_text(f"{RELEASE}\n", encoding="utf-8")
     return target
 
 
@@ -125,25 +121,39 @@ def _writing(target: Path) -> Iterator[None]:
         raise UserError(f"{target} cannot be written ({reason}): free space there, or choose another folder") from error
 
 
-def _only_dtype(reader: TensorReader, full: dict[str, tuple[int, ...]]) -> torch.dtype:
-    """The dtype of all the folder's tensors. Raises UserError where they have several."""
-    found: dict[torch.dtype, str] = {}
-    for name, shape in full.items():
-        found.setdefault(read_unquantized(reader, name, shape).dtype, name)
-    if len(found) > 1:
-        listed = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for dtype, name in found.items())
-        raise UserError(f"the model's tensors have several dtypes ({listed}): choose one with --dtype")
-    return next(iter(found))
+def _only_dtype(reader: FolderReader, wanted: Iterable[Parameter]) -> torch.dtype:
+    """The dtype of all the folder's tensors. Raises UserError where they have several, or one that is not written."""
+    found: dict[Any, str] = {}
+    for name in (name for parameter in wanted for name in parameter.names):
+        found.setdefault(reader[name].dtype, name)
+    if len(found) == 1 and next(iter(found)) in DTYPES:
+        return next(iter(found))
+    listed = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for dtype, name in found.items())
+    raise UserError(f"choose the dtype of the checkpoint with --dtype, since in {reader.folder} {listed}")
 
 
-def _planner(planned: list[Any], dtype: torch.dtype, resolve: Callable[[Parameter], Tensor], advance: Advance) -> Any:
-    """A planner of `torch.distributed.checkpoint` whose tensors are made when they are written."""
+@dataclass(frozen=True)
+class _Piece:
+    """A parameter, where it is stored, and the shape of its full tensor."""
+
+    parameter: Parameter
+    place: Place
+    shape: tuple[int, ...]
+
+
+def _planner(
+    pieces: Sequence[_Piece], dtype: torch.dtype, resolve: Callable[[Parameter], Tensor], progress: Progress | None
+) -> Any:
+    """A planner of `torch.distributed.checkpoint` whose tensors are made when they are written, one chunk for each
+    parameter."""
     from torch.distributed.checkpoint import SavePlan, SavePlanner
     from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
     from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-    def item(place: Any, shape: tuple[int, ...]) -> Any:
+    total = sum(math.prod(piece.shape) for piece in pieces) * dtype.itemsize
+
+    def item(place: Place, shape: tuple[int, ...]) -> Any:
         offsets = torch.Size((*place.index, *[0] * len(shape)))
         chunk = ChunkStorageMetadata(offsets, torch.Size((*[1] * len(place.index), *shape)))
         data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size((*place.leading, *shape)))
@@ -151,11 +161,12 @@ def _planner(planned: list[Any], dtype: torch.dtype, resolve: Callable[[Paramete
 
     class Planner(SavePlanner):
         def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+            self.done = 0
             self.parameters: dict[Any, Parameter] = {}
 
         def create_local_plan(self) -> Any:
-            items = [item(place, shape) for _, place, shape in planned]
-            self.parameters = {found.index: plan[0] for found, plan in zip(items, planned, strict=True)}
+            items = [item(piece.place, piece.shape) for piece in pieces]
+            self.parameters = {found.index: piece.parameter for found, piece in zip(items, pieces, strict=True)}
             return SavePlan(items)
 
         def create_global_plan(self, all_plans: Any) -> Any:
@@ -166,7 +177,9 @@ def _planner(planned: list[Any], dtype: torch.dtype, resolve: Callable[[Paramete
 
         def resolve_data(self, write_item: Any) -> Tensor:
             tensor = resolve(self.parameters[write_item.index]).to(dtype).contiguous()
-            advance(tensor.nbytes)
+            self.done += tensor.nbytes
+            if progress is not None:
+                progress(self.done, total)
             return tensor.view(write_item.tensor_data.chunk.sizes)
 
     return Planner()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from asd_megatron.checkpoint.huggingface import INDEX, SINGLE
 from asd_megatron.files import to_json
+from asd_megatron.models.loading import Progress
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT = 8
@@ -32,24 +33,36 @@ def write_tensors(
     dtype: torch.dtype,
     folder: Path,
     max_shard_bytes: int,
-    advance: Callable[[int], None],
+    progress: Progress | None = None,
 ) -> None:
     """Write safetensors of at most `max_shard_bytes` (a larger tensor gets a file of its own) with their index, or one
     file without an index when that is enough.
 
-    `shapes` has every tensor's, in the order in which `tensors` yields them; they are converted to `dtype`. `advance`
-    takes the bytes of each tensor once it is written. OSError when the system refuses to write.
+    `shapes` has every tensor's, in the order in which `tensors` yields them; they are converted to `dtype`. OSError
+    when the system refuses to write.
     """
     shards = _shards(shapes, dtype, max_shard_bytes)
     names = [SINGLE] if len(shards) == 1 else _names(len(shards))
-    remaining = iter(tensors)
+    total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    remaining = _counted(tensors, dtype, total, progress)
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, {n: shapes[n] for n in shard}, dtype, remaining, advance)
+        _write_file(folder / name, {n: shapes[n] for n in shard}, dtype, remaining)
+    assert next(remaining, None) is None  # counts the last one
     if len(shards) > 1:
-        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(to_json(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _counted(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, total: int, progress: Progress | None
+) -> Iterator[tuple[str, Tensor]]:
+    done = 0
+    for name, tensor in tensors:
+        yield name, tensor
+        done += tensor.numel() * dtype.itemsize
+        if progress is not None:
+            progress(done, total)
 
 
 def _names(count: int) -> list[str]:
@@ -74,20 +87,17 @@ def _write_file(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
-    tensors: Iterable[tuple[str, Tensor]],
-    advance: Callable[[int], None],
+    tensors: Iterator[tuple[str, Tensor]],
 ) -> None:
     header, starts = _header(shapes, dtype)
-    expected = iter(tensors)
     with path.open("wb") as file:
         file.write(header)
         for name, shape in shapes.items():
-            found, tensor = next(expected)
+            found, tensor = next(tensors)
             assert found == name and tuple(tensor.shape) == shape, (found, name, tuple(tensor.shape), shape)
             data = tensor.detach().to(dtype).contiguous()
             file.seek(len(header) + starts[name])
             file.write(data.view(-1).view(torch.uint8).numpy().data)
-            advance(data.nbytes)
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from asd_megatron.checkpoint.distcp import DistributedCheckpoint
 from asd_megatron.errors import UserError
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.family import ModelShape
+from asd_megatron.models.loading import FullTensor, TensorReader
 from asd_megatron.models.stored import (
     LAYERS,
     Parameter,
     Place,
+    full_shapes,
     is_of_the_model,
     parameters,
     unpadded,
@@ -29,59 +32,68 @@ MOST_PADDING = 128 * 64  # Megatron-LM pads the vocabulary to a multiple of 128 
 SHOWN = 30  # misfits that a message lists
 
 
-class StoredModel:
-    """A reader (`models.loading.TensorReader`) of full tensors, one at a time, out of a checkpoint of any layout.
+class StoredModel(TensorReader):
+    """The full tensors of a model by Hugging Face name, put together from a checkpoint of any layout when they are
+    read; one parameter is in memory at a time.
 
     Attributes:
+        shapes: of all tensors by name, in the order of the forward pass.
         dtype: of the live weights; None where they have several.
     """
 
     def __init__(
         self, checkpoint: DistributedCheckpoint, hf_config: Mapping[str, Any], *, weights: WeightsName = "live"
     ) -> None:
-        """weights: the live ones or a stored copy of them. Raises UserError for tensors that the model of `hf_config`
-        lacks, and for those that it has in addition or in another shape: all of them by key."""
-        self.checkpoint = checkpoint
-        self.family, self.shape = shape_of(hf_config)
-        self._shapes = unpadded(self.shape)
+        """weights: the live ones or a stored copy of them. Raises UserError for tensors of the model of `hf_config`
+        that are missing or have another shape, and for tensors that it does not have: all of them by key."""
+        family, shape = shape_of(hf_config)
+        self.name = f"the checkpoint {checkpoint.folder}"
+        self.checkpoint, self._sizes = checkpoint, unpadded(shape)
         prefix = _prefix(checkpoint, weights)
-        self._places = _fit(checkpoint, prefix, parameters(self.family, self.shape), self.shape)
-        self._names = {name: (p, number) for p in self._places for number, name in enumerate(p.names)}
+        self._places = _fit(checkpoint, prefix, parameters(family, shape), shape)
+        self.shapes = full_shapes(self._places, self._sizes)
+        self._tensors = {
+            name: _Tensor(self, parameter, number, self.shapes[name], checkpoint.tensors[place.key].dtype)
+            for parameter, place in self._places.items()
+            for number, name in enumerate(parameter.names)
+        }
         live = [checkpoint.tensors.get(place.key.removeprefix(prefix)) for place in self._places.values()]
         dtypes = {tensor.dtype for tensor in live if tensor is not None}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         self._last: tuple[Parameter, tuple[Tensor, ...]] | None = None
 
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor by name, with its full shape, in the order of the forward pass."""
-        out: dict[str, tuple[int, ...]] = {}
-        for parameter in self._places:
-            out.update(zip(parameter.names, parameter.rule.operation.shapes(self._shapes), strict=True))
-        return out
+    def __getitem__(self, name: str) -> FullTensor:
+        return self._tensors[name]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor in the order of `expected`, in its stored dtype. One parameter is in memory at a time."""
-        for parameter in self._places:
-            yield from zip(parameter.names, self._full(parameter), strict=True)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
 
-    def keys(self) -> set[str]:
-        return set(self._names)
+    def __len__(self) -> int:
+        return len(self._tensors)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor, in its stored dtype. Raises UserError if the checkpoint has none of that name and shape."""
-        if name not in self._names:
-            raise UserError(f"{self.checkpoint.folder} has no tensor {name}")
-        parameter, number = self._names[name]
-        if self._last is None or self._last[0] is not parameter:  # q, k and v are asked for one after the other
-            self._last = (parameter, self._full(parameter))
-        tensor = self._last[1][number]
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{self.checkpoint.folder}: tensor {name} has shape {tuple(tensor.shape)}, not {shape}")
-        return tensor
+    def full(self, parameter: Parameter) -> tuple[Tensor, ...]:
+        """The tensors of one parameter, in their stored dtype. Those of the latest one are kept: q, k and v are asked
+        for one after the other."""
+        if self._last is None or self._last[0] is not parameter:
+            self._last = None  # before the next one is read
+            place = self._places[parameter]
+            stored = self.checkpoint.read(place.key, place.index)
+            self._last = (parameter, parameter.rule.operation.unshard([stored], self._sizes))
+        return self._last[1]
 
-    def _full(self, parameter: Parameter) -> tuple[Tensor, ...]:
-        place = self._places[parameter]
-        return parameter.rule.operation.unshard([self.checkpoint.read(place.key, place.index)], self._shapes)
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One of the tensors that a parameter holds. A slice reads the parameter."""
+
+    model: StoredModel
+    parameter: Parameter
+    number: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        return self.model.full(self.parameter)[self.number][index]
 
 
 def _prefix(checkpoint: DistributedCheckpoint, weights: WeightsName) -> str:

@@ -22,8 +22,8 @@ from asd_megatron.checkpoint.stored_model import StoredModel, WeightsName
 from asd_megatron.distributed import device
 from asd_megatron.errors import UserError
 from asd_megatron.models.families import shape_of
-from asd_megatron.models.loading import TensorReader, check_names
-from asd_megatron.models.stored import parameters, unpadded
+from asd_megatron.models.loading import TensorReader, refusal
+from asd_megatron.models.stored import full_shapes, parameters, unpadded
 from asd_megatron.records import PackedTokens
 
 LENGTHS = (1, 7, 64, 256, 33, 2, 129, 20)
@@ -53,15 +53,14 @@ def compare_tensors(a: TensorReader, b: TensorReader, hf_config: Any) -> TensorC
     """Compare every tensor of the model, one at a time, as float32 where dtypes differ. Raises UserError when a side
     has other tensors than the model."""
     family, shape = shape_of(hf_config)
-    sizes = unpadded(shape)
-    expected: dict[str, tuple[int, ...]] = {}
-    for parameter in parameters(family, shape):
-        expected.update(zip(parameter.names, parameter.rule.operation.shapes(sizes), strict=True))
+    expected = full_shapes(parameters(family, shape), unpadded(shape))
     for side in (a, b):
-        check_names(side, expected, family=family.name, tied=shape.tied)
+        message = refusal(side, expected, family=family.name, tied=shape.tied)
+        if message is not None:
+            raise UserError(message)
     differing = {}
-    for name, full in expected.items():
-        one, other = a.get(name, full), b.get(name, full)
+    for name in expected:
+        one, other = a[name][:], b[name][:]
         if one.dtype != other.dtype or not torch.equal(one, other):
             difference = (one.float() - other.float()).abs().max().item()
             if difference != 0.0:  # NaN included

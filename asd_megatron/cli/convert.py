@@ -138,7 +138,7 @@ def _megatron_to_hf(arguments: Any) -> None:
         raise UserError(f"--shard-gb is {arguments.shard_gb:g}: give a number of gigabytes above 0")
     _refuse_existing(arguments.out)
     folder = find_checkpoint(arguments.checkpoint)
-    with Progress() as progress:
+    with ByteProgress() as progress:
         megatron_to_hf(
             DistributedCheckpoint(folder),
             arguments.model or _model_of(folder),
@@ -146,7 +146,7 @@ def _megatron_to_hf(arguments: Any) -> None:
             weights=arguments.weights,
             dtype=_dtype(arguments.dtype),
             max_shard_bytes=int(arguments.shard_gb * 1e9),
-            begin=progress.begin,
+            progress=progress,
         )
     print(f"{arguments.out}: {progress.summary()}")
 
@@ -155,8 +155,8 @@ def _hf_to_megatron(arguments: Any) -> None:
     from asd_megatron.checkpoint.conversion import hf_to_megatron
 
     _refuse_existing(arguments.out)
-    with Progress() as progress:
-        hf_to_megatron(arguments.folder, arguments.out, dtype=_dtype(arguments.dtype), begin=progress.begin)
+    with ByteProgress() as progress:
+        hf_to_megatron(arguments.folder, arguments.out, dtype=_dtype(arguments.dtype), progress=progress)
     print(f"{arguments.out}: {progress.summary()}")
 
 
@@ -234,39 +234,33 @@ def _verify_logits(arguments: Any, a: Found, folder: Path) -> int:
     return 0 if passed else FAILED
 
 
-class Progress:
-    """Bytes written: a tqdm bar on a terminal, else a line every LINE_SECONDS."""
+class ByteProgress:
+    """Bytes written: a tqdm bar on a terminal, else a line every LINE_SECONDS. Called with (bytes done, all bytes)."""
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._done = self._total = 0
+        self._done = 0
         self._started = self._last = time.monotonic()
 
-    def begin(self, total: int) -> Callable[[int], None]:
-        """Start counting to `total`; returns what takes the bytes of each piece."""
-        self._total = total
-        self._started = self._last = time.monotonic()
-        if sys.stderr.isatty():
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr)
-        return self._advance
-
-    def _advance(self, written: int) -> None:
-        self._done += written
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(written)
+            self._bar.update(done - self._done)
         elif now - self._last >= LINE_SECONDS:
             self._last = now
-            print(f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB", file=sys.stderr, flush=True)
+            print(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
+        self._done = done
 
     def summary(self) -> str:
         """`1.19 GB in 2.3 s (0.52 GB/s)`."""
         seconds = time.monotonic() - self._started
         return f"{self._done / 1e9:.2f} GB in {seconds:.1f} s ({self._done / 1e9 / max(seconds, 1e-9):.2f} GB/s)"
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ByteProgress:
         return self
 
     def __exit__(self, *_: object) -> None:

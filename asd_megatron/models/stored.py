@@ -13,17 +13,16 @@ each layer, or for each expert (`mlp.experts.experts.5.linear_fc1.weight`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from asd_megatron.models.family import Family, ModelShape
-from asd_megatron.models.port import shapes_of
+from asd_megatron.models.port import model_keys, shapes_of
 from asd_megatron.models.weights import Rule, Shapes, Vocabulary
 
 LAYERS = "decoder.layers."
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -88,21 +87,17 @@ def _stored_name(name: str) -> str:
     return name.replace("experts.local_experts.", "experts.experts.")
 
 
-def parameters(family: Family, shape: ModelShape) -> Iterator[Parameter]:
+def parameters(family: Family, shape: ModelShape) -> list[Parameter]:
     """Every parameter in the order of the forward pass, without the head of a tied model."""
-    rules = [rule for rule in family.rules if not (shape.tied and rule.huggingface == (HEAD,))]
-    numbers = [number for number, rule in enumerate(rules) if rule.per_layer]
-    yield from map(Parameter, rules[: numbers[0]])
-    count = 0 if shape.experts is None else shape.experts.count
-    for layer in range(shape.layers):
-        of_layer = rules[numbers[0] : numbers[-1] + 1]
-        of_expert = [rule for rule in of_layer if rule.per_expert]
-        for rule in of_layer:
-            if not rule.per_expert:
-                yield Parameter(rule, layer)
-            elif rule is of_expert[0]:
-                yield from (Parameter(r, layer, expert) for expert in range(count) for r in of_expert)
-    yield from map(Parameter, rules[numbers[-1] + 1 :])
+    return [Parameter(family.rules[key.rule], key.layer, key.expert) for key in model_keys(family, shape)]
+
+
+def full_shapes(parameters: Iterable[Parameter], shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The full Hugging Face tensors that these parameters hold: their shapes by name."""
+    out: dict[str, tuple[int, ...]] = {}
+    for parameter in parameters:
+        out.update(zip(parameter.names, parameter.rule.operation.shapes(shapes), strict=True))
+    return out
 
 
 def unpadded(shape: ModelShape) -> Shapes:
