@@ -1,4 +1,5 @@
-"""What Megatron stores beside the tensors (`common.pt`): read for its plain values, without looking up any class.
+"""What Megatron stores beside the tensors: read for its plain values, without looking up any class. It is in
+`common.pt`, or from Megatron-Core 0.20 on an object among the tensors.
 
 Megatron-LM keeps its arguments there as an `argparse.Namespace` with enumerations and dtypes inside, which PyTorch's
 safe reader refuses. Here every object that is no plain value or container becomes an `Opaque`: its class is neither
@@ -10,8 +11,9 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from pathlib import Path
 from typing import Any
+
+from asd_megatron.checkpoint.distcp import DistributedCheckpoint
 
 _CONTAINERS = {
     ("collections", "OrderedDict"): dict,
@@ -52,17 +54,21 @@ class _Reader(pickle.Unpickler):
         return Opaque()  # a tensor's storage
 
 
-def read_common(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's common.pt; empty when there is none (newer releases keep it among objects), or it
-    cannot be read: nothing that is converted depends on it."""
+def read_common(checkpoint: DistributedCheckpoint) -> dict[str, Any]:
+    """The common state of a checkpoint; empty when it cannot be read: nothing that is converted depends on it."""
     try:
-        with zipfile.ZipFile(folder / "common.pt") as archive:
+        file: Any = checkpoint.folder / "common.pt"
+        if not file.is_file():
+            key = next(key for key in checkpoint.objects if key.startswith("common_state/"))
+            file = io.BytesIO(checkpoint.object_bytes(key, _MOST_BYTES))
+        with zipfile.ZipFile(file) as archive:
             entry = next(info for info in archive.infolist() if info.filename.endswith("data.pkl"))
             if entry.file_size > _MOST_BYTES:
                 return {}
             found = _Reader(io.BytesIO(archive.read(entry))).load()
     except Exception:  # whatever a missing, torn or hostile file raises
         return {}
+    found = found[0] if isinstance(found, list) and found else found  # an object is stored in a list
     return found if isinstance(found, dict) else {}
 
 

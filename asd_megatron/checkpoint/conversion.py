@@ -8,6 +8,7 @@ one parameter in memory at a time.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from asd_megatron.checkpoint.safetensors_stream import write_tensors
 from asd_megatron.checkpoint.shards import refused_write
 from asd_megatron.checkpoint.stored_model import StoredModel, WeightsName
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_folder, system_reason
+from asd_megatron.files import atomic_folder, system_reason, write_json
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.loading import Progress, refusal
 from asd_megatron.models.stored import Parameter, Place, full_shapes, parameters, unpadded
@@ -112,7 +113,7 @@ def _writing(target: Path) -> Iterator[None]:
     except (Exception, CheckpointException) as error:
         failures = getattr(error, "failures", None)  # of a CheckpointException: what failed, by rank
         first = next(iter(failures.values()))[0] if failures else error
-        if isinstance(first, UserError):
+        if isinstance(first, UserError | KeyboardInterrupt):
             raise first from None
         refusal = first if isinstance(first, SafetensorError) else refused_write(first, target.parent)
         if refusal is None:
@@ -189,18 +190,14 @@ def _save_shards(folder: Path, planner: Any) -> None:
     from torch.distributed.checkpoint import FileSystemWriter, save
 
     # Nothing is copied ahead: that would be for weights on a GPU.
-    save(
-        {},
-        storage_writer=FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0),
-        planner=planner,
-        no_dist=True,
-    )
+    writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process writes, as intended; and PyTorch's of its own code
+        save({}, storage_writer=writer, planner=planner, no_dist=True)
 
 
 def _save_common(folder: Path) -> None:
     """What Megatron reads beside the shards: the format, the version, and that layers and experts are stacked."""
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     torch.save({"checkpoint_version": _CHECKPOINT_VERSION, "content_metadata": content}, folder / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    write_json(folder / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})

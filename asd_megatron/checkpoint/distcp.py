@@ -13,13 +13,15 @@ Any region is put together from the chunks that it touches, so the layout that w
 from __future__ import annotations
 
 import math
+import mmap
 import os
+import zipfile
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +43,7 @@ class Chunk:
     file: str
     start: int
     length: int
+    transformed: bool = False  # by an extension of the writer, compressed for example
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class DistributedCheckpoint:
     Attributes:
         folder: the folder.
         tensors: descriptions by key.
-        objects: keys of entries that are no tensors (extra states, random states); they are never read.
+        objects: keys of entries that are no tensors (extra states, random states); they are never unpickled.
         files: bytes of each file of chunks, by name.
     """
 
@@ -145,6 +148,18 @@ class DistributedCheckpoint:
         self._fill(result, key, start, boxes)
         return result.reshape(tensor.shape[len(index) :])
 
+    def object_bytes(self, key: str, most: int) -> bytes:
+        """The first `most` bytes of an entry that is no tensor; empty when it cannot be read."""
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        try:
+            stored = self._metadata.storage_data[MetadataIndex(key)]
+            with (self.folder / _file(stored.relative_path)).open("rb") as file:
+                file.seek(stored.offset)
+                return file.read(min(stored.length, most))
+        except Exception:  # a damaged description
+            return b""
+
     def _check_cover(self, tensor: StoredTensor, index: Sequence[int], sizes: Sequence[int], boxes: list[Any]) -> None:
         volume = sum(math.prod(lengths) for _, lengths in boxes)
         if volume != math.prod(sizes) or _any_overlap(boxes):
@@ -175,6 +190,8 @@ class DistributedCheckpoint:
         ]
         reader = FileSystemReader(self.folder)
         try:
+            for chunk in boxes:
+                self._check_sum(chunk)
             with weights_only():
                 reader.set_up_storage_reader(self._metadata, is_coordinator=True)
                 reader.read_data(LoadPlan(items), _filler(result)).wait()
@@ -185,6 +202,28 @@ class DistributedCheckpoint:
                 f"{key} cannot be read from {files} in {self.folder} ({reason:.300}): the checkpoint is damaged, copy "
                 "it again"
             ) from error
+
+    def _check_sum(self, chunk: Chunk) -> None:
+        """Raise BadZipFile unless the bytes of a chunk, a ZIP archive, have the check sums that it states: PyTorch does
+        not look at them. A writer may have left them out (0)."""
+        if chunk.transformed:
+            return
+        before = chunk.start % mmap.ALLOCATIONGRANULARITY  # bytes of other chunks, which an archive may have before it
+        with (
+            (self.folder / chunk.file).open("rb") as file,
+            _Mapped(file.fileno(), before + chunk.length, access=mmap.ACCESS_READ, offset=chunk.start - before) as part,
+            zipfile.ZipFile(cast(IO[bytes], part)) as archive,
+        ):
+            wrong = archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
+        if wrong is not None:
+            raise zipfile.BadZipFile(f"{wrong} has another check sum than it should")
+
+
+class _Mapped(mmap.mmap):
+    """A part of a file, as a file that zipfile reads."""
+
+    def seekable(self) -> bool:
+        return True
 
 
 def _filler(result: Tensor) -> Any:
@@ -251,7 +290,8 @@ def _described(metadata: Any) -> tuple[dict[str, StoredTensor], tuple[str, ...]]
             if stored is None:
                 raise ValueError(f"it does not say where the chunk of {key} at {offsets} is")
             start, length = _sizes((stored.offset, stored.length), key)
-            chunks.append(Chunk(offsets, sizes, _file(stored.relative_path), start, length))
+            transformed = bool(getattr(stored, "transform_descriptors", None))
+            chunks.append(Chunk(offsets, sizes, _file(stored.relative_path), start, length, transformed))
         chunks.sort(key=lambda chunk: chunk.offsets)
         tensors[key] = StoredTensor(key, shape, entry.properties.dtype, tuple(chunks))
     if not tensors:

@@ -83,7 +83,7 @@ def _checkpoint(checkpoint: DistributedCheckpoint) -> Report:
     tensors.sort(key=lambda line: GROUPS.index(line.group))
     live = [tensor for tensor in tensors if tensor.group == "live"]
     ranks = {match[1] for name in checkpoint.files if (match := re.match(r"__(\d+)_\d+\.distcp", name))}
-    facts: dict[str, Any] = {"checkpoint": str(folder), **_origin(folder)}
+    facts: dict[str, Any] = {"checkpoint": str(folder), **_origin(checkpoint)}
     facts["files"] = f"{len(checkpoint.files)} of {plural(len(ranks), 'rank')}" if ranks else len(checkpoint.files)
     facts["bytes on disk"] = sum(checkpoint.files.values())
     facts["precision of the weights"] = ", ".join(sorted({tensor.dtype for tensor in live})) or "no weights"
@@ -108,14 +108,15 @@ def _group(key: str) -> str:
     return "optimizer" if "optimizer" in key else "other"
 
 
-def _origin(folder: Path) -> dict[str, Any]:
+def _origin(checkpoint: DistributedCheckpoint) -> dict[str, Any]:
     """Who wrote a checkpoint, and at which step, as far as its files say."""
+    folder = checkpoint.folder
     if (folder / RUN_STATE).is_file():
         state = RunStateFile.read(folder)
         step = read_json_object(folder / RUN_STATE, "it is damaged", non_finite=True).get("step")
         kind = "distributed" if state.distributed_optimizer else "not distributed"
         return {"written by": "asd_megatron, training", "step": step, "optimizer": kind}
-    common = read_common(folder)
+    common = read_common(checkpoint)
     given = arguments(common)
     facts: dict[str, Any] = {"written by": "Megatron-LM" if given else "Megatron-Core"}
     if folder.name == RELEASE and not given:

@@ -240,7 +240,8 @@ class ByteProgress:
     def __init__(self) -> None:
         self._bar: Any = None
         self._done = 0
-        self._started = self._last = time.monotonic()
+        self._started = time.monotonic()
+        self._last: float | None = None  # line, or the first call
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None and sys.stderr.isatty():
@@ -248,6 +249,7 @@ class ByteProgress:
 
             self._bar = tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr)
         now = time.monotonic()
+        self._last = now if self._last is None else self._last
         if self._bar is not None:
             self._bar.update(done - self._done)
         elif now - self._last >= LINE_SECONDS:
