@@ -60,10 +60,9 @@ def megatron_to_hf(
         raise UserError(f"the weights in {checkpoint.folder} have several dtypes: choose one with --dtype")
     if dtype not in DTYPES:
         raise UserError(f"the weights in {checkpoint.folder} have the dtype {dtype}: choose another with --dtype")
-    tensors = ((name, tensor[:]) for name, tensor in stored.items())
     with _writing(target), atomic_folder(target) as folder:
         copy_others(Path(model), folder, dtype)
-        write_tensors(tensors, stored.shapes, dtype, folder, max_shard_bytes, progress)
+        write_tensors(stored, dtype, folder, max_shard_bytes, progress)
     return target
 
 

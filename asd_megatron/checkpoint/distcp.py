@@ -13,25 +13,26 @@ Any region is put together from the chunks that it touches, so the layout that w
 from __future__ import annotations
 
 import math
-import mmap
 import os
-import zipfile
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from asd_megatron.checkpoint.mapped_chunk import byte_shape, mapped_chunk
 from asd_megatron.checkpoint.safety import read_metadata, weights_only
 from asd_megatron.errors import UserError, plural
 from asd_megatron.files import user_error
 
 SHOWN = 8  # damaged files that a message lists
 _MOST = 1 << 48  # elements of a tensor: more is damage
+Box = tuple[list[int], list[int]]
+"""The first element of a part of a tensor, and its sizes."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class DistributedCheckpoint:
                 f"{self.folder / '.metadata'} is damaged ({error or type(error).__name__}): copy the checkpoint again"
             ) from error
         self.files = self._checked_files()
+        self._checked: set[Chunk] = set()  # whose check sum is right
 
     def _checked_files(self) -> dict[str, int]:
         ends: dict[str, int] = {}
@@ -133,20 +135,22 @@ class DistributedCheckpoint:
             )
         return found
 
-    def read(self, key: str, index: Sequence[int] = ()) -> Tensor:
-        """`tensor[index]` of a stored tensor, on the CPU, in its own dtype; reads only the chunks that it touches.
+    def read(self, key: str, index: Sequence[int] = (), rows: slice = slice(None)) -> Tensor:
+        """`tensor[index][rows]` of a stored tensor, on the CPU, in its own dtype; reads only chunks that it touches.
 
-        Memory: the result and the largest of these chunks. Raises UserError for chunks that cannot be read, and for a
-        region that they do not cover exactly once.
+        Memory: the result. (Chunks of unusual form are copied as a whole.) Raises UserError for chunks that cannot be
+        read or have a wrong check sum, and for a region that they do not cover exactly once.
         """
         tensor = self.tensors[key]
-        start = (*index, *[0] * (len(tensor.shape) - len(index)))
-        sizes = (*[1] * len(index), *tensor.shape[len(index) :])
+        rest = list(tensor.shape[len(index) :])
+        first = [0] * len(rest)
+        if rest:
+            begin, end, _ = rows.indices(rest[0])
+            first[0], rest[0] = begin, max(end - begin, 0)
+        start, sizes = (*index, *first), (*[1] * len(index), *rest)
         boxes = {chunk: _overlap(chunk, start, sizes) for chunk in tensor.touching(start, sizes)}
         self._check_cover(tensor, index, sizes, list(boxes.values()))
-        result = torch.empty(sizes, dtype=tensor.dtype)
-        self._fill(result, key, start, boxes)
-        return result.reshape(tensor.shape[len(index) :])
+        return self._assembled(tensor, start, sizes, boxes).view(tensor.dtype).reshape(rest)
 
     def object_bytes(self, key: str, most: int) -> bytes:
         """The first `most` bytes of an entry that is no tensor; empty when it cannot be read."""
@@ -160,7 +164,7 @@ class DistributedCheckpoint:
         except Exception:  # a damaged description
             return b""
 
-    def _check_cover(self, tensor: StoredTensor, index: Sequence[int], sizes: Sequence[int], boxes: list[Any]) -> None:
+    def _check_cover(self, tensor: StoredTensor, index: Sequence[int], sizes: Sequence[int], boxes: list[Box]) -> None:
         volume = sum(math.prod(lengths) for _, lengths in boxes)
         if volume != math.prod(sizes) or _any_overlap(boxes):
             place = f"{tensor.key}{list(index) if index else ''}"
@@ -169,61 +173,63 @@ class DistributedCheckpoint:
                 "the checkpoint is damaged, take another one"
             )
 
-    def _fill(
-        self, result: Tensor, key: str, start: Sequence[int], boxes: Mapping[Chunk, tuple[list[int], list[int]]]
-    ) -> None:
-        """Copy the boxes (first element, sizes; in the tensor) from their chunks to the region at `start`."""
+    def _assembled(
+        self, tensor: StoredTensor, start: Sequence[int], sizes: Sequence[int], boxes: Mapping[Chunk, Box]
+    ) -> Tensor:
+        """The bytes of the region at `start`, of which each chunk holds a box."""
+        width = tensor.dtype.itemsize
+        result = torch.empty(byte_shape(sizes, tensor.dtype), dtype=torch.uint8)
+        for chunk, (first, lengths) in boxes.items():
+            try:
+                part = self._chunk(tensor, chunk)
+            except Exception as error:  # what PyTorch raises for bytes that are no tensor
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise UserError(
+                    f"{tensor.key} cannot be read from {chunk.file} in {self.folder} ({reason:.300}): the checkpoint is"
+                    " damaged, copy it again"
+                ) from error
+            _box(result, first, start, lengths, width).copy_(_box(part, first, chunk.offsets, lengths, width))
+        return result
+
+    def _chunk(self, tensor: StoredTensor, chunk: Chunk) -> Tensor:
+        """A chunk's bytes. Raises anything where they are no tensor."""
+        if not chunk.transformed:
+            path, check = self.folder / chunk.file, chunk not in self._checked
+            mapped = mapped_chunk(path, chunk.start, chunk.length, chunk.sizes, tensor.dtype, check=check)
+            if mapped is not None:
+                self._checked.add(chunk)
+                return mapped
+        found = self._read_by_torch(tensor, chunk)
+        return found.reshape(-1).view(torch.uint8).view(byte_shape(chunk.sizes, tensor.dtype))
+
+    def _read_by_torch(self, tensor: StoredTensor, chunk: Chunk) -> Tensor:
         from torch.distributed.checkpoint import FileSystemReader, LoadPlan
         from torch.distributed.checkpoint.metadata import MetadataIndex
         from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-        items = [
-            ReadItem(
-                type=LoadItemType.TENSOR,
-                dest_index=MetadataIndex(key),
-                dest_offsets=torch.Size(a - b for a, b in zip(first, start, strict=True)),
-                storage_index=MetadataIndex(key, torch.Size(chunk.offsets)),
-                storage_offsets=torch.Size(a - b for a, b in zip(first, chunk.offsets, strict=True)),
-                lengths=torch.Size(lengths),
-            )
-            for chunk, (first, lengths) in boxes.items()
-        ]
+        result = torch.empty(chunk.sizes, dtype=tensor.dtype)
+        nothing = torch.Size([0] * len(chunk.sizes))
+        item = ReadItem(
+            type=LoadItemType.TENSOR,
+            dest_index=MetadataIndex(tensor.key),
+            dest_offsets=nothing,
+            storage_index=MetadataIndex(tensor.key, torch.Size(chunk.offsets)),
+            storage_offsets=nothing,
+            lengths=torch.Size(chunk.sizes),
+        )
         reader = FileSystemReader(self.folder)
-        try:
-            for chunk in boxes:
-                self._check_sum(chunk)
-            with weights_only():
-                reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-                reader.read_data(LoadPlan(items), _filler(result)).wait()
-        except Exception as error:  # what torch raises for bytes that are no tensor, or another one
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            files = ", ".join(sorted({chunk.file for chunk in boxes}))
-            raise UserError(
-                f"{key} cannot be read from {files} in {self.folder} ({reason:.300}): the checkpoint is damaged, copy "
-                "it again"
-            ) from error
-
-    def _check_sum(self, chunk: Chunk) -> None:
-        """Raise BadZipFile unless the bytes of a chunk, a ZIP archive, have the check sums that it states: PyTorch does
-        not look at them. A writer may have left them out (0)."""
-        if chunk.transformed:
-            return
-        before = chunk.start % mmap.ALLOCATIONGRANULARITY  # bytes of other chunks, which an archive may have before it
-        with (
-            (self.folder / chunk.file).open("rb") as file,
-            _Mapped(file.fileno(), before + chunk.length, access=mmap.ACCESS_READ, offset=chunk.start - before) as part,
-            zipfile.ZipFile(cast(IO[bytes], part)) as archive,
-        ):
-            wrong = archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
-        if wrong is not None:
-            raise zipfile.BadZipFile(f"{wrong} has another check sum than it should")
+        with weights_only():
+            reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            reader.read_data(LoadPlan([item]), _filler(result)).wait()
+        return result
 
 
-class _Mapped(mmap.mmap):
-    """A part of a file, as a file that zipfile reads."""
-
-    def seekable(self) -> bool:
-        return True
+def _box(data: Tensor, first: Sequence[int], start: Sequence[int], lengths: Sequence[int], width: int) -> Tensor:
+    """The bytes of a box (`first`, `lengths`; in the tensor) in those of the part at `start`, as a view."""
+    for axis, (a, b, length) in enumerate(zip(first, start, lengths, strict=True)):
+        factor = width if axis == len(lengths) - 1 else 1
+        data = data.narrow(axis, (a - b) * factor, length * factor)
+    return data
 
 
 def _filler(result: Tensor) -> Any:
@@ -233,10 +239,7 @@ def _filler(result: Tensor) -> Any:
         """Puts what is read into `result`."""
 
         def resolve_tensor(self, read_item: Any) -> Tensor:
-            view = result
-            for axis, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-                view = view.narrow(axis, offset, length)
-            return view
+            return result
 
         def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
             pass
@@ -244,14 +247,14 @@ def _filler(result: Tensor) -> Any:
     return Filler()
 
 
-def _overlap(chunk: Chunk, start: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+def _overlap(chunk: Chunk, start: Sequence[int], sizes: Sequence[int]) -> Box:
     """The common box of a chunk and the box at `start`: its first element and its sizes (not positive: none)."""
     first = [max(a, b) for a, b in zip(chunk.offsets, start, strict=True)]
     ends = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, start, sizes, strict=True)]
     return first, [end - begin for end, begin in zip(ends, first, strict=True)]
 
 
-def _any_overlap(boxes: list[tuple[list[int], list[int]]]) -> bool:
+def _any_overlap(boxes: list[Box]) -> bool:
     """Whether two of the boxes share an element."""
     ordered = sorted(boxes)
     for number, (first, lengths) in enumerate(ordered):

@@ -1,7 +1,7 @@
-"""Safetensors files written one tensor at a time.
+"""Safetensors files written block by block.
 
 `safetensors.torch.save_file` wants all tensors of a file in memory. When names, shapes and dtype are known beforehand,
-the header can be written first and each tensor to its place, in any order; the file is the same byte for byte.
+the header can be written first and each tensor to its place, some rows at a time; the file is the same byte for byte.
 
     8 bytes      length of the header
     header       {"__metadata__": {"format": "pt"}, name: {"dtype", "shape", "data_offsets"}, ...}, padded to 8 bytes
@@ -13,23 +13,22 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from asd_megatron.checkpoint.huggingface import INDEX, SINGLE
 from asd_megatron.files import to_json
-from asd_megatron.models.loading import Progress
+from asd_megatron.models.loading import FullTensor, Progress
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT = 8
+BLOCK_BYTES = 64 << 20
 
 
 def write_tensors(
-    tensors: Iterable[tuple[str, Tensor]],
-    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, FullTensor],
     dtype: torch.dtype,
     folder: Path,
     max_shard_bytes: int,
@@ -38,31 +37,37 @@ def write_tensors(
     """Write safetensors of at most `max_shard_bytes` (a larger tensor gets a file of its own) with their index, or one
     file without an index when that is enough.
 
-    `shapes` has every tensor's, in the order in which `tensors` yields them; they are converted to `dtype`. OSError
-    when the system refuses to write.
+    The tensors are converted to `dtype` and read in their order, once, BLOCK_BYTES at a time. OSError when the system
+    refuses to write.
     """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     shards = _shards(shapes, dtype, max_shard_bytes)
     names = [SINGLE] if len(shards) == 1 else _names(len(shards))
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    remaining = _counted(tensors, dtype, total, progress)
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, {n: shapes[n] for n in shard}, dtype, remaining)
-    assert next(remaining, None) is None  # counts the last one
+    done = 0
+    for file_name, shard in zip(names, shards, strict=True):
+        header, starts = _header({name: shapes[name] for name in shard}, dtype)
+        with (folder / file_name).open("wb") as file:
+            file.write(header)
+            for name in shard:
+                file.seek(len(header) + starts[name])
+                for rows in row_blocks(shapes[name]):
+                    data = tensors[name][rows].detach().to(dtype).contiguous()
+                    file.write(data.view(-1).view(torch.uint8).numpy().data)
+                    done += data.nbytes
+                    if progress is not None:
+                        progress(done, total)
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(to_json(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _counted(
-    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, total: int, progress: Progress | None
-) -> Iterator[tuple[str, Tensor]]:
-    done = 0
-    for name, tensor in tensors:
-        yield name, tensor
-        done += tensor.numel() * dtype.itemsize
-        if progress is not None:
-            progress(done, total)
+def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """The rows of a tensor, as many at a time as have BLOCK_BYTES in float32."""
+    rows = max(BLOCK_BYTES // (4 * math.prod(shape[1:])), 1)
+    for start in range(0, shape[0], rows):
+        yield slice(start, start + rows)
 
 
 def _names(count: int) -> list[str]:
@@ -81,23 +86,6 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard
         shards[-1].append(name)
         size += bytes_
     return shards
-
-
-def _write_file(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    tensors: Iterator[tuple[str, Tensor]],
-) -> None:
-    header, starts = _header(shapes, dtype)
-    with path.open("wb") as file:
-        file.write(header)
-        for name, shape in shapes.items():
-            found, tensor = next(tensors)
-            assert found == name and tuple(tensor.shape) == shape, (found, name, tuple(tensor.shape), shape)
-            data = tensor.detach().to(dtype).contiguous()
-            file.seek(len(header) + starts[name])
-            file.write(data.view(-1).view(torch.uint8).numpy().data)
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:

@@ -71,6 +71,12 @@ class StoredModel(TensorReader):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def rows(self, parameter: Parameter, rows: slice) -> Tensor:
+        """Some rows of a parameter that has one for each token, read without the others."""
+        place = self._places[parameter]
+        begin, end, _ = rows.indices(self._sizes.vocab)
+        return self.checkpoint.read(place.key, place.index, slice(begin, end))
+
     def full(self, parameter: Parameter) -> tuple[Tensor, ...]:
         """The tensors of one parameter, in their stored dtype. Those of the latest one are kept: q, k and v are asked
         for one after the other."""
@@ -84,7 +90,8 @@ class StoredModel(TensorReader):
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One of the tensors that a parameter holds. A slice reads the parameter."""
+    """One of the tensors that a parameter holds. A slice reads the parameter; of the embedding and the head, only its
+    rows."""
 
     model: StoredModel
     parameter: Parameter
@@ -93,6 +100,8 @@ class _Tensor:
     dtype: torch.dtype
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        if self.parameter.is_vocabulary and isinstance(index, slice) and index.step in (None, 1):
+            return self.model.rows(self.parameter, index)
         return self.model.full(self.parameter)[self.number][index]
 
 

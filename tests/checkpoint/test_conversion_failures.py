@@ -215,6 +215,34 @@ def test_the_state_of_megatron_lm_is_shown(saved: Path, newer: bool) -> None:
     assert facts["layout"] == "tensor 2, pipeline 1" and facts["parameters"] > 0
 
 
+def test_chunks_of_another_form_are_read_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without check sums, with strides of their own, in another dtype than described."""
+    tensors = {"plain": torch.randn(6, 5), "turned": torch.randn(5, 6).t(), "long": torch.arange(12).view(3, 4)}
+    read: list[str] = []
+    by_torch = DistributedCheckpoint._read_by_torch
+
+    def counting(self: Any, tensor: Any, chunk: Any) -> Any:
+        read.append(tensor.key)
+        return by_torch(self, tensor, chunk)
+
+    monkeypatch.setattr(DistributedCheckpoint, "_read_by_torch", counting)
+    for sums in (True, False):
+        torch.serialization.set_crc32_options(sums)
+        try:
+            torch_checkpoint.save(
+                tensors, storage_writer=torch_checkpoint.FileSystemWriter(tmp_path / str(sums)), no_dist=True
+            )
+        finally:
+            torch.serialization.set_crc32_options(True)
+        read.clear()
+        checkpoint = DistributedCheckpoint(tmp_path / str(sums))
+        for key, tensor in tensors.items():
+            assert torch.equal(checkpoint.read(key), tensor)
+            assert torch.equal(checkpoint.read(key, rows=slice(1, 3)), tensor[1:3])
+            assert torch.equal(checkpoint.read(key, (2,), slice(1, 3)), tensor[2, 1:3])
+        assert sorted(set(read)) == ["long", "turned"] if sums else ["long", "plain", "turned"]
+
+
 def test_an_unreadable_common_state_is_left_out(saved: Path) -> None:
     for content in (b"", b"PK", pickle.dumps({"iteration": 1})):
         (saved / "common.pt").write_bytes(content)
