@@ -71,19 +71,27 @@ class StoredTensor:
         return tuple(len({chunk.offsets[axis] for chunk in self.chunks}) for axis in range(len(self.shape)))
 
     @cached_property
-    def _first_offsets(self) -> list[int]:
-        return [chunk.offsets[0] for chunk in self.chunks]
+    def _offsets(self) -> list[tuple[int, ...]]:
+        return [chunk.offsets for chunk in self.chunks]
 
     @cached_property
-    def _longest(self) -> int:
-        return max((chunk.sizes[0] for chunk in self.chunks), default=0)
+    def _longest(self) -> tuple[int, ...]:
+        return tuple(max((chunk.sizes[axis] for chunk in self.chunks), default=0) for axis in range(len(self.shape)))
 
     def touching(self, start: Sequence[int], sizes: Sequence[int]) -> list[Chunk]:
-        """The chunks that share elements with the box at `start` of `sizes`."""
+        """The chunks that share elements with the box at `start` of `sizes`.
+
+        Where no chunk has more than one layer and one expert, those of [layer, expert] are found by their first two
+        offsets: a tensor of many experts has thousands of chunks.
+        """
         if not self.shape:
             return list(self.chunks)
-        first = bisect_left(self._first_offsets, start[0] - self._longest + 1)
-        last = bisect_left(self._first_offsets, start[0] + sizes[0])
+        single = 0
+        while single < len(self.shape) - 1 and self._longest[single] == sizes[single] == 1:
+            single += 1
+        known = tuple(start[:single])
+        first = bisect_left(self._offsets, (*known, start[single] - self._longest[single] + 1))
+        last = bisect_left(self._offsets, (*known, start[single] + sizes[single]))
         return [c for c in self.chunks[first:last] if all(length > 0 for length in _overlap(c, start, sizes)[1])]
 
 

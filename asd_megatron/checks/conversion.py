@@ -52,7 +52,7 @@ def reading(found: Found, hf_config: Any, weights: WeightsName) -> Iterator[Tens
 
 
 def compare_tensors(a: TensorReader, b: TensorReader, hf_config: Any) -> TensorComparison:
-    """Compare every tensor of the model, some rows at a time, as float32 where dtypes differ. Raises UserError when a side
+    """Compare every tensor of the model, some rows at a time, in float32 where dtypes differ. UserError when a side
     has other tensors than the model."""
     family, shape = shape_of(hf_config)
     expected = full_shapes(parameters(family, shape), unpadded(shape))
