@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a reward's worker process reads problems without loading torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -83,6 +84,9 @@ class Rollout:
     `loss_mask[t]` is False for response tokens that were not sampled by the policy (tool output, forced tokens).
     `weight_version` is that of the weights that sampled the first token; `version_changes` are (position, version)
     pairs: from that response position on, weights of that version sampled.
+    `routed_experts`: the experts that the engine sent each token to, [tokens, layers, experts of a token]; of the
+    prompt and the response from the first token on, without the last one, which the engine did not compute. None: not
+    returned.
     """
 
     prompt_id: str
@@ -95,6 +99,7 @@ class Rollout:
     loss_mask: tuple[bool, ...] = ()
     text: str = ""
     version_changes: tuple[tuple[int, int], ...] = ()
+    routed_experts: NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.loss_mask:

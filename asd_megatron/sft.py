@@ -73,6 +73,7 @@ class SupervisedRun:
                 examples,
                 layout=session.pack_layout,
                 tokens_per_microbatch=recipe.batching.tokens_per_microbatch,
+                balance=session.balance,
             )
         self.weights.version = step
         self.guard.check_update(stats.loss, stats.grad_norm, step)
@@ -85,6 +86,7 @@ class SupervisedRun:
             times=session.clock.take(),
             skipped_updates=int(not stats.applied),
         )
+        metrics |= session.write_load(step, stats.load)
         if self.guard.consecutive and session.checkpoint_due(step):
             metrics["checkpoint/skipped"] = 1.0
         return {**metrics, **evaluation}

@@ -4,41 +4,52 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from asd_megatron.antisd.advantage import group_advantages
 from asd_megatron.records import DemonstrationSource, Example, FinishReason, Rollout
 
+ModelKind = Literal["untied", "tied", "moe"]
 VOCABULARY = 99  # not a multiple of any tensor-parallel size: padded rows are part of the check
 
 
-def write_tiny_model(folder: Path, *, tied: bool, seed: int = 3) -> None:
-    """A random four-layer Qwen3 as a Hugging Face folder (float32), with weights large enough that logits differ by
-    several nats.
+def write_tiny_model(folder: Path, kind: ModelKind, *, seed: int = 3) -> None:
+    """A random four-layer Qwen3, or Qwen3-MoE with 6 experts, 2 for each token, as a Hugging Face folder (float32),
+    with weights large enough that logits differ by several nats.
 
     Norm weights lie around 0.4: near 1, float32 resolves a weight to 6e-8 only, 1e-4 of what two Adam steps change.
     """
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        initializer_range=0.25,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    model = Qwen3ForCausalLM(config).float()
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": kind == "tied",
+        "initializer_range": 0.25,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    if kind == "moe":
+        experts: dict[str, Any] = {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+        }
+        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, **experts)).float()
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**settings)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

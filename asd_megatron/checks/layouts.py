@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from asd_megatron.checks.cases import ModelKind
 from asd_megatron.distributed.layout import Layout
 
 
@@ -13,7 +14,7 @@ class ParityCell:
 
     name: str
     layout: Layout = field(default_factory=Layout)
-    tied: bool = False
+    model: ModelKind = "untied"
     distributed_optimizer: bool = False
     overlap: bool = False
     recompute: str = "none"
@@ -27,48 +28,81 @@ class ParityCell:
 
     @property
     def reference(self) -> str:
-        return ("full_" if self.exact else "") + ("single_tied" if self.tied else "single")
+        single = "single" if self.model == "untied" else f"{self.model}_single"
+        return f"full_{single}" if self.exact else single
 
 
 def _cells() -> dict[str, ParityCell]:
     cells = [
         ParityCell("single"),
-        ParityCell("single_tied", tied=True),
+        ParityCell("tied_single", model="tied"),
         ParityCell("micro_batches", tokens_per_microbatch=64),
         ParityCell("shared", share_prefixes=True, tokens_per_microbatch=128),
         ParityCell("recompute_full", recompute="full", tokens_per_microbatch=64),
         ParityCell("recompute_selective", recompute="selective"),
         ParityCell("tp2", Layout(tensor=2)),
-        ParityCell("tp2_tied", Layout(tensor=2), tied=True, tokens_per_microbatch=64),
+        ParityCell("tp2_tied", Layout(tensor=2), model="tied", tokens_per_microbatch=64),
         ParityCell("tp2_sp", Layout(tensor=2, sequence_parallel=True), tokens_per_microbatch=64),
         ParityCell(
             "tp2_sp_shared",
             Layout(tensor=2, sequence_parallel=True),
-            tied=True,
+            model="tied",
             share_prefixes=True,
             tokens_per_microbatch=128,
         ),
         ParityCell("pp2", Layout(pipeline=2), tokens_per_microbatch=64),
-        ParityCell("pp2_tied", Layout(pipeline=2), tied=True, tokens_per_microbatch=64),
+        ParityCell("pp2_tied", Layout(pipeline=2), model="tied", tokens_per_microbatch=64),
         ParityCell("pp2_vpp2", Layout(pipeline=2, virtual_pipeline=2), tokens_per_microbatch=64),
         ParityCell("cp2", Layout(context=2), tokens_per_microbatch=96),
         ParityCell("dp2", Layout(data=2), tokens_per_microbatch=64),
         ParityCell("dp2_distopt", Layout(data=2), distributed_optimizer=True, tokens_per_microbatch=64),
         ParityCell("dp2_overlap", Layout(data=2), distributed_optimizer=True, overlap=True, tokens_per_microbatch=64),
-        ParityCell("dp2_overlap_tied", Layout(data=2), tied=True, overlap=True, tokens_per_microbatch=64),
+        ParityCell("dp2_overlap_tied", Layout(data=2), model="tied", overlap=True, tokens_per_microbatch=64),
         ParityCell("dp2_shared", Layout(data=2), share_prefixes=True, tokens_per_microbatch=128),
         ParityCell("tp2_pp2", Layout(tensor=2, pipeline=2, sequence_parallel=True), tokens_per_microbatch=64),
         ParityCell("tp2_cp2", Layout(tensor=2, context=2, sequence_parallel=True), tokens_per_microbatch=96),
         ParityCell(
             "pp2_vpp2_dp2",
             Layout(pipeline=2, virtual_pipeline=2, data=2),
-            tied=True,
+            model="tied",
             distributed_optimizer=True,
             share_prefixes=True,
             recompute="full",
             tokens_per_microbatch=64,
         ),
         ParityCell("cp2_dp2", Layout(context=2, data=2), distributed_optimizer=True, tokens_per_microbatch=96),
+    ]
+    cells += [
+        ParityCell("moe_single", model="moe"),
+        ParityCell("moe_micro_batches", model="moe", tokens_per_microbatch=64),
+        ParityCell("moe_shared", model="moe", share_prefixes=True, tokens_per_microbatch=128),
+        ParityCell("moe_recompute", model="moe", recompute="full", tokens_per_microbatch=64),
+        ParityCell("moe_tp2", Layout(tensor=2, sequence_parallel=True), model="moe", tokens_per_microbatch=64),
+        ParityCell(
+            "moe_tp2_ep2", Layout(tensor=2, sequence_parallel=True, expert=2), model="moe", tokens_per_microbatch=64
+        ),
+        ParityCell("moe_pp2_vpp2", Layout(pipeline=2, virtual_pipeline=2), model="moe", tokens_per_microbatch=64),
+        ParityCell("moe_cp2_ep2", Layout(context=2, expert=2), model="moe", tokens_per_microbatch=96),
+        ParityCell("moe_ep2", Layout(data=2, expert=2), model="moe", tokens_per_microbatch=64),
+        ParityCell(
+            "moe_ep2_distopt",
+            Layout(data=2, expert=2),
+            model="moe",
+            distributed_optimizer=True,
+            overlap=True,
+            tokens_per_microbatch=64,
+        ),
+        ParityCell(
+            "moe_ep2_pp2", Layout(data=2, pipeline=2, expert=2), model="moe", overlap=True, tokens_per_microbatch=64
+        ),
+        ParityCell(
+            "moe_tp2_ep2_dp2",
+            Layout(tensor=2, data=2, sequence_parallel=True, expert=2),
+            model="moe",
+            distributed_optimizer=True,
+            share_prefixes=True,
+            tokens_per_microbatch=64,
+        ),
     ]
     full = ("single", "micro_batches", "tp2", "tp2_sp", "pp2", "cp2", "dp2", "tp2_pp2", "tp2_cp2")
     cells += [replace(c, name=f"full_{c.name}", exact=True) for c in cells if c.name in full]

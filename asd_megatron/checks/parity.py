@@ -117,8 +117,8 @@ def run(
         raise UserError(f"no such parity layout: {', '.join(unknown)}; there are {', '.join(CELLS)}")
     references = dict.fromkeys(CELLS[n].reference for n in names)
     wanted = list(dict.fromkeys([*references, *names]))
-    for kind in ("untied", "tied"):
-        write_tiny_model(folder / kind, tied=kind == "tied")
+    for kind in sorted({CELLS[n].model for n in wanted}):
+        write_tiny_model(folder / kind, kind)
     for ranks in sorted({CELLS[n].ranks for n in wanted}):
         cells = [n for n in wanted if CELLS[n].ranks == ranks]
         say(f"running on {ranks} rank{'s' if ranks > 1 else ''}: {', '.join(cells)}")
@@ -174,7 +174,7 @@ def _as_json(cell: dict[str, Any]) -> dict[str, Any]:
 
 def main(names: Sequence[str], json_file: Path | None) -> int:
     """Exit status: 0 when every cell passes, 1 otherwise."""
-    names = list(names) or [n for n in CELLS if n not in ("single", "single_tied")]
+    names = list(names) or [n for n, cell in CELLS.items() if n != cell.reference]
     with tempfile.TemporaryDirectory(prefix="asd-parity-") as folder:
         results = run(names, Path(folder), say=lambda s: print(s, file=sys.stderr, flush=True))
     print(table(results))

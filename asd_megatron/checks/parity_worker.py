@@ -25,10 +25,12 @@ from asd_megatron.distributed import device
 from asd_megatron.distributed.launcher import end_with_launcher
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
+from asd_megatron.models.routing import LoadBalance
 from asd_megatron.ops.vocab_divergence import Divergence
 from asd_megatron.records import Example
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.batch import PackLayout
+from asd_megatron.trainer.expert_routing import StudentRouting
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.optimizer import Optimizer
 from asd_megatron.trainer.pass_plan import plan_passes
@@ -37,6 +39,7 @@ from asd_megatron.trainer.updater import UpdateStats, update
 
 TEMPERATURE = 0.7
 LEARNING_RATE = 1e-3
+AUXILIARY_LOSS = 0.1  # coefficient; large, so that its gradient shows
 ADAM_EPSILON = 1e-4
 """Large on purpose: an entry whose gradient is far below this is rounding noise, which Adam would amplify to a full
 step."""
@@ -51,6 +54,7 @@ class Trained:
     optimizer: Optimizer
     layout: PackLayout
     cell: ParityCell
+    balance: LoadBalance | None
 
 
 def build(folder: Path, cell: ParityCell) -> Trained:
@@ -59,7 +63,7 @@ def build(folder: Path, cell: ParityCell) -> Trained:
     from asd_megatron.distributed import layout as layouts
 
     process_groups = layouts.init(cell.layout)
-    source = folder / ("tied" if cell.tied else "untied")
+    source = folder / cell.model
     port = ModelPort.build(
         read_config(source), process_groups, cell.layout, dtype=torch.float32, layers="local", recompute=cell.recompute
     )
@@ -81,7 +85,10 @@ def build(folder: Path, cell: ParityCell) -> Trained:
         distributed=cell.distributed_optimizer,
     )
     packs = PackLayout.of(cell.layout, process_groups, port.device, share_prefixes=cell.share_prefixes)
-    return Trained(port, process_groups, optimizer, packs, cell)
+    balance = port.load_balance(AUXILIARY_LOSS)
+    if balance is not None:  # as after an uneven update: the first one's gradient has the auxiliary loss in it
+        balance.fractions.copy_(torch.arange(1.0, balance.fractions.numel() + 1).view_as(balance.fractions).log())
+    return Trained(port, process_groups, optimizer, packs, cell, balance)
 
 
 def run_step(
@@ -100,9 +107,10 @@ def run_step(
         tokens_per_microbatch=t.cell.tokens_per_microbatch,
     )
     inputs = token_method.token_inputs(batch, method)
+    routing = None if t.balance is None else StudentRouting(t.port, t.process_groups, batch, "scoring")
     states = TeacherStates(t.port, t.process_groups, batch.table.tokens) if t.cell.exact else None
     teacher = passes.score_teacher(t.port, t.process_groups, batch, needed, temperature=TEMPERATURE, states=states)
-    student = passes.score_student(t.port, t.process_groups, batch, needed, temperature=TEMPERATURE)
+    student = passes.score_student(t.port, t.process_groups, batch, needed, temperature=TEMPERATURE, routing=routing)
     lam = gate.update(passes.gate_entropy(t.process_groups, inputs, method, teacher, student))
     return update(
         t.port,
@@ -118,6 +126,8 @@ def run_step(
         temperature=TEMPERATURE,
         epochs=epochs,
         states=states,
+        routing=routing,
+        balance=t.balance,
     )
 
 

@@ -61,3 +61,12 @@ class CheckpointSection(Section):
         0, ge=0, description="Write a Hugging Face folder after every so many steps; 0: none in between."
     )
     export_at_end: bool = Field(True, description="Write a Hugging Face folder after the last step.")
+    shard_bytes: int = Field(
+        4 << 30,
+        ge=1 << 20,
+        description=(
+            "Bytes of weights in one safetensors file of an exported model, at least 1 MiB; a model that needs several"
+            " gets an index. A larger tensor has a file of its own. Global rank 0 holds one file's tensors in host"
+            " memory while it exports."
+        ),
+    )

@@ -258,6 +258,12 @@ def check_world(recipe: AnyRecipe, world_size: int) -> int:
             " section"
         )
     data = world_size // p.model_parallel
+    stage = p.tensor * p.context * data
+    if stage % p.expert:
+        raise UserError(
+            f"parallelism.expert {p.expert} does not divide the {plural(stage, 'rank')} of a pipeline stage (tensor"
+            f" {p.tensor} x context {p.context} x data {data}): lower it, or start more ranks"
+        )
     if p.data is not None and p.data != data:
         raise UserError(
             f"{product} x data {p.data} needs {plural(p.ranks, 'rank')} and there {'is' if world_size == 1 else 'are'}"
@@ -303,7 +309,37 @@ def check_model(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> None:
 
     `hf_config` is the Hugging Face `config.json` of the model; what it does not say is not checked here.
     """
-    _refuse(list(_divides(recipe.parallelism, hf_config)) + list(_lengths(recipe, hf_config)))
+    _refuse([*_divides(recipe.parallelism, hf_config), *_experts(recipe, hf_config), *_lengths(recipe, hf_config)])
+
+
+def _experts(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    p = recipe.parallelism
+    experts = hf_config.get("num_experts", hf_config.get("num_local_experts"))
+    if not isinstance(experts, int):
+        if p.expert > 1:
+            yield f"parallelism.expert {p.expert}: the model has no experts; set parallelism.expert 1"
+        if recipe.model.auxiliary_loss is not None:
+            yield (
+                f"model.auxiliary_loss {recipe.model.auxiliary_loss:g} balances the load of experts, and the model has"
+                " none: leave model.auxiliary_loss out"
+            )
+        if isinstance(recipe, Recipe) and recipe.rollout.routing_replay != "none":
+            yield (
+                f"rollout.routing_replay {recipe.rollout.routing_replay} replays the routing of experts, and the model"
+                " has none: leave rollout.routing_replay out"
+            )
+        return
+    if experts % p.expert:
+        usable = [n for n in range(1, experts + 1) if experts % n == 0]
+        yield (
+            f"parallelism.expert {p.expert} does not divide the model's {experts} experts: set it to one of "
+            f"{', '.join(map(str, usable))}"
+        )
+    if p.tensor > 1 and not p.sequence_parallel:
+        yield (
+            f"parallelism.tensor {p.tensor}: a model with experts needs sequence parallelism beside tensor parallelism,"
+            " so that no two ranks route the same token; set parallelism.sequence_parallel true"
+        )
 
 
 def _divides(p: ParallelismSection, hf_config: Mapping[str, Any]) -> Iterator[str]:
@@ -312,7 +348,7 @@ def _divides(p: ParallelismSection, hf_config: Mapping[str, Any]) -> Iterator[st
         "attention heads": heads,
         "key-value heads": hf_config.get("num_key_value_heads") or heads,
         "hidden units": hf_config.get("hidden_size"),
-        "feed-forward units": hf_config.get("intermediate_size"),
+        "feed-forward units": None if "moe_intermediate_size" in hf_config else hf_config.get("intermediate_size"),
     }
     sizes = {name: size for name, size in shared.items() if isinstance(size, int)}
     bad = [f"{size} {name}" for name, size in sizes.items() if size % p.tensor]

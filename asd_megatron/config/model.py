@@ -30,3 +30,11 @@ class ModelSection(Section):
             "`full` every layer."
         ),
     )
+    auxiliary_loss: float | None = Field(
+        None,
+        ge=0,
+        description=(
+            "Coefficient of the load-balancing loss of a mixture of experts; null: the model's own "
+            "(`router_aux_loss_coef`), 0: none."
+        ),
+    )

@@ -26,6 +26,14 @@ class ParallelismSection(Section):
             "no SGLang server has, or one data-parallel rank on a machine without GPUs."
         ),
     )
+    expert: int = Field(
+        1,
+        ge=1,
+        description=(
+            "Expert-parallel size of a mixture of experts: ranks that each layer's experts are divided over, out of a "
+            "pipeline stage's tensor x context x data ranks."
+        ),
+    )
     sequence_parallel: bool = Field(
         False, description="Divide activations between the layers over the tensor-parallel ranks as well."
     )

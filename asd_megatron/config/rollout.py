@@ -34,6 +34,14 @@ class RolloutSection(Section):
         ),
     )
 
+    routing_replay: Literal["none", "engine", "scoring"] = Field(
+        "none",
+        description=(
+            "Of a mixture of experts: the student's passes take the experts that the `engine` sampled a token with"
+            " (`sglang`), or, with several updates a batch, those of the student's `scoring` pass; `none`: the router"
+            " chooses in every pass."
+        ),
+    )
     overlap: bool = Field(
         False,
         description="`sglang`: generate step k + 1 while step k trains. Rollouts are then one step off-policy.",

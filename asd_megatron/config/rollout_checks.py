@@ -14,7 +14,7 @@ from asd_megatron.distributed.addresses import is_loopback
 if TYPE_CHECKING:
     from asd_megatron.config.recipe import Recipe
 
-ANY_ENGINE = ("engine", "replay_folder", "max_batch_size", "collect_timeout")
+ANY_ENGINE = ("engine", "replay_folder", "max_batch_size", "collect_timeout", "routing_replay")
 STARTED_ONLY = ("servers", "server_devices", "server_tensor_parallel", "server_args", "server_python")
 
 
@@ -24,6 +24,11 @@ def rollout_findings(recipe: Recipe) -> Iterator[str]:
     if rollout.engine != "sglang":
         for key in changed(rollout, *(k for k in RolloutSection.model_fields if k not in ANY_ENGINE)):
             yield f"rollout.{key} is read only with rollout.engine sglang: set that, or leave rollout.{key} out"
+        if rollout.routing_replay == "engine":
+            yield (
+                "rollout.routing_replay engine replays the experts that SGLang servers chose: set rollout.engine"
+                " sglang, or rollout.routing_replay scoring or none"
+            )
         return
     yield from _servers(rollout)
     yield from _weight_sync(rollout)

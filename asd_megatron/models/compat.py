@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from asd_megatron.distributed.device import device
 from asd_megatron.distributed.machine import has_cuda, transformer_engine_problem
 from asd_megatron.errors import UserError
 
@@ -49,13 +50,15 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
 
 
-def routers_without_transformer_engine() -> None:
-    """Let 0.16.1's routers run without Transformer Engine: they ask for its matrix product by a name that is missing
-    then."""
+def prepare_routers() -> None:
+    """Let Megatron's routers run as ours do: without Transformer Engine, whose matrix product 0.16.1 asks for by a name
+    that is missing then, and scoring before the first update. Its schedules keep the scale of an auxiliary loss of
+    Megatron's in one tensor, which must not be made in inference mode."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    moe_utils.MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=device()))
 
 
 def hidden_state_model(gpt_class: type) -> type:

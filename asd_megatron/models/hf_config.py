@@ -37,6 +37,11 @@ class Fields:
         self._read: set[str] = set()
         self._bad: set[str] = set()
 
+    @property
+    def name(self) -> str:
+        """What an inner object is called: `rope_scaling`."""
+        return self._path.removesuffix(".")
+
     def has(self, key: str) -> bool:
         """Whether the key is there, even with null. Counts as reading it."""
         self._read.add(key)
@@ -96,13 +101,17 @@ class Fields:
             value = {}
         return Fields(value, f"{self._path}{key}.", self)
 
-    def updated(self, over: Fields) -> Fields:
-        """These fields with those of `over` laid over them, and named as its are."""
-        return Fields({**self._config, **over._config}, over._path, self)
+    def laid_over(self, below: Mapping[str, Any]) -> Fields:
+        """These fields, and those of `below` that they do not have."""
+        return Fields({**below, **self._config}, self._path, self)
 
     def good(self, *keys: str) -> bool:
         """Whether none of the keys was refused."""
         return not self._bad & set(keys)
+
+    def values(self) -> Mapping[str, Any]:
+        """All values as they are."""
+        return self._config
 
     def given(self) -> tuple[str, ...]:
         """The keys whose values are not null."""

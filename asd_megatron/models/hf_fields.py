@@ -311,7 +311,8 @@ CHANGES: tuple[tuple[str, dict[str, tuple[object, ...]]], ...] = (
 
 # The same, for parts that bring many fields.
 PARTS = re.compile(
-    r"(altup|cca|compress|hc|index|indexer|kda|linear|mamba|mtp|ngram|ple|ssm|time_step)_\w+|\w+_(config|lora_rank)"
+    r"(altup|cca|compress|hc|index|indexer|kda|linear|mamba|mtp|ngram|ple|ssm|time_step)_\w+"
+    r"|\w+_lora_rank|\w*(attention|attn|ffn|encoder|decoder)_config"
 )
 
 # Fields without an effect on the model's logits: bookkeeping, generation, and slices of one product (pretraining_tp).
@@ -364,8 +365,8 @@ TOKEN_ID = re.compile(r".*_token_ids?")
 
 
 def refuse_changes(fields: Fields) -> tuple[str, ...]:
-    """Refuse the fields that nothing has read and that change the mathematics; returns those that are not known here."""
-    unread = set(fields.unread())
+    """Refuse the fields that nothing has read and that change the mathematics; returns those not known here."""
+    unread = set(fields.unread()) - HARMLESS
     for why, values in CHANGES:
         for key in sorted(unread & values.keys()):
             if fields.get(key) not in values[key]:
@@ -375,7 +376,7 @@ def refuse_changes(fields: Fields) -> tuple[str, ...]:
         if fields.get(key) not in OFF:
             fields.unsupported(key, OTHER_PARTS)
         unread.remove(key)
-    return tuple(sorted(key for key in unread - HARMLESS if not TOKEN_ID.fullmatch(key)))
+    return tuple(sorted(key for key in unread if not TOKEN_ID.fullmatch(key)))
 
 
 def warn_of_unknown(names: tuple[str, ...]) -> None:

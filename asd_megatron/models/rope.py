@@ -137,7 +137,7 @@ def rotary(fields: Fields, head_dim: int, default_theta: float = DEFAULT_THETA) 
     Other kinds of RoPE, and keys that the kind does not have, are problems of `fields`.
     """
     scaling, parameters = fields.inside("rope_scaling"), fields.inside("rope_parameters")
-    chosen, name = (scaling, "rope_scaling") if scaling.given() else (parameters, "rope_parameters")
+    chosen = scaling if scaling.given() else parameters
     outside = fields.number("rope_theta", default_theta)
     theta = chosen.number("rope_theta", outside)
     replaced = parameters.get("rope_theta")
@@ -149,7 +149,7 @@ def rotary(fields: Fields, head_dim: int, default_theta: float = DEFAULT_THETA) 
         )
     # transformers takes the original length from beside the object first, and `truncate: null` as false
     truncate = chosen.flag("truncate", not chosen.has("truncate"))
-    return _settings(fields, chosen, name, RotarySettings(head_dim, theta), (fields, chosen), truncate)
+    return _settings(fields, chosen, RotarySettings(head_dim, theta), (fields, chosen), truncate)
 
 
 def rotary_by_layer_type(fields: Fields, head_dim: int, default_theta: float) -> dict[str, RotarySettings]:
@@ -157,8 +157,9 @@ def rotary_by_layer_type(fields: Fields, head_dim: int, default_theta: float) ->
     (transformers 5), or the flat `rope_scaling` and `rope_theta`, which are of the full-attention layers alone.
 
     Done as `Olmo3Config.convert_rope_params_to_dict` does it. Sliding-window layers never get the `rope_theta` beside
-    the objects, but the default; `rope_scaling` is laid over the object of the full-attention layers; `truncate` is
-    looked for outside the two objects, where nothing writes it, so that YaRN's ramp is always rounded.
+    the objects, but the default; `rope_scaling` is laid over the object of the full-attention layers, and has to say
+    `rope_type`, not `type`; `truncate` is looked for outside the two objects, where nothing writes it, so that YaRN's
+    ramp is always rounded.
     """
     parameters, scaling = fields.inside("rope_parameters"), fields.inside("rope_scaling")
     for key in parameters.given():
@@ -167,8 +168,8 @@ def rotary_by_layer_type(fields: Fields, head_dim: int, default_theta: float) ->
                 key, f"transformers does not read it there: give each of {listed(LAYER_TYPES)} an object of its own"
             )
     full, sliding = (parameters.inside(kind) for kind in LAYER_TYPES)
-    name = "rope_scaling" if scaling.given() else "rope_parameters.full_attention"
-    full = full.updated(scaling) if scaling.given() else full
+    if scaling.given():  # over a default that has a rope_type, so that a `type` in it is not read
+        full = scaling.laid_over(full.values() or {"rope_type": "default"})
     theta = full.number("rope_theta", fields.number("rope_theta", default_theta))
     sliding_theta = sliding.number("rope_theta", default_theta)
     if fields.get("rope_theta") is not None and not sliding.has("rope_theta") and theta != sliding_theta:
@@ -178,19 +179,17 @@ def rotary_by_layer_type(fields: Fields, head_dim: int, default_theta: float) ->
             f"{listed(LAYER_TYPES)} if that is not meant"
         )
     if full.get("truncate", True) is False:
-        warn_once(f"config.json: truncate of {name} has no effect, as in transformers")
-    plain = RotarySettings(head_dim, theta)
-    sliding_plain, sliding_name = RotarySettings(head_dim, sliding_theta), "rope_parameters.sliding_attention"
+        warn_once(f"config.json: truncate of {full.name} has no effect, as in transformers")
     return {
-        "full_attention": _settings(fields, full, name, plain, (full,), True),
-        "sliding_attention": _settings(fields, sliding, sliding_name, sliding_plain, (sliding,), True),
+        "full_attention": _settings(fields, full, RotarySettings(head_dim, theta), (full,), True),
+        "sliding_attention": _settings(fields, sliding, RotarySettings(head_dim, sliding_theta), (sliding,), True),
     }
 
 
 def _settings(
-    fields: Fields, chosen: Fields, name: str, plain: RotarySettings, places: tuple[Fields, ...], truncate: bool
+    fields: Fields, chosen: Fields, plain: RotarySettings, places: tuple[Fields, ...], truncate: bool
 ) -> RotarySettings:
-    """`plain` with the scaling that `chosen`, an object called `name` of the config `fields`, asks for.
+    """`plain` with the scaling that `chosen`, an object of the config `fields`, asks for.
 
     The original length is looked for in `places`, in their order; without one it is the model's own.
     """
@@ -204,20 +203,20 @@ def _settings(
         )
     if not isinstance(kind, str) or kind not in KINDS:
         fields.problem(
-            f"config.json: RoPE of type {shown(kind)} ({name}) is not supported; supported are {listed(KINDS)}"
+            f"config.json: RoPE of type {shown(kind)} ({chosen.name}) is not supported; supported are {listed(KINDS)}"
         )
         return plain
     allowed = (*COMMON_KEYS, *KINDS[kind], *OPTIONS.get(kind, ()))
     unknown = sorted(key for key in chosen.given() if key not in allowed)
     for key in unknown:
         fields.problem(
-            f"config.json: RoPE of type {kind} has no {shown(key)} ({name}): name the rope_type that it"
+            f"config.json: RoPE of type {kind} has no {shown(key)} ({chosen.name}): name the rope_type that it"
             " belongs to, or remove the key"
         )
     # transformers derives YaRN's factor from a null, but needs the key
     missing = [key for key in KINDS[kind] if not (chosen.has(key) if kind == "yarn" else key in chosen.given())]
     for key in missing:
-        fields.problem(f"config.json: RoPE of type {kind} needs {key!r} in {name}; download the model again")
+        fields.problem(f"config.json: RoPE of type {kind} needs {key!r} in {chosen.name}; download the model again")
     if unknown or missing or kind == "default":
         return plain
     if kind == "linear":
@@ -225,18 +224,18 @@ def _settings(
     holder, key = next(((p, ORIGINAL) for p in places if p.get(ORIGINAL)), (fields, "max_position_embeddings"))
     original = holder.whole_number(key, MOST_POSITIONS)
     if kind == "llama3":
-        return replace(plain, scaling=_llama3(chosen, original, name))
+        return replace(plain, scaling=_llama3(chosen, original))
     if plain.theta <= 1:
         fields.problem(f"config.json: RoPE of type yarn needs a rope_theta above 1, not {plain.theta:g}{DAMAGED}")
     return replace(plain, scaling=_yarn(fields, chosen, original, truncate))
 
 
-def _llama3(chosen: Fields, original: int, name: str) -> Llama3Scaling:
+def _llama3(chosen: Fields, original: int) -> Llama3Scaling:
     low, high = chosen.number("low_freq_factor", 1.0), chosen.number("high_freq_factor", 4.0)
     if low >= high and chosen.good("low_freq_factor", "high_freq_factor"):
         chosen.problem(
             f"config.json: RoPE of type llama3 needs a low_freq_factor ({low:g}) below its high_freq_factor ({high:g})"
-            f" in {name}; download the model again"
+            f" in {chosen.name}; download the model again"
         )
     return Llama3Scaling(chosen.number("factor", 1.0), low, high, original)
 

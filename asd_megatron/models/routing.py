@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asd_megatron.models.compat import routers_without_transformer_engine
+from asd_megatron.models.compat import prepare_routers
 
 UNKNOWN = -1
 """In place of a replayed expert: the router chooses."""
@@ -120,21 +120,24 @@ class MicroBatchRouting:
         balance: where they are counted; None: nowhere.
         experts: int64 [layers, T, per_token], the experts to take instead of choosing some; UNKNOWN where the router
             chooses. None: it chooses everywhere.
-        record: called with (layer, int64 [T, per_token]) for the experts of every layer of this rank.
+        record: called with (layer, numbers, experts int64 [T, per_token]) for every layer of this rank.
+        numbers: int64 [T], what `record` is told to know the tokens by.
     """
 
     weights: Tensor | None = None
     balance: LoadBalance | None = None
     experts: Tensor | None = None
-    record: Callable[[int, Tensor], None] | None = field(default=None, repr=False)
+    record: Callable[[int, Tensor, Tensor], None] | None = field(default=None, repr=False)
+    numbers: Tensor | None = None
 
     def sliced(self, rank: int, ranks: int) -> MicroBatchRouting:
         """That of slice `rank` of `ranks` equal ones, of the tokens (sequence parallelism)."""
         if ranks == 1:
             return self
         weights = None if self.weights is None else self.weights.chunk(ranks)[rank]
+        numbers = None if self.numbers is None else self.numbers.chunk(ranks)[rank]
         experts = None if self.experts is None else self.experts.chunk(ranks, 1)[rank]
-        return MicroBatchRouting(weights, self.balance, experts, self.record)
+        return MicroBatchRouting(weights, self.balance, experts, self.record, numbers)
 
 
 class _Choice:
@@ -159,7 +162,8 @@ class _Choice:
             experts = torch.where(given == UNKNOWN, experts, given)
             values = scores.gather(1, experts)
         if self._told.record is not None:
-            self._told.record(self._layer, experts)
+            assert self._told.numbers is not None
+            self._told.record(self._layer, self._told.numbers, experts)
         return values, experts
 
 
@@ -168,7 +172,7 @@ def router_class() -> type:
     CUDA's functions first.)"""
     from megatron.core.transformer.moe.router import TopKRouter
 
-    routers_without_transformer_engine()
+    prepare_routers()
 
     class Router(TopKRouter):  # type: ignore[misc]
         told: MicroBatchRouting | None = None

@@ -227,6 +227,32 @@ SECTIONS = (
         ),
     ),
     Section(
+        "Experts",
+        "Mixtures of experts, over the response tokens of the update; the tokens of each expert are in"
+        " `RUN/expert_load.jsonl`.",
+        (
+            Metric(
+                "experts/auxiliary_loss",
+                "1",
+                "load-balancing loss without its coefficient, mean of the layers; 1: balanced",
+            ),
+            Metric(
+                "experts/entropy",
+                "fraction of the maximum",
+                "entropy of the load over a layer's experts, mean of the layers",
+            ),
+            Metric("experts/busiest", "fraction of choices", "load of the busiest expert of any layer"),
+            Metric("experts/idle", "experts", "experts of all layers that no token chose"),
+            Metric("experts/entropy_<layer>", "fraction of the maximum", "the entropy of one layer, from 00"),
+            Metric("experts/busiest_<layer>", "fraction of choices", "load of one layer's busiest expert"),
+            Metric(
+                "experts/replayed",
+                "fraction of tokens",
+                "tokens whose experts the engine returned, with `rollout.routing_replay engine`",
+            ),
+        ),
+    ),
+    Section(
         "Optimizer",
         "Every training step, of both stages.",
         (

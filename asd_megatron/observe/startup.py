@@ -107,8 +107,10 @@ def _named(kinds: Iterable[type]) -> str:
 
 def _inner_optimizers(optimizer: Any) -> list[type]:
     """Classes of the optimizers that do the arithmetic, below Megatron's chain, mixed precision and sharding."""
-    inner = getattr(optimizer, "megatron", None) or getattr(optimizer, "optimizer", None)
-    chain = getattr(optimizer, "chained_optimizers", None) or ([inner] if inner is not None else [])
+    chain = getattr(optimizer, "chained_optimizers", None)
+    if chain is None:  # a chain of several refuses to name one as its optimizer
+        inner = getattr(optimizer, "megatron", None) or getattr(optimizer, "optimizer", None)
+        chain = [] if inner is None else [inner]
     return [kind for part in chain for kind in _inner_optimizers(part)] or [type(optimizer)]
 
 

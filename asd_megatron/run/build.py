@@ -15,6 +15,7 @@ from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.templates import PAPER_WORDING
 from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.errors import UserError
 from asd_megatron.ops.vocab_divergence import Divergence
 from asd_megatron.records import Problem, SamplingParams
 from asd_megatron.reward.base import Verifier, tests_of
@@ -74,9 +75,9 @@ def exact_term(recipe: Recipe) -> ExactTerm | None:
 
 
 def make_plan(recipe: Recipe) -> PassPlan:
-    """The passes of one step."""
+    """The passes of one step. Raises UserError for a scoring pass that is to be replayed and does not exist."""
     a = recipe.algorithm
-    return plan_passes(
+    plan = plan_passes(
         make_condition(recipe),
         a.updates_per_batch,
         a.term_normalization,
@@ -88,6 +89,12 @@ def make_plan(recipe: Recipe) -> PassPlan:
         teacher_copy=None if recipe.teacher.weights == "live" else recipe.teacher.weights,
         kl_penalty=a.kl_coefficient > 0,
     )
+    if recipe.rollout.routing_replay == "scoring" and not plan.student_scoring:
+        raise UserError(
+            "rollout.routing_replay scoring replays the student's scoring pass, and a step of this recipe has none: set"
+            " algorithm.updates_per_batch or algorithm.epochs above 1, or rollout.routing_replay none"
+        )
+    return plan
 
 
 def never_acts(recipe: Recipe, *, done: int = 0, warm_up: int | None = None) -> str | None:

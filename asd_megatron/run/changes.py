@@ -52,6 +52,7 @@ FIXED_ROLLOUT_KEYS = {
     "rollout.oversampling",
     "rollout.partial_rollouts",
     "rollout.max_staleness",
+    "rollout.routing_replay",
 }
 
 

@@ -28,12 +28,16 @@ from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_write, remove_partial, system_reason, to_json, user_error, utc_now
+from asd_megatron.observe.expert_load import EXPERT_LOAD_FILE
 from asd_megatron.run.changes import Change, changes, not_accepted
 
 LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "recipe.yaml", "summary.json"
 CHECKPOINTS, EXPORTS = "checkpoints", "hf"
 # What an attempt leaves beside recipe and history. Exports and checkpoints are not replaced with it.
-OF_AN_ATTEMPT = ("environment.json", "metrics.jsonl", "tensorboard", "rollouts", "servers", SUMMARY_FILE, "curves.png")
+OF_AN_ATTEMPT = (
+    "environment.json", "metrics.jsonl", EXPERT_LOAD_FILE, "tensorboard", "rollouts", "servers", SUMMARY_FILE,
+    "curves.png",
+)  # fmt: skip
 
 Kind = Literal["fresh", "restart", "resume", "overwrite", "finished"]
 BEGINNINGS = ("fresh", "restart", "overwrite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.errors import UserError
 from asd_megatron.models.port import ModelPort
+from asd_megatron.observe.progress import print_line
+from asd_megatron.observe.transfer import TransferProgress
 from asd_megatron.trainer.optimizer import Optimizer
 
 
@@ -28,8 +31,10 @@ def build_port(
         layers=recipe.model.layers,
         recompute=recipe.model.recompute,
     )
+    shown = recipe.logging.progress and process_groups.world.rank() == 0
+    progress = TransferProgress("loading the model", lambda line: print_line(line, sys.stderr)) if shown else None
     with FolderReader(source) as tensors:
-        port.load(tensors)
+        port.load(tensors, progress=progress)
     port.wrap_ddp(
         distributed_optimizer=recipe.parallelism.distributed_optimizer,
         overlap_grad_reduce=recipe.parallelism.overlap_grad_reduce,

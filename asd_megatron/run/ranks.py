@@ -46,4 +46,5 @@ def _layout(recipe: AnyRecipe, data: int) -> Layout:
         context=p.context,
         data=data,
         sequence_parallel=p.sequence_parallel,
+        expert=p.expert,
     )

@@ -56,6 +56,7 @@ def announce(
         "implementation": layers_text(session.recipe.model.layers, session.port.layers, session.port.dtype),
         "vocabulary": f"{session.port.vocab_size:,} (padded to {session.port.padded_vocab_size:,})",
         "recompute": session.recipe.model.recompute,
+        **_experts(session),
     }
     report = startup_report(
         name=session.recipe.run.name,
@@ -74,6 +75,17 @@ def announce(
         write_environment(session.folder, found, layout=session.layout, suppliers=parts)
     if session.resumed is not None:
         session.progress.note(f"resumed after step {session.first_step - 1}")
+
+
+def _experts(session: Session) -> dict[str, str]:
+    """The row of a mixture of experts; {} for other models."""
+    experts, balance = session.port.shape.experts, session.balance
+    if experts is None or balance is None:
+        return {}
+    ranks = session.layout.expert
+    where = "all on every rank" if ranks == 1 else f"over {ranks} ranks"
+    loss = f"auxiliary loss x {balance.coefficient:g}" if balance.coefficient else "no auxiliary loss"
+    return {"experts": f"{experts.count} a layer, {experts.per_token} a token, {where}; {loss}"}
 
 
 def _servers(rollout: RolloutSection) -> dict[str, str]:

@@ -40,6 +40,7 @@ from asd_megatron.run.sources import own_metrics
 from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.columns import Scores, TokenInputs, score_columns, table_columns
+from asd_megatron.trainer.expert_routing import StudentRouting, returned_fraction
 from asd_megatron.trainer.guard import Guard, check_rollouts, check_scores
 from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
 from asd_megatron.trainer.teacher_states import TeacherStates
@@ -54,6 +55,7 @@ class Batch:
     local: LocalBatch
     inputs: TokenInputs
     states: TeacherStates | None = None  # the teacher's, with the exact estimator
+    routing: StudentRouting | None = None  # of a model with experts
 
 
 class TrainingRun:
@@ -139,14 +141,17 @@ class TrainingRun:
         if method.exact is not None:
             on_host = algorithm.teacher_states == "host"
             states = TeacherStates(self.port, self.process_groups, local.table.tokens, on_host=on_host)
-        return Batch(step, local, token_method.token_inputs(local, method), states)
+        routing = None
+        if self.session.balance is not None:
+            routing = StudentRouting(self.port, self.process_groups, local, self.recipe.rollout.routing_replay)
+        return Batch(step, local, token_method.token_inputs(local, method), states, routing)
 
     def score_teacher(self, batch: Batch) -> Scores | None:
         wanted, copies = self.plan.teacher_scoring, self.session.copies
         return self._score("teacher", wanted, batch, passes.score_teacher, states=batch.states, copies=copies)
 
     def score_student(self, batch: Batch) -> Scores | None:
-        return self._score("student", self.plan.student_scoring, batch, passes.score_student)
+        return self._score("student", self.plan.student_scoring, batch, passes.score_student, routing=batch.routing)
 
     def score_reference(self, batch: Batch) -> Scores | None:
         wanted, copies = self.plan.reference_scoring, self.session.copies
@@ -182,6 +187,8 @@ class TrainingRun:
                 states=batch.states,
                 reference=reference,
                 copies=self.session.copies,
+                routing=batch.routing,
+                balance=self.session.balance,
             )
             if batch.states is not None:
                 batch.states.drop()
@@ -261,6 +268,9 @@ class TrainingRun:
             metrics |= self.own_metrics.of_step(batch.local.all_examples, table)
         if self.guard.consecutive and self.session.checkpoint_due(step):
             metrics["checkpoint/skipped"] = 1.0
+        metrics |= self.session.write_load(step, stats.load)
+        if self.recipe.rollout.routing_replay == "engine":
+            metrics["experts/replayed"] = returned_fraction(batch.local.all_examples)
         metrics |= evaluation | self._counters() | self.engine.metrics()
         found, texts = self.warnings.of_step(step, metrics)
         metrics |= found

@@ -25,9 +25,12 @@ from asd_megatron.distributed.objects import first_message, on_rank_zero
 from asd_megatron.errors import NotFinite, UserError, plural
 from asd_megatron.files import write_json
 from asd_megatron.models.families import check_architecture
+from asd_megatron.models.routing import LoadReport
 from asd_megatron.observe.closing import Sample, closing_table
+from asd_megatron.observe.expert_load import ExpertLoadFile, load_metrics
 from asd_megatron.observe.plots import plot_run
 from asd_megatron.observe.progress import Progress, print_line
+from asd_megatron.observe.transfer import TransferProgress
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run import folder as folders
 from asd_megatron.run.changes import SCHEDULE_KEYS
@@ -106,6 +109,7 @@ class Session:
         self.port = build_port(recipe, self.hf_config, self.source, self.process_groups, self.layout)
         self.copies = weight_copies(recipe, self.port)  # of model.path's weights, before a checkpoint is loaded
         self.optimizer = build_optimizer(recipe, self.port)
+        self.balance = self.port.load_balance(recipe.model.auxiliary_loss)
         self.pack_layout = PackLayout.of(
             self.layout,
             self.process_groups,
@@ -120,6 +124,7 @@ class Session:
         self._overdue = False  # a due checkpoint could not be written: it is written after the next applied update
         self.clock = Clock()
         self.writer: RunWriter | None = None
+        self.expert_load: ExpertLoadFile | None = None
         self.progress = Progress(recipe.run.steps, enabled=False)
 
     def begin(self) -> None:
@@ -159,12 +164,16 @@ class Session:
             )
         folders.check_step_left(self.recipe, self.start, step)
         self.optimizer.seek(step * updates_per_step(self.recipe))
+        if self.balance is not None:
+            self.balance.fractions.copy_(torch.tensor(state["expert_load"]))
         return state
 
     def _open_metrics(self, done: int | None) -> None:
         with writing(self.folder):
             self.writer = RunWriter(self.folder, tensorboard=self.recipe.logging.tensorboard, resume_step=done)
             self.closing.callback(_close, self.writer)
+            if self.balance is not None:
+                self.expert_load = ExpertLoadFile(self.folder, resume_step=done)
             self.writer.text("recipe", dump_recipe(self.recipe))
 
     def _what_starts(self) -> list[str]:
@@ -246,6 +255,14 @@ class Session:
             with writing(self.folder):
                 self.writer.write(step, metrics)
 
+    def write_load(self, step: int, load: LoadReport | None) -> dict[str, float]:
+        """A line of expert_load.jsonl, from global rank 0; returns the step's metrics of the experts."""
+        if load is None or self.expert_load is None:
+            return {}
+        with writing(self.folder):
+            self.expert_load.write(step, load.tokens)
+        return load_metrics(load.fractions, load.entropy, load.auxiliary_loss)
+
     # ---------------------------------------------------------------- checkpoints and exports
 
     def checkpoint_due(self, step: int) -> bool:
@@ -299,6 +316,7 @@ class Session:
 
     def save(self, step: int, run_state: Mapping[str, Any]) -> None:
         """A training checkpoint; the newest `checkpoint.keep` stay. Collective."""
+        load = {} if self.balance is None else {"expert_load": self.balance.fractions.tolist()}
         with self.clock.phase("checkpoint"):
             training.save(
                 self.folder / folders.CHECKPOINTS,
@@ -306,7 +324,7 @@ class Session:
                 self.port,
                 self.optimizer.megatron,
                 self.optimizer.scheduler,
-                {**run_state, "step": step, "stage": self.stage},
+                {**run_state, **load, "step": step, "stage": self.stage},
                 keep=self.recipe.checkpoint.keep,
                 copies=self.copies,
             )
@@ -315,7 +333,13 @@ class Session:
     def export(self, step: int) -> Path:
         """RUN/hf/step_NNNNNN, a complete Hugging Face folder. Collective."""
         with self.clock.phase("checkpoint"):
-            return write_folder(self.port, self.source, folders.export_folder(self.folder, step))
+            return write_folder(
+                self.port,
+                self.source,
+                folders.export_folder(self.folder, step),
+                max_shard_bytes=self.recipe.checkpoint.shard_bytes,
+                progress=TransferProgress("exporting the model", self.say) if self.recipe.logging.progress else None,
+            )
 
     def _export_if_missing(self, step: int) -> None:
         """Write the export that was due at the step from which the run resumes, if a kill prevented it. Collective."""

@@ -33,11 +33,13 @@ from asd_megatron.trainer import prefixes
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One prompt + response. Response token j, `ids[prompt_length + j]`, has row `first_row + j` of the token table."""
+    """One prompt + response. Response token j, `ids[prompt_length + j]`, has row `first_row + j` of the token table;
+    token i, `ids[i]`, has number `first_token + i` among all tokens of the rank's sequences."""
 
     ids: tuple[int, ...]
     prompt_length: int
     first_row: int
+    first_token: int = 0
 
     @property
     def response_length(self) -> int:
@@ -59,6 +61,7 @@ class Pack:
     flat: Tensor  # int64 [N]: rows of the token table
     real_tokens: int  # of the complete pack, without padding; a shared prefix counts once
     sequence_tokens: int  # the same if nothing were shared
+    numbers: Tensor  # int64 [T_local]: each token's number; that in its first sequence if several share it, -1: padding
 
 
 def assign(costs: Sequence[int], ranks: int) -> list[list[int]]:
@@ -180,11 +183,14 @@ def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout, shared: S
     row = prefixes.concatenated([where[s.prompt_length - 1 : len(s.ids) - 1] for where, s in pairs])
     target = prefixes.concatenated([np.asarray(s.ids[s.prompt_length :], dtype=np.int64) for s in sequences])
     flat = prefixes.concatenated([np.arange(s.first_row, s.first_row + s.response_length) for s in sequences])
+    numbers = np.full(cu[-1], -1, dtype=np.int64)
+    for where, s in reversed(pairs):
+        numbers[where[: len(s.ids)]] = np.arange(s.first_token, s.first_token + len(s.ids))
     if layout.context > 1:
         held = _context_slice(cu, layout)
         local_place = np.full(cu[-1], -1, dtype=np.int64)  # of each place of the pack; -1: another rank holds it
         local_place[held] = np.arange(len(held))
-        ids, positions = ids[held], positions[held]
+        ids, positions, numbers = ids[held], positions[held], numbers[held]
         mine = local_place[row] >= 0
         row, target, flat = local_place[row][mine], target[mine], flat[mine]
 
@@ -199,7 +205,7 @@ def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout, shared: S
         parents=segments.parents if any(parent >= 0 for parent in segments.parents) else (),
     )
     tokens = sum(len(s.ids) for s in sequences)
-    return Pack(packed, tensor(row), tensor(target), tensor(flat), real, tokens)
+    return Pack(packed, tensor(row), tensor(target), tensor(flat), real, tokens, tensor(numbers))
 
 
 def _segments(

@@ -3,6 +3,7 @@ packs."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,7 @@ class GlobalCounts:
 
     tokens: int  # that the loss sees
     sequences: int  # with at least one such token
+    responses: int  # response tokens, whether the loss sees them or not
 
 
 @dataclass
@@ -109,7 +111,8 @@ class LocalBatch:
         rank 0      indices [0, 3, 4]; rows: tokens of example 0, of 3, of 4
         rank 1      indices [1, 2, 5]; rows: tokens of example 1, of 2, of 5
 
-    Only the order of the rows depends on the assignment, no result does.
+    Only the order of the rows depends on the assignment, no result does. Tokens of student sequences, prompts included,
+    are numbered likewise: example i's from `first_tokens[i]` on, `student_tokens` in all.
     """
 
     all_examples: Sequence[Example]
@@ -125,6 +128,9 @@ class LocalBatch:
         self.table = TokenTable.for_lengths([len(e.rollout.response_ids) for e in self.examples])
         self.computed = ComputedTokens()
         self._first_row = dict(zip(self.indices, self.table.offsets.tolist(), strict=False))
+        lengths = [len(e.rollout.prompt_ids) + len(e.rollout.response_ids) for e in self.examples]
+        self.first_tokens = dict(zip(self.indices, [0, *itertools.accumulate(lengths)], strict=False))
+        self.student_tokens = sum(lengths)
 
     @classmethod
     def build(
@@ -163,7 +169,8 @@ class LocalBatch:
                 ids = prompt(example)
                 if ids is not None and example.rollout.response_ids:
                     row = self._first_row.get(i, 0)  # of other ranks' sequences only the number of packs matters
-                    rank_sequences.append(TokenSequence(ids + example.rollout.response_ids, len(ids), row))
+                    first = self.first_tokens.get(i, 0)  # of student sequences
+                    rank_sequences.append(TokenSequence(ids + example.rollout.response_ids, len(ids), row, first))
             sequences.append(rank_sequences)
         packs = build_packs(sequences, self.rank, self.tokens_per_microbatch, self.layout)
         self.computed.add(packs)
@@ -213,9 +220,10 @@ class LocalBatch:
 
     def counts(self, mini_batch: int) -> GlobalCounts:
         """The denominators of a mini-batch, from the examples of all ranks."""
-        tokens = sequences = 0
+        tokens = sequences = responses = 0
         for i in (i for indices in self.assignment[mini_batch] for i in indices):
             n = sum(self.loss_mask(self.all_examples[i]))
             tokens += n
             sequences += n > 0
-        return GlobalCounts(tokens, sequences)
+            responses += len(self.all_examples[i].rollout.response_ids)
+        return GlobalCounts(tokens, sequences, responses)

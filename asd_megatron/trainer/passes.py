@@ -17,6 +17,7 @@ from asd_megatron.models.port import ModelPort
 from asd_megatron.models.weight_copies import CopyName, WeightCopies
 from asd_megatron.ops.quantile import lower_median
 from asd_megatron.trainer.columns import Scores, TokenInputs
+from asd_megatron.trainer.expert_routing import StudentRouting
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.pass_plan import PassPlan
 from asd_megatron.trainer.scorer import score
@@ -73,12 +74,24 @@ def _in_place(copies: WeightCopies | None, name: CopyName | None) -> AbstractCon
 
 
 def score_student(
-    port: ModelPort, process_groups: ProcessGroups, batch: LocalBatch, plan: PassPlan, *, temperature: float
+    port: ModelPort,
+    process_groups: ProcessGroups,
+    batch: LocalBatch,
+    plan: PassPlan,
+    *,
+    temperature: float,
+    routing: StudentRouting | None = None,
 ) -> Scores | None:
-    """Score the student before the first update; None when the update itself yields its scores."""
+    """Score the student before the first update; None when the update itself yields its scores. `routing`: of a model
+    with experts, which may record the experts for the updates."""
     if not plan.student_scoring:
         return None
-    return score(port, process_groups, batch.student_packs(), batch.table.tokens, temperature=temperature)
+    packs, tokens = batch.student_packs(), batch.table.tokens
+    told = None if routing is None else routing.scoring
+    scores = score(port, process_groups, packs, tokens, temperature=temperature, routing=told)
+    if routing is not None:
+        routing.share()
+    return scores
 
 
 def gate_entropy(

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from asd_megatron.models.port import ModelPort
+from asd_megatron.models.routing import MicroBatchRouting
 from asd_megatron.trainer.batch import Pack
+
+Routing = Callable[[Pack], MicroBatchRouting]
+"""What the routers of a mixture of experts are told about a pack."""
 
 
 def _iterators(packs: Sequence[Pack], chunks: int) -> Any:
@@ -19,13 +23,19 @@ def _iterators(packs: Sequence[Pack], chunks: int) -> Any:
 
 
 def _run(
-    port: ModelPort, packs: Sequence[Pack], loss: Callable[..., Any], *, forward_only: bool, collect: bool
+    port: ModelPort,
+    packs: Sequence[Pack],
+    loss: Callable[..., Any],
+    routing: Routing | None,
+    *,
+    forward_only: bool,
+    collect: bool,
 ) -> list[Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward_step(data: Iterator[Pack], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         pack = next(data)
-        return port.forward(chunk, pack.tokens), partial(loss, pack)
+        return port.forward(chunk, pack.tokens, None if routing is None else routing(pack)), partial(loss, pack)
 
     chunks = port.chunks
     return get_forward_backward_func()(
@@ -41,7 +51,9 @@ def _run(
 
 
 @torch.no_grad()
-def forward(port: ModelPort, packs: Sequence[Pack], visit: Callable[[Pack, Tensor], None]) -> None:
+def forward(
+    port: ModelPort, packs: Sequence[Pack], visit: Callable[[Pack, Tensor], None], routing: Routing | None = None
+) -> None:
     """A forward pass of every pack without gradient; `visit(pack, hidden)` runs on the last pipeline stage.
 
     `hidden` is [T, H] in the model's dtype, or [T / tp, H] under sequence parallelism. Collective over the
@@ -52,10 +64,12 @@ def forward(port: ModelPort, packs: Sequence[Pack], visit: Callable[[Pack, Tenso
         visit(pack, output.squeeze(1))
         return 0
 
-    _run(port, packs, loss, forward_only=True, collect=True)
+    _run(port, packs, loss, routing, forward_only=True, collect=True)
 
 
-def forward_backward(port: ModelPort, packs: Sequence[Pack], loss: Callable[[Pack, Tensor], Tensor]) -> list[Tensor]:
+def forward_backward(
+    port: ModelPort, packs: Sequence[Pack], loss: Callable[[Pack, Tensor], Tensor], routing: Routing | None = None
+) -> list[Tensor]:
     """Forward and backward of every pack; gradients are summed over data- and context-parallel ranks. Collective.
 
     `loss(pack, hidden)` returns the pack's part of the loss (scalar), already divided by its global denominator:
@@ -68,4 +82,4 @@ def forward_backward(port: ModelPort, packs: Sequence[Pack], loss: Callable[[Pac
         # A three-tuple under calculate_per_token_loss: Megatron neither divides by the micro-batches nor by this count.
         return value, torch.ones((), dtype=torch.int32, device=value.device), value.detach()
 
-    return _run(port, packs, with_count, forward_only=False, collect=False)
+    return _run(port, packs, with_count, routing, forward_only=False, collect=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
+from asd_megatron.models.routing import LoadBalance, LoadReport, MicroBatchRouting, token_weights
 from asd_megatron.ops.vocab_head import linear_token_loss
 from asd_megatron.trainer import schedule
 from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, build_packs
@@ -39,6 +40,7 @@ class SupervisedStats:
     grad_norm: float
     applied: bool
     tokens: int
+    load: LoadReport | None = None  # of the experts, in a model that has some
 
 
 def supervised_update(
@@ -49,11 +51,12 @@ def supervised_update(
     *,
     layout: PackLayout,
     tokens_per_microbatch: int,
+    balance: LoadBalance | None = None,
 ) -> SupervisedStats:
     """One optimizer step on `examples` (the same list on every rank). Collective over all ranks.
 
-    The loss is sum(weight * -log p) / sum(weight), both sums over the global batch, in every layout. Raises ValueError
-    when no weight is positive.
+    The loss is sum(weight * -log p) / sum(weight), both sums over the global batch, in every layout. balance: of a
+    model with experts. Raises ValueError when no weight is positive.
     """
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
     assigned = assign(lengths, process_groups.dp.size())
@@ -84,12 +87,19 @@ def supervised_update(
             hidden, port.head_weight(), pack.targets, token_loss, port.head_shard(), rows=pack.rows
         )[0]
 
+    tokens = sum(len(e.response_ids) for e in examples)
+
+    def routing(pack: Pack) -> MicroBatchRouting:
+        return MicroBatchRouting(token_weights(pack.rows, len(pack.numbers), tokens), balance)
+
     optimizer.zero_grad()
-    losses = schedule.forward_backward(port, packs, loss)
+    if balance is not None:
+        balance.start()
+    losses = schedule.forward_backward(port, packs, loss, None if balance is None else routing)
+    load = None if balance is None else balance.finish(tokens, process_groups.world)
     value = sum_over_ranks(losses, process_groups, port.device)
     result = optimizer.step(loss=value)
-    tokens = sum(len(e.response_ids) for e in examples)
-    return SupervisedStats(value, result.grad_norm, result.applied, tokens)
+    return SupervisedStats(value, result.grad_norm, result.applied, tokens, load)
 
 
 def sum_over_ranks(losses: Sequence[Tensor], process_groups: ProcessGroups, device: torch.device) -> float:

@@ -4,6 +4,7 @@ line 11)."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
+from asd_megatron.models.routing import LoadBalance, LoadReport, combined
 from asd_megatron.models.weight_copies import WeightCopies
 from asd_megatron.ops.vocab_divergence import linear_divergence_loss
 from asd_megatron.ops.vocab_head import TokenLoss, linear_logprob, linear_token_loss
@@ -18,6 +20,7 @@ from asd_megatron.trainer import schedule, token_method
 from asd_megatron.trainer.align import share_columns
 from asd_megatron.trainer.batch import Pack
 from asd_megatron.trainer.columns import Divergences, LossInputs, Scores, TokenInputs, UpdateColumns
+from asd_megatron.trainer.expert_routing import StudentRouting
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.optimizer import Optimizer
 from asd_megatron.trainer.pass_plan import Head, PassPlan
@@ -35,6 +38,7 @@ class UpdateStats:
     grad_norms: tuple[float, ...]
     applied: tuple[bool, ...]
     columns: UpdateColumns
+    load: LoadReport | None = None  # of the experts, in a model that has some
 
     @property
     def loss(self) -> float:
@@ -62,6 +66,8 @@ def update(
     states: TeacherStates | None = None,
     reference: Scores | None = None,
     copies: WeightCopies | None = None,
+    routing: StudentRouting | None = None,
+    balance: LoadBalance | None = None,
 ) -> UpdateStats:
     """Train on the batch: one optimizer step for each mini-batch and epoch. Collective over all ranks.
 
@@ -73,6 +79,7 @@ def update(
         states: of the teacher's scoring pass, for the exact estimator (`method.exact`).
         reference: of the scoring pass under the initial weights, for the KL penalty (`method.kl`).
         copies: whose moving average follows every applied optimizer step.
+        routing, balance: of a model with experts, both or neither.
 
     Raises ValueError when several updates of the batch have no scoring pass of the student before them, and for a KL
     penalty without `reference`.
@@ -92,14 +99,21 @@ def update(
         exact=method.exact is not None,
     )
     loss = _PackLoss(port, process_groups, tokens, out, method, temperature, batch.table.rollouts, plan.head, states)
-    losses, norms, applied = [], [], []
+    losses, norms, applied, loads = [], [], [], []
     for epoch in range(epochs):
         packs = [batch.student_packs(m) for m in range(batch.mini_batches)]
         if states is not None and epoch == 0:
             states.bring([pack for mini_batch in packs for pack in mini_batch])
-        for mini_batch in packs:
+        for number, mini_batch in enumerate(packs):
             optimizer.zero_grad()
-            parts = schedule.forward_backward(port, mini_batch, loss)
+            responses = batch.counts(number).responses
+            told = None
+            if routing is not None and balance is not None:
+                balance.start()
+                told = partial(routing.update, balance=balance, responses=responses)
+            parts = schedule.forward_backward(port, mini_batch, loss, told)
+            if balance is not None:
+                loads.append(balance.finish(responses, process_groups.world))
             losses.append(sum_over_ranks(parts, process_groups, port.device))
             result = optimizer.step(loss=losses[-1])
             norms.append(result.grad_norm)
@@ -107,7 +121,8 @@ def update(
             if result.applied and copies is not None:
                 copies.follow()
     share_columns(values, cp=process_groups.cp, pp=process_groups.pp)
-    return UpdateStats(tuple(losses), tuple(norms), tuple(applied), out)
+    load = combined(loads) if loads else None
+    return UpdateStats(tuple(losses), tuple(norms), tuple(applied), out, load)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from asd_megatron.checkpoint.huggingface import FolderReader, copy_others, is_complete, read_config
 from asd_megatron.errors import UserError
+from asd_megatron.models.loading import refusal
 from tests.distributed.harness import run_ranks
 from tests.models.tiny import tiny_llama, tiny_qwen3
 
@@ -100,8 +102,7 @@ def test_round_trips(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(model.model.norm.weight, 1.5 * source.model.norm.weight)
     with FolderReader(sharded) as reader:
         assert reader.keys() == original.keys()
-        weight = reader.get("model.norm.weight", (32,))
-        assert torch.equal(weight, 1.5 * original["model.norm.weight"])
+        assert torch.equal(reader["model.norm.weight"][:], 1.5 * original["model.norm.weight"])
 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
     assert read_config(tmp_path / "half")["dtype"] == "bfloat16"
@@ -155,13 +156,19 @@ def _untied(tensors: dict[str, torch.Tensor]) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
 
 
+def _everything(tensors: dict[str, torch.Tensor]) -> None:
+    for change in (_drop, _add, _fewer_rows, _integers):
+        change(tensors)
+
+
 DAMAGE: list[tuple[Callable[[dict[str, torch.Tensor]], None], tuple[str, ...]]] = [
     (_drop, ("no tensor", "model.layers.2.self_attn.k_norm.weight")),
     (_reshape, ("model.safetensors", "model.layers.3.mlp.up_proj.weight", "(40, 32)", "(48, 32)")),
     (_add, ("model.layers.0.self_attn.q_proj.bias",)),
     (_fewer_rows, ("model.embed_tokens.weight", "(60, 32)", "(61, 32)")),
-    (_integers, ("model.layers.3.mlp.up_proj.weight", "int8")),
+    (_integers, ("model.safetensors", "model.layers.3.mlp.up_proj.weight", "I8", "quantized")),
     (_untied, ("lm_head.weight", "tie_word_embeddings")),
+    (_everything, ("cannot be loaded", "k_norm", "q_proj.bias", "(60, 32)", "quantized")),
 ]
 
 
@@ -234,7 +241,8 @@ def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(UserError, match="config.json cannot be read"):
         read_config(tmp_path)
-    with pytest.raises(UserError, match="neither.*pickled weights are not read"):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(UserError, match="neither.*convert the model to safetensors .pickled weights are not read"):
         FolderReader(tmp_path)
     assert not is_complete(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
@@ -244,20 +252,29 @@ def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="index.json (is damaged|cannot be read).*download it again"):
             FolderReader(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
-    with pytest.raises(UserError, match="model-00001-of-00001.safetensors is missing"):
-        FolderReader(tmp_path)
+    assert re.search("model-00001-of-00001.safetensors is missing, though model.safetensors.index", _refusal(tmp_path))
     for name in ("one.safetensors", "two.safetensors"):
         save_file({"a": torch.zeros(1)}, tmp_path / name)
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
-    with pytest.raises(UserError, match="tensor a is in .*two.safetensors and in .*one.safetensors"):
-        FolderReader(tmp_path)
+    message = _refusal(tmp_path)
+    assert re.search("tensor a is in .*two.safetensors and in .*one.safetensors", message)
+    assert re.search("tensor b is not in .*two.safetensors, though model.safetensors.index.json says so", message)
     (tmp_path / "model.safetensors").write_bytes(b"GGUF" * 10)
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        FolderReader(tmp_path)
+    assert "model.safetensors is not a readable safetensors file" in _refusal(tmp_path)
     torn = (folder / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(torn[: len(torn) // 2])
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        FolderReader(tmp_path)
+    assert "model.safetensors is not a readable safetensors file" in _refusal(tmp_path)
+    assert "has no tensor" not in _refusal(tmp_path)  # that would be noise
+
+
+def _refusal(folder: Path, expected: dict[str, tuple[int, ...]] | None = None) -> str:
+    """What loading a damaged folder says; its tensors cannot be read either."""
+    with FolderReader(folder) as reader:
+        found = refusal(reader, expected or {"a": (1,), "b": (1,)}, family="qwen3", tied=False) or ""
+        for tensor in reader.values() if reader.problems else ():
+            with pytest.raises(UserError):
+                tensor[:]
+    return found
 
 
 OUTSIDE = ("../b.safetensors", "/b.safetensors", "a/b.safetensors", "..", "", "pytorch_model.bin")

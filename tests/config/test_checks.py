@@ -22,6 +22,7 @@ QWEN3_8B = {
     "num_hidden_layers": 36,
     "max_position_embeddings": 40960,
 }
+QWEN3_30B = QWEN3_8B | {"num_experts": 128, "moe_intermediate_size": 768, "num_key_value_heads": 4}
 SMOLLM2 = {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
@@ -269,6 +270,10 @@ def test_the_world_leaves_a_data_parallel_size() -> None:
     assert check_world(recipe, 12) == 3
     with pytest.raises(UserError, match=r"6 ranks do not divide into model copies of 4 \(tensor 2 x pipeline 2"):
         check_world(recipe, 6)
+    experts = make("parallelism.tensor=2 parallelism.expert=4")
+    assert check_world(experts, 8) == 4
+    with pytest.raises(UserError, match=r"expert 4 does not divide the 2 ranks of a pipeline stage"):
+        check_world(experts, 2)
     fixed = make("parallelism.tensor=2 parallelism.data=2")
     assert check_world(fixed, 4) == 2
     with pytest.raises(UserError, match=r"needs 4 ranks and there are 8: start 4, or set parallelism.data 4"):
@@ -300,6 +305,12 @@ def test_layers_that_the_machine_lacks() -> None:
          "parallelism.pipeline=2 parallelism.virtual_pipeline=3 rollout.engine=replay rollout.replay_folder=x"),
         (SMOLLM2, "sampling.max_response_tokens=8192", "the model has 8192 positions: lower one of them by 2048",
          "sampling.max_response_tokens=6144"),
+        (QWEN3_30B, "parallelism.expert=3", "128 experts: set it to one of 1, 2, 4", "parallelism.expert=8"),
+        (QWEN3_30B, "parallelism.tensor=2", "set parallelism.sequence_parallel true",
+         "parallelism.tensor=2 parallelism.sequence_parallel=true"),
+        (QWEN3_8B, "parallelism.expert=2", "no experts", "parallelism.expert=1"),
+        (QWEN3_8B, "model.auxiliary_loss=0.01", "leave model.auxiliary_loss out", ""),
+        (QWEN3_8B, "rollout.routing_replay=scoring", "leave rollout.routing_replay out", ""),
         (SMOLLM2, "privileged.max_teacher_tokens=8193", "beyond the model's 8192 positions",
          "privileged.max_teacher_tokens=8192"),
     ],

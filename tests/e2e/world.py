@@ -88,10 +88,12 @@ class World:
         return self.run_folder(name)
 
 
-def make_world(folder: Path, *, layers: int = 2, seed: int = 3, **config: Any) -> World:
-    """A world with a new Qwen3 of 61 words; `config` replaces values of its configuration."""
+def make_world(
+    folder: Path, *, layers: int = 2, seed: int = 3, make: Callable[..., Path] = tiny_qwen3, **config: Any
+) -> World:
+    """A world with a new model of 61 words, by default a Qwen3; `config` replaces values of its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = tiny_qwen3(folder / "model", seed=seed, num_hidden_layers=layers, **config)
+    model = make(folder / "model", seed=seed, num_hidden_layers=layers, **config)
     change_weights(model, _fill_padding_row)
     (folder / "reward.py").write_text(REWARD)
     lines = [

@@ -44,9 +44,8 @@ def oracle(folder: Path) -> Oracle:
         out.ids.append(ids)
         out.hidden.append([r.hidden_states[-1][0].detach() for r in results])
         out.logits.append([r.logits[0].detach() for r in results])
-    out.gradients = {
-        n: g for name, p in model.named_parameters() if p.grad is not None for n, g in _named(name, p.grad)
-    }
+    given = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    out.gradients = {n: g for name, gradient in given for n, g in _named(name, gradient)}
     return out
 
 

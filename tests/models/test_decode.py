@@ -13,14 +13,25 @@ from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
 from tests.distributed.harness import run_ranks
 from tests.models.oracle import relative
-from tests.models.tiny import tiny_llama, tiny_qwen3
+from tests.models.tiny import tiny_llama, tiny_olmo3, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
-LENGTHS, NEW = (5, 1, 9), 4
+LENGTHS, NEW = (5, 1, 9), 9
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qwen3_tied": (tiny_qwen3, {"tie_word_embeddings": True}),
+    "llama": (tiny_llama, {}),
+    "olmo3": (tiny_olmo3, {}),  # a window of 8: prompts and samples go beyond it
+    "qwen2": (tiny_qwen2, {}),
+    "qwen3_moe": (tiny_qwen3_moe, {}),
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_tied", {"pipeline": 2}),
     ("qwen3_tied", {"tensor": 2, "sequence_parallel": True}),
     ("llama", {"pipeline": 2}),
     ("llama", {"tensor": 2, "sequence_parallel": True}),
+    ("olmo3", {"tensor": 2, "sequence_parallel": True}),
+    ("qwen2", {"pipeline": 2}),
+    ("qwen3_moe", {"tensor": 2, "sequence_parallel": True, "expert": 2}),
+    ("qwen3_moe", {"pipeline": 2}),
 ]
 
 
@@ -29,11 +40,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoModelForCausalLM
 
     root = tmp_path_factory.mktemp("decode")
-    tiny_qwen3(root / "qwen3_tied", tie_word_embeddings=True)
-    tiny_llama(root / "llama")
+    for name, (make, over) in MODELS.items():
+        make(root / name, **over)
     generator = torch.Generator().manual_seed(2)
     sequences = [torch.randint(61, (n + NEW,), generator=generator) for n in LENGTHS]
-    for name in ("qwen3_tied", "llama"):
+    for name in MODELS:
         model = AutoModelForCausalLM.from_pretrained(root / name)
         with torch.no_grad():
             logits = [model(ids[None]).logits[0, n - 1 :] for n, ids in zip(LENGTHS, sequences, strict=True)]
@@ -80,7 +91,7 @@ def _errors(rank: int, root: str) -> list[list[float | None]]:
         port = _build(Path(root) / name, layout)
         sequences, expected = torch.load(Path(root) / f"{name}.pt")
         errors: list[float | None] = []
-        for through_modules in (False, True):
+        for through_modules in (False, True) if port.layout.expert == 1 else (False,):
             with port.sampling(through_modules=through_modules):
                 found = _decode(port, sequences)
             assert (found is None) == (not port.is_last_stage)
@@ -95,12 +106,11 @@ def _refusals(rank: int, root: str) -> list[str]:
     from asd_megatron.distributed.layout import init
     from asd_megatron.models.port import ModelPort
 
-    def build(layout: Layout, **over: Any) -> Any:
-        layers = over.pop("layers", "local")
-        return ModelPort.build({**read_config(Path(root) / "llama"), **over}, init(layout), layout, layers=layers)
+    def build(layout: Layout, folder: str = "llama", layers: str = "local", **over: Any) -> Any:
+        return ModelPort.build({**read_config(Path(root) / folder), **over}, init(layout), layout, layers=layers)
 
-    def sample(layout: Layout) -> None:
-        with build(layout).sampling():
+    def sample(layout: Layout, **how: Any) -> None:
+        with build(layout, "llama" if layout.expert == 1 else "qwen3_moe").sampling(**how):
             pass
 
     found = []
@@ -111,6 +121,9 @@ def _refusals(rank: int, root: str) -> list[str]:
         lambda: build(Layout(tensor=2), intermediate_size=47),
         lambda: build(Layout(pipeline=2), num_hidden_layers=3),
         lambda: build(Layout(data=2), layers="te"),
+        lambda: build(Layout(data=2, expert=2)),
+        lambda: build(Layout(tensor=2), folder="qwen3_moe"),
+        lambda: sample(Layout(data=2, expert=2), through_modules=True),
     ):
         with pytest.raises(UserError) as error:
             attempt()
@@ -129,13 +142,15 @@ def ranks(root: Path) -> Any:
 
 def test_decode(ranks: Any) -> None:
     for case, errors in zip(CASES, zip(*(errors for errors, _ in ranks), strict=True), strict=True):
+        assert len(errors[0]) == (1 if "expert" in case[1] else 2), case
         for way in zip(*errors, strict=True):
             assert len([e for e in way if e is not None]) == (2 if "tensor" in case[1] else 1), case
             assert all(e < 2e-5 for e in way if e is not None), (case, errors)
 
 
 def test_refusals(ranks: Any) -> None:
-    vpp, context, kv_heads, ffn, stages, te = ranks[0][1]
+    vpp, context, kv_heads, ffn, stages, te, experts, routed, modules = ranks[0][1]
     assert "one chunk a stage" in vpp and "no context parallelism" in context
     assert "key/value heads (1)" in kv_heads and "(47)" in ffn and "3 layers" in stages
     assert "Transformer Engine" in te
+    assert "no experts" in experts and "sequence_parallel true" in routed and "layers local" in modules
