@@ -53,11 +53,11 @@ class StoredModel(TensorReader):
         self._places = _fit(checkpoint, prefix, parameters(family, shape), shape)
         self.shapes = full_shapes(self._places, self._sizes)
         self._tensors = {
-            name: _Tensor(self, parameter, number, self.shapes[name], checkpoint.tensors[place.key].dtype)
+            name: _Tensor(self, parameter, number, self.shapes[name], checkpoint.tensors[place.keys[0]].dtype)
             for parameter, place in self._places.items()
             for number, name in enumerate(parameter.names)
         }
-        live = [checkpoint.tensors.get(place.key.removeprefix(prefix)) for place in self._places.values()]
+        live = [checkpoint.tensors.get(place.keys[0].removeprefix(prefix)) for place in self._places.values()]
         dtypes = {tensor.dtype for tensor in live if tensor is not None}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         self._last: tuple[Parameter, tuple[Tensor, ...]] | None = None
@@ -83,7 +83,8 @@ class StoredModel(TensorReader):
         if self._last is None or self._last[0] is not parameter:
             self._last = None  # before the next one is read
             place = self._places[parameter]
-            stored = self.checkpoint.read(place.key, place.index)
+            parts = [self.checkpoint.read(key, place.index) for key in place.keys]
+            stored = parts[0] if len(parts) == 1 else torch.cat(parts)
             self._last = (parameter, parameter.rule.operation.unshard([stored], self._sizes))
         return self._last[1]
 
@@ -129,21 +130,23 @@ def _fit(
     layers_apart = any(key.startswith(f"{prefix}{LAYERS}0.") for key in tensors)
     for parameter in wanted:
         places = [replace(place, key=prefix + place.key) for place in parameter.places(model)]
-        found = [place for place in places if place.key in tensors]
-        known |= {place.key for place in found}
+        found = [place for place in places if all(key in tensors for key in place.keys)]
+        known |= {key for place in found for key in place.keys}
         if parameter.rule not in shape_of_rule:
             shape_of_rule[parameter.rule] = parameter.shape(shapes)
         own = shape_of_rule[parameter.rule]
         if not found:
-            place = places[-1] if layers_apart else places[0]
-            problems[f"{place.key} is missing, {(*place.leading, *own)} in the model"] = None
+            complete = [place for place in places if not place.halves]
+            place = complete[-1] if layers_apart else complete[0]
+            problems[f"{place.key} is missing, {place.shape(own)} in the model"] = None
         elif len(found) > 1:
-            problems[f"{' and '.join(place.key for place in found)} are the same parameter"] = None
+            problems[f"{' and '.join(place.keys[0] for place in found)} are the same parameter"] = None
         else:
             placed[parameter] = found[0]
-            stored = tensors[found[0].key].shape
-            if not _fits(stored, (*found[0].leading, *own), parameter.is_vocabulary):
-                problems[f"{found[0].key} has the shape {stored}, {(*found[0].leading, *own)} in the model"] = None
+            for key in found[0].keys:
+                stored, expected = tensors[key].shape, found[0].shape(own)
+                if not _fits(stored, expected, parameter.is_vocabulary):
+                    problems[f"{key} has the shape {stored}, {expected} in the model"] = None
     for key in sorted(tensors):
         of_these = key.startswith(prefix) if prefix else is_of_the_model(key)
         if of_these and key not in known:

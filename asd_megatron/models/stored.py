@@ -6,32 +6,44 @@
     an expert's  decoder.layers.mlp.experts.experts.linear_fc1.weight          [layers, experts, rows, hidden], at
                                                                                [layer, expert]
 
-Megatron stacks the layers of a homogeneous model; others, and releases that say so in the checkpoint, have a key for
-each layer, or for each expert (`mlp.experts.experts.5.linear_fc1.weight`).
+Megatron stacks the layers of a homogeneous model. Others, and checkpoints with `singleton_local_shards`, have a key for
+each layer, for each expert (`mlp.experts.experts.5.linear_fc1.weight`), and for the two halves of a gated projection
+(`linear_fc1.weight_w`, `linear_fc1.weight_v`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.port import model_keys, shapes_of
-from asd_megatron.models.weights import Rule, Shapes, Vocabulary
+from asd_megatron.models.weights import GateUp, Rule, Shapes, Vocabulary
 
 LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True)
 class Place:
-    """A stored tensor, the leading index at which a parameter is in it, and the sizes of these axes."""
+    """A stored tensor, the leading index at which a parameter is in it, and the sizes of these axes. `halves`: its rows
+    are in two tensors, the gate's and the up projection's."""
 
     key: str
     index: tuple[int, ...] = ()
     leading: tuple[int, ...] = ()
+    halves: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the tensors that hold the parameter's rows, in their order."""
+        return (f"{self.key}_w", f"{self.key}_v") if self.halves else (self.key,)
+
+    def shape(self, full: Sequence[int]) -> tuple[int, ...]:
+        """Of each of these tensors, for a parameter of the shape `full`."""
+        return (*self.leading, full[0] // len(self.keys), *full[1:])
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,8 @@ class Parameter:
                 if number is not None:
                     places = [wider for place in places for wider in _stacked_or_not(place, number, count, mark)]
             found += places
+        if isinstance(self.rule.operation, GateUp):
+            found += [replace(place, halves=True) for place in found]
         return list(dict.fromkeys(found))
 
 
