@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,8 @@ def _sections(report: dict[str, Any]) -> Iterator[str]:
     yield (
         "Largest absolute difference of a logit / largest error of a gradient (of each tensor relative to its largest"
         f" value), against `transformers` in float32. {sum(c['passed'] for c in cells)} of {len(cells)} cells pass:"
-        f" both below {report['tolerance']:.0e}. Folder to Megatron to folder is the same bits, in float32 and in"
-        f" bfloat16, in {good} of {len(cells)}."
+        f" both at most {number(report['tolerance'])}. Folder to Megatron to folder is the same bits, in float32 and in"
+        f" bfloat16, in {good} of {len(cells)}. With experts, tensor parallelism has sequence parallelism beside it."
     )
     yield _by_layout(cells, _errors)
     yield (
@@ -176,7 +177,11 @@ def _folders(folders: dict[str, Any]) -> Iterator[str]:
 
 def measured(report: dict[str, Any]) -> str:
     """The measured part of the page."""
-    return "\n\n".join(_sections(report))
+    return "\n\n".join(map(_wrapped, _sections(report)))
+
+
+def _wrapped(section: str) -> str:
+    return section if section.startswith(("|", "#")) else textwrap.fill(section, 120, break_on_hyphens=False)
 
 
 def write_page(path: Path, report: dict[str, Any]) -> None:
