@@ -3,6 +3,7 @@ which layer implementation a model gets."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,11 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers of a chain that hold parameters; the optimizer itself where it is no chain."""
     chain = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
+
+
+def submodules_of(spec: Any) -> Any:
+    """The submodules of a spec of a layer's MLP: 0.16.1 makes a ModuleSpec of it, 0.19.2 a partial."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
 def prepare_routers() -> None:

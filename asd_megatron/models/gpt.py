@@ -30,7 +30,7 @@ def transformer_config(
         "kv_channels": shape.head_dim,
         "normalization": "RMSNorm",
         "layernorm_epsilon": shape.norm_epsilon,
-        "qk_layernorm": shape.qk_norm == "head",
+        "qk_layernorm": shape.qk_norm != "none",
         "add_qkv_bias": shape.qkv_bias,
         "gated_linear_unit": True,
         "activation_func": family.activation,
