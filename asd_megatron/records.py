@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a reward's worker process reads problems without loading torch
-    from numpy.typing import NDArray
+    import numpy as np
     from torch import Tensor
 
 
@@ -84,9 +84,11 @@ class Rollout:
     `loss_mask[t]` is False for response tokens that were not sampled by the policy (tool output, forced tokens).
     `weight_version` is that of the weights that sampled the first token; `version_changes` are (position, version)
     pairs: from that response position on, weights of that version sampled.
-    `routed_experts`: the experts that the engine sent each token to, [tokens, layers, experts of a token]; of the
-    prompt and the response from the first token on, without the last one, which the engine did not compute. None: not
-    returned.
+    `routed_experts` are the experts that the engine sent each token to (`rollout.routing_replay: engine`; None: not
+    known, so the trainer routes by itself): int16 [prompt + response tokens - 1, layers, experts of a token], the most
+    probable first. The last token has none: nothing is predicted from it. All are of the newest weights that sampled
+    the response: after an interruption (partial rollouts, new weights amid a generation) the engine computes the
+    earlier tokens again, so their routes can be others than those that they were sampled with.
     """
 
     prompt_id: str
@@ -99,7 +101,7 @@ class Rollout:
     loss_mask: tuple[bool, ...] = ()
     text: str = ""
     version_changes: tuple[tuple[int, int], ...] = ()
-    routed_experts: NDArray[Any] | None = field(default=None, compare=False, repr=False)
+    routed_experts: np.ndarray[Any, Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.loss_mask:
@@ -108,6 +110,12 @@ class Rollout:
             raise ValueError(
                 f"rollout {self.prompt_id}/{self.sample}: {len(self.response_ids)} response ids, "
                 f"{len(self.logprobs)} log-probs and {len(self.loss_mask)} mask entries must be equally many"
+            )
+        tokens = len(self.prompt_ids) + len(self.response_ids)
+        if self.routed_experts is not None and len(self.routed_experts) != tokens - 1:
+            raise ValueError(
+                f"rollout {self.prompt_id}/{self.sample}: {len(self.routed_experts)} routed tokens do not belong to "
+                f"{tokens} tokens: all but the last have a route"
             )
 
     @property

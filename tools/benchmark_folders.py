@@ -1,7 +1,7 @@
 """Seconds and memory of loading a Hugging Face folder into each layout and of exporting it, beside a copy of its files.
 
-Writes a folder of random bfloat16 weights (or takes one), then starts fresh ranks for each layout. What they export has
-to equal it. Memory is the most that a rank used beside its own shard (its parameters).
+Writes a folder of random bfloat16 weights (or takes one), then starts fresh ranks for each layout, which work in
+bfloat16; what they export has to equal it. Memory is the most that a rank used beside its own shard (its parameters).
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ def measure(
 
 def _same(files: Sequence[Path], written: Sequence[Path]) -> bool:
     with FolderReader(files[0].parent) as a, FolderReader(written[0].parent) as b:
-        return a.keys() == b.keys() and all(torch.equal(a[name][:], b[name][:]) for name in a)
+        return a.keys() == b.keys() and all(torch.equal(a[name][:].bfloat16(), b[name][:]) for name in a)
 
 
 def line(row: Row) -> str:

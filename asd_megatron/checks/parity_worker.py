@@ -85,7 +85,10 @@ def build(folder: Path, cell: ParityCell) -> Trained:
         distributed=cell.distributed_optimizer,
     )
     packs = PackLayout.of(cell.layout, process_groups, port.device, share_prefixes=cell.share_prefixes)
-    return Trained(port, process_groups, optimizer, packs, cell, port.load_balance(AUXILIARY_LOSS))
+    balance = port.load_balance(AUXILIARY_LOSS)
+    if balance is not None:  # as after an uneven update: the first one's gradient has the auxiliary loss in it
+        balance.fractions.copy_(torch.arange(1.0, balance.fractions.numel() + 1).view_as(balance.fractions).log())
+    return Trained(port, process_groups, optimizer, packs, cell, balance)
 
 
 def run_step(

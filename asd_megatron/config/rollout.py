@@ -34,14 +34,6 @@ class RolloutSection(Section):
         ),
     )
 
-    routing_replay: Literal["none", "engine", "scoring"] = Field(
-        "none",
-        description=(
-            "Of a mixture of experts: the student's passes take the experts that the `engine` sampled a token with"
-            " (`sglang`), or, with several updates a batch, those of the student's `scoring` pass; `none`: the router"
-            " chooses in every pass."
-        ),
-    )
     overlap: bool = Field(
         False,
         description="`sglang`: generate step k + 1 while step k trains. Rollouts are then one step off-policy.",
@@ -147,6 +139,14 @@ class RolloutSection(Section):
         description=(
             "`weight_sync: distributed`: the trainer's address to which the servers connect; null: that of the"
             " interface from which they are reached."
+        ),
+    )
+    routing_replay: Literal["none", "engine", "scoring"] = Field(
+        "none",
+        description=(
+            "Models with experts: which choices of experts are replayed when the student's log-probs are computed."
+            " `none`: the trainer routes every token by itself; `engine`: those of the SGLang servers, returned"
+            " with the rollouts; `scoring`: those of the trainer's own scoring pass before the updates."
         ),
     )
     verify_weights: bool = Field(

@@ -117,6 +117,11 @@ def _servers(rollout: RolloutSection) -> Iterator[str]:
             yield f"rollout.server_urls: {url!r} is no URL; write it like http://127.0.0.1:30000"
     if len(set(rollout.server_urls)) < len(rollout.server_urls):
         yield "rollout.server_urls names a server twice: name each once"
+    if rollout.router is not None and rollout.routing_replay == "engine":
+        yield (
+            "rollout.router: sglang-router does not pass the request for routed experts on, which"
+            " rollout.routing_replay engine replays: set rollout.router null, or rollout.routing_replay scoring or none"
+        )
     yield from _server_devices(rollout)
     if not rollout.server_urls and rollout.router not in (None, "start"):
         yield (

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from asd_megatron.errors import UserError
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHOWN = 5  # entries of a list that a message shows
@@ -80,7 +82,7 @@ def refusal(
         if tuple(tensor.shape) != wanted[name]
     ]
     if misshapen:
-        out.append(some(misshapen))
+        out.append(f"{some(misshapen)}; is that config.json of another model?")
     quantized = [
         f"tensor {name} in {place(name)} has type {tensor.dtype}"
         for name, tensor in known.items()
@@ -89,7 +91,10 @@ def refusal(
     if quantized:  # copying them would succeed and give nonsense
         out.append(f"{some(quantized)}: quantized weights cannot be trained, use the unquantized model")
     if repeated and not (problems or misshapen or quantized) and EMBEDDING in tensors:
-        out += _differing_head(tensors)
+        try:
+            out += _differing_head(tensors)
+        except UserError as error:  # of reading
+            out.append(str(error))
     return in_one_message(out) if out else None
 
 

@@ -309,6 +309,7 @@ SECTIONS = (
             Metric("servers/ejected", "servers", "servers that became unhealthy"),
             Metric("servers/returned", "servers", "servers that became healthy again"),
             Metric("servers/restarts", "servers", "servers that were restarted"),
+            Metric("servers/unrouted", "samples", "samples whose routed experts were missing or could not be used"),
         ),
     ),
     Section(

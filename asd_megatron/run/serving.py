@@ -19,6 +19,7 @@ from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from asd_megatron.rollout.sglang.client.fleet import Fleet
+from asd_megatron.rollout.sglang.client.routing import SERVER_ARGUMENT, Routing
 from asd_megatron.rollout.sglang.controller import Controller, ServedModel
 from asd_megatron.rollout.sglang.engine import SGLangEngine
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
@@ -93,6 +94,7 @@ def _controller(session: Session, rollout: RolloutSection, probe: tuple[int, ...
     """The controller with all that it needs on global rank 0; no server is started yet. Raises UserError for an
     environment that cannot serve."""
     port, labels, closing = session.port, Labels(), ExitStack()
+    routing = _routing(session, rollout)
     verifier = _verifier(session, rollout)
     keys = Keys.given() if rollout.server_urls else Keys.new()
     pool = None if rollout.server_urls else _pool(session, rollout, keys)
@@ -105,9 +107,9 @@ def _controller(session: Session, rollout: RolloutSection, probe: tuple[int, ...
     return Controller(
         fleet,
         transport,
-        Assembler(session.tokenizer, session.recipe.run.seed, labels),
+        Assembler(session.tokenizer, session.recipe.run.seed, labels, routing),
         labels,
-        model=ServedModel(tuple(session.hf_config.get("architectures") or ()), port.vocab_size),
+        model=ServedModel(tuple(session.hf_config.get("architectures") or ()), port.vocab_size, routing),
         pool=pool,
         verifier=verifier,
         probe_ids=probe,
@@ -117,6 +119,16 @@ def _controller(session: Session, rollout: RolloutSection, probe: tuple[int, ...
         colocated=rollout.placement == "colocated",
         closing=closing,
     )
+
+
+def _routing(session: Session, rollout: RolloutSection) -> Routing | None:
+    """What the servers return of the experts; None: nothing. Raises UserError for a model without experts."""
+    if rollout.routing_replay != "engine":
+        return None
+    routing = Routing.of(session.hf_config)
+    if routing is None:
+        raise UserError("rollout.routing_replay engine: the model has no experts: set it to none")
+    return routing
 
 
 def _verifier(session: Session, rollout: RolloutSection) -> WeightVerifier | None:
@@ -154,6 +166,8 @@ def server_options(session: Session, rollout: RolloutSection, keys: Keys) -> lis
     arguments = dict(rollout.server_args)
     if rollout.placement == "colocated" and torch.cuda.is_available():
         arguments.setdefault("enable-memory-saver", True)
+    if rollout.routing_replay == "engine":
+        arguments.setdefault(SERVER_ARGUMENT, True)
     devices = devices_of_servers(list(rollout.server_devices), rollout.servers, rollout.server_tensor_parallel)
     return [
         ServerOptions(

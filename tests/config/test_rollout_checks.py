@@ -22,6 +22,10 @@ IS = " algorithm.importance_correction=truncated"
     [
         ("rollout.servers=2", "rollout.servers is read only with rollout.engine sglang", S + "rollout.servers=2"),
         ("rollout.overlap=true", "rollout.overlap is read only with", S + "rollout.overlap=true" + IS),
+        ("rollout.routing_replay=engine", "the experts that SGLang servers chose", S + "rollout.routing_replay=engine"),
+        ("rollout.routing_replay=engine", "or rollout.routing_replay scoring", "rollout.routing_replay=scoring"),
+        (S + "rollout.routing_replay=engine rollout.router=start", "does not pass the request for routed experts on",
+         S + "rollout.router=start"),
         (URLS + "rollout.servers=2", "names running ones: leave one of the two out", S + "rollout.servers=2"),
         (URLS + "rollout.router=start", "give the URL of their router", URLS + "rollout.router=http://127.0.0.1:5"),
         (URLS + "rollout.placement=colocated", "needs servers that the run starts", S + "rollout.placement=colocated"),

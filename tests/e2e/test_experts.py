@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from asd_megatron import train
 from tests.distributed.harness import run_ranks
 from tests.e2e.test_layouts import _train, overrides
-from tests.e2e.world import World, assert_close, make_world, metrics, refusal, responses
+from tests.e2e.world import World, assert_close, make_world, metrics, refusal, responses, supervised, write_lines
 from tests.models.tiny import tiny_qwen3_moe
 
 LAYOUTS = {
@@ -81,6 +82,28 @@ def test_metrics(world: World) -> None:
     tokens = torch.tensor([row["tokens"] for row in _load(world.run_folder("alone"))])
     assert tokens.shape == (STEPS, 4, 6)
     assert tokens.sum(2).tolist() == [[2 * int(row["tokens/response"])] * 4 for row in rows]  # two experts a token
+
+
+def test_the_auxiliary_loss_balances_the_load(world: World) -> None:
+    """In the supervised stage, whose loss is the same for any load."""
+    lines = [{"prompt": f"w{i} w{(5 * i) % 7}", "response": f"w{i + 20} w{(3 * i) % 11}"} for i in range(8)]
+    given = write_lines(world.folder / "given.jsonl", lines)
+    recipe = world.folder / "sft.yaml"
+    sections = {
+        "run": {"folder": str(world.folder / "runs" / "{name}"), "steps": 15},
+        "model": {"path": str(world.model)},
+        "sft": {"sequences_per_step": 6},
+        "data": {"train": str(given)},
+        "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.0},
+        "checkpoint": {"every": 0, "export_at_end": False},
+        "logging": {"curves": False, "tensorboard": False},
+    }
+    recipe.write_text(yaml.safe_dump(sections))
+    balanced, free = (
+        metrics(supervised(world, f"auxiliary_{x}", recipe, "--model.auxiliary_loss", x))[-1] for x in ("1.0", "0")
+    )
+    assert balanced["experts/entropy"] > free["experts/entropy"] + 0.02
+    assert balanced["experts/auxiliary_loss"] < free["experts/auxiliary_loss"]
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ import pytest
 
 from asd_megatron import train
 from asd_megatron.antisd import perplexity
-from asd_megatron.checkpoint.huggingface import is_complete
+from asd_megatron.checkpoint.huggingface import is_complete, write_folder
 from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.names import undocumented
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import Group
+from asd_megatron.run import session
 from asd_megatron.run.folder import read_history
 from asd_megatron.run.rl import TrainingRun
 from tests.e2e.world import World, dump, metrics, refusal, responses, steps
@@ -260,8 +261,15 @@ def test_checkpoints_that_cannot_be_used(
     assert "set parallelism.distributed_optimizer as it was" in message
 
 
-def test_an_export_that_was_killed_is_made_at_the_next_start(world: World) -> None:
-    options = {"checkpoint": {"every": 2, "export_at_end": True}}
+def test_an_export_that_was_killed_is_made_at_the_next_start(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = set()
+
+    def recorded(*arguments: Any, max_shard_bytes: int, **others: Any) -> Path:
+        sizes.add(max_shard_bytes)
+        return write_folder(*arguments, max_shard_bytes=max_shard_bytes, **others)
+
+    monkeypatch.setattr(session, "write_folder", recorded)
+    options = {"checkpoint": {"every": 2, "export_at_end": True, "shard_bytes": 5 << 20}}
     folder = world.train("killed_export", **options)
     export = folder / "hf" / "step_000002"
     partial = export.with_name(".step_000002.0123456789ab.partial")
@@ -283,3 +291,4 @@ def test_an_export_that_was_killed_is_made_at_the_next_start(world: World) -> No
     export.rename(partial)  # of a step in between: before the run continues
     world.train("killed_export", "--run.steps", "3", "--checkpoint.export_every", "2", **options)
     assert is_complete(export) and is_complete(folder / "hf" / "step_000003") and not partial.exists()
+    assert sizes == {5 << 20}

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from asd_megatron.distributed.layout import Layout
 from tests.distributed.harness import run_ranks
-from tests.models.tiny import tiny_llama, tiny_qwen3
+from tests.models.tiny import tiny_llama, tiny_qwen3, tiny_qwen3_moe
 
 BUCKET = 16_000
 SOME = 45_000  # bytes, a layer's parameters and a few more
@@ -40,6 +40,11 @@ FOUR = [
     Layout(pipeline=2, context=2),
     Layout(pipeline=4),
 ]
+EXPERTS = [
+    Layout(data=2, pipeline=2, expert=2),  # owners of experts that are in no replica's first ranks
+    Layout(tensor=2, pipeline=2, sequence_parallel=True, expert=2),
+    Layout(tensor=2, data=2, sequence_parallel=True, expert=1),
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     tiny_qwen3(root / "tied", tie_word_embeddings=True)
     tiny_llama(root / "untied")
+    tiny_qwen3_moe(root / "experts", tie_word_embeddings=True)
     return root
 
 
@@ -243,5 +249,15 @@ def test_two_ranks(folders: Path) -> None:
     run_ranks(_two, 2, str(folders), timeout=240)
 
 
+def _four(rank: int, root: str) -> None:
+    _exports(rank, root, FOUR)
+    folder = Path(root) / "experts"
+    for layout in EXPERTS:
+        port = _port(folder, layout)
+        for bytes_ in SIZES:
+            _once_and_whole(port, folder, bytes_)
+        _an_early_end(port, folder)
+
+
 def test_four_ranks(folders: Path) -> None:
-    run_ranks(_exports, 4, str(folders), FOUR, timeout=240)
+    run_ranks(_four, 4, str(folders), timeout=240)

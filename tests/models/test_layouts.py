@@ -16,7 +16,7 @@ from tests.models import everywhere
 from tests.models.oracle import as_plain, oracle, pack, relative
 from tests.models.tiny import tiny_llama, tiny_olmo3, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
-MODELS = {
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3": (tiny_qwen3, {}),
     "qwen3_tied": (tiny_qwen3, {"tie_word_embeddings": True}),
     "llama": (tiny_llama, {}),
@@ -26,6 +26,11 @@ MODELS = {
     "qwen3_moe": (tiny_qwen3_moe, {}),
     "qwen3_moe_raw": (tiny_qwen3_moe, {"norm_topk_prob": False, "tie_word_embeddings": True}),
 }
+EXPERTS: list[dict[str, Any]] = [
+    {"data": 2, "expert": 2},
+    {"tensor": 2, "sequence_parallel": True, "expert": 2},
+    {"context": 2, "expert": 2},
+]
 FORWARD, BACKWARD = 2e-5, 2e-5
 Case = tuple[str, dict[str, Any], dict[str, Any]]
 """A model's name, a layout, further arguments of `ModelPort.build`."""
@@ -180,8 +185,11 @@ def test_two_ranks(folders: Path) -> None:
         {"pipeline": 2, "virtual_pipeline": 2},
         {"context": 2},
     ]
-    cases: list[Any] = [(model, layout, {}) for layout in layouts for model in MODELS]
-    cases += [("qwen3_tied", {"data": 2}, {}), ("llama", layouts[1], {"recompute": "full"})]
+    dense = [model for model in MODELS if "moe" not in model]
+    cases: list[Any] = [(model, layout, {}) for layout in layouts for model in dense]
+    cases += [("qwen3_moe", layout, {}) for layout in (*layouts[1:4], *EXPERTS)]
+    cases += [("qwen3_moe_raw", layouts[4], {}), ("qwen3_tied", {"data": 2}, {})]
+    cases += [("llama", layouts[1], {"recompute": "full"})]
     _assert_close(folders, 2, cases)
 
 
@@ -192,5 +200,8 @@ def test_four_ranks(folders: Path) -> None:
         {"tensor": 2, "context": 2, "sequence_parallel": True},
         {"pipeline": 2, "context": 2},
     ]
-    models = ("qwen3_tied", "llama")
-    _assert_close(folders, 4, [(model, layout, {}) for layout in layouts for model in models])
+    cases: list[Any] = [(model, layout, {}) for layout in layouts for model in ("qwen3_tied", "llama")]
+    cases += [("olmo3", layout, {}) for layout in layouts[1:3]]
+    cases += [("qwen3_moe", {"data": 2, "pipeline": 2, "expert": 2}, {})]
+    cases.append(("qwen3_moe_raw", {"tensor": 2, "data": 2, "sequence_parallel": True, "expert": 2}, {}))
+    _assert_close(folders, 4, cases)

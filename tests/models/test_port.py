@@ -16,7 +16,7 @@ from tests.distributed.harness import run_ranks
 from tests.models import everywhere
 from tests.models.oracle import pack, relative
 from tests.models.test_layouts import _run as run_schedule
-from tests.models.tiny import tiny_llama, tiny_qwen3
+from tests.models.tiny import tiny_llama, tiny_qwen3, tiny_qwen3_moe
 
 LENGTHS = ([9, 1, 5], [17, 3], [2, 2, 3, 11], [6, 4])
 
@@ -125,6 +125,7 @@ OVERLAP = [
     Layout(data=2, tensor=2, sequence_parallel=True),
 ]
 SHARDED = [Layout(tensor=2, pipeline=2), Layout(tensor=2, data=2, sequence_parallel=True)]
+EXPERTS = [Layout(tensor=2, data=2, sequence_parallel=True, expert=n) for n in (1, 2, 4)]
 
 
 def _overlap(rank: int, folder: str) -> list[float]:
@@ -142,12 +143,12 @@ def _overlap(rank: int, folder: str) -> list[float]:
     return errors
 
 
-def _norms(rank: int, folder: str) -> list[tuple[float, float]]:
+def _norms(rank: int, folder: str, layouts: list[Layout] = SHARDED) -> list[tuple[float, float]]:
     """Megatron's gradient norm, and that of the whole gradients."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     found = []
-    for layout in SHARDED:
+    for layout in layouts:
         port = _build(Path(folder), layout)
         port.wrap_ddp(distributed_optimizer=False, overlap_grad_reduce=False)
         config = OptimizerConfig(optimizer="adam", lr=0.0, weight_decay=0.0, clip_grad=1e9)
@@ -174,12 +175,14 @@ def _sharded_weights(rank: int, folder: str) -> None:
 def _four(rank: int, root: str) -> tuple[list[float], list[tuple[float, float]]]:
     tied, untied = Path(root) / "tied", Path(root) / "untied"
     _sharded_weights(rank, str(tied))
-    return _overlap(rank, str(tied)), [*_norms(rank, str(tied)), *_norms(rank, str(untied))]
+    experts = _norms(rank, str(Path(root) / "experts"), EXPERTS)
+    return _overlap(rank, str(tied)), [*_norms(rank, str(tied)), *_norms(rank, str(untied)), *experts]
 
 
 def test_four_ranks(tmp_path: Path) -> None:
     tiny_qwen3(tmp_path / "tied", tie_word_embeddings=True)
     tiny_llama(tmp_path / "untied")
+    tiny_qwen3_moe(tmp_path / "experts", num_experts=8)
     for errors, norms in run_ranks(_four, 4, str(tmp_path), timeout=240):
         assert max(errors) < 1e-6, errors
         for megatron, expected in norms:

@@ -39,10 +39,10 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,  # all three bands of the scaling occur in six frequencies
 }
 OLMO3_ROPE = {  # YaRN as the published ones have it, with an original length that the tests exceed
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
     "full_attention": {
         "rope_type": "yarn",
-        "rope_theta": 1000.0,
+        "rope_theta": 500000.0,
         "factor": 8.0,
         "beta_fast": 32.0,
         "beta_slow": 1.0,

@@ -14,6 +14,7 @@ import torch
 
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.observe import names
+from asd_megatron.observe.expert_load import load_metrics
 from asd_megatron.observe.metrics import (
     ROLLOUT_COUNTERS,
     GateReading,
@@ -148,7 +149,7 @@ def server_names() -> set[str]:
     readings = ServerMetrics()
     probes = {"http://a": ProbeDifference(0.0, 0.0, False)}
     readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.5, checked=1, probes=probes))
-    return set(readings.take(ServerCounters(), serving=1, restarts=0))
+    return set(readings.take(ServerCounters(), serving=1, restarts=0, unrouted=0))
 
 
 def released_form_names() -> set[str]:
@@ -184,6 +185,8 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *server_names(),
         *released_form_names(),
         *warning_names(),
+        *load_metrics(torch.full((2, 4), 0.25), torch.ones(2), 1.0),
+        "experts/replayed",  # with routing replay of SGLang's experts
         "checkpoint/skipped",  # tests/trainer/test_guarded_run.py
     }
     assert undocumented(emitted) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.errors import UserError
 from asd_megatron.puzzle.task import PuzzleStream
 from asd_megatron.puzzle.tokenizer import UNKNOWN_TOKEN, build_tokenizer
+from asd_megatron.rollout.sglang.client.routing import Routing
 from asd_megatron.rollout.sglang.servers.versions import Versions
 from asd_megatron.run import report, serving
 from asd_megatron.run.serving import check_nccl, loaded_nccl, probe_ids
@@ -31,6 +34,18 @@ def test_the_probe_is_a_real_prompt_and_its_continuation() -> None:
 def test_a_long_prompt_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "PROBE_TOKENS", 4)
     assert len(probe_ids(PromptRenderer(build_tokenizer()), PuzzleStream.of("train"), 512)) == 4
+
+
+def test_servers_return_routed_experts_when_they_are_replayed() -> None:
+    rollout = make("rollout.engine=sglang rollout.routing_replay=engine").rollout
+    config = {"num_hidden_layers": 4, "num_experts": 6, "num_experts_per_tok": 2}
+    session: Any = SimpleNamespace(hf_config=config, source=Path("m"), port=SimpleNamespace(dtype=torch.float32))
+    assert serving._routing(session, rollout) == Routing(layers=4, experts=6, per_token=2)
+    (options,) = serving.server_options(session, rollout, serving.Keys.new())
+    assert options.arguments == {"enable-return-routed-experts": True}
+    with pytest.raises(UserError, match="routing_replay engine: the model has no experts"):
+        serving._routing(SimpleNamespace(hf_config={"num_hidden_layers": 4}), rollout)  # type: ignore[arg-type]
+    assert serving._routing(session, make("rollout.engine=sglang").rollout) is None
 
 
 def test_other_nccl_on_the_servers_side_is_refused_with_both_ways_out() -> None:

@@ -17,7 +17,7 @@ from tests.trainer.product import Product
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The parity check's random four-layer Qwen3 as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, tied=False)
+    write_tiny_model(folder, "untied")
     return folder
 
 

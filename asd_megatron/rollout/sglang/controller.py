@@ -15,9 +15,11 @@ from asd_megatron.records import Group, Prompt, SamplingParams
 from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.rollout.sglang.client.api import ServerError, ServerRefused
 from asd_megatron.rollout.sglang.client.fleet import Fleet, ServerView
+from asd_megatron.rollout.sglang.client.routing import SERVER_ARGUMENT, Routing
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
 from asd_megatron.rollout.sglang.memory import ColocatedMemory, ServerReceiver
 from asd_megatron.rollout.sglang.metrics import ServerMetrics
+from asd_megatron.rollout.sglang.servers.models import SERVED_AS
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
@@ -28,14 +30,16 @@ log = logging.getLogger(__name__)
 ANSWER_SECONDS = 120.0  # for the one-token requests that check the vocabulary
 LOOK_SECONDS = 0.2  # between looks at servers that cannot be reached yet
 BAD_REQUEST = 400
+RETURNS_ROUTED_EXPERTS = SERVER_ARGUMENT.replace("-", "_")  # in /server_info
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model that every server has to serve."""
+    """The model that every server has to serve; `routing`: and that it has to return the routed experts of."""
 
     architectures: tuple[str, ...]
     vocab_size: int
+    routing: Routing | None = None
 
 
 class Controller:
@@ -99,7 +103,8 @@ class Controller:
 
     def _check_model(self, url: str) -> None:
         served = tuple(self._fleet.model_info(url).get("architectures") or ())
-        if self._model.architectures and served and set(served).isdisjoint(self._model.architectures):
+        expected = {SERVED_AS.get(name, name) for name in self._model.architectures}
+        if expected and served and expected.isdisjoint(served):
             raise UserError(
                 f"{url} serves a {', '.join(served)} and the trainer trains a {', '.join(self._model.architectures)}:"
                 " start the server with the trainer's model"
@@ -109,6 +114,11 @@ class Controller:
             raise UserError(
                 f"{url} serves a model with another vocabulary than the trainer's {last + 1} tokens: start the server"
                 " with the trainer's model"
+            )
+        if self._model.routing is not None and not self._fleet.server_info(url).get(RETURNS_ROUTED_EXPERTS):
+            raise UserError(
+                f"{url} does not return routed experts, which rollout.routing_replay engine needs: start it with"
+                f" --{SERVER_ARGUMENT}, or set rollout.routing_replay none"
             )
 
     def _takes(self, url: str, token: int) -> bool:
@@ -262,6 +272,7 @@ class Controller:
             self._fleet.counters,
             serving=self._serving if offloaded else self._count_serving(),
             restarts=0 if self._pool is None else self._pool.counters["restarts"],
+            unrouted=self._assembler.unrouted,
         )
 
     def close(self) -> None:

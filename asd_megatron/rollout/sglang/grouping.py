@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, cast
 
 from asd_megatron.data.tokenizer import decode
 from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
+from asd_megatron.rollout.sglang.client.routing import Routing
 from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 class Labels:
@@ -71,13 +75,22 @@ class PendingGroup:
 class Assembler:
     """The groups in flight, numbered in the order of submission.
 
-    tokenizer: for `Rollout.text`; None leaves it empty.
+    tokenizer: for `Rollout.text`; None leaves it empty. routing: of the model, to get the routed experts of every
+    rollout; None: they are not asked for. `unrouted` counts the rollouts that came without usable ones.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, seed: int, labels: Labels) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        seed: int,
+        labels: Labels,
+        routing: Routing | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._seed = seed
         self._labels = labels
+        self._routing = routing
+        self.unrouted = 0
         self._pending: dict[int, PendingGroup] = {}
         self._submitted = 0
         self._suspended = False
@@ -150,6 +163,7 @@ class Assembler:
                 "spaces_between_special_tokens": False,
                 "sampling_seed": self._noise(group, sample, len(prefix)),
             },
+            routing=self._routing,
         )
 
     def _noise(self, group: PendingGroup, sample: int, position: int) -> int:
@@ -160,6 +174,15 @@ class Assembler:
     def _rollout(self, number: int, sample: int, result: SampleResult) -> Rollout:
         group = self._pending[number]
         response = group.partial.pop(sample, PartialResponse()).extended(result, self._labels)
+        if result.unrouted:
+            log.log(
+                logging.DEBUG if self.unrouted else logging.WARNING,
+                "the routed experts in an answer of %s are not used: %s (servers/unrouted counts such answers; their "
+                "tokens are routed by the trainer)",
+                result.url,
+                result.unrouted,
+            )
+            self.unrouted += 1
         return Rollout(
             prompt_id=group.prompt.problem.prompt_id,
             sample=sample,
@@ -170,6 +193,7 @@ class Assembler:
             weight_version=response.versions[0][1] if response.versions else 0,
             version_changes=response.versions[1:],
             text="" if self._tokenizer is None else decode(self._tokenizer, response.ids),
+            routed_experts=result.routed_experts,  # of prompt and complete response: the earlier parts are its input
         )
 
 

@@ -32,8 +32,9 @@ class ServerMetrics:
                 "weight_sync/probe_exceeded": float(sum(probe.exceeded for probe in probes)),
             }
 
-    def take(self, counters: Counters, *, serving: int, restarts: int) -> dict[str, float]:
-        """The metrics by name. `counters` and `restarts` count since the start, `serving` servers serve now."""
+    def take(self, counters: Counters, *, serving: int, restarts: int, unrouted: int) -> dict[str, float]:
+        """The metrics by name. `counters`, `restarts` and `unrouted` count since the start, `serving` servers serve
+        now."""
         reports, self._reports = self._reports, []
         metrics = {**self._served, "servers/serving": float(serving)}
         if reports:
@@ -44,7 +45,7 @@ class ServerMetrics:
                 "weight_sync/gb_per_second": sent / 1e9 / max(seconds, 1e-9),
                 "weight_sync/failures": float(sum(len(r.failures) for r in reports)),
             }
-        counted = {**dataclasses.asdict(counters), "restarts": restarts}
+        counted = {**dataclasses.asdict(counters), "restarts": restarts, "unrouted": unrouted}
         for name, total in counted.items():
             metrics[f"servers/{name}"] = float(total - self._counted.get(name, 0))
         self._counted = counted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import ssl
 import threading
@@ -10,7 +11,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from aiohttp import web
+
+from asd_megatron.rollout.sglang.client.routing import Routing
 
 API_KEY, ADMIN_KEY = "generation", "administration"
 TAGS = frozenset({"weights", "kv_cache", "cuda_graph"})
@@ -21,6 +25,12 @@ def made_from(input_ids: list[int], tokens: int) -> list[int]:
     return [(sum(input_ids) * 7 + position) % 999 for position in range(tokens)]
 
 
+def routes_of(tokens: int, routing: Routing) -> np.ndarray[Any, Any]:
+    """The routed experts that the fake answers for so many tokens: int32 [tokens - 1, layers, per_token]."""
+    shape = (tokens - 1, routing.layers, routing.per_token)
+    return (np.arange(np.prod(shape)) % routing.experts).astype(np.int32).reshape(shape)
+
+
 GARBAGE = 999  # every token of an answer that was generated with lost weights
 
 
@@ -28,7 +38,8 @@ class FakeSGLang:
     """One server in a thread of its own. Its attributes may be changed while it runs.
 
     faults: what happens to the next `/generate` requests, one each: hang, reset, slow, label, abort, malformed, nan,
-    mixed, or an HTTP status. always: the same for all when `faults` is empty. delay: seconds a sample takes.
+    mixed, routes (of other tokens), or an HTTP status. always: the same for all when `faults` is empty. routing: of the
+    model; None: no routed experts are returned. delay: seconds a sample takes.
     health_delay: seconds a health probe takes, in which it generates. refuse: POST paths answered with status 500.
     slow_posts: seconds until other POSTs are answered.
 
@@ -55,6 +66,7 @@ class FakeSGLang:
         self.dead = False
         self.hung = False
         self.life = 0  # another one after each restart
+        self.routing: Routing | None = None
         self.spans: Callable[[int], list[dict[str, Any]]] | None = None
         self.prompts: list[list[int]] = []
         self.posts: list[str] = []
@@ -153,7 +165,8 @@ class FakeSGLang:
         return web.json_response({"weight_version": self.label, "architectures": ["Fake"]})
 
     async def _server_info(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": self.version, "tp_size": 2, "startup_time": {"life": self.life}})
+        info = {"version": self.version, "tp_size": 2, "startup_time": {"life": self.life}}
+        return web.json_response(info | {"enable_return_routed_experts": self.routing is not None})
 
     async def _admin(self, request: web.Request) -> web.Response:
         self.posts.append(request.path)
@@ -226,7 +239,12 @@ class FakeSGLang:
             self.crash("generated without memory")
         reason = "abort" if self._aborts > aborts or fault == "abort" else "length"
         ids = [GARBAGE] * done if self.weights_lost else made_from(body["input_ids"], done)
-        return web.json_response(self._answer(ids, reason, fault))
+        answer = self._answer(ids, reason, fault)
+        if self.routing is not None and body.get("return_routed_experts"):
+            tokens = len(body["input_ids"]) + len(ids) + (fault == "routes")
+            routes = base64.b64encode(routes_of(tokens, self.routing).tobytes()).decode()
+            answer["meta_info"]["routed_experts"] = routes
+        return web.json_response(answer)
 
     def _answer(self, ids: list[int], reason: str, fault: str) -> dict[str, Any]:
         label = "other" if fault == "label" else self.label

@@ -11,6 +11,7 @@ import pytest
 from asd_megatron.errors import UserError
 from asd_megatron.records import SamplingParams
 from asd_megatron.rollout.engine import RolloutError
+from asd_megatron.rollout.sglang.client.routing import Routing
 from asd_megatron.rollout.sglang.controller import ServedModel
 from asd_megatron.rollout.sglang.weight_sync import synchronise
 from tests.distributed.harness import run_ranks
@@ -35,6 +36,17 @@ def test_groups_are_complete_and_of_the_version_that_generated_them(
     assert all(r.weight_version == 3 and not r.across_versions for r in rollouts)
     assert all(len(r.logprobs) == len(r.response_ids) > 0 and r.text for r in rollouts)
     assert engine.collect(1.0) == []
+
+
+def test_servers_that_return_no_routed_experts_are_refused(process_groups: Any, pair: Any, closing: ExitStack) -> None:
+    routing = Routing(layers=2, experts=4, per_token=1)
+    pair[0].routing = routing
+    world = World(process_groups, pair, closing, model=ServedModel(("Fake",), 1000, routing))
+    world.controller._takes = lambda url, token: token < 1000  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=f"{pair[1].url} does not return.* --enable-return-routed-experts"):
+        world.controller.start()
+    pair[1].routing = routing
+    world.controller.start()
 
 
 def test_weights_are_sent_once_and_never_go_back(process_groups: Any, pair: Any, closing: ExitStack) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from asd_megatron.records import FinishReason, SamplingParams
+from asd_megatron.rollout.sglang.client.routing import Routing
 from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
 from tests.rollout.toy import ToyTokenizer, prompt
@@ -108,6 +113,26 @@ def test_weights_that_change_within_an_answer() -> None:
     (group,) = made.take([answer(a0, (4, 5, 6), "stop", (0, 3), (2, 4)), answer(a1, (), "abort")])
     assert group.rollouts[0].version_changes == ((2, 4),)
     assert group.rollouts[1].finish_reason is FinishReason.ABORT and group.rollouts[1].response_ids == ()
+
+
+def test_routes_are_those_of_the_answer_that_completes_a_response(caplog: pytest.LogCaptureFixture) -> None:
+    """Its input holds the earlier parts, so it has the routes of all tokens, under the weights that finished it."""
+    made = Assembler(None, 5, LABELS, Routing(layers=1, experts=4, per_token=2))
+    a0, a1 = made.add([prompt("a", (1, 2))], PARAMS, step=1)
+    assert a0.routing == Routing(layers=1, experts=4, per_token=2)
+    old, new = np.zeros((4, 1, 2), np.int16), np.ones((6, 1, 2), np.int16)
+    part = replace(answer(a0, (5, 6, 7), "abort"), routed_experts=old)
+    made.suspend([part, replace(answer(a1, (), "abort"), unrouted="it has none")])
+    assert made.unrouted == 0
+    b0, b1 = made.add([], PARAMS, step=2)
+    with caplog.at_level(logging.WARNING):
+        lost = replace(answer(b1, (4, 0)), unrouted="they are 8 bytes", url="http://a")
+        (group,) = made.take([replace(answer(b0, (9, 0)), routed_experts=new), lost])
+    assert group.rollouts[0].response_ids == (5, 6, 7, 9, 0) and group.rollouts[0].routed_experts is new
+    assert group.rollouts[1].routed_experts is None and made.unrouted == 1
+    assert "answer of http://a are not used: they are 8 bytes" in caplog.text
+    with pytest.raises(ValueError, match="4 routed tokens do not belong to 7 tokens"):
+        replace(group.rollouts[0], routed_experts=old)
 
 
 def test_clear_forgets() -> None:

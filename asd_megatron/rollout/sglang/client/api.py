@@ -13,12 +13,14 @@ import json
 import math
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
+import numpy as np
 
 from asd_megatron.errors import UserError
+from asd_megatron.rollout.sglang.client.routing import Routing
 
 API_KEY_VARIABLE = "ASD_MEGATRON_API_KEY"
 ADMIN_KEY_VARIABLE = "ASD_MEGATRON_ADMIN_KEY"
@@ -69,7 +71,8 @@ class Generation:
     `logprobs[t]` is the log-probability of `output_ids[t]` at the request's temperature, before top-p and top-k (SGLang
     takes them at temperature 1 for a greedy request). `spans`: (start, label), ascending: from output position `start`
     on the weights were `label`; the last label is `label`. Empty if the server does not say, and for an abort that came
-    before the first token.
+    before the first token. `routed_experts`: int16 [input and output tokens - 1, layers, experts of a token], or None
+    with the reason in `unrouted` if they were asked for and cannot be used.
     """
 
     output_ids: tuple[int, ...]
@@ -77,6 +80,8 @@ class Generation:
     finish_reason: str
     label: str
     spans: tuple[tuple[int, str], ...]
+    routed_experts: np.ndarray[Any, Any] | None = field(default=None, compare=False, repr=False)
+    unrouted: str = ""
 
 
 def new_session() -> aiohttp.ClientSession:
@@ -106,12 +111,18 @@ class SGLangServer:
         self._admin_key = admin_key.strip()
         self._ssl = _trusted(ca_file) if self.url.startswith("https:") else True
 
-    async def generate(self, input_ids: Sequence[int], sampling: Mapping[str, Any]) -> Generation:
-        """One sample of one prompt; `sampling` is SGLang's `sampling_params`. Cancelling the task gives it up."""
+    async def generate(
+        self, input_ids: Sequence[int], sampling: Mapping[str, Any], routing: Routing | None = None
+    ) -> Generation:
+        """One sample of one prompt; `sampling` is SGLang's `sampling_params`. With `routing`, the model's, the routed
+        experts are asked for too. Cancelling the task gives it up."""
         body = {"input_ids": list(input_ids), "sampling_params": dict(sampling), "return_logprob": True}
+        if routing is not None:
+            body["return_routed_experts"] = True
         answer = await self._ask("POST", "/generate", body, None)
         try:
-            return _generation(answer)
+            generation = _generation(answer)
+            return generation if routing is None else _routed(generation, answer, routing, len(input_ids))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise InvalidAnswer(self.url, f"gave an answer that cannot be used: {error!r}") from error
 
@@ -224,6 +235,15 @@ def _generation(answer: Mapping[str, Any]) -> Generation:
     if not isinstance(label, str):
         raise ValueError(f"weight version {label!r}")
     return Generation(ids, logprobs, reason, label, _spans(meta.get("weight_versions") or [], len(ids), label))
+
+
+def _routed(generation: Generation, answer: Mapping[str, Any], routing: Routing, inputs: int) -> Generation:
+    """With its routed experts. An answer without usable ones is as good as any other: the trainer routes by itself."""
+    try:
+        found = routing.read(answer["meta_info"].get("routed_experts"), inputs + len(generation.output_ids))
+    except ValueError as error:
+        return replace(generation, unrouted=str(error))
+    return replace(generation, routed_experts=found)
 
 
 def _spans(said: Sequence[Mapping[str, Any]], tokens: int, label: str) -> tuple[tuple[int, str], ...]:

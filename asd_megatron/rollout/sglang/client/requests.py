@@ -228,7 +228,7 @@ class Dispatcher:
         request = attempt.sample.request
         try:
             async with asyncio.timeout(None if self._holds else self._timeout) as attempt.deadline:
-                answer = await attempt.member.server.generate(request.input_ids, request.sampling)
+                answer = await attempt.member.server.generate(request.input_ids, request.sampling, request.routing)
         except TimeoutError:
             self.counters.deadline += 1
             self._fail(attempt, f"did not finish a sample within {self._timeout:g} s")
@@ -396,4 +396,6 @@ def _result(attempt: Attempt, answer: Generation) -> SampleResult:
         answer.spans or (((0, answer.label),) if answer.output_ids else ()),
         attempt.member.url,
         sample.attempts,
+        answer.routed_experts,
+        answer.unrouted,
     )

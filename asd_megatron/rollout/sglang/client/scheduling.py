@@ -7,17 +7,23 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from asd_megatron.rollout.sglang.client.routing import Routing
+
 
 @dataclass(frozen=True)
 class SampleRequest:
     """One sample to generate. `key` is the caller's name for it, unique among what is pending; samples of one `group`
-    share a prefix and go to one server; `sampling` is SGLang's `sampling_params`.
+    share a prefix and go to one server; `sampling` is SGLang's `sampling_params`. With `routing`, the model's, the
+    server is asked for the routed experts too.
     """
 
     key: Hashable
     group: Hashable
     input_ids: tuple[int, ...]
     sampling: Mapping[str, Any]
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class SampleResult:
     `finish_reason` is stop, length or abort (given up, or aborted by the caller: the tokens so far, possibly none).
     `logprobs[t]` is the log-probability of `output_ids[t]` after temperature, before top-p and top-k. `spans`: (start,
     label), ascending: from output position `start` on the weights were `label`. `url`: the server (or router) that
-    answered, "" if none did. `attempts`: how often the request was sent.
+    answered, "" if none did. `attempts`: how often the request was sent. `routed_experts`: int16 [input and output
+    tokens - 1, layers, experts of a token], or None with the reason in `unrouted` if they were asked for.
     """
 
     key: Hashable
@@ -37,6 +44,8 @@ class SampleResult:
     spans: tuple[tuple[int, str], ...] = ()
     url: str = ""
     attempts: int = 0
+    routed_experts: np.ndarray[Any, Any] | None = field(default=None, compare=False, repr=False)
+    unrouted: str = ""
 
 
 @dataclass(eq=False)

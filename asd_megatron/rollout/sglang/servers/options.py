@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from asd_megatron.errors import UserError
+from asd_megatron.rollout.sglang.servers.models import check_served, has_experts, read_config
 
 MODULE = "sglang.launch_server"
 ROUTER_MODULE = "sglang_router.launch_router"
@@ -31,7 +32,10 @@ OWNED = {  # SGLang's argument -> how it is set here
     "dtype": "the dtype option",
     "context-length": "the context-length option",
 }
-ONE_ONLY = ("data-parallel-size", "dp-size", "dp", "pipeline-parallel-size", "pp-size", "pp", "nnodes")
+ONE_ONLY = (
+    *("data-parallel-size", "dp-size", "dp", "pipeline-parallel-size", "pp-size", "pp", "nnodes"),
+    *("expert-parallel-size", "ep-size", "ep"),
+)
 CPU_ARGUMENTS: dict[str, Any] = {
     "device": "cpu",
     "attention-backend": "torch_native",
@@ -41,6 +45,9 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "max-total-tokens": 8192,
     "max-running-requests": 16,
 }
+GPU_EXPERT_ARGUMENTS = {"moe-runner-backend": "triton"}
+"""For a mixture of experts on GPUs. SGLang's own choice is the same up to Hopper; on Blackwell it is a backend that
+reorders the experts' weights, so that they could not be verified, and chooses experts inside the kernel."""
 NCCL_DEFAULTS = {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "2"}
 """NCCL's own defaults; 2: where the device supports it. SGLang sets both to 0 where they are unset."""
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0"}
@@ -82,8 +89,12 @@ class ServerOptions:
 def command(options: ServerOptions) -> list[str]:
     """The command line of a server, without its keys (`secret_arguments`). Its port is not 0 any more.
 
-    Raises UserError for arguments that an option of ours sets (`OWNED`) or weight updates do not support (`ONE_ONLY`).
+    Raises UserError for arguments that an option of ours sets (`OWNED`) or weight updates do not support (`ONE_ONLY`),
+    and for a model that SGLang would compute wrongly.
     """
+    config = read_config(options.model)
+    check_served(config, options.context_length)
+    gpu_arguments = GPU_EXPERT_ARGUMENTS if has_experts(config) else {}
     arguments: dict[str, Any] = {
         "model-path": str(options.model),
         "host": options.host,
@@ -92,7 +103,7 @@ def command(options: ServerOptions) -> list[str]:
         "dtype": "float32" if options.dtype == "auto" and options.on_cpu else options.dtype,
         "context-length": options.context_length,
         "weight-version": "default",
-        **(CPU_ARGUMENTS if options.on_cpu else {}),
+        **(CPU_ARGUMENTS if options.on_cpu else gpu_arguments),
         **pass_through(options),
     }
     return [str(options.python), "-m", MODULE, *_flags(arguments)]

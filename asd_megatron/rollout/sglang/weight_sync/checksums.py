@@ -1,16 +1,18 @@
 """Checksums of the trainer's weights in the layout of an SGLang server.
 
-A server fuses the tensors that it is sent (q, k, v into `qkv_proj`; gate and up into `gate_up_proj`) and shards them
-over its tensor-parallel ranks; `/weights_checker` then returns a hash of each tensor of each rank. The same hashes are
-computed here while the tensors stream past, without keeping them. For example, rank 0 of 2 holds under
-`model.layers.0.self_attn.qkv_proj.weight` the first half of the rows of q, then of k, then of v. The layouts are those
-of SGLang 0.5.23 (`models/qwen3.py`, `models/llama.py`, `layers/linear.py`, `layers/vocab_parallel_embedding.py`,
+A server fuses the tensors that it is sent (q, k, v into `qkv_proj`; gate and up into `gate_up_proj`; all experts of a
+layer into two tensors) and shards them over its tensor-parallel ranks; `/weights_checker` then returns a hash of each
+tensor of each rank. The same hashes are computed here while the tensors stream past, without keeping them. For example,
+rank 0 of 2 holds under `model.layers.0.self_attn.qkv_proj.weight` the first half of the rows of q, then of k, then of
+v; and under `mlp.experts.w13_weight` the first half of the rows of expert 0's gate, of its up, of expert 1's gate, and
+so on. The layouts are those of SGLang 0.5.23 (`models/qwen3.py`, `qwen3_moe.py`, `qwen2.py`, `llama.py`, `olmo2.py`,
+`layers/linear.py`, `layers/moe/fused_moe_triton/layer.py`, `layers/vocab_parallel_embedding.py`,
 `managers/mm_utils.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +25,29 @@ from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors
 
 VOCABULARY_MULTIPLE = 64  # SGLang's DEFAULT_VOCAB_PADDING_SIZE
 CPU_FFN_MULTIPLE = 32  # a server on the CPU pads so many columns a rank (adjust_config_with_unaligned_cpu_tp)
-QK_NORM = {"Qwen3ForCausalLM": True, "LlamaForCausalLM": False}
 Cut = Callable[[Tensor, int, int], Tensor]
 """(full tensor, rank, ranks) -> the shard that this rank of a server holds."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a decoder has besides attention, MLP and RMSNorm: norms of queries and keys; query, key and value biases;
+    norms after attention and MLP instead of before them; experts instead of the MLP."""
+
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    post_norm: bool = False
+    experts: bool = False
+
+
+LAYOUTS = {
+    "LlamaForCausalLM": Layout(),
+    "MistralForCausalLM": Layout(),
+    "Olmo3ForCausalLM": Layout(qk_norm=True, post_norm=True),
+    "Qwen2ForCausalLM": Layout(qkv_bias=True),
+    "Qwen3ForCausalLM": Layout(qk_norm=True),
+    "Qwen3MoeForCausalLM": Layout(qk_norm=True, experts=True),
+}
 
 
 @dataclass(frozen=True)
@@ -43,29 +65,50 @@ def server_pieces(config: Mapping[str, Any], device: str) -> dict[str, Piece]:
 
     Raises UserError for an architecture whose server-side layout is not known here.
     """
-    architecture = next((a for a in config.get("architectures") or () if a in QK_NORM), None)
+    architecture = next((a for a in config.get("architectures") or () if a in LAYOUTS), None)
     if architecture is None:
         raise UserError(
             f"how SGLang lays out {', '.join(config.get('architectures') or ['(no architecture)'])} is not known, so "
-            f"its weights cannot be checked after a transfer (known: {', '.join(QK_NORM)}): set "
+            f"its weights cannot be checked after a transfer (known: {', '.join(LAYOUTS)}): set "
             "rollout.verify_weights to false"
         )
+    layout = LAYOUTS[architecture]
     attention, key_value, ffn = _cuts(config, on_cpu=device == "cpu")
     pieces = {"model.embed_tokens.weight": Piece("model.embed_tokens.weight", 0, 1, _vocabulary)}
+    norms = ["post_attention_layernorm", "post_feedforward_layernorm" if layout.post_norm else "input_layernorm"]
+    norms += ["self_attn.q_norm", "self_attn.k_norm"] if layout.qk_norm else []
     for layer in range(int(config["num_hidden_layers"])):
         at = f"model.layers.{layer}."
-        qkv = (("q_proj", attention), ("k_proj", key_value), ("v_proj", key_value))
-        pieces |= _stacked(at + "self_attn.qkv_proj", qkv)
-        pieces |= _stacked(at + "mlp.gate_up_proj", (("gate_proj", ffn), ("up_proj", ffn)))
-        for name, cut in (("self_attn.o_proj.weight", attention), ("mlp.down_proj.weight", ffn)):
-            pieces[at + name] = Piece(at + name, 0, 1, _of_columns(cut))
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        norms += ["self_attn.q_norm", "self_attn.k_norm"] if QK_NORM[architecture] else []
+        qkv = [
+            (f"{at}self_attn.{x}_proj", cut) for x, cut in zip("qkv", (attention, key_value, key_value), strict=True)
+        ]
+        for kind in ("weight", "bias") if layout.qkv_bias else ("weight",):
+            pieces |= _stacked(f"{at}self_attn.qkv_proj.{kind}", [(f"{name}.{kind}", cut) for name, cut in qkv])
+        pieces |= _stacked(at + "self_attn.o_proj.weight", [(at + "self_attn.o_proj.weight", _of_columns(attention))])
+        pieces |= _experts(at + "mlp.", config, ffn) if layout.experts else _mlp(at + "mlp.", ffn)
         pieces |= {f"{at}{n}.weight": Piece(f"{at}{n}.weight", 0, 1, _full) for n in norms}
     pieces["model.norm.weight"] = Piece("model.norm.weight", 0, 1, _full)
     if not config.get("tie_word_embeddings"):
         pieces["lm_head.weight"] = Piece("lm_head.weight", 0, 1, _vocabulary)
     return pieces
+
+
+def _mlp(at: str, ffn: Cut) -> dict[str, Piece]:
+    gate_up = _stacked(at + "gate_up_proj.weight", [(f"{at}{x}_proj.weight", ffn) for x in ("gate", "up")])
+    return gate_up | _stacked(at + "down_proj.weight", [(at + "down_proj.weight", _of_columns(ffn))])
+
+
+def _experts(at: str, config: Mapping[str, Any], ffn: Cut) -> dict[str, Piece]:
+    """`w13_weight` [experts, gate and up rows, hidden], `w2_weight` [experts, hidden, ffn], and the router, which every
+    rank holds."""
+    names = [f"{at}experts.{e}." for e in range(int(config.get("num_experts") or config["num_local_experts"]))]
+    w13 = [(f"{name}{x}_proj.weight", ffn) for name in names for x in ("gate", "up")]
+    w2 = [(f"{name}down_proj.weight", _of_columns(ffn)) for name in names]
+    return (
+        _stacked(at + "gate.weight", [(at + "gate.weight", _full)])
+        | _stacked(at + "experts.w13_weight", w13)
+        | _stacked(at + "experts.w2_weight", w2)
+    )
 
 
 class ServerChecksums:
@@ -133,12 +176,8 @@ def _cuts(config: Mapping[str, Any], *, on_cpu: bool) -> tuple[Cut, Cut, Cut]:
     return _even, _shared(kv_heads, size), _even
 
 
-def _stacked(target: str, sources: tuple[tuple[str, Cut], ...]) -> dict[str, Piece]:
-    prefix = target.rpartition(".")[0]
-    return {
-        f"{prefix}.{source}.weight": Piece(f"{target}.weight", number, len(sources), cut)
-        for number, (source, cut) in enumerate(sources)
-    }
+def _stacked(target: str, sources: Sequence[tuple[str, Cut]]) -> dict[str, Piece]:
+    return {name: Piece(target, number, len(sources), cut) for number, (name, cut) in enumerate(sources)}
 
 
 def _full(tensor: Tensor, rank: int, ranks: int) -> Tensor:

@@ -53,24 +53,41 @@ class Sha256Hash:
 
 
 class WordHash:
-    """The hash of servers on CUDA. Keeps the parts until `finish`."""
+    """The hash of servers on CUDA. Parts are hashed as soon as CHUNK words have arrived, so it never holds much more:
+    a layer's fused experts can be gigabytes."""
 
     def __init__(self) -> None:
-        self._parts: list[Tensor] = []
+        self._waiting: list[Tensor] = []  # bytes that are not hashed yet
+        self._bytes = 0  # of those
+        self._words = 0  # hashed before those: whole tiles
+        self._tiles: list[Tensor] = []  # their sums
         self._sum: Tensor | None = None
 
     def update(self, part: Tensor) -> None:
-        self._parts.append(_bytes(part))
+        self._waiting.append(_bytes(part))
+        self._bytes += self._waiting[-1].numel()
+        if self._bytes >= 4 * CHUNK:
+            self._hash(self._bytes - self._bytes % (4 * TILE))
 
     def finish(self) -> None:
-        parts, self._parts = self._parts, []
-        self._sum = _word_sum(parts[0] if len(parts) == 1 else torch.cat(parts))
+        self._hash(self._bytes)
+        self._sum = _total(self._tiles, self._words)
+        self._tiles = []
 
     def hexdigest(self) -> str:
         if self._sum is None:
             self.finish()
         assert self._sum is not None
         return f"{_splitmix(int(self._sum) & U64):016x}"
+
+    def _hash(self, size: int) -> None:
+        """Hash the first `size` of the waiting bytes."""
+        data = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+        words = _words(data[:size])
+        self._tiles += _tile_sums(words, self._words)
+        self._words += words.numel()
+        rest = data[size:].clone()  # not a view: it would keep all of `data`
+        self._waiting, self._bytes = [rest], rest.numel()
 
 
 def for_device(device: str) -> type[TensorHash]:
@@ -84,29 +101,37 @@ def word_hash(data: Tensor) -> int:
     Each 32-bit word is mixed with its position, twice; sums over tiles of 8192 words are mixed with the length and
     added up modulo 2^64.
     """
-    return _splitmix(int(_word_sum(data)) & U64)
+    words = _words(data)
+    return _splitmix(int(_total(_tile_sums(words, 0), words.numel())) & U64)
 
 
-def _word_sum(data: Tensor) -> Tensor:
-    """The sum of `word_hash` before its last mix: an int64 scalar where `data` is, so that nothing waits for it."""
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    words = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
-    for start in range(0, words.numel(), CHUNK):
-        total += _chunk(words[start : start + CHUNK], start, words.numel())
-    return total
+def _words(data: Tensor) -> Tensor:
+    """int32, with zeros after the last byte."""
+    return torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
 
 
-def _chunk(words: Tensor, start: int, total: int) -> Tensor:
-    """Sum of the tiles' hashes of some words, the first of which is number `start` of `total`; int64 arithmetic wraps
-    modulo 2^64."""
-    index = torch.arange(start, start + words.numel(), device=words.device, dtype=torch.int64).to(torch.int32)
-    halves = []
-    for seed, (factor, rotation) in zip(SEEDS, POSITION, strict=True):
-        position = (index * _signed(factor) + _signed(seed)) ^ _rotate(index, rotation)
-        mixed = torch.nn.functional.pad(_mix(words ^ position), (0, -words.numel() % TILE))
-        sums = mixed.view(-1, TILE).sum(dim=1, dtype=torch.int64).to(torch.int32)  # modulo 2^32: the low half
-        halves.append((_mix(sums ^ _signed(4 * total)).to(torch.int64) & 0xFFFFFFFF).sum())
-    high, low = halves
+def _tile_sums(words: Tensor, start: int) -> list[Tensor]:
+    """Both sums of every tile of these words, the first of which is number `start`, a multiple of TILE: int32
+    [2, tiles] for each CHUNK words."""
+    found = []
+    for first in range(0, words.numel(), CHUNK):
+        chunk = words[first : first + CHUNK]
+        index = torch.arange(start + first, start + first + chunk.numel(), device=words.device).to(torch.int32)
+        halves = []
+        for seed, (factor, rotation) in zip(SEEDS, POSITION, strict=True):
+            position = (index * _signed(factor) + _signed(seed)) ^ _rotate(index, rotation)
+            mixed = torch.nn.functional.pad(_mix(chunk ^ position), (0, -chunk.numel() % TILE))
+            halves.append(mixed.view(-1, TILE).sum(dim=1, dtype=torch.int64).to(torch.int32))  # modulo 2^32
+        found.append(torch.stack(halves))
+    return found
+
+
+def _total(tiles: list[Tensor], words: int) -> Tensor:
+    """The sum of `word_hash` before its last mix: an int64 scalar where the tiles are, so that nothing waits for it.
+    int64 arithmetic wraps modulo 2^64."""
+    if not tiles:
+        return torch.zeros((), dtype=torch.int64)
+    high, low = (_mix(torch.cat(tiles, dim=1) ^ _signed(4 * words)).to(torch.int64) & 0xFFFFFFFF).sum(dim=1)
     return (high << 32) + low
 
 

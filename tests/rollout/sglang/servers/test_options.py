@@ -70,6 +70,15 @@ def test_command_on_gpus(gpus: None) -> None:
     }
 
 
+def test_experts_are_not_reordered_on_gpus(gpus: None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_local_experts": 4}')
+    assert flags(options(model=tmp_path))["--moe-runner-backend"] == "triton"
+    assert flags(options(model=tmp_path, arguments={"moe_runner_backend": "auto"}))["--moe-runner-backend"] == "auto"
+    assert "--moe-runner-backend" not in flags(options(model=tmp_path, devices=""))  # on the CPU
+    (tmp_path / "config.json").write_text("{}")
+    assert "--moe-runner-backend" not in flags(options(model=tmp_path))
+
+
 def test_command_on_cpus(no_gpus: None) -> None:
     found = flags(options(arguments={"max-running-requests": 3, "disable-overlap-schedule": False}))
     assert found["--device"] == "cpu" and found["--attention-backend"] == "torch_native"
@@ -108,6 +117,8 @@ def test_arguments_that_are_set_here(name: str) -> None:
 def test_replicas_inside_a_server_are_refused() -> None:
     with pytest.raises(UserError, match="--dp-size above 1 .* start more servers"):
         command(options(arguments={"dp_size": 2}))
+    with pytest.raises(UserError, match="--ep-size above 1"):
+        command(options(arguments={"ep-size": 2}))
     assert pass_through(options(arguments={"dp_size": 1})) == {"dp-size": 1}
 
 

@@ -27,27 +27,54 @@ CONFIG: dict[str, Any] = {
 }
 
 
+MOE = {
+    **CONFIG,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_local_experts": 3,  # transformers 5; published folders say num_experts
+    "intermediate_size": 99,  # not of its experts
+    "moe_intermediate_size": 12,
+}
+
+
 def _model(config: dict[str, Any] = CONFIG) -> dict[str, Tensor]:
     """Random tensors in export order."""
     torch.manual_seed(0)
-    hidden, size, ffn = config["hidden_size"], config["head_dim"], config["intermediate_size"]
+    (architecture,) = config["architectures"]
+    hidden, size = config["hidden_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
-        shapes[at + "input_layernorm.weight"] = (hidden,)
+        if architecture != "Olmo3ForCausalLM":
+            shapes[at + "input_layernorm.weight"] = (hidden,)
         for name, rows in (("q", q), ("k", kv), ("v", kv)):
             shapes[f"{at}self_attn.{name}_proj.weight"] = (rows, hidden)
-        if config["architectures"] == ["Qwen3ForCausalLM"]:
+        if architecture == "Qwen2ForCausalLM":
+            shapes |= {f"{at}self_attn.{x}_proj.bias": (rows,) for x, rows in (("q", q), ("k", kv), ("v", kv))}
+        if "Qwen3" in architecture:
             shapes |= {f"{at}self_attn.{x}_norm.weight": (size,) for x in "qk"}
+        if architecture == "Olmo3ForCausalLM":
+            shapes |= {f"{at}self_attn.{x}_norm.weight": (rows,) for x, rows in (("q", q), ("k", kv))}
         shapes[at + "self_attn.o_proj.weight"] = (hidden, q)
         shapes[at + "post_attention_layernorm.weight"] = (hidden,)
-        shapes |= {f"{at}mlp.{x}_proj.weight": (ffn, hidden) for x in ("gate", "up")}
-        shapes[at + "mlp.down_proj.weight"] = (hidden, ffn)
+        for mlp, width in _mlps(config):
+            shapes |= {f"{at}{mlp}{x}_proj.weight": (width, hidden) for x in ("gate", "up")}
+            shapes[f"{at}{mlp}down_proj.weight"] = (hidden, width)
+        if architecture == "Olmo3ForCausalLM":
+            shapes[at + "post_feedforward_layernorm.weight"] = (hidden,)
+        if architecture == "Qwen3MoeForCausalLM":
+            shapes[at + "mlp.gate.weight"] = (config["num_local_experts"], hidden)
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def _mlps(config: dict[str, Any]) -> list[tuple[str, int]]:
+    """(name, width) of the MLPs of a layer."""
+    if "num_local_experts" not in config:
+        return [("mlp.", config["intermediate_size"])]
+    return [(f"mlp.experts.{e}.", config["moe_intermediate_size"]) for e in range(config["num_local_experts"])]
 
 
 def _sums(
@@ -126,6 +153,51 @@ def test_on_the_cpu_what_does_not_come_out_even_is_filled_with_zeros() -> None:
         up = torch.zeros(64, 8)
         up[:12] = model[at + "mlp.up_proj.weight"]
         assert found[at + "mlp.gate_up_proj.weight"] == _sha(torch.cat([ffn.chunk(2)[rank], up.chunk(2)[rank]]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_are_stacked(ranks: int) -> None:
+    """w13_weight [experts, gate then up, hidden], w2_weight [experts, hidden, ffn]; the router on every rank."""
+    model, at = _model(MOE), "model.layers.1.mlp."
+    for rank, found in enumerate(_sums(model, ranks, "cuda", MOE)):
+        experts = [{x: model[f"{at}experts.{e}.{x}_proj.weight"] for x in ("gate", "up", "down")} for e in range(3)]
+        w13 = [torch.cat([e[x].chunk(ranks)[rank] for x in ("gate", "up")]) for e in experts]
+        assert found[at + "experts.w13_weight"] == _cuda(torch.stack(w13))
+        assert found[at + "experts.w2_weight"] == _cuda(torch.stack([e["down"].chunk(ranks, 1)[rank] for e in experts]))
+        assert found[at + "gate.weight"] == _cuda(model[at + "gate.weight"])
+        assert not [name for name in found if "gate_up_proj" in name]
+
+
+def test_experts_that_change_places_are_found() -> None:
+    model = _model(MOE)
+    (before,) = _sums(model, 1, "cpu", MOE)
+    first, second = (f"model.layers.0.mlp.experts.{e}.down_proj.weight" for e in (0, 2))
+    model[first], model[second] = model[second], model[first]
+    (after,) = _sums(model, 1, "cpu", MOE)
+    assert [n for n in before if before[n] != after[n]] == ["model.layers.0.mlp.experts.w2_weight"]
+
+
+def test_an_expert_without_its_up_projection_is_refused() -> None:
+    model = _model(MOE)
+    sums = ServerChecksums(MOE, [1], torch.float32, "cpu")
+    with pytest.raises(RuntimeError, match=r"experts\.1\.gate_proj\.weight came twice or out of order"):
+        list(sums.watch((n, t) for n, t in model.items() if not n.endswith("0.up_proj.weight")))
+
+
+def test_biases_are_stacked_like_their_weights() -> None:
+    config = {**CONFIG, "architectures": ["Qwen2ForCausalLM"]}
+    model, name = _model(config), "model.layers.0.self_attn.{}_proj.bias"
+    for rank, found in enumerate(_sums(model, 2, "cuda", config)):
+        assert found[name.format("qkv")] == _cuda(torch.cat([model[name.format(x)].chunk(2)[rank] for x in "qkv"]))
+
+
+def test_olmo_3_has_norms_after_the_sublayers_and_over_all_heads() -> None:
+    config = {**CONFIG, "architectures": ["Olmo3ForCausalLM"]}
+    model, at = _model(config), "model.layers.0."
+    for found in _sums(model, 2, "cuda", config):
+        for name in ("self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm", "post_feedforward_layernorm"):
+            assert found[f"{at}{name}.weight"] == _cuda(model[f"{at}{name}.weight"])
+        assert at + "input_layernorm.weight" not in found
 
 
 def test_a_tied_llama_has_neither_head_nor_head_norms() -> None:

@@ -72,16 +72,32 @@ def model(folder: Path, seed: int) -> Any:
         for name, parameter in drawn.named_parameters():
             if "norm" in name:
                 parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
+            elif name.endswith(".bias"):
+                parameter.copy_(0.2 * torch.randn(parameter.shape))
     return drawn
 
 
 def tensors(folder: Path, seed: int) -> Named:
-    """All of them in the order of the forward pass, as an export gives them."""
+    """All of them in the order of the forward pass, as an export gives them: each expert by itself."""
     drawn = model(folder, seed)
     tied = drawn.config.tie_word_embeddings
-    found = {n: t.detach().clone() for n, t in drawn.state_dict().items() if not (tied and n == "lm_head.weight")}
+    found = [(n, t.detach().clone()) for n, t in drawn.state_dict().items() if not (tied and n == "lm_head.weight")]
     order = ("embed_tokens", "layers", "model.norm", "lm_head")
-    return sorted(found.items(), key=lambda item: next(i for i, part in enumerate(order) if part in item[0]))
+    found.sort(key=lambda item: next(i for i, part in enumerate(order) if part in item[0]))
+    return [single for name, tensor in found for single in _unfused(name, tensor)]
+
+
+def _unfused(name: str, tensor: Tensor) -> Named:
+    """The experts that transformers 5 keeps in one tensor, by their published names."""
+    at, _, last = name.rpartition(".")
+    if not at.endswith(".experts"):
+        return [(name, tensor)]
+    kinds = ("gate", "up") if last == "gate_up_proj" else ("down",)
+    return [
+        (f"{at}.{e}.{kind}_proj.weight", part)
+        for e, expert in enumerate(tensor)
+        for kind, part in zip(kinds, expert.chunk(len(kinds)), strict=True)
+    ]
 
 
 def logprobs(folder: Path, seed: int, ids: tuple[int, ...] = PROBE_IDS) -> tuple[float, ...]:
