@@ -51,10 +51,16 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def check_metadata(folder: str | os.PathLike[str]) -> None:
     """UserError unless the checkpoint's `.metadata` is there, complete, and a pickle of tensor descriptions alone."""
+    read_metadata(folder)
+
+
+def read_metadata(folder: str | os.PathLike[str]) -> Any:
+    """The content of the checkpoint's `.metadata`, made of the classes of tensor descriptions alone; how they are put
+    together is not checked. UserError when it is missing, torn, or names anything else."""
     path = Path(folder) / ".metadata"
     try:
         with path.open("rb") as file:
-            _MetadataUnpickler(file).load()
+            return _MetadataUnpickler(file).load()
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: the checkpoint is incomplete, resume from another one") from error
     except OSError as error:

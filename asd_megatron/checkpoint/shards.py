@@ -47,11 +47,11 @@ def _reason(error: BaseException, folder: Path) -> str | None:
     if isinstance(error, CheckpointException):  # what failed, by rank
         reasons = [_reason(failure, folder) for failure, _ in error.failures.values()]
         return next((reason for reason in reasons if reason is not None), None)
-    refusal = _refusal(error, folder)
+    refusal = refused_write(error, folder)
     return None if refusal is None else system_reason(refusal)
 
 
-def _refusal(error: BaseException, folder: Path) -> OSError | None:
+def refused_write(error: BaseException, folder: Path) -> OSError | None:
     """The operating system's error behind a failed write in `folder`, None when something else failed.
 
     `torch.save` into a Python stream raises `inline_container.cc: unexpected pos 704 vs 598` with the OSError in its
@@ -121,7 +121,7 @@ def save_shards(
             try:
                 return super().write_data(plan, planner)
             except RuntimeError as error:
-                refusal = _refusal(error, Path(folder))
+                refusal = refused_write(error, Path(folder))
                 if refusal is None:
                     raise
                 raise refusal from None  # torch sends an error to the other ranks without its context

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,18 +20,10 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import broadcast_object, gather_objects
+from asd_megatron.models.parameters import Key
 from asd_megatron.models.weights import Rule, Shapes
 
 BUCKET_BYTES = 256 * 2**20
-
-
-class Key(NamedTuple):
-    """A parameter of the complete model: the index of its rule in the family, its global layer and expert (None:
-    outside the layers, no expert's)."""
-
-    rule: int
-    layer: int | None = None
-    expert: int | None = None
 
 
 @dataclass(frozen=True)

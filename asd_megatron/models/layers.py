@@ -92,8 +92,18 @@ def _layer_spec(shape: ModelShape, kind: AttentionKind, layers: str, tensor: int
             pre_mlp_layernorm=parts.norm if shape.experts is not None else before,
             mlp=_experts(shape, layers) if shape.experts is not None else _mlp(column, row),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_stored_norms(shape) if parts.norm is RMSNorm else {},
         ),
     )
+
+
+def _stored_norms(shape: ModelShape) -> dict[str, str]:
+    """Under which keys checkpoints store the norms of local layers: Transformer Engine's, which are part of the linear
+    layer that follows."""
+    if shape.post_norm:
+        return {}
+    dense = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"} if shape.experts is None else {}
+    return {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", **dense}
 
 
 def _head_norms(shape: ModelShape, parts: _Parts, tensor: int) -> tuple[Any, Any]:

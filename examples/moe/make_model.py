@@ -4,7 +4,8 @@
 
 The source is the puzzle's warm-started model, the target work/puzzle-moe (a second). The router is random and the
 probabilities of a token's experts add up to 1, so without noise the model computes what the dense one does, and with
-some nearly that; the noise (relative to each matrix's deviation) lets the experts differ.
+some nearly that; the noise (relative to each matrix's deviation) lets the experts differ. A tied embedding becomes a
+head of its own: SGLang serves no tied Qwen3-MoE.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def moe_config(dense: Mapping[str, Any], experts: int, per_token: int) -> dict[s
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "router_aux_loss_coef": 0.001,
+        "tie_word_embeddings": False,
     }
 
 
@@ -55,6 +57,8 @@ def upcycled(reader: FolderReader, config: Mapping[str, Any], noise: float) -> I
     experts, hidden = int(config["num_experts"]), int(config["hidden_size"])
     for name in sorted(reader):
         tensor = reader[name][:]
+        if name == "model.embed_tokens.weight" and "lm_head.weight" not in reader:
+            yield "lm_head.weight", tensor.clone()
         match = PROJECTION.fullmatch(name)
         if match is None:
             yield name, tensor
