@@ -3,6 +3,9 @@ which layer implementation a model gets."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +51,25 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers of a chain that hold parameters; the optimizer itself where it is no chain."""
     chain = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
+
+
+def submodules_of(spec: Any) -> Any:
+    """The submodules of a spec of a layer's MLP: 0.16.1 makes a ModuleSpec of it, 0.19.2 a partial."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
+
+
+@contextmanager
+def building_head_norms(config: Any, present: bool) -> Iterator[None]:
+    """Inside, attention layers are built with norms of queries and keys, or without (`present`).
+
+    0.19.2 builds them only with `qk_layernorm`; both releases sum their gradients over tensor-parallel ranks when it is
+    set while training, which is wrong for norms that are sharded like the projection before them.
+    """
+    training, config.qk_layernorm = config.qk_layernorm, present
+    try:
+        yield
+    finally:
+        config.qk_layernorm = training
 
 
 def prepare_routers() -> None:

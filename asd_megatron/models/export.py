@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,18 +20,10 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import broadcast_object, gather_objects
+from asd_megatron.models.parameters import Key
 from asd_megatron.models.weights import Rule, Shapes
 
 BUCKET_BYTES = 256 * 2**20
-
-
-class Key(NamedTuple):
-    """A parameter of the complete model: the index of its rule in the family, its global layer and expert (None:
-    outside the layers, no expert's)."""
-
-    rule: int
-    layer: int | None = None
-    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,8 @@ class _Bucket:
 
 @dataclass
 class _Transfer:
-    """A bucket in flight. `gathered` [tp, numel], on the ranks that it passes, is complete after `work`."""
+    """A bucket in flight. `gathered` [tp, numel], on the ranks that it passes, is complete after `work`; None on the
+    first rank of all where the parameters are its own, not sharded, and are read in place."""
 
     bucket: _Bucket
     gathered: Tensor | None
@@ -156,6 +148,8 @@ class FullTensors:
     def _start(self, bucket: _Bucket) -> _Transfer:
         """Start the transfer that brings the bucket to this rank, or takes this rank's shards from it."""
         tp, pp, world = self.process_groups.tp, self.process_groups.pp, self.process_groups.world
+        if self._gives(bucket) and self._ranks(bucket.owner) == 1 and world.rank() == 0:
+            return _Transfer(bucket, None, None)
         if not self._gives(bucket):
             gathered = self._empty(self._ranks(bucket.owner), bucket.numel)
             if bucket.owner is not None:
@@ -173,13 +167,22 @@ class FullTensors:
         return _Transfer(bucket, gathered, dist.gather(mine[0], list(gathered), group=tp, group_dst=0, async_op=True))
 
     def _unsharded(self, transfer: _Transfer) -> Iterator[tuple[str, Tensor]]:
-        assert transfer.gathered is not None
-        storage = transfer.gathered.untyped_storage().data_ptr()
-        for part, shards in self._shards(transfer.bucket, transfer.gathered):
+        for part, shards in self._received(transfer):
+            storage = shards[0].untyped_storage().data_ptr()
             full = part.rule.operation.unshard(shards, self.shapes)
             for name, tensor in zip(part.rule.names(part.key.layer, part.key.expert), full, strict=True):
-                # A tensor that the consumer keeps must not keep the bucket's memory.
-                yield name, tensor.clone() if tensor.untyped_storage().data_ptr() == storage else tensor.contiguous()
+                # A tensor that the consumer keeps must neither keep the bucket's memory nor be the live parameter.
+                alias = tensor.untyped_storage().data_ptr() == storage
+                yield name, tensor.clone(memory_format=torch.contiguous_format) if alias else tensor.contiguous()
+
+    def _received(self, transfer: _Transfer) -> Iterator[tuple[Part, list[Tensor]]]:
+        """Each part's shards: views of what was gathered, or the live parameter."""
+        if transfer.gathered is not None:
+            yield from self._shards(transfer.bucket, transfer.gathered)
+            return
+        for part in transfer.bucket.parts:
+            assert part.shard is not None, part.rule
+            yield part, [part.shard.detach()]
 
     def _shards(self, bucket: _Bucket, flat: Tensor) -> Iterator[tuple[Part, list[Tensor]]]:
         """Each part's shards as views of `flat` [n, numel], one row for each of n ranks."""

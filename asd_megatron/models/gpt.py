@@ -8,7 +8,7 @@ import torch
 
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
-from asd_megatron.models.compat import hidden_state_model
+from asd_megatron.models.compat import building_head_norms, hidden_state_model
 from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.layers import layer_specs, norm_class
 
@@ -30,7 +30,7 @@ def transformer_config(
         "kv_channels": shape.head_dim,
         "normalization": "RMSNorm",
         "layernorm_epsilon": shape.norm_epsilon,
-        "qk_layernorm": shape.qk_norm == "head",
+        "qk_layernorm": shape.qk_norm == "head",  # their gradients are summed over tensor-parallel ranks
         "add_qkv_bias": shape.qkv_bias,
         "gated_linear_unit": True,
         "activation_func": family.activation,
@@ -125,18 +125,19 @@ def build_chunks(config: Any, shape: ModelShape, layout: Layout, *, layers: str,
             parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
             first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
             last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
-        chunk = model_class(
-            config=config,
-            transformer_layer_spec=_block_spec(config, specs, layers, vp_stage),
-            vocab_size=padded_vocab,
-            max_sequence_length=shape.max_positions,
-            pre_process=first,
-            post_process=last,
-            parallel_output=True,
-            share_embeddings_and_output_weights=shape.tied,
-            position_embedding_type="none",  # every micro-batch brings its rotation angles (`ModelPort.forward`)
-            vp_stage=vp_stage,
-        )
+        with building_head_norms(config, shape.qk_norm != "none"):
+            chunk = model_class(
+                config=config,
+                transformer_layer_spec=_block_spec(config, specs, layers, vp_stage),
+                vocab_size=padded_vocab,
+                max_sequence_length=shape.max_positions,
+                pre_process=first,
+                post_process=last,
+                parallel_output=True,
+                share_embeddings_and_output_weights=shape.tied,
+                position_embedding_type="none",  # every micro-batch brings its rotation angles (`ModelPort.forward`)
+                vp_stage=vp_stage,
+            )
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         chunks.append(chunk)

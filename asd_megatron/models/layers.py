@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from asd_megatron.models.attention import SDPACoreAttention
+from asd_megatron.models.compat import submodules_of
 from asd_megatron.models.experts import local_experts_class
 from asd_megatron.models.family import AttentionKind, ModelShape
 from asd_megatron.models.norm import ProjectionNorm, RMSNorm, with_post_norm
@@ -153,10 +154,11 @@ def _experts(shape: ModelShape, layers: str) -> Any:
 
     assert shape.experts is not None
     spec = get_moe_module_spec(use_te=layers == "te", num_experts=shape.experts.count, moe_grouped_gemm=layers == "te")
-    spec.submodules.router = router_class()
+    submodules = submodules_of(spec)
+    submodules.router = router_class()
     if layers == "local":
         parts = _parts(layers)
-        spec.submodules.experts = ModuleSpec(
+        submodules.experts = ModuleSpec(
             module=local_experts_class(), submodules=MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
         )
     return spec

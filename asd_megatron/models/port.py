@@ -22,14 +22,15 @@ from asd_megatron.models import gpt
 from asd_megatron.models.attention import MIN_ROWS, DecodingCache, PackAttention, fill_rows
 from asd_megatron.models.compat import resolve_layers
 from asd_megatron.models.decoder import LocalStack, Stack
-from asd_megatron.models.export import BUCKET_BYTES, FullTensors, Key, Part, first_stages
+from asd_megatron.models.export import BUCKET_BYTES, FullTensors, Part, first_stages
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.loading import FullTensor, Progress, refusal
 from asd_megatron.models.module_stack import evaluating, sampling_modules
+from asd_megatron.models.parameters import Key, check_layout, model_keys, padded_vocabulary, shapes_of
 from asd_megatron.models.rope import Rotation
 from asd_megatron.models.routing import LoadBalance, MicroBatchRouting
-from asd_megatron.models.weights import Copy, Row, Rule, Shapes
+from asd_megatron.models.weights import Copy, Row, Rule
 from asd_megatron.ops import gemm
 from asd_megatron.ops.vocab_shard import VocabShard
 from asd_megatron.records import PackedTokens
@@ -62,7 +63,7 @@ class ModelPort:
     ) -> None:
         self.family, self.shape, self.process_groups, self.layout = family, shape, process_groups, layout
         self.config, self.chunks = config, chunks
-        self.vocab_size, self.padded_vocab_size = shape.vocab, _padded(shape.vocab, layout.tensor)
+        self.vocab_size, self.padded_vocab_size = shape.vocab, padded_vocabulary(shape.vocab, layout.tensor)
         self.max_positions, self.tied, self.dtype = shape.max_positions, shape.tied, config.params_dtype
         self.shares_prefixes = layers == "local" and layout.context == 1
         self.device = device.device()
@@ -107,11 +108,11 @@ class ModelPort:
     ) -> ModelPort:
         """An unloaded model in `layout`. Raises UserError for what the family or the layout cannot represent."""
         family, shape = shape_of(hf_config)
-        _check_layout(shape, layout)
+        check_layout(shape, layout)
         layers = resolve_layers(layers, dtype)
         config = gpt.transformer_config(family, shape, layout, dtype=dtype, layers=layers, recompute=recompute)
         chunks = gpt.build_chunks(
-            config, shape, layout, layers=layers, padded_vocab=_padded(shape.vocab, layout.tensor)
+            config, shape, layout, layers=layers, padded_vocab=padded_vocabulary(shape.vocab, layout.tensor)
         )
         return cls(family, shape, process_groups, layout, config, chunks, layers=layers)
 
@@ -417,65 +418,3 @@ class ModelPort:
 def _bare(chunk: Any) -> Any:
     """The model inside Megatron's DDP wrapper."""
     return chunk.module if hasattr(chunk, "module") and hasattr(chunk, "ddp_config") else chunk
-
-
-def shapes_of(shape: ModelShape, tensor: int) -> Shapes:
-    """The sizes of a model's tensors under tensor parallelism `tensor`."""
-    experts = shape.experts
-    return Shapes(
-        shape.hidden,
-        shape.heads,
-        shape.kv_heads,
-        shape.head_dim,
-        shape.ffn,
-        shape.vocab,
-        _padded(shape.vocab, tensor),
-        experts=0 if experts is None else experts.count,
-        expert_ffn=0 if experts is None else experts.ffn,
-    )
-
-
-def _padded(vocab: int, tensor: int) -> int:
-    return -(-vocab // tensor) * tensor
-
-
-def model_keys(family: Family, shape: ModelShape) -> Iterator[Key]:
-    """All parameters of a model in the order of the forward pass; the head of a tied model is left out."""
-    rules = family.rules
-    per_layer = [number for number, rule in enumerate(rules) if rule.per_layer]
-    per_expert = [number for number in per_layer if rules[number].per_expert]
-    experts = 0 if shape.experts is None else shape.experts.count
-    for number in range(per_layer[0]):
-        yield Key(number)
-    for layer in range(shape.layers):
-        for number in per_layer:
-            if number not in per_expert:
-                yield Key(number, layer)
-        for expert in range(experts):
-            for number in per_expert:
-                yield Key(number, layer, expert)
-    for number in range(per_layer[-1] + 1, len(rules)):
-        if not (shape.tied and rules[number].huggingface == ("lm_head.weight",)):
-            yield Key(number)
-
-
-def _check_layout(shape: ModelShape, layout: Layout) -> None:
-    """Refuse what cannot be sharded; recipes are checked earlier, this is for callers without one."""
-    sizes = [(shape.heads, "attention heads"), (shape.kv_heads, "key/value heads")]
-    if shape.experts is None:
-        sizes.append((shape.ffn, "ffn size"))
-    for size, name in sizes:
-        if size % layout.tensor:
-            raise UserError(f"tensor parallelism {layout.tensor} does not divide the model's {name} ({size})")
-    stages = layout.pipeline * (layout.virtual_pipeline or 1)
-    if shape.layers % stages:
-        raise UserError(f"{stages} pipeline stages do not divide the model's {shape.layers} layers")
-    experts = 1 if shape.experts is None else shape.experts.count
-    if experts % layout.expert:
-        what = "has no experts" if shape.experts is None else f"has {experts} experts"
-        raise UserError(f"expert parallelism {layout.expert}: the model {what}; set parallelism.expert to a divisor")
-    if shape.experts is not None and layout.tensor > 1 and not layout.sequence_parallel:
-        raise UserError(
-            "a model with experts needs sequence parallelism with tensor parallelism: set "
-            "parallelism.sequence_parallel true"
-        )

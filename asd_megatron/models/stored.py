@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from asd_megatron.models.family import Family, ModelShape
-from asd_megatron.models.port import model_keys, shapes_of
+from asd_megatron.models.parameters import model_keys, shapes_of
 from asd_megatron.models.weights import GateUp, Rule, Shapes, Vocabulary
 
 LAYERS = "decoder.layers."

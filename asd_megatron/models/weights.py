@@ -67,6 +67,11 @@ class Operation(Protocol):
         ...
 
 
+def _joined(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The shards as one tensor; a single one as it is, since a copy would be made in vain."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)
+
+
 def _part(length: int, rank: int, size: int) -> slice:
     """Part `rank` of `size` equal ones."""
     return slice(rank * length // size, (rank + 1) * length // size)
@@ -101,7 +106,7 @@ class Split:
         return full[0][_part(s.of(self.dims)[0], rank, size)]
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards)),)
+        return (_joined(shards),)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class Vocabulary:
         return torch.cat([mine, mine.new_zeros(rows - len(mine), s.hidden)])
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards))[: s.vocab],)
+        return (_joined(shards)[: s.vocab],)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ class QKV:
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
         per_key, rest = s.heads // s.kv_heads, self._rest(s)
-        full = torch.cat(list(shards)).reshape(s.kv_heads, per_key + 2, s.head_dim, *rest)
+        full = _joined(shards).reshape(s.kv_heads, per_key + 2, s.head_dim, *rest)
         parts = full.split([per_key, 1, 1], 1)
         return tuple(p.reshape(-1, *rest) for p in parts)
 
@@ -168,7 +173,7 @@ class GateUp:
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
-        return (torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves]))
+        return (_joined([h[0] for h in halves]), _joined([h[1] for h in halves]))
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ class Row:
         return full[0][:, _part(getattr(s, self.source), rank, size)]
 
     def unshard(self, shards: Sequence[Tensor], s: Shapes) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards), 1),)
+        return (_joined(shards, 1),)
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,11 @@ from asd_megatron.checkpoint.stored_model import StoredModel
 from asd_megatron.errors import UserError
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.stored import parameters, unpadded
-from tests.checkpoint.trainer import CONFIG, Trainer
+from tests.checkpoint.trainer import CONFIG, MOE, Trainer
 from tests.distributed.harness import run_ranks
 from tests.models import everywhere, tiny
 
 SHARD = 20_000  # bytes: several files
-MOE: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
-    "norm_topk_prob": True,
-}
 UNTIED = {"tie_word_embeddings": False, "vocab_size": 61}  # two tensor-parallel ranks pad it
 # layout, distributed optimizer, dtype, config
 RUNS: dict[str, tuple[dict[str, Any], bool, torch.dtype, dict[str, Any]]] = {

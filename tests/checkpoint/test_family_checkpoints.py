@@ -8,17 +8,9 @@ from typing import Any
 import pytest
 
 from asd_megatron.checkpoint import lineage
-from tests.checkpoint.trainer import Trainer
+from tests.checkpoint.trainer import MOE, Trainer
 from tests.distributed.harness import run_ranks
 
-MOE: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
-    "norm_topk_prob": True,
-}
 OLMO3: dict[str, Any] = {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": 8}
 TENSOR: dict[str, Any] = {"tensor": 2, "sequence_parallel": True}
 CASES: list[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = [

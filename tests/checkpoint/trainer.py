@@ -30,6 +30,15 @@ CONFIG: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
 }
+MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+}
+"""Makes a Qwen3-MoE of CONFIG."""
 RUN_STATE = {"step": 2, "gate": {"open": True, "h_warm": 0.1 + 0.2, "history": [math.inf, None]}, "text": "é"}
 
 

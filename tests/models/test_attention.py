@@ -10,14 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asd_megatron.models.attention import (
-    MAX_CROSS_PAIRS,
-    MAX_PADDING,
-    SMALL_PADDING,
-    SDPACoreAttention,
-    plan_buckets,
-    zigzag,
-)
+from asd_megatron.models.attention import SDPACoreAttention, zigzag
+from asd_megatron.models.attention_plan import MAX_CROSS_PAIRS, MAX_PADDING, SMALL_PADDING, plan_buckets
 from tests.distributed.harness import run_ranks
 
 PACKS = ([5], [1, 1, 1], [7, 2, 9, 2, 8, 1, 30], [64, 3, 3, 60, 4, 61], [16, 1], [200, 3, 3, 180, 4])

@@ -136,7 +136,10 @@ def _in_bounded_memory(port: Any) -> None:
     if dist.get_rank() != 0:
         list(port.export(bucket_bytes=SOME))
         return
-    assert live.peak > SOME
+    if port.layout.tensor * port.layout.pipeline > 1:
+        assert live.peak > SOME
+    else:  # nothing is gathered: each parameter is copied once
+        assert live.peak <= 2 * LARGEST
     with LiveBytes() as kept:  # what the reader keeps is all that stays: no bucket behind a small tensor
         found = list(port.export(bucket_bytes=SOME))
         del _

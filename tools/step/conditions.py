@@ -19,7 +19,7 @@ import torch.distributed as dist
 from step.figures import padding_share
 
 from asd_megatron.config import Recipe, load_recipe
-from asd_megatron.models.attention import plan_buckets
+from asd_megatron.models.attention_plan import plan_buckets
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.records import PackedTokens
 from asd_megatron.run.rl import Batch, TrainingRun
