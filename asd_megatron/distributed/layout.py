@@ -13,6 +13,7 @@ from asd_megatron.distributed import device
 from asd_megatron.errors import UserError
 
 _joined = False  # whether `init` made the world group; `shutdown` destroys no other
+_groups: list[dist.ProcessGroup] = []  # those that the latest `init` made
 SEED = 1234  # of Megatron's own random state (dropout), which our models do not use
 
 
@@ -108,6 +109,7 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> ProcessGroups:
             "or change the parallelism section"
         )
     shutdown_model_parallel()
+    earlier = _known_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -122,6 +124,7 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> ProcessGroups:
     world = dist.group.WORLD
     assert world is not None
     host = world if device.backend() == "gloo" else dist.new_group(backend="gloo", timeout=wait)
+    _groups.extend(group for group in _known_groups() if group not in earlier)
     return ProcessGroups(
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
@@ -143,11 +146,23 @@ def _seed() -> None:
     model_parallel_cuda_manual_seed(SEED)
 
 
+def _known_groups() -> list[dist.ProcessGroup]:
+    """All process groups of this rank."""
+    return list(dist.distributed_c10d._world.pg_map)
+
+
 def shutdown_model_parallel() -> None:
-    """Destroy the layout's groups; the ranks stay joined, and `init` may follow with another layout."""
+    """Destroy the layout's groups; the ranks stay joined, and `init` may follow with another layout. Collective.
+
+    Megatron only forgets its groups. Each of gloo's keeps threads that look for work: fifty for a layout of two ranks.
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    if _groups and dist.get_world_size() > 1:
+        dist.barrier()
+    while _groups:
+        dist.destroy_process_group(_groups.pop())
 
 
 def shutdown() -> None:

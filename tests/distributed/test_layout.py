@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.distributed.harness import run_ranks
 
 def _members(rank: int, layouts: list[Layout]) -> list[dict[str, list[int]]]:
     """The global ranks of this rank's groups, for one layout after the other."""
-    found = []
+    found, threads = [], []
     for layout in layouts:
         process_groups = init(
             layout, timeout_minutes=0.5
@@ -22,6 +23,8 @@ def _members(rank: int, layouts: list[Layout]) -> list[dict[str, list[int]]]:
         ranks = {n: dist.get_process_group_ranks(g) for n, g in vars(process_groups).items()}
         assert ranks.pop("host") == ranks["world"] and dist.get_backend(process_groups.host) == "gloo"
         found.append(ranks)
+        threads.append(len(os.listdir("/proc/self/task")))
+    assert max(threads) < threads[0] + 20, threads  # the earlier layouts' groups are gone, and gloo's threads with them
     with pytest.raises(UserError, match="needs 8 ranks and there are 4.*parallelism section"):
         init(Layout(data=8))
     shutdown()
@@ -36,10 +39,14 @@ def test_groups_of_four_ranks() -> None:
         Layout(context=2, data=2),
         Layout(tensor=2, data=2, sequence_parallel=True),
         Layout(pipeline=2, virtual_pipeline=2, context=2),
+        Layout(tensor=2, data=2, sequence_parallel=True, expert=4),
+        Layout(data=2, pipeline=2, expert=2),
     ]
     by_rank = run_ranks(_members, 4, layouts, init=False)
     first, last = by_rank[0], by_rank[3]
     everyone = [0, 1, 2, 3]
+    assert [ranks.pop("ep") for ranks in first] == [[0], [0], [0], [0], everyone, [0, 1]]
+    assert [ranks.pop("ep") for ranks in last] == [[3], [3], [3], [3], everyone, [2, 3]]
     assert first[0] == {"tp": [0, 1], "pp": [0, 2], "cp": [0], "dp": [0], "dp_cp": [0], "world": everyone}
     assert last[0] == {"tp": [2, 3], "pp": [1, 3], "cp": [3], "dp": [3], "dp_cp": [3], "world": everyone}
     assert first[1] == {"tp": [0], "pp": [0], "cp": [0, 1], "dp": [0, 2], "dp_cp": everyone, "world": everyone}
@@ -49,8 +56,6 @@ def test_groups_of_four_ranks() -> None:
 
 
 def _alone(rank: int) -> int:
-    import os
-
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # as in a plain `python` process
         del os.environ[name]
     size = init(Layout()).world.size()
@@ -71,6 +76,8 @@ def test_world_size() -> None:
     [
         ({"tensor": 0}, "at least 1"),
         ({"data": -1}, "at least 1"),
+        ({"expert": 0}, "at least 1"),
+        ({"tensor": 2, "pipeline": 2, "expert": 4}, "parallelism.expert"),
         ({"virtual_pipeline": 2}, "parallelism.pipeline"),
         ({"pipeline": 2, "virtual_pipeline": 1}, "parallelism.virtual_pipeline"),
         ({"sequence_parallel": True}, "parallelism.tensor"),
