@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from dataclasses import dataclass
@@ -154,15 +155,19 @@ def _known_groups() -> list[dist.ProcessGroup]:
 def shutdown_model_parallel() -> None:
     """Destroy the layout's groups; the ranks stay joined, and `init` may follow with another layout. Collective.
 
-    Megatron only forgets its groups. Each of gloo's keeps threads that look for work: fifty for a layout of two ranks.
+    Megatron only forgets its groups. Each of gloo's keeps threads that look for work, fifty for a layout of two ranks,
+    until nothing refers to it: models and optimizers do, in cycles.
     """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     if _groups and dist.get_world_size() > 1:
         dist.barrier()
-    while _groups:
-        dist.destroy_process_group(_groups.pop())
+    if _groups:
+        for group in _groups:
+            dist.destroy_process_group(group)
+        _groups.clear()
+        gc.collect()
 
 
 def shutdown() -> None:
