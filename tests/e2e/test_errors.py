@@ -164,7 +164,7 @@ def _other_family(world: World) -> None:
     ("damage", "words"),
     [
         (_drop, ["model.layers.1.mlp.up_proj.weight", "incomplete"]),
-        (_reshape, ["model.safetensors: tensor model.layers.0.self_attn.q_norm.weight has shape (5,)", "(12,)"]),
+        (_reshape, ["tensor model.layers.0.self_attn.q_norm.weight in", "model.safetensors has shape (5,)", "(12,)"]),
         (_more_words, ["vocab_size is 61", "ids up to 79", "mixes two models"]),
         (_no_template, ["no chat template", "set data.format to raw"]),
         (_other_family, ["MambaForCausalLM"]),

@@ -82,7 +82,8 @@ def test_denominators_are_of_all_ranks(mask_truncated: bool) -> None:
     examples[1] = replace(examples[1], rollout=replace(examples[1].rollout, loss_mask=(False, False)))
     masks = [loss_mask(e, mask_truncated=mask_truncated) for e in examples]
     for m, part in enumerate(split_mini_batches(len(examples), 2)):
-        wanted = GlobalCounts(sum(sum(masks[i]) for i in part), sum(any(masks[i]) for i in part))
+        responses = sum(len(examples[i].rollout.response_ids) for i in part)
+        wanted = GlobalCounts(sum(sum(masks[i]) for i in part), sum(any(masks[i]) for i in part), responses)
         for rank in range(3):
             assert build(examples, 3, rank, 2, mask_truncated=mask_truncated).counts(m) == wanted
     assert any(masks[0]) != mask_truncated and not any(masks[1])
