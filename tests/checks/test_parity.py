@@ -20,7 +20,7 @@ from asd_megatron.cli import main as cli
 from asd_megatron.errors import UserError
 from tests.distributed.harness import run_ranks
 
-SOME = ["tp2_sp", "pp2_vpp2", "cp2", "dp2_overlap"]
+SOME = ["tp2_sp", "pp2_vpp2", "cp2", "dp2_overlap", "moe_ep2"]
 WITHOUT_REFERENCES = [n for n, c in CELLS.items() if n != c.reference]
 
 
