@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from asd_megatron.checkpoint.safetensors_stream import INDEX, SINGLE, write_parts
 from asd_megatron.distributed.objects import share_outcome
 from asd_megatron.errors import UserError, hub_hint
 from asd_megatron.files import atomic_folder, read_json_object, to_json, user_error
@@ -26,8 +27,6 @@ from asd_megatron.models.port import ModelPort
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 4 << 30
 MAPPED_BYTES = 256 << 20
 OTHER_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # configs, tokenizers of every kind, chat template
@@ -238,8 +237,8 @@ def write_folder(
     gets a file of its own) and `source`'s config, generation config, tokenizer, chat templates and licence.
 
     Atomic: `target` is complete or absent; an older one is replaced. Collective over all ranks; global rank 0 writes,
-    and holds at most one file's tensors at a time, beside what `port.export` does. When it cannot (disk full, no
-    permission), UserError on every rank.
+    one tensor at a time, and holds what `port.export` does. When it cannot (disk full, no permission), UserError on
+    every rank.
 
     progress: told on global rank 0 how many bytes of weights are written.
     """
@@ -250,7 +249,7 @@ def write_folder(
         if port.process_groups.world.rank() == 0:
             with atomic_folder(target, replace=True) as folder:
                 copy_others(Path(source), folder, port.dtype)
-                write_weights(_counted(tensors, port, progress), folder, max_shard_bytes)
+                write_parts(tensors, port.expected(), port.dtype, folder, max_shard_bytes, progress)
     except (OSError, SafetensorError) as error:
         failure = UserError(
             f"the model cannot be exported to {target}: {error}; free space there, or choose another run.folder"
@@ -261,18 +260,6 @@ def write_folder(
         for _ in tensors:  # every rank takes part in all of its collectives
             pass
     return share_outcome(target, failure, port.process_groups.host)
-
-
-def _counted(
-    tensors: Iterator[tuple[str, Tensor]], port: ModelPort, progress: Progress | None
-) -> Iterator[tuple[str, Tensor]]:
-    total = sum(math.prod(shape) for shape in port.expected().values()) * port.dtype.itemsize
-    done = 0
-    for name, tensor in tensors:
-        yield name, tensor
-        done += tensor.nbytes
-        if progress is not None:
-            progress(done, total)
 
 
 def copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:

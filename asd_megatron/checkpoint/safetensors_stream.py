@@ -17,11 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from asd_megatron.checkpoint.huggingface import INDEX, SINGLE
 from asd_megatron.files import to_json
 from asd_megatron.models.loading import FullTensor, Progress
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT = 8
 BLOCK_BYTES = 64 << 20
@@ -41,6 +43,20 @@ def write_tensors(
     refuses to write.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    parts = ((name, tensor[rows]) for name, tensor in tensors.items() for rows in row_blocks(shapes[name]))
+    write_parts(parts, shapes, dtype, folder, max_shard_bytes, progress)
+
+
+def write_parts(
+    parts: Iterator[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    folder: Path,
+    max_shard_bytes: int,
+    progress: Progress | None = None,
+) -> None:
+    """As `write_tensors`, from a stream: each tensor of `shapes` in their order, as one part or as consecutive rows.
+    Only one part is held at a time. ValueError for a stream that has not exactly these tensors."""
     shards = _shards(shapes, dtype, max_shard_bytes)
     names = [SINGLE] if len(shards) == 1 else _names(len(shards))
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
@@ -51,10 +67,16 @@ def write_tensors(
             file.write(header)
             for name in shard:
                 file.seek(len(header) + starts[name])
-                for rows in row_blocks(shapes[name]):
-                    data = tensors[name][rows].detach().to(dtype).contiguous()
+                left = math.prod(shapes[name])
+                while left:
+                    found, part = next(parts, ("", torch.empty(0)))
+                    if found != name or part.numel() > left:
+                        raise ValueError(f"{name} {shapes[name]} was to be written, and {found or 'nothing'} came")
+                    data = part.detach().to("cpu", dtype).contiguous()
                     file.write(data.view(-1).view(torch.uint8).numpy().data)
+                    left -= data.numel()
                     done += data.nbytes
+                    del part, data
                     if progress is not None:
                         progress(done, total)
     if len(shards) > 1:
