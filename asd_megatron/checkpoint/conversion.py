@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from asd_megatron.checkpoint.distcp import DistributedCheckpoint
@@ -114,10 +113,10 @@ def _writing(target: Path) -> Iterator[None]:
         first = next(iter(failures.values()))[0] if failures else error
         if isinstance(first, UserError | KeyboardInterrupt):
             raise first from None
-        refusal = first if isinstance(first, SafetensorError) else refused_write(first, target.parent)
+        refusal = refused_write(first, target.parent)
         if refusal is None:
             raise
-        reason = system_reason(refusal) if isinstance(refusal, OSError) else str(refusal)
+        reason = system_reason(refusal)
         raise UserError(f"{target} cannot be written ({reason}): free space there, or choose another folder") from error
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from asd_megatron.checkpoint.safetensors_stream import INDEX, SINGLE, write_parts
 from asd_megatron.distributed.objects import share_outcome
 from asd_megatron.errors import UserError, hub_hint
-from asd_megatron.files import atomic_folder, read_json_object, to_json, user_error
+from asd_megatron.files import atomic_folder, read_json_object, system_reason, to_json, user_error
 from asd_megatron.models.loading import Progress, TensorReader, in_one_message, some
 from asd_megatron.models.port import ModelPort
 
@@ -250,9 +250,10 @@ def write_folder(
             with atomic_folder(target, replace=True) as folder:
                 copy_others(Path(source), folder, port.dtype)
                 write_parts(tensors, port.expected(), port.dtype, folder, max_shard_bytes, progress)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        reason = system_reason(error)
         failure = UserError(
-            f"the model cannot be exported to {target}: {error}; free space there, or choose another run.folder"
+            f"the model cannot be exported to {target}: {reason}; free space there, or choose another run.folder"
         )
     except Exception as error:
         failure = error
@@ -279,7 +280,9 @@ def copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:
             continue
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path.resolve(), copy)
+        with user_error(f"{path} cannot be read", "check its permissions, or download it again"):
+            content = path.resolve().read_bytes()
+        copy.write_bytes(content)
     if left_out:
         _warn_of_links(source, tuple(left_out))
     # Readers that know only transformers 4's name of the key keep finding it.
@@ -308,7 +311,8 @@ def _belongs(file: Path, source: Path) -> bool:
 
 
 def write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
-    """Safetensors of bounded size; one file without an index when that is enough."""
+    """Safetensors of bounded size; one file without an index when that is enough. For streams whose tensors are not
+    known beforehand: it holds a file's tensors until the file is complete (`safetensors_stream` holds one tensor)."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = size = 0

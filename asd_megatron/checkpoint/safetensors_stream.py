@@ -79,6 +79,8 @@ def write_parts(
                     del part, data
                     if progress is not None:
                         progress(done, total)
+    if (surplus := next(parts, None)) is not None:
+        raise ValueError(f"{surplus[0]} came after the last tensor")
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

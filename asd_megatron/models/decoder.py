@@ -66,8 +66,8 @@ class _Layer(NamedTuple):
 class LocalStack:
     """The layers of one chunk of Megatron's local layers, and its embedding on the first pipeline stage.
 
-    It refers to the live parameters but holds copies of the query and key norms and, under expert parallelism, of the
-    other ranks' experts: construct it again when parameters have changed.
+    It refers to the live parameters but holds copies of per-head query and key norms and, under expert parallelism, of
+    the other ranks' experts: construct it again when parameters have changed.
 
     config: Megatron's. group: the tensor-parallel group; None: the model is not sharded. experts: the expert-parallel
     group, over which constructing is collective then; None: all experts are here.

@@ -181,8 +181,12 @@ def _decoder_layer_class() -> type:
             angles: torch.Tensor | None = kwargs.get("rotary_pos_emb")
             if angles is not None and angles.dim() == 5:  # [kinds, s, b, 1, head_dim]
                 kwargs["rotary_pos_emb"] = angles[self.rotary]
-            if self.is_moe_layer:
-                self.mlp.router.told = getattr(kwargs.get("packed_seq_params"), "routing", None)
-            return super().forward(*args, **kwargs)
+            if not self.is_moe_layer:
+                return super().forward(*args, **kwargs)
+            self.mlp.router.micro_batch = getattr(kwargs.get("packed_seq_params"), "routing", None)
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                self.mlp.router.micro_batch = None  # frees the micro-batch's tensors
 
     return DecoderLayer

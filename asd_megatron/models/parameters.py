@@ -68,10 +68,16 @@ def check_layout(shape: ModelShape, layout: Layout) -> None:
         sizes.append((shape.ffn, "ffn size"))
     for size, name in sizes:
         if size % layout.tensor:
-            raise UserError(f"tensor parallelism {layout.tensor} does not divide the model's {name} ({size})")
+            raise UserError(
+                f"tensor parallelism {layout.tensor} does not divide the model's {name} ({size}): set"
+                " parallelism.tensor to a divisor of it"
+            )
     stages = layout.pipeline * (layout.virtual_pipeline or 1)
     if shape.layers % stages:
-        raise UserError(f"{stages} pipeline stages do not divide the model's {shape.layers} layers")
+        raise UserError(
+            f"{stages} pipeline stages do not divide the model's {shape.layers} layers: set parallelism.pipeline and"
+            " parallelism.virtual_pipeline so that their product does"
+        )
     experts = 1 if shape.experts is None else shape.experts.count
     if experts % layout.expert:
         what = "has no experts" if shape.experts is None else f"has {experts} experts"

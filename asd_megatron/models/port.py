@@ -1,6 +1,6 @@
 """The interface to a Megatron-Core model: built from a Hugging Face config, loaded, run, sampled from, exported.
 
-No other module names GPTModel, a Megatron parameter or a layout of weights.
+No module outside `models` names GPTModel, a Megatron parameter or a layout of weights.
 """
 
 from __future__ import annotations
@@ -193,12 +193,15 @@ class ModelPort:
         positions = packed.position_ids[None]
         self._tell_routers(chunk, routing)
         hidden = stack.embed(packed.input_ids[None], positions) if chunk.pre_process else chunk.decoder.input_tensor
-        return stack.run(hidden, positions, PackAttention(packed), rows=1)
+        try:
+            return stack.run(hidden, positions, PackAttention(packed), rows=1)
+        finally:
+            self._tell_routers(chunk, None)
 
     def _tell_routers(self, chunk: Any, routing: MicroBatchRouting | None) -> None:
         """For a forward without Megatron's layers, which do so themselves."""
         for layer in chunk.decoder.layers if self.shape.experts is not None else ():
-            layer.mlp.router.told = routing
+            layer.mlp.router.micro_batch = routing
 
     @contextmanager
     def scoring(self, *, through_modules: bool | None = None) -> Iterator[None]:
@@ -318,7 +321,8 @@ class ModelPort:
         must exhaust the iterator, which yields nothing except on rank 0; on other ranks it ends at once. The next
         bucket of at most `bucket_bytes` is in flight while the current one is consumed, so about two are alive at a
         time. Parameters must not change meanwhile. A slow consumer keeps the replica waiting, at most a group's timeout
-        for each bucket. One that stops early must close the iterator, which then receives and drops the rest. When a
+        for each bucket. One that stops early must close the iterator, which then receives and drops the rest
+        (one that was not begun must be exhausted). When a
         rank fails, the others raise, at the latest after the timeout.
         """
         return self._stream(lambda parameter: parameter, self.dtype, bucket_bytes)
@@ -365,7 +369,10 @@ class ModelPort:
         parallelism.
         """
         if len(self.chunks) > 1 or self.layout.context > 1:
-            raise UserError("sampling on the training model needs one chunk a stage and no context parallelism")
+            raise UserError(
+                "sampling on the training model needs one chunk a stage and no context parallelism: set "
+                "parallelism.virtual_pipeline null and parallelism.context 1, or use rollout.engine sglang"
+            )
         chunk = _bare(self.chunks[0])
         through_modules = self.layers != "local" if through_modules is None else through_modules
         if through_modules and self.layout.expert > 1:
@@ -374,14 +381,14 @@ class ModelPort:
                 " experts stay on their ranks; use rollout.engine sglang, or set parallelism.expert 1"
             )
         with ExitStack() as inside:
-            if through_modules:
-                inside.enter_context(torch.no_grad())
-                self._stack = inside.enter_context(sampling_modules(chunk, self.config, self.shape, self._rotation))
-            else:
-                inside.enter_context(torch.inference_mode())  # a sixth faster than `no_grad` with few rows
-                self._stack = self._local_stack(chunk)
-            self._head = gemm.operand(self.head_weight()) if self.is_last_stage else None
             try:
+                if through_modules:
+                    inside.enter_context(torch.no_grad())
+                    self._stack = inside.enter_context(sampling_modules(chunk, self.config, self.shape, self._rotation))
+                else:
+                    inside.enter_context(torch.inference_mode())  # a sixth faster than `no_grad` with few rows
+                    self._stack = self._local_stack(chunk)
+                self._head = gemm.operand(self.head_weight()) if self.is_last_stage else None
                 yield
             finally:
                 self._stack = self._head = None

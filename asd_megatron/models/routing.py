@@ -6,6 +6,10 @@ the mean of its router probability, both over the response tokens of the global 
 equally many). Only P_i has a gradient. f_i is known when all micro-batches have run and their gradients exist, so the
 gradient takes the f_i of the update before: it is then a sum over tokens with global denominators, which depends on no
 split into micro-batches and no placement. The first update has none: all f_i equal have no gradient.
+
+The training loss gets the coefficient times the sum over the layers, as in Megatron; reports give the mean of the
+layers. (`transformers` averages over the layers, and its value is the experts of a token, not 1, when the load is
+balanced.)
 """
 
 from __future__ import annotations
@@ -72,7 +76,7 @@ class LoadBalance:
         """Count one micro-batch of one layer, and return `routed`, through which the auxiliary loss's gradient flows.
 
         probabilities: float32 [T, experts], of the complete softmax. chosen: bool [T, experts]. weights: float32 [T],
-        each token's share of the counted ones: they sum to 1 over all micro-batches and ranks.
+        each token's fraction of the counted tokens: they sum to 1 over all micro-batches and ranks.
         """
         with torch.no_grad():
             w = weights.double()
@@ -116,7 +120,7 @@ class MicroBatchRouting:
     """What the routers of one micro-batch are told. T counts the tokens of this rank's slice.
 
     Attributes:
-        weights: float32 [T], each token's share of the counted ones (`LoadBalance.attach`).
+        weights: float32 [T], each token's fraction of the counted tokens (`LoadBalance.attach`).
         balance: where they are counted; None: nowhere.
         experts: int64 [layers, T, per_token], the experts to take instead of choosing some; UNKNOWN where the router
             chooses. None: it chooses everywhere.
@@ -141,10 +145,10 @@ class MicroBatchRouting:
 
 
 class _Choice:
-    """Megatron's seam for routing replay: chooses the experts of one layer's tokens."""
+    """Megatron's interface for routing replay: chooses the experts of one layer's tokens."""
 
-    def __init__(self, told: MicroBatchRouting, layer: int) -> None:
-        self._told, self._layer = told, layer
+    def __init__(self, micro_batch: MicroBatchRouting, layer: int) -> None:
+        self._micro_batch, self._layer = micro_batch, layer
 
     def get_replay_topk(
         self,
@@ -157,35 +161,36 @@ class _Choice:
         """scores [T, experts]. Returns the chosen ones' scores and their numbers, [T, topk] each."""
         assert default_compute_topk is not None
         values, experts = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        if self._told.experts is not None:
-            given = self._told.experts[self._layer]
+        if self._micro_batch.experts is not None:
+            given = self._micro_batch.experts[self._layer]
             experts = torch.where(given == UNKNOWN, experts, given)
             values = scores.gather(1, experts)
-        if self._told.record is not None:
-            assert self._told.numbers is not None
-            self._told.record(self._layer, self._told.numbers, experts)
+        if self._micro_batch.record is not None:
+            assert self._micro_batch.numbers is not None
+            self._micro_batch.record(self._layer, self._micro_batch.numbers, experts)
         return values, experts
 
 
 def router_class() -> type:
-    """Megatron's top-k router that obeys and informs a `MicroBatchRouting`. (A function: importing Megatron replaces
-    CUDA's functions first.)"""
+    """Megatron's top-k router that replays, records and counts as its `MicroBatchRouting` says. (A function: importing
+    Megatron replaces CUDA's functions first.)"""
     from megatron.core.transformer.moe.router import TopKRouter
 
     prepare_routers()
 
     class Router(TopKRouter):  # type: ignore[misc]
-        told: MicroBatchRouting | None = None
+        micro_batch: MicroBatchRouting | None = None
 
         def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            told, layer = self.told, self.layer_number - 1
-            self.router_replay = None if told is None else _Choice(told, layer)
+            micro_batch, layer = self.micro_batch, self.layer_number - 1
+            self.router_replay = None if micro_batch is None else _Choice(micro_batch, layer)
             routed, chosen = super().routing(logits, *args, **kwargs)
+            self.router_replay = None
             # With activation recomputation the first forward has no gradients: each token is counted once.
-            if told is not None and told.balance is not None and torch.is_grad_enabled():
-                assert told.weights is not None
+            if micro_batch is not None and micro_batch.balance is not None and torch.is_grad_enabled():
+                assert micro_batch.weights is not None
                 probabilities = torch.softmax(logits.view(chosen.shape), -1, dtype=torch.float32)
-                routed = told.balance.attach(layer, probabilities, chosen, told.weights, routed)
+                routed = micro_batch.balance.attach(layer, probabilities, chosen, micro_batch.weights, routed)
             return routed, chosen
 
     return Router

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from torch import Tensor
 
 from asd_megatron.files import atomic_write, to_json
+from asd_megatron.observe.writer import read_lines
 
 EXPERT_LOAD_FILE = "expert_load.jsonl"
 
@@ -17,14 +17,14 @@ class ExpertLoadFile:
     """Appends `{"step": 7, "tokens": [[...], ...]}` a step: how many response tokens each expert of each layer got.
 
     `resume_step` None starts a new file; resuming from the state after step s drops later lines, and a torn last one.
+    UserError for a damaged line before them.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
         self.path = Path(folder) / EXPERT_LOAD_FILE
         kept = []
         if resume_step is not None and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-            kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
+            kept = [to_json(row) for row in read_lines(self.path) if row["step"] <= resume_step]
         atomic_write(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, step: int, tokens: Tensor) -> None:

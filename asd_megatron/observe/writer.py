@@ -25,6 +25,11 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(folder) / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the folder of a run that has made at least one step")
+    return read_lines(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """As `read_metrics`, of any file that has one JSON object a step."""
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):

@@ -87,8 +87,8 @@ def score_student(
     if not plan.student_scoring:
         return None
     packs, tokens = batch.student_packs(), batch.table.tokens
-    told = None if routing is None else routing.scoring
-    scores = score(port, process_groups, packs, tokens, temperature=temperature, routing=told)
+    pack_routing = None if routing is None else routing.scoring
+    scores = score(port, process_groups, packs, tokens, temperature=temperature, routing=pack_routing)
     if routing is not None:
         routing.share()
     return scores

@@ -107,11 +107,11 @@ def update(
         for number, mini_batch in enumerate(packs):
             optimizer.zero_grad()
             responses = batch.counts(number).responses
-            told = None
+            pack_routing = None
             if routing is not None and balance is not None:
                 balance.start()
-                told = partial(routing.update, balance=balance, responses=responses)
-            parts = schedule.forward_backward(port, mini_batch, loss, told)
+                pack_routing = partial(routing.update, balance=balance, responses=responses)
+            parts = schedule.forward_backward(port, mini_batch, loss, pack_routing)
             if balance is not None:
                 loads.append(balance.finish(responses, process_groups.world))
             losses.append(sum_over_ranks(parts, process_groups, port.device))

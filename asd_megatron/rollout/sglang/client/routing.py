@@ -53,4 +53,6 @@ class Routing:
         ids = np.frombuffer(data, dtype="<i4").reshape(shape)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.experts:
             raise ValueError(f"they are {ids.min()} to {ids.max()}, and a layer has {self.experts} experts")
+        if (np.diff(np.sort(ids, -1), axis=-1) == 0).any():
+            raise ValueError("they name an expert twice for one token of one layer")
         return ids.astype(np.int16)

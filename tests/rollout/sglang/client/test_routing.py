@@ -28,7 +28,7 @@ def test_both_names_of_the_number_of_experts() -> None:
 
 
 def test_every_token_but_the_last_has_the_experts_of_each_layer() -> None:
-    ids = np.random.default_rng(0).integers(0, 6, (4, 3, 2))
+    ids = np.random.default_rng(0).random((4, 3, 6)).argsort(-1)[..., :2]
     found = ROUTING.read(encoded(ids), tokens=5)
     assert found.dtype == np.int16 and found.tolist() == ids.tolist()
     assert ROUTING.read("", tokens=1).shape == (0, 3, 2)
@@ -42,6 +42,7 @@ def test_every_token_but_the_last_has_the_experts_of_each_layer() -> None:
         ("a?b=", "no base64"),
         (encoded(np.zeros((5, 3, 2))), r"120 bytes, not int32 \[4, 3, 2\]"),
         (encoded(np.zeros((4, 3, 2)))[:-4], "not int32"),
+        (encoded(np.ones((4, 3, 2))), "an expert twice"),
         (encoded(np.full((4, 3, 2), 6)), "6 to 6, and a layer has 6 experts"),
         (encoded(np.full((4, 3, 2), -1)), "-1 to -1"),
     ],
