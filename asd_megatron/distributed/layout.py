@@ -161,13 +161,14 @@ def shutdown_model_parallel() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if _groups and dist.get_world_size() > 1:
+    if not _groups:
+        return
+    if dist.get_world_size() > 1:
         dist.barrier()
-    if _groups:
-        for group in _groups:
-            dist.destroy_process_group(group)
-        _groups.clear()
-        gc.collect()
+    for group in _groups:
+        dist.destroy_process_group(group)
+    _groups.clear()
+    gc.collect()
 
 
 def shutdown() -> None:

@@ -26,12 +26,17 @@ def local_experts_class() -> type:
             tokens, probabilities = permuted_local_hidden_states.split(counts), permuted_probs.split(counts)
             outputs = []
             for expert, x, p in zip(self.local_experts, tokens, probabilities, strict=True):
-                missing = max(0, MIN_ROWS - len(x))
-                output, _ = expert(F.pad(x, (0, 0, 0, missing)), F.pad(p, (0, missing)))
+                output, _ = expert(*_filled(x, p))
                 outputs.append(output[: len(x)])
             return torch.cat(outputs), None
 
     return LocalExperts
+
+
+def _filled(x: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """An expert's tokens [T, H] and their probabilities [T] with zeros until there are MIN_ROWS."""
+    missing = max(0, MIN_ROWS - len(x))
+    return F.pad(x, (0, 0, 0, missing)), F.pad(probabilities, (0, missing))
 
 
 class Expert(NamedTuple):
@@ -58,8 +63,8 @@ class ExpertMixture:
         return out
 
     def _expert(self, expert: Expert, x: Tensor, probabilities: Tensor) -> Tensor:
-        count, missing = len(x), max(0, MIN_ROWS - len(x))
-        x, probabilities = F.pad(x, (0, 0, 0, missing)), F.pad(probabilities, (0, missing))
+        count = len(x)
+        x, probabilities = _filled(x, probabilities)
         gate, up = torch.mm(x, expert.gate_up).chunk(2, -1)
         inner = (self._activation(gate) * up * probabilities[:, None]).to(x.dtype)
         return torch.mm(inner, expert.down)[:count]

@@ -75,7 +75,6 @@ class GlobalCounts:
 
     tokens: int  # that the loss sees
     sequences: int  # with at least one such token
-    responses: int  # response tokens, whether the loss sees them or not
 
 
 @dataclass
@@ -220,10 +219,14 @@ class LocalBatch:
 
     def counts(self, mini_batch: int) -> GlobalCounts:
         """The denominators of a mini-batch, from the examples of all ranks."""
-        tokens = sequences = responses = 0
+        tokens = sequences = 0
         for i in (i for indices in self.assignment[mini_batch] for i in indices):
             n = sum(self.loss_mask(self.all_examples[i]))
             tokens += n
             sequences += n > 0
-            responses += len(self.all_examples[i].rollout.response_ids)
-        return GlobalCounts(tokens, sequences, responses)
+        return GlobalCounts(tokens, sequences)
+
+    def response_tokens(self, mini_batch: int) -> int:
+        """Of a mini-batch over all data-parallel ranks, whether the loss sees them or not."""
+        indices = (i for of_rank in self.assignment[mini_batch] for i in of_rank)
+        return sum(len(self.all_examples[i].rollout.response_ids) for i in indices)

@@ -106,10 +106,10 @@ def update(
             states.bring([pack for mini_batch in packs for pack in mini_batch])
         for number, mini_batch in enumerate(packs):
             optimizer.zero_grad()
-            responses = batch.counts(number).responses
-            pack_routing = None
+            pack_routing, responses = None, 0
             if routing is not None and balance is not None:
                 balance.start()
+                responses = batch.response_tokens(number)
                 pack_routing = partial(routing.update, balance=balance, responses=responses)
             parts = schedule.forward_backward(port, mini_batch, loss, pack_routing)
             if balance is not None:

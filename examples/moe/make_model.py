@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asd_megatron.checkpoint.huggingface import FolderReader, read_config, write_weights
+from asd_megatron.checkpoint.huggingface import FolderReader, copy_others, read_config, write_weights
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder
 from asd_megatron.models.families import family_of
@@ -76,9 +75,7 @@ def make_model(source: Path, folder: Path, *, experts: int = 6, per_token: int =
     config = moe_config(read_config(source), experts, per_token)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FolderReader(source) as reader, atomic_folder(folder, replace=True) as target:
-        for file in source.iterdir():
-            if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, target / file.name)
+        copy_others(source, target, torch.float32)  # the config is replaced, with the source's own dtype
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_weights(upcycled(reader, config, noise), target, 4 << 30)
     return folder
