@@ -274,6 +274,7 @@ class TrainingRun:
         metrics |= evaluation | self._counters() | self.engine.metrics()
         found, texts = self.warnings.of_step(step, metrics)
         metrics |= found
+        self.session.name_attention(step)
         self.session.write_metrics(step, metrics)
         self.session.progress.update(step, metrics)
         for text in texts:
