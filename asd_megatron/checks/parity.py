@@ -36,10 +36,10 @@ places, as often."""
 class Tolerances:
     """The largest error that passes, of each kind that `ParityResult` has."""
 
-    loss: float = TOLERANCE
-    gradient: float = TOLERANCE
-    update: float = UPDATE_TOLERANCE
-    long_run: float = LONG_TOLERANCE
+    loss: float
+    gradient: float
+    update: float
+    long_run: float
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def compare(cell: ParityCell, found: dict[str, Any], expected: dict[str, Any]) -
         clipped_tokens=found["clipped_tokens"],
         passed=found["clipped_tokens"] == expected["clipped_tokens"] > 0,
     )
-    return replace(result, passed=result.passed and within(result, Tolerances()))
+    allowed = Tolerances(TOLERANCE, TOLERANCE, UPDATE_TOLERANCE, LONG_TOLERANCE)
+    return replace(result, passed=result.passed and within(result, allowed))
 
 
 def compare_bfloat16(
