@@ -339,7 +339,7 @@ class ModelPort:
                 key = self._identify(chunk, name)
                 rule = self._rule(key)
                 full = [tensors[n] for n in rule.names(key.layer, key.expert)]
-                parameter.copy_(rule.operation.shard(full, *self._shard(rule), self._shapes))
+                te.fill(parameter, rule.operation.shard(full, *self._shard(rule), self._shapes))
                 done += parameter.nbytes
                 if progress is not None:
                     progress(done, total)

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from asd_megatron.distributed.machine import has_cuda, transformer_engine_is_stand_in, transformer_engine_problem
 from asd_megatron.models.precision import Machine, Version
@@ -171,3 +172,21 @@ def in_bfloat16(config: Any) -> Iterator[None]:
         yield
     finally:
         config.fp8 = before
+
+
+# ---------------------------------------------------------------- FP8 parameters
+
+
+def values(parameter: Tensor) -> Tensor:
+    """The numbers of a parameter, in the model's dtype: those of an FP8 parameter as a new tensor."""
+    is_quantized = any(kind.__module__.startswith("transformer_engine") for kind in type(parameter).__mro__)
+    found: Any = parameter.dequantize() if is_quantized else parameter
+    return found  # type: ignore[no-any-return]
+
+
+def fill(parameter: Any, value: Tensor) -> None:
+    """Set a parameter. One in FP8 keeps `value` itself in host memory too, until the optimizer has made its float32
+    master weights of it: of the FP8 numbers they would begin with their rounding errors."""
+    parameter.copy_(value)
+    if hasattr(parameter, "get_high_precision_init_val"):
+        parameter._high_precision_init_val = value.to("cpu", parameter.dtype)

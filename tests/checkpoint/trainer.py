@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asd_megatron.checkpoint import training
+from asd_megatron.models.precision import BFLOAT16, Precision
 from tests.models import everywhere
 
 CONFIG: dict[str, Any] = {
@@ -64,6 +65,7 @@ class Trainer:
         change: Callable[[Any], None] = lambda chunk: None,
         copies: bool = False,
         layers: Literal["local", "te"] = "local",
+        precision: Precision = BFLOAT16,
         **config: Any,
     ) -> None:
         from asd_megatron.distributed.layout import Layout, init
@@ -76,7 +78,9 @@ class Trainer:
         from asd_megatron.models.port import ModelPort
         from asd_megatron.models.weight_copies import WeightCopies
 
-        self.port = ModelPort.build({**CONFIG, **config}, groups, sizes, dtype=dtype, layers=layers)
+        self.port = ModelPort.build(
+            {**CONFIG, **config}, groups, sizes, dtype=dtype, layers=layers, precision=precision
+        )
         for chunk in self.port.chunks:
             change(chunk)
         self.port.load(weights(self.port.expected(), seed))
@@ -91,6 +95,7 @@ class Trainer:
             use_distributed_optimizer=distributed,
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
+            **precision.optimizer_keys(),
         )
         self.optimizer = get_megatron_optimizer(settings, self.port.chunks, use_gloo_process_groups=False)
         self.scheduler = OptimizerParamScheduler(

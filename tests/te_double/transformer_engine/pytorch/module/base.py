@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformer_engine.common.recipe import Recipe
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager, rounded
-from transformer_engine.pytorch.tensor import QuantizedTensor
+from transformer_engine.pytorch.quantized_tensor import keep_high_precision, plain
+from transformer_engine.pytorch.tensor import Float8Tensor, QuantizedTensor
 from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec
 
 
@@ -48,9 +49,14 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def weight_parameter(self, rows: int, columns: int, dtype: torch.dtype | None) -> torch.nn.Parameter:
         """A weight; of FP8 values inside `fp8_model_init`."""
         value = torch.empty(rows, columns, dtype=dtype)
-        if FP8GlobalStateManager.with_fp8_parameters():
-            value = QuantizedTensor.of(value, FP8GlobalStateManager.HIGH_PRECISION_INIT_VAL)
-        return torch.nn.Parameter(value)
+        if not FP8GlobalStateManager.with_fp8_parameters():
+            return torch.nn.Parameter(value)
+        recipe = FP8GlobalStateManager.get_fp8_recipe()
+        assert recipe is not None
+        parameter = torch.nn.Parameter(Float8Tensor.of(value.zero_(), recipe))
+        if FP8GlobalStateManager.HIGH_PRECISION_INIT_VAL:
+            keep_high_precision(parameter, value)
+        return parameter
 
     def product(self, x: Tensor, name: str, is_first_microbatch: bool | None) -> Tensor:
         """x @ weight.T, of their FP8 copies inside `fp8_autocast`. The weight's copy is made anew in the first
@@ -62,15 +68,12 @@ class TransformerEngineBaseModule(torch.nn.Module):
             assert_dim_for_fp8_exec(x, weight)
             copies = self.__dict__.setdefault("_weight_copies", {})
             if is_first_microbatch is None or is_first_microbatch or name not in copies:
-                copies[name] = rounded(plain(weight), recipe, weight=True)
+                value = weight.detach()
+                copies[name] = (
+                    plain(value) if isinstance(value, QuantizedTensor) else rounded(value, recipe, weight=True)
+                )
             copy = copies[name]
         return _Product.apply(x, weight, copy, recipe, getattr(self, "fuse_wgrad_accumulation", False))
-
-
-def plain(weight: Tensor) -> Tensor:
-    """The weight's values, without gradient."""
-    weight = weight.detach()
-    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
 
 class _Product(torch.autograd.Function):
@@ -78,7 +81,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Any, copy: Tensor | None, recipe: Recipe | None, fused: bool) -> Tensor:
         if recipe is not None:
             x = rounded(x, recipe)
-        copy = plain(weight) if copy is None else copy
+        copy = plain(weight.detach()) if copy is None else copy
         ctx.save_for_backward(x, copy)
         ctx.weight, ctx.recipe, ctx.fused = weight, recipe, fused and weight.requires_grad
         return x @ copy.t()
