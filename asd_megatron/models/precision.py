@@ -72,6 +72,17 @@ class Precision:
             return self.format
         return "hybrid" if self.fp8 == "current" else "e4m3"
 
+    def text(self, layers: int) -> str:
+        """For the start-up report. layers: of the model."""
+        gradients = "e5m2" if self.gradient_format == "hybrid" else "e4m3"
+        first, last = self.first_layers + 1, layers - self.last_layers
+        scoring = "scoring passes too" if self.scores else "scoring passes in bfloat16"
+        weights = "kept in FP8" if self.parameters else "kept in bfloat16"
+        return (
+            f"{self.fp8} scaling in the linear layers of layers {first} to {last} of {layers} (e4m3, gradients"
+            f" {gradients}), {scoring}, weights {weights}"
+        )
+
     def model_keys(self) -> dict[str, Any]:
         """For Megatron's TransformerConfig."""
         if not self.enabled:

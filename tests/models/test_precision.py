@@ -44,6 +44,8 @@ def test_megatron_takes_the_keys() -> None:
         assert DistributedDataParallelConfig(use_distributed_optimizer=True, **precision.data_parallel_keys())
         assert OptimizerConfig(**precision.optimizer_keys()).fp8_recipe == name
     assert not Precision("current", first_layers=0, last_layers=0).model_keys()["first_last_layers_bf16"]
+    text = Precision("blockwise", first_layers=2).text(36)
+    assert all(part in text for part in ("blockwise", "3 to 35 of 36", "gradients e4m3", "scoring passes in bfloat16"))
     assert BFLOAT16.model_keys() == BFLOAT16.optimizer_keys() == BFLOAT16.data_parallel_keys() == {}
     assert [Precision(fp8).alignment for fp8 in ("none", "current", "mxfp8", "blockwise")] == [1, 16, 32, 128]
 
