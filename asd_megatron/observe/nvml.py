@@ -74,7 +74,7 @@ def open_device(device_uuid: Any) -> NvmlDevice:
     try:
         nvml = importlib.import_module("pynvml")
     except Exception as error:
-        raise NvmlUnavailable("nvidia-ml-py is not installed (install the extra `asd_megatron[gpu]`)") from error
+        raise NvmlUnavailable("nvidia-ml-py is not installed (install the extra `asd_megatron[telemetry]`)") from error
     try:
         nvml.nvmlInit()
     except Exception as error:

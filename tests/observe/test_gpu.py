@@ -200,5 +200,5 @@ def test_why_there_is_no_telemetry(install: Callable[..., Any], monkeypatch: pyt
     with pytest.raises(NvmlUnavailable, match="Unknown Error"):
         open_device(UUID)
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    with pytest.raises(NvmlUnavailable, match=r"nvidia-ml-py is not installed.*asd_megatron\[gpu\]"):
+    with pytest.raises(NvmlUnavailable, match=r"nvidia-ml-py is not installed.*asd_megatron\[telemetry\]"):
         open_device(UUID)
