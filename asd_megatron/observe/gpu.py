@@ -13,7 +13,7 @@ from asd_megatron.observe.nvml import NvmlDevice, NvmlUnavailable, open_device
 
 log = logging.getLogger("asd_megatron")
 
-LONGEST_WAIT = 2.0
+LONGEST_WAIT = 1.0
 """Seconds that a step, or the end of the run, waits at most for a reading in progress."""
 
 

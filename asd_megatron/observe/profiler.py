@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from asd_megatron.files import atomic_file
+from asd_megatron.files import PARTIAL, atomic_file
 
 log = logging.getLogger("asd_megatron")
 
-HISTORY_ENTRIES = 200_000
-"""Allocations and frees that a history keeps, the newest ones."""
+HISTORY_ENTRIES = 100_000
+"""Allocations and frees that a history keeps, the newest ones; each takes some kilobytes of the file."""
 
 
 def trace_path(folder: Path, step: int, rank: int) -> Path:
@@ -51,7 +51,10 @@ def recorded() -> Iterator[Callable[[Path, int, int], None]]:
 
 
 def _write_trace(profiler: Any, path: Path) -> None:
-    with atomic_file(path) as partial, tempfile.TemporaryDirectory(prefix="trace_") as folder:
+    with (
+        atomic_file(path) as partial,
+        tempfile.TemporaryDirectory(prefix=".trace.", suffix=PARTIAL, dir=path.parent) as folder,
+    ):
         plain = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(plain))
         with plain.open("rb") as source, gzip.open(partial, "wb", compresslevel=4) as packed:
@@ -63,7 +66,7 @@ def _memory_history(history: list[Any]) -> Iterator[None]:
     """Record allocations inside; afterwards `history` has the function that writes them to a path."""
     memory: Any = torch.cuda.memory
     try:
-        memory._record_memory_history(max_entries=HISTORY_ENTRIES)
+        memory._record_memory_history(stacks="python", max_entries=HISTORY_ENTRIES)
     except Exception as error:  # no public interface: another release of torch may have another one
         log.warning("profiler: no history of the memory (%s)", error)
         yield

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 
 from asd_megatron.config import AnyRecipe
 from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.distributed.objects import on_rank_zero
 from asd_megatron.models.family import ModelShape
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.flops import FlopsModel, computed_tokens, peak_flops, rates, step_flops
@@ -66,19 +67,28 @@ class Telemetry:
 
     def steps(self, steps: Iterable[int]) -> Iterator[int]:
         """The steps one by one, those of `run.profile_steps` recorded on global rank 0. A step that fails leaves no
-        trace."""
+        trace. Collective; raises UserError on every rank when a trace cannot be written."""
         if self._gpu is not None:
             self._gpu.take()  # what was sampled before the first step
-        profiled = set(self.recipe.run.profile_steps or ()) if self.process_groups.world.rank() == 0 else set()
-        folder = self.recipe.run.path / PROFILE
+        profiled = set(self.recipe.run.profile_steps or ())
         for step in steps:
-            if step not in profiled:
+            if step in profiled:
+                yield from self._recorded(step)
+            else:
                 yield step
-                continue
-            with recorded() as write:
-                yield step
-            with self.clock.seconds("profile"), writing(folder):
+
+    def _recorded(self, step: int) -> Iterator[int]:
+        folder = self.recipe.run.path / PROFILE
+        with recorded() if self.process_groups.world.rank() == 0 else nullcontext() as write:
+            yield step
+
+        def write_trace() -> None:
+            assert write is not None  # on global rank 0
+            with writing(folder):
                 write(folder, step, 0)
+
+        with self.clock.seconds("profile"):
+            on_rank_zero(write_trace, self.process_groups.host)
 
     def of_step(
         self, times: Mapping[str, float], packs: ComputedPacks, *, recomputed_heads: int = 0

@@ -32,6 +32,8 @@ def test_a_trace_of_one_step(world: World) -> None:
     rows = read_metrics(folder)
     assert [row["step"] for row in rows if "time/profile" in row] == [3]  # written between the steps
 
+    (folder / "profile").chmod(0o500)
+    world.train("traced", run={"steps": 3, "overwrite": True, "profile_steps": [1]})
     again = world.train("traced", run={"steps": 3, "overwrite": True})
     assert again == folder and not (folder / "profile").exists()
 

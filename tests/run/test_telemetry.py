@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import pickle
 import sys
+import threading
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +22,7 @@ from asd_megatron.observe.flops import forward_flops
 from asd_megatron.observe.hardware_names import MEASURED_PHASES
 from asd_megatron.observe.memory import PeakMemory
 from asd_megatron.observe.names import PHASES
+from asd_megatron.observe.profiler import HISTORY_ENTRIES, recorded
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import ComputedPacks
 from asd_megatron.run.clock import Clock
@@ -132,6 +137,7 @@ def test_what_is_missing_is_said_and_costs_nothing(
         found = telemetry.of_step(TIMES, ComputedPacks(trained=[TWO]))
     assert not {name for name in found if name.startswith("gpu/")} and "perf/mfu" not in found
     assert found["perf/tflops_per_gpu"] > 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "gpu telemetry"]
 
     off = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"telemetry": "off"})})
     with ExitStack() as closing:
@@ -163,6 +169,33 @@ def test_every_phase_that_is_measured_is_declared(world: World, monkeypatch: pyt
         sum(last[f"time/{phase}"] for phase in ("rollout", "reward", "weight_sync")) / last["time/total"]
     )
     assert last["perf/tflops_per_gpu"] > 0 and "perf/mfu" not in last
+
+
+def test_a_memory_history_beside_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.cuda.memory records it; where this release cannot, the trace is written alone."""
+    calls: list[Any] = []
+    history = ("all", "python", HISTORY_ENTRIES)
+
+    def record(enabled: str | None = "all", context: str = "all", stacks: str = "all", max_entries: int = 0) -> None:
+        calls.append((enabled, stacks, max_entries) if enabled else None)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": [], "recording": calls[-1] == history})
+    with recorded() as write:
+        torch.zeros(3).add(1)
+    assert calls == [history, None] and not list(tmp_path.iterdir())
+    write(tmp_path, 12, 0)
+    trace, dumped = tmp_path / "step_000012_rank_0.json.gz", tmp_path / "step_000012_rank_0_memory.pickle"
+    assert sorted(tmp_path.iterdir()) == [trace, dumped]
+    assert b"aten::add" in gzip.decompress(trace.read_bytes())
+    assert pickle.loads(dumped.read_bytes()) == {"segments": [], "recording": True}
+
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", None)
+    with recorded() as write:
+        pass
+    write(tmp_path, 13, 0)
+    assert [p.name for p in tmp_path.glob("step_000013*")] == ["step_000013_rank_0.json.gz"]
 
 
 def test_steps_to_profile_that_the_run_does_not_have(tmp_path: Any) -> None:
