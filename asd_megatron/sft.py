@@ -141,6 +141,7 @@ def _announce(run: SupervisedRun) -> None:
 
 
 def _report(session: Session, step: int, metrics: Mapping[str, float]) -> None:
+    session.name_attention(step)
     session.write_metrics(step, metrics)
     session.progress.update(step, metrics)
 

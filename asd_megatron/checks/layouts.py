@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from asd_megatron.checks.cases import ModelKind
 from asd_megatron.distributed.layout import Layout
@@ -17,7 +18,7 @@ class ParityCell:
     model: ModelKind = "untied"
     distributed_optimizer: bool = False
     overlap: bool = False
-    recompute: str = "none"
+    recompute: Literal["none", "mlp", "full"] = "none"
     share_prefixes: bool = False
     tokens_per_microbatch: int = 1 << 20
     exact: bool = False  # the divergence over the whole vocabulary instead of its estimate
@@ -39,7 +40,7 @@ def _cells() -> dict[str, ParityCell]:
         ParityCell("micro_batches", tokens_per_microbatch=64),
         ParityCell("shared", share_prefixes=True, tokens_per_microbatch=128),
         ParityCell("recompute_full", recompute="full", tokens_per_microbatch=64),
-        ParityCell("recompute_selective", recompute="selective"),
+        ParityCell("recompute_mlp", recompute="mlp"),
         ParityCell("tp2", Layout(tensor=2)),
         ParityCell("tp2_tied", Layout(tensor=2), model="tied", tokens_per_microbatch=64),
         ParityCell("tp2_sp", Layout(tensor=2, sequence_parallel=True), tokens_per_microbatch=64),

@@ -24,6 +24,7 @@ from asd_megatron.checks.layouts import CELLS, ParityCell
 from asd_megatron.distributed import device
 from asd_megatron.distributed.launcher import end_with_launcher
 from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.models.gpt import Recompute
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.routing import LoadBalance
 from asd_megatron.ops.vocab_divergence import Divergence
@@ -65,7 +66,12 @@ def build(folder: Path, cell: ParityCell) -> Trained:
     process_groups = layouts.init(cell.layout)
     source = folder / cell.model
     port = ModelPort.build(
-        read_config(source), process_groups, cell.layout, dtype=torch.float32, layers="local", recompute=cell.recompute
+        read_config(source),
+        process_groups,
+        cell.layout,
+        dtype=torch.float32,
+        layers="local",
+        recompute=Recompute(cell.recompute),
     )
     with FolderReader(source) as tensors:
         port.load(tensors)

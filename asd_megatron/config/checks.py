@@ -70,6 +70,12 @@ def _layout(recipe: AnyRecipe) -> Iterator[str]:
             "batching.share_prefixes true: Transformer Engine's attention knows no shared prefixes; set model.layers"
             " local, or leave batching.share_prefixes out"
         )
+    if recipe.model.recompute_layers is not None and recipe.model.recompute != "full":
+        yield (
+            f"model.recompute_layers {recipe.model.recompute_layers} counts completely recomputed layers: set"
+            " model.recompute full, or leave model.recompute_layers out"
+        )
+    yield from _precision(recipe)
     if recipe.samples_embedded:
         what, instead = "embedded rollouts sample", "rollout.engine sglang"
         if isinstance(recipe, SftRecipe) or recipe.rollout.engine != "embedded":
@@ -85,6 +91,40 @@ def _layout(recipe: AnyRecipe) -> Iterator[str]:
                 f"parallelism.context {p.context}: {what} on the training model one token at a time, and one token"
                 f" cannot be divided over context-parallel ranks; set parallelism.context 1, or use {instead}"
             )
+
+
+def _precision(recipe: AnyRecipe) -> Iterator[str]:
+    p = recipe.precision
+    if p.fp8 == "none":
+        for key in ("fp8_scores", "fp8_parameters", "fp8_probe_every"):
+            if getattr(p, key):
+                yield f"precision.{key} {getattr(p, key)} belongs to FP8: set precision.fp8, or leave it out"
+        return
+    if recipe.model.layers == "local":
+        yield (
+            f"precision.fp8 {p.fp8}: FP8 products are Transformer Engine's and model.layers is local; set model.layers"
+            " auto or te, or precision.fp8 none"
+        )
+    if recipe.model.dtype == "float32":
+        yield (
+            f"precision.fp8 {p.fp8}: layers beside FP8 products compute in bfloat16 and model.dtype is float32; set"
+            " model.dtype bfloat16, or precision.fp8 none"
+        )
+    if p.fp8_parameters and not recipe.parallelism.distributed_optimizer:
+        yield (
+            "precision.fp8_parameters true: only the distributed optimizer casts its master weights to FP8; set"
+            " parallelism.distributed_optimizer true, or precision.fp8_parameters false"
+        )
+    if p.fp8_parameters and recipe.samples_embedded:
+        yield (
+            "precision.fp8_parameters true: the embedded engine samples in bfloat16, of weights that are FP8 then; use"
+            " rollout.engine sglang without data.test, or set precision.fp8_parameters false"
+        )
+    if p.fp8 == "mxfp8" and p.fp8_parameters:
+        yield (
+            "precision.fp8_parameters true with precision.fp8 mxfp8 needs gradient buffers that hold gathered weights,"
+            " which is not supported; set precision.fp8_parameters false"
+        )
 
 
 def _common(recipe: AnyRecipe) -> Iterator[str]:
@@ -294,7 +334,7 @@ def check_devices(recipe: AnyRecipe, *, cuda: bool | None = None, transformer_en
             findings.append(machine.bfloat16_problem())
         if isinstance(recipe, Recipe):
             findings += device_findings(recipe.rollout)
-    if recipe.model.layers == "te":
+    if recipe.model.layers == "te" and not machine.transformer_engine_is_stand_in():
         why: str | None
         remedy = "set model.layers auto or local"
         if not cuda:

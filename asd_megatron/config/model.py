@@ -23,12 +23,24 @@ class ModelSection(Section):
             "attention; `auto`: `te` on CUDA in bfloat16 where it can be imported, else `local`."
         ),
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    attention_backend: Literal["auto", "flash", "fused"] = Field(
+        "auto",
+        description=(
+            "Which attention Transformer Engine may choose: FlashAttention (`flash`), cuDNN's (`fused`) or either "
+            "(`auto`). Its unfused attention is never chosen."
+        ),
+    )
+    recompute: Literal["none", "mlp", "full"] = Field(
         "none",
         description=(
-            "Activations computed again in the backward pass to save memory: `selective` the attention core, "
-            "`full` every layer."
+            "Activations computed again in the backward pass to save memory: `mlp` those of each layer's MLP (of "
+            "experts, which need `model.layers` te, their activation function), `full` complete layers."
         ),
+    )
+    recompute_layers: int | None = Field(
+        None,
+        ge=1,
+        description="With `recompute` full: how many layers of each pipeline stage, from its first on; null: all.",
     )
     auxiliary_loss: float | None = Field(
         None,

@@ -20,6 +20,7 @@ from asd_megatron.config.model import ModelSection
 from asd_megatron.config.optimizer import OptimizerSection
 from asd_megatron.config.parallelism import ParallelismSection
 from asd_megatron.config.perplexity import PerplexitySection
+from asd_megatron.config.precision import PrecisionSection
 from asd_megatron.config.privileged import PrivilegedSection
 from asd_megatron.config.reward import RewardSection
 from asd_megatron.config.rollout import RolloutSection
@@ -38,6 +39,7 @@ class Recipe(Section):
 
     run: TrainRunSection = TrainRunSection()
     model: ModelSection
+    precision: PrecisionSection = PrecisionSection()
     parallelism: ParallelismSection = ParallelismSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     gate: GateSection = GateSection()
@@ -87,6 +89,7 @@ class SftRecipe(Section):
 
     run: RunSection = RunSection()
     model: ModelSection
+    precision: PrecisionSection = PrecisionSection()
     parallelism: ParallelismSection = ParallelismSection()
     sft: SftSection = SftSection()
     data: DataSection

@@ -79,6 +79,13 @@ def transformer_engine_problem() -> str | None:
     return None
 
 
+def transformer_engine_is_stand_in() -> bool:
+    """Whether the importable package declares to compute on CPUs and in float32, as that of the tests does."""
+    if transformer_engine_problem() is not None:
+        return False
+    return bool(getattr(importlib.import_module("transformer_engine"), "STAND_IN", False))
+
+
 def attention_switch_problem(environment: Mapping[str, str] = os.environ) -> str | None:
     """The variable that keeps Megatron-Core from choosing Transformer Engine's attention; None if there is none."""
     for name in ATTENTION_SWITCHES:

@@ -6,32 +6,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from asd_megatron.distributed.device import device
-from asd_megatron.distributed.machine import has_cuda, transformer_engine_problem
+from asd_megatron.distributed.machine import has_cuda
 from asd_megatron.errors import UserError
+from asd_megatron.models import te
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
 
 
-def why_not_transformer_engine(dtype: torch.dtype) -> str | None:
-    """Why layers of `dtype` cannot be Transformer Engine's on this machine; None if they can."""
-    if not has_cuda():
-        return "it needs a CUDA device"
-    if dtype is torch.float32:
-        return "its attention has no float32"
-    return transformer_engine_problem()
-
-
-def resolve_layers(asked: str, dtype: torch.dtype) -> str:
+def resolve_layers(asked: str, dtype: torch.dtype) -> Literal["te", "local"]:
     """`te` or `local`, from a recipe's auto, te or local. Raises UserError when `te` cannot be had."""
     if asked == "local":
         return "local"
-    problem = why_not_transformer_engine(dtype)
+    problem = te.problem(dtype)
     if asked == "te" and problem is not None:
         raise UserError(
             f"model.layers te: Transformer Engine cannot be used: {problem}; set model.layers auto or local"
@@ -44,7 +36,7 @@ def layers_text(asked: str, layers: str, dtype: torch.dtype) -> str:
     GPU."""
     if asked != "auto" or layers == "te" or not has_cuda():
         return layers
-    return f"local; not Transformer Engine: {why_not_transformer_engine(dtype)}"
+    return f"local; not Transformer Engine: {te.problem(dtype)}"
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

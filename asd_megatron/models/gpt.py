@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
+from asd_megatron.models import te
 from asd_megatron.models.compat import building_head_norms, hidden_state_model
 from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.layers import layer_specs, norm_class
+from asd_megatron.models.precision import BFLOAT16, Precision
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Which activations are computed again in the backward pass: none, those of each layer's MLP (`mlp`; of experts
+    their activation function), or complete layers (`full`; `layers`: the first so many of each pipeline stage, None:
+    all)."""
+
+    kind: Literal["none", "mlp", "full"] = "none"
+    layers: int | None = None
+
+
+NO_RECOMPUTE = Recompute()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How a model's layers are computed.
+
+    Attributes:
+        layers: `te` or `local`.
+        attention_backend: which of Transformer Engine's attentions may be chosen.
+        precision: the FP8 recipe.
+        fuse_weight_gradient: whether weight gradients are added to the float32 buffers by the layers themselves, where
+            Transformer Engine or Apex can.
+    """
+
+    layers: Literal["te", "local"] = "local"
+    attention_backend: Literal["auto", "flash", "fused"] = "auto"
+    recompute: Recompute = NO_RECOMPUTE
+    precision: Precision = BFLOAT16
+    fuse_weight_gradient: bool = True
 
 
 def transformer_config(
-    family: Family, shape: ModelShape, layout: Layout, *, dtype: torch.dtype, layers: str, recompute: str
+    family: Family, shape: ModelShape, layout: Layout, *, dtype: torch.dtype, how: Implementation
 ) -> Any:
     """Megatron's TransformerConfig. Dropout is off; fusions that need CUDA are on with Transformer Engine only."""
+    from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    fused = layers == "te"
+    fused = how.layers == "te"
     virtual = layout.virtual_pipeline
     wanted: dict[str, Any] = {
         "num_layers": shape.layers,
@@ -49,7 +85,7 @@ def transformer_config(
         "bias_activation_fusion": fused,
         "apply_rope_fusion": fused,
         "persist_layer_norm": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": how.fuse_weight_gradient and te.apex_fuses_weight_gradients(),
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": virtual,
@@ -64,7 +100,9 @@ def transformer_config(
         "overlap_p2p_comm": virtual is not None,
         "batch_p2p_comm": virtual is None,
         "calculate_per_token_loss": True,  # gradients are summed, never averaged: denominators are in the loss
-        **_recompute(recompute),
+        "attention_backend": AttnBackend[how.attention_backend],
+        **how.precision.model_keys(),
+        **_recompute(how.recompute, shape),
         **_experts(shape, fused),
         **(_windows(shape) if fused else {}),  # local layers have theirs in the spec
     }
@@ -100,12 +138,14 @@ def _windows(shape: ModelShape) -> dict[str, Any]:
     return {"window_size": (sizes.pop() - 1, 0), "window_attn_skip_freq": [int(w is not None) for w in windows]}
 
 
-def _recompute(kind: str) -> dict[str, Any]:
-    if kind == "none":
+def _recompute(recompute: Recompute, shape: ModelShape) -> dict[str, Any]:
+    if recompute.kind == "none":
         return {}
-    if kind == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if recompute.kind == "mlp":
+        module = "mlp" if shape.experts is None else "moe_act"
+        return {"recompute_granularity": "selective", "recompute_modules": [module]}
+    method, count = ("uniform", 1) if recompute.layers is None else ("block", recompute.layers)
+    return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": count}
 
 
 def build_chunks(config: Any, shape: ModelShape, layout: Layout, *, layers: str, padded_vocab: int) -> list[Any]:

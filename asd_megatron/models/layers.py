@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from asd_megatron.models import te
 from asd_megatron.models.attention import SDPACoreAttention
 from asd_megatron.models.compat import submodules_of
 from asd_megatron.models.experts import local_experts_class
@@ -39,11 +40,7 @@ def layer_specs(shape: ModelShape, layers: str, tensor: int) -> list[Any]:
 
 def norm_class(layers: str) -> Any:
     """The class of the final norm."""
-    if layers == "local":
-        return RMSNorm
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm
+    return RMSNorm if layers == "local" else te.norm()
 
 
 def _parts(layers: str) -> _Parts:
@@ -51,11 +48,7 @@ def _parts(layers: str) -> _Parts:
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
         return _Parts(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, RMSNorm, False)
-    from megatron.core.extensions import transformer_engine as te
-
-    return _Parts(
-        te.TEColumnParallelLinear, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TENorm, True
-    )
+    return _Parts(*te.linear_layers(), fuses_norm=True)
 
 
 def _layer_spec(shape: ModelShape, kind: AttentionKind, layers: str, tensor: int) -> Any:
@@ -125,18 +118,7 @@ def _core_attention(shape: ModelShape, kind: AttentionKind, layers: str) -> Any:
     scale = softmax_scale(shape, kind)
     if layers == "local":
         return ModuleSpec(module=SDPACoreAttention, params={"scale": scale, "window": kind.window})
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-    if scale == shape.head_dim**-0.5:
-        return TEDotProductAttention  # its own default
-
-    class ScaledAttention(TEDotProductAttention):  # type: ignore[misc]
-        """Transformer Engine's attention with this layer's scale; the window is Megatron's config's."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "softmax_scale": scale})
-
-    return ScaledAttention
+    return te.attention(None if scale == shape.head_dim**-0.5 else scale)
 
 
 def _mlp(column: type, row: type) -> Any:

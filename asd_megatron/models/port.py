@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,16 +18,18 @@ from asd_megatron.distributed import device
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import UserError
-from asd_megatron.models import gpt
+from asd_megatron.models import gpt, te
 from asd_megatron.models.attention import MIN_ROWS, DecodingCache, PackAttention, fill_rows
 from asd_megatron.models.compat import resolve_layers
 from asd_megatron.models.decoder import LocalStack, Stack
 from asd_megatron.models.export import BUCKET_BYTES, FullTensors, Part, first_stages
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.family import Family, ModelShape
+from asd_megatron.models.gpt import NO_RECOMPUTE, Implementation, Recompute
 from asd_megatron.models.loading import FullTensor, Progress, refusal
 from asd_megatron.models.module_stack import evaluating, sampling_modules
 from asd_megatron.models.parameters import Key, check_layout, model_keys, padded_vocabulary, shapes_of
+from asd_megatron.models.precision import BFLOAT16, Precision
 from asd_megatron.models.rope import Rotation
 from asd_megatron.models.routing import LoadBalance, MicroBatchRouting
 from asd_megatron.models.weights import Copy, Row, Rule
@@ -48,6 +50,7 @@ class ModelPort:
         is_first_stage, is_last_stage: of the pipeline; the first has the embedding, the last the head.
         shares_prefixes: whether `forward` takes packs with `parents`.
         layers: `te` or `local`.
+        precision: in which number format its layers compute.
     """
 
     def __init__(
@@ -59,18 +62,18 @@ class ModelPort:
         config: Any,
         chunks: list[Any],
         *,
-        layers: str,
+        how: Implementation,
     ) -> None:
         self.family, self.shape, self.process_groups, self.layout = family, shape, process_groups, layout
         self.config, self.chunks = config, chunks
         self.vocab_size, self.padded_vocab_size = shape.vocab, padded_vocabulary(shape.vocab, layout.tensor)
         self.max_positions, self.tied, self.dtype = shape.max_positions, shape.tied, config.params_dtype
-        self.shares_prefixes = layers == "local" and layout.context == 1
+        self.shares_prefixes = how.layers == "local" and layout.context == 1
         self.device = device.device()
         self.is_first_stage = any(chunk.pre_process for chunk in chunks)
         self.is_last_stage = any(chunk.post_process for chunk in chunks)
         self._shapes = shapes_of(shape, layout.tensor)
-        self.layers = layers
+        self.layers, self.precision, self._fuses = how.layers, how.precision, how.fuse_weight_gradient
         self._stack: Stack | None = None  # set inside `sampling`, as is the next
         self._head: Tensor | None = None
         self._scorers: dict[int, LocalStack] = {}  # set inside `scoring`, by id of the chunk
@@ -103,18 +106,26 @@ class ModelPort:
         layout: Layout,
         *,
         dtype: torch.dtype = torch.float32,
-        layers: str = "auto",
-        recompute: str = "none",
+        layers: Literal["auto", "te", "local"] = "auto",
+        attention_backend: Literal["auto", "flash", "fused"] = "auto",
+        recompute: Recompute = NO_RECOMPUTE,
+        precision: Precision = BFLOAT16,
+        fuse_weight_gradient: bool = True,
     ) -> ModelPort:
-        """An unloaded model in `layout`. Raises UserError for what the family or the layout cannot represent."""
+        """An unloaded model in `layout`. Raises UserError for what the family, the layout or this machine cannot
+        represent. Parameters but `layers`: see `gpt.Implementation`."""
         family, shape = shape_of(hf_config)
         check_layout(shape, layout)
-        layers = resolve_layers(layers, dtype)
-        config = gpt.transformer_config(family, shape, layout, dtype=dtype, layers=layers, recompute=recompute)
-        chunks = gpt.build_chunks(
-            config, shape, layout, layers=layers, padded_vocab=padded_vocabulary(shape.vocab, layout.tensor)
+        how = Implementation(
+            resolve_layers(layers, dtype), attention_backend, recompute, precision, fuse_weight_gradient
         )
-        return cls(family, shape, process_groups, layout, config, chunks, layers=layers)
+        _check(how, shape, layout)
+        config = gpt.transformer_config(family, shape, layout, dtype=dtype, how=how)
+        with te.refusing_unfused_attention():
+            chunks = gpt.build_chunks(
+                config, shape, layout, layers=how.layers, padded_vocab=padded_vocabulary(shape.vocab, layout.tensor)
+            )
+        return cls(family, shape, process_groups, layout, config, chunks, how=how)
 
     # ---------------------------------------------------------------- training
 
@@ -134,9 +145,12 @@ class ModelPort:
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=overlap_grad_reduce,
             use_distributed_optimizer=distributed_optimizer,
+            **self.precision.data_parallel_keys(),
             check_for_nan_in_grad=False,  # the guard decides what a non-finite gradient means
             average_in_collective=False,
         )
+        if self.layers == "te" and self._fuses:
+            te.fuse_weight_gradients(self.chunks)
         self.chunks = [
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=i > 0)
             for i, chunk in enumerate(self.chunks)
@@ -150,6 +164,14 @@ class ModelPort:
         if overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def weight_gradients_text(self) -> str:
+        """Who adds weight gradients to the float32 buffers, for the start-up report."""
+        if self.layers == "te" and self._fuses:
+            return "added to float32 buffers by Transformer Engine's layers"
+        if self.config.gradient_accumulation_fusion:
+            return "added to float32 buffers by Apex"
+        return "added to float32 buffers after each layer's backward pass (not fused)"
 
     def load_balance(self, coefficient: float | None = None) -> LoadBalance | None:
         """For the updates of a model with experts, None for others. coefficient: of the auxiliary loss; None: the
@@ -171,15 +193,21 @@ class ModelPort:
             return self._score(_bare(chunk), self._scorers[id(chunk)], packed, routing)
         from megatron.core.packed_seq_params import PackedSeqParams
 
+        # Transformer Engine chooses its attention anew for every value of the longest length: an upper bound will do.
+        longest = packed.max_seqlen if self.layers == "local" else -(-packed.max_seqlen // 1024) * 1024
         params = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=packed.cu_seqlens,
             cu_seqlens_kv=packed.cu_seqlens,
+            # The same objects: equal ones in other tensors count as padding between sequences, which costs Transformer
+            # Engine's flash attention.
             cu_seqlens_q_padded=packed.cu_seqlens,
             cu_seqlens_kv_padded=packed.cu_seqlens,
-            max_seqlen_q=packed.max_seqlen,
-            max_seqlen_kv=packed.max_seqlen,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
         )
+        if hasattr(params, "pad_between_seqs"):  # 0.19.2
+            params.pad_between_seqs = False
         params.parents = packed.parents  # for our attention
         # A segment need not begin at position 0; sequences do, and Megatron takes as many of the first angles for each.
         positions = packed.position_ids if packed.parents else torch.arange(packed.max_seqlen, device=self.device)
@@ -215,7 +243,7 @@ class ModelPort:
             cut = self.layout.context > 1 or self.config.sequence_parallel or self.layout.expert > 1
             through_modules = self.layers != "local" or cut
         if through_modules:
-            with torch.no_grad(), evaluating(self.chunks):
+            with torch.no_grad(), evaluating(self.chunks), self._scored_precision():
                 yield
             return
         self._scorers = {id(chunk): self._local_stack(_bare(chunk)) for chunk in self.chunks}
@@ -224,6 +252,9 @@ class ModelPort:
                 yield
         finally:
             self._scorers = {}
+
+    def _scored_precision(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.precision.scores else te.in_bfloat16(self.config)
 
     def _local_stack(self, chunk: Any) -> LocalStack:
         experts = self.process_groups.ep if self.layout.expert > 1 else None
@@ -384,6 +415,7 @@ class ModelPort:
             try:
                 if through_modules:
                     inside.enter_context(torch.no_grad())
+                    inside.enter_context(te.in_bfloat16(self.config))  # single tokens have no FP8 product
                     self._stack = inside.enter_context(sampling_modules(chunk, self.config, self.shape, self._rotation))
                 else:
                     inside.enter_context(torch.inference_mode())  # a sixth faster than `no_grad` with few rows
@@ -420,6 +452,27 @@ class ModelPort:
         gemm.product(logits, newest, self._head)
         logits = self.head_shard().gather_ranks(logits[:rows])
         return logits.transpose(0, 1).reshape(rows, 1, -1)[..., : self.vocab_size]
+
+
+def _check(how: Implementation, shape: ModelShape, layout: Layout) -> None:
+    """Refuse what Transformer Engine, the model's shape or this machine cannot do. Raises UserError."""
+    if how.recompute.kind == "mlp" and shape.experts is not None and how.layers == "local":
+        raise UserError(
+            "model.recompute mlp recomputes the experts' activation function in Transformer Engine's grouped products,"
+            " and these layers are local: set model.recompute full or none"
+        )
+    if not how.precision.enabled:
+        return
+    if how.layers == "local":
+        raise UserError(
+            f"precision.fp8 {how.precision.fp8} needs Transformer Engine's layers and these are local: set"
+            " model.layers te to see why it cannot be used, or precision.fp8 none"
+        )
+    machine = te.machine()
+    problem = None if machine is None else how.precision.machine_problem(machine)
+    problem = problem or how.precision.shape_problem(shape, layout.tensor)
+    if problem is not None:
+        raise UserError(problem)
 
 
 def _bare(chunk: Any) -> Any:

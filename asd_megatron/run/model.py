@@ -13,6 +13,7 @@ from asd_megatron.checkpoint.huggingface import FolderReader
 from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.errors import UserError
+from asd_megatron.models.gpt import Recompute
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.progress import print_line
 from asd_megatron.observe.transfer import TransferProgress
@@ -29,7 +30,10 @@ def build_port(
         layout,
         dtype=_dtype(recipe.model.dtype),
         layers=recipe.model.layers,
-        recompute=recipe.model.recompute,
+        attention_backend=recipe.model.attention_backend,
+        recompute=Recompute(recipe.model.recompute, recipe.model.recompute_layers),
+        precision=recipe.precision.recipe,
+        fuse_weight_gradient=recipe.precision.fuse_weight_gradient,
     )
     shown = recipe.logging.progress and process_groups.world.rank() == 0
     progress = TransferProgress("loading the model", lambda line: print_line(line, sys.stderr)) if shown else None

@@ -9,8 +9,10 @@ import torch
 
 from asd_megatron.antisd import Condition, Gate, PerplexityLambda
 from asd_megatron.config import AnyRecipe, Recipe
+from asd_megatron.config.model import ModelSection
 from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.errors import plural
+from asd_megatron.models import te
 from asd_megatron.models.compat import layers_text
 from asd_megatron.observe.startup import (
     environment,
@@ -55,7 +57,8 @@ def announce(
         "dtype": session.port.dtype,
         "implementation": layers_text(session.recipe.model.layers, session.port.layers, session.port.dtype),
         "vocabulary": f"{session.port.vocab_size:,} (padded to {session.port.padded_vocab_size:,})",
-        "recompute": session.recipe.model.recompute,
+        **_precision(session),
+        "recompute": _recompute(session.recipe.model),
         **_experts(session),
     }
     report = startup_report(
@@ -75,6 +78,24 @@ def announce(
         write_environment(session.folder, found, layout=session.layout, suppliers=parts)
     if session.resumed is not None:
         session.progress.note(f"resumed after step {session.first_step - 1}")
+
+
+def _precision(session: Session) -> dict[str, str]:
+    """The rows of Transformer Engine and of FP8."""
+    port = session.port
+    rows = {"weight gradients": port.weight_gradients_text()}
+    if port.layers == "te":
+        untested = te.untested()
+        if untested is not None:
+            rows["Transformer Engine"] = untested
+        backend = session.recipe.model.attention_backend
+        either = "FlashAttention or cuDNN's" if backend == "auto" else backend
+        rows["attention backend"] = f"{either}; the console names it after the first step"
+    return rows
+
+
+def _recompute(model: ModelSection) -> str:
+    return model.recompute + ("" if model.recompute_layers is None else f", {model.recompute_layers} layers a stage")
 
 
 def _experts(session: Session) -> dict[str, str]:

@@ -278,6 +278,7 @@ class TrainingRun:
         metrics |= {**others, **self._counters(), **self.engine.metrics()}
         found, texts = self.warnings.of_step(step, metrics)
         metrics |= found
+        self.session.name_attention(step)
         self.session.write_metrics(step, metrics)
         self.session.progress.update(step, metrics)
         for text in texts:

@@ -24,6 +24,7 @@ from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, 
 from asd_megatron.distributed.objects import first_message, on_rank_zero
 from asd_megatron.errors import NotFinite, UserError, plural
 from asd_megatron.files import write_json
+from asd_megatron.models import te
 from asd_megatron.models.families import check_architecture
 from asd_megatron.models.routing import LoadReport
 from asd_megatron.observe.closing import Sample, closing_table
@@ -117,6 +118,7 @@ class Session:
             self.port.device,
             pad_id=self.tokenizer.pad_token_id or 0,
             share_prefixes=shares_prefixes(recipe, self.port),
+            alignment=self.port.precision.alignment,
         )
         self._note: str | None = None  # about the checkpoint's copies of weights, for the console
         self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)
@@ -251,6 +253,11 @@ class Session:
 
     def is_due(self, step: int, every: int, *, at_end: bool = False) -> bool:
         return bool(every) and step % every == 0 or at_end and step == self.recipe.run.steps
+
+    def name_attention(self, step: int) -> None:
+        """After the first step, on global rank 0's console: which of its attentions Transformer Engine chose."""
+        if step == self.first_step and self.port.layers == "te" and self.is_root:
+            self.say(f"attention of Transformer Engine's layers: {te.attention_in_use() or 'unknown'}")
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """A line of metrics.jsonl and TensorBoard, from global rank 0. Raises UserError when it cannot be written."""

@@ -17,6 +17,7 @@ A pack of two sequences (prompt P, response R), without and with context paralle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -123,6 +124,7 @@ class PackLayout:
     virtual_pipeline: bool = False
     pad_id: int = 0
     share_prefixes: bool = False
+    alignment: int = 1  # of the tokens that each rank has of a pack, for FP8 products
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
@@ -137,6 +139,7 @@ class PackLayout:
         device: torch.device,
         pad_id: int = 0,
         share_prefixes: bool = False,
+        alignment: int = 1,
     ) -> PackLayout:
         """This rank's, in a parallel layout. Raises ValueError for shared prefixes under context parallelism."""
         return cls(
@@ -148,6 +151,7 @@ class PackLayout:
             virtual_pipeline=layout.virtual_pipeline is not None,
             pad_id=pad_id,
             share_prefixes=share_prefixes,
+            alignment=alignment,
             device=device,
         )
 
@@ -157,7 +161,9 @@ class PackLayout:
 
     @property
     def pack_multiple(self) -> int:
-        return self.sequence_multiple * (self.tensor if self.sequence_parallel else 1)
+        """Of the complete pack: a multiple for every sequence's chunks on every rank, and for each rank's tokens."""
+        split = self.tensor if self.sequence_parallel else 1
+        return math.lcm(self.sequence_multiple * split, self.alignment * self.context * split)
 
     def count(self, needed: int) -> int:
         """Packs per rank: at least one, and for the interleaved schedule a multiple of the pipeline's stages."""

@@ -17,6 +17,7 @@ import torch
 from asd_megatron.config import check_devices, make_recipe
 from asd_megatron.distributed import device, launcher, machine
 from asd_megatron.errors import UserError
+from asd_megatron.models import te
 from asd_megatron.models.compat import layers_text, resolve_layers
 
 Import = Callable[[str], Any]
@@ -49,6 +50,7 @@ def recipe(**model: str) -> Any:
 
 
 def test_auto_layers_by_dtype(cuda: pytest.MonkeyPatch) -> None:
+    cuda.setattr(te, "version", lambda: (2, 11))
     assert resolve_layers("auto", torch.bfloat16) == resolve_layers("te", torch.bfloat16) == "te"
     assert resolve_layers("auto", torch.float32) == resolve_layers("local", torch.bfloat16) == "local"
     assert (
@@ -74,6 +76,7 @@ def test_a_transformer_engine_that_cannot_be_imported(cuda: pytest.MonkeyPatch, 
         raise error
 
     imports(cuda, broken)
+    cuda.setattr(te, "version", lambda: (2, 11))
     assert resolve_layers("auto", torch.bfloat16) == "local"
     for refused in (lambda: check_devices(recipe(layers="te")), lambda: resolve_layers("te", torch.bfloat16)):
         with pytest.raises(UserError, match=reason):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from asd_megatron.models.gpt import Recompute
 from tests.distributed.harness import run_ranks
 from tests.models import everywhere
 from tests.models.oracle import as_plain, oracle, pack, relative
@@ -173,7 +174,8 @@ def _assert_close(root: Path, world: int, cases: list[Case]) -> None:
 
 def test_one_rank(folders: Path) -> None:
     cases: list[Any] = [(model, {}, {}) for model in MODELS]
-    cases += [("qwen3", {}, {"recompute": kind}) for kind in ("selective", "full")]
+    cases += [("qwen3", {}, {"recompute": Recompute(kind)}) for kind in ("mlp", "full")]
+    cases += [("qwen3", {}, {"recompute": Recompute("full", layers=1)})]
     _assert_close(folders, 1, cases)
 
 
@@ -189,7 +191,7 @@ def test_two_ranks(folders: Path) -> None:
     cases: list[Any] = [(model, layout, {}) for layout in layouts for model in dense]
     cases += [("qwen3_moe", layout, {}) for layout in (*layouts[1:4], *EXPERTS)]
     cases += [("qwen3_moe_raw", layouts[4], {}), ("qwen3_tied", {"data": 2}, {})]
-    cases += [("llama", layouts[1], {"recompute": "full"})]
+    cases += [("llama", layouts[1], {"recompute": Recompute("full")})]
     _assert_close(folders, 2, cases)
 
 

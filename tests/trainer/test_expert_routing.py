@@ -101,6 +101,7 @@ def _replayed(model: Any, ids: Tensor, experts: Tensor) -> Tensor:
 def _compare(rank: int, root: str, layouts: list[dict[str, Any]]) -> list[dict[str, float]]:
     from asd_megatron.checkpoint.huggingface import FolderReader, read_config
     from asd_megatron.distributed.layout import Layout, init
+    from asd_megatron.models.gpt import Recompute
     from asd_megatron.models.port import ModelPort
     from asd_megatron.trainer import schedule
 
@@ -111,7 +112,7 @@ def _compare(rank: int, root: str, layouts: list[dict[str, Any]]) -> list[dict[s
         layout = Layout(**sizes)
         groups = init(layout)
         port = ModelPort.build(
-            read_config(folder), groups, layout, dtype=torch.float32, layers="local", recompute="full"
+            read_config(folder), groups, layout, dtype=torch.float32, layers="local", recompute=Recompute("full")
         )
         with FolderReader(folder) as reader:
             port.load(reader)

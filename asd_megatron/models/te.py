@@ -1,0 +1,173 @@
+"""All that names Transformer Engine: whether it can be used, its layers, and the switches that Megatron-Core leaves to
+its caller."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from asd_megatron.distributed.machine import has_cuda, transformer_engine_is_stand_in, transformer_engine_problem
+from asd_megatron.models.precision import Machine, Version
+
+TESTED: dict[Version, tuple[Version, Version]] = {(0, 16): ((2, 9), (2, 11)), (0, 19): ((2, 11), (2, 18))}
+"""By release of megatron-core: the oldest and the newest Transformer Engine that its calls were compared with."""
+UNFUSED = "NVTE_UNFUSED_ATTN"
+
+
+def problem(dtype: torch.dtype) -> str | None:
+    """Why layers of `dtype` cannot be Transformer Engine's on this machine; None if they can. Imports it."""
+    if not transformer_engine_is_stand_in():
+        if not has_cuda():
+            return "it needs a CUDA device"
+        if dtype is torch.float32:
+            return "its attention has no float32"
+    return transformer_engine_problem() or _version_problem(version(), _version_of("megatron-core"))
+
+
+def version() -> Version:
+    """Of the importable Transformer Engine."""
+    return _numbers(str(getattr(importlib.import_module("transformer_engine"), "__version__", "")))
+
+
+def _version_of(distribution: str) -> Version:
+    return _numbers(metadata.version(distribution))
+
+
+def _numbers(text: str) -> Version:
+    return tuple(int(n) for n in re.findall(r"\d+", text)[:2])
+
+
+def _version_problem(found: Version, megatron: Version) -> str | None:
+    """Why the release is too old for this megatron-core; None if it is not. A newer one than tested is used: see
+    `untested`."""
+    oldest, _ = TESTED.get(megatron[:2], ((0, 0), (0, 0)))
+    if found >= oldest:
+        return None
+    return f"version {_text(found)} is older than the {_text(oldest)} that megatron-core {_text(megatron)} needs"
+
+
+def untested() -> str | None:
+    """For the start-up report: that this release is newer than those tested with megatron-core; None if it is not."""
+    megatron = _version_of("megatron-core")
+    window = TESTED.get(megatron[:2])
+    if window is None:
+        return f"no release of Transformer Engine was tested with megatron-core {_text(megatron)}"
+    if version() <= window[1]:
+        return None
+    oldest, newest = map(_text, window)
+    return f"newer than those tested with megatron-core {_text(megatron)} ({oldest} to {newest})"
+
+
+def _text(numbers: Version) -> str:
+    return ".".join(map(str, numbers))
+
+
+def machine() -> Machine | None:
+    """This rank's machine, for `Precision.machine_problem`; None without CUDA. Creates a CUDA context."""
+    if not has_cuda():
+        return None
+    return Machine(torch.cuda.get_device_capability(), _numbers(torch.version.cuda or ""), version())
+
+
+# ---------------------------------------------------------------- layers
+
+
+def linear_layers() -> tuple[type, type, type, type]:
+    """(column parallel, the same after a norm, row parallel, norm): Megatron's wrappers."""
+    from megatron.core.extensions import transformer_engine as te
+
+    return te.TEColumnParallelLinear, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TENorm
+
+
+def norm() -> Any:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def attention(scale: float | None) -> type:
+    """Megatron's wrapper of the core attention. scale: of the scores; None: 1 / sqrt(head_dim), its default. The window
+    is Megatron's config's."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    if scale is None:
+        return TEDotProductAttention  # type: ignore[no-any-return]
+
+    class ScaledAttention(TEDotProductAttention):  # type: ignore[misc]
+        """Transformer Engine's attention with a layer's own scale."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "softmax_scale": scale})
+
+    return ScaledAttention
+
+
+# ---------------------------------------------------------------- attention backends
+
+
+@contextmanager
+def refusing_unfused_attention() -> Iterator[None]:
+    """Around building a model: its unfused attention, which writes scores of length x length, is never chosen. Where
+    no other fits, the first forward pass raises.
+
+    Megatron accepts the variable unset or 1 while a model is built; Transformer Engine reads it at its choice.
+    """
+    os.environ.pop(UNFUSED, None)
+    yield
+    os.environ[UNFUSED] = "0"
+
+
+def attention_in_use() -> str | None:
+    """Which of its attentions computed last, for the console; None before the first."""
+    module = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention")
+    state = getattr(module, "_attention_backends", {})
+    if state.get("use_flash_attention"):
+        found = state.get("flash_attention_backend")
+        return f"FlashAttention {found}" if found is not None else "FlashAttention"
+    if state.get("use_fused_attention"):
+        return f"cuDNN's fused attention ({state.get('fused_attention_backend')})"
+    return None
+
+
+# ---------------------------------------------------------------- gradients and precision
+
+
+def fuse_weight_gradients(chunks: Iterable[torch.nn.Module]) -> int:
+    """Let linear layers add their weight gradients to the float32 buffers themselves, without a bfloat16 copy that
+    rounds each micro-batch's. Returns how many do.
+
+    Not through Megatron's own key: that makes its ColumnParallelLinear, which our head is, ask for Apex.
+    """
+    count = 0
+    for chunk in chunks:
+        fusing: list[Any] = [m for m in chunk.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+        for module in fusing:
+            module.fuse_wgrad_accumulation = True
+        count += len(fusing)
+    return count
+
+
+def apex_fuses_weight_gradients() -> bool:
+    """Whether Apex's kernel for Megatron's own linear layers can be imported."""
+    try:
+        importlib.import_module("fused_weight_gradient_mlp_cuda")
+    except Exception:  # absent, or built for another CUDA
+        return False
+    return True
+
+
+@contextmanager
+def in_bfloat16(config: Any) -> Iterator[None]:
+    """Inside, a model that was built for FP8 computes in bfloat16: Megatron asks its config at every pass."""
+    before, config.fp8 = config.fp8, None
+    try:
+        yield
+    finally:
+        config.fp8 = before

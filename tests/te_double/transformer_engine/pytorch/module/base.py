@@ -1,0 +1,91 @@
+"""What all modules share: extra states, FP8 copies of weights, and the product with its gradients."""
+
+import io
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_engine.common.recipe import Recipe
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager, rounded
+from transformer_engine.pytorch.tensor import QuantizedTensor
+from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec
+
+
+def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) -> Tensor:
+    return torch.zeros(shape, dtype=dtype) if zero else torch.full(shape, torch.nan, dtype=dtype)
+
+
+class TransformerEngineBaseModule(torch.nn.Module):
+    def get_extra_state(self) -> Tensor:
+        recipe = getattr(self, "_recipe_seen", None)
+        if recipe is None:
+            return torch.empty(0, dtype=torch.uint8)
+        state = pickle.dumps({"recipe": recipe, "extra_fp8_variables": {}})
+        return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        if state is None:
+            return
+        if isinstance(state, Tensor):
+            if state.numel() > 0:
+                pickle.loads(state.detach().cpu().numpy().tobytes())  # as the releases up to 2.17 do
+        elif isinstance(state, io.BytesIO):
+            torch.load(state)
+        else:
+            raise RuntimeError("Unsupported checkpoint format.")
+
+    def weight_parameter(self, rows: int, columns: int, dtype: torch.dtype | None) -> torch.nn.Parameter:
+        """A weight; of FP8 values inside `fp8_model_init`."""
+        value = torch.empty(rows, columns, dtype=dtype)
+        if FP8GlobalStateManager.with_fp8_parameters():
+            value = QuantizedTensor.of(value, FP8GlobalStateManager.HIGH_PRECISION_INIT_VAL)
+        return torch.nn.Parameter(value)
+
+    def product(self, x: Tensor, name: str, is_first_microbatch: bool | None) -> Tensor:
+        """x @ weight.T, of their FP8 copies inside `fp8_autocast`. The weight's copy is made anew in the first
+        micro-batch only (or always, where that is None)."""
+        weight = getattr(self, name)
+        recipe = FP8GlobalStateManager.get_fp8_recipe()
+        copy = None
+        if recipe is not None:
+            assert_dim_for_fp8_exec(x, weight)
+            self._recipe_seen = recipe
+            copies = self.__dict__.setdefault("_weight_copies", {})
+            if is_first_microbatch is None or is_first_microbatch or name not in copies:
+                copies[name] = rounded(plain(weight), recipe, weight=True)
+            copy = copies[name]
+        return _Product.apply(x, weight, copy, recipe, getattr(self, "fuse_wgrad_accumulation", False))
+
+
+def plain(weight: Tensor) -> Tensor:
+    """The weight's values, without gradient."""
+    weight = weight.detach()
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, copy: Tensor | None, recipe: Recipe | None, fused: bool) -> Tensor:
+        if recipe is not None:
+            x = rounded(x, recipe)
+        copy = plain(weight) if copy is None else copy
+        ctx.save_for_backward(x, copy)
+        ctx.weight, ctx.recipe, ctx.fused = weight, recipe, fused and weight.requires_grad
+        return x @ copy.t()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        x, copy = ctx.saved_tensors
+        if ctx.recipe is not None:
+            gradient = rounded(gradient, ctx.recipe, gradient=True)
+        rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
+        if not ctx.fused:
+            return gradient @ copy, rows.t() @ inputs, None, None, None
+        weight = ctx.weight
+        weight.main_grad.add_(rows.to(weight.main_grad.dtype).t() @ inputs.to(weight.main_grad.dtype))
+        given = None
+        if hasattr(weight, "grad_added_to_main_grad"):
+            weight.grad_added_to_main_grad = True
+            given = get_dummy_wgrad(list(weight.shape), x.dtype, zero=getattr(weight, "zero_out_wgrad", False))
+        return gradient @ copy, given, None, None, None

@@ -1,0 +1,2 @@
+class LayerNorm:
+    """Named by Megatron-Core, built by none of the supported families."""
