@@ -17,7 +17,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from asd_megatron.records import ComputedPacks, PackCounts
 
@@ -34,7 +33,7 @@ class FlopsModel:
         windows: for each layer, the newest tokens that a token attends to, itself included; None: all.
         hidden, vocab: of the head.
         recomputed_body: those of `body` that an update computes forward once more, for activation recomputation.
-        recomputed_attention: whether it does that with the attention itself.
+        recomputed_windows: of the layers whose attention it does that with.
     """
 
     body: int
@@ -44,12 +43,7 @@ class FlopsModel:
     hidden: int
     vocab: int
     recomputed_body: int = 0
-    recomputed_attention: bool = False
-
-    @property
-    def window_layers(self) -> Counter[int | None]:
-        """How many layers have each window."""
-        return Counter(self.windows)
+    recomputed_windows: tuple[int | None, ...] = ()
 
 
 def attending_pairs(spans: Sequence[tuple[int, int]], window: int | None = None) -> int:
@@ -74,12 +68,17 @@ def forward_flops(model: FlopsModel, counts: PackCounts) -> int:
 
 
 def _parts(model: FlopsModel, counts: PackCounts) -> tuple[int, int, int]:
-    pairs = sum(n * attending_pairs(counts.spans, window) for window, n in model.window_layers.items())
     return (
         2 * model.body * counts.tokens,
-        4 * model.heads * model.head_dim * pairs,
+        _attention(model, counts, model.windows),
         2 * counts.rows * model.hidden * model.vocab,
     )
+
+
+def _attention(model: FlopsModel, counts: PackCounts, windows: tuple[int | None, ...]) -> int:
+    """Of layers with these windows: scores, and the sum of values."""
+    pairs = sum(n * attending_pairs(counts.spans, window) for window, n in Counter(windows).items())
+    return 4 * model.heads * model.head_dim * pairs
 
 
 def step_flops(model: FlopsModel, packs: ComputedPacks, recomputed_heads: int = 0) -> tuple[int, int]:
@@ -92,7 +91,7 @@ def step_flops(model: FlopsModel, packs: ComputedPacks, recomputed_heads: int = 
         body, attention, head = _parts(model, counts)
         useful += UPDATE * (body + attention + head)
         again += 2 * model.recomputed_body * counts.tokens
-        again += model.recomputed_attention * attention + recomputed_heads * head
+        again += _attention(model, counts, model.recomputed_windows) + recomputed_heads * head
     return useful, useful + again
 
 
@@ -103,7 +102,6 @@ def computed_tokens(packs: ComputedPacks) -> int:
 
 # ---------------------------------------------------------------- peak rates
 
-Arithmetic = Literal["bfloat16", "fp8"]
 TERA = 1e12
 # Dense rates (without sparsity) of the vendor's data sheets in TFLOP/s: of bfloat16, and of FP8 where there is any. The
 # first pattern that is found in the device's name decides.
@@ -118,10 +116,10 @@ PEAKS: tuple[tuple[str, float, float | None], ...] = (
 )
 
 
-def peak_flops(device: str, arithmetic: Arithmetic) -> float | None:
-    """FLOP/s of a GPU by its name, at its highest clock; None for names that are not known, for parts of a GPU (MIG)
-    and for arithmetic that it does not have."""
-    if "MIG" in device:
+def peak_flops(device: str, arithmetic: str) -> float | None:
+    """FLOP/s of a GPU by its name in `bfloat16` or `fp8`, at its highest clock; None for names that are not known, for
+    parts of a GPU (MIG) and for other arithmetic, or what it does not have."""
+    if "MIG" in device or arithmetic not in ("bfloat16", "fp8"):
         return None
     for pattern, bfloat16, fp8 in PEAKS:
         if re.search(pattern, device):

@@ -11,6 +11,7 @@ from asd_megatron.config import AnyRecipe
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import on_rank_zero
 from asd_megatron.models.family import ModelShape
+from asd_megatron.models.gpt import NO_RECOMPUTE, Recompute
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.flops import FlopsModel, computed_tokens, peak_flops, rates, step_flops
 from asd_megatron.observe.gpu import GpuTelemetry, open_gpu
@@ -30,7 +31,8 @@ class Telemetry:
         self, recipe: AnyRecipe, port: ModelPort, layout: Layout, process_groups: ProcessGroups, clock: Clock
     ) -> None:
         self.recipe, self.process_groups, self.clock = recipe, process_groups, clock
-        self.flops = flops_model(port.shape, recipe.model.recompute)
+        recompute = Recompute(recipe.model.recompute, recipe.model.recompute_layers)
+        self.flops = flops_model(port.shape, recompute, layout.pipeline * (layout.virtual_pipeline or 1))
         self._copies = layout.tensor * layout.pipeline * layout.context  # ranks that count the same packs
         self._peak: float | None = None
         self._gpu: GpuTelemetry | None = None
@@ -52,11 +54,10 @@ class Telemetry:
             return []
         settings, lines = self.recipe.logging, []
         name = torch.cuda.get_device_name()
-        if self._dtype is torch.bfloat16:
-            self._peak = peak_flops(name, "bfloat16")
+        arithmetic = "fp8" if self.recipe.precision.recipe.enabled else str(self._dtype).removeprefix("torch.")
+        self._peak = peak_flops(name, arithmetic)
         if self._peak is None:
-            dtype = str(self._dtype).removeprefix("torch.")
-            lines.append(f"telemetry: no perf/mfu, the peak rate of {name} in {dtype} is not known")
+            lines.append(f"telemetry: no perf/mfu, the peak rate of {name} in {arithmetic} is not known")
         if settings.telemetry == "auto":
             try:
                 self._gpu = open_gpu(seconds=settings.telemetry_seconds)
@@ -122,22 +123,30 @@ class Telemetry:
             self._server.publish(step, metrics)
 
 
-def flops_model(shape: ModelShape, recompute: str) -> FlopsModel:
-    """The matrix products of a model of this shape, under `model.recompute`."""
+def flops_model(shape: ModelShape, recompute: Recompute = NO_RECOMPUTE, chunks: int = 1) -> FlopsModel:
+    """The matrix products of a model of this shape in `chunks` equal chunks of layers: pipeline stages, virtual ones
+    too."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = shape.hidden * (queries + 2 * keys) + queries * shape.hidden
     mlp = 3 * shape.hidden * shape.ffn
     if shape.experts is not None:
         router = shape.hidden * shape.experts.count
         mlp = router + shape.experts.per_token * 3 * shape.hidden * shape.experts.ffn
-    body = shape.layers * (attention + mlp)
+    windows = tuple(kind.window for kind in shape.attention)
+    size = shape.layers // chunks
+    again = [i for i in range(shape.layers) if recompute.layers is None or i % size < recompute.layers]
+    body = 0
+    if recompute.kind == "full":
+        body = len(again) * (attention + mlp)
+    elif recompute.kind == "mlp" and shape.experts is None:  # of experts the activation function alone
+        body = shape.layers * mlp
     return FlopsModel(
-        body=body,
+        body=shape.layers * (attention + mlp),
         heads=shape.heads,
         head_dim=shape.head_dim,
-        windows=tuple(kind.window for kind in shape.attention),
+        windows=windows,
         hidden=shape.hidden,
         vocab=shape.vocab,
-        recomputed_body=body if recompute == "full" else 0,
-        recomputed_attention=recompute in ("full", "selective"),
+        recomputed_body=body,
+        recomputed_windows=tuple(windows[i] for i in again) if recompute.kind == "full" else (),
     )

@@ -32,8 +32,6 @@ def test_a_trace_of_one_step(world: World) -> None:
     rows = read_metrics(folder)
     assert [row["step"] for row in rows if "time/profile" in row] == [3]  # written between the steps
 
-    (folder / "profile").chmod(0o500)
-    world.train("traced", run={"steps": 3, "overwrite": True, "profile_steps": [1]})
     again = world.train("traced", run={"steps": 3, "overwrite": True})
     assert again == folder and not (folder / "profile").exists()
 
@@ -49,6 +47,19 @@ def test_a_step_that_fails_leaves_no_trace(world: World, monkeypatch: pytest.Mon
     monkeypatch.undo()
     world.train("after", run={"profile_steps": [1]})  # the profiler has ended with the step
     assert (world.run_folder("after") / "profile").exists()
+
+
+def test_a_trace_that_cannot_be_written(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("asd_megatron.observe.profiler.gzip.open", full)
+    recipe = world.recipe(run={"profile_steps": [1]})
+    message = refusal(capsys, train.main, [str(recipe), "--run.name", "full"])
+    assert "profile cannot be written (No space left on device)" in message and "free space" in message
+    assert list((world.run_folder("full") / "profile").iterdir()) == []
 
 
 def test_the_supervised_stage(world: World) -> None:

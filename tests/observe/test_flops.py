@@ -10,6 +10,7 @@ import torch
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.models.attention_plan import AttentionBucket, plan_buckets
 from asd_megatron.models.family import AttentionKind, Experts, ModelShape
+from asd_megatron.models.gpt import Recompute
 from asd_megatron.models.rope import RotarySettings
 from asd_megatron.observe.flops import (
     FlopsModel,
@@ -48,7 +49,7 @@ FULL, WINDOW = 15 + 3, (1 + 2 + 3 + 3 + 3) + 3  # pairs of a layer
 
 
 def test_a_dense_model_with_windows() -> None:
-    model = flops_model(DENSE, "none")
+    model = flops_model(DENSE)
     assert model.body == BODY and model.windows == (3, 3, None)
     forward = 2 * BODY * 7 + 4 * 2 * 4 * (FULL + 2 * WINDOW) + 2 * 3 * 8 * 10
     assert forward_flops(model, TWO) == forward
@@ -58,11 +59,17 @@ def test_a_dense_model_with_windows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recompute", "again"),
-    [("none", 0), ("selective", 32 * (FULL + 2 * WINDOW)), ("full", 2 * BODY * 7 + 32 * (FULL + 2 * WINDOW))],
+    ("recompute", "chunks", "again"),
+    [
+        (Recompute(), 1, 0),
+        (Recompute("mlp"), 1, 2 * 3 * 384 * 7),
+        (Recompute("full"), 3, 2 * BODY * 7 + 32 * (FULL + 2 * WINDOW)),
+        (Recompute("full", 2), 1, 2 * (BODY // 3 * 2) * 7 + 32 * 2 * WINDOW),  # the first two of three layers
+        (Recompute("full", 2), 3, 2 * BODY * 7 + 32 * (FULL + 2 * WINDOW)),  # of each of three stages
+    ],
 )
-def test_recomputation_is_in_the_hardware_flops_of_updates_alone(recompute: str, again: int) -> None:
-    model = flops_model(DENSE, recompute)
+def test_recomputation_is_in_the_hardware_flops_of_updates_alone(recompute: Recompute, chunks: int, again: int) -> None:
+    model = flops_model(DENSE, recompute, chunks)
     useful = 4 * forward_flops(model, TWO)
     packs = ComputedPacks(scored=[TWO], trained=[TWO])
     assert step_flops(model, packs) == (useful, useful + again)
@@ -71,8 +78,8 @@ def test_recomputation_is_in_the_hardware_flops_of_updates_alone(recompute: str,
 
 def test_of_a_mixture_of_experts_the_active_ones_count() -> None:
     experts = Experts(count=16, per_token=2, ffn=6, normalized=True, auxiliary_loss=0.0)
-    model = flops_model(replace(DENSE, experts=experts), "none")
-    assert model.body == 3 * (64 + 64 + 64 + 8 * 16 + 2 * 3 * 8 * 6)
+    model = flops_model(replace(DENSE, experts=experts), Recompute("mlp"))
+    assert model.body == 3 * (64 + 64 + 64 + 8 * 16 + 2 * 3 * 8 * 6) and model.recomputed_body == 0
 
 
 def masked_pairs(buckets: list[AttentionBucket]) -> int:
@@ -137,7 +144,7 @@ def _gathered(rank: int) -> tuple[dict[str, float], dict[str, float]] | None:
     import torch.distributed as dist
 
     assert dist.group.WORLD is not None
-    model, hardware = step_flops(flops_model(DENSE, "full"), counts_of(2, rank % 2, 2, rank // 2))
+    model, hardware = step_flops(flops_model(DENSE, Recompute("full")), counts_of(2, rank % 2, 2, rank // 2))
     values = {"flops": model / 2, "hardware_flops": hardware / 2, "tokens": 0.0}
     if rank in (1, 2):
         values |= {"gpu/utilization": rank / 4, "gpu/energy_kj": 1.5, "memory/peak_gib": float(rank)}
@@ -146,7 +153,7 @@ def _gathered(rank: int) -> tuple[dict[str, float], dict[str, float]] | None:
 
 def test_context_parallel_ranks_count_their_packs_once() -> None:
     """Four ranks together count what one rank does; absent measurements count in no mean."""
-    model, hardware = step_flops(flops_model(DENSE, "full"), counts_of(1, 0, 1, 0))
+    model, hardware = step_flops(flops_model(DENSE, Recompute("full")), counts_of(1, 0, 1, 0))
     first, *others = run_ranks(_gathered, 4)
     assert others == [None] * 3
     sums, metrics = first
@@ -194,6 +201,7 @@ def test_rates() -> None:
 )
 def test_peaks(name: str, bfloat16: float | None, fp8: float | None) -> None:
     assert peak_flops(name, "bfloat16") == (None if bfloat16 is None else bfloat16 * 1e12)
+    assert peak_flops(name, "float32") is None
     assert peak_flops(name, "fp8") == (None if fp8 is None else fp8 * 1e12)
 
 
@@ -201,7 +209,8 @@ def test_the_worked_example_of_the_page() -> None:
     """docs/telemetry.md: Qwen3-8B, 256 sequences of 8,192 tokens of which 6,144 are the response."""
     attention = 4096 * (4096 + 2 * 1024) + 4096 * 4096
     body = 36 * (attention + 3 * 4096 * 12288)
-    model = FlopsModel(body, 32, 128, (None,) * 36, 4096, 151936, recomputed_body=body, recomputed_attention=True)
+    windows = (None,) * 36
+    model = FlopsModel(body, 32, 128, windows, 4096, 151936, recomputed_body=body, recomputed_windows=windows)
     counts = PackCounts(((0, 8192),), 6144)
     assert model.body == 6_945_767_424
     assert f"{2 * model.body * 8192:.3e}" == "1.138e+14"
