@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Trainer:
     """A port, Megatron's optimizer and its schedule. Gradients are a function of the weights.
 
     copies: keep the initial weights and a moving average. change: alters a chunk's modules before it is wrapped.
-    config: replaces values of CONFIG.
+    layers: `te` in a process that finds the stand-in. config: replaces values of CONFIG.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         change: Callable[[Any], None] = lambda chunk: None,
         copies: bool = False,
+        layers: Literal["local", "te"] = "local",
         **config: Any,
     ) -> None:
         from asd_megatron.distributed.layout import Layout, init
@@ -75,7 +76,7 @@ class Trainer:
         from asd_megatron.models.port import ModelPort
         from asd_megatron.models.weight_copies import WeightCopies
 
-        self.port = ModelPort.build({**CONFIG, **config}, groups, sizes, dtype=dtype, layers="local")
+        self.port = ModelPort.build({**CONFIG, **config}, groups, sizes, dtype=dtype, layers=layers)
         for chunk in self.port.chunks:
             change(chunk)
         self.port.load(weights(self.port.expected(), seed))

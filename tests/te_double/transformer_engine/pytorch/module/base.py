@@ -17,11 +17,21 @@ def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) ->
 
 
 class TransformerEngineBaseModule(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
+        self.fp8, self.fp8_calibration = False, False
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        self.fp8 = FP8GlobalStateManager.is_fp8_enabled()
+        self.fp8_meta["fp8_checkpoint"] = self.fp8
+        if self.fp8:
+            self.fp8_meta["recipe"] = FP8GlobalStateManager.get_fp8_recipe()
+
     def get_extra_state(self) -> Tensor:
-        recipe = getattr(self, "_recipe_seen", None)
-        if recipe is None:
+        if not self.fp8_meta["fp8_checkpoint"]:
             return torch.empty(0, dtype=torch.uint8)
-        state = pickle.dumps({"recipe": recipe, "extra_fp8_variables": {}})
+        state = pickle.dumps({"recipe": self.fp8_meta["recipe"], "extra_fp8_variables": {}})
         return torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
@@ -46,11 +56,10 @@ class TransformerEngineBaseModule(torch.nn.Module):
         """x @ weight.T, of their FP8 copies inside `fp8_autocast`. The weight's copy is made anew in the first
         micro-batch only (or always, where that is None)."""
         weight = getattr(self, name)
-        recipe = FP8GlobalStateManager.get_fp8_recipe()
-        copy = None
+        self.init_fp8_metadata()
+        recipe, copy = FP8GlobalStateManager.get_fp8_recipe(), None
         if recipe is not None:
             assert_dim_for_fp8_exec(x, weight)
-            self._recipe_seen = recipe
             copies = self.__dict__.setdefault("_weight_copies", {})
             if is_first_microbatch is None or is_first_microbatch or name not in copies:
                 copies[name] = rounded(plain(weight), recipe, weight=True)
