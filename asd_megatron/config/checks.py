@@ -96,6 +96,11 @@ def _layout(recipe: AnyRecipe) -> Iterator[str]:
 
 def _common(recipe: AnyRecipe) -> Iterator[str]:
     o, data, evaluation = recipe.optimizer, recipe.data, recipe.evaluation
+    beyond = [step for step in recipe.run.profile_steps or () if step > recipe.run.steps]
+    if beyond:
+        yield (
+            f"run.profile_steps {beyond}: the run ends after run.steps {recipe.run.steps}; give steps from 1 to that"
+        )
     if o.min_learning_rate > o.learning_rate:
         yield (
             f"optimizer.min_learning_rate {o.min_learning_rate} is above optimizer.learning_rate {o.learning_rate}: "
