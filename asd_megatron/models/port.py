@@ -121,7 +121,7 @@ class ModelPort:
         )
         _check(how, shape, layout)
         config = gpt.transformer_config(family, shape, layout, dtype=dtype, how=how)
-        with te.refusing_unfused_attention() if how.layers == "te" else nullcontext():
+        with te.choosing_attention(how.layers):
             chunks = gpt.build_chunks(
                 config, shape, layout, layers=how.layers, padded_vocab=padded_vocabulary(shape.vocab, layout.tensor)
             )

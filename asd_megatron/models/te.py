@@ -14,12 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asd_megatron.distributed.machine import has_cuda, transformer_engine_is_stand_in, transformer_engine_problem
+from asd_megatron.distributed.machine import (
+    ATTENTION_CHOSEN,
+    ATTENTION_SWITCHES,
+    has_cuda,
+    transformer_engine_is_stand_in,
+    transformer_engine_problem,
+)
 from asd_megatron.models.precision import Machine, Version
 
 TESTED: dict[Version, tuple[Version, Version]] = {(0, 16): ((2, 9), (2, 11)), (0, 19): ((2, 11), (2, 18))}
 """By release of megatron-core: the oldest and the newest Transformer Engine that its calls were compared with."""
-UNFUSED = "NVTE_UNFUSED_ATTN"
 
 
 def problem(dtype: torch.dtype) -> str | None:
@@ -114,15 +119,20 @@ def attention(scale: float | None) -> type:
 
 
 @contextmanager
-def refusing_unfused_attention() -> Iterator[None]:
-    """Around building a model: its unfused attention, which writes scores of length x length, is never chosen. Where
-    no other fits, the first forward pass raises.
+def choosing_attention(layers: str) -> Iterator[None]:
+    """Around building a model of `layers`: Transformer Engine's unfused attention, which writes scores of length x
+    length, is never chosen. Where no other fits, the first forward pass raises.
 
-    Megatron accepts the variable unset or 1 while a model is built; Transformer Engine reads it at its choice.
+    While a model is built, Megatron sets the switches by the recipe's backend and accepts no other values; Transformer
+    Engine reads them at its choice.
     """
-    os.environ.pop(UNFUSED, None)
+    if ATTENTION_CHOSEN in os.environ:
+        for name in ATTENTION_SWITCHES:
+            os.environ.pop(name, None)
     yield
-    os.environ[UNFUSED] = "0"
+    os.environ[ATTENTION_CHOSEN] = "1"
+    if layers == "te":
+        os.environ["NVTE_UNFUSED_ATTN"] = "0"
 
 
 def attention_in_use() -> str | None:

@@ -116,10 +116,13 @@ def _attention_variable(rank: int, root: str, backend: Literal["auto", "flash", 
     import os
 
     from asd_megatron.distributed import device
+    from asd_megatron.distributed.machine import attention_switch_problem
 
     device.prepare()
     _build(Path(root), "te", torch.float32, attention_backend=backend)
-    _build(Path(root), "te", torch.float32, attention_backend=backend)  # a second model in the same process
+    assert attention_switch_problem() is None
+    _build(Path(root), "local", torch.float32)  # others in the same process
+    _build(Path(root), "te", torch.float32, attention_backend=backend)
     return os.environ.get("NVTE_UNFUSED_ATTN")
 
 
