@@ -84,6 +84,8 @@ def _precision(session: Session) -> dict[str, str]:
     """The rows of Transformer Engine and of FP8."""
     port = session.port
     rows = {"weight gradients": port.weight_gradients_text()}
+    if port.precision.enabled:
+        rows["FP8"] = port.precision.text
     if port.layers == "te":
         untested = te.untested()
         if untested is not None:

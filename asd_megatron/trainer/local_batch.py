@@ -90,6 +90,11 @@ class ComputedTokens:
         self.real += sum(p.real_tokens for p in packs)
         self.sequences += sum(p.sequence_tokens for p in packs)
 
+    def include(self, other: ComputedTokens) -> None:
+        self.total += other.total
+        self.real += other.real
+        self.sequences += other.sequences
+
     def over(self, group: dist.ProcessGroup, device: torch.device) -> ComputedTokens:
         """Summed over the ranks of `group`. Collective."""
         counts = torch.tensor([self.total, self.real, self.sequences], device=device)
@@ -186,6 +191,10 @@ class LocalBatch:
         """The student sequences of one mini-batch; None: of the complete batch, for a scoring pass."""
         by_rank = self._every_mini_batch() if mini_batch is None else self.assignment[mini_batch]
         return self._packs(by_rank, lambda e: e.rollout.prompt_ids)
+
+    def update_packs(self) -> list[Pack]:
+        """The student packs of all mini-batches, one after another: exactly those of the updates."""
+        return [pack for m in range(self.mini_batches) for pack in self.student_packs(m)]
 
     # ---------------------------------------------------------------- columns
 
