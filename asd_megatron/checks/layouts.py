@@ -1,7 +1,12 @@
-"""The cells of the parity check: the supported parallel layouts and the settings they are run with."""
+"""The cells of the parity check: the supported parallel layouts and the settings they are run with.
+
+Cells of Transformer Engine's layers (`te_*`) and of bfloat16 (`bf16_*`, `te_bf16_*`) have the names of their settings
+in front.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,6 +27,8 @@ class ParityCell:
     share_prefixes: bool = False
     tokens_per_microbatch: int = 1 << 20
     exact: bool = False  # the divergence over the whole vocabulary instead of its estimate
+    layers: Literal["local", "te"] = "local"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def ranks(self) -> int:
@@ -29,8 +36,18 @@ class ParityCell:
 
     @property
     def reference(self) -> str:
+        """The cell it is compared with: one process, local layers, float32."""
         single = "single" if self.model == "untied" else f"{self.model}_single"
         return f"full_{single}" if self.exact else single
+
+    @property
+    def yardstick(self) -> str | None:
+        """The cell whose own rounding errors bound this one's: one process in bfloat16; None for float32."""
+        return _prefix(self.layers, self.dtype) + self.reference if self.dtype == "bfloat16" else None
+
+
+def _prefix(layers: str, dtype: str) -> str:
+    return ("te_" if layers == "te" else "") + ("bf16_" if dtype == "bfloat16" else "")
 
 
 def _cells() -> dict[str, ParityCell]:
@@ -107,7 +124,22 @@ def _cells() -> dict[str, ParityCell]:
     ]
     full = ("single", "micro_batches", "tp2", "tp2_sp", "pp2", "cp2", "dp2", "tp2_pp2", "tp2_cp2")
     cells += [replace(c, name=f"full_{c.name}", exact=True) for c in cells if c.name in full]
-    return {c.name: c for c in cells}
+    return {c.name: c for c in (*cells, *_variants(cells))}
+
+
+def _variants(cells: Sequence[ParityCell]) -> Iterator[ParityCell]:
+    """The cells with Transformer Engine's layers, and all of them in bfloat16."""
+    moe = ParityCell("moe_recompute_mlp", model="moe", recompute="mlp", tokens_per_microbatch=64)
+    te = [replace(c, layers="te") for c in (*cells, moe) if not c.share_prefixes]
+    for cell in (*te, *(replace(c, dtype="bfloat16") for c in (*cells, *te))):
+        yield replace(cell, name=_prefix(cell.layers, cell.dtype) + cell.name)
 
 
 CELLS = _cells()
+
+
+def cells_of(layers: str, dtype: str) -> list[str]:
+    """The names of the cells with these layers and this dtype, without those that others are compared with."""
+    return [
+        n for n, c in CELLS.items() if c.layers == layers and c.dtype == dtype and n not in (c.reference, c.yardstick)
+    ]

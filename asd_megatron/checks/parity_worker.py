@@ -69,8 +69,8 @@ def build(folder: Path, cell: ParityCell) -> Trained:
         read_config(source),
         process_groups,
         cell.layout,
-        dtype=torch.float32,
-        layers="local",
+        dtype=getattr(torch, cell.dtype),
+        layers=cell.layers,
         recompute=Recompute(cell.recompute),
     )
     with FolderReader(source) as tensors:

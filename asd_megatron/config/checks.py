@@ -15,6 +15,7 @@ from asd_megatron.config.data import texts_for_booleans
 from asd_megatron.config.estimator_checks import estimator_findings
 from asd_megatron.config.gym_checks import gym_findings
 from asd_megatron.config.parallelism import ParallelismSection
+from asd_megatron.config.precision_checks import precision_findings
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 from asd_megatron.config.refusals import dotted_keys, nearest_key
 from asd_megatron.config.rollout_checks import device_findings, rollout_findings
@@ -75,7 +76,7 @@ def _layout(recipe: AnyRecipe) -> Iterator[str]:
             f"model.recompute_layers {recipe.model.recompute_layers} counts completely recomputed layers: set"
             " model.recompute full, or leave model.recompute_layers out"
         )
-    yield from _precision(recipe)
+    yield from precision_findings(recipe)
     if recipe.samples_embedded:
         what, instead = "embedded rollouts sample", "rollout.engine sglang"
         if isinstance(recipe, SftRecipe) or recipe.rollout.engine != "embedded":
@@ -93,52 +94,13 @@ def _layout(recipe: AnyRecipe) -> Iterator[str]:
             )
 
 
-def _precision(recipe: AnyRecipe) -> Iterator[str]:
-    p = recipe.precision
-    if p.fp8 == "none":
-        for key in ("fp8_scores", "fp8_parameters", "fp8_probe_every"):
-            if getattr(p, key):
-                yield f"precision.{key} {getattr(p, key)} belongs to FP8: set precision.fp8, or leave it out"
-        return
-    if recipe.model.layers == "local":
-        yield (
-            f"precision.fp8 {p.fp8}: FP8 products are Transformer Engine's and model.layers is local; set model.layers"
-            " auto or te, or precision.fp8 none"
-        )
-    if recipe.model.dtype == "float32":
-        yield (
-            f"precision.fp8 {p.fp8}: layers beside FP8 products compute in bfloat16 and model.dtype is float32; set"
-            " model.dtype bfloat16, or precision.fp8 none"
-        )
-    if isinstance(recipe, SftRecipe):
-        for key in ("fp8_scores", "fp8_probe_every"):
-            if getattr(p, key):
-                yield f"precision.{key} {getattr(p, key)}: the supervised stage scores nothing; leave it out"
-    elif recipe.algorithm.estimator == "full_vocabulary" and not p.fp8_scores:
-        yield (
-            f"precision.fp8 {p.fp8} with algorithm.estimator full_vocabulary: the divergence compares the update's"
-            " logits, which are FP8's, with the teacher's, and would train on the rounding between two number formats;"
-            " set precision.fp8_scores true, algorithm.estimator sampled, or precision.fp8 none"
-        )
-    if p.fp8_parameters and not recipe.parallelism.distributed_optimizer:
-        yield (
-            "precision.fp8_parameters true: only the distributed optimizer casts its master weights to FP8; set"
-            " parallelism.distributed_optimizer true, or precision.fp8_parameters false"
-        )
-    if p.fp8_parameters and recipe.samples_embedded:
-        yield (
-            "precision.fp8_parameters true: the embedded engine samples in bfloat16, of weights that are FP8 then; use"
-            " rollout.engine sglang without data.test, or set precision.fp8_parameters false"
-        )
-    if p.fp8 == "mxfp8" and p.fp8_parameters:
-        yield (
-            "precision.fp8_parameters true with precision.fp8 mxfp8 needs gradient buffers that hold gathered weights,"
-            " which is not supported; set precision.fp8_parameters false"
-        )
-
-
 def _common(recipe: AnyRecipe) -> Iterator[str]:
     o, data, evaluation = recipe.optimizer, recipe.data, recipe.evaluation
+    beyond = [step for step in recipe.run.profile_steps or () if step > recipe.run.steps]
+    if beyond:
+        yield (
+            f"run.profile_steps {beyond}: the run ends after run.steps {recipe.run.steps}; give steps from 1 to that"
+        )
     if o.min_learning_rate > o.learning_rate:
         yield (
             f"optimizer.min_learning_rate {o.min_learning_rate} is above optimizer.learning_rate {o.learning_rate}: "

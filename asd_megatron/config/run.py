@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, StringConstraints
+import annotated_types as at
+from pydantic import BeforeValidator, Field, StringConstraints
 
-from asd_megatron.config.base import Section, Text
+from asd_megatron.config.base import Section, Text, to_tuple
+
+StepList = Annotated[tuple[Annotated[int, at.Ge(1)], ...], BeforeValidator(to_tuple)]
 
 
 class RunSection(Section):
@@ -30,6 +33,14 @@ class RunSection(Section):
             "Replace what a run folder holds. An unfinished run with a checkpoint is resumed instead, unless"
             " `checkpoint.resume` is `never`; a run of which `checkpoint.resume` names a checkpoint is not replaced"
             " either. Without it, a folder that holds anything but this run is refused."
+        ),
+    )
+
+    profile_steps: StepList | None = Field(
+        None,
+        description=(
+            "Steps of which global rank 0 writes a trace of PyTorch's profiler to `profile/step_NNNNNN_rank_0.json.gz`,"
+            " and on CUDA a history of its memory; null: none."
         ),
     )
 

@@ -60,6 +60,7 @@ def prepare() -> None:
         import megatron.core  # noqa: F401 (decorates functions with torch.compile)
     _redirect_megatron_rng()
     _redirect_token_counts()
+    _redirect_parameter_gathers()
 
 
 def _prepare_cuda(environment: MutableMapping[str, str]) -> None:
@@ -243,3 +244,14 @@ def _redirect_token_counts() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = moved
+
+
+def _redirect_parameter_gathers() -> None:
+    """Megatron gathers the buckets of FP8 and of bfloat16 parameters as one coalesced collective, which gloo runs in
+    the first one's dtype, silently: here they are gathered one by one."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def gather(output: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool = False) -> None:
+        group._allgather_base(output, own).wait()
+
+    param_and_grad_buffer.dist_all_gather_func = gather

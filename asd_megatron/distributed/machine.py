@@ -14,6 +14,7 @@ from asd_megatron.errors import UserError
 OLDEST_CUDA_TORCH = (2, 8)  # the first whose `mm` has half-precision operands and a float32 result
 NOT_INSTALLED = "it is not installed (install the extra `asd_megatron[gpu]`)"
 ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+ATTENTION_CHOSEN = "ASD_MEGATRON_ATTENTION_CHOSEN"  # beside switches that this process has set, for an earlier model
 
 
 def gpus() -> int:
@@ -88,7 +89,7 @@ def transformer_engine_is_stand_in() -> bool:
 
 def attention_switch_problem(environment: Mapping[str, str] = os.environ) -> str | None:
     """The variable that keeps Megatron-Core from choosing Transformer Engine's attention; None if there is none."""
-    for name in ATTENTION_SWITCHES:
+    for name in ATTENTION_SWITCHES if ATTENTION_CHOSEN not in environment else ():
         if environment.get(name, "1") != "1":
             return f"{name} is {environment[name]} in the environment, which Megatron-Core refuses: unset it"
     return None

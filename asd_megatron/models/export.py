@@ -20,6 +20,7 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import broadcast_object, gather_objects
+from asd_megatron.models import te
 from asd_megatron.models.parameters import Key
 from asd_megatron.models.weights import Rule, Shapes
 
@@ -158,7 +159,7 @@ class FullTensors:
         mine = self._empty(1, bucket.numel)
         for part, shard in self._shards(bucket, mine):
             assert part.shard is not None, part.rule
-            shard[0].copy_(part.shard.detach())
+            shard[0].copy_(te.values(part.shard.detach()))
         if self._ranks(bucket.owner) == 1:
             return _Transfer(bucket, mine, None)
         if tp.rank() != 0:
@@ -182,7 +183,7 @@ class FullTensors:
             return
         for part in transfer.bucket.parts:
             assert part.shard is not None, part.rule
-            yield part, [part.shard.detach()]
+            yield part, [te.values(part.shard.detach())]
 
     def _shards(self, bucket: _Bucket, flat: Tensor) -> Iterator[tuple[Part, list[Tensor]]]:
         """Each part's shards as views of `flat` [n, numel], one row for each of n ranks."""

@@ -121,7 +121,7 @@ class ModelPort:
         )
         _check(how, shape, layout)
         config = gpt.transformer_config(family, shape, layout, dtype=dtype, how=how)
-        with te.refusing_unfused_attention():
+        with te.choosing_attention(how.layers):
             chunks = gpt.build_chunks(
                 config, shape, layout, layers=how.layers, padded_vocab=padded_vocabulary(shape.vocab, layout.tensor)
             )
@@ -344,7 +344,7 @@ class ModelPort:
                 key = self._identify(chunk, name)
                 rule = self._rule(key)
                 full = [tensors[n] for n in rule.names(key.layer, key.expert)]
-                parameter.copy_(rule.operation.shard(full, *self._shard(rule), self._shapes))
+                te.fill(parameter, rule.operation.shard(full, *self._shard(rule), self._shapes))
                 done += parameter.nbytes
                 if progress is not None:
                     progress(done, total)

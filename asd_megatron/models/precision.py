@@ -93,20 +93,21 @@ class Precision:
         return ScoreFormats(dtype + weights, f"fp8 {self.fp8} ({ends}){weights}" if self.enabled else None, self.scores)
 
     @property
-    def text(self) -> str:
-        """For the start-up report."""
-        if not self.enabled:
-            return "none"
-        kept = f"{self.first_layers} first and {self.last_layers} last layers, embedding, head and attention bfloat16"
-        scores = "scores in FP8" if self.scores else "scores in bfloat16"
-        weights = "; weights kept and gathered in FP8" if self.parameters else ""
-        return f"{self.fp8} scaling, gradients {self.gradient_format}; {kept}; {scores}{weights}"
-
-    @property
     def gradient_format(self) -> str:
         if self.format != "auto":
             return self.format
         return "hybrid" if self.fp8 == "current" else "e4m3"
+
+    def text(self, layers: int) -> str:
+        """For the start-up report. layers: of the model."""
+        gradients = "e5m2" if self.gradient_format == "hybrid" else "e4m3"
+        first, last = self.first_layers + 1, layers - self.last_layers
+        scoring = "scoring passes too" if self.scores else "scoring passes in bfloat16"
+        weights = "kept in FP8" if self.parameters else "kept in bfloat16"
+        return (
+            f"{self.fp8} scaling in the linear layers of layers {first} to {last} of {layers} (e4m3, gradients"
+            f" {gradients}), {scoring}, weights {weights}"
+        )
 
     def model_keys(self) -> dict[str, Any]:
         """For Megatron's TransformerConfig."""

@@ -12,13 +12,19 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from asd_megatron.distributed.machine import has_cuda, transformer_engine_is_stand_in, transformer_engine_problem
+from asd_megatron.distributed.machine import (
+    ATTENTION_CHOSEN,
+    ATTENTION_SWITCHES,
+    has_cuda,
+    transformer_engine_is_stand_in,
+    transformer_engine_problem,
+)
 from asd_megatron.models.precision import Machine, Version
 
 TESTED: dict[Version, tuple[Version, Version]] = {(0, 16): ((2, 9), (2, 11)), (0, 19): ((2, 11), (2, 18))}
 """By release of megatron-core: the oldest and the newest Transformer Engine that its calls were compared with."""
-UNFUSED = "NVTE_UNFUSED_ATTN"
 
 
 def problem(dtype: torch.dtype) -> str | None:
@@ -113,15 +119,20 @@ def attention(scale: float | None) -> type:
 
 
 @contextmanager
-def refusing_unfused_attention() -> Iterator[None]:
-    """Around building a model: its unfused attention, which writes scores of length x length, is never chosen. Where
-    no other fits, the first forward pass raises.
+def choosing_attention(layers: str) -> Iterator[None]:
+    """Around building a model of `layers`: Transformer Engine's unfused attention, which writes scores of length x
+    length, is never chosen. Where no other fits, the first forward pass raises.
 
-    Megatron accepts the variable unset or 1 while a model is built; Transformer Engine reads it at its choice.
+    While a model is built, Megatron sets the switches by the recipe's backend and accepts no other values; Transformer
+    Engine reads them at its choice.
     """
-    os.environ.pop(UNFUSED, None)
+    if ATTENTION_CHOSEN in os.environ:
+        for name in ATTENTION_SWITCHES:
+            os.environ.pop(name, None)
     yield
-    os.environ[UNFUSED] = "0"
+    os.environ[ATTENTION_CHOSEN] = "1"
+    if layers == "te":
+        os.environ["NVTE_UNFUSED_ATTN"] = "0"
 
 
 def attention_in_use() -> str | None:
@@ -171,3 +182,21 @@ def in_bfloat16(config: Any) -> Iterator[None]:
         yield
     finally:
         config.fp8 = before
+
+
+# ---------------------------------------------------------------- FP8 parameters
+
+
+def values(parameter: Tensor) -> Tensor:
+    """The numbers of a parameter, in the model's dtype: those of an FP8 parameter as a new tensor."""
+    is_quantized = any(kind.__module__.startswith("transformer_engine") for kind in type(parameter).__mro__)
+    found: Any = parameter.dequantize() if is_quantized else parameter
+    return found  # type: ignore[no-any-return]
+
+
+def fill(parameter: Any, value: Tensor) -> None:
+    """Set a parameter. One in FP8 keeps `value` itself in host memory too, until the optimizer has made its float32
+    master weights of it: of the FP8 numbers they would begin with their rounding errors."""
+    parameter.copy_(value)
+    if hasattr(parameter, "get_high_precision_init_val"):
+        parameter._high_precision_init_val = value.to("cpu", parameter.dtype)

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+from asd_megatron.observe import hardware_names
+from asd_megatron.observe.metric import Metric, Section
 
 QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.50, "q75": 0.75, "q95": 0.95, "q99": 0.99}
 PHASES = {
@@ -22,6 +24,7 @@ PHASES = {
     "update": "forward, backward and optimizer of every update of the batch",
     "evaluate": "the held-out evaluation",
     "checkpoint": "writing checkpoints and exports",
+    "profile": "writing the trace of the step before",
     "total": "the complete step",
 }
 
@@ -35,30 +38,6 @@ WARNINGS = {
     "gate_closed": "lambda was 0 (for every response) in more than half of the steps since the warm-up",
     "short_calibration": "H_warm was calibrated on few tokens",
 }
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric. A part of `name` in angle brackets stands for any word (`puzzle/u_<class>`)."""
-
-    name: str
-    unit: str
-    meaning: str
-
-    def matches(self, name: str) -> bool:
-        pattern = "".join(
-            r"[^/]+" if part.startswith("<") else re.escape(part) for part in re.split(r"(<[^>]+>)", self.name)
-        )
-        return re.fullmatch(pattern, name) is not None
-
-
-@dataclass(frozen=True)
-class Section:
-    """Metrics that belong together; `when` says which steps have them."""
-
-    title: str
-    when: str
-    metrics: tuple[Metric, ...]
 
 
 def _distribution(prefix: str, what: str) -> tuple[Metric, ...]:
@@ -370,6 +349,7 @@ SECTIONS = (
         "Wall-clock time of rank 0; a phase that did not run is left out.",
         tuple(Metric(f"time/{phase}", "s", meaning) for phase, meaning in PHASES.items()),
     ),
+    *hardware_names.SECTIONS,
     Section(
         "Held-out evaluation",
         "At the steps that the recipe's `evaluation` section names (step 0 is before training).",
@@ -453,9 +433,15 @@ def graded(rows: Iterable[Mapping[str, Any]]) -> bool:
     )
 
 
+@cache
+def declared(name: str) -> Metric | None:
+    """The declaration that covers the metric `name`."""
+    return next((metric for metric in METRICS if metric.matches(name)), None)
+
+
 def undocumented(names: Iterable[str]) -> list[str]:
     """Those of `names` that no declaration covers (`step` and `time_utc`, the line's own keys, are no metrics)."""
-    return sorted(n for n in names if n not in ("step", "time_utc") and not any(m.matches(n) for m in METRICS))
+    return sorted(n for n in names if n not in ("step", "time_utc") and declared(n) is None)
 
 
 def reference_page() -> str:

@@ -35,6 +35,7 @@ SCHEDULE_KEYS = {
 }
 FREE_KEYS = SCHEDULE_KEYS | {
     "run.dump_rollouts",
+    "run.profile_steps",
     "model.layers",
     "model.recompute",
     "model.recompute_layers",

@@ -1,4 +1,4 @@
-"""Wall-clock time of the phases of a step."""
+"""Wall-clock time of the phases of a step, and their peaks of GPU memory."""
 
 from __future__ import annotations
 
@@ -6,16 +6,34 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
+from asd_megatron.observe.memory import PeakMemory
+
 
 class Clock:
-    """Seconds of each phase of the current step."""
+    """Seconds of each phase of the current step. `peaks`: metrics `memory/*` of the step before, {} without CUDA."""
 
     def __init__(self) -> None:
         self.times: dict[str, float] = {}
+        self.memory = PeakMemory.of_this_machine()
+        self.peaks: dict[str, float] = {}
         self._started = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to the phase `name`, and measure it as `span` does."""
+        with self.seconds(name), self.span(name):
+            yield
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Measure the peak of memory inside; a trace of the profiler has the name. Spans do not overlap."""
+        with self.memory.phase(name), torch.profiler.record_function(name):
+            yield
+
+    @contextmanager
+    def seconds(self, name: str) -> Iterator[None]:
         """Add the seconds spent inside to the phase `name`."""
         started = time.perf_counter()
         try:
@@ -28,4 +46,5 @@ class Clock:
         now = time.perf_counter()
         times, self.times = {**self.times, "total": now - self._started}, {}
         self._started = now
+        self.peaks = self.memory.take()
         return times

@@ -32,11 +32,11 @@ from asd_megatron.observe.expert_load import EXPERT_LOAD_FILE
 from asd_megatron.run.changes import Change, changes, not_accepted
 
 LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "recipe.yaml", "summary.json"
-CHECKPOINTS, EXPORTS = "checkpoints", "hf"
+CHECKPOINTS, EXPORTS, PROFILE = "checkpoints", "hf", "profile"
 # What an attempt leaves beside recipe and history. Exports and checkpoints are not replaced with it.
 OF_AN_ATTEMPT = (
     "environment.json", "metrics.jsonl", EXPERT_LOAD_FILE, "tensorboard", "rollouts", "servers", SUMMARY_FILE,
-    "curves.png",
+    "curves.png", PROFILE,
 )  # fmt: skip
 
 Kind = Literal["fresh", "restart", "resume", "overwrite", "finished"]
@@ -329,7 +329,7 @@ def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
         if start.kind == "restart":
             for name in OF_AN_ATTEMPT:
                 _remove(folder / name)
-        for part in (".", CHECKPOINTS, EXPORTS, "rollouts"):
+        for part in (".", CHECKPOINTS, EXPORTS, "rollouts", PROFILE):
             remove_partial(folder / part)
         if start.kind == "resume" and start.checkpoint is not None:
             # It may be an older one: from now on it is the run's newest.

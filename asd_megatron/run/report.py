@@ -85,7 +85,7 @@ def _precision(session: Session) -> dict[str, str]:
     port = session.port
     rows = {"weight gradients": port.weight_gradients_text()}
     if port.precision.enabled:
-        rows["FP8"] = port.precision.text
+        rows["FP8"] = port.precision.text(port.shape.layers)
     if port.layers == "te":
         untested = te.untested()
         if untested is not None:

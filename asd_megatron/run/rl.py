@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -111,14 +111,14 @@ class TrainingRun:
             self.held_out.evaluate_before_start()
         self.clock.take()
 
-    def steps(self) -> range:
-        return self.session.steps()
+    def steps(self) -> Iterator[int]:
+        return self.session.telemetry.steps(self.session.steps())
 
     def collect(self, step: int) -> list[Group]:
         """The step's rewarded groups on global rank 0, [] elsewhere. An engine that is unavailable raises RolloutError,
         after the state has been saved."""
         try:
-            with self.session.generating():
+            with self.clock.span("rollout"), self.session.generating():
                 groups = self.collector.next(step)
         except RolloutError as error:
             raise self._stopped(step - 1, error) from error
@@ -240,7 +240,10 @@ class TrainingRun:
         computed = batch.local.computed.over(self.process_groups.dp, self.port.device)
         evaluation, failure = self._evaluation(step)
         times = self.clock.take()
-        self.session.on_root(lambda: self._report(step, batch, table, stats, computed, times, evaluation))
+        heads = int(self.plan.head != "fused")  # the other two compute the logits once more
+        measured = self.session.telemetry.of_step(times, batch.local.packs, recomputed_heads=heads)
+        others = evaluation | measured
+        self.session.on_root(lambda: self._report(step, batch, table, stats, computed, times, others))
         if isinstance(failure, RolloutError):
             raise self._stopped(step, failure) from failure
         if failure is not None:
@@ -268,9 +271,10 @@ class TrainingRun:
         stats: UpdateStats,
         computed: ComputedTokens,
         times: dict[str, float],
-        evaluation: dict[str, float],
+        others: Mapping[str, float],
     ) -> None:
-        """The step's line in metrics.jsonl and TensorBoard. Global rank 0 alone, which has the table."""
+        """The step's line in metrics.jsonl and TensorBoard. Global rank 0 alone, which has the table. `others`: metrics
+        of the evaluation and the hardware."""
         assert table is not None
         metrics = step_metrics(
             batch.local.all_examples,
@@ -293,8 +297,7 @@ class TrainingRun:
         metrics |= self.session.write_load(step, stats.load)
         if self.recipe.rollout.routing_replay == "engine":
             metrics["experts/replayed"] = returned_fraction(batch.local.all_examples)
-        metrics |= self._probed
-        metrics |= evaluation | self._counters() | self.engine.metrics()
+        metrics |= {**self._probed, **others, **self._counters(), **self.engine.metrics()}
         found, texts = self.warnings.of_step(step, metrics)
         metrics |= found
         self.session.name_attention(step)

@@ -43,6 +43,7 @@ from asd_megatron.run.model import build_optimizer, build_port, shares_prefixes,
 from asd_megatron.run.preview import finished_text
 from asd_megatron.run.ranks import join_ranks
 from asd_megatron.run.sources import model_folder
+from asd_megatron.run.telemetry import Telemetry
 from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.guard import Guard, first_not_finite
 
@@ -125,6 +126,7 @@ class Session:
         self._saved = self.first_step - 1 if self.start.kind == "resume" else 0  # step of the run's newest checkpoint
         self._overdue = False  # a due checkpoint could not be written: it is written after the next applied update
         self.clock = Clock()
+        self.telemetry = Telemetry(recipe, self.port, self.layout, self.process_groups, self.clock)
         self.writer: RunWriter | None = None
         self.expert_load: ExpertLoadFile | None = None
         self.progress = Progress(recipe.run.steps, enabled=False)
@@ -132,9 +134,10 @@ class Session:
     def begin(self) -> None:
         """Prepare the run folder, open the metrics and print what differs from the run that is resumed. Collective."""
         done = self.first_step - 1
+        self.on_root(lambda: self.telemetry.serve(self.closing))
         self.on_root(lambda: folders.prepare(self.recipe, self.start, self.stage, done))
         self.on_root(lambda: self._open_metrics(None if self.resumed is None else done))
-        for line in self.on_root(self._what_starts):
+        for line in self.on_root(self._what_starts) + self.telemetry.watch(self.closing):
             self.say(line)
         self.progress = Progress(
             self.recipe.run.steps, done=done, enabled=self.is_root and self.recipe.logging.progress
@@ -261,6 +264,7 @@ class Session:
         if self.writer is not None:
             with writing(self.folder):
                 self.writer.write(step, metrics)
+            self.telemetry.publish(step, metrics)
 
     def write_load(self, step: int, load: LoadReport | None) -> dict[str, float]:
         """A line of expert_load.jsonl, from global rank 0; returns the step's metrics of the experts."""

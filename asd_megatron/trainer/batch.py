@@ -28,7 +28,7 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.models.attention import zigzag
-from asd_megatron.records import PackedTokens
+from asd_megatron.records import PackCounts, PackedTokens
 from asd_megatron.trainer import prefixes
 
 
@@ -60,9 +60,14 @@ class Pack:
     rows: Tensor  # int64 [N]
     targets: Tensor  # int64 [N]: ids of the response tokens
     flat: Tensor  # int64 [N]: rows of the token table
-    real_tokens: int  # of the complete pack, without padding; a shared prefix counts once
-    sequence_tokens: int  # the same if nothing were shared
+    counts: PackCounts
+    sequence_tokens: int  # of the complete pack, without padding, if nothing were shared
     numbers: Tensor  # int64 [T_local]: each token's number; that in its first sequence if several share it, -1: padding
+
+    @property
+    def real_tokens(self) -> int:
+        """Of the complete pack, without padding; a shared prefix counts once."""
+        return self.counts.tokens
 
 
 def assign(costs: Sequence[int], ranks: int) -> list[list[int]]:
@@ -183,12 +188,13 @@ def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout, shared: S
     sequence-parallel one. Without sequences it is the smallest pack that the layout allows, without rows.
     `shared`: as for `prefixes.build_tree`.
     """
-    segments, real = _segments(sequences, layout, shared)
+    segments, spans = _segments(sequences, layout, shared)
     ids, positions, cu = segments.ids, segments.positions, segments.cu
     pairs = list(zip(segments.where, sequences, strict=False))
     row = prefixes.concatenated([where[s.prompt_length - 1 : len(s.ids) - 1] for where, s in pairs])
     target = prefixes.concatenated([np.asarray(s.ids[s.prompt_length :], dtype=np.int64) for s in sequences])
     flat = prefixes.concatenated([np.arange(s.first_row, s.first_row + s.response_length) for s in sequences])
+    counts = PackCounts(spans, len(row))
     numbers = np.full(cu[-1], -1, dtype=np.int64)
     for where, s in reversed(pairs):
         numbers[where[: len(s.ids)]] = np.arange(s.first_token, s.first_token + len(s.ids))
@@ -211,22 +217,23 @@ def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout, shared: S
         parents=segments.parents if any(parent >= 0 for parent in segments.parents) else (),
     )
     tokens = sum(len(s.ids) for s in sequences)
-    return Pack(packed, tensor(row), tensor(target), tensor(flat), real, tokens, tensor(numbers))
+    return Pack(packed, tensor(row), tensor(target), tensor(flat), counts, tokens, tensor(numbers))
 
 
 def _segments(
     sequences: Sequence[TokenSequence], layout: PackLayout, shared: Sequence[int] | None
-) -> tuple[prefixes.Segments, int]:
-    """(padded tokens, the number that is not padding): a segment for each sequence, or the tree of their prefixes."""
+) -> tuple[prefixes.Segments, tuple[tuple[int, int], ...]]:
+    """(padded tokens, `PackCounts.spans`): a segment for each sequence, or the tree of their prefixes."""
     if layout.share_prefixes and sequences:
         tree = prefixes.build_tree([s.ids for s in sequences], shared)
         real = tree.cu[-1]
-        return tree.padded(_round_up(real, layout.pack_multiple) - real, layout.pad_id), real
+        spans = tuple((int(tree.positions[a]), e - a) for a, e in zip(tree.cu, tree.cu[1:], strict=False))
+        return tree.padded(_round_up(real, layout.pack_multiple) - real, layout.pad_id), spans
     lengths = [layout.padded_length(len(s.ids)) for s in sequences] or [layout.pack_multiple]
     lengths[-1] += _round_up(sum(lengths), layout.pack_multiple) - sum(lengths)
     given: list[tuple[int, ...]] = [s.ids for s in sequences] or [()]
     padded = [ids + (layout.pad_id,) * (n - len(ids)) for ids, n in zip(given, lengths, strict=True)]
-    return prefixes.separate(padded), sum(map(len, given))
+    return prefixes.separate(padded), tuple((0, len(s.ids)) for s in sequences)
 
 
 def _context_slice(cu: Sequence[int], layout: PackLayout) -> np.ndarray:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from asd_megatron.antisd import context_tokens, signal
+from asd_megatron.antisd import context_tokens, entropy_mask, signal
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.weight_copies import WeightCopies
@@ -134,7 +134,7 @@ def _levels(
     teacher: Scores | None,
 ) -> Levels:
     counted = context_tokens(inputs.loss_mask, inputs.has_context)
-    student_counted = counted if method.condition.u_source == "teacher" and teacher is not None else inputs.loss_mask
+    by_gate = entropy_mask(method.condition, inputs.loss_mask, inputs.has_context)
     perplexity = entropy = None
     if teacher is not None:
         entropy = _number(lower_median(teacher.entropy[counted], process_groups.dp))
@@ -144,9 +144,7 @@ def _levels(
         logprobs = None if teacher is None else teacher.logprobs
         u = signal(method.condition, student.logprobs, logprobs, inputs.has_context)
         deviation = passes.pmi_deviation(process_groups, inputs, u)
-    return Levels(
-        _number(lower_median(student.entropy[student_counted], process_groups.dp)), entropy, perplexity, deviation
-    )
+    return Levels(_number(lower_median(student.entropy[by_gate], process_groups.dp)), entropy, perplexity, deviation)
 
 
 def _number(value: float) -> float | None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asd_megatron.records import Example, TokenTable
+from asd_megatron.records import ComputedPacks, Example, TokenTable
 from asd_megatron.trainer import prefixes
 from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, build_packs
 
@@ -115,6 +115,8 @@ class LocalBatch:
         rank 0      indices [0, 3, 4]; rows: tokens of example 0, of 3, of 4
         rank 1      indices [1, 2, 5]; rows: tokens of example 1, of 2, of 5
 
+    `computed` and `packs` count what has been built so far, for passes that are about to run.
+
     Only the order of the rows depends on the assignment, no result does. Tokens of student sequences, prompts included,
     are numbered likewise: example i's from `first_tokens[i]` on, `student_tokens` in all.
     """
@@ -131,6 +133,7 @@ class LocalBatch:
         self.examples = [self.all_examples[i] for i in self.indices]
         self.table = TokenTable.for_lengths([len(e.rollout.response_ids) for e in self.examples])
         self.computed = ComputedTokens()
+        self.packs = ComputedPacks()
         self._first_row = dict(zip(self.indices, self.table.offsets.tolist(), strict=False))
         lengths = [len(e.rollout.prompt_ids) + len(e.rollout.response_ids) for e in self.examples]
         self.first_tokens = dict(zip(self.indices, [0, *itertools.accumulate(lengths)], strict=False))
@@ -185,16 +188,26 @@ class LocalBatch:
 
     def teacher_packs(self) -> list[Pack]:
         """Privileged prompts followed by the same response ids; rollouts without context are left out."""
-        return self._packs(self._every_mini_batch(), lambda e: e.teacher_prompt_ids)
+        packs = self._packs(self._every_mini_batch(), lambda e: e.teacher_prompt_ids)
+        self.packs.scored += [p.counts for p in packs]
+        return packs
 
     def student_packs(self, mini_batch: int | None = None) -> list[Pack]:
-        """The student sequences of one mini-batch; None: of the complete batch, for a scoring pass."""
-        by_rank = self._every_mini_batch() if mini_batch is None else self.assignment[mini_batch]
-        return self._packs(by_rank, lambda e: e.rollout.prompt_ids)
+        """The student sequences of one mini-batch, for an update; None: of the complete batch, for a scoring pass."""
+        packs = self._student_packs(mini_batch)
+        (self.packs.scored if mini_batch is None else self.packs.trained).extend(p.counts for p in packs)
+        return packs
 
     def update_packs(self) -> list[Pack]:
-        """The student packs of all mini-batches, one after another: exactly those of the updates."""
-        return [pack for m in range(self.mini_batches) for pack in self.student_packs(m)]
+        """The student packs of all mini-batches, one after another, for a scoring pass over exactly those of the
+        updates."""
+        packs = [pack for m in range(self.mini_batches) for pack in self._student_packs(m)]
+        self.packs.scored += [p.counts for p in packs]
+        return packs
+
+    def _student_packs(self, mini_batch: int | None) -> list[Pack]:
+        by_rank = self._every_mini_batch() if mini_batch is None else self.assignment[mini_batch]
+        return self._packs(by_rank, lambda e: e.rollout.prompt_ids)
 
     # ---------------------------------------------------------------- columns
 

@@ -15,6 +15,7 @@ from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.routing import LoadBalance, LoadReport, MicroBatchRouting, token_weights
 from asd_megatron.ops.vocab_head import linear_token_loss
+from asd_megatron.records import ComputedPacks
 from asd_megatron.trainer import schedule
 from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, build_packs
 from asd_megatron.trainer.optimizer import Optimizer
@@ -34,12 +35,14 @@ class SupervisedExample(Protocol):
 @dataclass(frozen=True)
 class SupervisedStats:
     """The result of one optimizer step: `loss` is the weighted mean cross-entropy of the global batch in nats,
-    `grad_norm` the global L2 norm before clipping, `applied` False for a skipped step, `tokens` all response tokens."""
+    `grad_norm` the global L2 norm before clipping, `applied` False for a skipped step, `tokens` all response tokens,
+    `packs` those of this data-parallel rank."""
 
     loss: float
     grad_norm: float
     applied: bool
     tokens: int
+    packs: ComputedPacks
     load: LoadReport | None = None  # of the experts, in a model that has some
 
 
@@ -99,7 +102,8 @@ def supervised_update(
     load = None if balance is None else balance.finish(tokens, process_groups.world)
     value = sum_over_ranks(losses, process_groups, port.device)
     result = optimizer.step(loss=value)
-    return SupervisedStats(value, result.grad_norm, result.applied, tokens, load)
+    computed = ComputedPacks(trained=[p.counts for p in packs])
+    return SupervisedStats(value, result.grad_norm, result.applied, tokens, computed, load)
 
 
 def sum_over_ranks(losses: Sequence[Tensor], process_groups: ProcessGroups, device: torch.device) -> float:

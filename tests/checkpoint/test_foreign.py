@@ -1,20 +1,22 @@
-"""Checkpoints of modules and optimizers that are not ours: Transformer Engine's extra states, an Adam without state."""
+"""Checkpoints of Transformer Engine's layers and optimizer: interchange with local layers, extra states, an Adam
+without state."""
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from asd_megatron.checkpoint import training
-from tests.checkpoint.trainer import Trainer
+from tests.checkpoint.trainer import MOE, Trainer
 from tests.distributed.harness import run_ranks
+from tests.te_double import run_ranks_with_te
 
 EXTRA = "decoder.final_layernorm._extra_state"
+LAYERS: tuple[Literal["local", "te"], ...] = ("local", "te")
 
 
 class _Touch:
@@ -27,106 +29,61 @@ class _Touch:
         return os.mkdir, (self.path,)
 
 
-class _Norm(torch.nn.Module):
-    """Transformer Engine's way with extra states: a pickle in a tensor of bytes."""
+def _hostile(mark: Path) -> None:
+    """Every module of the stand-in stores an extra state that would create `mark`."""
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-    payload: Any = None
-
-    def get_extra_state(self) -> torch.Tensor:
-        return torch.frombuffer(bytearray(pickle.dumps(self.payload)), dtype=torch.uint8)
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        pickle.load(io.BytesIO(state.numpy().tobytes()))
+    payload = bytearray(pickle.dumps(_Touch(str(mark))))
+    TransformerEngineBaseModule.get_extra_state = lambda self: torch.frombuffer(payload, dtype=torch.uint8)
 
 
-def _with_extra_states(chunk: Any) -> None:
-    for layer in chunk.decoder.layers:
-        for norm in (layer.input_layernorm, layer.self_attention.q_layernorm, layer.self_attention.k_layernorm):
-            norm.__class__ = type("Norm", (_Norm, type(norm)), {})
-    norm = chunk.decoder.final_layernorm
-    norm.__class__ = type("Norm", (_Norm, type(norm)), {})
-
-
-def _extra_states(rank: int, folder: str) -> None:
+def _interchange(rank: int, folder: str) -> None:
     root, mark = Path(folder), Path(folder) / "executed"
-
-    def trainer(extra: bool, seed: int, distributed: bool) -> Trainer:
-        return Trainer({}, distributed, seed, change=_with_extra_states if extra else lambda chunk: None)
-
-    for distributed in (False, True):
-        _Norm.payload = _Touch(str(mark))
-        ours = training._is_extra_state
-        first = trainer(True, 1, distributed)
-        first.steps(range(2))
-        clean = first.save(root / f"clean_{distributed}", 2)
-        training._is_extra_state = lambda key: False  # type: ignore[assignment]
-        crafted = first.save(root / f"crafted_{distributed}", 2)
-        training._is_extra_state = ours
-        plain = trainer(False, 1, distributed)
-        plain.steps(range(2))
-        without = plain.save(root / f"without_{distributed}", 2)
-
-        assert EXTRA.encode() not in (clean / ".metadata").read_bytes()
-        assert b"_extra_state" in (crafted / ".metadata").read_bytes()
-        if (crafted / "common.pt").is_file():  # which is merged into what was asked for
-            common = torch.load(crafted / "common.pt")
-            common["model"] = {EXTRA: first.port.chunks[0].module.decoder.final_layernorm.get_extra_state()}
-            torch.save(common, crafted / "common.pt")
-        first.steps(range(2, 4))
-        for path in (clean, crafted, without):
-            for extra in (True, False):
-                again = trainer(extra, 2, distributed)
+    _hostile(mark)
+    cases: list[tuple[bool, dict[str, Any]]] = [(False, {}), (True, {}), (False, MOE)]
+    for number, (distributed, model) in enumerate(cases):
+        saved, expected = {}, {}
+        for layers in LAYERS:
+            first = Trainer({}, distributed, 1, layers=layers, **model)
+            first.steps(range(2))
+            saved[layers] = first.save(root / f"{number}_{layers}", 2)
+            if layers == "te":
+                saved["crafted"] = _with_extra_states(first, root / f"{number}_crafted")
+            first.steps(range(2, 4))
+            expected[layers] = first.weights()
+        for path in saved.values():
+            for layers in LAYERS:
+                again = Trainer({}, distributed, 2, layers=layers, **model)
                 again.load(path)
                 again.steps(range(2, 4))
-                want, got = first.weights(), again.weights()
-                assert all(torch.equal(got[n], want[n]) for n in want), (path.name, extra)
+                for name, found in again.weights().items():
+                    torch.testing.assert_close(found, expected[layers][name], rtol=0, atol=2e-6, msg=f"{path} {name}")
     assert not mark.exists()
 
 
-def test_extra_states_are_neither_stored_nor_loaded(tmp_path: Path) -> None:
-    run_ranks(_extra_states, 1, str(tmp_path))
+def _with_extra_states(trainer: Trainer, folder: Path) -> Path:
+    """A checkpoint with them, as others write it."""
+    ours, training._is_extra_state = training._is_extra_state, lambda key: False  # type: ignore[assignment]
+    try:
+        crafted = trainer.save(folder, 2)
+    finally:
+        training._is_extra_state = ours
+    assert EXTRA.encode() in (crafted / ".metadata").read_bytes()
+    common = torch.load(crafted / "common.pt")  # which is merged into what was asked for
+    common["model"] = {EXTRA: trainer.port.chunks[0].module.decoder.final_layernorm.get_extra_state()}
+    torch.save(common, crafted / "common.pt")
+    return crafted
 
 
-class _FusedAdam(torch.optim.Optimizer):
-    """As Transformer Engine's: no state until a parameter's first step, which is counted in the group."""
-
-    def __init__(self, params: Any, lr: float, weight_decay: float, betas: Any, eps: float, **_: Any) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            first, second = (1 - beta ** group["step"] for beta in group["betas"])
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                state["exp_avg"].lerp_(p.grad, 1 - group["betas"][0])
-                state["exp_avg_sq"].lerp_(p.grad**2, 1 - group["betas"][1])
-                p -= group["lr"] * state["exp_avg"] / first / ((state["exp_avg_sq"] / second).sqrt() + group["eps"])
+def test_layers_read_each_other_s_checkpoints_and_no_extra_states(tmp_path: Path) -> None:
+    run_ranks_with_te(_interchange, 1, str(tmp_path))
 
 
-def _use_fused_adam() -> None:
-    import megatron.core.optimizer as optimizers
-    from megatron.core.optimizer import distrib_optimizer
-
-    optimizers.Adam = distrib_optimizer.Adam = _FusedAdam
-    optimizers.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
-
-
-def _before_the_first_update(rank: int, folder: str) -> None:
-    _load_early_and_late(Path(folder) / "torch", fused=False)
-    _use_fused_adam()
-    _load_early_and_late(Path(folder) / "fused", fused=True)
-
-
-def _load_early_and_late(folder: Path, *, fused: bool) -> None:
+def _before_the_first_update(rank: int, folder: str, layers: Literal["local", "te"]) -> None:
     cases = [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)]
     for distributed, dtype in cases:
-        straight = Trainer({}, distributed, 1, dtype)
-        root = folder / f"{distributed}_{dtype}"
+        straight = Trainer({}, distributed, 1, dtype, layers=layers)
+        root = Path(folder) / f"{distributed}_{dtype}"
         before = straight.save(root, 1)
         straight.steps(range(2))
         early = straight.weights()
@@ -135,15 +92,19 @@ def _load_early_and_late(folder: Path, *, fused: bool) -> None:
         late = straight.weights()
         loads = [(before, False, range(2), early), (before, True, range(2), early), (after, False, range(2, 4), late)]
         for path, used, steps, want in loads:
-            again = Trainer({}, distributed, 2, dtype)
+            again = Trainer({}, distributed, 2, dtype, layers=layers)
             again.steps(range(7, 9) if used else range(0))
             again.load(path)
             again.steps(steps)
             got = again.weights()
             assert all(torch.equal(got[n], want[n]) for n in want), (distributed, dtype, path.name, used)
-    kinds = {type(part.optimizer) for part in getattr(again.optimizer, "chained_optimizers", [again.optimizer])}
-    assert (kinds == {_FusedAdam}) == fused
+    kinds = {
+        type(part.optimizer).__name__ for part in getattr(again.optimizer, "chained_optimizers", [again.optimizer])
+    }
+    assert (kinds == {"FusedAdam"}) == (layers == "te")
 
 
 def test_a_checkpoint_before_the_first_update_loads(tmp_path: Path) -> None:
-    run_ranks(_before_the_first_update, 1, str(tmp_path))
+    """Transformer Engine's Adam has no state until then, and counts steps by group."""
+    run_ranks(_before_the_first_update, 1, str(tmp_path / "torch"), "local")
+    run_ranks_with_te(_before_the_first_update, 1, str(tmp_path / "fused"), "te")

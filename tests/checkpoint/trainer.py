@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from asd_megatron.checkpoint import training
+from asd_megatron.models.precision import BFLOAT16, Precision
 from tests.models import everywhere
 
 CONFIG: dict[str, Any] = {
@@ -52,7 +53,7 @@ class Trainer:
     """A port, Megatron's optimizer and its schedule. Gradients are a function of the weights.
 
     copies: keep the initial weights and a moving average. change: alters a chunk's modules before it is wrapped.
-    config: replaces values of CONFIG.
+    layers: `te` in a process that finds the stand-in. config: replaces values of CONFIG.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         change: Callable[[Any], None] = lambda chunk: None,
         copies: bool = False,
+        layers: Literal["local", "te"] = "local",
+        precision: Precision = BFLOAT16,
         **config: Any,
     ) -> None:
         from asd_megatron.distributed.layout import Layout, init
@@ -75,7 +78,9 @@ class Trainer:
         from asd_megatron.models.port import ModelPort
         from asd_megatron.models.weight_copies import WeightCopies
 
-        self.port = ModelPort.build({**CONFIG, **config}, groups, sizes, dtype=dtype, layers="local")
+        self.port = ModelPort.build(
+            {**CONFIG, **config}, groups, sizes, dtype=dtype, layers=layers, precision=precision
+        )
         for chunk in self.port.chunks:
             change(chunk)
         self.port.load(weights(self.port.expected(), seed))
@@ -90,6 +95,7 @@ class Trainer:
             use_distributed_optimizer=distributed,
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
+            **precision.optimizer_keys(),
         )
         self.optimizer = get_megatron_optimizer(settings, self.port.chunks, use_gloo_process_groups=False)
         self.scheduler = OptimizerParamScheduler(

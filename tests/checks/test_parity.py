@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from asd_megatron.checks import parity, parity_worker
-from asd_megatron.checks.layouts import CELLS
+from asd_megatron.checks.layouts import CELLS, cells_of
 from asd_megatron.checks.parity import ParityResult
 from asd_megatron.checks.ranks import CheckError
 from asd_megatron.cli import main as cli
@@ -21,7 +21,7 @@ from asd_megatron.errors import UserError
 from tests.distributed.harness import run_ranks
 
 SOME = ["tp2_sp", "pp2_vpp2", "cp2", "dp2_overlap", "moe_ep2"]
-WITHOUT_REFERENCES = [n for n, c in CELLS.items() if n != c.reference]
+WITHOUT_REFERENCES = cells_of("local", "float32")
 
 
 @pytest.fixture(scope="module")

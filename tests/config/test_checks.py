@@ -31,6 +31,10 @@ SMOLLM2 = {
     "num_hidden_layers": 30,
     "max_position_embeddings": 8192,
 }
+FP8_PARAMETERS = (
+    "precision.fp8=current precision.fp8_parameters=true parallelism.distributed_optimizer=true rollout.engine=replay"
+    " rollout.replay_folder=x"
+)
 
 
 def overrides(text: str) -> list[str]:
@@ -58,6 +62,18 @@ def refusal(text: str, kind: Any = "train") -> str:
         ("parallelism.virtual_pipeline=2 parallelism.pipeline=2", "embedded rollouts sample on the training model",
          "parallelism.virtual_pipeline=2 parallelism.pipeline=2 rollout.engine=replay rollout.replay_folder=x"),
         ("parallelism.virtual_pipeline=1 parallelism.pipeline=2", "interleaves nothing", "parallelism.pipeline=2"),
+        ("model.recompute_layers=2", "set model.recompute full", "model.recompute_layers=2 model.recompute=full"),
+        ("precision.fp8_scores=true", "set precision.fp8", "precision.fp8_scores=true precision.fp8=current"),
+        ("precision.fp8_probe_every=5", "set precision.fp8", "precision.fp8_probe_every=5 precision.fp8=current"),
+        ("precision.fp8=current model.layers=local", "set model.layers auto or te", "precision.fp8=current"),
+        ("precision.fp8=current model.dtype=float32", "set model.dtype bfloat16",
+         "precision.fp8=current model.dtype=bfloat16"),
+        (f"{FP8_PARAMETERS} parallelism.distributed_optimizer=false", "set parallelism.distributed_optimizer true",
+         FP8_PARAMETERS),
+        (f"{FP8_PARAMETERS} rollout.engine=embedded", "use rollout.engine sglang", FP8_PARAMETERS),
+        (f"{FP8_PARAMETERS} precision.fp8=mxfp8", "gradient buffers that hold gathered weights", FP8_PARAMETERS),
+        (f"{FP8_PARAMETERS} algorithm.kl_coefficient=0.1", "copies of the weights", FP8_PARAMETERS),
+        (f"{FP8_PARAMETERS} teacher.weights=ema", "copies of the weights", FP8_PARAMETERS),
         ("parallelism.context=2", "one token cannot be divided over context-parallel ranks",
          "parallelism.context=2 rollout.engine=replay rollout.replay_folder=x"),
         ("parallelism.context=2 rollout.engine=replay rollout.replay_folder=x data.test=t", "the evaluation samples",

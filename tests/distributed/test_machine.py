@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +85,31 @@ def test_a_transformer_engine_that_cannot_be_imported(cuda: pytest.MonkeyPatch, 
             refused()
     text = layers_text("auto", "local", torch.bfloat16)
     assert text.startswith("local") and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("release", "megatron", "problem", "untested"),
+    [
+        ("2.8.0", "0.16.1", r"2\.8 is older than the 2\.9 that megatron-core 0\.16 needs", None),
+        ("2.9.0", "0.16.1", None, None),
+        ("2.11.0+c188b533", "0.16.1", None, None),
+        ("2.14.0", "0.16.1", None, r"newer than those tested with megatron-core 0\.16 \(2\.9 to 2\.11\)"),
+        ("2.10.0", "0.19.2", r"2\.10 is older than the 2\.11", None),
+        ("2.18.0", "0.19.2", None, None),
+        ("2.18.0", "0.18.0", None, r"no release .* was tested with megatron-core 0\.18"),
+    ],
+)
+def test_releases_of_transformer_engine(
+    cuda: pytest.MonkeyPatch, release: str, megatron: str, problem: str | None, untested: str | None
+) -> None:
+    package = types.SimpleNamespace(__version__=release)
+    imports(cuda, lambda name: package)
+    cuda.setattr(te.metadata, "version", lambda name: megatron)
+    found = te.problem(torch.bfloat16)
+    assert (found is None) == (problem is None) and re.search(problem or "", found or "")
+    if found is None:
+        note = te.untested()
+        assert (note is None) == (untested is None) and re.search(untested or "", note or "")
 
 
 def test_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,7 @@ def test_metrics_are_documented_and_in_tensorboard(run: Path) -> None:
         "loss",
         "mismatch",
         "optimizer",
+        "perf",
         "pmi",
         "puzzle",
         "response",

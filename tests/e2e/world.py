@@ -26,7 +26,7 @@ from tests.models.tiny import tiny_qwen3
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PACKING = {"tokens/computed", "tokens/padding_share", "tokens/shared_share"}
-CLOCKED = ("time_utc", "time/", "tokens/per_second")  # what differs between two equal runs
+CLOCKED = ("time_utc", "time/", "perf/", "tokens/per_second")  # what differs between two equal runs
 PROBLEMS = 12
 
 # About half of a random model's responses earn it, unequally within a group.

@@ -15,6 +15,7 @@ import torch
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.observe import names
 from asd_megatron.observe.expert_load import load_metrics
+from asd_megatron.observe.flops import rates
 from asd_megatron.observe.metrics import (
     ROLLOUT_COUNTERS,
     GateReading,
@@ -24,6 +25,7 @@ from asd_megatron.observe.metrics import (
     supervised_metrics,
 )
 from asd_megatron.observe.names import METRICS, PHASES, reference_page, undocumented
+from asd_megatron.observe.reduction import REDUCTIONS
 from asd_megatron.observe.warnings import MethodWarnings
 from asd_megatron.puzzle.metrics import PuzzleMetrics
 from asd_megatron.puzzle.tokenizer import write_tokenizer
@@ -184,6 +186,14 @@ def fp8_names() -> set[str]:
     return {*found, *(f"fp8/{name}" for name in probed)}
 
 
+def hardware_names() -> set[str]:
+    """Of a run on GPUs that tell everything."""
+    times = {"rollout": 1.0, "update": 1.0, "total": 2.0}
+    values = rates(model_flops=1.0, hardware_flops=1.0, tokens=1, times=times, gpus=1, peak=1.0)
+    reduced = {name + suffix for name, reductions in REDUCTIONS.items() for suffix in reductions}
+    return reduced | set(values)
+
+
 def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     emitted = {
         *step(),
@@ -196,6 +206,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *server_names(),
         *released_form_names(),
         *warning_names(),
+        *hardware_names(),
         *load_metrics(torch.full((2, 4), 0.25), torch.ones(2), 1.0),
         "experts/replayed",  # with routing replay of SGLang's experts
         "checkpoint/skipped",  # tests/trainer/test_guarded_run.py

@@ -56,33 +56,52 @@ def fp8_autocast(
 def fp8_model_init(
     enabled: bool = True, recipe: Recipe | None = None, preserve_high_precision_init_val: bool = False
 ) -> Any:
-    return _state(FP8_PARAMETERS=enabled, HIGH_PRECISION_INIT_VAL=preserve_high_precision_init_val)
+    return _state(FP8_PARAMETERS=enabled, FP8_RECIPE=recipe, HIGH_PRECISION_INIT_VAL=preserve_high_precision_init_val)
 
 
 def rounded(x: Tensor, recipe: Recipe, *, weight: bool = False, gradient: bool = False) -> Tensor:
-    """`x` as its FP8 copy has it: scaled to the format's range over the whole tensor (current scaling), over blocks of
-    1 x 128 of rows or 128 x 128 of weights (block scaling), or 1 x 32 by powers of two (MXFP8)."""
-    dtype = torch.float8_e5m2 if gradient and recipe.fp8_format is Format.HYBRID else torch.float8_e4m3fn
+    """`x` as its FP8 copy has it."""
+    dtype = _format(recipe, gradient)
+    scale = scales(x, recipe, weight=weight, gradient=gradient)
+    return ((x.float() * scale).to(dtype).float() / scale).to(x.dtype)
+
+
+def scales(x: Tensor, recipe: Recipe, *, weight: bool = False, gradient: bool = False) -> Tensor:
+    """What every value of `x` is multiplied with: so that the largest value in its block is the format's largest."""
+    return scales_of(maxima(x, recipe, weight=weight), x.shape, recipe, weight=weight, gradient=gradient)
+
+
+def maxima(x: Tensor, recipe: Recipe, *, weight: bool = False) -> Tensor:
+    """The largest magnitude in every block [row blocks, column blocks]: of 1 x 128 or, of weights, 128 x 128 (block
+    scaling), 1 x 32 (MXFP8), the complete tensor (current scaling)."""
+    flat = x.flatten(0, -2).float().abs()
+    rows, columns = _block(flat.shape, recipe, weight)
+    padded = F.pad(flat, (0, -flat.shape[1] % columns, 0, -flat.shape[0] % rows))
+    return padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns).amax((1, 3))
+
+
+def scales_of(
+    found: Tensor, shape: torch.Size, recipe: Recipe, *, weight: bool = False, gradient: bool = False
+) -> Tensor:
+    """The scales [shape] of the blocks whose `maxima` are `found`; powers of two for MXFP8."""
+    flat = torch.Size((shape[:-1].numel(), shape[-1]))
+    rows, columns = _block(flat, recipe, weight)
+    largest = torch.finfo(_format(recipe, gradient)).max
+    scale = largest / torch.where(found > 0, found, torch.ones_like(found))
     if recipe.mxfp8():
-        return _in_blocks(x, dtype, 1, 32, power_of_two=True)
-    if recipe.float8_block_scaling():
-        return _in_blocks(x, dtype, BLOCK if weight else 1, BLOCK, power_of_two=False)
-    if recipe.float8_current_scaling():
-        return _scaled(x.float(), x.float().abs().amax(), dtype).to(x.dtype)
-    raise NotImplementedError(f"no emulation of {type(recipe).__name__}")
-
-
-def _scaled(x: Tensor, amax: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Tensor:
-    scale = torch.finfo(dtype).max / torch.where(amax > 0, amax, torch.ones_like(amax))
-    if power_of_two:
         scale = scale.log2().floor().exp2()
-    return (x * scale).to(dtype).float() / scale
+    expanded = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return expanded[: flat[0], : flat[1]].reshape(shape)
 
 
-def _in_blocks(x: Tensor, dtype: torch.dtype, rows: int, columns: int, *, power_of_two: bool) -> Tensor:
-    flat = x.flatten(0, -2).float()
-    n, k = flat.shape
-    padded = F.pad(flat, (0, -k % columns, 0, -n % rows))
-    blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
-    amax = blocks.abs().amax((1, 3), keepdim=True)
-    return _scaled(blocks, amax, dtype, power_of_two).view(padded.shape)[:n, :k].reshape(x.shape).to(x.dtype)
+def _block(shape: torch.Size, recipe: Recipe, weight: bool) -> tuple[int, int]:
+    if recipe.mxfp8():
+        return 1, 32
+    if recipe.float8_block_scaling():
+        return BLOCK if weight else 1, BLOCK
+    assert recipe.float8_current_scaling(), f"no emulation of {type(recipe).__name__}"
+    return max(shape[0], 1), max(shape[1], 1)
+
+
+def _format(recipe: Recipe, gradient: bool) -> torch.dtype:
+    return torch.float8_e5m2 if gradient and recipe.fp8_format is Format.HYBRID else torch.float8_e4m3fn

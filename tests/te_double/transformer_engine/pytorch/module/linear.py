@@ -42,7 +42,7 @@ class Linear(TransformerEngineBaseModule):
         self.in_features = in_features // tp_size if parallel_mode == "row" else in_features
         self.out_features = out_features // tp_size if parallel_mode == "column" else out_features
         self.sequence_parallel = tp_size > 1 and sequence_parallel
-        self.fuse_wgrad_accumulation, self.use_bias, self.fp8_meta = fuse_wgrad_accumulation, bias, {}
+        self.fuse_wgrad_accumulation, self.use_bias = fuse_wgrad_accumulation, bias
         self.save_original_input = save_original_input
         self.weight = self.weight_parameter(self.out_features, self.in_features, params_dtype)
         if init_method is not None:

@@ -1,0 +1,60 @@
+"""Cross-checks of section `precision`; machines and models' shapes are checked when the model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
+
+
+def precision_findings(recipe: AnyRecipe) -> Iterator[str]:
+    p = recipe.precision
+    if p.fp8 == "none":
+        for key in ("fp8_scores", "fp8_parameters", "fp8_probe_every"):
+            if getattr(p, key):
+                yield f"precision.{key} {getattr(p, key)} belongs to FP8: set precision.fp8, or leave it out"
+        return
+    if recipe.model.layers == "local":
+        yield (
+            f"precision.fp8 {p.fp8}: FP8 products are Transformer Engine's and model.layers is local; set model.layers"
+            " auto or te, or precision.fp8 none"
+        )
+    if recipe.model.dtype == "float32":
+        yield (
+            f"precision.fp8 {p.fp8}: layers beside FP8 products compute in bfloat16 and model.dtype is float32; set"
+            " model.dtype bfloat16, or precision.fp8 none"
+        )
+    if isinstance(recipe, SftRecipe):
+        for key in ("fp8_scores", "fp8_probe_every"):
+            if getattr(p, key):
+                yield f"precision.{key} {getattr(p, key)}: the supervised stage scores nothing; leave it out"
+    elif recipe.algorithm.estimator == "full_vocabulary" and not p.fp8_scores:
+        yield (
+            f"precision.fp8 {p.fp8} with algorithm.estimator full_vocabulary: the divergence compares the update's"
+            " logits, which are FP8's, with the teacher's, and would train on the rounding between two number formats;"
+            " set precision.fp8_scores true, algorithm.estimator sampled, or precision.fp8 none"
+        )
+    if p.fp8_parameters and not recipe.parallelism.distributed_optimizer:
+        yield (
+            "precision.fp8_parameters true: only the distributed optimizer casts its master weights to FP8; set"
+            " parallelism.distributed_optimizer true, or precision.fp8_parameters false"
+        )
+    if p.fp8_parameters and recipe.samples_embedded:
+        yield (
+            "precision.fp8_parameters true: the embedded engine samples in bfloat16, of weights that are FP8 then; use"
+            " rollout.engine sglang without data.test, or set precision.fp8_parameters false"
+        )
+    if p.fp8_parameters and isinstance(recipe, Recipe) and _has_copies(recipe):
+        yield (
+            "precision.fp8_parameters true: copies of the weights (teacher.weights, algorithm.kl_coefficient) are"
+            " exchanged in bfloat16; set precision.fp8_parameters false"
+        )
+    if p.fp8 == "mxfp8" and p.fp8_parameters:
+        yield (
+            "precision.fp8_parameters true with precision.fp8 mxfp8 needs gradient buffers that hold gathered weights,"
+            " which is not supported; set precision.fp8_parameters false"
+        )
+
+
+def _has_copies(recipe: Recipe) -> bool:
+    return recipe.teacher.weights != "live" or recipe.algorithm.kl_coefficient > 0
