@@ -215,7 +215,8 @@ class TokenTable:
 
     Columns are [N] tensors on CPU (float32, masks bool), written to dumps and read by the metrics. A column that was
     not computed in this step is absent. Names: `student_logprobs`, `teacher_logprobs`, `engine_logprobs`,
-    `reference_logprobs` (under the initial weights), `student_entropy`, `teacher_entropy` (nats), `pmi` (u, nats),
+    `reference_logprobs` (under the initial weights), `update_logprobs` (the student's in the number format of its
+    update, where that is another than the scores'), `student_entropy`, `teacher_entropy` (nats), `pmi` (u, nats),
     `term` (what lambda multiplies), `divergence`, `reverse_kl`, `forward_kl` (nats), `agreement` (0 or 1), `advantage`,
     `loss_mask` (tokens that the loss sees), `has_context`, `clipped` (0 or 1), `importance`, `importance_affected`.
     Inside the trainer the same numbers are typed (`trainer/columns.py`).

@@ -26,8 +26,9 @@ class Gate:
     * A step without any counting token (H is None or NaN) changes nothing and does not count as a warm-up step.
     * `gated=False`: no trigger, always open after `warmup_steps` (usually 0).
 
-    All ranks hold equal gates and update them with the same H. A checkpoint needs `state_dict` alone; the settings come
-    from the recipe. Raises GateError for settings that contradict each other.
+    `history` are the entropies of the warm-up steps made, `given` is the recipe's H_warm. All ranks hold equal gates
+    and update them with the same H. A checkpoint needs `state_dict` alone; the settings come from the recipe. Raises
+    GateError for settings that contradict each other.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Gate:
         self.tau_down = tau_down
         self.tau_up = tau_up
         self.gated = gated
-        self._given_h_warm = h_warm
+        self.given = h_warm
         self.recalibrate()
 
     @classmethod
@@ -79,9 +80,17 @@ class Gate:
     def recalibrate(self) -> None:
         """Back to the state of a new gate: as many warm-up steps again ("continual AntiSD", section 4.4)."""
         self.history: list[float] = []
-        self.h_warm: float | None = self._given_h_warm
+        self.h_warm: float | None = self.given
         self._g = 1
         self._warming_up = self.warmup_steps > 0
+
+    def rescale(self, factor: float) -> None:
+        """Multiply what was measured so far by `factor` (above 0): the entropies are those of another number format
+        from here on, in which the same tokens have a median `factor` times as large. g stays, and so does an H_warm
+        that the recipe gives."""
+        self.history = [h * factor for h in self.history]
+        if self.given is None and self.h_warm is not None:
+            self.h_warm *= factor
 
     @property
     def warming_up(self) -> bool:

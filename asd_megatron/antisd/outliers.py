@@ -26,6 +26,7 @@ class OutlierLimit:
             raise ValueError(f"deviations {deviations} must be above 0 and warmup_steps {warmup_steps} at least 1")
         self.deviations, self.warmup_steps = deviations, warmup_steps
         self.history: list[float] = []
+        self.given: float | None = None  # a recipe gives deviations, no limit
 
     @property
     def measuring(self) -> bool:
@@ -41,6 +42,14 @@ class OutlierLimit:
         """The standard deviation of a step's u, which counts while sigma is being measured."""
         if deviation is not None and self.measuring:
             self.history.append(deviation)
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the measured deviations by `factor` (above 0): that of u in another number format."""
+        self.history = [deviation * factor for deviation in self.history]
+
+    def recalibrate(self) -> None:
+        """Measure again, from the next step on."""
+        self.history = []
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain JSON values."""

@@ -86,8 +86,9 @@ class PerplexityLambda:
       continues until one step counts. A given `target` needs no warm-up.
     * A step without any perplexity changes nothing and does not count as a warm-up step.
 
-    All ranks hold equal objects and update them with the same perplexities. A checkpoint needs `state_dict` alone; the
-    settings come from the recipe. Raises PerplexityError for a target that could not be known.
+    `history` are the mean perplexities of the warm-up's steps, `given` is the recipe's target. All ranks hold equal
+    objects and update them with the same perplexities. A checkpoint needs `state_dict` alone; the settings come from
+    the recipe. Raises PerplexityError for a target that could not be known.
     """
 
     def __init__(self, rule: PerplexityRule, warmup_steps: int, target: float | None = None) -> None:
@@ -98,16 +99,25 @@ class PerplexityLambda:
             )
         if target is not None and not (math.isfinite(target) and target > 1):
             raise PerplexityError(f"perplexity.target is {target}: give a perplexity above 1, such as 1.2")
-        self.rule, self.warmup_steps, self._given = rule, warmup_steps, target
+        self.rule, self.warmup_steps, self.given = rule, warmup_steps, target
+        self.recalibrate()
+
+    def recalibrate(self) -> None:
+        """Back to the state of a new rule: as many warm-up steps again."""
         self.steps = 0
         self.history: list[float] = []
-        self._warming_up = warmup_steps > 0
+        self._warming_up = self.warmup_steps > 0
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the measured perplexities by `factor` (above 0): those of the same responses in another number
+        format, in which the steps are from here on. A given target stays."""
+        self.history = [p * factor for p in self.history]
 
     @property
     def target(self) -> float | None:
         """P*: the given one, otherwise the rule's from the warm-up; None while that lasts."""
-        if self._given is not None:
-            return self._given
+        if self.given is not None:
+            return self.given
         if self.steps < self.warmup_steps or not self.history:
             return None
         return self.rule.target(sorted(self.history)[(len(self.history) - 1) // 2])

@@ -30,8 +30,9 @@ class PrecisionSection(Section):
     fp8_scores: bool = Field(
         False,
         description=(
-            "Scoring passes in FP8 too. false: log-probs, u and entropies are bfloat16's, and with a per-token term "
-            "the student is scored before the update (one forward pass more)."
+            "Scoring passes in FP8 too. false: log-probs, u and entropies are bfloat16's, and where a per-token term, "
+            "importance weights or a KL penalty read the student's, it is scored before the update (one forward pass "
+            "more, with several mini-batches two). See docs/fp8.md."
         ),
     )
     fp8_parameters: bool = Field(
@@ -51,6 +52,13 @@ class PrecisionSection(Section):
             "Apex can."
         ),
     )
+
+    @property
+    def fp8_passes(self) -> Literal["none", "update", "all"]:
+        """Which passes of a training step compute in FP8."""
+        if self.fp8 == "none":
+            return "none"
+        return "all" if self.fp8_scores else "update"
 
     @property
     def recipe(self) -> Precision:

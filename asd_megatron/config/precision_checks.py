@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from asd_megatron.config.recipe import AnyRecipe, Recipe
+from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 
 
 def precision_findings(recipe: AnyRecipe) -> Iterator[str]:
@@ -23,6 +23,16 @@ def precision_findings(recipe: AnyRecipe) -> Iterator[str]:
         yield (
             f"precision.fp8 {p.fp8}: layers beside FP8 products compute in bfloat16 and model.dtype is float32; set"
             " model.dtype bfloat16, or precision.fp8 none"
+        )
+    if isinstance(recipe, SftRecipe):
+        for key in ("fp8_scores", "fp8_probe_every"):
+            if getattr(p, key):
+                yield f"precision.{key} {getattr(p, key)}: the supervised stage scores nothing; leave it out"
+    elif recipe.algorithm.estimator == "full_vocabulary" and not p.fp8_scores:
+        yield (
+            f"precision.fp8 {p.fp8} with algorithm.estimator full_vocabulary: the divergence compares the update's"
+            " logits, which are FP8's, with the teacher's, and would train on the rounding between two number formats;"
+            " set precision.fp8_scores true, algorithm.estimator sampled, or precision.fp8 none"
         )
     if p.fp8_parameters and not recipe.parallelism.distributed_optimizer:
         yield (

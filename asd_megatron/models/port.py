@@ -29,7 +29,7 @@ from asd_megatron.models.gpt import NO_RECOMPUTE, Implementation, Recompute
 from asd_megatron.models.loading import FullTensor, Progress, refusal
 from asd_megatron.models.module_stack import evaluating, sampling_modules
 from asd_megatron.models.parameters import Key, check_layout, model_keys, padded_vocabulary, shapes_of
-from asd_megatron.models.precision import BFLOAT16, Precision
+from asd_megatron.models.precision import BFLOAT16, Precision, ScoreFormats
 from asd_megatron.models.rope import Rotation
 from asd_megatron.models.routing import LoadBalance, MicroBatchRouting
 from asd_megatron.models.weights import Copy, Row, Rule
@@ -232,18 +232,19 @@ class ModelPort:
             layer.mlp.router.micro_batch = routing
 
     @contextmanager
-    def scoring(self, *, through_modules: bool | None = None) -> Iterator[None]:
+    def scoring(self, *, through_modules: bool | None = None, fp8: bool | None = None) -> Iterator[None]:
         """Inside, `forward` computes no gradients. The weights must not change inside.
 
         through_modules: run Megatron's modules instead of the inference forward (`models.decoder`), which gives the
         same numbers. None: only where the latter is impossible, with Transformer Engine's layers and with context,
         sequence or expert parallelism.
+        fp8: whether a model with an FP8 recipe computes in it; None: as its `precision.scores` says.
         """
         if through_modules is None:
             cut = self.layout.context > 1 or self.config.sequence_parallel or self.layout.expert > 1
             through_modules = self.layers != "local" or cut
         if through_modules:
-            with torch.no_grad(), evaluating(self.chunks), self._scored_precision():
+            with torch.no_grad(), evaluating(self.chunks), self._scored_precision(fp8):
                 yield
             return
         self._scorers = {id(chunk): self._local_stack(_bare(chunk)) for chunk in self.chunks}
@@ -253,8 +254,12 @@ class ModelPort:
         finally:
             self._scorers = {}
 
-    def _scored_precision(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.precision.scores else te.in_bfloat16(self.config)
+    def _scored_precision(self, fp8: bool | None) -> AbstractContextManager[None]:
+        return nullcontext() if (self.precision.scores if fp8 is None else fp8) else te.in_bfloat16(self.config)
+
+    @property
+    def score_formats(self) -> ScoreFormats:
+        return self.precision.score_formats(str(self.dtype).removeprefix("torch."))
 
     def _local_stack(self, chunk: Any) -> LocalStack:
         experts = self.process_groups.ep if self.layout.expert > 1 else None

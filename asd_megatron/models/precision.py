@@ -38,6 +38,26 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class ScoreFormats:
+    """The number formats of log-probs and entropies that a model can compute, in words that are equal where numbers are
+    comparable: without its FP8 recipe, with it (None: it has none), and whether scoring passes use it."""
+
+    plain: str
+    fp8: str | None = None
+    in_fp8: bool = False
+
+    @property
+    def present(self) -> str:
+        """Of scoring passes."""
+        return self.fp8 if self.in_fp8 and self.fp8 is not None else self.plain
+
+    @property
+    def other(self) -> str | None:
+        """That scoring passes could have instead."""
+        return self.plain if self.in_fp8 else self.fp8
+
+
+@dataclass(frozen=True)
 class Precision:
     """The FP8 recipe of a model.
 
@@ -65,6 +85,12 @@ class Precision:
     def alignment(self) -> int:
         """The multiple that a rank's tokens of a pack are padded to."""
         return ROW_ALIGNMENT[self.fp8]
+
+    def score_formats(self, dtype: str) -> ScoreFormats:
+        """Those of a model of `dtype`."""
+        weights = " with FP8 weights" if self.parameters else ""
+        ends = f"{self.first_layers} + {self.last_layers} layers {dtype}"
+        return ScoreFormats(dtype + weights, f"fp8 {self.fp8} ({ends}){weights}" if self.enabled else None, self.scores)
 
     @property
     def gradient_format(self) -> str:

@@ -187,6 +187,9 @@ def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple
     if "reference_logprobs" in table:
         student, reference = (table[f"{of}_logprobs"].cpu().double()[loss_mask] for of in ("student", "reference"))
         yield from ((f"kl/{name}", _mean(k)) for name, k in kl_estimates(student, reference)._asdict().items())
+    if "update_logprobs" in table:
+        drift = table["update_logprobs"].cpu().double() - table["student_logprobs"].cpu().double()
+        yield "fp8/update_drift", _mean(drift.abs()[loss_mask])
     if "clipped" in table:
         yield "loss/clip_fraction", _mean(table["clipped"].cpu()[loss_mask])
     if "importance" in table:

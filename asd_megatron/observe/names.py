@@ -20,6 +20,7 @@ PHASES = {
     "teacher": "scoring the privileged sequences",
     "student": "the student's scoring pass, in recipes that need one",
     "reference": "scoring under the initial weights, with a KL penalty",
+    "probe": "scoring a few tokens in bfloat16 and in FP8, with `precision.fp8_probe_every`",
     "update": "forward, backward and optimizer of every update of the batch",
     "evaluate": "the held-out evaluation",
     "checkpoint": "writing checkpoints and exports",
@@ -203,6 +204,25 @@ SECTIONS = (
             Metric("kl/k1", "nats", "mean of r; unbiased, may be negative"),
             Metric("kl/k2", "nats", "mean of r^2 / 2"),
             Metric("kl/k3", "nats", "mean of exp(-r) - 1 + r; unbiased, of small variance"),
+        ),
+    ),
+    Section(
+        "FP8",
+        "With `precision.fp8` (docs/fp8.md). `fp8/update_drift` in every step whose update computes in FP8 and whose"
+        " student is scored in bfloat16, over the tokens that the loss sees. The others in the steps of"
+        " `precision.fp8_probe_every`, over at most 4,096 of these tokens in rollouts with context, scored in both"
+        " formats; those about the teacher where it is scored. Differences are FP8 - bfloat16.",
+        (
+            Metric("fp8/update_drift", "nats", "mean absolute difference of the student's log-prob in the update"),
+            Metric("fp8/student_drift", "nats", "mean absolute difference of the student's log-prob"),
+            Metric("fp8/teacher_drift", "nats", "mean absolute difference of the teacher's log-prob"),
+            Metric("fp8/pmi_drift", "nats", "mean absolute difference of u; compare with the mean of |u|"),
+            Metric(
+                "fp8/pmi_sign_flips",
+                "fraction of tokens",
+                "tokens whose u changes its sign, among those with |u| > 0.05 in bfloat16",
+            ),
+            Metric("fp8/entropy_shift", "fraction", "relative change of the teacher's median entropy, signed"),
         ),
     ),
     Section(

@@ -16,6 +16,7 @@ from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.templates import PAPER_WORDING
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.errors import UserError
+from asd_megatron.models.precision import ScoreFormats
 from asd_megatron.ops.vocab_divergence import Divergence
 from asd_megatron.records import Problem, SamplingParams
 from asd_megatron.reward.base import Verifier, tests_of
@@ -83,11 +84,13 @@ def make_plan(recipe: Recipe) -> PassPlan:
         a.term_normalization,
         epochs=a.epochs,
         log_pmi=a.log_pmi,
+        importance=a.importance_correction != "none",
         importance_level=a.importance_level,
         exact=a.estimator == "full_vocabulary",
         perplexity=a.lambda_source == "teacher_perplexity",
         teacher_copy=None if recipe.teacher.weights == "live" else recipe.teacher.weights,
         kl_penalty=a.kl_coefficient > 0,
+        fp8=recipe.precision.fp8_passes,
     )
     if recipe.rollout.routing_replay == "scoring" and not plan.student_scoring:
         raise UserError(
@@ -160,10 +163,10 @@ def make_gate(recipe: Recipe) -> Gate:
     )
 
 
-def make_strength(recipe: Recipe, process_groups: ProcessGroups) -> TermStrength:
-    """What sets lambda and the outlier limit of each step, before its warm-up."""
+def make_strength(recipe: Recipe, process_groups: ProcessGroups, formats: ScoreFormats | None = None) -> TermStrength:
+    """What sets lambda and the outlier limit of each step, before its warm-up. `formats`: the port's."""
     method, gate = make_method(recipe), make_gate(recipe)
-    return TermStrength(process_groups, method, gate, make_perplexity(recipe), make_outliers(recipe))
+    return TermStrength(process_groups, method, gate, make_perplexity(recipe), make_outliers(recipe), formats)
 
 
 def first_problems(recipe: Recipe, problems: ProblemSource) -> list[Problem]:

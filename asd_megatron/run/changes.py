@@ -21,6 +21,7 @@ FREE_SECTIONS = {
     "checkpoint",
     "logging",
     "parallelism",  # nor on placement
+    "precision",  # recorded as every change is; levels that lambda follows are rescaled (`run.strength`)
 }
 # These decide the learning rate of later steps. They are tuned during a run; metrics.jsonl has each step's rate.
 SCHEDULE_KEYS = {
@@ -39,7 +40,6 @@ FREE_KEYS = SCHEDULE_KEYS | {
     "model.recompute",
     "model.recompute_layers",
     "model.attention_backend",
-    "precision.fuse_weight_gradient",
     "algorithm.log_pmi",
     "algorithm.teacher_states",
     "evaluation.every",

@@ -41,6 +41,7 @@ from asd_megatron.trainer import passes, token_method
 from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.columns import Scores, TokenInputs, score_columns, table_columns
 from asd_megatron.trainer.expert_routing import StudentRouting, returned_fraction
+from asd_megatron.trainer.fp8_probe import Probe, probe
 from asd_megatron.trainer.guard import Guard, check_rollouts, check_scores
 from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
 from asd_megatron.trainer.teacher_states import TeacherStates
@@ -65,7 +66,7 @@ class TrainingRun:
         self.recipe, self.session = recipe, session
         self.process_groups, self.port, self.clock = session.process_groups, session.port, session.clock
         self.plan = make_plan(recipe)
-        self.strength = make_strength(recipe, self.process_groups)
+        self.strength = make_strength(recipe, self.process_groups, self.port.score_formats)
         self.condition = self.strength.method.condition
         self.guard, self.increments = Guard(), Increments()
         self.warnings = MethodWarnings(group_advantage=recipe.algorithm.weighs_group_advantage)
@@ -89,6 +90,7 @@ class TrainingRun:
             feedback_kind=self.verifier.feedback_kind if self.verifier else "binary",
             max_positions=self.port.max_positions,
         )
+        self._probed: dict[str, float] = {}  # of the present step
         self._changed_levels = [] if session.resumed is None else self._restore(session.resumed)
 
     # ---------------------------------------------------------------- the loop's lines
@@ -159,7 +161,15 @@ class TrainingRun:
 
     def gate_step(self, batch: Batch, teacher: Scores | None, student: Scores | None) -> float | Tensor:
         """This step's lambda, from the gate updated with this step's median entropy; with
-        `algorithm.lambda_source: teacher_perplexity` each token's [N]."""
+        `algorithm.lambda_source: teacher_perplexity` each token's [N]. When it is due, FP8 is probed first."""
+        self._probed = {}
+        due = self.session.is_due(batch.step, self.recipe.precision.fp8_probe_every)
+        if due or self.strength.needs_probe:
+            found = self._probe(batch)
+            self._probed = found.metrics
+            if self.strength.needs_probe:
+                for line in self.strength.rescale(found):
+                    self.session.say(line)
         return self.strength.step(batch.local, batch.inputs, teacher, student)
 
     def update(
@@ -170,6 +180,17 @@ class TrainingRun:
         lam: float | Tensor,
         reference: Scores | None = None,
     ) -> UpdateStats:
+        old = None
+        if self.plan.old_scoring:
+            with self.clock.phase("student"):
+                old = passes.score_old(
+                    self.port,
+                    self.process_groups,
+                    batch.local,
+                    self.plan,
+                    temperature=self.recipe.sampling.temperature,
+                    routing=batch.routing,
+                )
         with self.clock.phase("update"):
             stats = update(
                 self.port,
@@ -186,6 +207,7 @@ class TrainingRun:
                 epochs=self.recipe.algorithm.epochs,
                 states=batch.states,
                 reference=reference,
+                old=old,
                 copies=self.session.copies,
                 routing=batch.routing,
                 balance=self.session.balance,
@@ -275,7 +297,7 @@ class TrainingRun:
         metrics |= self.session.write_load(step, stats.load)
         if self.recipe.rollout.routing_replay == "engine":
             metrics["experts/replayed"] = returned_fraction(batch.local.all_examples)
-        metrics |= {**others, **self._counters(), **self.engine.metrics()}
+        metrics |= {**self._probed, **others, **self._counters(), **self.engine.metrics()}
         found, texts = self.warnings.of_step(step, metrics)
         metrics |= found
         self.session.name_attention(step)
@@ -376,6 +398,18 @@ class TrainingRun:
         message = first_message(found, self.process_groups.world)
         if message is not None:
             raise NotFinite(message)
+
+    def _probe(self, batch: Batch) -> Probe:
+        with self.clock.phase("probe"):
+            return probe(
+                self.port,
+                self.process_groups,
+                batch.local,
+                self.strength.method,
+                self.plan,
+                temperature=self.recipe.sampling.temperature,
+                copies=self.session.copies,
+            )
 
     def _counters(self) -> dict[str, float]:
         assert self.verifier is not None  # global rank 0 has one

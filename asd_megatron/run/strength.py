@@ -1,23 +1,45 @@
 """How strongly the per-token term acts in each step: lambda, from the entropy gate or from the teacher's perplexities,
-and the limit of u's outliers. Their states are part of every checkpoint."""
+and the limit of u's outliers. Their states are part of every checkpoint.
+
+These levels are measured on entropies, perplexities and u of one number format, which the state names: FP8 moves a
+median entropy by more than the gate's 7% between closing and reopening. A run that resumes with scores of another
+format rescales them: H_warm is multiplied by the ratio of the medians of the same tokens in both formats, under the
+present weights (the perplexity's target and the outliers' deviation likewise). Measuring again would be wrong: H_warm
+is the entropy that training began with, and a model whose entropy has fallen since would calibrate the gate on the fall
+that it is to notice. Where the model cannot score in the former format any more there is nothing else left, and the run
+says so.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from asd_megatron.antisd import Gate, OutlierLimit, PerplexityLambda, condition
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.errors import plural
+from asd_megatron.models.precision import ScoreFormats
 from asd_megatron.observe.metrics import GateReading, PerplexityReading
 from asd_megatron.trainer import passes
 from asd_megatron.trainer.columns import Scores, TokenInputs, UpdateColumns
+from asd_megatron.trainer.fp8_probe import Levels, Probe
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.token_method import Method
+
+
+class _Level(Protocol):
+    """What lambda follows and a warm-up measures. `given`: the recipe's, in place of what is measured."""
+
+    history: list[float]
+
+    @property
+    def given(self) -> float | None: ...
+    def rescale(self, factor: float) -> None: ...
+    def recalibrate(self) -> None: ...
 
 
 class TermStrength:
@@ -25,6 +47,7 @@ class TermStrength:
 
     Args:
         method: of the recipe. gate: sets lambda unless `perplexity` does. outliers: None: no such rule.
+        formats: of the scores; None: not known, and not remembered.
 
     All ranks hold equal objects; `step` and `learn` are collective over the data-parallel group. `reading` and
     `method`, the latter with the step's outlier limit, are those of the latest step.
@@ -37,10 +60,53 @@ class TermStrength:
         gate: Gate,
         perplexity: PerplexityLambda | None = None,
         outliers: OutlierLimit | None = None,
+        formats: ScoreFormats | None = None,
     ) -> None:
+        self.formats, self.measured_in = formats, None if formats is None else formats.present
         self.process_groups, self.method = process_groups, method
         self.gate, self.perplexity, self.outliers = gate, perplexity, outliers
         self.reading: GateReading | PerplexityReading = GateReading(False, 0.0)
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether levels are of another number format than the scores: `rescale` them before the next `step`."""
+        return self.formats is not None and self.measured_in != self.formats.present
+
+    def rescale(self, probe: Probe) -> list[str]:
+        """Bring the measured levels into the scores' number format, by the ratios of the probe; returns lines for the
+        console. A probe without a counting token changes nothing: the next step's may have one."""
+        assert self.formats is not None and self.measured_in is not None
+        old, new = probe.bfloat16, probe.fp8
+        if not self.formats.in_fp8:
+            old, new = new, old
+        factors: list[tuple[str, _Level, float]] = []
+        for name, (level, read) in self._levels().items():
+            if not level.history:
+                continue
+            before, after = read(old), read(new)
+            if not before or not after:
+                return []
+            factors.append((name, level, after / before))
+        for _, level, factor in factors:
+            level.rescale(factor)
+        former, self.measured_in = self.measured_in, self.formats.present
+        return [
+            f"{name} is {factor:.4f} times what it was: as on the same tokens in {self.measured_in} and in {former}"
+            for name, level, factor in factors
+            if level.given is None
+        ]
+
+    def _levels(self) -> dict[str, tuple[_Level, Callable[[Levels], float | None]]]:
+        """The levels that a number format changes, by what the recipe calls them, each with what a probe says of it."""
+        found: dict[str, tuple[_Level, Callable[[Levels], float | None]]] = {}
+        if self.gate.gated:
+            by_student = self.method.condition.gate_entropy == "student"
+            found["gate.h_warm"] = self.gate, lambda at: at.student_entropy if by_student else at.teacher_entropy
+        if self.perplexity is not None:
+            found["perplexity.target"] = self.perplexity, lambda at: at.perplexity
+        if self.outliers is not None:
+            found["the limit of algorithm.outlier_deviations"] = self.outliers, lambda at: at.deviation
+        return found
 
     def step(
         self, batch: LocalBatch, inputs: TokenInputs, teacher: Scores | None, student: Scores | None
@@ -104,11 +170,13 @@ class TermStrength:
             "gate": self.gate.state_dict(),
             "perplexity": None if self.perplexity is None else self.perplexity.state_dict(),
             "outliers": None if self.outliers is None else self.outliers.state_dict(),
+            "scores": self.measured_in,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, of: str) -> list[str]:
         """Restore the parts that were saved; others, those of another source of lambda, start with their warm-up.
-        `of`: the saved run's condition. Returns a line for the console about a level that is not the saved one.
+        `of`: the saved run's condition. Returns lines for the console about levels that are not the saved ones, or that
+        were measured in another number format.
 
         A gate that reads another entropy than the saved one, or meets one that reads none, starts with its warm-up;
         the outliers then do too. So continual AntiSD (section 4.4) calibrates H_warm after `grpo`.
@@ -122,6 +190,35 @@ class TermStrength:
         for name, part in (("perplexity", self.perplexity), ("outliers", outliers)):
             if part is not None and state.get(name) is not None:
                 part.load_state_dict(state[name])
+        return self._changed_levels(state) + self._from_format(state.get("scores"))
+
+    def _from_format(self, former: str | None) -> list[str]:
+        """What becomes of levels that were measured in the number format `former` (None: not known), in words."""
+        if self.formats is None or former in (None, self.formats.present):
+            return []
+        levels = {name: level for name, (level, _) in self._levels().items()}
+        change = f"scores are {self.formats.present} from here on, and were {former} up to the checkpoint"
+        lines = [
+            f"warning: {change}: {name} was set for those; set it to what a run in this format measures"
+            for name, level in levels.items()
+            if level.given is not None
+        ]
+        measured = [name for name, level in levels.items() if level.history and level.given is None]
+        names = " and ".join(measured)
+        if former == self.formats.other:
+            if any(level.history for level in levels.values()):
+                self.measured_in = former
+            return lines + ([f"{change}: {names} will be rescaled in the next step"] if measured else [])
+        for name in measured:
+            levels[name].recalibrate()
+        if measured:
+            lines.append(
+                f"warning: {change}, which this model cannot compute: {names} is measured again, in a new warm-up. An"
+                " entropy that has fallen since the first one then counts as normal"
+            )
+        return lines
+
+    def _changed_levels(self, state: Mapping[str, Any]) -> list[str]:
         levels = []
         if self.gate.gated:
             levels.append(("gate.h_warm", state["gate"]["h_warm"], self.gate.h_warm, self.gate.warmup_steps))

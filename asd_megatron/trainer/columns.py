@@ -86,10 +86,14 @@ class LossConstants(Columns):
 @dataclass(frozen=True)
 class FrozenScores(Columns):
     """The student's scores and the loss constants from a scoring pass before the first update: all updates of the batch
-    share them."""
+    share them.
+
+    `old`: the log-probs that the policy ratio divides by, those of `student` unless the updates compute in another
+    number format than the scoring pass (`PassPlan.clean_student`)."""
 
     student: Scores
     constants: LossConstants
+    old: Tensor
 
 
 @dataclass(frozen=True)
@@ -122,21 +126,26 @@ class Divergences(Columns):
 class UpdateColumns(Columns):
     """What an update reports of every token, float32: `student` and `constants` under the weights before the first
     optimizer step, `clipped` 1 where the clip removed the gradient in any of the batch's updates. With the exact
-    estimator `divergences` and `constants.term`, which is D, are under the weights of the token's last update."""
+    estimator `divergences` and `constants.term`, which is D, are under the weights of the token's last update. `old`
+    is `FrozenScores.old` where that is not `student.logprobs`, None elsewhere."""
 
     student: Scores
     clipped: Tensor
     constants: LossConstants
     divergences: Divergences | None = None
+    old: Tensor | None = None
 
     @classmethod
-    def zeros(cls, tokens: int, device: torch.device, *, importance: bool, exact: bool) -> tuple[UpdateColumns, Tensor]:
+    def zeros(
+        cls, tokens: int, device: torch.device, *, importance: bool, exact: bool, old: bool = False
+    ) -> tuple[UpdateColumns, Tensor]:
         """(columns, the tensor [columns, N] that they are the rows of): one collective then moves all of them."""
-        values = torch.zeros(6 + 2 * importance + 4 * exact, tokens, dtype=torch.float32, device=device)
+        values = torch.zeros(6 + 2 * importance + 4 * exact + old, tokens, dtype=torch.float32, device=device)
         logprobs, entropy, clipped, *rest = values
         constants = 5 if importance else 3
-        divergences = Divergences(*rest[constants:]) if exact else None
-        return cls(Scores(logprobs, entropy), clipped, LossConstants(*rest[:constants]), divergences), values
+        divergences = Divergences(*rest[constants : constants + 4]) if exact else None
+        last = rest[-1] if old else None
+        return cls(Scores(logprobs, entropy), clipped, LossConstants(*rest[:constants]), divergences, last), values
 
 
 def score_columns(scores: Scores, of: str) -> dict[str, Tensor]:
@@ -162,6 +171,8 @@ def table_columns(
     if constants.importance is not None and constants.importance_affected is not None:
         found["importance"] = constants.importance
         found["importance_affected"] = constants.importance_affected
+    if update.old is not None:
+        found["update_logprobs"] = update.old
     if reference is not None:
         found["reference_logprobs"] = reference.logprobs
     if update.divergences is not None:

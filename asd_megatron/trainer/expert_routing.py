@@ -65,6 +65,10 @@ class StudentRouting:
             return MicroBatchRouting(record=self._record, numbers=pack.numbers)
         return MicroBatchRouting(experts=self._of(pack))
 
+    def replayed(self, pack: Pack) -> MicroBatchRouting:
+        """For a scoring pass that repeats an update: replays what the update does."""
+        return MicroBatchRouting(experts=self._of(pack))
+
     def update(self, pack: Pack, balance: LoadBalance, responses: int) -> MicroBatchRouting:
         """For an update whose mini-batch has `responses` response tokens in all."""
         weights = token_weights(pack.rows, len(pack.numbers), responses)

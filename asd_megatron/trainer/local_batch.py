@@ -90,6 +90,11 @@ class ComputedTokens:
         self.real += sum(p.real_tokens for p in packs)
         self.sequences += sum(p.sequence_tokens for p in packs)
 
+    def include(self, other: ComputedTokens) -> None:
+        self.total += other.total
+        self.real += other.real
+        self.sequences += other.sequences
+
     def over(self, group: dist.ProcessGroup, device: torch.device) -> ComputedTokens:
         """Summed over the ranks of `group`. Collective."""
         counts = torch.tensor([self.total, self.real, self.sequences], device=device)
@@ -189,10 +194,20 @@ class LocalBatch:
 
     def student_packs(self, mini_batch: int | None = None) -> list[Pack]:
         """The student sequences of one mini-batch, for an update; None: of the complete batch, for a scoring pass."""
-        by_rank = self._every_mini_batch() if mini_batch is None else self.assignment[mini_batch]
-        packs = self._packs(by_rank, lambda e: e.rollout.prompt_ids)
+        packs = self._student_packs(mini_batch)
         (self.packs.scored if mini_batch is None else self.packs.trained).extend(p.counts for p in packs)
         return packs
+
+    def update_packs(self) -> list[Pack]:
+        """The student packs of all mini-batches, one after another, for a scoring pass over exactly those of the
+        updates."""
+        packs = [pack for m in range(self.mini_batches) for pack in self._student_packs(m)]
+        self.packs.scored += [p.counts for p in packs]
+        return packs
+
+    def _student_packs(self, mini_batch: int | None) -> list[Pack]:
+        by_rank = self._every_mini_batch() if mini_batch is None else self.assignment[mini_batch]
+        return self._packs(by_rank, lambda e: e.rollout.prompt_ids)
 
     # ---------------------------------------------------------------- columns
 

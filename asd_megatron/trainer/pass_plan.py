@@ -18,6 +18,10 @@ TEACHER_COPIES: dict[CopyName, str] = {
 }
 
 Head = Literal["fused", "two_phase", "exact"]
+Fp8 = Literal["none", "update", "all"]
+"""Which passes compute in FP8: the update alone, with scores in bfloat16, or scoring passes too."""
+FP8_SPEEDUP = 1.4
+"""Of a pass in FP8 over one in bfloat16: an assumption, for the costs that the start-up report prints."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,17 @@ class PassPlan:
             "exact": as "fused" with the teacher's logits beside the student's, 8 T H V flops.
         updates: optimizer steps of the batch.
         forwards_per_step: cost of the step in forward passes over the batch; a backward pass counts as two.
+        cost: the same in bfloat16 forwards: one in FP8 counts as 1 / `FP8_SPEEDUP`.
         reasons: one sentence for each decision, for the start-up report.
         teacher_copy: the copy of weights that the teacher is scored with; None: the live weights.
         reference_scoring: a forward pass over the batch's student sequences under the initial weights, before the
             update.
+        fp8: which passes compute in FP8.
+        clean_student: the updates compute in FP8 and the student's scoring pass in bfloat16. u, the importance weights
+            and the KL penalty take their log-probs from the latter; the policy ratio stays within FP8, or rounding
+            would look like a change of the policy and be clipped. Its old log-probs are those of the first update
+            itself, or, with several mini-batches, of `old_scoring`.
+        old_scoring: a forward pass in FP8 over the updates' own packs, before the first one, for these log-probs.
     """
 
     student_scoring: bool
@@ -43,9 +54,13 @@ class PassPlan:
     head: Head
     updates: int
     forwards_per_step: int
+    cost: float
     reasons: tuple[str, ...]
     teacher_copy: CopyName | None = None
     reference_scoring: bool = False
+    fp8: Fp8 = "none"
+    clean_student: bool = False
+    old_scoring: bool = False
 
 
 def plan_passes(
@@ -55,23 +70,27 @@ def plan_passes(
     *,
     epochs: int = 1,
     log_pmi: bool = False,
+    importance: bool = False,
     importance_level: Level = "token",
     exact: bool = False,
     perplexity: bool = False,
     teacher_copy: CopyName | None = None,
     kl_penalty: bool = False,
+    fp8: Fp8 = "none",
 ) -> PassPlan:
     """Derive the passes from the recipe.
 
     Args:
         condition: `algorithm.name`, or what it stands for. updates: mini-batches of a batch. epochs: passes over them.
         term_normalization: one of `NORMALIZATIONS`. log_pmi: score the teacher even if only the log needs it.
-        importance_level: of the importance-sampling correction; "token" without one. exact: the per-token term is the
-            divergence over the whole vocabulary. perplexity: lambda comes from the teacher's perplexity.
+        importance: rollouts get importance weights against their engine's log-probs. importance_level: of these;
+            "token" without them. exact: the per-token term is the divergence over the whole vocabulary. perplexity:
+            lambda comes from the teacher's perplexity.
         teacher_copy: the copy of weights that scores the teacher; None: the live ones. kl_penalty: the loss or the
-            advantage needs the sampled tokens' log-probs under the initial weights.
+            advantage needs the sampled tokens' log-probs under the initial weights. fp8: which passes compute in FP8.
 
-    Raises ValueError for values outside these.
+    Raises ValueError for values outside these, and for the exact divergence of an update in FP8 from a teacher in
+    bfloat16: D would measure the rounding too, which is no difference between student and teacher.
     """
     c = resolve_condition(condition)
     if updates < 1 or epochs < 1:
@@ -80,17 +99,27 @@ def plan_passes(
         raise ValueError(
             f"term_normalization {term_normalization!r} does not exist; choose one of {', '.join(NORMALIZATIONS)}"
         )
+    if exact and fp8 == "update":
+        raise ValueError("the exact divergence needs student and teacher in one number format: fp8 none or all")
     normalization = term_normalization if c.sign else "none"  # without a term in the loss there is nothing to scale
     steps = updates * epochs
     teacher = c.uses_teacher or log_pmi
     copy = teacher_copy if teacher else None
     causes = _student_causes(c, steps, normalization, importance_level, exact)
-    head, head_reason = _head(steps, normalization, importance_level, exact=exact, student=bool(causes), copy=copy)
+    read = _read_of_student(c, teacher=teacher, importance=importance, kl_penalty=kl_penalty)
+    clean = fp8 == "update" and bool(read)
+    student, old = bool(causes) or clean, clean and updates > 1
+    head, head_reason = _head(steps, normalization, importance_level, exact=exact, student=student, copy=copy)
 
     reasons = [_teacher_reason(c, exact=exact, log_pmi=log_pmi, perplexity=perplexity)]
     if copy is not None:
         reasons.append(f"the teacher is scored {TEACHER_COPIES[copy]}: exchanged in place with the live ones, and back")
-    if causes:
+    if clean:
+        verb = "read" if len(read) > 1 else "reads"
+        told = f"the update computes in FP8, and {' and '.join(read)} {verb} bfloat16 log-probs"
+        reasons.append(f"student scoring pass: {'; '.join([*causes, told])} (1 forward)")
+        reasons.append(_old_reason(updates, epochs))
+    elif causes:
         reasons.append(f"student scoring pass: {'; '.join(causes)} (1 forward)")
     else:
         reasons.append("no student scoring pass: with one update a batch its own log-probs are the old ones")
@@ -101,18 +130,30 @@ def plan_passes(
             " exchanged in place with the live ones (1 forward)"
         )
     update_cost = (1 + BACKWARD_COST) * epochs
-    forwards = update_cost + bool(causes) + teacher + kl_penalty
+    without_fp8 = update_cost + bool(causes) + teacher + kl_penalty
+    forwards = update_cost + student + old + teacher + kl_penalty
+    in_bfloat16 = {"none": forwards, "update": teacher + kl_penalty + clean, "all": 0}[fp8]
+    cost = in_bfloat16 + (forwards - in_bfloat16) / FP8_SPEEDUP
     over = f" over {epochs} epochs" if epochs > 1 else ""
     reasons.append(f"{plural(steps, 'update')}{over}: {update_cost} forwards' worth; {forwards} a step in all")
+    if fp8 != "none":
+        reasons.append(
+            f"worth {cost:.1f} bfloat16 forwards, if a pass in FP8 is {FP8_SPEEDUP} times as fast (an assumption):"
+            f" {without_fp8:.1f} without FP8, {without_fp8 / FP8_SPEEDUP:.1f} with every pass in FP8"
+        )
     return PassPlan(
-        student_scoring=bool(causes),
+        student_scoring=student,
         teacher_scoring=teacher,
         head=head,
         updates=steps,
         forwards_per_step=forwards,
+        cost=cost,
         reasons=tuple(reasons),
         teacher_copy=copy,
         reference_scoring=kl_penalty,
+        fp8=fp8,
+        clean_student=clean,
+        old_scoring=old,
     )
 
 
@@ -142,6 +183,29 @@ def _student_causes(c: Condition, updates: int, normalization: str, level: Level
     if exact and level != "token":
         causes.append(f"importance_level {level} needs a rollout's log-probs before its loss")
     return causes
+
+
+def _read_of_student(c: Condition, *, teacher: bool, importance: bool, kl_penalty: bool) -> list[str]:
+    """What reads the student's log-probs beside those of other passes or of the engine; the policy ratio aside."""
+    found = []
+    if c.sign or teacher:
+        found.append("u" if c.sign else "the log of u")
+    if importance:
+        found.append("the importance correction")
+    if kl_penalty:
+        found.append("the KL penalty")
+    return found
+
+
+def _old_reason(updates: int, epochs: int) -> str:
+    """Where the policy ratio's old log-probs come from when those of the scoring pass are bfloat16's."""
+    if updates > 1:
+        return (
+            f"another student scoring pass, in FP8: the ratios of {updates} mini-batches divide by log-probs of the"
+            " updates' own number format, from before the first (1 forward)"
+        )
+    first = "the first epoch's" if epochs > 1 else "the update's"
+    return f"no pass for the ratio's old log-probs: they are {first} own, in FP8"
 
 
 def _head(

@@ -16,6 +16,7 @@ from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.weight_copies import CopyName, WeightCopies
 from asd_megatron.ops.quantile import lower_median
+from asd_megatron.trainer.batch import Pack
 from asd_megatron.trainer.columns import Scores, TokenInputs
 from asd_megatron.trainer.expert_routing import StudentRouting
 from asd_megatron.trainer.local_batch import LocalBatch
@@ -41,7 +42,7 @@ def score_teacher(
         return None
     keep = None if states is None else states.put
     packs, tokens = batch.teacher_packs(), batch.table.tokens
-    with _in_place(copies, plan.teacher_copy):
+    with in_place(copies, plan.teacher_copy):
         if states is not None and (plan.updates > 1 or plan.teacher_copy is not None):
             states.keep_head()
         return score(port, process_groups, packs, tokens, temperature=temperature, keep=keep)
@@ -60,12 +61,19 @@ def score_reference(
     pass."""
     if not plan.reference_scoring:
         return None
-    packs, tokens = batch.student_packs(), batch.table.tokens
-    with _in_place(copies, "initial"):
+    packs, tokens = _student_packs(batch, fp8=plan.fp8 == "all"), batch.table.tokens
+    with in_place(copies, "initial"):
         return score(port, process_groups, packs, tokens, temperature=temperature)
 
 
-def _in_place(copies: WeightCopies | None, name: CopyName | None) -> AbstractContextManager[None]:
+def _student_packs(batch: LocalBatch, *, fp8: bool) -> list[Pack]:
+    """The packs of a scoring pass. Scores in FP8, which log-probs of the update are compared with, are made in the
+    updates' own packs: with one scale for all tokens of a pack, others would round differently."""
+    return batch.update_packs() if fp8 else batch.student_packs()
+
+
+def in_place(copies: WeightCopies | None, name: CopyName | None) -> AbstractContextManager[None]:
+    """Inside, the copy `name` of the weights is live; None: the live weights stay."""
     if name is None:
         return nullcontext()
     if copies is None:
@@ -83,15 +91,35 @@ def score_student(
     routing: StudentRouting | None = None,
 ) -> Scores | None:
     """Score the student before the first update; None when the update itself yields its scores. `routing`: of a model
-    with experts, which may record the experts for the updates."""
+    with experts, which may record the experts for the updates. Scores that the policy ratio divides by, of a model that
+    trains in FP8, are FP8's."""
     if not plan.student_scoring:
         return None
-    packs, tokens = batch.student_packs(), batch.table.tokens
+    fp8 = plan.fp8 != "none" and not plan.clean_student
+    packs, tokens = _student_packs(batch, fp8=fp8), batch.table.tokens
     pack_routing = None if routing is None else routing.scoring
-    scores = score(port, process_groups, packs, tokens, temperature=temperature, routing=pack_routing)
+    scores = score(port, process_groups, packs, tokens, temperature=temperature, routing=pack_routing, fp8=fp8)
     if routing is not None:
         routing.share()
     return scores
+
+
+def score_old(
+    port: ModelPort,
+    process_groups: ProcessGroups,
+    batch: LocalBatch,
+    plan: PassPlan,
+    *,
+    temperature: float,
+    routing: StudentRouting | None = None,
+) -> Tensor | None:
+    """The old log-probs [N] of the policy ratios, as the updates compute them, before the first; None when the plan has
+    no such pass. `routing`: of a model with experts, after the student's scoring pass."""
+    if not plan.old_scoring:
+        return None
+    packs, tokens = _student_packs(batch, fp8=True), batch.table.tokens
+    pack_routing = None if routing is None else routing.replayed
+    return score(port, process_groups, packs, tokens, temperature=temperature, routing=pack_routing, fp8=True).logprobs
 
 
 def gate_entropy(
@@ -124,7 +152,7 @@ def teacher_perplexities(
     own = response_perplexities(teacher.logprobs.cpu(), counted.cpu(), inputs.segment.cpu(), batch.table.rollouts)
     found = torch.zeros(len(batch.all_examples), dtype=torch.float64)
     found[batch.indices] = own
-    return _sum_over(process_groups.dp, found, inputs.weight.device)
+    return sum_over(process_groups.dp, found, inputs.weight.device)
 
 
 def per_token(batch: LocalBatch, values: Tensor) -> Tensor:
@@ -140,12 +168,12 @@ def pmi_deviation(process_groups: ProcessGroups, inputs: TokenInputs, pmi: Tenso
     dp = process_groups.dp
     parts = torch.zeros(dp.size(), 3, dtype=torch.float64)
     parts[dp.rank()] = term_statistics(pmi.cpu(), inputs.term_mask.cpu())[0]
-    total = _sum_over(dp, parts, inputs.weight.device).sum(0, keepdim=True)
+    total = sum_over(dp, parts, inputs.weight.device).sum(0, keepdim=True)
     deviation = float(moments(total)[1])
     return deviation if deviation > STD_FLOOR else None
 
 
-def _sum_over(group: dist.ProcessGroup, values: Tensor, device: torch.device) -> Tensor:
+def sum_over(group: dist.ProcessGroup, values: Tensor, device: torch.device) -> Tensor:
     """`values` (CPU) summed over the ranks of `group`, on the CPU; the collective runs on `device`."""
     if group.size() == 1:
         return values

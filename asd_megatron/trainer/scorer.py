@@ -25,12 +25,13 @@ def score(
     temperature: float,
     keep: Callable[[Pack, Tensor], None] | None = None,
     routing: schedule.Routing | None = None,
+    fp8: bool | None = None,
 ) -> Scores:
     """Score `packs` under the live weights. Collective over the model-parallel group.
 
     Returns the scores of `tokens` table rows, the same on every rank of the model-parallel group. Rows that no pack
     covers (rollouts without privileged context) are 0. `keep(pack, hidden)` is called with each pack's hidden states,
-    as `schedule.forward` passes them. `routing`: for a model with experts.
+    as `schedule.forward` passes them. `routing`: for a model with experts. `fp8`: as for `ModelPort.scoring`.
     """
     values = torch.zeros(2, tokens, dtype=torch.float32, device=port.device)
     scores = Scores(*values)
@@ -43,7 +44,7 @@ def score(
         if keep is not None:
             keep(pack, hidden)
 
-    with port.scoring():
+    with port.scoring(fp8=fp8):
         schedule.forward(port, packs, visit, routing)
     share_columns(values, cp=process_groups.cp, pp=process_groups.pp)
     return scores

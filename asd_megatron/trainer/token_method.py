@@ -187,13 +187,13 @@ def local_sums(tokens: LossInputs, student: Tensor, method: Method, rollouts: in
 def freeze(tokens: LossInputs, student: Scores, method: Method, rollouts: int, dp: dist.ProcessGroup) -> FrozenScores:
     """Loss constants of the rank's complete table from a scoring pass of the student, before the first update.
 
-    Collective over `dp` when the term is normalised over the batch. Columns are complete on every context-parallel
-    rank, so nothing is summed over those.
+    The scores' log-probs are the old ones of the policy ratio too. Collective over `dp` when the term is normalised
+    over the batch. Columns are complete on every context-parallel rank, so nothing is summed over those.
     """
     sums = local_sums(tokens, student.logprobs, method, rollouts)
     if sums.term is not None and method.term_normalization == "batch" and dp.size() > 1:
         dist.all_reduce(sums.term, group=dp)
-    return FrozenScores(student, loss_constants(tokens, student.logprobs, method, sums))
+    return FrozenScores(student, loss_constants(tokens, student.logprobs, method, sums), student.logprobs)
 
 
 def policy_loss(
@@ -201,7 +201,7 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """The tokens' part of the loss (global denominators included) and the mask of clipped tokens, bool [N].
 
-    `logprobs` carry the gradient, `old` are those under the scoring weights.
+    `logprobs` carry the gradient, `old` are those under the scoring weights in the same number format.
     """
     return clipped_policy_loss(
         logprobs,
@@ -214,10 +214,17 @@ def policy_loss(
     )
 
 
-def add_kl_loss(loss: Tensor, tokens: LossInputs, logprobs: Tensor, constants: LossConstants, method: Method) -> Tensor:
-    """`loss` with the KL penalty of the tokens, when the method has one that belongs to the loss."""
+def add_kl_loss(
+    loss: Tensor, tokens: LossInputs, logprobs: Tensor, offset: Tensor, constants: LossConstants, method: Method
+) -> Tensor:
+    """`loss` with the KL penalty of the tokens, when the method has one that belongs to the loss.
+
+    `offset`: scoring log-probs minus the old ones of the ratio, both under the scoring weights. It is 0 unless the
+    update computes in another number format than the scores: the penalty's value then is that of the scores' format,
+    its gradient the update's.
+    """
     if method.kl is None or method.kl.in_advantage:
         return loss
     assert tokens.reference is not None, "the plan has a reference scoring pass"
     weight, reference = tokens.inputs.weight, tokens.reference.logprobs
-    return loss + kl_loss(logprobs, reference, weight, method.kl, constants.importance)
+    return loss + kl_loss(logprobs + offset, reference, weight, method.kl, constants.importance)

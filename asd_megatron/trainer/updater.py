@@ -65,6 +65,7 @@ def update(
     epochs: int = 1,
     states: TeacherStates | None = None,
     reference: Scores | None = None,
+    old: Tensor | None = None,
     copies: WeightCopies | None = None,
     routing: StudentRouting | None = None,
     balance: LoadBalance | None = None,
@@ -75,20 +76,25 @@ def update(
         inputs: of `token_inputs`. teacher: None when the teacher was not scored.
         student: of a scoring pass before the update, when the plan has one: u, the term, the advantage and the
             importance weights are then frozen before the first optimizer step.
+        old: of `passes.score_old`, when the plan has that pass.
         lam: this step's lambda, one number or one for each token [N].
         states: of the teacher's scoring pass, for the exact estimator (`method.exact`).
         reference: of the scoring pass under the initial weights, for the KL penalty (`method.kl`).
         copies: whose moving average follows every applied optimizer step.
         routing, balance: of a model with experts, both or neither.
 
-    Raises ValueError when several updates of the batch have no scoring pass of the student before them, and for a KL
-    penalty without `reference`.
+    Raises ValueError when several updates of the batch have no scoring pass of the student before them, for a KL
+    penalty without `reference`, and without `old` where the plan has that pass.
     """
     if method.kl is not None and reference is None:
         raise ValueError("a KL penalty needs a scoring pass under the initial weights first (see pass_plan)")
+    if plan.old_scoring and old is None:
+        raise ValueError("the updates' ratios need old log-probs of their own number format first (see pass_plan)")
     tokens = LossInputs(inputs, torch.zeros_like(inputs.weight) + lam, teacher, reference=reference)
     if student is not None:
         frozen = token_method.freeze(tokens, student, method, batch.table.rollouts, process_groups.dp)
+        if plan.clean_student:  # without the pass they are written in the first epoch
+            frozen = replace(frozen, old=torch.zeros_like(inputs.weight) if old is None else old)
         tokens = replace(tokens, frozen=frozen)
     elif batch.mini_batches > 1 or epochs > 1:
         raise ValueError("several updates of one batch need a scoring pass of the student first (see pass_plan)")
@@ -97,10 +103,12 @@ def update(
         port.device,
         importance=method.importance_cap is not None,
         exact=method.exact is not None,
+        old=plan.clean_student,
     )
     loss = _PackLoss(port, process_groups, tokens, out, method, temperature, batch.table.rollouts, plan.head, states)
     losses, norms, applied, loads = [], [], [], []
     for epoch in range(epochs):
+        loss.own_is_old = epoch == 0 and plan.clean_student and not plan.old_scoring
         packs = [batch.student_packs(m) for m in range(batch.mini_batches)]
         if states is not None and epoch == 0:
             states.bring([pack for mini_batch in packs for pack in mini_batch])
@@ -127,7 +135,8 @@ def update(
 
 @dataclass
 class _PackLoss:
-    """The loss of one pack on the last pipeline stage; writes the pack's rows of `out`."""
+    """The loss of one pack on the last pipeline stage; writes the pack's rows of `out`. `own_is_old`: the log-probs
+    become the frozen scores' old ones."""
 
     port: ModelPort
     process_groups: ProcessGroups
@@ -138,6 +147,7 @@ class _PackLoss:
     rollouts: int
     head: Head
     states: TeacherStates | None
+    own_is_old: bool = False
 
     def __call__(self, pack: Pack, hidden: Tensor) -> Tensor:
         tokens = self.tokens.at(pack.flat)
@@ -190,11 +200,17 @@ class _PackLoss:
         if tokens.frozen is None:  # on-policy: the update's own log-probs are the scoring ones
             student = Scores(logprobs.detach(), entropy.detach())
             constants = token_method.loss_constants(tokens, student.logprobs, self.method, sums)
+            old = student.logprobs
         else:
-            student, constants = tokens.frozen.student, tokens.frozen.constants
-        loss, clipped = token_method.policy_loss(tokens.inputs, logprobs, student.logprobs, constants, self.method)
-        loss = token_method.add_kl_loss(loss, tokens, logprobs, constants, self.method)
+            student, constants, old = tokens.frozen.student, tokens.frozen.constants, tokens.frozen.old
+            if self.own_is_old:
+                old = logprobs.detach().to(old.dtype)
+                assert self.tokens.frozen is not None
+                self.tokens.frozen.old[flat] = old
+        loss, clipped = token_method.policy_loss(tokens.inputs, logprobs, old, constants, self.method)
+        loss = token_method.add_kl_loss(loss, tokens, logprobs, student.logprobs - old, constants, self.method)
         ever_clipped = torch.maximum(self.out.clipped[flat], clipped.float())
         # `_exact` writes the divergences, which are known only after the tile's loss.
-        replace(self.out, divergences=None).put(flat, UpdateColumns(student, ever_clipped, constants))
+        columns = UpdateColumns(student, ever_clipped, constants, old=None if self.out.old is None else old)
+        replace(self.out, divergences=None).put(flat, columns)
         return loss

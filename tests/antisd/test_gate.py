@@ -194,3 +194,18 @@ def test_settings_come_from_the_recipe_not_from_the_state() -> None:
     given_level = antisd(warmup_steps=0, h_warm=4.0)
     given_level.load_state_dict(half.state_dict())
     assert run(given_level, [2.0]) == [0.0] and given_level.h_warm == 4.0
+
+
+def test_a_rescaled_gate_decides_as_before_on_rescaled_entropies() -> None:
+    """In the middle of a warm-up and after it, closed or open; a given H_warm is the recipe's."""
+    entropies = [1.0, 1.2, 0.9, 1.1, 1.0, 1.1, 0.92, 0.99, 1.0, 0.9, 1.01]
+    for moment in range(len(entropies)):
+        plain, moved = antisd(), antisd()
+        before = [(plain.update(h), moved.update(h)) for h in entropies[:moment]]
+        moved.rescale(0.875)
+        after = [(plain.update(h), moved.update(0.875 * h)) for h in entropies[moment:]]
+        assert all(a == b for a, b in before + after)
+        assert moved.h_warm == pytest.approx(0.875) and plain.h_warm == 1.0
+    given = antisd(h_warm=0.8)
+    given.rescale(0.5)
+    assert given.h_warm == given.given == 0.8

@@ -54,6 +54,8 @@ def refusal(text: str, kind: Any = "train") -> str:
 @pytest.mark.parametrize(
     ("bad", "message", "good"),
     [
+        ("precision.fp8=blockwise algorithm.estimator=full_vocabulary", "set precision.fp8_scores true",
+         "precision.fp8=blockwise algorithm.estimator=full_vocabulary precision.fp8_scores=true"),
         ("parallelism.sequence_parallel=true", "set parallelism.tensor above 1",
          "parallelism.sequence_parallel=true parallelism.tensor=2"),
         ("parallelism.virtual_pipeline=2", "set parallelism.pipeline above 1", "parallelism.pipeline=2"),
@@ -211,6 +213,8 @@ def test_a_combination_is_refused_with_what_to_change(bad: str, message: str, go
         ("parallelism.pipeline=2 parallelism.virtual_pipeline=2 data.test=t reward.name=exact",
          "the evaluation samples", "parallelism.pipeline=2 parallelism.virtual_pipeline=2"),
         ("run.dump_rollouts=true", "run.dump_rollouts: unknown key", ""),
+        ("precision.fp8=current precision.fp8_probe_every=3", "precision.fp8_probe_every 3", "precision.fp8=current"),
+        ("precision.fp8=current precision.fp8_scores=true", "precision.fp8_scores True", "precision.fp8=current"),
     ],
 )  # fmt: skip
 def test_supervised_combinations(bad: str, message: str, good: str) -> None:

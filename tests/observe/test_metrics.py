@@ -176,6 +176,16 @@ def penalty_names() -> set[str]:
     return set(step(table=table))
 
 
+def fp8_names() -> set[str]:
+    """Of a step whose update computes in FP8 and which probes it (tests/trainer/test_fp8.py)."""
+    table = make_table()
+    table["update_logprobs"] = table["student_logprobs"] + 0.25
+    found = step(table=table)
+    assert found["fp8/update_drift"] == pytest.approx(0.25)
+    probed = ("student_drift", "teacher_drift", "pmi_drift", "pmi_sign_flips", "entropy_shift")
+    return {*found, *(f"fp8/{name}" for name in probed)}
+
+
 def hardware_names() -> set[str]:
     """Of a run on GPUs that tell everything."""
     times = {"rollout": 1.0, "update": 1.0, "total": 2.0}
@@ -188,6 +198,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     emitted = {
         *step(),
         *penalty_names(),
+        *fp8_names(),
         *(f"evaluation/{name}" for name in ("accuracy", "pass_rate", "length_mean", "truncated")),
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),

@@ -23,6 +23,14 @@ def test_what_decides_the_training_is_refused(text: str) -> None:
     assert not_accepted(found, ()) == found and not_accepted(found, [key]) == []
 
 
+def test_the_number_format_may_change() -> None:
+    recorded = make_recipe(MINIMAL).model_dump(mode="json")
+    arguments = ["--precision.fp8", "blockwise", "--precision.fp8_scores", "true"]
+    found = changes(recorded, make_recipe(MINIMAL, arguments))
+    assert [change.key for change in found] == ["precision.fp8", "precision.fp8_scores"]  # listed and recorded
+    assert not_accepted(found, ()) == []
+
+
 def test_where_the_teachers_states_wait_may_change() -> None:
     recorded = make_recipe(MINIMAL, ["--algorithm.estimator", "full_vocabulary"]).model_dump(mode="json")
     arguments = ["--algorithm.estimator", "full_vocabulary", "--algorithm.teacher_states", "host"]

@@ -12,9 +12,11 @@ import torch
 
 from asd_megatron.antisd import response_perplexities
 from asd_megatron.config import make_recipe
+from asd_megatron.models.precision import ScoreFormats
 from asd_megatron.run.build import make_strength, never_acts
 from asd_megatron.run.strength import TermStrength
 from asd_megatron.trainer import passes
+from asd_megatron.trainer.fp8_probe import Levels, Probe
 
 MINIMAL: dict[str, Any] = {"model": {"path": "model"}, "data": {"train": "problems.jsonl"}}
 ALONE: Any = SimpleNamespace(dp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
@@ -143,6 +145,90 @@ def test_outliers_of_another_u_are_measured_anew() -> None:
     saved.outliers.record(1.0)
     made.load_state_dict(state_of(saved), of="no_teacher")
     assert made.outliers.measuring
+
+
+BF16, FP8 = "bfloat16", "fp8 blockwise (1 + 1 layers bfloat16)"
+OUTLIERS = "algorithm.outlier_deviations=2"
+
+
+def in_format(text: str, present: str, other: str | None = None) -> TermStrength:
+    warm_up = "perplexity" if BY_PERPLEXITY in text else "gate"
+    pairs = f"{OUTLIERS} {warm_up}.warmup_steps=2 {text}".split()
+    recipe: Any = make_recipe(MINIMAL, [f"--{pair}" for pair in pairs])
+    plain, fp8 = (other, present) if present == FP8 else (present, other)
+    return make_strength(recipe, ALONE, ScoreFormats(plain or "float32", fp8, in_fp8=present == FP8))
+
+
+def warmed(text: str, present: str) -> TermStrength:
+    """After its warm-up: H_warm 0.8, a mean perplexity of 1.5, a deviation of u of 3."""
+    made = in_format(text, present)
+    for _ in range(2):
+        made.gate.update(0.8)
+        if made.perplexity is not None:
+            made.perplexity.update(torch.tensor([1.5]))
+        assert made.outliers is not None
+        made.outliers.record(3.0)
+    return made
+
+
+def probe_of(bfloat16: Levels, fp8: Levels) -> Probe:
+    return Probe({}, bfloat16, fp8)
+
+
+@pytest.mark.parametrize(("before", "after", "factor"), [(BF16, FP8, 0.9), (FP8, BF16, 1 / 0.9)])
+def test_levels_are_rescaled_when_the_scores_change_their_number_format(before: str, after: str, factor: float) -> None:
+    """By the ratio of the same tokens in both, once, in the first step that has tokens; the gate does not reopen."""
+    plain, moved = Levels(0.7, 0.8, 1.6, 2.0), Levels(0.35, 0.72, 2.0, 3.0)
+    saved = warmed("", before)
+    saved.gate.update(0.1)  # closed
+    made = in_format("", after, before)
+    said = made.load_state_dict(state_of(saved), of="antisd")
+    assert len(said) == 1 and "gate.h_warm" in said[0] and after in said[0] and before in said[0]
+    assert made.needs_probe and made.gate.h_warm == 0.8
+
+    assert made.rescale(probe_of(Levels(), Levels())) == []  # no rollout had context
+    assert made.needs_probe and state_of(made)["scores"] == before  # as a checkpoint of this step says
+    said = made.rescale(probe_of(plain, moved))
+    assert len(said) == 2 and "gate.h_warm" in said[0] and "outlier_deviations" in said[1]
+    assert made.gate.h_warm == pytest.approx(0.8 * factor) and not made.gate.is_open
+    deviation = 1.5 if after == FP8 else 1 / 1.5
+    assert made.outliers is not None and made.outliers.limit == pytest.approx(6.0 * deviation)
+    assert not made.needs_probe and state_of(made)["scores"] == after
+
+    same = in_format("", after, before)
+    assert same.load_state_dict(state_of(made), of="antisd") == [] and not same.needs_probe
+    by_student = in_format("algorithm.name=student_entropy_gate", after, before)
+    by_student.load_state_dict(
+        state_of(warmed("algorithm.name=student_entropy_gate", before)), of="student_entropy_gate"
+    )
+    by_student.rescale(probe_of(plain, moved))
+    assert by_student.gate.h_warm == pytest.approx(0.8 * (0.5 if after == FP8 else 2))
+
+
+def test_so_is_the_perplexitys_target() -> None:
+    made = in_format(BY_PERPLEXITY, FP8, BF16)
+    made.load_state_dict(state_of(warmed(BY_PERPLEXITY, BF16)), of="antisd")
+    made.rescale(probe_of(Levels(perplexity=1.6, deviation=1.0), Levels(perplexity=2.0, deviation=1.0)))
+    assert made.perplexity is not None and made.perplexity.target == pytest.approx(1.5 * 1.25 - 0.1)
+
+
+def test_levels_of_a_format_that_the_model_lost_are_measured_again() -> None:
+    made = in_format("", BF16)
+    (said,) = made.load_state_dict(state_of(warmed("", FP8)), of="antisd")
+    assert said.startswith("warning:") and "measured again" in said and not made.needs_probe
+    assert made.gate.h_warm is None and [made.gate.update(h) for h in (0.9, 0.9, 0.9)] == [0, 0, 0.5]
+    assert made.outliers is not None and made.outliers.measuring and state_of(made)["scores"] == BF16
+
+
+def test_a_given_level_stays_and_the_run_warns() -> None:
+    saved = warmed("gate.h_warm=0.7", BF16)
+    for other in (BF16, None):
+        made = in_format("gate.h_warm=0.7", FP8, other)
+        said = made.load_state_dict(state_of(saved), of="antisd")
+        assert "gate.h_warm was set for those" in said[0] and made.gate.h_warm == 0.7
+        assert made.gate.update(0.5) == 0  # no new warm-up, and the level acts
+    older = {**state_of(saved), "scores": None}  # a checkpoint of before formats were remembered
+    assert made.load_state_dict(older, of="antisd") == []
 
 
 def _by_perplexity(warmup_steps: str) -> str:

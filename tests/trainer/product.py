@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from asd_megatron.data.sft import SftExample
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.models.port import ModelPort
+from asd_megatron.models.precision import BFLOAT16, Precision
 from asd_megatron.models.weight_copies import WeightCopies
 from asd_megatron.observe.metrics import GateReading, PerplexityReading
 from asd_megatron.ops.vocab_divergence import Divergence
@@ -28,7 +29,7 @@ from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.columns import table_columns
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.optimizer import Optimizer, StepResult
-from asd_megatron.trainer.pass_plan import PassPlan, plan_passes
+from asd_megatron.trainer.pass_plan import Fp8, PassPlan, plan_passes
 from asd_megatron.trainer.sft import SupervisedStats, supervised_update
 from asd_megatron.trainer.teacher_states import TeacherStates
 from asd_megatron.trainer.updater import UpdateStats, update
@@ -161,20 +162,43 @@ def snapshot(tensors: Any) -> dict[str, Tensor]:
 class Product:
     """A model folder on this rank, in a layout. Collective where its parts are."""
 
-    def __init__(self, folder: Path, layout: Layout = ALONE, *, distributed_optimizer: bool = False) -> None:
-        self.process_groups: ProcessGroups = layouts.init(layout)
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout = ALONE,
+        *,
+        distributed_optimizer: bool = False,
+        layers: Literal["te", "local"] = "local",
+        precision: Precision = BFLOAT16,
+        alignment: int | None = None,
+        process_groups: ProcessGroups | None = None,
+    ) -> None:
+        """`alignment`: of packs; None: the precision's. `process_groups`: those of an earlier one in the process."""
+        self.process_groups = process_groups or layouts.init(layout)
         self.reader = FolderReader(folder)
         self.port = ModelPort.build(
-            read_config(folder), self.process_groups, layout, dtype=torch.float32, layers="local"
+            read_config(folder),
+            self.process_groups,
+            layout,
+            dtype=torch.float32,
+            layers=layers,
+            precision=precision,
         )
         self.port.load(self.reader)
         self.port.wrap_ddp(distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False)
-        self.pack_layout = PackLayout.of(layout, self.process_groups, self.port.device)
+        aligned = precision.alignment if alignment is None else alignment
+        self.pack_layout = PackLayout.of(layout, self.process_groups, self.port.device, alignment=aligned)
         self.copies: WeightCopies | None = None
 
     def reload(self) -> None:
         self.port.load(self.reader)
         self.copies = None
+
+    @property
+    def fp8(self) -> Fp8:
+        """Which passes compute in FP8."""
+        precision = self.port.precision
+        return "none" if not precision.enabled else "all" if precision.scores else "update"
 
     def keep_copies(self, recipe: DenseRecipe) -> WeightCopies:
         """Copies of the present weights, for a teacher and a KL penalty of other weights than the live ones."""
@@ -216,10 +240,12 @@ class Product:
             recipe.updates,
             recipe.term_normalization,
             epochs=recipe.epochs,
+            importance=method.importance_cap is not None,
             importance_level=method.importance_level,
             exact=method.exact is not None,
             teacher_copy=None if recipe.teacher == "live" else recipe.teacher,  # type: ignore[arg-type]
             kl_penalty=method.kl is not None,
+            fp8=self.fp8,
         )
         batch = self.batch(examples, recipe, tokens_per_microbatch)
         inputs = token_method.token_inputs(batch, method)
@@ -231,6 +257,7 @@ class Product:
         student = passes.score_student(*where, temperature=temperature)
         reference = passes.score_reference(*where, temperature=temperature, copies=self.copies)
         lam = strength.step(batch, inputs, teacher, student)
+        old = passes.score_old(*where, temperature=temperature)
         optimizer = RecordingOptimizer(self.port, recipe)
         stats = update(
             self.port,
@@ -247,6 +274,7 @@ class Product:
             epochs=recipe.epochs,
             states=states,
             reference=reference,
+            old=old,
             copies=self.copies,
         )
         strength.learn(inputs, stats.columns)

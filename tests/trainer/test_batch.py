@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
 from asd_megatron.trainer.batch import PackLayout, TokenSequence, assign, build_pack, build_packs, fill_bins
+from asd_megatron.trainer.local_batch import ComputedTokens
 
 
 def sequences(seed: int, count: int) -> list[TokenSequence]:
@@ -60,6 +62,29 @@ def test_rows_of_all_context_ranks_are_the_response_tokens(context: int, tensor:
             seen[flat] = target
     assert len(lengths) == 1  # every context rank holds equally many tokens
     assert len(seen) == sum(s.response_length for s in batch)
+
+
+@pytest.mark.parametrize(("context", "tensor"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("alignment", [16, 32, 128])
+def test_each_ranks_tokens_are_aligned_and_padding_is_counted(alignment: int, context: int, tensor: int) -> None:
+    batch = sequences(5, 7)
+    sizes: dict[str, Any] = {"context": context, "tensor": tensor, "sequence_parallel": tensor > 1}
+    held, rows = [], []
+    for rank in range(context):
+        pack = build_pack(batch, PackLayout(**sizes, context_rank=rank, alignment=alignment))
+        assert len(pack.tokens.input_ids) % (alignment * tensor) == 0
+        held += [number for number in pack.numbers.tolist() if number >= 0]
+        rows += pack.flat.tolist()
+        cu = pack.tokens.cu_seqlens
+        assert int(cu[-1]) == len(pack.tokens.input_ids) * context
+        # Padding follows the last sequence: the boundaries before it are those of unaligned packs.
+        plain = build_pack(batch, PackLayout(**sizes, context_rank=rank)).tokens.cu_seqlens
+        assert torch.equal(cu[:-1], plain[:-1]) and int(cu[-1]) - int(plain[-1]) < alignment * tensor * context
+        computed = ComputedTokens()
+        computed.add([pack])
+        assert (computed.total, computed.real) == (int(cu[-1]), sum(len(s.ids) for s in batch))
+    assert sorted(rows) == list(range(sum(s.response_length for s in batch)))  # every response token once, no padding
+    assert len(held) == sum(len(s.ids) for s in batch)
 
 
 def test_every_rank_gets_equally_many_packs_and_an_empty_rank_gets_zero_weight_ones() -> None:

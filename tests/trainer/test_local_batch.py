@@ -112,6 +112,14 @@ def test_a_mini_batch_trains_its_own_rollouts() -> None:
         assert sorted(int(f) for p in batch.student_packs(m) for f in p.flat) == list(range(rows.start, rows.stop))
 
 
+def test_a_scoring_pass_over_the_packs_of_the_updates() -> None:
+    trained, scored = (build(hard_batch(1), ranks=2, rank=0, updates=3) for _ in range(2))
+    packs = [pack for m in range(3) for pack in trained.student_packs(m)]
+    for pack, same in zip(packs, scored.update_packs(), strict=True):
+        assert torch.equal(pack.tokens.input_ids, same.tokens.input_ids) and torch.equal(pack.flat, same.flat)
+    assert (scored.packs.scored, scored.packs.trained) == (trained.packs.trained, [])  # its cost is a forward pass
+
+
 def test_every_rank_runs_equally_many_packs() -> None:
     """One long rollout and a short one on two ranks; a rank without any."""
     examples = hard_batch(1)[2:4]

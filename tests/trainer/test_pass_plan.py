@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -105,6 +106,51 @@ def test_a_kl_penalty_adds_a_pass(name: str) -> None:
     assert p.reference_scoring and p.forwards_per_step == plan_passes(name).forwards_per_step + 1
     assert any("initial weights" in reason and "(1 forward)" in reason for reason in p.reasons)
     assert not plan_passes(name).reference_scoring
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "without", "update", "everywhere"),
+    [
+        ("antisd", {}, 4, 4.14, 2.86),  # nothing is won: the student's pass costs what FP8 saves
+        ("antisd", {"epochs": 4}, 14, 10.57, 10),  # the ratio's old log-probs are the first epoch's own
+        ("antisd", {"updates": 4}, 5, 4.86, 3.57),  # of several mini-batches they take another pass, in FP8
+        ("grpo", {}, 3, 2.14, 2.14),
+        ("grpo", {"updates": 4}, 4, 2.86, 2.86),
+        ("grpo", {"importance": True}, 3, 3.14, 2.14),
+        ("grpo", {"kl_penalty": True}, 4, 4.14, 2.86),
+        ("grpo", {"log_pmi": True}, 4, 4.14, 2.86),
+        ("no_teacher", {}, 4, 3.14, 2.86),
+    ],
+)
+def test_costs_of_fp8(name: str, options: dict[str, Any], without: float, update: float, everywhere: float) -> None:
+    bf16, clean, scored = (plan_passes(name, **options, fp8=fp8) for fp8 in ("none", "update", "all"))
+    assert (bf16.cost, clean.cost, scored.cost) == pytest.approx((without, update, everywhere), abs=0.005)
+    assert bf16.forwards_per_step == bf16.cost == scored.forwards_per_step
+    told = clean.reasons[-1]
+    assert f"{update:.1f} bfloat16 forwards" in told and "assumption" in told and f"{without:.1f} without" in told
+    assert not any("FP8" in reason for reason in bf16.reasons)
+
+
+def test_which_scores_are_clean() -> None:
+    """Those that are compared with others; GRPO's are compared with nothing, and its ratio stays within FP8."""
+    for c in CONDITIONS.values():
+        p = plan_passes(c, fp8="update")
+        assert p.clean_student == p.student_scoring == (c.name != "grpo") and not p.old_scoring
+        several = plan_passes(c, 3, fp8="update")
+        assert several.student_scoring and several.clean_student == several.old_scoring == (c.name != "grpo")
+        for fp8 in ("none", "all"):
+            other = plan_passes(c, 3, fp8=fp8)  # type: ignore[arg-type]
+            assert not (other.clean_student or other.old_scoring)
+            assert other.forwards_per_step == plan_passes(c, 3).forwards_per_step
+    assert plan_passes("antisd", term_normalization="sequence", fp8="update").head == "fused"
+    told = plan_passes("antisd", importance=True, kl_penalty=True, fp8="update").reasons
+    assert any("u and the importance correction and the KL penalty read bfloat16" in reason for reason in told)
+
+
+def test_the_exact_divergence_is_of_one_number_format() -> None:
+    assert plan_passes("antisd", exact=True, fp8="all").head == "exact"
+    with pytest.raises(ValueError, match="one number format"):
+        plan_passes("antisd", exact=True, fp8="update")
 
 
 def test_reasons_name_what_decided() -> None:
