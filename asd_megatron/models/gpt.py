@@ -10,11 +10,18 @@ from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
 from asd_megatron.models.compat import building_head_norms, hidden_state_model
 from asd_megatron.models.family import Family, ModelShape
-from asd_megatron.models.layers import layer_specs, norm_class
+from asd_megatron.models.layers import CoreAttention, layer_specs, norm_class
 
 
 def transformer_config(
-    family: Family, shape: ModelShape, layout: Layout, *, dtype: torch.dtype, layers: str, recompute: str
+    family: Family,
+    shape: ModelShape,
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    layers: str,
+    recompute: str,
+    attention: CoreAttention = "own",
 ) -> Any:
     """Megatron's TransformerConfig. Dropout is off; fusions that need CUDA are on with Transformer Engine only."""
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -66,7 +73,7 @@ def transformer_config(
         "calculate_per_token_loss": True,  # gradients are summed, never averaged: denominators are in the loss
         **_recompute(recompute),
         **_experts(shape, fused),
-        **(_windows(shape) if fused else {}),  # local layers have theirs in the spec
+        **(_windows(shape) if fused and attention == "own" else {}),  # our attention has its own in the spec
     }
     return TransformerConfig(**wanted)  # both tested releases know every key
 
@@ -108,13 +115,15 @@ def _recompute(kind: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 
 
-def build_chunks(config: Any, shape: ModelShape, layout: Layout, *, layers: str, padded_vocab: int) -> list[Any]:
+def build_chunks(
+    config: Any, shape: ModelShape, layout: Layout, *, layers: str, padded_vocab: int, attention: CoreAttention = "own"
+) -> list[Any]:
     """This rank's chunks: one, or as many as the layout has virtual stages."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
     model_class = hidden_state_model(GPTModel)
-    specs = layer_specs(shape, layers, layout.tensor)
+    specs = layer_specs(shape, layers, layout.tensor, attention)
     stages = layout.virtual_pipeline or 1
     chunks = []
     for stage in range(stages):

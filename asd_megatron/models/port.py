@@ -25,6 +25,8 @@ from asd_megatron.models.decoder import LocalStack, Stack
 from asd_megatron.models.export import BUCKET_BYTES, FullTensors, Part, first_stages
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.family import Family, ModelShape
+from asd_megatron.models.flex import FlexPackAttention
+from asd_megatron.models.layers import CoreAttention
 from asd_megatron.models.loading import FullTensor, Progress, refusal
 from asd_megatron.models.module_stack import evaluating, sampling_modules
 from asd_megatron.models.parameters import Key, check_layout, model_keys, padded_vocabulary, shapes_of
@@ -48,6 +50,7 @@ class ModelPort:
         is_first_stage, is_last_stage: of the pipeline; the first has the embedding, the last the head.
         shares_prefixes: whether `forward` takes packs with `parents`.
         layers: `te` or `local`.
+        attention: `flex` (FlexAttention), or `own`, that of `layers`.
     """
 
     def __init__(
@@ -60,17 +63,19 @@ class ModelPort:
         chunks: list[Any],
         *,
         layers: str,
+        attention: CoreAttention,
     ) -> None:
         self.family, self.shape, self.process_groups, self.layout = family, shape, process_groups, layout
         self.config, self.chunks = config, chunks
         self.vocab_size, self.padded_vocab_size = shape.vocab, padded_vocabulary(shape.vocab, layout.tensor)
         self.max_positions, self.tied, self.dtype = shape.max_positions, shape.tied, config.params_dtype
-        self.shares_prefixes = layers == "local" and layout.context == 1
+        # Our attention reads a pack's segments and takes angles by position, Transformer Engine's knows sequences only.
+        self.shares_prefixes = layout.context == 1 and (layers == "local" or attention == "flex")
         self.device = device.device()
         self.is_first_stage = any(chunk.pre_process for chunk in chunks)
         self.is_last_stage = any(chunk.post_process for chunk in chunks)
         self._shapes = shapes_of(shape, layout.tensor)
-        self.layers = layers
+        self.layers, self.attention = layers, attention
         self._stack: Stack | None = None  # set inside `sampling`, as is the next
         self._head: Tensor | None = None
         self._scorers: dict[int, LocalStack] = {}  # set inside `scoring`, by id of the chunk
@@ -105,16 +110,21 @@ class ModelPort:
         dtype: torch.dtype = torch.float32,
         layers: str = "auto",
         recompute: str = "none",
+        attention: CoreAttention = "own",
     ) -> ModelPort:
-        """An unloaded model in `layout`. Raises UserError for what the family or the layout cannot represent."""
+        """An unloaded model in `layout`. Raises UserError for what the family or the layout cannot represent.
+
+        attention: `flex` takes packs with shared prefixes whatever the layers; not under context parallelism.
+        """
         family, shape = shape_of(hf_config)
         check_layout(shape, layout)
         layers = resolve_layers(layers, dtype)
-        config = gpt.transformer_config(family, shape, layout, dtype=dtype, layers=layers, recompute=recompute)
-        chunks = gpt.build_chunks(
-            config, shape, layout, layers=layers, padded_vocab=padded_vocabulary(shape.vocab, layout.tensor)
+        config = gpt.transformer_config(
+            family, shape, layout, dtype=dtype, layers=layers, recompute=recompute, attention=attention
         )
-        return cls(family, shape, process_groups, layout, config, chunks, layers=layers)
+        padded = padded_vocabulary(shape.vocab, layout.tensor)
+        chunks = gpt.build_chunks(config, shape, layout, layers=layers, padded_vocab=padded, attention=attention)
+        return cls(family, shape, process_groups, layout, config, chunks, layers=layers, attention=attention)
 
     # ---------------------------------------------------------------- training
 
@@ -167,34 +177,56 @@ class ModelPort:
         Returns [T, 1, H] in the model's dtype, or [T / tp, 1, H] under sequence parallelism (T a multiple of tp). On
         later pipeline stages the input is what Megatron's schedules set as the previous stage's output.
         """
+        if packed.parents and not self.shares_prefixes:
+            raise ValueError("the attention of this model knows no shared prefixes")
         if id(chunk) in self._scorers:
             return self._score(_bare(chunk), self._scorers[id(chunk)], packed, routing)
-        from megatron.core.packed_seq_params import PackedSeqParams
-
-        params = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=packed.cu_seqlens,
-            cu_seqlens_kv=packed.cu_seqlens,
-            cu_seqlens_q_padded=packed.cu_seqlens,
-            cu_seqlens_kv_padded=packed.cu_seqlens,
-            max_seqlen_q=packed.max_seqlen,
-            max_seqlen_kv=packed.max_seqlen,
-        )
-        params.parents = packed.parents  # for our attention
-        # A segment need not begin at position 0; sequences do, and Megatron takes as many of the first angles for each.
-        positions = packed.position_ids if packed.parents else torch.arange(packed.max_seqlen, device=self.device)
-        params.angles = self._rotation.angles(positions[:, None])
+        params = self._packed_parameters(packed)
         if routing is not None and self.config.sequence_parallel:
             routing = routing.sliced(self.process_groups.tp.rank(), self.layout.tensor)
         params.routing = routing
         return chunk(packed.input_ids[None], packed.position_ids[None], None, packed_seq_params=params)
 
+    def _packed_parameters(self, packed: PackedTokens) -> Any:
+        """What Megatron's layers are told about a pack.
+
+        Megatron rotates the tokens of every sequence by the first angles, and Transformer Engine's kernel knows nothing
+        else. Where attention is ours, which reads the segments from `boundaries` and `parents`, Megatron is therefore
+        told of one sequence, the complete pack, whose angles are those of the tokens' own positions. Its boundaries
+        stand where the rotation reads them: on the device for the kernel, on the host for Megatron's own, which would
+        wait for the device in every layer.
+        """
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        if self.shares_prefixes:
+            longest = len(packed.input_ids)
+            where = self.device if self.config.apply_rope_fusion else torch.device("cpu")
+            sequences = torch.arange(0, longest + 1, longest, dtype=torch.int32, device=where)
+            positions = packed.position_ids
+        else:
+            longest, sequences = packed.max_seqlen, packed.cu_seqlens
+            positions = torch.arange(longest, device=self.device)
+        params = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=sequences,
+            cu_seqlens_kv=sequences,
+            cu_seqlens_q_padded=sequences,
+            cu_seqlens_kv_padded=sequences,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        params.angles = self._rotation.angles(positions[:, None])
+        if self.layers == "local" or self.attention == "flex":
+            params.boundaries, params.parents = packed.host_boundaries(), packed.parents
+        return params
+
     def _score(self, chunk: Any, stack: LocalStack, packed: PackedTokens, routing: MicroBatchRouting | None) -> Tensor:
         positions = packed.position_ids[None]
+        attention = FlexPackAttention if self.attention == "flex" else PackAttention
         self._tell_routers(chunk, routing)
         hidden = stack.embed(packed.input_ids[None], positions) if chunk.pre_process else chunk.decoder.input_tensor
         try:
-            return stack.run(hidden, positions, PackAttention(packed), rows=1)
+            return stack.run(hidden, positions, attention(packed), rows=1)
         finally:
             self._tell_routers(chunk, None)
 
