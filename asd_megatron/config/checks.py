@@ -65,11 +65,6 @@ def _layout(recipe: AnyRecipe) -> Iterator[str]:
             f"batching.share_prefixes true: a shared prefix cannot be cut over the {p.context} context-parallel ranks;"
             " set parallelism.context 1, or leave batching.share_prefixes out"
         )
-    if recipe.batching.share_prefixes and recipe.model.layers == "te":
-        yield (
-            "batching.share_prefixes true: Transformer Engine's attention knows no shared prefixes; set model.layers"
-            " local, or leave batching.share_prefixes out"
-        )
     if recipe.samples_embedded:
         what, instead = "embedded rollouts sample", "rollout.engine sglang"
         if isinstance(recipe, SftRecipe) or recipe.rollout.engine != "embedded":

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from asd_megatron.distributed.device import device
+from asd_megatron.distributed.layout import Layout
 from asd_megatron.distributed.machine import has_cuda, transformer_engine_problem
 from asd_megatron.errors import UserError
 
@@ -37,6 +38,16 @@ def resolve_layers(asked: str, dtype: torch.dtype) -> str:
             f"model.layers te: Transformer Engine cannot be used: {problem}; set model.layers auto or local"
         )
     return "te" if problem is None else "local"
+
+
+def resolve_attention(dtype: torch.dtype, layout: Layout, *, shares_prefixes: bool) -> Literal["own", "flex"]:
+    """Which core attention a model gets: `flex` on a GPU where packs may share prefixes, else its layers' own.
+
+    Not in float32, which serves comparisons and keeps the attention that a CPU has too, and not under context
+    parallelism, which cuts packs.
+    """
+    fits = has_cuda() and dtype is torch.bfloat16 and layout.context == 1
+    return "flex" if shares_prefixes and fits else "own"
 
 
 def layers_text(asked: str, layers: str, dtype: torch.dtype) -> str:

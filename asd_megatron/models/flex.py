@@ -63,7 +63,7 @@ def block_mask(tree: TreeMask, window: int | None, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     blocks = tree.blocks(window)
-    lists: dict[str, Tensor] = {}
+    lists: dict[str, Any] = {}
     for name, of in (("", blocks.partial), ("full_", blocks.full)):
         for side, matrix in (("kv", of), ("q", of.T)):
             counts, indices = listed(matrix)
