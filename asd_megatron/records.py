@@ -167,6 +167,9 @@ class PackedTokens:
     prompt of 6 tokens and two responses of 2 and 3:
 
         cu_seqlens 0 6 8 11      parents (-1, 0, 0)      position_ids 0 1 2 3 4 5 | 6 7 | 6 7 8
+
+    `boundaries` are the numbers of `cu_seqlens` on the host, for planning that must not wait for the device; () where
+    nobody kept them.
     """
 
     input_ids: Tensor
@@ -174,6 +177,11 @@ class PackedTokens:
     cu_seqlens: Tensor
     max_seqlen: int
     parents: tuple[int, ...] = ()
+    boundaries: tuple[int, ...] = ()
+
+    def host_boundaries(self) -> tuple[int, ...]:
+        """`boundaries`, copied from the device where nobody kept them."""
+        return self.boundaries or tuple(self.cu_seqlens.tolist())
 
 
 @dataclass(frozen=True)

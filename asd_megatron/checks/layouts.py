@@ -28,6 +28,7 @@ class ParityCell:
     tokens_per_microbatch: int = 1 << 20
     exact: bool = False  # the divergence over the whole vocabulary instead of its estimate
     layers: Literal["local", "te"] = "local"
+    attention: Literal["own", "flex"] = "own"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
@@ -130,7 +131,7 @@ def _cells() -> dict[str, ParityCell]:
 def _variants(cells: Sequence[ParityCell]) -> Iterator[ParityCell]:
     """The cells with Transformer Engine's layers, and all of them in bfloat16."""
     moe = ParityCell("moe_recompute_mlp", model="moe", recompute="mlp", tokens_per_microbatch=64)
-    te = [replace(c, layers="te") for c in (*cells, moe) if not c.share_prefixes]
+    te = [replace(c, layers="te", attention="flex" if c.share_prefixes else "own") for c in (*cells, moe)]
     for cell in (*te, *(replace(c, dtype="bfloat16") for c in (*cells, *te))):
         yield replace(cell, name=_prefix(cell.layers, cell.dtype) + cell.name)
 

@@ -71,6 +71,7 @@ def build(folder: Path, cell: ParityCell) -> Trained:
         cell.layout,
         dtype=getattr(torch, cell.dtype),
         layers=cell.layers,
+        attention=cell.attention,
         recompute=Recompute(cell.recompute),
     )
     with FolderReader(source) as tensors:

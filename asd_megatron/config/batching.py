@@ -20,6 +20,7 @@ class BatchingSection(Section):
         description=(
             "A prefix that several sequences of a micro-batch share (a group's prompt, worked examples, a "
             "demonstration) is computed once for all of them; the results are the same. null: wherever it can be, with "
-            "`model.layers` local and `parallelism.context` 1."
+            "`parallelism.context` 1. On a GPU in bfloat16 FlexAttention then attends, also in place of Transformer "
+            "Engine's attention; false keeps that."
         ),
     )

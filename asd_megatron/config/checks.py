@@ -66,11 +66,6 @@ def _layout(recipe: AnyRecipe) -> Iterator[str]:
             f"batching.share_prefixes true: a shared prefix cannot be cut over the {p.context} context-parallel ranks;"
             " set parallelism.context 1, or leave batching.share_prefixes out"
         )
-    if recipe.batching.share_prefixes and recipe.model.layers == "te":
-        yield (
-            "batching.share_prefixes true: Transformer Engine's attention knows no shared prefixes; set model.layers"
-            " local, or leave batching.share_prefixes out"
-        )
     if recipe.model.recompute_layers is not None and recipe.model.recompute != "full":
         yield (
             f"model.recompute_layers {recipe.model.recompute_layers} counts completely recomputed layers: set"

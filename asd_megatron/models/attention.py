@@ -60,9 +60,9 @@ def attention_operand(x: Tensor) -> Tensor:
     return x.to({torch.float32: torch.float64, torch.bfloat16: torch.float32}.get(x.dtype, x.dtype))
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Any = None) -> Tensor:
-    """query [n, h, s, d], key and value [n, hkv, t, d]; causal, or by `mask` (True: attend; or torch's causal
-    bias)."""
+def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Any = None) -> Tensor:
+    """PyTorch's attention for query [n, h, s, d], key and value [n, hkv, t, d]; causal, or by `mask` (True: attend; or
+    torch's causal bias)."""
     dtype = query.dtype
     query, key, value = attention_operand(query), attention_operand(key), attention_operand(value)
     repeat, grouped = query.shape[1] // key.shape[1], query.device.type == "cpu"
@@ -78,9 +78,10 @@ class SDPACoreAttention(torch.nn.Module):
     """Megatron's core attention by PyTorch's scaled_dot_product_attention, for packed causal sequences.
 
     Megatron's SelfAttention calls it with query [T, h, d], key and value [T, hkv, d] after RoPE, heads of this
-    tensor-parallel rank, and with the pack's boundaries; it returns [T, 1, h * d]. Under context parallelism T counts
-    this rank's tokens (`zigzag` of every sequence), and keys and values are gathered over the group. Raises ValueError
-    for sequences that are not packed.
+    tensor-parallel rank, and with the pack's `boundaries` and `parents` on `packed_seq_params`
+    (`ModelPort.forward`); it returns [T, 1, h * d]. Under context parallelism T counts this rank's tokens (`zigzag` of
+    every sequence), and keys and values are gathered over the group. Raises ValueError for sequences that are not
+    packed.
     """
 
     def __init__(
@@ -115,8 +116,8 @@ class SDPACoreAttention(torch.nn.Module):
         if packed_seq_params is None:
             raise ValueError("this attention takes packed sequences only")
         if self.cp_group is not None:
-            cu_seqlens = packed_seq_params.cu_seqlens_q.tolist()
-            out = _context_parallel(query, key, value, cu_seqlens, self.scale, self.window, self.cp_group)
+            boundaries = packed_seq_params.boundaries
+            out = _context_parallel(query, key, value, boundaries, self.scale, self.window, self.cp_group)
         else:
             out = self._packed(query, key, value, packed_seq_params)
         return out.reshape(len(query), 1, -1)
@@ -124,8 +125,7 @@ class SDPACoreAttention(torch.nn.Module):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
         plan = getattr(packed, "plan", None)
         if plan is None:  # all layers of the micro-batch share it
-            parents = getattr(packed, "parents", ())
-            plan = packed.plan = AttentionPlan(packed.cu_seqlens_q.tolist(), parents, query.device)
+            plan = packed.plan = AttentionPlan(packed.boundaries, packed.parents, query.device)
         return _attend(query, key, value, plan.buckets(self.window), self.scale)
 
 
@@ -133,7 +133,7 @@ class PackAttention:
     """Attention over one pack for `models.decoder`, which sees the pack as a batch of one long row."""
 
     def __init__(self, packed: PackedTokens) -> None:
-        self._plan = AttentionPlan(packed.cu_seqlens.tolist(), packed.parents, packed.cu_seqlens.device)
+        self._plan = AttentionPlan(packed.host_boundaries(), packed.parents, packed.cu_seqlens.device)
 
     def attend(
         self,
@@ -156,7 +156,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, buckets: Sequence[Attenti
     for bucket in buckets:
         q = query[bucket.queries].transpose(1, 2)
         k, v = (x[bucket.keys].transpose(1, 2) for x in (key, value))
-        out = _attention(q, k, v, scale, bucket.mask).transpose(1, 2)
+        out = scaled_dot_product(q, k, v, scale, bucket.mask).transpose(1, 2)
         rows.append(bucket.queries[bucket.valid])
         values.append(out[bucket.valid])
     # Restore the pack's order: `argsort` of the places is their inverse permutation.
@@ -195,7 +195,7 @@ def _context_parallel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seqlens: list[int],
+    boundaries: Sequence[int],
     scale: float,
     window: int | None,
     group: dist.ProcessGroup,
@@ -205,7 +205,7 @@ def _context_parallel(
     size, rank = group.size(), group.rank()
     both = _GatherContext.apply(torch.stack([key, value], 1), group)  # [cp, T, 2, hkv, d]
     outputs, start = [], 0
-    for a, e in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for a, e in zip(boundaries[:-1], boundaries[1:], strict=True):
         length = e - a
         local = length // size
         span = slice(start, start + local)
@@ -217,7 +217,7 @@ def _context_parallel(
         if window is not None:
             mask &= places > at[:, None] - window
         q = query[span].transpose(0, 1)[None]
-        outputs.append(_attention(q, keys[0], keys[1], scale, mask)[0].transpose(0, 1))
+        outputs.append(scaled_dot_product(q, keys[0], keys[1], scale, mask)[0].transpose(0, 1))
         start += local
     return torch.cat(outputs)
 

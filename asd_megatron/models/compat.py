@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from asd_megatron.distributed.device import device
+from asd_megatron.distributed.layout import Layout
 from asd_megatron.distributed.machine import has_cuda
 from asd_megatron.errors import UserError
 from asd_megatron.models import te
@@ -29,6 +30,16 @@ def resolve_layers(asked: str, dtype: torch.dtype) -> Literal["te", "local"]:
             f"model.layers te: Transformer Engine cannot be used: {problem}; set model.layers auto or local"
         )
     return "te" if problem is None else "local"
+
+
+def resolve_attention(dtype: torch.dtype, layout: Layout, *, shares_prefixes: bool) -> Literal["own", "flex"]:
+    """Which core attention a model gets: `flex` on a GPU where packs may share prefixes, else its layers' own.
+
+    Not in float32, which serves comparisons and keeps the attention that a CPU has too, and not under context
+    parallelism, which cuts packs.
+    """
+    fits = has_cuda() and dtype is torch.bfloat16 and layout.context == 1
+    return "flex" if shares_prefixes and fits else "own"
 
 
 def layers_text(asked: str, layers: str, dtype: torch.dtype) -> str:

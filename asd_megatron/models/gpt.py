@@ -12,7 +12,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.models import te
 from asd_megatron.models.compat import building_head_norms, hidden_state_model
 from asd_megatron.models.family import Family, ModelShape
-from asd_megatron.models.layers import layer_specs, norm_class
+from asd_megatron.models.layers import CoreAttention, layer_specs, norm_class
 from asd_megatron.models.precision import BFLOAT16, Precision
 
 
@@ -35,6 +35,7 @@ class Implementation:
 
     Attributes:
         layers: `te` or `local`.
+        attention: `flex`, which takes packs with shared prefixes whatever the layers, or `own`, that of `layers`.
         attention_backend: which of Transformer Engine's attentions may be chosen.
         precision: the FP8 recipe.
         fuse_weight_gradient: whether weight gradients are added to the float32 buffers by the layers themselves, where
@@ -42,6 +43,7 @@ class Implementation:
     """
 
     layers: Literal["te", "local"] = "local"
+    attention: CoreAttention = "own"
     attention_backend: Literal["auto", "flash", "fused"] = "auto"
     recompute: Recompute = NO_RECOMPUTE
     precision: Precision = BFLOAT16
@@ -104,7 +106,7 @@ def transformer_config(
         **how.precision.model_keys(),
         **_recompute(how.recompute, shape),
         **_experts(shape, fused),
-        **(_windows(shape) if fused else {}),  # local layers have theirs in the spec
+        **(_windows(shape) if fused and how.attention == "own" else {}),  # our attention has its own in the spec
     }
     return TransformerConfig(**wanted)  # both tested releases know every key
 
@@ -148,13 +150,15 @@ def _recompute(recompute: Recompute, shape: ModelShape) -> dict[str, Any]:
     return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": count}
 
 
-def build_chunks(config: Any, shape: ModelShape, layout: Layout, *, layers: str, padded_vocab: int) -> list[Any]:
+def build_chunks(
+    config: Any, shape: ModelShape, layout: Layout, *, how: Implementation, padded_vocab: int
+) -> list[Any]:
     """This rank's chunks: one, or as many as the layout has virtual stages."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
     model_class = hidden_state_model(GPTModel)
-    specs = layer_specs(shape, layers, layout.tensor)
+    specs = layer_specs(shape, how.layers, layout.tensor, how.attention)
     stages = layout.virtual_pipeline or 1
     chunks = []
     for stage in range(stages):
@@ -168,7 +172,7 @@ def build_chunks(config: Any, shape: ModelShape, layout: Layout, *, layers: str,
         with building_head_norms(config, shape.qk_norm != "none"):
             chunk = model_class(
                 config=config,
-                transformer_layer_spec=_block_spec(config, specs, layers, vp_stage),
+                transformer_layer_spec=_block_spec(config, specs, how.layers, vp_stage),
                 vocab_size=padded_vocab,
                 max_sequence_length=shape.max_positions,
                 pre_process=first,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -12,8 +12,12 @@ from asd_megatron.models.attention import SDPACoreAttention
 from asd_megatron.models.compat import submodules_of
 from asd_megatron.models.experts import local_experts_class
 from asd_megatron.models.family import AttentionKind, ModelShape
+from asd_megatron.models.flex import FlexCoreAttention
 from asd_megatron.models.norm import ProjectionNorm, RMSNorm, with_post_norm
 from asd_megatron.models.routing import router_class
+
+CoreAttention = Literal["own", "flex"]
+"""Which core attention layers have: their implementation's own, or FlexAttention (`models.flex`)."""
 
 
 def softmax_scale(shape: ModelShape, kind: AttentionKind) -> float:
@@ -32,9 +36,9 @@ class _Parts(NamedTuple):
     fuses_norm: bool
 
 
-def layer_specs(shape: ModelShape, layers: str, tensor: int) -> list[Any]:
+def layer_specs(shape: ModelShape, layers: str, tensor: int, attention: CoreAttention = "own") -> list[Any]:
     """The spec of every layer of the complete model. tensor: the tensor-parallel size."""
-    specs = {kind: _layer_spec(shape, kind, layers, tensor) for kind in dict.fromkeys(shape.attention)}
+    specs = {kind: _layer_spec(shape, kind, layers, tensor, attention) for kind in dict.fromkeys(shape.attention)}
     return [specs[kind] for kind in shape.attention]
 
 
@@ -51,7 +55,7 @@ def _parts(layers: str) -> _Parts:
     return _Parts(*te.linear_layers(), fuses_norm=True)
 
 
-def _layer_spec(shape: ModelShape, kind: AttentionKind, layers: str, tensor: int) -> Any:
+def _layer_spec(shape: ModelShape, kind: AttentionKind, layers: str, tensor: int, core: CoreAttention) -> Any:
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
@@ -69,7 +73,7 @@ def _layer_spec(shape: ModelShape, kind: AttentionKind, layers: str, tensor: int
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,
-            core_attention=_core_attention(shape, kind, layers),
+            core_attention=_core_attention(shape, kind, layers, core),
             linear_proj=row,
             q_layernorm=query_norm,
             k_layernorm=key_norm,
@@ -112,10 +116,12 @@ def _head_norms(shape: ModelShape, parts: _Parts, tensor: int) -> tuple[Any, Any
     return query, key
 
 
-def _core_attention(shape: ModelShape, kind: AttentionKind, layers: str) -> Any:
+def _core_attention(shape: ModelShape, kind: AttentionKind, layers: str, core: CoreAttention) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     scale = softmax_scale(shape, kind)
+    if core == "flex":
+        return ModuleSpec(module=FlexCoreAttention, params={"scale": scale, "window": kind.window})
     if layers == "local":
         return ModuleSpec(module=SDPACoreAttention, params={"scale": scale, "window": kind.window})
     return te.attention(None if scale == shape.head_dim**-0.5 else scale)

@@ -25,9 +25,12 @@ from asd_megatron.models.decoder import LocalStack, Stack
 from asd_megatron.models.export import BUCKET_BYTES, FullTensors, Part, first_stages
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.family import Family, ModelShape
+from asd_megatron.models.flex import FlexPackAttention
 from asd_megatron.models.gpt import NO_RECOMPUTE, Implementation, Recompute
+from asd_megatron.models.layers import CoreAttention
 from asd_megatron.models.loading import FullTensor, Progress, refusal
 from asd_megatron.models.module_stack import evaluating, sampling_modules
+from asd_megatron.models.packed import packed_parameters
 from asd_megatron.models.parameters import Key, check_layout, model_keys, padded_vocabulary, shapes_of
 from asd_megatron.models.precision import BFLOAT16, Precision, ScoreFormats
 from asd_megatron.models.rope import Rotation
@@ -50,6 +53,7 @@ class ModelPort:
         is_first_stage, is_last_stage: of the pipeline; the first has the embedding, the last the head.
         shares_prefixes: whether `forward` takes packs with `parents`.
         layers: `te` or `local`.
+        attention: `flex` (FlexAttention), or `own`, that of `layers`.
         precision: in which number format its layers compute.
     """
 
@@ -68,12 +72,14 @@ class ModelPort:
         self.config, self.chunks = config, chunks
         self.vocab_size, self.padded_vocab_size = shape.vocab, padded_vocabulary(shape.vocab, layout.tensor)
         self.max_positions, self.tied, self.dtype = shape.max_positions, shape.tied, config.params_dtype
-        self.shares_prefixes = how.layers == "local" and layout.context == 1
+        # Our attention reads a pack's segments and takes angles by position, Transformer Engine's knows sequences only.
+        self.shares_prefixes = layout.context == 1 and (how.layers == "local" or how.attention == "flex")
         self.device = device.device()
         self.is_first_stage = any(chunk.pre_process for chunk in chunks)
         self.is_last_stage = any(chunk.post_process for chunk in chunks)
         self._shapes = shapes_of(shape, layout.tensor)
-        self.layers, self.precision, self._fuses = how.layers, how.precision, how.fuse_weight_gradient
+        self.layers, self.attention, self.precision = how.layers, how.attention, how.precision
+        self._fuses = how.fuse_weight_gradient
         self._stack: Stack | None = None  # set inside `sampling`, as is the next
         self._head: Tensor | None = None
         self._scorers: dict[int, LocalStack] = {}  # set inside `scoring`, by id of the chunk
@@ -107,6 +113,7 @@ class ModelPort:
         *,
         dtype: torch.dtype = torch.float32,
         layers: Literal["auto", "te", "local"] = "auto",
+        attention: CoreAttention = "own",
         attention_backend: Literal["auto", "flash", "fused"] = "auto",
         recompute: Recompute = NO_RECOMPUTE,
         precision: Precision = BFLOAT16,
@@ -117,13 +124,13 @@ class ModelPort:
         family, shape = shape_of(hf_config)
         check_layout(shape, layout)
         how = Implementation(
-            resolve_layers(layers, dtype), attention_backend, recompute, precision, fuse_weight_gradient
+            resolve_layers(layers, dtype), attention, attention_backend, recompute, precision, fuse_weight_gradient
         )
         _check(how, shape, layout)
         config = gpt.transformer_config(family, shape, layout, dtype=dtype, how=how)
         with te.choosing_attention(how.layers):
             chunks = gpt.build_chunks(
-                config, shape, layout, layers=how.layers, padded_vocab=padded_vocabulary(shape.vocab, layout.tensor)
+                config, shape, layout, how=how, padded_vocab=padded_vocabulary(shape.vocab, layout.tensor)
             )
         return cls(family, shape, process_groups, layout, config, chunks, how=how)
 
@@ -189,29 +196,17 @@ class ModelPort:
         Returns [T, 1, H] in the model's dtype, or [T / tp, 1, H] under sequence parallelism (T a multiple of tp). On
         later pipeline stages the input is what Megatron's schedules set as the previous stage's output.
         """
+        if packed.parents and not self.shares_prefixes:
+            raise ValueError("the attention of this model knows no shared prefixes")
         if id(chunk) in self._scorers:
             return self._score(_bare(chunk), self._scorers[id(chunk)], packed, routing)
-        from megatron.core.packed_seq_params import PackedSeqParams
-
-        # Transformer Engine chooses its attention anew for every value of the longest length: an upper bound will do.
-        longest = packed.max_seqlen if self.layers == "local" else -(-packed.max_seqlen // 1024) * 1024
-        params = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=packed.cu_seqlens,
-            cu_seqlens_kv=packed.cu_seqlens,
-            # The same objects: equal ones in other tensors count as padding between sequences, which costs Transformer
-            # Engine's flash attention.
-            cu_seqlens_q_padded=packed.cu_seqlens,
-            cu_seqlens_kv_padded=packed.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+        params = packed_parameters(
+            packed,
+            self._rotation,
+            as_one=self.shares_prefixes,
+            fused_rotation=self.config.apply_rope_fusion,
+            own_attention=self.layers == "te" and self.attention == "own",
         )
-        if hasattr(params, "pad_between_seqs"):  # 0.19.2
-            params.pad_between_seqs = False
-        params.parents = packed.parents  # for our attention
-        # A segment need not begin at position 0; sequences do, and Megatron takes as many of the first angles for each.
-        positions = packed.position_ids if packed.parents else torch.arange(packed.max_seqlen, device=self.device)
-        params.angles = self._rotation.angles(positions[:, None])
         if routing is not None and self.config.sequence_parallel:
             routing = routing.sliced(self.process_groups.tp.rank(), self.layout.tensor)
         params.routing = routing
@@ -219,10 +214,11 @@ class ModelPort:
 
     def _score(self, chunk: Any, stack: LocalStack, packed: PackedTokens, routing: MicroBatchRouting | None) -> Tensor:
         positions = packed.position_ids[None]
+        attention = FlexPackAttention if self.attention == "flex" else PackAttention
         self._tell_routers(chunk, routing)
         hidden = stack.embed(packed.input_ids[None], positions) if chunk.pre_process else chunk.decoder.input_tensor
         try:
-            return stack.run(hidden, positions, PackAttention(packed), rows=1)
+            return stack.run(hidden, positions, attention(packed), rows=1)
         finally:
             self._tell_routers(chunk, None)
 

@@ -85,8 +85,11 @@ def environment() -> dict[str, Any]:
 
 
 def _supplier(kind: type) -> str:
-    """The package that implements a class: its own, or that of a base class which it wraps (Megatron wraps Transformer
-    Engine's classes)."""
+    """What the class itself states as its `supplier`; else the package that implements it: its own, or that of a base
+    class which it wraps (Megatron wraps Transformer Engine's classes)."""
+    stated = vars(kind).get("supplier")
+    if stated is not None:
+        return str(stated)
     roots = [base.__module__.split(".")[0] for base in kind.__mro__]
     for package in ("transformer_engine", "apex"):
         if package in roots:

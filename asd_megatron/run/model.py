@@ -13,6 +13,7 @@ from asd_megatron.checkpoint.huggingface import FolderReader
 from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.errors import UserError
+from asd_megatron.models.compat import resolve_attention
 from asd_megatron.models.gpt import Recompute
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.progress import print_line
@@ -24,16 +25,18 @@ def build_port(
     recipe: AnyRecipe, hf_config: Mapping[str, Any], source: Path, process_groups: ProcessGroups, layout: Layout
 ) -> ModelPort:
     """The model with the weights of the Hugging Face folder `source`, wrapped for training. Collective."""
+    dtype = _dtype(recipe.model.dtype)
     port = ModelPort.build(
         hf_config,
         process_groups,
         layout,
-        dtype=_dtype(recipe.model.dtype),
+        dtype=dtype,
         layers=recipe.model.layers,
         attention_backend=recipe.model.attention_backend,
         recompute=Recompute(recipe.model.recompute, recipe.model.recompute_layers),
         precision=recipe.precision.recipe,
         fuse_weight_gradient=recipe.precision.fuse_weight_gradient,
+        attention=resolve_attention(dtype, layout, shares_prefixes=recipe.batching.share_prefixes is not False),
     )
     shown = recipe.logging.progress and process_groups.world.rank() == 0
     progress = TransferProgress("loading the model", lambda line: print_line(line, sys.stderr)) if shown else None
@@ -61,8 +64,8 @@ def shares_prefixes(recipe: AnyRecipe, port: ModelPort) -> bool:
     asked = recipe.batching.share_prefixes
     if asked and not port.shares_prefixes:
         raise UserError(
-            "batching.share_prefixes true: only our own attention knows shared prefixes, and model.layers auto"
-            " chose Transformer Engine's; set model.layers local, or leave batching.share_prefixes out"
+            "batching.share_prefixes true: the attention of this model knows no shared prefixes; leave"
+            " batching.share_prefixes out, or set model.layers local"
         )
     return port.shares_prefixes if asked is None else asked
 

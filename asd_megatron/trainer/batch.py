@@ -215,6 +215,7 @@ def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout, shared: S
         cu_seqlens=torch.tensor(cu, dtype=torch.int32, device=layout.device),
         max_seqlen=max(e - a for a, e in zip(cu, cu[1:], strict=False)),
         parents=segments.parents if any(parent >= 0 for parent in segments.parents) else (),
+        boundaries=tuple(cu),
     )
     tokens = sum(len(s.ids) for s in sequences)
     return Pack(packed, tensor(row), tensor(target), tensor(flat), counts, tokens, tensor(numbers))

@@ -67,7 +67,7 @@ def _differentiate(function: Any, qkv: list[Tensor], gradient: Tensor) -> list[T
 def test_packs_against_dense_attention(lengths: list[int], scale: float, window: int | None) -> None:
     *qkv, gradient = _inputs(sum(lengths))
     attention = _attention(scale=scale, window=window)
-    packed = SimpleNamespace(cu_seqlens_q=_boundaries(lengths))
+    packed = SimpleNamespace(boundaries=_boundaries(lengths).tolist(), parents=())
     found = _differentiate(lambda *x: attention(*x, packed_seq_params=packed).squeeze(1), qkv, gradient)
     expected = _differentiate(lambda q, k, v: _dense(q, k, v, lengths, scale, window), qkv, gradient)
     for a, b in zip(found, expected, strict=True):
@@ -108,7 +108,7 @@ def test_shared_prefixes_against_dense_attention(name: str, window: int | None) 
     lengths, parents = TREES[name]
     *qkv, gradient = _inputs(sum(lengths))
     attention = _attention(window=window)
-    packed = SimpleNamespace(cu_seqlens_q=_boundaries(lengths), parents=parents)
+    packed = SimpleNamespace(boundaries=_boundaries(lengths).tolist(), parents=parents)
     found = _differentiate(lambda *x: attention(*x, packed_seq_params=packed).squeeze(1), qkv, gradient)
     expected = _differentiate(lambda q, k, v: _dense_tree(q, k, v, lengths, parents, window), qkv, gradient)
     for a, b in zip(found, expected, strict=True):
@@ -171,7 +171,7 @@ def _shared(rank: int, lengths: list[int], window: int | None) -> list[list[Tens
     mine = torch.cat([a + zigzag(n, size, rank) for a, n in zip(start, lengths, strict=False)])
     *qkv, gradient = _inputs(sum(lengths))
     attention = _attention(size, dist.group.WORLD, window=window)
-    packed = SimpleNamespace(cu_seqlens_q=_boundaries(lengths))
+    packed = SimpleNamespace(boundaries=_boundaries(lengths).tolist(), parents=())
     found = _differentiate(
         lambda *x: attention(*x, packed_seq_params=packed).squeeze(1), [x[mine] for x in qkv], gradient[mine]
     )

@@ -15,12 +15,16 @@ from tests.models import everywhere, tiny
 from tests.models.oracle import pack, relative
 from tests.te_double import run_ranks_with_te, stand_in
 
-CELLS_ON_TWO_RANKS = ["te_tp2", "te_tp2_sp", "te_pp2", "te_cp2", "te_dp2_distopt", "te_moe_ep2", "te_bf16_tp2_sp"]
+CELLS_ON_TWO_RANKS = [
+    *("te_tp2", "te_tp2_sp", "te_tp2_sp_shared", "te_pp2", "te_cp2", "te_dp2_distopt", "te_moe_ep2"),
+    "te_bf16_tp2_sp",
+]
 
 
 def test_parity_with_local_layers(tmp_path: Path) -> None:
     """Losses, gradients and updates in float32 are those of one process with local layers; weight gradients are
-    fused."""
+    fused. FlexAttention attends to shared prefixes, and the stand-in's rotation counts positions from 0 in every
+    sequence, as the kernel does."""
     names = ["te_single", "te_recompute_mlp", "te_moe_recompute_mlp", *CELLS_ON_TWO_RANKS]
     with stand_in():
         results = parity.run(names, tmp_path, timeout=250, say=lambda _: None)

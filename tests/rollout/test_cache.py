@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -165,7 +166,7 @@ def test_a_token_attends_alike_in_the_cache_and_in_a_pack(shared: int, window: i
     config = SimpleNamespace(context_parallel_size=1)
     packed = SDPACoreAttention(config, 1, None, "self", scale=dim**-0.5, window=window)(
         *(torch.cat([row[i] for row in rows]) for i in range(3)),
-        packed_seq_params=SimpleNamespace(cu_seqlens_q=torch.tensor([0, *lengths]).cumsum(0)),
+        packed_seq_params=SimpleNamespace(boundaries=[0, *itertools.accumulate(lengths)], parents=()),
     )
     expected = packed.squeeze(1).split(lengths)
 
