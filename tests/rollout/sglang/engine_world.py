@@ -122,6 +122,7 @@ class World:
             "verifier": None,
             "tolerance": 0.1,
             "probe_ids": (1, 2),
+            "quantize": False,
             "start_timeout": 10.0,
             "wait_timeout": 1.0,
             "colocated": False,
