@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 ANY_ENGINE = ("engine", "replay_folder", "max_batch_size", "collect_timeout", "routing_replay")
 QUANTIZING_ARGUMENTS = ("quantization", "load-format")
 """SGLang's own arguments that `rollout.quantization` decides about."""
+SCALES_NOT_LOADED = ("LlamaForCausalLM", "MistralForCausalLM")
+"""SGLang 0.5.23 renames the scales of these (`models/llama.py`, `load_weights`) and then does not find their place."""
 BLOCK = 128  # rows and columns of a quantised weight that share a scale
 STARTED_ONLY = ("servers", "server_devices", "server_tensor_parallel", "server_args", "server_python")
 
@@ -233,10 +235,15 @@ def _quantization(recipe: Recipe) -> Iterator[str]:
 
 
 def quantized_model_findings(rollout: RolloutSection, hf_config: Mapping[str, Any]) -> Iterator[str]:
-    """Sizes of the model that cannot be quantised in blocks. Sizes that `hf_config`, its config.json, does not give
-    are not checked."""
+    """Models that SGLang does not load in blocks, and sizes that blocks do not divide. What `hf_config`, the model's
+    config.json, does not say is not checked."""
     if rollout.quantization == "none":
         return
+    for name in (name for name in hf_config.get("architectures") or () if name in SCALES_NOT_LOADED):
+        yield (
+            f"rollout.quantization {rollout.quantization}: SGLang does not load the scales of a {name}: set"
+            " rollout.quantization none"
+        )
     ranks, heads, hidden = (
         rollout.server_tensor_parallel,
         hf_config.get("num_attention_heads"),

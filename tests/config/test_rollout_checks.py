@@ -122,6 +122,14 @@ def test_a_rank_of_a_quantised_server_has_complete_blocks(
         check_model(recipe, SIZES | sizes)
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM"])
+def test_a_model_whose_scales_sglang_does_not_load_is_refused(architecture: str) -> None:
+    check_model(make(S), {"architectures": [architecture]})
+    check_model(make(FP8), {"architectures": ["Qwen3ForCausalLM"]})
+    with pytest.raises(UserError, match=f"the scales of a {architecture}: set rollout.quantization none"):
+        check_model(make(FP8), {"architectures": [architecture]})
+
+
 def test_rollouts_of_quantised_servers_are_corrected_unless_the_recipe_says_otherwise() -> None:
     def correction(text: str) -> str:
         recipe = make(text)
