@@ -141,7 +141,8 @@ class AlgorithmSection(Section):
         "none",
         description=(
             "Weight each token by the ratio exp(log-prob under the scoring weights - the engine's). `truncated`: at"
-            " most `importance_cap`; `masked`: 0 outside `importance_floor` to `importance_cap`."
+            " most `importance_cap`; `masked`: 0 outside `importance_floor` to `importance_cap`. With"
+            " `rollout.quantization` the default is `truncated`."
         ),
     )
     importance_level: Literal["token", "sequence", "geometric"] = Field(

@@ -18,7 +18,7 @@ from asd_megatron.config.parallelism import ParallelismSection
 from asd_megatron.config.precision_checks import precision_findings
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 from asd_megatron.config.refusals import dotted_keys, nearest_key
-from asd_megatron.config.rollout_checks import device_findings, rollout_findings
+from asd_megatron.config.rollout_checks import device_findings, quantized_model_findings, rollout_findings
 from asd_megatron.config.teacher_checks import teacher_findings
 from asd_megatron.config.term_checks import term_findings
 from asd_megatron.data.templates import PAPER_WORDING, teacher_template_fault
@@ -316,7 +316,10 @@ def check_model(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> None:
 
     `hf_config` is the Hugging Face `config.json` of the model; what it does not say is not checked here.
     """
-    _refuse([*_divides(recipe.parallelism, hf_config), *_experts(recipe, hf_config), *_lengths(recipe, hf_config)])
+    findings = [*_divides(recipe.parallelism, hf_config), *_experts(recipe, hf_config), *_lengths(recipe, hf_config)]
+    if isinstance(recipe, Recipe):
+        findings += quantized_model_findings(recipe.rollout, hf_config)
+    _refuse(findings)
 
 
 def _experts(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> Iterator[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from asd_megatron.config.algorithm import AlgorithmSection
 from asd_megatron.config.base import Section
@@ -55,6 +56,18 @@ class Recipe(Section):
     batching: BatchingSection = BatchingSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _correct_quantized_rollouts(cls, values: Any) -> Any:
+        """Quantised servers sample from another distribution than the trainer's: unless the recipe says what to do
+        about it, importance weights are truncated."""
+        if not isinstance(values, Mapping) or _key(values, "rollout", "quantization") in (None, "none"):
+            return values
+        algorithm = values.get("algorithm", {})
+        if not isinstance(algorithm, Mapping) or "importance_correction" in algorithm:
+            return values
+        return {**values, "algorithm": {**algorithm, "importance_correction": "truncated"}}
 
     @property
     def gate_warmup_steps(self) -> int:
@@ -114,6 +127,12 @@ class SftRecipe(Section):
 
 AnyRecipe = Recipe | SftRecipe
 SCHEMAS: dict[Kind, type[Recipe] | type[SftRecipe]] = {"train": Recipe, "sft": SftRecipe}
+
+
+def _key(values: Mapping[str, Any], section: str, key: str) -> Any:
+    """The value of a key before validation; None if it is not given."""
+    keys = values.get(section)
+    return keys.get(key) if isinstance(keys, Mapping) else getattr(keys, key, None)
 
 
 def _evaluates(data: DataSection, evaluation: EvaluationSection) -> bool:

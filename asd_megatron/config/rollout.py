@@ -77,6 +77,14 @@ class RolloutSection(Section):
         (), description='`sglang`: CUDA devices of each server that is started, for instance ["4,5", "6,7"].'
     )
     server_tensor_parallel: int = Field(1, ge=1, description="`sglang`: tensor-parallel size of each server.")
+    quantization: Literal["none", "fp8"] = Field(
+        "none",
+        description=(
+            "`sglang`: number format of the servers' matrices and their inputs (docs/sglang.md, FP8 rollouts). `fp8`:"
+            " e4m3, a scale for each 128 x 128 block of a weight and each 128 values of a token; the trainer quantises"
+            " what it sends. Turns on `algorithm.importance_correction` unless the recipe sets it."
+        ),
+    )
     server_args: dict[str, Any] = Field(
         {}, description="`sglang`: further arguments of the servers that are started, as SGLang names them."
     )
@@ -161,6 +169,7 @@ class RolloutSection(Section):
         None,
         gt=0,
         description=(
-            "Largest mean absolute difference of the probe's log-probs (nats); null: 1e-3 in float32, 0.1 in bfloat16."
+            "Largest mean absolute difference of the probe's log-probs (nats); null: 1e-3 in float32, 0.1 in bfloat16,"
+            " 0.5 with `quantization`."
         ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from asd_megatron.config.refusals import changed
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from asd_megatron.config.recipe import Recipe
 
 ANY_ENGINE = ("engine", "replay_folder", "max_batch_size", "collect_timeout", "routing_replay")
+QUANTIZING_ARGUMENTS = ("quantization", "load-format")
+"""SGLang's own arguments that `rollout.quantization` decides about."""
+SCALES_NOT_LOADED = ("LlamaForCausalLM", "MistralForCausalLM")
+"""SGLang 0.5.23 renames the scales of these (`models/llama.py`, `load_weights`) and then does not find their place."""
+BLOCK = 128  # rows and columns of a quantised weight that share a scale
 STARTED_ONLY = ("servers", "server_devices", "server_tensor_parallel", "server_args", "server_python")
 
 
@@ -32,6 +37,7 @@ def rollout_findings(recipe: Recipe) -> Iterator[str]:
         return
     yield from _servers(rollout)
     yield from _weight_sync(rollout)
+    yield from _quantization(recipe)
     yield from _off_policy(recipe)
 
 
@@ -203,6 +209,63 @@ def _weight_sync(rollout: RolloutSection) -> Iterator[str]:
         yield (
             "rollout.offload_optimizer frees memory for servers on the trainer's devices: set rollout.placement"
             " colocated, or rollout.offload_optimizer false"
+        )
+
+
+def _quantization(recipe: Recipe) -> Iterator[str]:
+    rollout = recipe.rollout
+    given = {name.lstrip("-").replace("_", "-") for name in rollout.server_args}
+    if rollout.quantization == "none":
+        if "quantization" in given:
+            yield (
+                "rollout.server_args quantization: SGLang cannot be sent other weights once it has quantised them: set"
+                " rollout.quantization fp8, which quantises them in the trainer"
+            )
+        return
+    for name in (name for name in QUANTIZING_ARGUMENTS if name in given):
+        yield (
+            f"rollout.server_args {name}: rollout.quantization {rollout.quantization} sets how the servers load their"
+            " weights: leave one of the two out"
+        )
+    if recipe.model.dtype == "float32":
+        yield (
+            f"rollout.quantization {rollout.quantization} with model.dtype float32: SGLang computes the rest of a"
+            " quantised model in bfloat16: set model.dtype bfloat16, or rollout.quantization none"
+        )
+
+
+def quantized_model_findings(rollout: RolloutSection, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    """Models that SGLang does not load in blocks, and sizes that blocks do not divide. What `hf_config`, the model's
+    config.json, does not say is not checked."""
+    if rollout.quantization == "none":
+        return
+    for name in (name for name in hf_config.get("architectures") or () if name in SCALES_NOT_LOADED):
+        yield (
+            f"rollout.quantization {rollout.quantization}: SGLang does not load the scales of a {name}: set"
+            " rollout.quantization none"
+        )
+    ranks, heads, hidden = (
+        rollout.server_tensor_parallel,
+        hf_config.get("num_attention_heads"),
+        hf_config.get("hidden_size"),
+    )
+    if not isinstance(heads, int) or not isinstance(hidden, int):
+        return
+    head = hf_config.get("head_dim") or hidden // heads
+    key_heads = hf_config.get("num_key_value_heads") or heads
+    units = hf_config.get("moe_intermediate_size") or hf_config.get("intermediate_size") or 0
+    sizes = {
+        "hidden units": hidden,
+        "rows of query heads": heads * head / ranks,
+        "rows of key heads": max(key_heads / ranks, 1) * head,
+        "feed-forward units": units / ranks,
+    }
+    bad = [f"{size:g} {name}" for name, size in sizes.items() if size % BLOCK]
+    if bad:
+        yield (
+            f"rollout.quantization {rollout.quantization} takes blocks of {BLOCK} x {BLOCK}, and a server's rank has"
+            f" {', '.join(bad)} of the model: set rollout.quantization none"
+            + (f", or lower rollout.server_tensor_parallel {ranks}" if ranks > 1 else "")
         )
 
 

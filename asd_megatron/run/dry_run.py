@@ -26,6 +26,7 @@ from asd_megatron.run.build import (
     never_acts,
 )
 from asd_megatron.run.folder import Start
+from asd_megatron.run.mismatch import uncorrected
 from asd_megatron.run.preview import preview, start_text
 from asd_megatron.run.report import evaluation_text, method_rows, weights_rows
 from asd_megatron.run.sources import held_out_problems, model_folder, supervised_source, training_problems
@@ -118,7 +119,7 @@ def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[
         ("data", "\n".join(counts)),
         ("reward", f"{recipe.reward.name} gives {reward:g} for the response {FAKE_RESPONSE!r} to the problem below"),
         ("passes of a step", "\n".join(passes.reasons)),
-        *([("warning", reason)] if (reason := never_acts(recipe)) else []),
+        *(("warning", reason) for reason in (never_acts(recipe), uncorrected(recipe)) if reason is not None),
         (f"student's prompt of problem {problem.prompt_id}", renderer.student_text(problem)),
     ]
     if passes.teacher_scoring:

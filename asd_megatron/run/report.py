@@ -138,6 +138,21 @@ def _servers(rollout: RolloutSection) -> dict[str, str]:
     return report
 
 
+def _quantized(recipe: Recipe) -> dict[str, str]:
+    """The rows of quantised servers; {} for others."""
+    a = recipe.algorithm
+    if recipe.rollout.quantization == "none":
+        return {}
+    unit = "token" if a.importance_level == "token" else f"response ({a.importance_level})"
+    correction = f"{a.importance_correction} at {a.importance_cap:g}, one weight a {unit}"
+    return {
+        "servers' format": f"{recipe.rollout.quantization}, quantised here for every weight update",
+        "importance": "NOT CORRECTED (importance_correction none)"
+        if a.importance_correction == "none"
+        else f"{correction}: quantised servers sample from another distribution",
+    }
+
+
 def _demonstrations(recipe: Recipe, teacher: bool) -> dict[str, str]:
     if not teacher:
         return {}
@@ -260,6 +275,7 @@ def announce_training(recipe: Recipe, session: Session, strength: TermStrength, 
             "rollouts": f"{s.rollouts_per_problem} a problem, at most {s.max_response_tokens} tokens, "
             f"temperature {s.temperature:g}, from the {recipe.rollout.engine} engine",
             **_servers(recipe.rollout),
+            **_quantized(recipe),
             "reward": recipe.reward.name,
             "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens"
             + (", shared prefixes computed once" if session.pack_layout.share_prefixes else ""),

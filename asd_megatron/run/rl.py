@@ -34,6 +34,7 @@ from asd_megatron.run.build import (
 )
 from asd_megatron.run.evaluation import HeldOut, Weights
 from asd_megatron.run.folder import writing
+from asd_megatron.run.mismatch import MismatchWarning, uncorrected
 from asd_megatron.run.report import announce_training
 from asd_megatron.run.session import Session
 from asd_megatron.run.sources import own_metrics
@@ -70,6 +71,7 @@ class TrainingRun:
         self.condition = self.strength.method.condition
         self.guard, self.increments = Guard(), Increments()
         self.warnings = MethodWarnings(group_advantage=recipe.algorithm.weighs_group_advantage)
+        self.mismatch = MismatchWarning(recipe)
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         train_set, test_set = problem_sets(recipe, self.renderer)
@@ -103,8 +105,9 @@ class TrainingRun:
         for line in self._changed_levels:
             self.session.say(line)
         done = self.session.first_step - 1
-        if reason := never_acts(self.recipe, done=done, warm_up=self.strength.warm_up):
-            self.session.say(f"warning: {reason}")
+        for reason in (never_acts(self.recipe, done=done, warm_up=self.strength.warm_up), uncorrected(self.recipe)):
+            if reason is not None:
+                self.session.say(f"warning: {reason}")
         with self.session.generating():  # colocated servers size their memory by what is free
             self._start_engine()
         if self.held_out is not None:
@@ -303,13 +306,16 @@ class TrainingRun:
         self.session.name_attention(step)
         self.session.write_metrics(step, metrics)
         self.session.progress.update(step, metrics)
-        for text in texts:
-            self.session.say(f"warning: {text}")
+        for text in (*texts, self.mismatch.of_step(metrics)):
+            if text is not None:
+                self.session.say(f"warning: {text}")
 
     def _watch_earlier_steps(self) -> None:
         """Warnings count from the run's first step, also after it was resumed."""
         for row in read_metrics(self.session.folder):
-            self.warnings.of_step(row["step"], {k: v for k, v in row.items() if isinstance(v, int | float)})
+            numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+            self.warnings.of_step(row["step"], numbers)
+            self.mismatch.of_step(numbers)
 
     def checkpoint_if_due(self, step: int) -> None:
         self.session.checkpoint_if_due(step, self._state(step), self.guard)

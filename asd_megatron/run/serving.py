@@ -30,6 +30,7 @@ from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import CudaIpcTransport
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
+from asd_megatron.rollout.sglang.weight_sync.quantize import write_model_without_weights
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
 from asd_megatron.run.session import Session
 from asd_megatron.trainer.scorer import score_sequence
@@ -40,6 +41,13 @@ CONTINUATION = "Now solve this problem step by step. The final answer is:"
 """Of the probe's prompt; the built-in puzzle's small vocabulary has these words too."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest mean absolute difference of the probe's log-probs, in nats."""
+QUANTIZED_TOLERANCE = 0.5
+"""The same for servers that compute in FP8 (docs/sglang.md has the measurements)."""
+WITH_FP8 = (8, 9)  # compute capability
+BLACKWELL = 10  # its major number
+BLACKWELL_ARGUMENTS = {"fp8-gemm-backend": "flashinfer_trtllm"}
+"""SGLang's own choice there is DeepGEMM, for which it rewrites weights and scales in place as they are loaded: other
+ones could not be loaded into them."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ def _controller(session: Session, rollout: RolloutSection, probe: tuple[int, ...
     """The controller with all that it needs on global rank 0; no server is started yet. Raises UserError for an
     environment that cannot serve."""
     port, labels, closing = session.port, Labels(), ExitStack()
+    _check_quantization(session, rollout)
     routing = _routing(session, rollout)
     verifier = _verifier(session, rollout)
     keys = Keys.given() if rollout.server_urls else Keys.new()
@@ -113,12 +122,34 @@ def _controller(session: Session, rollout: RolloutSection, probe: tuple[int, ...
         pool=pool,
         verifier=verifier,
         probe_ids=probe,
-        tolerance=rollout.verify_tolerance or TOLERANCE[port.dtype],
+        tolerance=rollout.verify_tolerance or default_tolerance(rollout, port.dtype),
+        quantize=rollout.quantization != "none",
         start_timeout=rollout.server_start_timeout,
         wait_timeout=rollout.server_wait_timeout,
         colocated=rollout.placement == "colocated",
         closing=closing,
     )
+
+
+def default_tolerance(rollout: RolloutSection, dtype: torch.dtype) -> float:
+    """`rollout.verify_tolerance` where the recipe leaves it out."""
+    return TOLERANCE[dtype] if rollout.quantization == "none" else QUANTIZED_TOLERANCE
+
+
+def _check_quantization(session: Session, rollout: RolloutSection) -> None:
+    """Raises UserError for quantised servers beside a trainer, or on devices, that they do not work with."""
+    if rollout.quantization == "none":
+        return
+    if session.port.dtype != torch.bfloat16:
+        raise UserError(
+            f"rollout.quantization {rollout.quantization} needs a trainer in bfloat16, which model.dtype auto is on"
+            " GPUs alone: set model.dtype bfloat16"
+        )
+    if torch.cuda.is_available() and not rollout.server_urls and torch.cuda.get_device_capability() < WITH_FP8:
+        raise UserError(
+            f"rollout.quantization {rollout.quantization}: {torch.cuda.get_device_name()} has no FP8 arithmetic, and"
+            " SGLang repacks the weights there so that no others can be loaded: set rollout.quantization none"
+        )
 
 
 def _routing(session: Session, rollout: RolloutSection) -> Routing | None:
@@ -168,11 +199,17 @@ def server_options(session: Session, rollout: RolloutSection, keys: Keys) -> lis
         arguments.setdefault("enable-memory-saver", True)
     if rollout.routing_replay == "engine":
         arguments.setdefault(SERVER_ARGUMENT, True)
+    model = session.source
+    if rollout.quantization != "none":
+        model = write_model_without_weights(session.source, session.folder / "servers" / "model", session.port.dtype)
+        arguments["load-format"] = "dummy"  # the first weight update brings all weights
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == BLACKWELL:
+            arguments = {**BLACKWELL_ARGUMENTS, **arguments}
     devices = devices_of_servers(list(rollout.server_devices), rollout.servers, rollout.server_tensor_parallel)
     return [
         ServerOptions(
             python=Path(rollout.server_python),
-            model=session.source,
+            model=model,
             tensor_parallel=rollout.server_tensor_parallel,
             devices=devices[index],
             api_key=keys.api,
@@ -187,7 +224,8 @@ def server_options(session: Session, rollout: RolloutSection, keys: Keys) -> lis
 def _transport(session: Session, rollout: RolloutSection) -> Transport:
     if rollout.weight_sync == "disk":
         folder = Path(rollout.weight_sync_folder or session.folder / "weights")
-        return DiskTransport(folder, session.source, timeout=rollout.weight_sync_timeout)
+        quantized = rollout.quantization != "none"
+        return DiskTransport(folder, session.source, quantized=quantized, timeout=rollout.weight_sync_timeout)
     if rollout.weight_sync == "cuda_ipc":
         return CudaIpcTransport(
             ipc_arguments(Path(rollout.server_python)),

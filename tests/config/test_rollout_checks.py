@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from yaml import safe_load
 
-from asd_megatron.config import Recipe, check_devices, make_recipe
+from asd_megatron.config import Recipe, check_devices, check_model, dump_recipe, make_recipe
 from asd_megatron.config.refusals import RENAMED_KEYS, dotted_keys
 from asd_megatron.config.rollout_checks import device_findings
 from asd_megatron.errors import UserError
@@ -14,6 +15,7 @@ S = "rollout.engine=sglang "
 URLS = S + 'rollout.server_urls=["http://127.0.0.1:3","http://127.0.0.1:4"] '
 FAR = S + 'rollout.server_urls=["http://10.1.2.3:30000"] '
 COLOCATED = S + "rollout.placement=colocated "
+FP8 = S + "rollout.quantization=fp8 "
 IS = " algorithm.importance_correction=truncated"
 
 
@@ -73,11 +75,73 @@ IS = " algorithm.importance_correction=truncated"
          S + "rollout.max_staleness=0"),
         (S + "rollout.overlap=true rollout.placement=colocated" + IS, "set rollout.placement disaggregated",
          S + "rollout.overlap=true" + IS),
+        ("rollout.quantization=fp8", "rollout.quantization is read only with rollout.engine sglang", FP8),
+        (FP8 + 'rollout.server_args={"quantization":"fp8"}', "rollout.server_args quantization: rollout.quantization",
+         FP8),
+        (FP8 + 'rollout.server_args={"--load_format":"auto"}', "rollout.server_args load-format: rollout.quantization",
+         FP8),
+        (S + 'rollout.server_args={"quantization":"w8a8_fp8"}', "set rollout.quantization fp8", FP8),
+        (FP8 + "model.dtype=float32", "set model.dtype bfloat16", FP8 + "model.dtype=bfloat16"),
     ],
 )  # fmt: skip
 def test_refused_with_the_remedy(bad: str, message: str, good: str) -> None:
     assert message in refusal(bad)
     make(good)
+
+
+SIZES = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "message"),
+    [
+        (2, {}, None),
+        (4, {}, "has 64 rows of key heads of the model: set rollout.quantization none, or lower rollout.server_tens"),
+        (1, {"hidden_size": 576}, "576 hidden units of the model: set rollout.quantization none$"),
+        (2, {"intermediate_size": 1152}, "576 feed-forward units"),
+        (2, {"moe_intermediate_size": 192}, "96 feed-forward units"),  # of an expert; intermediate_size is not read
+        (8, {"head_dim": 128}, None),  # a key head of 128 rows is on two ranks
+        (8, {"head_dim": 128, "num_attention_heads": 12}, "192 rows of query heads"),
+    ],
+)
+def test_a_rank_of_a_quantised_server_has_complete_blocks(
+    ranks: int, sizes: dict[str, int], message: str | None
+) -> None:
+    recipe = make(FP8 + f"rollout.server_tensor_parallel={ranks}")
+    if message is None:
+        return check_model(recipe, SIZES | sizes)
+    check_model(make(S + f"rollout.server_tensor_parallel={ranks}"), SIZES | sizes)
+    with pytest.raises(UserError, match=message):
+        check_model(recipe, SIZES | sizes)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM"])
+def test_a_model_whose_scales_sglang_does_not_load_is_refused(architecture: str) -> None:
+    check_model(make(S), {"architectures": [architecture]})
+    check_model(make(FP8), {"architectures": ["Qwen3ForCausalLM"]})
+    with pytest.raises(UserError, match=f"the scales of a {architecture}: set rollout.quantization none"):
+        check_model(make(FP8), {"architectures": [architecture]})
+
+
+def test_rollouts_of_quantised_servers_are_corrected_unless_the_recipe_says_otherwise() -> None:
+    def correction(text: str) -> str:
+        recipe = make(text)
+        again = make_recipe(safe_load(dump_recipe(recipe)))  # what the run folder says, read back
+        assert again == recipe
+        return recipe.algorithm.importance_correction
+
+    assert correction(FP8) == correction(FP8 + "algorithm.clip_high=0.3") == "truncated"
+    assert correction(FP8 + "algorithm.importance_level=sequence") == "truncated"
+    assert correction(FP8 + "algorithm.importance_correction=none") == "none"
+    assert correction(FP8 + "algorithm.importance_correction=masked") == "masked"
+    assert correction(S) == correction(S + "rollout.quantization=none") == "none"
 
 
 def test_virtual_stages_and_context_parallelism_are_fine_with_servers() -> None:

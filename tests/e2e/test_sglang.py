@@ -17,8 +17,9 @@ import pytest
 from asd_megatron import train as program
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.rollout.sglang.engine import SGLangEngine
+from asd_megatron.run.mismatch import LARGE_KL
 from asd_megatron.run.rl import TrainingRun
-from tests.e2e.world import World, dump, make_world, refusal, start, steps, without_torchrun
+from tests.e2e.world import World, dump, make_fp8_world, make_world, refusal, start, steps, without_torchrun
 from tests.models.tiny import tiny_llama, tiny_qwen3
 from tests.rollout.sglang.sglang_world import SGLangWorld, sglang_python
 
@@ -102,6 +103,26 @@ def test_a_run_starts_its_servers_and_a_router_and_shares_its_device_with_them(w
     assert sorted(path.name for path in logs.iterdir()) == ["router.log", "server_0.log"]
     assert all(path.stat().st_mode & 0o077 == 0 for path in logs.iterdir()), "they are nobody else's to read"
     assert "/release_memory_occupation" in (logs / "server_0.log").read_text()
+
+
+def test_a_quantised_server_is_sent_fp8_and_its_rollouts_are_corrected(tmp_path: Path) -> None:
+    fp8 = make_fp8_world(tmp_path)
+    folder = fp8.train(
+        "fp8",
+        run={"folder": str(tmp_path / "runs" / "{name}"), "steps": 3, "dump_rollouts": True},
+        model={"path": str(fp8.model), "dtype": "bfloat16"},
+        rollout={"engine": "sglang", "quantization": "fp8", "server_python": str(sglang_python())},
+    )
+    assert "importance_correction: truncated" in (folder / "recipe.yaml").read_text()
+    rows = [row for row in read_metrics(folder) if row["step"] > 0]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["weight_sync/verified"] == 1 and row["weight_sync/probe_exceeded"] == 0
+        assert 0.001 < row["mismatch/mean_abs"] < 0.2 and row["mismatch/k3"] < LARGE_KL
+        assert 0.9 < row["importance/mean"] < 1.1
+        assert {e.rollout.weight_version for e in dump(folder, row["step"]).examples} == {row["step"] - 1}
+    served = folder / "servers" / "model"
+    assert not list(served.glob("*.safetensors")), "weights come through the update alone"
 
 
 class Disturbed(TrainingRun):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from asd_megatron.observe.writer import read_metrics
-from tests.e2e.world import World, make_gpu_world, start
+from asd_megatron.run.mismatch import LARGE_KL
+from tests.e2e.world import World, make_fp8_world, make_gpu_world, start
 from tests.rollout.sglang.sglang_world import sglang_python
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sglang]
@@ -61,3 +62,24 @@ def test_servers_on_other_devices_are_sent_weights_over_nccl(world: World) -> No
 def test_weights_through_a_folder(world: World) -> None:
     rollout = {"placement": "colocated", "weight_sync": "disk", "server_args": {"mem-fraction-static": 0.3}}
     check(trained(world, "disk", rollout))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("weight_sync", ["cuda_ipc", "disk"])
+def test_a_quantised_server(weight_sync: str, tmp_path: Path) -> None:
+    """FP8 weights arrive (checksums), are computed with (the probe), and the rollouts are corrected by default."""
+    rollout = {
+        "placement": "colocated",
+        "quantization": "fp8",
+        "weight_sync": weight_sync,
+        "server_args": {"mem-fraction-static": 0.3},
+    }
+    fp8 = make_fp8_world(tmp_path)
+    rows = trained(fp8, f"fp8_{weight_sync}", rollout, model={"path": str(fp8.model), "dtype": "bfloat16"})
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row in rows:
+        assert row["weight_sync/verified"] == 1 and row["weight_sync/probe_exceeded"] == 0
+        assert row["weight_sync/probe_mean_abs"] > 0.001, "bfloat16 would be closer"
+        assert row["mismatch/k3"] < LARGE_KL and 0.9 < row["importance/mean"] < 1.1
+    said = (fp8.run_folder(f"fp8_{weight_sync}") / "recipe.yaml").read_text()
+    assert "importance_correction: truncated" in said

@@ -109,6 +109,12 @@ def make_gpu_world(folder: Path) -> World:
     return make_world(folder, hidden_size=256, head_dim=64, intermediate_size=512, max_position_embeddings=512)
 
 
+def make_fp8_world(folder: Path) -> World:
+    """A world with a model that is made of blocks of 128 x 128, whose log-probs FP8 changes little."""
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "max_position_embeddings": 512}
+    return make_world(folder, initializer_range=0.05, **sizes)
+
+
 def change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Rewrite a model folder's safetensors file after `change` has worked on its tensors."""
     path = model / "model.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from asd_megatron.rollout.sglang.servers.versions import Versions
 from asd_megatron.run import report, serving
 from asd_megatron.run.serving import check_nccl, loaded_nccl, probe_ids
 from tests.config.test_checks import make
+from tests.models.tiny import tiny_qwen3
 
 
 def test_the_probe_is_a_real_prompt_and_its_continuation() -> None:
@@ -46,6 +48,43 @@ def test_servers_return_routed_experts_when_they_are_replayed() -> None:
     with pytest.raises(UserError, match="routing_replay engine: the model has no experts"):
         serving._routing(SimpleNamespace(hf_config={"num_hidden_layers": 4}), rollout)  # type: ignore[arg-type]
     assert serving._routing(session, make("rollout.engine=sglang").rollout) is None
+
+
+def test_quantised_servers_start_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_qwen3(tmp_path / "model")
+    session: Any = SimpleNamespace(source=source, folder=tmp_path / "run", port=SimpleNamespace(dtype=torch.bfloat16))
+    rollout = make("rollout.engine=sglang rollout.quantization=fp8 rollout.servers=2").rollout
+    for _ in range(2):  # a resumed run finds the folder of the first
+        options = serving.server_options(session, rollout, serving.Keys.new())
+    assert [o.model for o in options] == [tmp_path / "run" / "servers" / "model"] * 2
+    assert all(o.arguments == {"load-format": "dummy"} for o in options)
+    assert "quantization_config" in json.loads((options[0].model / "config.json").read_text())
+    assert serving.default_tolerance(rollout, torch.bfloat16) > serving.TOLERANCE[torch.bfloat16]
+    serving._check_quantization(session, rollout)
+    session.port.dtype = torch.float32
+    with pytest.raises(UserError, match="set model.dtype bfloat16"):
+        serving._check_quantization(session, rollout)
+
+
+@pytest.mark.parametrize(
+    ("capability", "backend"), [((9, 0), None), ((10, 0), "flashinfer_trtllm"), ((12, 0), None), ((8, 0), "refused")]
+)
+def test_the_servers_matrix_products_by_gpu(
+    capability: tuple[int, int], backend: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only kernels that leave the weights as they were loaded: SGLang's choice, but for one generation."""
+    for name, value in {"is_available": True, "get_device_capability": capability, "get_device_name": "a GPU"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    source = tiny_qwen3(tmp_path / "model")
+    session: Any = SimpleNamespace(source=source, folder=tmp_path / "run", port=SimpleNamespace(dtype=torch.bfloat16))
+    rollout = make("rollout.engine=sglang rollout.quantization=fp8").rollout
+    if backend == "refused":
+        with pytest.raises(UserError, match="a GPU has no FP8 arithmetic"):
+            serving._check_quantization(session, rollout)
+        return
+    serving._check_quantization(session, rollout)
+    (options,) = serving.server_options(session, rollout, serving.Keys.new())
+    assert options.arguments.get("fp8-gemm-backend") == backend
 
 
 def test_other_nccl_on_the_servers_side_is_refused_with_both_ways_out() -> None:

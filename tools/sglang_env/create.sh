@@ -32,8 +32,10 @@ else
     "${pip[@]}" "$(grep '^torch==' "$requirements")"
     "${pip[@]}" --no-deps -r "$requirements"
     packages=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    cp "$here/sgl_kernel.py" "$here/asd_cpu_torchvision.py" "$packages/"
-    echo "import asd_cpu_torchvision" >"$packages/asd_cpu_torchvision.pth"
+    cp "$here/sgl_kernel.py" "$here/asd_cpu_torchvision.py" "$here/asd_cpu_fp8.py" "$packages/"
+    for module in asd_cpu_torchvision asd_cpu_fp8; do
+        echo "import $module" >"$packages/$module.pth"
+    done
 fi
 "$folder/bin/python" -c 'import importlib.metadata as m; print("SGLang", m.version("sglang"), "with torch", m.version("torch"))'
 echo "$variant $made_of" >"$stamp"

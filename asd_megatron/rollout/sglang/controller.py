@@ -22,6 +22,7 @@ from asd_megatron.rollout.sglang.metrics import ServerMetrics
 from asd_megatron.rollout.sglang.servers.models import SERVED_AS
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
+from asd_megatron.rollout.sglang.weight_sync.quantize import quantized
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
 from asd_megatron.rollout.sglang.weight_sync.verification import Probe, WeightVerifier
 
@@ -47,7 +48,8 @@ class Controller:
 
     model: what the servers have to serve. pool: the servers that are started here, None when they run already.
     verifier: compares what arrived with what was sent (None: nothing is compared). probe_ids, tolerance: the probe's
-    token ids, and the largest mean absolute difference of its log-probs in nats.
+    token ids, and the largest mean absolute difference of its log-probs in nats. quantize: the servers are sent
+    block-wise FP8.
     start_timeout: seconds within which all servers must work at first; wait_timeout: seconds without any usable server
     after which generation or an update gives up. colocated: the servers share the trainer's devices. closing: what ends
     with the engine (the fleet, the transport, the pool).
@@ -68,6 +70,7 @@ class Controller:
         verifier: WeightVerifier | None,
         tolerance: float,
         probe_ids: tuple[int, ...],
+        quantize: bool,
         start_timeout: float,
         wait_timeout: float,
         colocated: bool,
@@ -77,6 +80,7 @@ class Controller:
         self._model = model
         self._pool = pool
         self._verifier, self._tolerance, self._probe_ids = verifier, tolerance, probe_ids
+        self._quantize = quantize
         self._start_timeout = start_timeout
         self._wait_timeout = wait_timeout
         self._memory: ColocatedMemory | None = None
@@ -206,7 +210,7 @@ class Controller:
             report = synchronise(
                 self._transport,
                 receivers,
-                tensors,
+                quantized(tensors) if self._quantize else tensors,
                 label,
                 verifier=self._verifier,
                 before_generating=None if self._memory is None else self._memory.resume_caches,
@@ -227,10 +231,11 @@ class Controller:
     def not_sent(self, version: int, attempts: int) -> str:
         """The message for an update that failed in `attempts` attempts."""
         which = "any server" if self._synchronised else "every server, as the first update must,"
+        served = " (they have to serve a block-wise FP8 model: rollout.quantization fp8)" if self._quantize else ""
         return (
             f"the weights of version {version} did not reach {which} in {attempts} attempts: "
-            f"{self.unhealthy_reasons()}. Correct or remove these servers, or set another rollout.weight_sync, and"
-            " resume the run"
+            f"{self.unhealthy_reasons()}. Correct or remove these servers{served}, or set another rollout.weight_sync,"
+            " and resume the run"
         )
 
     def _lacking(self, version: int) -> list[ServerReceiver]:

@@ -47,10 +47,11 @@ class Transport:
     def __init__(self) -> None:
         self.failing: list[list[str]] = []
         self.sent: list[tuple[int, str, int]] = []
+        self.kinds: dict[str, torch.dtype] = {}  # of the last transmission, by name
 
     def send(self, receivers: Sequence[Receiver], tensors: Any, label: str) -> dict[str, str]:
-        count = len(list(tensors))
-        self.sent.append((len(receivers), label.rpartition("-")[2], count))
+        self.kinds = {name: tensor.dtype for name, tensor in tensors}
+        self.sent.append((len(receivers), label.rpartition("-")[2], len(self.kinds)))
         bad = self.failing.pop(0) if self.failing else []
         failures = {r.url: "broken on purpose" for r in receivers if r.url in bad}
         for receiver in receivers:
@@ -122,6 +123,7 @@ class World:
             "verifier": None,
             "tolerance": 0.1,
             "probe_ids": (1, 2),
+            "quantize": False,
             "start_timeout": 10.0,
             "wait_timeout": 1.0,
             "colocated": False,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import SamplingParams
@@ -123,6 +126,29 @@ def test_weights_that_reach_nobody_end_the_run(process_groups: Any, pair: Any, c
     with pytest.raises(RolloutError, match="weights of version 7 did not reach .* in 3 attempts: .*broken on purpose"):
         world.engine.load_weights(source)
     assert source.readings == 3, "every attempt reads the source to its end"
+
+
+class Matrices(Source):
+    """A norm and a matrix of a decoder layer."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        yield "model.layers.0.input_layernorm.weight", torch.ones(128, dtype=torch.bfloat16)
+        yield "model.layers.0.mlp.down_proj.weight", torch.ones(128, 256, dtype=torch.bfloat16)
+        self.readings += 1
+
+
+def test_quantised_servers_are_sent_values_and_scales(process_groups: Any, pair: Any, closing: ExitStack) -> None:
+    world, source = World(process_groups, pair, closing, quantize=True), Matrices(1)
+    world.engine.load_weights(source)
+    assert world.transport.kinds == {
+        "model.layers.0.input_layernorm.weight": torch.bfloat16,
+        "model.layers.0.mlp.down_proj.weight": torch.float8_e4m3fn,
+        "model.layers.0.mlp.down_proj.weight_scale_inv": torch.float32,
+    }
+    assert source.readings == 1 and [v.label for v in world.fleet.servers()] == ["cafe-1", "cafe-1"]
+    world.transport.failing = [[s.url for s in pair]] * 9  # as a server that serves bfloat16 refuses the scales
+    with pytest.raises(RolloutError, match="they have to serve a block-wise FP8 model"):
+        world.engine.load_weights(Matrices(2))
 
 
 def test_a_server_that_comes_back_gets_the_weights_before_it_serves(process_groups: Any, closing: ExitStack) -> None:

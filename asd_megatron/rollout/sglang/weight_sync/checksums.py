@@ -7,7 +7,8 @@ rank 0 of 2 holds under `model.layers.0.self_attn.qkv_proj.weight` the first hal
 v; and under `mlp.experts.w13_weight` the first half of the rows of expert 0's gate, of its up, of expert 1's gate, and
 so on. The layouts are those of SGLang 0.5.23 (`models/qwen3.py`, `qwen3_moe.py`, `qwen2.py`, `llama.py`, `olmo2.py`,
 `layers/linear.py`, `layers/moe/fused_moe_triton/layer.py`, `layers/vocab_parallel_embedding.py`,
-`managers/mm_utils.py`).
+`managers/mm_utils.py`, `utils/weight_checker.py`). Of a matrix in block-wise FP8 a server hashes the bfloat16 numbers
+that its values and scales stand for, under the matrix's name; so are they here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.weight_sync.hashes import TensorHash, for_device
 from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors
+from asd_megatron.rollout.sglang.weight_sync.quantize import FP8, SCALE_SUFFIX, dequantize
 
 VOCABULARY_MULTIPLE = 64  # SGLang's DEFAULT_VOCAB_PADDING_SIZE
 CPU_FFN_MULTIPLE = 32  # a server on the CPU pads so many columns a rank (adjust_config_with_unaligned_cpu_tp)
@@ -114,7 +116,7 @@ def _experts(at: str, config: Mapping[str, Any], ffn: Cut) -> dict[str, Piece]:
 class ServerChecksums:
     """Checksums of one set of weights, for servers with the given numbers of tensor-parallel ranks.
 
-    `dtype` and `device` ("cpu" or "cuda") are the servers'.
+    `dtype` and `device` ("cpu" or "cuda") are the servers'. FP8 matrices come as `quantized` yields them.
     """
 
     def __init__(self, config: Mapping[str, Any], ranks: Iterable[int], dtype: torch.dtype, device: str) -> None:
@@ -123,6 +125,7 @@ class ServerChecksums:
         self._open: dict[tuple[int, int, str], TensorHash] = {}
         self._done: dict[tuple[int, int], dict[str, TensorHash]] = {(n, r): {} for n in set(ranks) for r in range(n)}
         self._next: dict[str, int] = {}
+        self._values: dict[str, Tensor] = {}  # an FP8 matrix, until its scales follow
 
     def watch(self, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         """`tensors` unchanged, each hashed before it is yielded. Parts of one server tensor must come in order.
@@ -130,7 +133,12 @@ class ServerChecksums:
         Raises UserError for a tensor that no rule knows, RuntimeError if some are missing or out of order.
         """
         for name, tensor in tensors:
-            self._add(name, tensor)
+            if tensor.dtype == FP8:
+                self._values[name + SCALE_SUFFIX] = tensor
+            elif name in self._values:
+                self._add(name.removesuffix(SCALE_SUFFIX), dequantize(self._values.pop(name), tensor))
+            else:
+                self._add(name, tensor)
             yield name, tensor
         missing = [n for n, piece in self._pieces.items() if self._next.get(piece.target, 0) <= piece.part]
         if missing:

@@ -21,6 +21,7 @@ from asd_megatron.rollout.sglang.weight_sync.protocol import (
     ask_all,
     drain,
 )
+from asd_megatron.rollout.sglang.weight_sync.quantize import mark_quantized
 
 
 class DiskTransport:
@@ -30,7 +31,8 @@ class DiskTransport:
     ones that this object wrote are removed once the servers have read the new one. `folder` must be on a file system
     that every server sees under that path.
 
-    source: the model folder whose config and tokenizer are copied. timeout: seconds for a server to load the model.
+    source: the model folder whose config and tokenizer are copied. quantized: the tensors are in block-wise FP8, as
+    `quantize.quantized` yields them. timeout: seconds for a server to load the model.
     """
 
     needs_session = False
@@ -40,10 +42,11 @@ class DiskTransport:
         folder: str | os.PathLike[str],
         source: str | os.PathLike[str],
         *,
+        quantized: bool = False,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         timeout: float = 600.0,
     ) -> None:
-        self._folder, self._source = Path(folder).resolve(), Path(source)
+        self._folder, self._source, self._quantized = Path(folder).resolve(), Path(source), quantized
         self._max_shard_bytes, self._timeout = max_shard_bytes, timeout
         self._written: set[Path] = set()
 
@@ -57,7 +60,9 @@ class DiskTransport:
         self._written.add(target)
         try:
             with atomic_folder(target, replace=True) as folder:
-                copy_others(self._source, folder, first[1].dtype)
+                copy_others(self._source, folder, first[1].dtype)  # an embedding's, which is never quantised
+                if self._quantized:
+                    mark_quantized(folder)
                 write_weights(chain([first], tensors), folder, self._max_shard_bytes)
         except (OSError, SafetensorError) as error:
             drain(tensors)
