@@ -5,8 +5,7 @@ No module outside `models` names GPTModel, a Megatron parameter or a layout of w
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -16,26 +15,25 @@ from torch import Tensor
 
 from asd_megatron.distributed import device
 from asd_megatron.distributed.layout import Layout, ProcessGroups
-from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import UserError
 from asd_megatron.models import gpt, te
 from asd_megatron.models.attention import MIN_ROWS, DecodingCache, PackAttention, fill_rows
 from asd_megatron.models.compat import resolve_layers
 from asd_megatron.models.decoder import LocalStack, Stack
-from asd_megatron.models.export import BUCKET_BYTES, FullTensors, Part, first_stages
+from asd_megatron.models.export import BUCKET_BYTES
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.flex import FlexPackAttention
 from asd_megatron.models.gpt import NO_RECOMPUTE, Implementation, Recompute
 from asd_megatron.models.layers import CoreAttention
-from asd_megatron.models.loading import FullTensor, Progress, refusal
+from asd_megatron.models.loading import FullTensor, Progress
+from asd_megatron.models.model_parameters import ModelParameters, bare
 from asd_megatron.models.module_stack import evaluating, sampling_modules
 from asd_megatron.models.packed import packed_parameters
-from asd_megatron.models.parameters import Key, check_layout, model_keys, padded_vocabulary, shapes_of
+from asd_megatron.models.parameters import check_layout, padded_vocabulary
 from asd_megatron.models.precision import BFLOAT16, Precision, ScoreFormats
 from asd_megatron.models.rope import Rotation
 from asd_megatron.models.routing import LoadBalance, MicroBatchRouting
-from asd_megatron.models.weights import Copy, Row, Rule
 from asd_megatron.ops import gemm
 from asd_megatron.ops.vocab_shard import VocabShard
 from asd_megatron.records import PackedTokens
@@ -77,32 +75,13 @@ class ModelPort:
         self.device = device.device()
         self.is_first_stage = any(chunk.pre_process for chunk in chunks)
         self.is_last_stage = any(chunk.post_process for chunk in chunks)
-        self._shapes = shapes_of(shape, layout.tensor)
         self.layers, self.attention, self.precision = how.layers, how.attention, how.precision
         self._fuses = how.fuse_weight_gradient
         self._stack: Stack | None = None  # set inside `sampling`, as is the next
         self._head: Tensor | None = None
         self._scorers: dict[int, LocalStack] = {}  # set inside `scoring`, by id of the chunk
-        self._stages: dict[Key, int] | None = None  # of every parameter, for `export`; communicated once
         self._rotation = Rotation(shape.rotaries, self.device)
-        self._mark()
-
-    def _mark(self) -> None:
-        """Mark the parameters that differ over tensor-parallel ranks: the gradient norm counts the others once. Those
-        of experts are reduced over the ranks that hold the same experts.
-
-        Megatron's own initialization would do the first, but is skipped (every weight is loaded), and does the second
-        with expert parallelism alone: without it, experts that tensor-parallel ranks hold would drift apart.
-        """
-        from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-
-        for chunk in self.chunks:
-            for name, parameter in chunk.named_parameters():
-                rule = self._rule(self._identify(chunk, name))
-                if not isinstance(rule.operation, Copy) and not hasattr(parameter, "tensor_model_parallel"):
-                    set_tensor_model_parallel_attributes(parameter, True, int(isinstance(rule.operation, Row)), 1)
-                if rule.per_expert:
-                    parameter.allreduce = False
+        self.parameters = ModelParameters(family, shape, process_groups, layout, [bare(chunk) for chunk in chunks])
 
     @classmethod
     def build(
@@ -199,7 +178,7 @@ class ModelPort:
         if packed.parents and not self.shares_prefixes:
             raise ValueError("the attention of this model knows no shared prefixes")
         if id(chunk) in self._scorers:
-            return self._score(_bare(chunk), self._scorers[id(chunk)], packed, routing)
+            return self._score(bare(chunk), self._scorers[id(chunk)], packed, routing)
         params = packed_parameters(
             packed,
             self._rotation,
@@ -243,7 +222,7 @@ class ModelPort:
             with torch.no_grad(), evaluating(self.chunks), self._scored_precision(fp8):
                 yield
             return
-        self._scorers = {id(chunk): self._local_stack(_bare(chunk)) for chunk in self.chunks}
+        self._scorers = {id(chunk): self._local_stack(bare(chunk)) for chunk in self.chunks}
         try:
             with torch.inference_mode():
                 yield
@@ -269,7 +248,7 @@ class ModelPort:
 
     def head_weight(self) -> Tensor:
         """The head's weight on the last stage: [padded_vocab / tp, H], the live parameter (tied: this stage's copy)."""
-        last = next(c for c in map(_bare, self.chunks) if c.post_process)
+        last = next(c for c in map(bare, self.chunks) if c.post_process)
         return last.shared_embedding_or_output_weight() if self.tied else last.output_layer.weight
 
     def head_shard(self) -> VocabShard:
@@ -281,46 +260,7 @@ class ModelPort:
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the model by Hugging Face name, with its full shape, in export order."""
-        out: dict[str, tuple[int, ...]] = {}
-        for key in self._keys():
-            rule = self._rule(key)
-            out.update(zip(rule.names(key.layer, key.expert), rule.operation.shapes(self._shapes), strict=True))
-        return out
-
-    def _rule(self, key: Key) -> Rule:
-        return self.family.rules[key.rule]
-
-    def _shard(self, rule: Rule) -> tuple[int, int]:
-        """(rank, ranks) over which the rule's parameters are sharded, for its operation."""
-        return (0, 1) if rule.per_expert else (self.process_groups.tp.rank(), self.layout.tensor)
-
-    def _keys(self) -> Iterator[Key]:
-        """All parameters in the order of the forward pass; the head of a tied model is left out."""
-        return model_keys(self.family, self.shape)
-
-    def _local(self) -> dict[Key, Tensor]:
-        """This rank's parameters. A tied head on the last stage has the embedding's key."""
-        found: dict[Key, Tensor] = {}
-        for chunk in map(_bare, self.chunks):
-            for name, parameter in chunk.named_parameters():
-                found.setdefault(self._identify(chunk, name), parameter)
-        return found
-
-    def _identify(self, chunk: Any, name: str) -> Key:
-        layer = expert = None
-        if match := re.match(r"decoder\.layers\.(\d+)\.", name):
-            layer = chunk.decoder.layers[int(match[1])].layer_number - 1
-            name = f"decoder.layers.{{layer}}.{name[match.end() :]}"
-        if match := re.search(r"(?<=local_experts\.)\d+|(?<=\.weight)\d+$", name):  # of this rank
-            assert self.shape.experts is not None
-            expert = int(match[0]) + self.process_groups.ep.rank() * self.shape.experts.count // self.layout.expert
-            name = f"{name[: match.start()]}{{expert}}{name[match.end() :]}"
-        if self.tied and name == "output_layer.weight":
-            name = "embedding.word_embeddings.weight"
-        for number, rule in enumerate(self.family.rules):
-            if name in rule.megatron:
-                return Key(number, layer, expert)
-        raise RuntimeError(f"family {self.family.name} has no rule for the parameter {name}")
+        return self.parameters.expected()
 
     def load(self, tensors: Mapping[str, FullTensor], *, progress: Progress | None = None) -> None:
         """Fill every parameter from slices of full tensors, reading nothing else. Raises one UserError, before anything
@@ -328,22 +268,7 @@ class ModelPort:
 
         progress: told how many bytes of this rank's parameters are loaded.
         """
-        expected = self.expected()
-        message = refusal(tensors, expected, family=self.family.name, tied=self.tied)
-        message = first_message(message, self.process_groups.world)
-        if message is not None:
-            raise UserError(message)
-        parameters = [(chunk, *named) for chunk in map(_bare, self.chunks) for named in chunk.named_parameters()]
-        total, done = sum(parameter.nbytes for *_, parameter in parameters), 0
-        with torch.no_grad():
-            for chunk, name, parameter in parameters:
-                key = self._identify(chunk, name)
-                rule = self._rule(key)
-                full = [tensors[n] for n in rule.names(key.layer, key.expert)]
-                te.fill(parameter, rule.operation.shard(full, *self._shard(rule), self._shapes))
-                done += parameter.nbytes
-                if progress is not None:
-                    progress(done, total)
+        self.parameters.load(tensors, progress=progress)
 
     def export(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
         """Stream every full tensor exactly once, by Hugging Face name, on global rank 0 alone, as copies that own their
@@ -357,37 +282,12 @@ class ModelPort:
         (one that was not begun must be exhausted). When a
         rank fails, the others raise, at the latest after the timeout.
         """
-        return self._stream(lambda parameter: parameter, self.dtype, bucket_bytes)
+        return self.parameters.stream(lambda parameter: parameter, self.dtype, bucket_bytes)
 
     def export_gradients(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
         """As `export`, of the accumulated float32 gradients, between backward pass and optimizer step. Not with the
         distributed optimizer, which leaves each rank only a shard of them."""
-        return self._stream(lambda parameter: parameter.main_grad, torch.float32, bucket_bytes)
-
-    def _stream(
-        self, of: Callable[[Any], Tensor], dtype: torch.dtype, bucket_bytes: int
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Export `of(parameter)`, a tensor of the parameter's shape in `dtype`."""
-        local = self._local()
-        if self._stages is None:
-            self._stages = first_stages(self._layer_keys(local), self.process_groups.pp)
-        parts = []
-        for key in self._keys():
-            rule, stage = self._rule(key), self._stages[Key(key.rule, key.layer)]
-            owner = None if key.expert is None else self._expert_owner(stage, key.expert)
-            parts.append(Part(rule, key, stage, owner, of(local[key]) if key in local else None))
-        replica = self.process_groups.dp_cp.rank() == 0
-        full = FullTensors(self.process_groups, self._shapes, dtype, self.device, replica)
-        yield from full.stream(parts, bucket_bytes)
-
-    @staticmethod
-    def _layer_keys(keys: Iterable[Key]) -> list[Key]:
-        """The keys without their experts: those of one layer are on one stage."""
-        return list(dict.fromkeys(Key(key.rule, key.layer) for key in keys))
-
-    def _expert_owner(self, stage: int, expert: int) -> int:
-        assert self.shape.experts is not None
-        return self.layout.expert_rank(stage, expert * self.layout.expert // self.shape.experts.count)
+        return self.parameters.stream(lambda parameter: parameter.main_grad, torch.float32, bucket_bytes)
 
     # ---------------------------------------------------------------- sampling
 
@@ -405,7 +305,7 @@ class ModelPort:
                 "sampling on the training model needs one chunk a stage and no context parallelism: set "
                 "parallelism.virtual_pipeline null and parallelism.context 1, or use rollout.engine sglang"
             )
-        chunk = _bare(self.chunks[0])
+        chunk = bare(self.chunks[0])
         through_modules = self.layers != "local" if through_modules is None else through_modules
         if through_modules and self.layout.expert > 1:
             raise UserError(
@@ -474,8 +374,3 @@ def _check(how: Implementation, shape: ModelShape, layout: Layout) -> None:
     problem = problem or how.precision.shape_problem(shape, layout.tensor)
     if problem is not None:
         raise UserError(problem)
-
-
-def _bare(chunk: Any) -> Any:
-    """The model inside Megatron's DDP wrapper."""
-    return chunk.module if hasattr(chunk, "module") and hasattr(chunk, "ddp_config") else chunk

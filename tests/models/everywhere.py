@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asd_megatron.distributed.objects import broadcast_object
-from asd_megatron.models.port import ModelPort, _bare
+from asd_megatron.models.port import ModelPort
 
 
 def weights(port: ModelPort) -> dict[str, Tensor]:
@@ -27,12 +27,12 @@ def _everywhere(
 ) -> dict[str, Tensor]:
     found = broadcast_object({name: tensor.cpu() for name, tensor in stream}, 0, port.process_groups.world)
     assert list(found) == list(port.expected())
-    for chunk in map(_bare, port.chunks):
+    for chunk in port.parameters.chunks:
         for name, parameter in chunk.named_parameters():
-            key = port._identify(chunk, name)
-            rule = port._rule(key)
+            key = port.parameters.identify(chunk, name)
+            rule = port.parameters.rule(key)
             full = [found[n] for n in rule.names(key.layer, key.expert)]
-            shard = rule.operation.shard(full, *port._shard(rule), port._shapes)
+            shard = rule.operation.shard(full, *port.parameters.shard(rule), port.parameters.shapes)
             mine = of(parameter).detach().cpu()
             tolerance = 0.0 if exact else 1e-5 * max(float(t.abs().max()) for t in full)
             torch.testing.assert_close(mine, shard, rtol=0.0, atol=tolerance, equal_nan=True, msg=name)
