@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import pytest
@@ -134,3 +136,18 @@ def _attention_variable(rank: int, root: str, backend: Literal["auto", "flash", 
 def test_unfused_attention_is_never_chosen(tmp_path: Path, backend: str) -> None:
     tiny.tiny_qwen3(tmp_path)
     assert run_ranks_with_te(_attention_variable, 1, str(tmp_path), backend) == ["0"]
+
+
+def test_apex_fuses_local_weight_gradients_where_it_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from asd_megatron.distributed.layout import Layout
+    from asd_megatron.models.families import shape_of
+    from asd_megatron.models.gpt import Implementation, transformer_config
+    from tests.checkpoint.trainer import CONFIG
+
+    def fused(how: Implementation) -> bool:
+        config = transformer_config(*shape_of(CONFIG), Layout(), dtype=torch.float32, how=how)
+        return bool(config.gradient_accumulation_fusion)
+
+    assert not fused(Implementation())
+    monkeypatch.setitem(sys.modules, "fused_weight_gradient_mlp_cuda", ModuleType("apex"))
+    assert fused(Implementation()) and not fused(Implementation(fuse_weight_gradient=False))
