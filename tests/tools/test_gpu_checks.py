@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,18 @@ def test_commands_of_rows_exist() -> None:
     assert all(row.name in listed.stdout and row.shows in listed.stdout for row in ROWS)
     unknown = subprocess.run([sys.executable, str(TOOL), "--only", "none"], capture_output=True, text=True, timeout=60)
     assert unknown.returncode == 2 and "--list" in unknown.stderr
+
+
+def test_what_a_container_is_given() -> None:
+    """All that the package needs but what the container has to keep, and what tests import."""
+    lines = (ROOT / "tools" / "gpu" / "requirements.txt").read_text().splitlines()
+    given = {line for line in lines if line and not line.startswith("#")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[^\w-]", text)[0] for text in project["dependencies"]}
+    assert given == needed - {"torch", "triton"} | {"hypothesis", "nvidia-ml-py", "pytest", "pytest-timeout"}
+    script = (ROOT / "tools" / "gpu_checks_here.sh").read_text()
+    kept = re.search(r"^kept='(.*)'$", script, re.MULTILINE)
+    assert kept is not None
+    for name in ("torch==1", "torchvision==1", "triton==1", "transformer_engine==1", "nvidia-nccl-cu13==1"):
+        assert re.match(kept[1], name)
+    assert not any(re.match(kept[1], name) for name in given - {"numpy", "nvidia-ml-py"})
