@@ -169,8 +169,8 @@ def _weight_gradients(findings: Findings, groups: ProcessGroups) -> None:
         gradients[fuse] = step(trained, hard_batch(1)).gradients
         rounded[fuse] = _rounded_fraction(gradients[fuse])
     findings.figures |= {
-        "rounded, fused": rounded[True],
-        "rounded, not fused": rounded[False],
+        "rounded when fused": rounded[True],
+        "rounded when not": rounded[False],
         "effect": distance(gradients[False], gradients[True]),
     }
     findings.require(rounded[True] < 0.1, "fused weight gradients were rounded to bfloat16")

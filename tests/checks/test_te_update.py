@@ -42,7 +42,7 @@ def test_a_right_model_passes_and_faults_are_found(tmp_path: Path) -> None:
     for words in ("scores in bfloat16", "after an update", "extra states"):
         assert any(words in problem for problem in problems), problems
     bfloat16, fp8 = (json.loads((tmp_path / f"{name}.json").read_text())["figures"] for name in ("none", "blockwise"))
-    assert bfloat16["rounded, fused"] < 1e-3 and bfloat16["rounded, not fused"] == 1
+    assert bfloat16["rounded when fused"] < 1e-3 and bfloat16["rounded when not"] == 1
     assert 1e-4 < bfloat16["effect"] < 1e-2 and "cuDNN" in bfloat16["attention"]
     assert (
         0 < fp8["loss error"] < te_update.LOSS_BOUND / 2 and 0.02 < fp8["gradient error"] < te_update.GRADIENT_BOUND / 2

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.te_double import stand_in
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import gpu_checks
@@ -175,6 +177,14 @@ def test_a_row_sees_as_many_gpus_as_it_needs(tmp_path: Path, monkeypatch: pytest
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
         (outcome,) = running.Runner(HERE, tmp_path, lambda _: None).run([shown])
         assert outcome.values == {"CUDA_VISIBLE_DEVICES": seen, "SWITCH": "on"}
+
+
+def test_a_row_of_the_checkout_runs(tmp_path: Path) -> None:
+    """Its command, tests with the marker `gpu` and their figures; Transformer Engine is the stand-in."""
+    with stand_in():
+        (outcome,) = running.Runner(HERE, tmp_path, lambda _: None).run(gpu_checks.select(["te_signatures"], ROWS))
+    assert outcome.result == "ok", running.tail(tmp_path / "te_signatures.log")
+    assert outcome.values["passed"] == 1 and outcome.values["release"] == 2.11 and outcome.values["compared"] > 20
 
 
 # ---------------------------------------------------------------- figures
