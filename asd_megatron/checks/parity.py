@@ -195,9 +195,22 @@ def _as_json(cell: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in cell.items()}
 
 
-def main(names: Sequence[str], json_file: Path | None, *, layers: str = "local", dtype: str = "float32") -> int:
-    """Check the cells `names`, or all of `layers` and `dtype`. Exit status: 0 when every cell passes, 1 otherwise."""
+def main(
+    names: Sequence[str],
+    json_file: Path | None,
+    *,
+    layers: str = "local",
+    dtype: str = "float32",
+    ranks: int | None = None,
+) -> int:
+    """Check the cells `names`, or all of `layers` and `dtype`; with `ranks`, those of so many ranks. Exit status: 0
+    when every cell passes, 1 otherwise. Raises UserError when there is none."""
     names = list(names) or cells_of(layers, dtype)
+    if ranks is not None:
+        known = sorted({CELLS[n].ranks for n in names if n in CELLS})
+        names = [n for n in names if n not in CELLS or CELLS[n].ranks == ranks]
+        if not names:
+            raise UserError(f"none of these parity layouts has {ranks} ranks; they have {', '.join(map(str, known))}")
     if any(CELLS[n].layers == "te" for n in names if n in CELLS):
         resolve_layers("te", getattr(torch, dtype))  # refuses here what every rank would refuse
     with tempfile.TemporaryDirectory(prefix="asd-parity-") as folder:

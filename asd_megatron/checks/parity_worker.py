@@ -155,7 +155,7 @@ def run_cell(folder: Path, cell: ParityCell) -> None:
     result: dict[str, Any] = {}
     before = snapshot(t.port.export())
     gate = Gate(0.5, warmup_steps=0, h_warm=1e-3)
-    with _CapturedGradients(t) as gradients:
+    with CapturedGradients(t) as gradients:
         stats = [run_step(t, hard_batch(1), gate, name="antisd")]
     result["gradients"] = dict(gradients)
     stats.append(run_step(t, hard_batch(2), gate, name="antisd"))
@@ -179,7 +179,7 @@ def run_cell(folder: Path, cell: ParityCell) -> None:
     layouts.shutdown_model_parallel()
 
 
-class _CapturedGradients:
+class CapturedGradients:
     """Captures full gradients inside, between the backward pass and the optimizer's clipping."""
 
     def __init__(self, t: Trained) -> None:

@@ -33,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
         choices=("float32", "bfloat16"),
         help="bfloat16: errors are compared with those of one bfloat16 process (default: float32; bfloat16 with te)",
     )
+    parser.add_argument("--ranks", type=int, metavar="N", help="check only layouts of N ranks (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells with their errors to FILE")
     arguments = parser.parse_args(argv)
     dtype = arguments.dtype or ("bfloat16" if arguments.layers == "te" else "float32")
-    return parity.main(arguments.layouts, arguments.json, layers=arguments.layers, dtype=dtype)
+    return parity.main(arguments.layouts, arguments.json, layers=arguments.layers, dtype=dtype, ranks=arguments.ranks)

@@ -143,6 +143,18 @@ def test_exit_status_and_json(
     assert json.loads(report.read_text())["cells"][0]["passed"] is False
 
 
+def test_layouts_of_a_number_of_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(parity, "run", lambda names, *_, **__: asked.extend(names) or [])
+    for ranks in (1, 2, 4):
+        assert cli.main(["parity", "--ranks", str(ranks)]) == 0
+    assert sorted(asked) == sorted(WITHOUT_REFERENCES), "each layout once"
+    asked.clear()
+    assert cli.main(["parity", "cp2", "tp2_pp2", "--ranks", "4"]) == 0 and asked == ["tp2_pp2"]
+    assert cli.main(["parity", "cp2", "--ranks", "3"]) == 2
+    assert "3 ranks; they have 2" in capsys.readouterr().err
+
+
 def test_a_number_that_is_none_is_null_in_json() -> None:
     assert parity._as_json({"a": math.nan, "b": 1.0, "c": None, "d": "x"}) == {"a": None, "b": 1.0, "c": None, "d": "x"}
 

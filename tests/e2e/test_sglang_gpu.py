@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from tests.rollout.sglang.sglang_world import sglang_python
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sglang]
 STEPS = 4
+
+
+def devices() -> list[str]:
+    """The visible GPUs as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +60,11 @@ def test_colocated_servers_give_their_memory_to_the_trainer(world: World) -> Non
 
 @pytest.mark.timeout(1800)
 def test_servers_on_other_devices_are_sent_weights_over_nccl(world: World) -> None:
-    if torch.cuda.device_count() < 2:
+    if len(devices()) < 2:
         pytest.skip("needs two GPUs: one for the trainer, one for the server")
-    check(trained(world, "disaggregated", {"server_devices": ["1"], "server_args": {"mem-fraction-static": 0.3}}))
+    check(
+        trained(world, "disaggregated", {"server_devices": devices()[1:2], "server_args": {"mem-fraction-static": 0.3}})
+    )
 
 
 @pytest.mark.timeout(1800)
