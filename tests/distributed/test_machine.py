@@ -151,6 +151,7 @@ def test_a_gpu_without_bfloat16(cuda: pytest.MonkeyPatch) -> None:
 
 def test_attention_switches_of_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron-Core asserts that they are unset or 1, whatever the layers."""
+    monkeypatch.delenv(machine.ATTENTION_CHOSEN, raising=False)  # of models that other tests built
     monkeypatch.setenv("NVTE_FUSED_ATTN", "1")
     check_devices(recipe(), cuda=False)
     monkeypatch.setenv("NVTE_FUSED_ATTN", "0")

@@ -281,14 +281,15 @@ def _port(folder: str, layout: Any, attention: str, **build: Any) -> Any:
     return port
 
 
-def _train(rank: int, folder: str, sizes: dict[str, Any], attention: str, recompute: str) -> dict[str, Any]:
+def _train(rank: int, folder: str, sizes: dict[str, Any], attention: str, recompute: Any) -> dict[str, Any]:
     """Losses, gradients and scored hidden states."""
+    from asd_megatron.models.gpt import Recompute
     from asd_megatron.ops.vocab_head import linear_logprob
     from asd_megatron.trainer import schedule
     from tests.models import everywhere
 
     layout = Layout(**sizes)
-    port = _port(folder, layout, attention, recompute=recompute)
+    port = _port(folder, layout, attention, recompute=Recompute(recompute))
     port.wrap_ddp(distributed_optimizer=False, overlap_grad_reduce=False)
     packs = _packs(layout.tensor, layout.sequence_parallel)
     made = []
@@ -310,7 +311,7 @@ def _train(rank: int, folder: str, sizes: dict[str, Any], attention: str, recomp
 
 @pytest.mark.parametrize(
     ("sizes", "recompute"),
-    [({}, "none"), ({"tensor": 2}, "selective"), ({"tensor": 2, "sequence_parallel": True}, "full")],
+    [({}, "none"), ({"tensor": 2}, "mlp"), ({"tensor": 2, "sequence_parallel": True}, "full")],
     ids=["tp1", "tp2", "tp2_sp"],
 )
 def test_a_model_trains_and_scores_as_with_the_present_attention(

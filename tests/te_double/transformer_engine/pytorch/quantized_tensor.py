@@ -34,11 +34,11 @@ class QuantizedTensor(torch.Tensor):
         made.quantize_(value)
         return made
 
-    def quantize_(self, value: Tensor) -> None:
+    def quantize_(self, tensor: Tensor) -> None:
         from transformer_engine.pytorch.quantization import scales
 
-        scale = scales(value.float(), self._recipe, weight=True)
-        self._data.copy_(encoded(value, scale))
+        scale = scales(tensor.float(), self._recipe, weight=True)
+        self._data.copy_(encoded(tensor, scale))
         self._scale_inv = 1.0 / scale
 
     def dequantize(self, *, dtype: torch.dtype | None = None) -> Tensor:
