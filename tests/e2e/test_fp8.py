@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.harness import run_ranks
-from tests.te_double import stand_in
+from tests.te_double import run_ranks_with_te
 
 SIZES = {"layers": 4, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
 FORMATS: list[dict[str, Any]] = [
@@ -48,8 +47,7 @@ def _runs(rank: int, folder: str) -> list[tuple[str, list[dict[str, Any]], list[
 
 def test_a_run_turns_to_fp8_and_back(tmp_path: Path) -> None:
     """H_warm moves with the teacher's median entropy, by what the probe of the same step found, and back."""
-    with stand_in():
-        (found,) = run_ranks(_runs, 1, str(tmp_path), init=False, fresh=True)
+    (found,) = run_ranks_with_te(_runs, 1, str(tmp_path), init=False)
     (_, first, _), (into, second, _), (back, third, history) = found
     warm = [rows[-1]["gate/h_warm"] for rows in (first, second, third)]
     shifts = [1 + rows[step]["fp8/entropy_shift"] for rows, step in ((second, 2), (third, 4))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -11,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from asd_megatron.checks import parity
+from asd_megatron.checks import parity, parity_worker
 from asd_megatron.checks.layouts import CELLS
 from tests.models import everywhere, tiny
 from tests.models.oracle import pack, relative
-from tests.te_double import run_ranks_with_te, stand_in
+from tests.te_double import run_ranks_with_te
 
 CELLS_ON_TWO_RANKS = [
     *("te_tp2", "te_tp2_sp", "te_tp2_sp_shared", "te_pp2", "te_cp2", "te_dp2_distopt", "te_moe_ep2"),
@@ -23,13 +24,21 @@ CELLS_ON_TWO_RANKS = [
 ]
 
 
-def test_parity_with_local_layers(tmp_path: Path) -> None:
+def _launch(ranks: int, folder: Path, cells: Sequence[str], timeout: float) -> None:
+    run_ranks_with_te(_work, ranks, [str(folder), *cells], timeout=timeout, init=False)
+
+
+def _work(rank: int, argv: list[str]) -> None:
+    parity_worker.main(argv)
+
+
+def test_parity_with_local_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses, gradients and updates in float32 are those of one process with local layers; weight gradients are
     fused. FlexAttention attends to shared prefixes, and the stand-in's rotation counts positions from 0 in every
     sequence, as the kernel does."""
     names = ["te_single", "te_recompute_mlp", "te_moe_recompute_mlp", *CELLS_ON_TWO_RANKS]
-    with stand_in():
-        results = parity.run(names, tmp_path, timeout=250, say=lambda _: None)
+    monkeypatch.setattr(parity, "_launch", _launch)
+    results = parity.run(names, tmp_path, timeout=250, say=lambda _: None)
     assert [r.layout for r in results] == names
     for result in results:
         assert result.passed, parity.table(results)
