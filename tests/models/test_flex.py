@@ -17,6 +17,7 @@ from asd_megatron.distributed.layout import Layout
 from asd_megatron.models import compat, flex
 from asd_megatron.models.attention import SDPACoreAttention
 from asd_megatron.models.flex import FlexCoreAttention, PackMasks, block_mask
+from asd_megatron.models.gpt import Recompute
 from asd_megatron.models.rope import RotarySettings, Rotation
 from asd_megatron.models.tree_mask import BLOCK, TreeMask
 from asd_megatron.observe.startup import suppliers
@@ -281,7 +282,7 @@ def _port(folder: str, layout: Any, attention: str, **build: Any) -> Any:
     return port
 
 
-def _train(rank: int, folder: str, sizes: dict[str, Any], attention: str, recompute: str) -> dict[str, Any]:
+def _train(rank: int, folder: str, sizes: dict[str, Any], attention: str, recompute: Recompute) -> dict[str, Any]:
     """Losses, gradients and scored hidden states."""
     from asd_megatron.ops.vocab_head import linear_logprob
     from asd_megatron.trainer import schedule
@@ -310,11 +311,15 @@ def _train(rank: int, folder: str, sizes: dict[str, Any], attention: str, recomp
 
 @pytest.mark.parametrize(
     ("sizes", "recompute"),
-    [({}, "none"), ({"tensor": 2}, "selective"), ({"tensor": 2, "sequence_parallel": True}, "full")],
+    [
+        ({}, Recompute("none")),
+        ({"tensor": 2}, Recompute("mlp")),
+        ({"tensor": 2, "sequence_parallel": True}, Recompute("full")),
+    ],
     ids=["tp1", "tp2", "tp2_sp"],
 )
 def test_a_model_trains_and_scores_as_with_the_present_attention(
-    tmp_path: Path, sizes: dict[str, Any], recompute: str
+    tmp_path: Path, sizes: dict[str, Any], recompute: Recompute
 ) -> None:
     windows = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2}  # in layers 2 and 3 of 4
     folder = str(tiny_qwen3(tmp_path / "model", **windows))
