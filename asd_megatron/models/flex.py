@@ -1,7 +1,7 @@
 """Core attention by PyTorch's FlexAttention: prefix trees on GPUs, under Transformer Engine's layers and under ours.
 
 One kernel computes a complete pack, its mask given by `models.tree_mask`. Nothing in a layer waits for the device: the
-masks are made on the host, once for a pack, from what the host knows.
+masks are made once for a pack, from its boundaries on the host.
 """
 
 from __future__ import annotations

@@ -22,10 +22,6 @@ ROW_ALIGNMENT = {"none": 1, "current": 16, "blockwise": 128, "mxfp8": 32}
 FEATURE_ALIGNMENT = {"none": 1, "current": 16, "blockwise": 16, "mxfp8": 32}
 """Inputs and outputs of a linear layer on one rank are a multiple of this (`assert_dim_for_fp8_exec`; MXFP8's blocks).
 Inputs that are no multiple of 128 are gathered in bfloat16 under sequence parallelism and blockwise scaling."""
-DELAYED = (
-    "delayed scaling is not supported: its scales follow gradients, so the scores that come before the first gradient"
-    " are made with scales of 1, later ones depend on the run's history, and its state is pickled into checkpoints"
-)
 
 
 @dataclass(frozen=True)

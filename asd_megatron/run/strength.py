@@ -26,7 +26,7 @@ from asd_megatron.models.precision import ScoreFormats
 from asd_megatron.observe.metrics import GateReading, PerplexityReading
 from asd_megatron.trainer import passes
 from asd_megatron.trainer.columns import Scores, TokenInputs, UpdateColumns
-from asd_megatron.trainer.fp8_probe import Levels, Probe
+from asd_megatron.trainer.fp8_probe import Probe, Statistics
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.token_method import Method
 
@@ -96,9 +96,9 @@ class TermStrength:
             if level.given is None
         ]
 
-    def _levels(self) -> dict[str, tuple[_Level, Callable[[Levels], float | None]]]:
+    def _levels(self) -> dict[str, tuple[_Level, Callable[[Statistics], float | None]]]:
         """The levels that a number format changes, by what the recipe calls them, each with what a probe says of it."""
-        found: dict[str, tuple[_Level, Callable[[Levels], float | None]]] = {}
+        found: dict[str, tuple[_Level, Callable[[Statistics], float | None]]] = {}
         if self.gate.gated:
             by_student = self.method.condition.gate_entropy == "student"
             found["gate.h_warm"] = self.gate, lambda at: at.student_entropy if by_student else at.teacher_entropy

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from asd_megatron.checkpoint import training
+from tests.checkpoint.test_te_gpu import interchange
 from tests.checkpoint.trainer import MOE, Trainer
 from tests.distributed.harness import run_ranks
 from tests.te_double import run_ranks_with_te
@@ -37,8 +38,13 @@ def _hostile(mark: Path) -> None:
     TransformerEngineBaseModule.get_extra_state = lambda self: torch.frombuffer(payload, dtype=torch.uint8)
 
 
-def _interchange(rank: int, folder: str) -> None:
-    root, mark = Path(folder), Path(folder) / "executed"
+def _in_one_process(rank: int, folder: str) -> None:
+    assert interchange(rank, f"{folder}/bfloat16") == ["FusedAdam", "FusedAdam"]
+    _interchange_with_extra_states(Path(folder) / "extra")
+
+
+def _interchange_with_extra_states(root: Path) -> None:
+    mark = root / "executed"
     _hostile(mark)
     cases: list[tuple[bool, dict[str, Any]]] = [(False, {}), (True, {}), (False, MOE)]
     for number, (distributed, model) in enumerate(cases):
@@ -76,7 +82,7 @@ def _with_extra_states(trainer: Trainer, folder: Path) -> Path:
 
 
 def test_layers_read_each_other_s_checkpoints_and_no_extra_states(tmp_path: Path) -> None:
-    run_ranks_with_te(_interchange, 1, str(tmp_path))
+    run_ranks_with_te(_in_one_process, 1, str(tmp_path))
 
 
 def _before_the_first_update(rank: int, folder: str, layers: Literal["local", "te"]) -> None:
