@@ -53,7 +53,7 @@ def _interchange_with_extra_states(root: Path) -> None:
             first = Trainer({}, distributed, 1, layers=layers, **model)
             first.steps(range(2))
             saved[layers] = first.save(root / f"{number}_{layers}", 2)
-            if layers == "te":
+            if layers == "te" and model:  # experts: every kind of module
                 saved["crafted"] = _with_extra_states(first, root / f"{number}_crafted")
             first.steps(range(2, 4))
             expected[layers] = first.weights()
@@ -92,18 +92,14 @@ def _before_the_first_update(rank: int, folder: str, layers: Literal["local", "t
         root = Path(folder) / f"{distributed}_{dtype}"
         before = straight.save(root, 1)
         straight.steps(range(2))
-        early = straight.weights()
-        after = straight.save(root, 2)
-        straight.steps(range(2, 4))
-        late = straight.weights()
-        loads = [(before, False, range(2), early), (before, True, range(2), early), (after, False, range(2, 4), late)]
-        for path, used, steps, want in loads:
+        want = straight.weights()
+        for used in (False, True):
             again = Trainer({}, distributed, 2, dtype, layers=layers)
             again.steps(range(7, 9) if used else range(0))
-            again.load(path)
-            again.steps(steps)
+            again.load(before)
+            again.steps(range(2))
             got = again.weights()
-            assert all(torch.equal(got[n], want[n]) for n in want), (distributed, dtype, path.name, used)
+            assert all(torch.equal(got[n], want[n]) for n in want), (distributed, dtype, used)
     kinds = {
         type(part.optimizer).__name__ for part in getattr(again.optimizer, "chained_optimizers", [again.optimizer])
     }
