@@ -117,7 +117,8 @@ def compare_bfloat16(
     """As `compare`, for a cell in bfloat16: its errors may be `ROUNDING_FACTOR` times those of `single`, the results of
     one process in bfloat16. Which tokens are clipped depends on rounding, and so does which experts a token is sent to
     where two are nearly as likely: with experts, losses are judged alone."""
-    rounding = compare(CELLS[cell.bfloat16_reference or ""], single, expected)
+    assert cell.bfloat16_reference is not None
+    rounding = compare(CELLS[cell.bfloat16_reference], single, expected)
     allowed = Tolerances(
         ROUNDING_FACTOR * rounding.loss_error,
         ROUNDING_FACTOR * (rounding.gradient_error or 0.0),

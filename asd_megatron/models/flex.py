@@ -18,7 +18,7 @@ from asd_megatron.models.attention import scaled_dot_product
 from asd_megatron.models.tree_mask import BLOCK, TreeMask, listed
 from asd_megatron.records import PackedTokens
 
-SMALLEST_HEAD = 16  # numbers of a head that the kernel can multiply
+SMALLEST_HEAD = 16  # head dimension from which the kernel can be used
 
 
 class PackMasks:

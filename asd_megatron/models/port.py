@@ -378,6 +378,12 @@ def _check(how: Implementation, shape: ModelShape, layout: Layout) -> None:
             "model.recompute mlp recomputes the experts' activation function in Transformer Engine's grouped products,"
             " and these layers are local: set model.recompute full or none"
         )
+    if how.attention == "flex" and how.attention_backend != "auto":
+        raise UserError(
+            f"model.attention_backend {how.attention_backend} chooses among Transformer Engine's attentions, and with"
+            " prefix sharing FlexAttention is used in their place: set batching.share_prefixes false, or leave"
+            " model.attention_backend out"
+        )
     if not how.precision.enabled:
         return
     if how.layers == "local":

@@ -35,8 +35,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class ScoreFormats:
-    """The number formats of log-probs and entropies that a model can compute, in words that are equal where numbers are
-    comparable: without its FP8 recipe, with it (None: it has none), and whether scoring passes use it."""
+    """The number formats in which a model can compute log-probs and entropies. Numbers are comparable only if the texts
+    of their formats are equal.
+
+    Attributes:
+        plain: without the FP8 recipe. fp8: with it; None for a model that has none.
+        in_fp8: whether scoring passes use the recipe.
+    """
 
     plain: str
     fp8: str | None = None
@@ -44,12 +49,12 @@ class ScoreFormats:
 
     @property
     def present(self) -> str:
-        """Of scoring passes."""
+        """The format of scoring passes."""
         return self.fp8 if self.in_fp8 and self.fp8 is not None else self.plain
 
     @property
     def other(self) -> str | None:
-        """That scoring passes could have instead."""
+        """The format that scoring passes could have instead."""
         return self.plain if self.in_fp8 else self.fp8
 
 

@@ -4,10 +4,9 @@ and the limit of u's outliers. Their states are part of every checkpoint.
 These levels are measured on entropies, perplexities and u of one number format, which the state names: FP8 moves a
 median entropy by more than the gate's 7% between closing and reopening. A run that resumes with scores of another
 format rescales them: H_warm is multiplied by the ratio of the medians of the same tokens in both formats, under the
-present weights (the perplexity's target and the outliers' deviation likewise). Measuring again would be wrong: H_warm
-is the entropy that training began with, and a model whose entropy has fallen since would calibrate the gate on the fall
-that it is to notice. Where the model cannot score in the former format any more there is nothing else left, and the run
-says so.
+present weights (the perplexity's target and the outliers' deviation likewise). A new warm-up would be wrong: H_warm is
+the entropy at the start of training, and the gate would not notice by how much it has fallen since. Only where the
+model cannot score in the former format any more are the levels measured again, with a warning.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ from asd_megatron.trainer.token_method import Method
 
 
 class _Level(Protocol):
-    """What lambda follows and a warm-up measures. `given`: the recipe's, in place of what is measured."""
+    """A level that a warm-up measures and that lambda or the outlier limit depends on. `given`: the recipe's value, in
+    place of a measured one."""
 
     history: list[float]
 

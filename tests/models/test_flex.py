@@ -175,6 +175,20 @@ def test_what_chooses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(torch.bfloat16, Layout(), shares_prefixes=False) == "own"
 
 
+def test_a_backend_of_another_attention_is_refused(tmp_path: Path) -> None:
+    folder = str(tiny_qwen3(tmp_path / "model"))
+    (message,) = run_ranks(_refusal, 1, folder)
+    assert "model.attention_backend flash" in message and "set batching.share_prefixes false" in message
+
+
+def _refusal(rank: int, folder: str) -> str:
+    from asd_megatron.errors import UserError
+
+    with pytest.raises(UserError) as error:
+        _port(folder, Layout(), "flex", attention_backend="flash")
+    return str(error.value)
+
+
 # ---------------------------------------------------------------- on a GPU
 
 

@@ -1,4 +1,4 @@
-"""Running rows one after another, bounded in time, and the table of what came of them."""
+"""Running rows one after another, bounded in time, and the table of their results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NO_TEST_SELECTED = 5  # pytest's exit status
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a row. reason: of every result but ok. seconds: how long it ran."""
+    """The result of a row. reason: "" for ok. seconds: how long it ran; None if it did not."""
 
     row: Row
     result: Result
