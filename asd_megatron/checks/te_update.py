@@ -175,9 +175,7 @@ def _weight_gradients(findings: Findings, groups: ProcessGroups) -> None:
     }
     findings.require(rounded[True] < 0.1, "fused weight gradients were rounded to bfloat16")
     findings.require(rounded[False] > 0.9, "weight gradients that are not fused have more digits than bfloat16")
-    findings.require(
-        findings.figures["effect"] < SAME_BOUND, "fused weight gradients differ from the others by more than rounding"
-    )
+    findings.require(findings.figures["effect"] < SAME_BOUND, "fused weight gradients differ too much from the others")
 
 
 def _rounded_fraction(gradients: dict[str, Tensor]) -> float:

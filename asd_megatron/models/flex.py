@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asd_megatron.models.attention import scaled_dot_product
+from asd_megatron.models.attention import PackAttention, scaled_dot_product
 from asd_megatron.models.tree_mask import BLOCK, TreeMask, listed
 from asd_megatron.records import PackedTokens
 
@@ -190,22 +190,11 @@ class FlexCoreAttention(torch.nn.Module):
         return masks.attend(query, key, value, self.scale, self.window).reshape(len(query), 1, -1)
 
 
-class FlexPackAttention:
-    """`attention.PackAttention` by FlexAttention, for `models.decoder`."""
+class FlexPackAttention(PackAttention):
+    """`PackAttention` by FlexAttention."""
 
     def __init__(self, packed: PackedTokens) -> None:
         self._masks = PackMasks(packed.host_boundaries(), packed.parents, packed.input_ids.device)
 
-    def attend(
-        self,
-        layer_number: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        softmax_scale: float,
-        window: int | None = None,
-    ) -> Tensor:
-        """query [T, 1, hkv, h / hkv, d], key and value [T, 1, hkv, d], after RoPE. Returns [T, 1, h * d]."""
-        query = query.flatten(2, 3).squeeze(1)
-        out = self._masks.attend(query, key.squeeze(1), value.squeeze(1), softmax_scale, window)
-        return out.reshape(len(query), 1, -1)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        return self._masks.attend(query, key, value, scale, window)

@@ -88,7 +88,7 @@ class Precision:
         return ROW_ALIGNMENT[self.fp8]
 
     def score_formats(self, dtype: str) -> ScoreFormats:
-        """Those of a model of `dtype`."""
+        """The score formats of a model of `dtype`."""
         weights = " with FP8 weights" if self.parameters else ""
         ends = f"{self.first_layers} + {self.last_layers} layers {dtype}"
         return ScoreFormats(dtype + weights, f"fp8 {self.fp8} ({ends}){weights}" if self.enabled else None, self.scores)

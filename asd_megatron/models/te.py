@@ -38,7 +38,7 @@ def problem(dtype: torch.dtype) -> str | None:
 
 
 def version() -> Version:
-    """Of the importable Transformer Engine."""
+    """The version of the importable Transformer Engine."""
     return _numbers(str(getattr(importlib.import_module("transformer_engine"), "__version__", "")))
 
 

@@ -113,7 +113,7 @@ class NvmlDevice:
 
     @property
     def has_gauges(self) -> bool:
-        """Whether one of them is left."""
+        """Whether any gauge can still be read."""
         return bool(self._gauges)
 
     def gauges(self) -> dict[str, float]:

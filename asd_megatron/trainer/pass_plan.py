@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,15 +115,9 @@ def plan_passes(
     reasons = [_teacher_reason(c, exact=exact, log_pmi=log_pmi, perplexity=perplexity)]
     if copy is not None:
         reasons.append(f"the teacher is scored {TEACHER_COPIES[copy]}: exchanged in place with the live ones, and back")
+    reasons.append(_student_reason(causes, read if bfloat16_student else []))
     if bfloat16_student:
-        verb = "read" if len(read) > 1 else "reads"
-        cause = f"the update computes in FP8, and {' and '.join(read)} {verb} bfloat16 log-probs"
-        reasons.append(f"student scoring pass: {'; '.join([*causes, cause])} (1 forward)")
         reasons.append(_old_reason(updates, epochs))
-    elif causes:
-        reasons.append(f"student scoring pass: {'; '.join(causes)} (1 forward)")
-    else:
-        reasons.append("no student scoring pass: with one update a batch its own log-probs are the old ones")
     reasons.append(head_reason)
     if kl_penalty:
         reasons.append(
@@ -195,6 +190,16 @@ def _read_of_student(c: Condition, *, teacher: bool, importance: bool, kl_penalt
     if kl_penalty:
         found.append("the KL penalty")
     return found
+
+
+def _student_reason(causes: Sequence[str], read: Sequence[str]) -> str:
+    """Why the student is scored, or is not. read: what reads bfloat16 scores beside an update in FP8."""
+    if read:
+        verb = "read" if len(read) > 1 else "reads"
+        causes = [*causes, f"the update computes in FP8, and {' and '.join(read)} {verb} bfloat16 log-probs"]
+    if causes:
+        return f"student scoring pass: {'; '.join(causes)} (1 forward)"
+    return "no student scoring pass: with one update a batch its own log-probs are the old ones"
 
 
 def _old_reason(updates: int, epochs: int) -> str:

@@ -116,7 +116,7 @@ class Runner:
 
 
 def _environment(row: Row) -> dict[str, str]:
-    """The row's own, and as many GPUs as it needs."""
+    """The row's own variables, and CUDA_VISIBLE_DEVICES with as many GPUs as it needs."""
     named = [name for name in os.environ.get(VISIBLE, "").split(",") if name]
     gpus = named or [str(index) for index in range(row.needs.gpus)]
     return {**row.environment, VISIBLE: ",".join(gpus[: row.needs.gpus])}
