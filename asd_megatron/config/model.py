@@ -27,7 +27,8 @@ class ModelSection(Section):
         "auto",
         description=(
             "Which attention Transformer Engine may choose: FlashAttention (`flash`), cuDNN's (`fused`) or either "
-            "(`auto`). Its unfused attention is never chosen."
+            "(`auto`). Its unfused attention is never chosen. Only `auto` where FlexAttention is used in its place "
+            "(`batching.share_prefixes`)."
         ),
     )
     recompute: Literal["none", "mlp", "full"] = Field(

@@ -90,6 +90,7 @@ def _precision(session: Session) -> dict[str, str]:
         untested = te.untested()
         if untested is not None:
             rows["Transformer Engine"] = untested
+    if port.te_attention:
         backend = session.recipe.model.attention_backend
         either = "FlashAttention or cuDNN's" if backend == "auto" else backend
         rows["attention backend"] = f"{either}; the console names it after the first step"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ def _runs(rank: int, folder: str) -> list[tuple[str, list[dict[str, Any]], list[
 
     world, found = make_world(Path(folder), **SIZES), []
     for number, precision in enumerate(FORMATS):
-        os.environ.pop("NVTE_UNFUSED_ATTN", None)  # the run before in this process has set it
         console = io.StringIO()
         with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
             run = world.train(
@@ -62,6 +60,5 @@ def test_a_run_turns_to_fp8_and_back(tmp_path: Path) -> None:
     assert third[4]["fp8/update_drift"] > 1e-4 and third[4]["loss/clip_fraction"] < 0.2
     recorded = [entry["key"] for entry in history if entry["event"] == "change"]
     assert recorded.count("precision.fp8_scores") == 2 and recorded.count("precision.fp8") == 1
-    assert (
-        "blockwise scaling" in into and "an assumption" in back
-    )  # in the start-up report: the format and what a step costs
+    # In the start-up report: the format and what a step costs.
+    assert "blockwise scaling" in into and "an assumption" in back

@@ -36,7 +36,7 @@ QUANTIZATION: Mapping[str, Any] = {
     "fmt": "e4m3",
     "weight_block_size": [BLOCK, BLOCK],
 }
-"""`quantization_config` of config.json. SGLang leaves routers and the output layer alone without being told."""
+"""`quantization_config` of config.json. SGLang leaves routers and the output layer unquantised by itself."""
 _MATRIX = re.compile(r"model\.layers\.\d+\.(self_attn|mlp(\.experts\.\d+)?)\.\w+_proj\.weight")
 
 
