@@ -129,10 +129,12 @@ def choosing_attention(layers: str) -> Iterator[None]:
     if ATTENTION_CHOSEN in os.environ:
         for name in ATTENTION_SWITCHES:
             os.environ.pop(name, None)
-    yield
-    os.environ[ATTENTION_CHOSEN] = "1"
-    if layers == "te":
-        os.environ["NVTE_UNFUSED_ATTN"] = "0"
+    try:
+        yield
+    finally:
+        os.environ[ATTENTION_CHOSEN] = "1"
+        if layers == "te":
+            os.environ["NVTE_UNFUSED_ATTN"] = "0"
 
 
 def attention_in_use() -> str | None:
