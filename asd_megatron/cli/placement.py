@@ -89,6 +89,10 @@ def _gpu_keys(recipe: AnyRecipe) -> list[str]:
     keys = []
     if recipe.model.dtype == "bfloat16":
         keys.append("model.dtype bfloat16")
+    if recipe.model.layers == "te":
+        keys.append("model.layers te")
+    if recipe.precision.fp8 != "none":
+        keys.append(f"precision.fp8 {recipe.precision.fp8}")
     if isinstance(recipe, Recipe) and recipe.rollout.engine == "sglang":
         if recipe.rollout.server_devices:
             keys.append("rollout.server_devices")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asd_megatron.antisd import feedback
@@ -13,6 +14,7 @@ from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, decode, end_token_ids, load_tokenizer
 from asd_megatron.errors import UserError, plural
 from asd_megatron.models.families import shape_of
+from asd_megatron.models.family import ModelShape
 from asd_megatron.records import Problem
 from asd_megatron.reward.base import tests_of
 from asd_megatron.reward.factory import make_verifier
@@ -56,7 +58,7 @@ def dry_run(recipe: AnyRecipe, ranks: int, where: str) -> int:
     check_stop_token_ids(tokenizer, recipe.sampling.stop_token_ids or ())
     end_ids = end_token_ids(folder, tokenizer)
     renderer = make_renderer(recipe, tokenizer, end_ids)
-    sections = [("layout", where), ("model", f"{family.name}, {plural(shape.layers, 'layer')}, {folder}")]
+    sections = [("layout", where), ("model", _model(recipe, family.name, shape, folder))]
     if isinstance(recipe, Recipe):
         sections += _training(recipe, renderer, shape.max_positions)
     else:
@@ -71,6 +73,16 @@ def dry_run(recipe: AnyRecipe, ranks: int, where: str) -> int:
     else:
         print(f"nothing was started: without --dry-run this recipe starts {plural(ranks, 'rank')}", flush=True)
     return 0
+
+
+def _model(recipe: AnyRecipe, family: str, shape: ModelShape, folder: Path) -> str:
+    """The model's size and, if any, what computes in FP8. Raises UserError for sizes that FP8 products cannot have."""
+    text = f"{family}, {plural(shape.layers, 'layer')}, {folder}"
+    precision = recipe.precision.recipe
+    problem = precision.shape_problem(shape, recipe.parallelism.tensor)
+    if problem is not None:
+        raise UserError(problem)
+    return f"{text}\nFP8: {precision.text(shape.layers)}" if precision.enabled else text
 
 
 def _start(recipe: AnyRecipe) -> tuple[Start | None, UserError | None]:

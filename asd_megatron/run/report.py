@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 
@@ -90,11 +91,25 @@ def _precision(session: Session) -> dict[str, str]:
         untested = te.untested()
         if untested is not None:
             rows["Transformer Engine"] = untested
+<<<<<<< HEAD
     if port.te_attention:
         backend = session.recipe.model.attention_backend
         either = "FlashAttention or cuDNN's" if backend == "auto" else backend
         rows["attention backend"] = f"{either}; the console names it after the first step"
+=======
+        rows["attention backend"] = attention_text(session.recipe.model.attention_backend, port.attention)
+>>>>>>> newuser
     return rows
+
+
+def attention_text(backend: str, attention: Literal["own", "flex"]) -> str:
+    """Which attention runs in Transformer Engine's layers, by `model.attention_backend` and the port's `attention`."""
+    if attention == "flex":
+        ignored = "" if backend == "auto" else f"; model.attention_backend {backend} has no effect"
+        own = "batching.share_prefixes false: Transformer Engine's own"
+        return f"FlexAttention, because packs may share prefixes{ignored} ({own})"
+    either = "FlashAttention or cuDNN's" if backend == "auto" else backend
+    return f"{either}; the console names it after the first step"
 
 
 def _recompute(model: ModelSection) -> str:

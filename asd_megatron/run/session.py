@@ -255,9 +255,16 @@ class Session:
         return bool(every) and step % every == 0 or at_end and step == self.recipe.run.steps
 
     def name_attention(self, step: int) -> None:
+<<<<<<< HEAD
         """After the first step, on global rank 0's console: which of its attentions Transformer Engine chose; nothing
         where its attention is not in use."""
         if step == self.first_step and self.port.te_attention and self.is_root:
+=======
+        """After the first step, on global rank 0's console: which of its attentions Transformer Engine chose. Nothing
+        where FlexAttention attends in its layers: the start-up report has said so."""
+        own = self.port.layers == "te" and self.port.attention == "own"
+        if step == self.first_step and own and self.is_root:
+>>>>>>> newuser
             self.say(f"attention of Transformer Engine's layers: {te.attention_in_use() or 'unknown'}")
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -73,6 +73,16 @@ def test_what_it_shows(world: World, capsys: pytest.CaptureFixture[str]) -> None
     assert f"{world.problems}, every step, at the start, at the end, temperature 0.7, top_p 0.95" in out
 
 
+def test_fp8(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layers are checked without Transformer Engine; the world's model has two."""
+    fp8 = ["--precision.fp8", "current", "--precision.bf16_last_layers", "0"]
+    assert dry("train", world.recipe(), *fp8) == 0
+    out = capsys.readouterr().out
+    assert "current scaling in the linear layers of layers 2 to 2 of 2" in out and "recipe has precision.fp8" in out
+    assert dry("train", world.recipe(), *fp8[:2]) == 2
+    assert "precision.bf16_last_layers 1 leave none" in capsys.readouterr().err
+
+
 def test_what_becomes_of_the_run_folder(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     folder, path = world.run_folder("run"), world.recipe()
 

@@ -70,6 +70,7 @@ def test_what_is_said() -> None:
         "--parallelism.data", "1", gpus=2
     )
     assert text(gpus=0) == "1 rank on the CPU: no CUDA device found"
-    said = text("--model.dtype", "bfloat16", *SERVERS, gpus=0)
-    assert "on the CPU" in said and "model.dtype bfloat16" in said and "rollout.server_devices" in said
+    said = text("--model.dtype", "bfloat16", "--precision.fp8", "blockwise", *SERVERS, gpus=0)
+    for key in ("on the CPU", "model.dtype bfloat16", "precision.fp8 blockwise", "rollout.server_devices"):
+        assert key in said, said
     assert placement_text(recipe(), Placement(1, ("3",))) == "1 rank on GPU 3"

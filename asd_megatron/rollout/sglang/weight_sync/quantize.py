@@ -48,9 +48,8 @@ def is_quantized(name: str) -> bool:
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(e4m3 [rows, columns], float32 scales [rows / 128, columns / 128]) of a matrix, where it is.
 
-    A block's scale maps its largest absolute value to 448; a block of zeros, or of values that float32 cannot
-    scale, has scale 1. Elements are rounded to
-    nearest. A block with a value that is not finite becomes NaN.
+    A block's scale maps its largest absolute value to 448; a block of zeros, or of values that float32 cannot scale, has
+    scale 1. Elements are rounded to nearest. A block with a value that is not finite becomes NaN.
 
     Raises ValueError unless 128 divides both sizes.
     """
