@@ -199,7 +199,7 @@ class PackCounts:
 
     @property
     def tokens(self) -> int:
-        """A shared prefix counts once."""
+        """Tokens of the pack without padding; a shared prefix counts once."""
         return sum(length for _, length in self.spans)
 
 

@@ -62,7 +62,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Scored:
-    """Of every response token [N], on the CPU."""
+    """Log-probs and entropies of every response token [N], on the CPU. s: after the prompt; t: after the teacher's."""
 
     s: Tensor
     t: Tensor

@@ -42,7 +42,7 @@ class ParityCell:
         return f"full_{single}" if self.exact else single
 
     @property
-    def yardstick(self) -> str | None:
+    def bfloat16_reference(self) -> str | None:
         """The cell whose own rounding errors bound this one's: one process in bfloat16; None for float32."""
         return _prefix(self.layers, self.dtype) + self.reference if self.dtype == "bfloat16" else None
 
@@ -141,6 +141,5 @@ CELLS = _cells()
 
 def cells_of(layers: str, dtype: str) -> list[str]:
     """The names of the cells with these layers and this dtype, without those that others are compared with."""
-    return [
-        n for n, c in CELLS.items() if c.layers == layers and c.dtype == dtype and n not in (c.reference, c.yardstick)
-    ]
+    cells = [cell for cell in CELLS.values() if cell.layers == layers and cell.dtype == dtype]
+    return [cell.name for cell in cells if cell.name not in (cell.reference, cell.bfloat16_reference)]

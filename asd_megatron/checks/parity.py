@@ -117,12 +117,13 @@ def compare_bfloat16(
     """As `compare`, for a cell in bfloat16: its errors may be `ROUNDING_FACTOR` times those of `single`, the results of
     one process in bfloat16. Which tokens are clipped depends on rounding, and so does which experts a token is sent to
     where two are nearly as likely: with experts, losses are judged alone."""
-    yard = compare(CELLS[cell.yardstick or ""], single, expected)
+    assert cell.bfloat16_reference is not None
+    rounding = compare(CELLS[cell.bfloat16_reference], single, expected)
     allowed = Tolerances(
-        ROUNDING_FACTOR * yard.loss_error,
-        ROUNDING_FACTOR * (yard.gradient_error or 0.0),
-        ROUNDING_FACTOR * yard.update_error,
-        ROUNDING_FACTOR * yard.long_run_error,
+        ROUNDING_FACTOR * rounding.loss_error,
+        ROUNDING_FACTOR * (rounding.gradient_error or 0.0),
+        ROUNDING_FACTOR * rounding.update_error,
+        ROUNDING_FACTOR * rounding.long_run_error,
     )
     if cell.model == "moe":
         allowed = Tolerances(allowed.loss, math.inf, math.inf, math.inf)
@@ -148,7 +149,7 @@ def run(
     unknown = [n for n in names if n not in CELLS]
     if unknown:
         raise UserError(f"no such parity layout: {', '.join(unknown)}; there are {', '.join(CELLS)}")
-    compared_with = (c for n in names for c in (CELLS[n].reference, CELLS[n].yardstick) if c is not None)
+    compared_with = (c for n in names for c in (CELLS[n].reference, CELLS[n].bfloat16_reference) if c is not None)
     references = dict.fromkeys(compared_with)
     wanted = list(dict.fromkeys([*references, *names]))
     for kind in sorted({CELLS[n].model for n in wanted}):
@@ -163,9 +164,9 @@ def run(
 def _result(cell: ParityCell, folder: Path) -> ParityResult:
     load = lambda n: torch.load(folder / f"{n}.pt", weights_only=True)  # noqa: E731
     found, expected = load(cell.name), load(cell.reference)
-    if cell.yardstick is None:
+    if cell.bfloat16_reference is None:
         return compare(cell, found, expected)
-    return compare_bfloat16(cell, found, expected, load(cell.yardstick))
+    return compare_bfloat16(cell, found, expected, load(cell.bfloat16_reference))
 
 
 def _launch(ranks: int, folder: Path, cells: Sequence[str], timeout: float) -> None:

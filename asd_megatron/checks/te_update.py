@@ -52,7 +52,7 @@ CONFIG: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
 }
-"""Of blocks of 128 x 128: every tensor of a layer, in one piece."""
+"""Hidden, feed-forward and projection sizes are multiples of 128: every FP8 block of 128 x 128 is complete."""
 EXTRA_STATE = "_extra_state"
 TOKENS_PER_MICROBATCH = 256
 LOSS_BOUND = 0.05
@@ -175,7 +175,7 @@ def _weight_gradients(findings: Findings, groups: ProcessGroups) -> None:
     }
     findings.require(rounded[True] < 0.1, "fused weight gradients were rounded to bfloat16")
     findings.require(rounded[False] > 0.9, "weight gradients that are not fused have more digits than bfloat16")
-    findings.require(findings.figures["effect"] < SAME_BOUND, "fused weight gradients are others")
+    findings.require(findings.figures["effect"] < SAME_BOUND, "fused weight gradients differ too much from the others")
 
 
 def _rounded_fraction(gradients: dict[str, Tensor]) -> float:
@@ -191,8 +191,8 @@ def _rounded_fraction(gradients: dict[str, Tensor]) -> float:
 def _fp8(findings: Findings, groups: ProcessGroups, precision: Precision) -> None:
     plain = build(groups, alignment=precision.alignment)
     fp8 = build(groups, precision=precision)
-    drift = build(groups, precision=replace(precision, scores=True))
-    scores = [_scores(t, groups) for t in (plain, fp8, drift)]
+    scored = build(groups, precision=replace(precision, scores=True))
+    scores = [_scores(t, groups) for t in (plain, fp8, scored)]
     findings.figures["score drift"] = float((scores[2] - scores[0]).abs().mean())
     findings.require(torch.equal(scores[0], scores[1]), "scores in bfloat16 are not those of the bfloat16 model")
     findings.require(findings.figures["score drift"] > 1e-4, "FP8 scores are those of bfloat16: FP8 is not in use")

@@ -27,8 +27,8 @@ class ModelSection(Section):
         "auto",
         description=(
             "Which attention Transformer Engine may choose: FlashAttention (`flash`), cuDNN's (`fused`) or either "
-            "(`auto`). Its unfused attention is never chosen. No effect where FlexAttention attends: see "
-            "`batching.share_prefixes`."
+            "(`auto`). Its unfused attention is never chosen. Only `auto` where FlexAttention is used in its place "
+            "(`batching.share_prefixes`)."
         ),
     )
     recompute: Literal["none", "mlp", "full"] = Field(

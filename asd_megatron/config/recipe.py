@@ -62,7 +62,7 @@ class Recipe(Section):
     def _correct_quantized_rollouts(cls, values: Any) -> Any:
         """Quantised servers sample from another distribution than the trainer's: unless the recipe says what to do
         about it, importance weights are truncated."""
-        if not isinstance(values, Mapping) or _key(values, "rollout", "quantization") in (None, "none"):
+        if not isinstance(values, Mapping) or _given(values, "rollout", "quantization") in (None, "none"):
             return values
         algorithm = values.get("algorithm", {})
         if not isinstance(algorithm, Mapping) or "importance_correction" in algorithm:
@@ -129,7 +129,7 @@ AnyRecipe = Recipe | SftRecipe
 SCHEMAS: dict[Kind, type[Recipe] | type[SftRecipe]] = {"train": Recipe, "sft": SftRecipe}
 
 
-def _key(values: Mapping[str, Any], section: str, key: str) -> Any:
+def _given(values: Mapping[str, Any], section: str, key: str) -> Any:
     """The value of a key before validation; None if it is not given."""
     keys = values.get(section)
     return keys.get(key) if isinstance(keys, Mapping) else getattr(keys, key, None)

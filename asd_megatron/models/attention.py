@@ -146,8 +146,12 @@ class PackAttention:
     ) -> Tensor:
         """query [T, 1, hkv, h / hkv, d], key and value [T, 1, hkv, d], after RoPE. Returns [T, 1, h * d]."""
         query = query.flatten(2, 3).squeeze(1)
-        out = _attend(query, key.squeeze(1), value.squeeze(1), self._plan.buckets(window), softmax_scale)
+        out = self._attend(query, key.squeeze(1), value.squeeze(1), softmax_scale, window)
         return out.reshape(len(query), 1, -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """query [T, h, d], key and value [T, hkv, d]. Returns [T, h, d]."""
+        return _attend(query, key, value, self._plan.buckets(window), scale)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, buckets: Sequence[AttentionBucket], scale: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Core attention by PyTorch's FlexAttention: prefix trees on GPUs, under Transformer Engine's layers and under ours.
 
 One kernel computes a complete pack, its mask given by `models.tree_mask`. Nothing in a layer waits for the device: the
-masks are made on the host, once for a pack, from what the host knows.
+masks are made once for a pack, from its boundaries on the host.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asd_megatron.models.attention import scaled_dot_product
+from asd_megatron.models.attention import PackAttention, scaled_dot_product
 from asd_megatron.models.tree_mask import BLOCK, TreeMask, listed
 from asd_megatron.records import PackedTokens
 
-SMALLEST_HEAD = 16  # numbers of a head that the kernel can multiply
+SMALLEST_HEAD = 16  # head dimension from which the kernel can be used
 
 
 class PackMasks:
@@ -190,22 +190,11 @@ class FlexCoreAttention(torch.nn.Module):
         return masks.attend(query, key, value, self.scale, self.window).reshape(len(query), 1, -1)
 
 
-class FlexPackAttention:
-    """`attention.PackAttention` by FlexAttention, for `models.decoder`."""
+class FlexPackAttention(PackAttention):
+    """`PackAttention` by FlexAttention."""
 
     def __init__(self, packed: PackedTokens) -> None:
         self._masks = PackMasks(packed.host_boundaries(), packed.parents, packed.input_ids.device)
 
-    def attend(
-        self,
-        layer_number: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        softmax_scale: float,
-        window: int | None = None,
-    ) -> Tensor:
-        """query [T, 1, hkv, h / hkv, d], key and value [T, 1, hkv, d], after RoPE. Returns [T, 1, h * d]."""
-        query = query.flatten(2, 3).squeeze(1)
-        out = self._masks.attend(query, key.squeeze(1), value.squeeze(1), softmax_scale, window)
-        return out.reshape(len(query), 1, -1)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        return self._masks.attend(query, key, value, scale, window)

@@ -1,4 +1,4 @@
-"""What Megatron's layers are told about a pack."""
+"""A pack's sequences, positions and segments in the form that Megatron's layers take."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ LENGTHS = 1024
 
 
 def packed_parameters(
-    packed: PackedTokens, rotation: Rotation, *, as_one: bool, fused_rotation: bool, own_attention: bool
+    packed: PackedTokens, rotation: Rotation, *, as_one: bool, fused_rotation: bool, te_attention: bool
 ) -> Any:
     """Megatron's PackedSeqParams of a pack, with `angles`, and `boundaries` and `parents` for our attention.
 
-    as_one: Megatron is told of one sequence, the complete pack, whose angles are those of the tokens' own positions.
-    It rotates the tokens of every sequence by the first angles, and Transformer Engine's kernel knows nothing else, so
-    a segment of a prefix tree could not begin anywhere but at 0. Our attention reads the segments elsewhere. The one
-    sequence's boundaries stand where the rotation reads them: on the device for the kernel (`fused_rotation`), on the
-    host for Megatron's own, which would wait for the device in every layer.
+    as_one: `cu_seqlens_*` describe one sequence, the complete pack, whose angles are those of the tokens' own
+    positions. Megatron and Transformer Engine's kernel rotate the tokens of every sequence by the first angles, so
+    a segment of a prefix tree could otherwise not begin anywhere but at 0. Our attention reads the segments from
+    `boundaries` and `parents`. The one sequence's boundaries stand where the rotation reads them: on the device for the
+    kernel (`fused_rotation`), on the host for Megatron's own, which would wait for the device in every layer.
 
-    own_attention: Transformer Engine's attends, which knows sequences only.
+    te_attention: the core attention is Transformer Engine's, which has sequences only, no segments.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -36,7 +36,7 @@ def packed_parameters(
         positions = packed.position_ids
     else:
         longest, sequences = packed.max_seqlen, packed.cu_seqlens
-        if own_attention:
+        if te_attention:
             longest = -(-longest // LENGTHS) * LENGTHS
         positions = torch.arange(packed.max_seqlen, device=device)
     params = PackedSeqParams(
@@ -53,6 +53,6 @@ def packed_parameters(
     if hasattr(params, "pad_between_seqs"):  # 0.19.2
         params.pad_between_seqs = False
     params.angles = rotation.angles(positions[:, None])
-    if not own_attention:
+    if not te_attention:
         params.boundaries, params.parents = packed.host_boundaries(), packed.parents
     return params

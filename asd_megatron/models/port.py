@@ -70,7 +70,7 @@ class ModelPort:
         self.config, self.chunks = config, chunks
         self.vocab_size, self.padded_vocab_size = shape.vocab, padded_vocabulary(shape.vocab, layout.tensor)
         self.max_positions, self.tied, self.dtype = shape.max_positions, shape.tied, config.params_dtype
-        # Our attention reads a pack's segments and takes angles by position, Transformer Engine's knows sequences only.
+        # Our attention reads a pack's segments and takes angles by position, Transformer Engine's has sequences only.
         self.shares_prefixes = layout.context == 1 and (how.layers == "local" or how.attention == "flex")
         self.device = device.device()
         self.is_first_stage = any(chunk.pre_process for chunk in chunks)
@@ -103,7 +103,12 @@ class ModelPort:
         family, shape = shape_of(hf_config)
         check_layout(shape, layout)
         how = Implementation(
-            resolve_layers(layers, dtype), attention, attention_backend, recompute, precision, fuse_weight_gradient
+            layers=resolve_layers(layers, dtype),
+            attention=attention,
+            attention_backend=attention_backend,
+            recompute=recompute,
+            precision=precision,
+            fuse_weight_gradient=fuse_weight_gradient,
         )
         _check(how, shape, layout)
         config = gpt.transformer_config(family, shape, layout, dtype=dtype, how=how)
@@ -151,6 +156,11 @@ class ModelPort:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
+    @property
+    def te_attention(self) -> bool:
+        """Whether the core attention is Transformer Engine's."""
+        return self.layers == "te" and self.attention == "own"
+
     def weight_gradients_text(self) -> str:
         """Who adds weight gradients to the float32 buffers, for the start-up report."""
         if self.layers == "te" and self._fuses:
@@ -176,7 +186,7 @@ class ModelPort:
         later pipeline stages the input is what Megatron's schedules set as the previous stage's output.
         """
         if packed.parents and not self.shares_prefixes:
-            raise ValueError("the attention of this model knows no shared prefixes")
+            raise ValueError("the attention of this model does not support shared prefixes")
         if id(chunk) in self._scorers:
             return self._score(bare(chunk), self._scorers[id(chunk)], packed, routing)
         params = packed_parameters(
@@ -184,7 +194,7 @@ class ModelPort:
             self._rotation,
             as_one=self.shares_prefixes,
             fused_rotation=self.config.apply_rope_fusion,
-            own_attention=self.layers == "te" and self.attention == "own",
+            te_attention=self.te_attention,
         )
         if routing is not None and self.config.sequence_parallel:
             routing = routing.sliced(self.process_groups.tp.rank(), self.layout.tensor)
@@ -261,6 +271,12 @@ class ModelPort:
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the model by Hugging Face name, with its full shape, in export order."""
         return self.parameters.expected()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's parameters by Megatron's names, in the model's dtype: those kept in FP8 as new tensors."""
+        for chunk in self.parameters.chunks:
+            for name, parameter in chunk.named_parameters():
+                yield name, te.values(parameter.detach())
 
     def load(self, tensors: Mapping[str, FullTensor], *, progress: Progress | None = None) -> None:
         """Fill every parameter from slices of full tensors, reading nothing else. Raises one UserError, before anything
@@ -361,6 +377,12 @@ def _check(how: Implementation, shape: ModelShape, layout: Layout) -> None:
         raise UserError(
             "model.recompute mlp recomputes the experts' activation function in Transformer Engine's grouped products,"
             " and these layers are local: set model.recompute full or none"
+        )
+    if how.attention == "flex" and how.attention_backend != "auto":
+        raise UserError(
+            f"model.attention_backend {how.attention_backend} chooses among Transformer Engine's attentions, and with"
+            " prefix sharing FlexAttention is used in their place: set batching.share_prefixes false, or leave"
+            " model.attention_backend out"
         )
     if not how.precision.enabled:
         return

@@ -22,10 +22,6 @@ ROW_ALIGNMENT = {"none": 1, "current": 16, "blockwise": 128, "mxfp8": 32}
 FEATURE_ALIGNMENT = {"none": 1, "current": 16, "blockwise": 16, "mxfp8": 32}
 """Inputs and outputs of a linear layer on one rank are a multiple of this (`assert_dim_for_fp8_exec`; MXFP8's blocks).
 Inputs that are no multiple of 128 are gathered in bfloat16 under sequence parallelism and blockwise scaling."""
-DELAYED = (
-    "delayed scaling is not supported: its scales follow gradients, so the scores that come before the first gradient"
-    " are made with scales of 1, later ones depend on the run's history, and its state is pickled into checkpoints"
-)
 
 
 @dataclass(frozen=True)
@@ -39,8 +35,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class ScoreFormats:
-    """The number formats of log-probs and entropies that a model can compute, in words that are equal where numbers are
-    comparable: without its FP8 recipe, with it (None: it has none), and whether scoring passes use it."""
+    """The number formats in which a model can compute log-probs and entropies. Numbers are comparable only if the texts
+    of their formats are equal.
+
+    Attributes:
+        plain: without the FP8 recipe. fp8: with it; None for a model that has none.
+        in_fp8: whether scoring passes use the recipe.
+    """
 
     plain: str
     fp8: str | None = None
@@ -48,12 +49,12 @@ class ScoreFormats:
 
     @property
     def present(self) -> str:
-        """Of scoring passes."""
+        """The format of scoring passes."""
         return self.fp8 if self.in_fp8 and self.fp8 is not None else self.plain
 
     @property
     def other(self) -> str | None:
-        """That scoring passes could have instead."""
+        """The format that scoring passes could have instead."""
         return self.plain if self.in_fp8 else self.fp8
 
 
@@ -87,7 +88,7 @@ class Precision:
         return ROW_ALIGNMENT[self.fp8]
 
     def score_formats(self, dtype: str) -> ScoreFormats:
-        """Those of a model of `dtype`."""
+        """The score formats of a model of `dtype`."""
         weights = " with FP8 weights" if self.parameters else ""
         ends = f"{self.first_layers} + {self.last_layers} layers {dtype}"
         return ScoreFormats(dtype + weights, f"fp8 {self.fp8} ({ends}){weights}" if self.enabled else None, self.scores)

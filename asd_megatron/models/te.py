@@ -38,7 +38,7 @@ def problem(dtype: torch.dtype) -> str | None:
 
 
 def version() -> Version:
-    """Of the importable Transformer Engine."""
+    """The version of the importable Transformer Engine."""
     return _numbers(str(getattr(importlib.import_module("transformer_engine"), "__version__", "")))
 
 
@@ -124,15 +124,17 @@ def choosing_attention(layers: str) -> Iterator[None]:
     length, is never chosen. Where no other fits, the first forward pass raises.
 
     While a model is built, Megatron sets the switches by the recipe's backend and accepts no other values; Transformer
-    Engine reads them at its choice.
+    Engine reads them when it chooses.
     """
     if ATTENTION_CHOSEN in os.environ:
         for name in ATTENTION_SWITCHES:
             os.environ.pop(name, None)
-    yield
-    os.environ[ATTENTION_CHOSEN] = "1"
-    if layers == "te":
-        os.environ["NVTE_UNFUSED_ATTN"] = "0"
+    try:
+        yield
+    finally:
+        os.environ[ATTENTION_CHOSEN] = "1"
+        if layers == "te":
+            os.environ["NVTE_UNFUSED_ATTN"] = "0"
 
 
 def attention_in_use() -> str | None:
@@ -150,19 +152,17 @@ def attention_in_use() -> str | None:
 # ---------------------------------------------------------------- gradients and precision
 
 
-def fuse_weight_gradients(chunks: Iterable[torch.nn.Module]) -> int:
+def fuse_weight_gradients(chunks: Iterable[torch.nn.Module]) -> None:
     """Let linear layers add their weight gradients to the float32 buffers themselves, without a bfloat16 copy that
-    rounds each micro-batch's. Returns how many do.
+    rounds each micro-batch's.
 
     Not through Megatron's own key: that makes its ColumnParallelLinear, which our head is, ask for Apex.
     """
-    count = 0
     for chunk in chunks:
-        fusing: list[Any] = [m for m in chunk.modules() if hasattr(m, "fuse_wgrad_accumulation")]
-        for module in fusing:
-            module.fuse_wgrad_accumulation = True
-        count += len(fusing)
-    return count
+        modules: Iterable[Any] = chunk.modules()
+        for module in modules:
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
 
 
 def apex_fuses_weight_gradients() -> bool:

@@ -62,12 +62,13 @@ def attending_pairs(spans: Sequence[tuple[int, int]], window: int | None = None)
 
 
 def forward_flops(model: FlopsModel, counts: PackCounts) -> int:
-    """Of one forward pass of a pack."""
+    """The model FLOPs of one forward pass of a pack."""
     body, attention, head = _parts(model, counts)
     return body + attention + head
 
 
 def _parts(model: FlopsModel, counts: PackCounts) -> tuple[int, int, int]:
+    """The FLOPs of a forward pass by (linear layers, attention, head)."""
     return (
         2 * model.body * counts.tokens,
         _attention(model, counts, model.windows),
@@ -76,7 +77,7 @@ def _parts(model: FlopsModel, counts: PackCounts) -> tuple[int, int, int]:
 
 
 def _attention(model: FlopsModel, counts: PackCounts, windows: tuple[int | None, ...]) -> int:
-    """Of layers with these windows: scores, and the sum of values."""
+    """The FLOPs of attention in layers with these windows: scores, and weighted sums of values."""
     pairs = sum(n * attending_pairs(counts.spans, window) for window, n in Counter(windows).items())
     return 4 * model.heads * model.head_dim * pairs
 

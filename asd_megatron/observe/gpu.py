@@ -95,7 +95,7 @@ def open_gpu(*, seconds: float) -> GpuTelemetry:
     """Telemetry of torch's present device, started. Raises NvmlUnavailable."""
     identity = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
     if identity is None:
-        raise NvmlUnavailable("this release of torch does not tell the GPU's UUID")
+        raise NvmlUnavailable("this release of torch does not report the GPU's UUID")
     telemetry = GpuTelemetry(open_device(identity), seconds=seconds)
     telemetry.start()
     return telemetry

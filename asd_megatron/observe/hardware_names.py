@@ -26,7 +26,7 @@ RATES = Section(
 GPUS = Section(
     "GPUs",
     "With CUDA, nvidia-ml-py and `logging.telemetry auto`; means over the samples of the step and the trainer's GPUs"
-    " unless stated. What a GPU or its driver does not tell is left out.",
+    " unless stated. What a GPU or its driver does not report is left out.",
     (
         Metric("gpu/utilization", "fraction of time", "some kernel was running, however small"),
         Metric("gpu/utilization_min", "fraction of time", "the same of the least used GPU"),

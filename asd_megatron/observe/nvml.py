@@ -113,7 +113,7 @@ class NvmlDevice:
 
     @property
     def has_gauges(self) -> bool:
-        """Whether one of them is left."""
+        """Whether any gauge can still be read."""
         return bool(self._gauges)
 
     def gauges(self) -> dict[str, float]:
@@ -143,7 +143,7 @@ class NvmlDevice:
                     self.last_error = str(error)
                     dropped.append(f"{reader.names} ({error})")
         if dropped and readers:
-            log.info("telemetry: this GPU does not tell %s", "; ".join(dropped))
+            log.info("telemetry: this GPU does not report %s", "; ".join(dropped))
         return found
 
     def _is_missing(self, error: Exception) -> bool:

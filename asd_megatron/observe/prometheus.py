@@ -63,7 +63,7 @@ class MetricsServer:
                 self.wfile.write(text)
 
             def log_message(self, format: str, *args: Any) -> None:
-                """The console is the run's."""
+                """No access log on the run's console."""
 
         try:
             self._server = _Server((ADDRESS, port), Handler)
@@ -97,4 +97,4 @@ class _Server(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no event of the run."""
+        """Nothing is printed about clients that disconnect."""

@@ -64,7 +64,7 @@ def shares_prefixes(recipe: AnyRecipe, port: ModelPort) -> bool:
     asked = recipe.batching.share_prefixes
     if asked and not port.shares_prefixes:
         raise UserError(
-            "batching.share_prefixes true: the attention of this model knows no shared prefixes; leave"
+            "batching.share_prefixes true: the attention of this model does not support shared prefixes; leave"
             " batching.share_prefixes out, or set model.layers local"
         )
     return port.shares_prefixes if asked is None else asked

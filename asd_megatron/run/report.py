@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 
@@ -91,18 +90,11 @@ def _precision(session: Session) -> dict[str, str]:
         untested = te.untested()
         if untested is not None:
             rows["Transformer Engine"] = untested
-        rows["attention backend"] = attention_text(session.recipe.model.attention_backend, port.attention)
+    if port.te_attention:
+        backend = session.recipe.model.attention_backend
+        either = "FlashAttention or cuDNN's" if backend == "auto" else backend
+        rows["attention backend"] = f"{either}; the console names it after the first step"
     return rows
-
-
-def attention_text(backend: str, attention: Literal["own", "flex"]) -> str:
-    """Which attention runs in Transformer Engine's layers, by `model.attention_backend` and the port's `attention`."""
-    if attention == "flex":
-        ignored = "" if backend == "auto" else f"; model.attention_backend {backend} has no effect"
-        own = "batching.share_prefixes false: Transformer Engine's own"
-        return f"FlexAttention, because packs may share prefixes{ignored} ({own})"
-    either = "FlashAttention or cuDNN's" if backend == "auto" else backend
-    return f"{either}; the console names it after the first step"
 
 
 def _recompute(model: ModelSection) -> str:

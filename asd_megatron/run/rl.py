@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from asd_megatron.config import Recipe, recipe_hash
 from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.tokenizer import undecodable
-from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import NotFinite
 from asd_megatron.observe.dumps import dump_path, write_dump
 from asd_megatron.observe.metrics import GateReading, Increments, PerplexityReading, step_metrics
@@ -36,28 +35,17 @@ from asd_megatron.run.evaluation import HeldOut, Weights
 from asd_megatron.run.folder import writing
 from asd_megatron.run.mismatch import MismatchWarning, uncorrected
 from asd_megatron.run.report import announce_training
+from asd_megatron.run.scoring import Batch, ScoringPasses
 from asd_megatron.run.session import Session
 from asd_megatron.run.sources import own_metrics
-from asd_megatron.trainer import passes, token_method
+from asd_megatron.trainer import token_method
 from asd_megatron.trainer.align import gather_table
-from asd_megatron.trainer.columns import Scores, TokenInputs, score_columns, table_columns
+from asd_megatron.trainer.columns import Scores, table_columns
 from asd_megatron.trainer.expert_routing import StudentRouting, returned_fraction
-from asd_megatron.trainer.fp8_probe import Probe, probe
-from asd_megatron.trainer.guard import Guard, check_rollouts, check_scores
+from asd_megatron.trainer.guard import Guard, check_rollouts
 from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
 from asd_megatron.trainer.teacher_states import TeacherStates
 from asd_megatron.trainer.updater import UpdateStats, update
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A step's examples as this rank holds them, with the columns that need no model."""
-
-    step: int
-    local: LocalBatch
-    inputs: TokenInputs
-    states: TeacherStates | None = None  # the teacher's, with the exact estimator
-    routing: StudentRouting | None = None  # of a model with experts
 
 
 class TrainingRun:
@@ -69,6 +57,7 @@ class TrainingRun:
         self.plan = make_plan(recipe)
         self.strength = make_strength(recipe, self.process_groups, self.port.score_formats)
         self.condition = self.strength.method.condition
+        self.scoring = ScoringPasses(session, self.plan, recipe.sampling.temperature)
         self.guard, self.increments = Guard(), Increments()
         self.warnings = MethodWarnings(group_advantage=recipe.algorithm.weighs_group_advantage)
         self.mismatch = MismatchWarning(recipe)
@@ -152,15 +141,13 @@ class TrainingRun:
         return Batch(step, local, token_method.token_inputs(local, method), states, routing)
 
     def score_teacher(self, batch: Batch) -> Scores | None:
-        wanted, copies = self.plan.teacher_scoring, self.session.copies
-        return self._score("teacher", wanted, batch, passes.score_teacher, states=batch.states, copies=copies)
+        return self.scoring.teacher(batch)
 
     def score_student(self, batch: Batch) -> Scores | None:
-        return self._score("student", self.plan.student_scoring, batch, passes.score_student, routing=batch.routing)
+        return self.scoring.student(batch)
 
     def score_reference(self, batch: Batch) -> Scores | None:
-        wanted, copies = self.plan.reference_scoring, self.session.copies
-        return self._score("reference", wanted, batch, passes.score_reference, copies=copies)
+        return self.scoring.reference(batch)
 
     def gate_step(self, batch: Batch, teacher: Scores | None, student: Scores | None) -> float | Tensor:
         """This step's lambda, from the gate updated with this step's median entropy; with
@@ -168,7 +155,7 @@ class TrainingRun:
         self._probed = {}
         due = self.session.is_due(batch.step, self.recipe.precision.fp8_probe_every)
         if due or self.strength.needs_probe:
-            found = self._probe(batch)
+            found = self.scoring.probe(batch, self.strength.method)
             self._probed = found.metrics
             if self.strength.needs_probe:
                 for line in self.strength.rescale(found):
@@ -183,17 +170,7 @@ class TrainingRun:
         lam: float | Tensor,
         reference: Scores | None = None,
     ) -> UpdateStats:
-        old = None
-        if self.plan.old_scoring:
-            with self.clock.phase("student"):
-                old = passes.score_old(
-                    self.port,
-                    self.process_groups,
-                    batch.local,
-                    self.plan,
-                    temperature=self.recipe.sampling.temperature,
-                    routing=batch.routing,
-                )
+        old = self.scoring.old(batch)
         with self.clock.phase("update"):
             stats = update(
                 self.port,
@@ -218,7 +195,7 @@ class TrainingRun:
             if batch.states is not None:
                 batch.states.drop()
             if student is None:
-                self._check_scores("update", batch, stats.columns.student, "student")
+                self.scoring.check("update", batch, stats.columns.student, "student")
             self.strength.learn(batch.inputs, stats.columns)
         self.weights.version = batch.step
         for loss, grad_norm in zip(stats.losses, stats.grad_norms, strict=True):
@@ -373,49 +350,6 @@ class TrainingRun:
         responses = [rollout.response_ids for rollout in rollouts]
         self.renderer.counters["undecodable_tokens"] += undecodable(self.session.tokenizer, responses)
         return self.builder.build(groups, step)
-
-    def _score(
-        self, of: str, wanted: bool, batch: Batch, scoring_pass: Callable[..., Scores | None], **options: Any
-    ) -> Scores | None:
-        """The checked scores `of` the teacher, the student or the reference, None when the plan has no such pass: it
-        is then no phase of the step."""
-        if not wanted:
-            return None
-        with self.clock.phase(of):
-            temperature = self.recipe.sampling.temperature
-            scores = scoring_pass(
-                self.port, self.process_groups, batch.local, self.plan, temperature=temperature, **options
-            )
-            self._check_scores(f"{of} scoring", batch, scores, of)
-        return scores
-
-    def _check_scores(self, phase: str, batch: Batch, scores: Scores | None, of: str) -> None:
-        """Raises NotFinite on every rank when any of them scored something that is not finite. Collective.
-
-        `of`: whose scores they are, `student`, `teacher` or `reference`."""
-        if scores is None:
-            return
-        table = TokenTable(batch.local.table.offsets, score_columns(scores, of))
-        found: str | None = None
-        try:
-            check_scores(phase, batch.local.examples, table, table.columns, batch.step)
-        except NotFinite as e:
-            found = str(e)
-        message = first_message(found, self.process_groups.world)
-        if message is not None:
-            raise NotFinite(message)
-
-    def _probe(self, batch: Batch) -> Probe:
-        with self.clock.phase("probe"):
-            return probe(
-                self.port,
-                self.process_groups,
-                batch.local,
-                self.strength.method,
-                self.plan,
-                temperature=self.recipe.sampling.temperature,
-                copies=self.session.copies,
-            )
 
     def _counters(self) -> dict[str, float]:
         assert self.verifier is not None  # global rank 0 has one

@@ -255,10 +255,9 @@ class Session:
         return bool(every) and step % every == 0 or at_end and step == self.recipe.run.steps
 
     def name_attention(self, step: int) -> None:
-        """After the first step, on global rank 0's console: which of its attentions Transformer Engine chose. Nothing
-        where FlexAttention attends in its layers: the start-up report has said so."""
-        own = self.port.layers == "te" and self.port.attention == "own"
-        if step == self.first_step and own and self.is_root:
+        """After the first step, on global rank 0's console: which of its attentions Transformer Engine chose; nothing
+        where its attention is not in use."""
+        if step == self.first_step and self.port.te_attention and self.is_root:
             self.say(f"attention of Transformer Engine's layers: {te.attention_in_use() or 'unknown'}")
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -318,8 +317,8 @@ class Session:
 
     def not_finite(self) -> str | None:
         """Which weight is not finite, on every rank; None if all are finite. Collective."""
-        name = first_not_finite((n, p) for chunk in self.port.chunks for n, p in chunk.named_parameters())
-        where = None if name is None else f"the weights are not finite ({name.removeprefix('module.')})"
+        name = first_not_finite(self.port.named_weights())
+        where = None if name is None else f"the weights are not finite ({name})"
         return first_message(where, self.process_groups.world)
 
     def _last_good(self) -> str:

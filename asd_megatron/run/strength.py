@@ -4,10 +4,9 @@ and the limit of u's outliers. Their states are part of every checkpoint.
 These levels are measured on entropies, perplexities and u of one number format, which the state names: FP8 moves a
 median entropy by more than the gate's 7% between closing and reopening. A run that resumes with scores of another
 format rescales them: H_warm is multiplied by the ratio of the medians of the same tokens in both formats, under the
-present weights (the perplexity's target and the outliers' deviation likewise). Measuring again would be wrong: H_warm
-is the entropy that training began with, and a model whose entropy has fallen since would calibrate the gate on the fall
-that it is to notice. Where the model cannot score in the former format any more there is nothing else left, and the run
-says so.
+present weights (the perplexity's target and the outliers' deviation likewise). A new warm-up would be wrong: H_warm is
+the entropy at the start of training, and the gate would not notice by how much it has fallen since. Only where the
+model cannot score in the former format any more are the levels measured again, with a warning.
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ from asd_megatron.models.precision import ScoreFormats
 from asd_megatron.observe.metrics import GateReading, PerplexityReading
 from asd_megatron.trainer import passes
 from asd_megatron.trainer.columns import Scores, TokenInputs, UpdateColumns
-from asd_megatron.trainer.fp8_probe import Levels, Probe
+from asd_megatron.trainer.fp8_probe import Probe, Statistics
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.token_method import Method
 
 
 class _Level(Protocol):
-    """What lambda follows and a warm-up measures. `given`: the recipe's, in place of what is measured."""
+    """A level that a warm-up measures and that lambda or the outlier limit depends on. `given`: the recipe's value, in
+    place of a measured one."""
 
     history: list[float]
 
@@ -96,9 +96,9 @@ class TermStrength:
             if level.given is None
         ]
 
-    def _levels(self) -> dict[str, tuple[_Level, Callable[[Levels], float | None]]]:
+    def _levels(self) -> dict[str, tuple[_Level, Callable[[Statistics], float | None]]]:
         """The levels that a number format changes, by what the recipe calls them, each with what a probe says of it."""
-        found: dict[str, tuple[_Level, Callable[[Levels], float | None]]] = {}
+        found: dict[str, tuple[_Level, Callable[[Statistics], float | None]]] = {}
         if self.gate.gated:
             by_student = self.method.condition.gate_entropy == "student"
             found["gate.h_warm"] = self.gate, lambda at: at.student_entropy if by_student else at.teacher_entropy

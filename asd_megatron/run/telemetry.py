@@ -33,7 +33,7 @@ class Telemetry:
         self.recipe, self.process_groups, self.clock = recipe, process_groups, clock
         recompute = Recompute(recipe.model.recompute, recipe.model.recompute_layers)
         self.flops = flops_model(port.shape, recompute, layout.pipeline * (layout.virtual_pipeline or 1))
-        self._copies = layout.tensor * layout.pipeline * layout.context  # ranks that count the same packs
+        self._ranks_per_pack = layout.tensor * layout.pipeline * layout.context  # ranks that count the same packs
         self._peak: float | None = None
         self._gpu: GpuTelemetry | None = None
         self._server: MetricsServer | None = None
@@ -101,7 +101,7 @@ class Telemetry:
         """
         model, hardware = step_flops(self.flops, packs, recomputed_heads)
         own = {"flops": model, "hardware_flops": hardware, "tokens": computed_tokens(packs)}
-        values = {name: value / self._copies for name, value in own.items()} | self.clock.peaks
+        values = {name: value / self._ranks_per_pack for name, value in own.items()} | self.clock.peaks
         if self._gpu is not None:
             values |= self._gpu.take()
         found = over_ranks(values, self.process_groups.host)

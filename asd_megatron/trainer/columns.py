@@ -89,7 +89,7 @@ class FrozenScores(Columns):
     share them.
 
     `old`: the log-probs that the policy ratio divides by, those of `student` unless the updates compute in another
-    number format than the scoring pass (`PassPlan.clean_student`)."""
+    number format than the scoring pass (`PassPlan.bfloat16_student`)."""
 
     student: Scores
     constants: LossConstants

@@ -34,7 +34,7 @@ LARGE_PMI = 0.05
 
 
 @dataclass(frozen=True)
-class Levels:
+class Statistics:
     """What lambda is calibrated on, over the probe's tokens in one number format; None where nothing was scored or
     counts. Entropies: lower medians, nats. perplexity: mean over the responses. deviation: of u, nats."""
 
@@ -50,8 +50,8 @@ class Probe:
     not score it."""
 
     metrics: dict[str, float]
-    bfloat16: Levels
-    fp8: Levels
+    bfloat16: Statistics
+    fp8: Statistics
 
 
 def probe(
@@ -87,9 +87,11 @@ def probe(
 
     bfloat16, fp8 = scored(False), scored(True)
     batch.computed.include(few.computed)
-    levels = _levels(process_groups, few, inputs, method, *bfloat16)
-    fp8_levels = _levels(process_groups, few, inputs, method, *fp8)
-    return Probe(_metrics(process_groups, inputs, bfloat16, fp8, levels, fp8_levels), levels, fp8_levels)
+    statistics = _statistics(process_groups, few, inputs, method, *bfloat16)
+    fp8_statistics = _statistics(process_groups, few, inputs, method, *fp8)
+    return Probe(
+        _metrics(process_groups, inputs, bfloat16, fp8, statistics, fp8_statistics), statistics, fp8_statistics
+    )
 
 
 def first_examples(examples: Sequence[Example], budget: int = BUDGET, *, with_context: bool) -> list[Example]:
@@ -125,14 +127,14 @@ def sign_flips(u: Tensor, reference: Tensor) -> tuple[int, int]:
     return int(((u > 0) != (reference > 0))[large].sum()), int(large.sum())
 
 
-def _levels(
+def _statistics(
     process_groups: ProcessGroups,
     batch: LocalBatch,
     inputs: TokenInputs,
     method: Method,
     student: Scores,
     teacher: Scores | None,
-) -> Levels:
+) -> Statistics:
     counted = context_tokens(inputs.loss_mask, inputs.has_context)
     by_gate = entropy_mask(method.condition, inputs.loss_mask, inputs.has_context)
     perplexity = entropy = None
@@ -144,7 +146,9 @@ def _levels(
         logprobs = None if teacher is None else teacher.logprobs
         u = signal(method.condition, student.logprobs, logprobs, inputs.has_context)
         deviation = passes.pmi_deviation(process_groups, inputs, u)
-    return Levels(_number(lower_median(student.entropy[by_gate], process_groups.dp)), entropy, perplexity, deviation)
+    return Statistics(
+        _number(lower_median(student.entropy[by_gate], process_groups.dp)), entropy, perplexity, deviation
+    )
 
 
 def _number(value: float) -> float | None:
@@ -156,8 +160,8 @@ def _metrics(
     inputs: TokenInputs,
     bfloat16: tuple[Scores, Scores | None],
     fp8: tuple[Scores, Scores | None],
-    levels: Levels,
-    fp8_levels: Levels,
+    statistics: Statistics,
+    fp8_statistics: Statistics,
 ) -> dict[str, float]:
     """Sums over the data-parallel ranks, then fractions of them."""
     (s, t), (s8, t8) = bfloat16, fp8
@@ -176,7 +180,7 @@ def _metrics(
         found["fp8/teacher_drift"] = _ratio(teacher, tokens)
         found["fp8/pmi_drift"] = _ratio(pmi, tokens)
         found["fp8/pmi_sign_flips"] = _ratio(flipped, large)
-        before, after = levels.teacher_entropy, fp8_levels.teacher_entropy
+        before, after = statistics.teacher_entropy, fp8_statistics.teacher_entropy
         found["fp8/entropy_shift"] = math.nan if not before or after is None else after / before - 1
     return found
 

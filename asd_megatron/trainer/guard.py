@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from asd_megatron.errors import NotFinite, plural
-from asd_megatron.models import te
 from asd_megatron.records import Example, Rollout, TokenTable
 
 SHOWN = 4  # rollouts that a message names
@@ -46,9 +45,7 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     for name, tensor in tensors:
         if tensor.numel():
             names.append(name)
-            extremes.append(
-                torch.stack(torch.aminmax(te.values(tensor.detach()))).float()
-            )  # both are NaN if one element is
+            extremes.append(torch.stack(torch.aminmax(tensor.detach())).float())  # both are NaN if one element is
     if not names:
         return None
     finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist()

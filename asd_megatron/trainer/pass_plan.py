@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,10 +43,10 @@ class PassPlan:
         reference_scoring: a forward pass over the batch's student sequences under the initial weights, before the
             update.
         fp8: which passes compute in FP8.
-        clean_student: the updates compute in FP8 and the student's scoring pass in bfloat16. u, the importance weights
-            and the KL penalty take their log-probs from the latter; the policy ratio stays within FP8, or rounding
-            would look like a change of the policy and be clipped. Its old log-probs are those of the first update
-            itself, or, with several mini-batches, of `old_scoring`.
+        bfloat16_student: the updates compute in FP8 and the student's scoring pass in bfloat16. u, the importance
+            weights and the KL penalty take their log-probs from the latter; the policy ratio stays within FP8, or
+            rounding would look like a change of the policy and be clipped. Its old log-probs are those of the first
+            update itself, or, with several mini-batches, of `old_scoring`.
         old_scoring: a forward pass in FP8 over the updates' own packs, before the first one, for these log-probs.
     """
 
@@ -59,7 +60,7 @@ class PassPlan:
     teacher_copy: CopyName | None = None
     reference_scoring: bool = False
     fp8: Fp8 = "none"
-    clean_student: bool = False
+    bfloat16_student: bool = False
     old_scoring: bool = False
 
 
@@ -107,22 +108,16 @@ def plan_passes(
     copy = teacher_copy if teacher else None
     causes = _student_causes(c, steps, normalization, importance_level, exact)
     read = _read_of_student(c, teacher=teacher, importance=importance, kl_penalty=kl_penalty)
-    clean = fp8 == "update" and bool(read)
-    student, old = bool(causes) or clean, clean and updates > 1
+    bfloat16_student = fp8 == "update" and bool(read)
+    student, old = bool(causes) or bfloat16_student, bfloat16_student and updates > 1
     head, head_reason = _head(steps, normalization, importance_level, exact=exact, student=student, copy=copy)
 
     reasons = [_teacher_reason(c, exact=exact, log_pmi=log_pmi, perplexity=perplexity)]
     if copy is not None:
         reasons.append(f"the teacher is scored {TEACHER_COPIES[copy]}: exchanged in place with the live ones, and back")
-    if clean:
-        verb = "read" if len(read) > 1 else "reads"
-        told = f"the update computes in FP8, and {' and '.join(read)} {verb} bfloat16 log-probs"
-        reasons.append(f"student scoring pass: {'; '.join([*causes, told])} (1 forward)")
+    reasons.append(_student_reason(causes, read if bfloat16_student else []))
+    if bfloat16_student:
         reasons.append(_old_reason(updates, epochs))
-    elif causes:
-        reasons.append(f"student scoring pass: {'; '.join(causes)} (1 forward)")
-    else:
-        reasons.append("no student scoring pass: with one update a batch its own log-probs are the old ones")
     reasons.append(head_reason)
     if kl_penalty:
         reasons.append(
@@ -132,7 +127,7 @@ def plan_passes(
     update_cost = (1 + BACKWARD_COST) * epochs
     without_fp8 = update_cost + bool(causes) + teacher + kl_penalty
     forwards = update_cost + student + old + teacher + kl_penalty
-    in_bfloat16 = {"none": forwards, "update": teacher + kl_penalty + clean, "all": 0}[fp8]
+    in_bfloat16 = {"none": forwards, "update": teacher + kl_penalty + bfloat16_student, "all": 0}[fp8]
     cost = in_bfloat16 + (forwards - in_bfloat16) / FP8_SPEEDUP
     over = f" over {epochs} epochs" if epochs > 1 else ""
     reasons.append(f"{plural(steps, 'update')}{over}: {update_cost} forwards' worth; {forwards} a step in all")
@@ -152,7 +147,7 @@ def plan_passes(
         teacher_copy=copy,
         reference_scoring=kl_penalty,
         fp8=fp8,
-        clean_student=clean,
+        bfloat16_student=bfloat16_student,
         old_scoring=old,
     )
 
@@ -195,6 +190,16 @@ def _read_of_student(c: Condition, *, teacher: bool, importance: bool, kl_penalt
     if kl_penalty:
         found.append("the KL penalty")
     return found
+
+
+def _student_reason(causes: Sequence[str], read: Sequence[str]) -> str:
+    """Why the student is scored, or is not. read: what reads bfloat16 scores beside an update in FP8."""
+    if read:
+        verb = "read" if len(read) > 1 else "reads"
+        causes = [*causes, f"the update computes in FP8, and {' and '.join(read)} {verb} bfloat16 log-probs"]
+    if causes:
+        return f"student scoring pass: {'; '.join(causes)} (1 forward)"
+    return "no student scoring pass: with one update a batch its own log-probs are the old ones"
 
 
 def _old_reason(updates: int, epochs: int) -> str:

@@ -95,7 +95,7 @@ def score_student(
     trains in FP8, are FP8's."""
     if not plan.student_scoring:
         return None
-    fp8 = plan.fp8 != "none" and not plan.clean_student
+    fp8 = plan.fp8 != "none" and not plan.bfloat16_student
     packs, tokens = _student_packs(batch, fp8=fp8), batch.table.tokens
     pack_routing = None if routing is None else routing.scoring
     scores = score(port, process_groups, packs, tokens, temperature=temperature, routing=pack_routing, fp8=fp8)

@@ -93,7 +93,7 @@ def update(
     tokens = LossInputs(inputs, torch.zeros_like(inputs.weight) + lam, teacher, reference=reference)
     if student is not None:
         frozen = token_method.freeze(tokens, student, method, batch.table.rollouts, process_groups.dp)
-        if plan.clean_student:  # without the pass they are written in the first epoch
+        if plan.bfloat16_student:  # without the pass they are written in the first epoch
             frozen = replace(frozen, old=torch.zeros_like(inputs.weight) if old is None else old)
         tokens = replace(tokens, frozen=frozen)
     elif batch.mini_batches > 1 or epochs > 1:
@@ -103,12 +103,12 @@ def update(
         port.device,
         importance=method.importance_cap is not None,
         exact=method.exact is not None,
-        old=plan.clean_student,
+        old=plan.bfloat16_student,
     )
     loss = _PackLoss(port, process_groups, tokens, out, method, temperature, batch.table.rollouts, plan.head, states)
     losses, norms, applied, loads = [], [], [], []
     for epoch in range(epochs):
-        loss.own_is_old = epoch == 0 and plan.clean_student and not plan.old_scoring
+        loss.own_is_old = epoch == 0 and plan.bfloat16_student and not plan.old_scoring
         packs = [batch.student_packs(m) for m in range(batch.mini_batches)]
         if states is not None and epoch == 0:
             states.bring([pack for mini_batch in packs for pack in mini_batch])

@@ -1,5 +1,5 @@
-"""Checkpoints of Transformer Engine's layers for local ones and the reverse, in bfloat16: on a GPU with the real
-package, on the CPU with its stand-in."""
+"""Checkpoints of Transformer Engine's layers for local ones and the reverse, in bfloat16, on a GPU. On the CPU
+`test_foreign.py` runs `interchange` with the stand-in."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 
 from tests.checkpoint.trainer import Trainer
 from tests.distributed.harness import run_ranks
-from tests.te_double import run_ranks_with_te
 
 LAYERS: tuple[Literal["local", "te"], ...] = ("local", "te")
 ULP = 2.0**-7  # of bfloat16, relative
 
 
-def _interchange(rank: int, folder: str) -> list[str]:
-    """Each kind of layers goes on from the other's checkpoint as the other does. Returns the optimizers' names."""
+def interchange(rank: int, folder: str) -> list[str]:
+    """Each kind of layers continues from the other's checkpoint as the other does. Returns the optimizers' names."""
     saved, at_save, at_end, optimizers = {}, {}, {}, []
     for layers in LAYERS:
         first = Trainer({}, False, 1, torch.bfloat16, layers=layers)
@@ -41,8 +40,4 @@ def _interchange(rank: int, folder: str) -> list[str]:
 
 @pytest.mark.gpu
 def test_on_cuda(tmp_path: Path) -> None:
-    run_ranks(_interchange, 1, str(tmp_path), init=False, fresh=True)
-
-
-def test_on_the_stand_in(tmp_path: Path) -> None:
-    assert run_ranks_with_te(_interchange, 1, str(tmp_path)) == [["FusedAdam", "FusedAdam"]]
+    run_ranks(interchange, 1, str(tmp_path), init=False, fresh=True)

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+PRELOADED = ["tests.distributed.preload"]
 GRACE_SECONDS = 2.0  # for the first failing rank to finish writing its traceback
 
 
@@ -38,19 +39,26 @@ class RankError(RuntimeError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, init: bool = True, fresh: bool = False
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120,
+    init: bool = True,
+    fresh: bool = False,
+    context: Any = None,
 ) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` new processes; return the results by rank.
 
     `fn`, `args` and the results are pickled; `fn` must be importable (module level). Each rank has the variables of
     torchrun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), one thread, and, with `init`, a gloo world group.
-    `fresh`: ranks import everything themselves, under the environment as it is, which takes seconds.
+    `fresh`: ranks import everything themselves, under the environment as it is, which takes seconds. `context`: of
+    multiprocessing, in place of the server's or a fresh one.
     Raises RankError with the traceback of the first rank that failed, or when `timeout` seconds have passed.
     """
     # The parent hosts the store, so the port is free by construction.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
-        context = multiprocessing.get_context("spawn") if fresh else forkserver()
+        context = context or (multiprocessing.get_context("spawn") if fresh else forkserver())
         environment = dict(os.environ)
         processes: list[BaseProcess] = [
             context.Process(
@@ -103,17 +111,22 @@ def forkserver() -> Any:
     Nothing imported there may start threads or a process group; the server has one OpenMP thread.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.preload"])
+    context.set_forkserver_preload(PRELOADED)
+    start_server(ensure_running)
+    return context
+
+
+def start_server(start: Callable[[], None]) -> None:
+    """`start` a fork server with one OpenMP thread."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # counts only when set before torch is imported
     try:
-        ensure_running()
+        start()
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
-    return context
 
 
 def _kill(processes: list[BaseProcess]) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.harness import run_ranks
-from tests.te_double import stand_in
+from tests.te_double import run_ranks_with_te
 
 SIZES = {"layers": 4, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
 FORMATS: list[dict[str, Any]] = [
@@ -30,7 +28,6 @@ def _runs(rank: int, folder: str) -> list[tuple[str, list[dict[str, Any]], list[
 
     world, found = make_world(Path(folder), **SIZES), []
     for number, precision in enumerate(FORMATS):
-        os.environ.pop("NVTE_UNFUSED_ATTN", None)  # the run before in this process has set it
         console = io.StringIO()
         with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
             run = world.train(
@@ -48,8 +45,7 @@ def _runs(rank: int, folder: str) -> list[tuple[str, list[dict[str, Any]], list[
 
 def test_a_run_turns_to_fp8_and_back(tmp_path: Path) -> None:
     """H_warm moves with the teacher's median entropy, by what the probe of the same step found, and back."""
-    with stand_in():
-        (found,) = run_ranks(_runs, 1, str(tmp_path), init=False, fresh=True)
+    (found,) = run_ranks_with_te(_runs, 1, str(tmp_path), init=False)
     (_, first, _), (into, second, _), (back, third, history) = found
     warm = [rows[-1]["gate/h_warm"] for rows in (first, second, third)]
     shifts = [1 + rows[step]["fp8/entropy_shift"] for rows, step in ((second, 2), (third, 4))]
@@ -64,6 +60,5 @@ def test_a_run_turns_to_fp8_and_back(tmp_path: Path) -> None:
     assert third[4]["fp8/update_drift"] > 1e-4 and third[4]["loss/clip_fraction"] < 0.2
     recorded = [entry["key"] for entry in history if entry["event"] == "change"]
     assert recorded.count("precision.fp8_scores") == 2 and recorded.count("precision.fp8") == 1
-    assert (
-        "blockwise scaling" in into and "an assumption" in back
-    )  # in the start-up report: the format and what a step costs
+    # In the start-up report: the format and what a step costs.
+    assert "blockwise scaling" in into and "an assumption" in back

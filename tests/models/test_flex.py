@@ -17,6 +17,7 @@ from asd_megatron.distributed.layout import Layout
 from asd_megatron.models import compat, flex
 from asd_megatron.models.attention import SDPACoreAttention
 from asd_megatron.models.flex import FlexCoreAttention, PackMasks, block_mask
+from asd_megatron.models.gpt import Recompute
 from asd_megatron.models.rope import RotarySettings, Rotation
 from asd_megatron.models.tree_mask import BLOCK, TreeMask
 from asd_megatron.observe.startup import suppliers
@@ -174,6 +175,20 @@ def test_what_chooses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(torch.bfloat16, Layout(), shares_prefixes=False) == "own"
 
 
+def test_a_backend_of_another_attention_is_refused(tmp_path: Path) -> None:
+    folder = str(tiny_qwen3(tmp_path / "model"))
+    (message,) = run_ranks(_refusal, 1, folder)
+    assert "model.attention_backend flash" in message and "set batching.share_prefixes false" in message
+
+
+def _refusal(rank: int, folder: str) -> str:
+    from asd_megatron.errors import UserError
+
+    with pytest.raises(UserError) as error:
+        _port(folder, Layout(), "flex", attention_backend="flash")
+    return str(error.value)
+
+
 # ---------------------------------------------------------------- on a GPU
 
 
@@ -281,15 +296,14 @@ def _port(folder: str, layout: Any, attention: str, **build: Any) -> Any:
     return port
 
 
-def _train(rank: int, folder: str, sizes: dict[str, Any], attention: str, recompute: Any) -> dict[str, Any]:
+def _train(rank: int, folder: str, sizes: dict[str, Any], attention: str, recompute: Recompute) -> dict[str, Any]:
     """Losses, gradients and scored hidden states."""
-    from asd_megatron.models.gpt import Recompute
     from asd_megatron.ops.vocab_head import linear_logprob
     from asd_megatron.trainer import schedule
     from tests.models import everywhere
 
     layout = Layout(**sizes)
-    port = _port(folder, layout, attention, recompute=Recompute(recompute))
+    port = _port(folder, layout, attention, recompute=recompute)
     port.wrap_ddp(distributed_optimizer=False, overlap_grad_reduce=False)
     packs = _packs(layout.tensor, layout.sequence_parallel)
     made = []
@@ -311,11 +325,15 @@ def _train(rank: int, folder: str, sizes: dict[str, Any], attention: str, recomp
 
 @pytest.mark.parametrize(
     ("sizes", "recompute"),
-    [({}, "none"), ({"tensor": 2}, "mlp"), ({"tensor": 2, "sequence_parallel": True}, "full")],
+    [
+        ({}, Recompute("none")),
+        ({"tensor": 2}, Recompute("mlp")),
+        ({"tensor": 2, "sequence_parallel": True}, Recompute("full")),
+    ],
     ids=["tp1", "tp2", "tp2_sp"],
 )
 def test_a_model_trains_and_scores_as_with_the_present_attention(
-    tmp_path: Path, sizes: dict[str, Any], recompute: str
+    tmp_path: Path, sizes: dict[str, Any], recompute: Recompute
 ) -> None:
     windows = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2}  # in layers 2 and 3 of 4
     folder = str(tiny_qwen3(tmp_path / "model", **windows))

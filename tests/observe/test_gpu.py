@@ -125,7 +125,7 @@ def test_what_a_gpu_does_not_tell(
     name = next(iter(changed))
     if missing:
         assert module.calls.get(name, 0) <= 1
-        assert caplog.text.count("this GPU does not tell") == 1 and min(missing) in caplog.text
+        assert caplog.text.count("this GPU does not report") == 1 and min(missing) in caplog.text
 
 
 def test_a_lost_gpu_ends_the_thread(install: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:

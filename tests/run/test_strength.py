@@ -16,7 +16,7 @@ from asd_megatron.models.precision import ScoreFormats
 from asd_megatron.run.build import make_strength, never_acts
 from asd_megatron.run.strength import TermStrength
 from asd_megatron.trainer import passes
-from asd_megatron.trainer.fp8_probe import Levels, Probe
+from asd_megatron.trainer.fp8_probe import Probe, Statistics
 
 MINIMAL: dict[str, Any] = {"model": {"path": "model"}, "data": {"train": "problems.jsonl"}}
 ALONE: Any = SimpleNamespace(dp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
@@ -171,14 +171,14 @@ def warmed(text: str, present: str) -> TermStrength:
     return made
 
 
-def probe_of(bfloat16: Levels, fp8: Levels) -> Probe:
+def probe_of(bfloat16: Statistics, fp8: Statistics) -> Probe:
     return Probe({}, bfloat16, fp8)
 
 
 @pytest.mark.parametrize(("before", "after", "factor"), [(BF16, FP8, 0.9), (FP8, BF16, 1 / 0.9)])
 def test_levels_are_rescaled_when_the_scores_change_their_number_format(before: str, after: str, factor: float) -> None:
     """By the ratio of the same tokens in both, once, in the first step that has tokens; the gate does not reopen."""
-    plain, moved = Levels(0.7, 0.8, 1.6, 2.0), Levels(0.35, 0.72, 2.0, 3.0)
+    plain, moved = Statistics(0.7, 0.8, 1.6, 2.0), Statistics(0.35, 0.72, 2.0, 3.0)
     saved = warmed("", before)
     saved.gate.update(0.1)  # closed
     made = in_format("", after, before)
@@ -186,7 +186,7 @@ def test_levels_are_rescaled_when_the_scores_change_their_number_format(before: 
     assert len(said) == 1 and "gate.h_warm" in said[0] and after in said[0] and before in said[0]
     assert made.needs_probe and made.gate.h_warm == 0.8
 
-    assert made.rescale(probe_of(Levels(), Levels())) == []  # no rollout had context
+    assert made.rescale(probe_of(Statistics(), Statistics())) == []  # no rollout had context
     assert made.needs_probe and state_of(made)["scores"] == before  # as a checkpoint of this step says
     said = made.rescale(probe_of(plain, moved))
     assert len(said) == 2 and "gate.h_warm" in said[0] and "outlier_deviations" in said[1]
@@ -208,7 +208,7 @@ def test_levels_are_rescaled_when_the_scores_change_their_number_format(before: 
 def test_so_is_the_perplexitys_target() -> None:
     made = in_format(BY_PERPLEXITY, FP8, BF16)
     made.load_state_dict(state_of(warmed(BY_PERPLEXITY, BF16)), of="antisd")
-    made.rescale(probe_of(Levels(perplexity=1.6, deviation=1.0), Levels(perplexity=2.0, deviation=1.0)))
+    made.rescale(probe_of(Statistics(perplexity=1.6, deviation=1.0), Statistics(perplexity=2.0, deviation=1.0)))
     assert made.perplexity is not None and made.perplexity.target == pytest.approx(1.5 * 1.25 - 0.1)
 
 

@@ -131,16 +131,16 @@ def test_costs_of_fp8(name: str, options: dict[str, Any], without: float, update
     assert not any("FP8" in reason for reason in bf16.reasons)
 
 
-def test_which_scores_are_clean() -> None:
+def test_which_scores_are_bfloat16() -> None:
     """Those that are compared with others; GRPO's are compared with nothing, and its ratio stays within FP8."""
     for c in CONDITIONS.values():
         p = plan_passes(c, fp8="update")
-        assert p.clean_student == p.student_scoring == (c.name != "grpo") and not p.old_scoring
+        assert p.bfloat16_student == p.student_scoring == (c.name != "grpo") and not p.old_scoring
         several = plan_passes(c, 3, fp8="update")
-        assert several.student_scoring and several.clean_student == several.old_scoring == (c.name != "grpo")
+        assert several.student_scoring and several.bfloat16_student == several.old_scoring == (c.name != "grpo")
         for fp8 in ("none", "all"):
             other = plan_passes(c, 3, fp8=fp8)  # type: ignore[arg-type]
-            assert not (other.clean_student or other.old_scoring)
+            assert not (other.bfloat16_student or other.old_scoring)
             assert other.forwards_per_step == plan_passes(c, 3).forwards_per_step
     assert plan_passes("antisd", term_normalization="sequence", fp8="update").head == "fused"
     told = plan_passes("antisd", importance=True, kl_penalty=True, fp8="update").reasons

@@ -53,11 +53,12 @@ def of_update(path: Path) -> Figures:
 
 
 def of_head(path: Path) -> Figures:
-    """Time over the products' and memory over the logits' of the ways that share a GPU's time."""
+    """For each implementation of the head, its time relative to the bare matrix products and its memory relative to
+    the logits."""
     report = json.loads(path.read_text())
-    ways = [name for name in ("fused", "divergence", "materialised") if name in report["ways"]]
-    times = {f"{name}: time": report[name]["time_over_floor"] for name in ways}
-    return Figures(times | {f"{name}: memory": report[name]["memory_over_2tv"] for name in ways})
+    heads = [name for name in ("fused", "divergence", "materialised") if name in report["ways"]]
+    times = {f"{name}: time": report[name]["time_over_floor"] for name in heads}
+    return Figures(times | {f"{name}: memory": report[name]["memory_over_2tv"] for name in heads})
 
 
 def text(values: Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ def python_of_servers() -> Path | None:
 
 
 def environment() -> dict[str, str]:
-    """Of every process of the checks: the checkout is importable, and output is not held back."""
+    """The environment of every row's process: the checkout is importable, output is unbuffered."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     servers = python_of_servers()
     named = {} if servers is None else {SERVERS_PYTHON: str(servers)}

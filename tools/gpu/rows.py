@@ -27,7 +27,7 @@ class Row:
         command: arguments of the running Python, REPORT in place of the report's path.
         seconds: within which it has to end.
         read: its figures from the report.
-        environment: variables that it runs under beside the usual ones.
+        environment: additional environment variables.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Running rows one after another, bounded in time, and the table of what came of them."""
+"""Running rows one after another, bounded in time, and the table of their results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NO_TEST_SELECTED = 5  # pytest's exit status
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a row. reason: of every result but ok. seconds: how long it ran."""
+    """The result of a row. reason: "" for ok. seconds: how long it ran; None if it did not."""
 
     row: Row
     result: Result
@@ -116,7 +116,7 @@ class Runner:
 
 
 def _environment(row: Row) -> dict[str, str]:
-    """The row's own, and as many GPUs as it needs."""
+    """The row's own variables, and CUDA_VISIBLE_DEVICES with as many GPUs as it needs."""
     named = [name for name in os.environ.get(VISIBLE, "").split(",") if name]
     gpus = named or [str(index) for index in range(row.needs.gpus)]
     return {**row.environment, VISIBLE: ",".join(gpus[: row.needs.gpus])}

@@ -36,7 +36,7 @@ QUANTIZATION: Mapping[str, Any] = {
     "fmt": "e4m3",
     "weight_block_size": [BLOCK, BLOCK],
 }
-"""`quantization_config` of config.json. SGLang leaves routers and the output layer alone without being told."""
+"""`quantization_config` of config.json. SGLang leaves routers and the output layer unquantised by itself."""
 _MATRIX = re.compile(r"model\.layers\.\d+\.(self_attn|mlp(\.experts\.\d+)?)\.\w+_proj\.weight")
 
 
@@ -48,8 +48,8 @@ def is_quantized(name: str) -> bool:
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(e4m3 [rows, columns], float32 scales [rows / 128, columns / 128]) of a matrix, where it is.
 
-    A block's scale maps its largest absolute value to 448; a block of zeros has scale 1. Elements are rounded to
-    nearest. A block with a value that is not finite becomes NaN.
+    A block's scale maps its largest absolute value to 448; a block of zeros, or of values that float32 cannot scale,
+    has scale 1. Elements are rounded to nearest. A block with a value that is not finite becomes NaN.
 
     Raises ValueError unless 128 divides both sizes.
     """
@@ -58,7 +58,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"a matrix of {rows} x {columns} is not made of blocks of {BLOCK} x {BLOCK}")
     blocks = weight.detach().float().reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
     largest = blocks.abs().amax(dim=(1, 3))
-    scales = torch.where(largest == 0, 1.0, largest / LARGEST)
+    scales = largest / LARGEST
+    scales = torch.where(scales == 0, 1.0, scales)
     scaled = (blocks / scales[:, None, :, None]).clamp(-LARGEST, LARGEST)
     return scaled.to(FP8).view(rows, columns), scales
 
