@@ -51,6 +51,8 @@ def dry_run(recipe: AnyRecipe, ranks: int, where: str) -> int:
     folder = model_folder(recipe.model.path)
     config = read_config(folder)
     family, shape = shape_of(config)
+    if problem := recipe.precision.recipe.shape_problem(shape, recipe.parallelism.tensor):
+        raise UserError(problem)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, shape.vocab)
     check_stop_token_ids(tokenizer, recipe.sampling.stop_token_ids or ())

@@ -143,6 +143,7 @@ def test_a_reward_that_cannot_be_used(
         ({"sampling": {"max_prompt_tokens": 2}}, ["sampling.max_prompt_tokens"]),
         ({"sampling": {"problems_per_step": 10_000}}, ["sampling.problems_per_step"]),
         ({"parallelism": {"tensor": 3}}, ["parallelism.tensor 3"]),
+        ({"precision": {"fp8": "blockwise", "bf16_last_layers": 9}}, ["precision.bf16_last_layers 9", "lower them"]),
     ],
 )
 def test_what_the_run_would_refuse(
