@@ -21,7 +21,8 @@ from gpu.machine import Machine, as_json, probe
 from gpu.rows import ROWS, Row
 from gpu.running import Interrupted, Outcome, Runner, table
 
-from asd_megatron.files import write_json
+from asd_megatron.errors import UserError
+from asd_megatron.files import user_error, write_json
 
 RESULTS = ("ok", "FAILED", "not runnable", "not run")
 
@@ -86,6 +87,19 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _writable(arguments: argparse.Namespace) -> Path:
+    """The folder of logs, which exists then. Raises UserError where it or the report cannot be written."""
+    with user_error("--logs cannot be used", "give another folder"):
+        folder = arguments.logs or Path(tempfile.mkdtemp(prefix="asd-gpu-checks-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    if arguments.json:
+        with user_error("--json cannot be written", "give another file"):
+            write_json(arguments.json, {"rows": []})
+    return folder
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
@@ -99,10 +113,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler's end of the job prints the table too
         signal.signal(number, _interrupt)
-    folder = arguments.logs or Path(tempfile.mkdtemp(prefix="asd-gpu-checks-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    _say("probing this machine")
-    return check(rows, probe(), folder.resolve(), arguments)
+    try:
+        folder = _writable(arguments)
+        _say("probing this machine")
+        return check(rows, probe(), folder.resolve(), arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted before the first row", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

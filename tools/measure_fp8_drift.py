@@ -15,7 +15,6 @@ with another sign of u among those with |u| > 0.05 in float32.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,11 +25,12 @@ import torch
 from torch import Tensor
 
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config
+from asd_megatron.data.jsonl import read_jsonl
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.distributed import device, layout
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.errors import UserError
-from asd_megatron.files import write_json
+from asd_megatron.files import user_error, write_json
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.precision import BFLOAT16, Precision
 from asd_megatron.ops.quantile import lower_median
@@ -96,17 +96,21 @@ def formats(ends: Sequence[int]) -> Iterator[Format]:
 
 
 def read_texts(path: Path, folder: Path) -> Texts:
-    """The lines of `path` as sequences. Raises UserError for a line without the three keys."""
+    """The lines of `path` as sequences. Raises UserError for a file or a line that cannot be used, and without any
+    response token."""
     tokenizer = load_tokenizer(folder)
     student, teacher, row = [], [], 0
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        texts = json.loads(line)
+    for number, texts in read_jsonl(path):
         if not all(isinstance(texts.get(key), str) for key in KEYS):
             raise UserError(f"{path}, line {number}: give the strings {', '.join(KEYS)}")
         prompt, privileged, response = (tokenizer(texts[k], add_special_tokens=False).input_ids for k in KEYS)
+        if not prompt or not privileged or not response:
+            raise UserError(f"{path}, line {number}: {', '.join(KEYS)} need a token each")
         student.append(TokenSequence((*prompt, *response), len(prompt), row))
         teacher.append(TokenSequence((*privileged, *response), len(privileged), row))
         row += len(response)
+    if not row:
+        raise UserError(f"{path} has no texts: give one object with {', '.join(KEYS)} a line")
     return Texts(student, teacher, row)
 
 
@@ -141,11 +145,17 @@ def drift(found: Scored, reference: Scored) -> Drift:
     )
 
 
+def _layers(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is no number of layers: give 0 or more")
+    return number
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("texts", type=Path)
-    parser.add_argument("--ends", type=int, nargs="*", default=[1, 3], help="bfloat16 layers at either end (1 3)")
+    parser.add_argument("--ends", type=_layers, nargs="*", default=[1, 3], help="bfloat16 layers at either end (1 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
     try:
@@ -157,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(folder: Path, file: Path, ends: Sequence[int], json_file: Path | None) -> None:
+    """Print the table. Raises UserError where no format could be measured, or the figures cannot be written."""
     device.prepare()
     process_groups = layout.init(Layout())
     texts = read_texts(file, folder)
@@ -177,8 +188,11 @@ def report(folder: Path, file: Path, ends: Sequence[int], json_file: Path | None
         print(f"| {how.name} | {figures} | {d.sign_flips:.1%} |", flush=True)
     if json_file is not None:
         content = {"tokens": texts.tokens, "mean_abs_u": size, "teacher_median_entropy": median, "rows": rows}
-        write_json(json_file, content)
+        with user_error(f"{json_file} cannot be written", "give --json another path"):
+            write_json(json_file, content)
     layout.shutdown()
+    if not rows:
+        raise UserError("no format could be measured: the reasons are above")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ COUNTERPARTS: dict[str, tuple[str, ...]] = {
     "enable_gradient_checkpointing": ("model.recompute",),
     "recompute_granularity": ("model.recompute",),
     "transformer_impl": ("model.layers",),
+    "fp8_recipe": ("precision.fp8",),
     "output_dir": ("run.folder",),
     "default_local_dir": ("run.folder",),
     "experiment_name": ("run.name",),

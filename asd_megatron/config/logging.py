@@ -22,7 +22,7 @@ class LoggingSection(Section):
             "Sample the trainer's GPUs (`gpu/*`): `auto` where there are any and nvidia-ml-py is installed, or `off`."
         ),
     )
-    telemetry_seconds: float = Field(1.0, ge=0.1, description="Seconds between two samples of a GPU.")
+    telemetry_seconds: float = Field(1.0, ge=0.1, le=3600, description="Seconds between two samples of a GPU.")
     prometheus_port: int | None = Field(
         None,
         ge=1,

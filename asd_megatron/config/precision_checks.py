@@ -12,7 +12,7 @@ def precision_findings(recipe: AnyRecipe) -> Iterator[str]:
     if p.fp8 == "none":
         for key in ("fp8_scores", "fp8_parameters", "fp8_probe_every"):
             if getattr(p, key):
-                yield f"precision.{key} {getattr(p, key)} belongs to FP8: set precision.fp8, or leave it out"
+                yield f"precision.{key} {_text(getattr(p, key))} belongs to FP8: set precision.fp8, or leave it out"
         return
     if recipe.model.layers == "local":
         yield (
@@ -27,7 +27,7 @@ def precision_findings(recipe: AnyRecipe) -> Iterator[str]:
     if isinstance(recipe, SftRecipe):
         for key in ("fp8_scores", "fp8_probe_every"):
             if getattr(p, key):
-                yield f"precision.{key} {getattr(p, key)}: the supervised stage scores nothing; leave it out"
+                yield f"precision.{key} {_text(getattr(p, key))}: the supervised stage scores nothing; leave it out"
     elif recipe.algorithm.estimator == "full_vocabulary" and not p.fp8_scores:
         yield (
             f"precision.fp8 {p.fp8} with algorithm.estimator full_vocabulary: the divergence compares the update's"
@@ -58,3 +58,8 @@ def precision_findings(recipe: AnyRecipe) -> Iterator[str]:
 
 def _has_copies(recipe: Recipe) -> bool:
     return recipe.teacher.weights != "live" or recipe.algorithm.kl_coefficient > 0
+
+
+def _text(value: bool | int) -> str:
+    """As a recipe has it."""
+    return str(value).lower()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from asd_megatron.distributed.machine import gpu_of_rank, local_rank
+from asd_megatron.distributed.machine import gpu_of_rank, hide_broken_transformer_engine, local_rank
 
 log = logging.getLogger("asd_megatron")
 CPU = torch.device("cpu")
@@ -51,12 +51,14 @@ def prepare() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps communication by issue order
     if torch.cuda.is_available():
         _prepare_cuda(os.environ)
+        hide_broken_transformer_engine()
         return
     local_rank(os.environ)  # refuses here what would be refused with CUDA
     _replace_cuda_functions()
     _redirect_factories()
     _redirect_tensor_methods()
     with without_compiler():
+        hide_broken_transformer_engine()
         import megatron.core  # noqa: F401 (decorates functions with torch.compile)
     _redirect_megatron_rng()
     _redirect_token_counts()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +16,7 @@ OLDEST_CUDA_TORCH = (2, 8)  # the first whose `mm` has half-precision operands a
 NOT_INSTALLED = "it is not installed (install the extra `asd_megatron[gpu]`)"
 ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 ATTENTION_CHOSEN = "ASD_MEGATRON_ATTENTION_CHOSEN"  # beside switches that this process has set, for an earlier model
+_hidden: list[str] = []  # why this process has hidden the installed Transformer Engine
 
 
 def gpus() -> int:
@@ -70,6 +72,8 @@ def bfloat16_problem() -> str | None:
 def transformer_engine_problem() -> str | None:
     """Why Transformer Engine cannot be imported; None if it can. An installation may be broken, so it is imported and
     not just looked for."""
+    if _hidden:
+        return _hidden[0]
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a library that is missing or made for another CUDA: ImportError, OSError, RuntimeError
@@ -78,6 +82,18 @@ def transformer_engine_problem() -> str | None:
         reason = (str(error).splitlines() or [""])[0]
         return f"importing it failed ({type(error).__name__}: {reason})"
     return None
+
+
+def hide_broken_transformer_engine() -> None:
+    """Let a Transformer Engine that cannot be imported count as absent: Megatron-Core, which imports what it finds,
+    could not be imported either. Call before importing Megatron."""
+    problem = transformer_engine_problem()
+    if problem in (None, NOT_INSTALLED) or _hidden:
+        return
+    _hidden.append(str(problem))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
+        del sys.modules[name]
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # an import of it raises ModuleNotFoundError
 
 
 def transformer_engine_is_stand_in() -> bool:

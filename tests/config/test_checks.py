@@ -63,6 +63,7 @@ def refusal(text: str, kind: Any = "train") -> str:
          "parallelism.virtual_pipeline=2 parallelism.pipeline=2 rollout.engine=replay rollout.replay_folder=x"),
         ("parallelism.virtual_pipeline=1 parallelism.pipeline=2", "interleaves nothing", "parallelism.pipeline=2"),
         ("model.recompute_layers=2", "set model.recompute full", "model.recompute_layers=2 model.recompute=full"),
+        ("logging.telemetry_seconds=1e10", "logging.telemetry_seconds", "logging.telemetry_seconds=3600"),
         ("precision.fp8_scores=true", "set precision.fp8", "precision.fp8_scores=true precision.fp8=current"),
         ("precision.fp8_probe_every=5", "set precision.fp8", "precision.fp8_probe_every=5 precision.fp8=current"),
         ("precision.fp8=current model.layers=local", "set model.layers auto or te", "precision.fp8=current"),
@@ -214,7 +215,7 @@ def test_a_combination_is_refused_with_what_to_change(bad: str, message: str, go
          "the evaluation samples", "parallelism.pipeline=2 parallelism.virtual_pipeline=2"),
         ("run.dump_rollouts=true", "run.dump_rollouts: unknown key", ""),
         ("precision.fp8=current precision.fp8_probe_every=3", "precision.fp8_probe_every 3", "precision.fp8=current"),
-        ("precision.fp8=current precision.fp8_scores=true", "precision.fp8_scores True", "precision.fp8=current"),
+        ("precision.fp8=current precision.fp8_scores=true", "precision.fp8_scores true", "precision.fp8=current"),
     ],
 )  # fmt: skip
 def test_supervised_combinations(bad: str, message: str, good: str) -> None:

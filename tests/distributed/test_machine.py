@@ -11,6 +11,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,23 @@ def test_a_transformer_engine_that_cannot_be_imported(cuda: pytest.MonkeyPatch, 
             refused()
     text = layers_text("auto", "local", torch.bfloat16)
     assert text.startswith("local") and "\n" not in text
+
+
+@pytest.mark.parametrize("broken", ["__init__", "pytorch"])
+def test_megatron_does_without_a_broken_transformer_engine(tmp_path: Path, broken: str) -> None:
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / f"{broken}.py").write_text("raise OSError('libcublas.so.13: cannot open shared object file')")
+    program = (
+        "from asd_megatron.distributed import device, machine; device.prepare()\n"
+        "import megatron.core.models.gpt.gpt_layer_specs as specs; assert not specs.HAVE_TE\n"
+        "print(machine.transformer_engine_problem())"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ("importing it failed (OSError: libcublas.so.13: cannot open shared object file)")
 
 
 @pytest.mark.parametrize(

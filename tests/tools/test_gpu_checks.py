@@ -163,6 +163,24 @@ def test_an_interruption_ends_the_row_and_prints_the_table(tmp_path: Path) -> No
     assert not alive(int(log.read_text().split()[0]))
 
 
+def test_paths_are_refused_before_the_first_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks, "probe", lambda: pytest.fail("probed"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    file = tmp_path / "file"
+    file.touch()
+    assert gpu_checks.main(["--logs", str(file)]) == 2
+    assert gpu_checks.main(["--logs", str(tmp_path), "--json", str(file / "report.json")]) == 2
+
+
+def test_an_interruption_of_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_checks, "probe", interrupted)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert gpu_checks.main(["--logs", str(tmp_path)]) == 130
+
+
 def test_a_row_sees_as_many_gpus_as_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import json, os, sys\n"

@@ -41,6 +41,31 @@ def test_table(tmp_path: Path) -> None:
 
     prose = list(script("smollm2/make_drift_texts.py").of_prose())
     assert len(prose) == 4 and all(text["teacher_prompt"].endswith(text["prompt"]) for text in prose)
-    texts.write_text('{"prompt": "w1"}\n')
-    with pytest.raises(UserError, match=r"line 1: give the strings prompt, teacher_prompt"):
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "w1"}\n', "line 1: give the strings prompt, teacher_prompt"),
+        ('{"prompt": "", "teacher_prompt": "w1", "response": "w2"}\n', "line 1: .*a token each"),
+        ('\n{"prompt": "w1"\n', "texts.jsonl:2"),
+        ("[1]\n", "texts.jsonl"),
+        ("\n", "has no texts"),
+        (None, "cannot read .*texts.jsonl"),
+    ],
+)
+def test_texts_that_cannot_be_used(tmp_path: Path, content: str | None, message: str) -> None:
+    folder, texts = tiny_qwen3(tmp_path / "model"), tmp_path / "texts.jsonl"
+    if content is not None:
+        texts.write_text(content)
+    with pytest.raises(UserError, match=message):
         runpy.run_path(str(TOOL))["read_texts"](texts, folder)
+
+
+def test_a_table_without_a_row_is_an_error(tmp_path: Path) -> None:
+    folder, texts = tiny_qwen3(tmp_path / "model"), tmp_path / "texts.jsonl"
+    texts.write_text('{"prompt": "w1", "teacher_prompt": "w2 w1", "response": "w3"}\n')
+    for options, message in ((["--ends", "-1"], "--ends"), ([], "no format could be measured")):
+        command = [sys.executable, str(TOOL), str(folder), str(texts), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

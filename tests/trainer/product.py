@@ -16,6 +16,7 @@ from asd_megatron.checkpoint.huggingface import FolderReader, read_config
 from asd_megatron.data.sft import SftExample
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.models.gpt import NO_RECOMPUTE, Recompute
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.precision import BFLOAT16, Precision
 from asd_megatron.models.weight_copies import WeightCopies
@@ -170,6 +171,7 @@ class Product:
         distributed_optimizer: bool = False,
         layers: Literal["te", "local"] = "local",
         precision: Precision = BFLOAT16,
+        recompute: Recompute = NO_RECOMPUTE,
         alignment: int | None = None,
         process_groups: ProcessGroups | None = None,
     ) -> None:
@@ -183,6 +185,7 @@ class Product:
             dtype=torch.float32,
             layers=layers,
             precision=precision,
+            recompute=recompute,
         )
         self.port.load(self.reader)
         self.port.wrap_ddp(distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False)

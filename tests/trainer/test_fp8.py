@@ -14,6 +14,7 @@ from torch import Tensor
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.data.sft import SftExample
 from asd_megatron.distributed.layout import Layout
+from asd_megatron.models.gpt import Recompute
 from asd_megatron.models.precision import Precision
 from asd_megatron.records import Example
 from tests.distributed.harness import run_ranks
@@ -108,6 +109,8 @@ def _body(rank: int, folder: str, sizes: dict[str, Any]) -> dict[str, Any]:
     # The same model without FP8, on the same packs; and on packs without padding for FP8.
     for name, alignment in (("bf16", 128), ("unaligned", 1)):
         found[name] = _step(product(Precision(), alignment=alignment), examples, OPEN)
+    for kind in ("mlp", "full"):
+        found[f"recomputed {kind}"] = _step(product(BLOCKWISE, recompute=Recompute(kind)), examples, OPEN)  # type: ignore[arg-type]
     fp8 = made[BLOCKWISE]
     fp8.reload()
     for name in ("clean", "clean, 3 updates"):
@@ -217,6 +220,15 @@ def test_padding_changes_nothing(found: dict[str, Any]) -> None:
     torch.testing.assert_close(aligned["loss"], unaligned["loss"], rtol=0, atol=1e-6)
     for name, gradient in unaligned["gradients"][0].items():
         assert (aligned["gradients"][0][name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+def test_activations_are_recomputed_in_fp8(found: dict[str, Any]) -> None:
+    kept = found["clean"]
+    for kind in ("mlp", "full"):
+        recomputed = found[f"recomputed {kind}"]
+        assert recomputed["loss"] == kept["loss"]
+        for name, gradient in kept["gradients"][0].items():
+            assert (recomputed["gradients"][0][name] - gradient).norm() < 1e-5 * gradient.norm(), (kind, name)
 
 
 def test_the_probe(found: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager, fp8_autocast
 
 
 class CudaRNGStatesTracker:
@@ -16,9 +17,17 @@ class CudaRNGStatesTracker:
 
 
 def checkpoint(function: Callable[..., Any], *args: torch.Tensor, **kwargs: Any) -> Any:
+    """Other keyword arguments are the function's. The backward pass recomputes it in the number format of now."""
     for name in ("distribute_saved_activations", "get_rng_state_tracker", "tp_group", "context_fn"):
         kwargs.pop(name, None)
-    return torch_checkpoint(function, *args, use_reentrant=kwargs.pop("use_reentrant", True), **kwargs)
+    reentrant = kwargs.pop("use_reentrant", True)
+    fp8, recipe = FP8GlobalStateManager.is_fp8_enabled(), FP8GlobalStateManager.get_fp8_recipe()
+
+    def in_present_format(*tensors: torch.Tensor) -> Any:
+        with fp8_autocast(enabled=fp8, fp8_recipe=recipe):
+            return function(*tensors, **kwargs)
+
+    return torch_checkpoint(in_present_format, *args, use_reentrant=reentrant)
 
 
 @contextlib.contextmanager
