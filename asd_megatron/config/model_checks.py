@@ -9,6 +9,7 @@ from typing import Any
 from asd_megatron.config.parallelism import ParallelismSection
 from asd_megatron.config.recipe import AnyRecipe, Recipe
 from asd_megatron.config.rollout_checks import quantized_model_findings
+from asd_megatron.errors import plural
 
 
 def model_findings(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> Iterator[str]:
@@ -18,6 +19,7 @@ def model_findings(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> Iterator[
     """
     yield from _divides(recipe.parallelism, hf_config)
     yield from _experts(recipe, hf_config)
+    yield from _recompute(recipe, hf_config)
     yield from _lengths(recipe, hf_config)
     if isinstance(recipe, Recipe):
         yield from quantized_model_findings(recipe.rollout, hf_config)
@@ -50,6 +52,18 @@ def _experts(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"parallelism.tensor {p.tensor}: a model with experts needs sequence parallelism beside tensor parallelism,"
             " so that no two ranks route the same token; set parallelism.sequence_parallel true"
+        )
+
+
+def _recompute(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    p, layers, count = recipe.parallelism, hf_config.get("num_hidden_layers"), recipe.model.recompute_layers
+    if not isinstance(layers, int) or count is None:
+        return
+    of_stage = max(layers // (p.pipeline * (p.virtual_pipeline or 1)), 1)
+    if count > of_stage:
+        yield (
+            f"model.recompute_layers {count}: a pipeline stage has {plural(of_stage, 'layer')}; lower it, or leave it"
+            " out to recompute all"
         )
 
 

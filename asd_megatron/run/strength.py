@@ -23,6 +23,7 @@ from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.errors import plural
 from asd_megatron.models.precision import ScoreFormats
 from asd_megatron.observe.metrics import GateReading, PerplexityReading
+from asd_megatron.observe.warnings import CALIBRATION_TOKENS
 from asd_megatron.trainer import passes
 from asd_megatron.trainer.columns import Scores, TokenInputs, UpdateColumns
 from asd_megatron.trainer.fp8_probe import Probe, Statistics
@@ -90,8 +91,11 @@ class TermStrength:
         for _, level, factor in factors:
             level.rescale(factor)
         former, self.measured_in = self.measured_in, self.formats.present
+        over = plural(probe.tokens, "token")
+        if probe.tokens < CALIBRATION_TOKENS:
+            over += ": few, so the factor is uncertain; larger batches, or the former precision.fp8_scores, avoid that"
         return [
-            f"{name} is {factor:.4f} times what it was: as on the same tokens in {self.measured_in} and in {former}"
+            f"{name} is {factor:.4f} times what it was: as in {self.measured_in} and in {former} on the same {over}"
             for name, level, factor in factors
             if level.given is None
         ]

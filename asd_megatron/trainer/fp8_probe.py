@@ -47,11 +47,12 @@ class Statistics:
 @dataclass(frozen=True)
 class Probe:
     """`metrics`: see `observe/names.py`; NaN where no token counts, and without the teacher's in a recipe that does
-    not score it."""
+    not score it. `tokens`: of the student's loss, over all ranks."""
 
     metrics: dict[str, float]
     bfloat16: Statistics
     fp8: Statistics
+    tokens: int
 
 
 def probe(
@@ -89,9 +90,8 @@ def probe(
     batch.computed.include(few.computed)
     statistics = _statistics(process_groups, few, inputs, method, *bfloat16)
     fp8_statistics = _statistics(process_groups, few, inputs, method, *fp8)
-    return Probe(
-        _metrics(process_groups, inputs, bfloat16, fp8, statistics, fp8_statistics), statistics, fp8_statistics
-    )
+    metrics = _metrics(process_groups, inputs, bfloat16, fp8, statistics, fp8_statistics)
+    return Probe(metrics, statistics, fp8_statistics, sum(sum(e.rollout.loss_mask) for e in few.all_examples))
 
 
 def first_examples(examples: Sequence[Example], budget: int = BUDGET, *, with_context: bool) -> list[Example]:

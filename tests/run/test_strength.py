@@ -172,7 +172,7 @@ def warmed(text: str, present: str) -> TermStrength:
 
 
 def probe_of(bfloat16: Statistics, fp8: Statistics) -> Probe:
-    return Probe({}, bfloat16, fp8)
+    return Probe({}, bfloat16, fp8, tokens=20)
 
 
 @pytest.mark.parametrize(("before", "after", "factor"), [(BF16, FP8, 0.9), (FP8, BF16, 1 / 0.9)])
@@ -190,6 +190,7 @@ def test_levels_are_rescaled_when_the_scores_change_their_number_format(before: 
     assert made.needs_probe and state_of(made)["scores"] == before  # as a checkpoint of this step says
     said = made.rescale(probe_of(plain, moved))
     assert len(said) == 2 and "gate.h_warm" in said[0] and "outlier_deviations" in said[1]
+    assert all("20 tokens: few" in line for line in said)
     assert made.gate.h_warm == pytest.approx(0.8 * factor) and not made.gate.is_open
     deviation = 1.5 if after == FP8 else 1 / 1.5
     assert made.outliers is not None and made.outliers.limit == pytest.approx(6.0 * deviation)
