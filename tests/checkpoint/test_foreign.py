@@ -75,9 +75,10 @@ def _with_extra_states(trainer: Trainer, folder: Path) -> Path:
     finally:
         training._is_extra_state = ours
     assert EXTRA.encode() in (crafted / ".metadata").read_bytes()
-    common = torch.load(crafted / "common.pt")  # which is merged into what was asked for
-    common["model"] = {EXTRA: trainer.port.chunks[0].module.decoder.final_layernorm.get_extra_state()}
-    torch.save(common, crafted / "common.pt")
+    if (crafted / "common.pt").is_file():  # 0.16.1 merges it into what was asked for
+        common = torch.load(crafted / "common.pt")
+        common["model"] = {EXTRA: trainer.port.chunks[0].module.decoder.final_layernorm.get_extra_state()}
+        torch.save(common, crafted / "common.pt")
     return crafted
 
 
