@@ -27,7 +27,7 @@ from tests.models import tiny
 from tests.rollout.sglang.sglang_world import START_SECONDS, server_options
 from tests.rollout.sglang.weight_sync.world import HttpReceiver, Named, logprobs, tensors
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]  # the e2e test of a quantised server runs in every suite
 PROBE = tuple(5 + 11 * i % 53 for i in range(100))
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
