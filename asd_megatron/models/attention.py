@@ -74,14 +74,13 @@ def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, scale: float, 
     return out.to(dtype)
 
 
-class SDPACoreAttention(torch.nn.Module):
-    """Megatron's core attention by PyTorch's scaled_dot_product_attention, for packed causal sequences.
+class PackedCoreAttention(torch.nn.Module):
+    """Megatron's core attention for packed causal sequences; subclasses compute it.
 
     Megatron's SelfAttention calls it with query [T, h, d], key and value [T, hkv, d] after RoPE, heads of this
     tensor-parallel rank, and with the pack's `boundaries` and `parents` on `packed_seq_params`
-    (`ModelPort.forward`); it returns [T, 1, h * d]. Under context parallelism T counts this rank's tokens (`zigzag` of
-    every sequence), and keys and values are gathered over the group. Raises ValueError for sequences that are not
-    packed.
+    (`ModelPort.forward`); it returns [T, 1, h * d]. It has no parameters and no state. Raises ValueError for sequences
+    that are not packed.
     """
 
     def __init__(
@@ -115,14 +114,20 @@ class SDPACoreAttention(torch.nn.Module):
     ) -> Tensor:
         if packed_seq_params is None:
             raise ValueError("this attention takes packed sequences only")
-        if self.cp_group is not None:
-            boundaries = packed_seq_params.boundaries
-            out = _context_parallel(query, key, value, boundaries, self.scale, self.window, self.cp_group)
-        else:
-            out = self._packed(query, key, value, packed_seq_params)
-        return out.reshape(len(query), 1, -1)
+        return self._attend(query, key, value, packed_seq_params).reshape(len(query), 1, -1)
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
+        """[T, h, d]."""
+        raise NotImplementedError
+
+
+class SDPACoreAttention(PackedCoreAttention):
+    """By PyTorch's scaled_dot_product_attention. Under context parallelism T counts this rank's tokens (`zigzag` of
+    every sequence), and keys and values are gathered over the group."""
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
+        if self.cp_group is not None:
+            return _context_parallel(query, key, value, packed.boundaries, self.scale, self.window, self.cp_group)
         plan = getattr(packed, "plan", None)
         if plan is None:  # all layers of the micro-batch share it
             plan = packed.plan = AttentionPlan(packed.boundaries, packed.parents, query.device)

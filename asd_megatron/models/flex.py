@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asd_megatron.models.attention import PackAttention, scaled_dot_product
+from asd_megatron.models.attention import PackAttention, PackedCoreAttention, scaled_dot_product
 from asd_megatron.models.tree_mask import BLOCK, TreeMask, listed
 from asd_megatron.records import PackedTokens
 
@@ -142,52 +142,21 @@ def _compiled() -> Callable[..., Tensor]:
     return attend
 
 
-class FlexCoreAttention(torch.nn.Module):
-    """Megatron's core attention by FlexAttention, for packs with and without shared prefixes.
-
-    Megatron's SelfAttention calls it with query [T, h, d], key and value [T, hkv, d] after RoPE, heads of this
-    tensor-parallel rank, and with the pack's `boundaries` and `parents` on `packed_seq_params`
-    (`ModelPort.forward`); it returns [T, 1, h * d]. It has no parameters and no state.
-    """
+class FlexCoreAttention(PackedCoreAttention):
+    """By FlexAttention, for packs with and without shared prefixes. Raises ValueError under context parallelism."""
 
     supplier = f"torch {torch.__version__} FlexAttention, shared prefixes"  # for the start-up report
 
-    def __init__(
-        self,
-        config: Any,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        pg_collection: Any = None,
-        *,
-        scale: float,
-        window: int | None,
-        **_: Any,
-    ) -> None:
-        """`scale`, `window`: of this layer; `softmax_scale`, Megatron's for all layers, is not read. Raises ValueError
-        under context parallelism."""
-        super().__init__()
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         if config.context_parallel_size > 1:
             raise ValueError("FlexAttention takes complete packs, and context parallelism cuts them")
-        self.layer_number, self.scale, self.window = layer_number, scale, window
+        super().__init__(config, *args, **kwargs)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
-        **_: Any,
-    ) -> Tensor:
-        masks = getattr(packed_seq_params, "masks", None)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
+        masks = getattr(packed, "masks", None)
         if masks is None:  # all layers of the micro-batch share it
-            masks = PackMasks(packed_seq_params.boundaries, packed_seq_params.parents, query.device)
-            packed_seq_params.masks = masks
-        return masks.attend(query, key, value, self.scale, self.window).reshape(len(query), 1, -1)
+            masks = packed.masks = PackMasks(packed.boundaries, packed.parents, query.device)
+        return masks.attend(query, key, value, self.scale, self.window)
 
 
 class FlexPackAttention(PackAttention):
