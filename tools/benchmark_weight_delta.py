@@ -31,6 +31,7 @@ from asd_megatron.files import write_json
 from asd_megatron.rollout.sglang.servers.options import ServerOptions
 from asd_megatron.rollout.sglang.servers.plugin.asd_weight_delta import integers
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
+from asd_megatron.rollout.sglang.weight_sync.checksums import server_pieces
 from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport, synchronise
@@ -80,10 +81,13 @@ def synthetic(folder: Path, megabytes: float) -> list[Weights]:
 
 
 def exported(folders: Sequence[Path]) -> list[Weights]:
-    """The weights of exported steps, in export order. Raises UserError if they are not bfloat16."""
-    steps = [
-        {name: t for file in sorted(f.glob("*.safetensors")) for name, t in load_file(file).items()} for f in folders
-    ]
+    """The weights of exported steps, in the order in which servers are sent them. Raises UserError if they are not
+    bfloat16."""
+    names = server_pieces(json.loads((folders[0] / "config.json").read_text()), "cpu") if folders else {}
+    steps = []
+    for folder in folders:
+        found = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        steps.append({name: found[name] for name in names})
     if len(steps) < 2 or any(tensor.dtype != torch.bfloat16 for tensor in steps[0].values()):
         raise UserError("two or more exported steps in bfloat16 are needed: run with checkpoint.export_every 1")
     return steps

@@ -165,7 +165,8 @@ class Servers:
 
     def _load(self, weights: dict[str, Tensor], stream: NamedTensors) -> None:
         for name, tensor in stream:
-            weights.setdefault(name, torch.zeros(tensor.shape, dtype=tensor.dtype)).copy_(tensor)
+            empty = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            weights.setdefault(name, empty).copy_(tensor)
 
     def close(self) -> None: ...
 
@@ -227,6 +228,18 @@ def test_a_tensor_that_has_changed_much_is_sent_as_it_is_and_an_interrupted_stre
     with pytest.raises(RuntimeError, match="the trainer failed"):
         transport.send(servers.receivers, broken(), "L2")
     assert servers.update(transport, new, "L2")
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu_are_compared_there_with_pinned_memory() -> None:
+    servers, models = Servers("a"), [[("w", torch.randn(3000, 2000).bfloat16()), ("v", torch.randn(64).bfloat16())]]
+    models += [partly_changed(models[0], 1), models[0]]
+    transport = DeltaTransport(servers, full_every=9)
+    moved = [[(name, tensor.cuda()) for name, tensor in model] for model in models]
+    assert [servers.update(transport, model, f"L{i}") for i, model in enumerate(moved)] == [True, False, False]
+    assert 0.015 < transport.changed < 0.025
+    assert all(piece.is_pinned() for pieces in transport._kept._pieces.values() for piece in pieces)
+    assert all(tensor.is_cuda for tensor in servers.weights["a"].values())
 
 
 @pytest.mark.sglang

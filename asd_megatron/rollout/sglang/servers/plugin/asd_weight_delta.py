@@ -38,7 +38,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 UNKNOWN = "weight delta cannot be loaded"
 """Begins the message of a server that loads the model in a way that `ChangedElements` does not follow."""
 LOADER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.load_weights_from_distributed"
-STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
+STATE = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state"
 
 
 @dataclass(frozen=True)
