@@ -18,19 +18,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from asd_megatron.rollout.sglang.servers.plugin.asd_weight_delta import CHUNK, UNKNOWN, Changes, integers, payload_bytes
+from asd_megatron.rollout.sglang.servers.plugin.asd_weight_delta import CHUNK, UNKNOWN, Changes, integers
 from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, Receiver, Transport
 
 log = logging.getLogger(__name__)
 
-PIECE = 512 * CHUNK  # elements compared at a time: 64 MiB in bfloat16
+PIECE = 256 * CHUNK  # elements compared at a time: 32 MiB in bfloat16
 BLOCK_BYTES = 256 * 2**20  # of host memory taken at a time; torch rounds pinned memory up to a power of two
 
 
 class SentWeights:
     """The weights as they were last sent: a copy in host memory, pinned for tensors on CUDA.
 
-    It takes the bytes of the model as it is sent. Tensors are compared where they are; a piece of the copy is brought
+    It takes the bytes of the model as it is sent, and up to an eighth more if they are pinned. Tensors are compared where they are; a piece of the copy is brought
     there at a time.
     """
 
@@ -71,7 +71,7 @@ class SentWeights:
 class DeltaTransport:
     """`Transport` that sends deltas through another one, `transport`, where it can.
 
-    full_every: at most every `full_every`-th update of a server is complete. `expect` has to be called before each
+    full_every: every `full_every`-th update of a server, or a more frequent one, is complete. `expect` has to be called before each
     `send`. Attributes after a `send`: `full`, whether it was complete; `sent_bytes`, what the servers were sent;
     `changed`, the fraction of elements that a delta had.
     """
@@ -127,8 +127,10 @@ class DeltaTransport:
             else:
                 changes = self._kept.changes(name, tensor)
                 changed += changes.changed
-                if payload_bytes(tensor.numel(), tensor.element_size(), changes.changed) < tensor.nbytes:
-                    encoded = (changes.encoded_name, changes.payload) if changes.changed else None
+                if not changes.changed:
+                    encoded = None
+                elif changes.payload.nbytes < tensor.nbytes:
+                    encoded = (changes.encoded_name, changes.payload)
             elements += tensor.numel()
             if encoded is not None:
                 self.sent_bytes += encoded[1].nbytes

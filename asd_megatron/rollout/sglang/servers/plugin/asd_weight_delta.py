@@ -66,7 +66,7 @@ class Changes:
         prefix, dtype, shape, changed, name = encoded.split(":", 4)
         sizes = tuple(int(size) for size in shape.split("x"))
         found = cls(name, getattr(torch, dtype), sizes, int(changed), payload)
-        expected = payload_bytes(torch.Size(sizes).numel(), found.dtype.itemsize, found.changed)
+        expected = _payload_bytes(torch.Size(sizes).numel(), found.dtype.itemsize, found.changed)
         if prefix != PREFIX or payload.nbytes != expected:
             raise ValueError(f"{encoded}: {payload.nbytes} bytes of an unknown form")
         return found
@@ -93,11 +93,6 @@ class Changes:
         return data[: self.changed * self.dtype.itemsize].view(self.dtype)
 
 
-def payload_bytes(elements: int, item: int, changed: int) -> int:
-    """Bytes of the payload of a tensor of `elements` elements of `item` bytes."""
-    return _rounded(4 * _chunks(elements)) + _rounded(2 * changed) + _rounded(item * changed)
-
-
 def integers(tensor: Tensor) -> Tensor:
     """A view of the same bits as integers."""
     return tensor.view(INTEGERS[tensor.element_size()])
@@ -105,6 +100,11 @@ def integers(tensor: Tensor) -> Tensor:
 
 def _chunks(elements: int) -> int:
     return -(-elements // CHUNK)
+
+
+def _payload_bytes(elements: int, item: int, changed: int) -> int:
+    """Bytes of the payload of a tensor of `elements` elements of `item` bytes."""
+    return _rounded(4 * _chunks(elements)) + _rounded(2 * changed) + _rounded(item * changed)
 
 
 def _rounded(size: int) -> int:
