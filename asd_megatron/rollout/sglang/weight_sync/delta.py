@@ -30,8 +30,8 @@ BLOCK_BYTES = 256 * 2**20  # of host memory taken at a time; torch rounds pinned
 class SentWeights:
     """The weights as they were last sent: a copy in host memory, pinned for tensors on CUDA.
 
-    It takes the bytes of the model as it is sent, and up to an eighth more if they are pinned. Tensors are compared where they are; a piece of the copy is brought
-    there at a time.
+    It takes the bytes of the model as it is sent, and up to an eighth more if they are pinned. Tensors are compared
+    where they are; a piece of the copy is brought there at a time.
     """
 
     def __init__(self) -> None:
@@ -71,9 +71,9 @@ class SentWeights:
 class DeltaTransport:
     """`Transport` that sends deltas through another one, `transport`, where it can.
 
-    full_every: every `full_every`-th update of a server, or a more frequent one, is complete. `expect` has to be called before each
-    `send`. Attributes after a `send`: `full`, whether it was complete; `sent_bytes`, what the servers were sent;
-    `changed`, the fraction of elements that a delta had.
+    full_every: every `full_every`-th update of a server is complete, and others where that is needed. `expect` has to
+    be called before each `send`. Attributes after a `send`: `full`, whether it was complete; `sent_bytes`, what the
+    servers were sent; `changed`, the fraction of elements that a delta had.
     """
 
     def __init__(self, transport: Transport, full_every: int) -> None:
