@@ -42,7 +42,7 @@ def test_groups_are_whole_and_in_submitted_order(process_groups: Any) -> None:
     for group, asked in zip(found, PROMPTS, strict=True):
         assert [r.sample for r in group.rollouts] == [0, 1, 2]
         for r in group.rollouts:
-            assert r.prompt_ids == asked.ids and r.weight_version == 4
+            assert tuple(r.prompt_ids) == asked.ids and r.weight_version == 4
             ended = r.response_ids[-1] in PARAMS.stop_token_ids
             assert not any(t in PARAMS.stop_token_ids for t in r.response_ids[:-1])
             assert r.finish_reason is (FinishReason.STOP if ended else FinishReason.LENGTH)
@@ -159,7 +159,7 @@ def test_a_stop_at_the_last_position_is_a_stop(process_groups: Any) -> None:
     at = next(t for t in range(3, 30) if free[t] not in free[:t])
     params = SamplingParams(n=1, max_new_tokens=at + 1, stop_token_ids=(free[at],))
     ended = _run(_engine(process_groups), PROMPTS[:1], params)[0].rollouts[0]
-    assert ended.response_ids == free[: at + 1] and ended.finish_reason is FinishReason.STOP
+    assert tuple(ended.response_ids) == free[: at + 1] and ended.finish_reason is FinishReason.STOP
 
 
 def test_refusals(process_groups: Any) -> None:
