@@ -320,6 +320,5 @@ def test_a_probe_takes_the_first_tokens() -> None:
     last, complete = few[-1].rollout, [e for e in examples if e.has_context][2].rollout
     assert tuple(last.response_ids) == tuple(complete.response_ids[: len(last.response_ids)])
     bare = [replace(e, teacher_prompt_ids=None) for e in examples]
-    assert tuple(first_examples(bare, 1, with_context=True)[0].rollout.response_ids) == tuple(
-        bare[0].rollout.response_ids[:1]
-    )
+    (first,) = first_examples(bare, 1, with_context=True)
+    assert list(first.rollout.response_ids) == list(bare[0].rollout.response_ids[:1])

@@ -125,7 +125,7 @@ def test_partial_results(fake_pair: Any, make_fleet: Make) -> None:
         assert 0 < len(result.output_ids) < 100
         assert list(result.output_ids) == made_from(prompts[result.key], len(result.output_ids))
         assert result.spans == ((0, LABEL),)
-    assert all(r.output_ids == () for r in results if r not in finished and r not in begun)
+    assert all(not len(r.output_ids) for r in results if r not in finished and r not in begun)
 
 
 def test_partial_results_under_wrong_weights_are_none(fake_pair: Any, make_fleet: Make) -> None:
