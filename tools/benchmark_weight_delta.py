@@ -66,9 +66,9 @@ class Row:
 def synthetic(folder: Path, megabytes: float) -> list[Weights]:
     """A random Qwen3 of about that size in bfloat16, its config in `folder`, and the same with a hundredth of its
     elements changed by one bit, anywhere."""
-    vocabulary, layers, hidden = 8192, 12, 64
+    vocabulary, layers, hidden = 8192, 12, 128
     while 2 * (2 * vocabulary * hidden + layers * 12 * hidden * hidden) < megabytes * 1e6:
-        hidden += 64
+        hidden += 128
     model = random_qwen3(vocabulary=vocabulary, hidden=hidden, layers=layers, head_dim=64, positions=512).bfloat16()
     model.config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(1)
