@@ -129,6 +129,7 @@ class TrainingRun:
             layout=self.session.pack_layout,
             tokens_per_microbatch=self.recipe.batching.tokens_per_microbatch,
             mask_truncated=algorithm.mask_truncated,
+            student_forwards=self.plan.student_forwards,
         )
         states = None
         method = self.strength.method

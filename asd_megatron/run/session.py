@@ -26,6 +26,7 @@ from asd_megatron.errors import NotFinite, UserError, plural
 from asd_megatron.files import write_json
 from asd_megatron.models import te
 from asd_megatron.models.families import check_architecture
+from asd_megatron.models.flops import flops_model
 from asd_megatron.models.routing import LoadReport
 from asd_megatron.observe.closing import Sample, closing_table
 from asd_megatron.observe.expert_load import ExpertLoadFile, load_metrics
@@ -119,6 +120,7 @@ class Session:
             pad_id=self.tokenizer.pad_token_id or 0,
             share_prefixes=shares_prefixes(recipe, self.port),
             alignment=self.port.precision.alignment,
+            flops=flops_model(self.port.shape),
         )
         self._note: str | None = None  # about the checkpoint's copies of weights, for the console
         self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)

@@ -11,9 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asd_megatron.records import ComputedPacks, Example, TokenTable
+from asd_megatron.models.flops import FlopsModel, forward_flops
+from asd_megatron.records import ComputedPacks, Example, PackCounts, TokenTable
 from asd_megatron.trainer import prefixes
-from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, build_packs
+from asd_megatron.trainer.balance import assign
+from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, build_packs
+from asd_megatron.trainer.pass_plan import BACKWARD_COST
 
 
 def split_mini_batches(count: int, updates: int) -> list[range]:
@@ -32,41 +35,63 @@ def loss_mask(example: Example, *, mask_truncated: bool) -> tuple[bool, ...]:
     return example.rollout.loss_mask
 
 
-def _token_cost(examples: Sequence[Example], *, share_prefixes: bool) -> int:
-    """Student and teacher tokens to compute for these examples; a shared prefix counts once."""
-    students = [e.rollout.prompt_ids + e.rollout.response_ids for e in examples]
-    teachers = [e.teacher_prompt_ids + e.rollout.response_ids for e in examples if e.teacher_prompt_ids is not None]
-    if share_prefixes:
-        return prefixes.unique_tokens(students) + prefixes.unique_tokens(teachers)
-    return sum(map(len, students)) + sum(map(len, teachers))
+@dataclass(frozen=True)
+class ExampleCosts:
+    """The FLOPs of examples in the two phases of a step between which the ranks meet.
+
+    student_forwards: what the passes over the student's sequences cost, in forward passes; an update is three. The
+    teacher's sequences are scored once. shared: prefixes that several examples have in common count once.
+    """
+
+    examples: Sequence[Example]
+    flops: FlopsModel
+    student_forwards: int
+    shared: bool
+
+    def of(self, indices: Sequence[int], *, shared: bool) -> tuple[int, int]:
+        """(all passes of the student, the teacher's) over these examples on one rank. Logits count at response tokens
+        alone, as they are computed."""
+        chosen = [self.examples[i] for i in indices]
+        taught = [(e, e.teacher_prompt_ids) for e in chosen if e.teacher_prompt_ids is not None]
+        student = self._forward([(e.rollout.prompt_ids, e.rollout.response_ids) for e in chosen], shared)
+        teacher = self._forward([(prompt, e.rollout.response_ids) for e, prompt in taught], shared)
+        return self.student_forwards * student, teacher
+
+    def _forward(self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], shared: bool) -> int:
+        spans = (
+            prefixes.unique_spans([prompt + response for prompt, response in sequences])
+            if shared
+            else tuple((0, len(prompt) + len(response)) for prompt, response in sequences)
+        )
+        return forward_flops(self.flops, PackCounts(spans, sum(len(response) for _, response in sequences)))
+
+    def busiest(self, assignment: Sequence[Sequence[int]]) -> int:
+        """The work of each phase's busiest rank, both phases together."""
+        work = [self.of(indices, shared=self.shared) for indices in assignment]
+        return sum(max(of_rank[phase] for of_rank in work) for phase in range(2))
 
 
-def _assign_examples(
-    examples: Sequence[Example], mini_batch: Sequence[int], ranks: int, *, share_prefixes: bool
-) -> list[list[int]]:
-    """The mini-batch's example indices for each rank, so that the busiest rank computes few tokens.
+def assign_examples(mini_batch: Sequence[int], ranks: int, costs: ExampleCosts) -> list[list[int]]:
+    """The mini-batch's example indices for each rank, so that the busiest rank has little work.
 
     Single examples balance best. With shared prefixes, keeping a group on one rank computes its prompt once instead of
-    on several ranks; the assignment whose busiest rank has fewer tokens wins. Two groups of 2 on 2 ranks, prompts of
+    on several ranks; the assignment whose busiest rank has less work wins. Two groups of 2 on 2 ranks, prompts of
     100 tokens, responses of 10: by example both ranks may hold both prompts, 220 tokens each; by group 120 each.
     """
     if ranks == 1:
         return [list(mini_batch)]
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for i in mini_batch:
-        by_prompt.setdefault(examples[i].rollout.prompt_ids, []).append(i)
 
     def spread(units: Sequence[list[int]], shared: bool) -> list[list[int]]:
-        costs = [_token_cost([examples[i] for i in unit], share_prefixes=shared) for unit in units]
-        return [sorted(i for u in chosen for i in units[u]) for chosen in assign(costs, ranks)]
-
-    def busiest(assignment: list[list[int]]) -> int:
-        return max(_token_cost([examples[i] for i in indices], share_prefixes=True) for indices in assignment)
+        parts = assign([costs.of(unit, shared=shared) for unit in units], ranks)
+        return [sorted(i for u in chosen for i in units[u]) for chosen in parts]
 
     by_example = spread([[i] for i in mini_batch], False)
-    if not share_prefixes:
+    if not costs.shared:
         return by_example
-    return min(by_example, spread(list(by_prompt.values()), True), key=busiest)
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i in mini_batch:
+        by_prompt.setdefault(costs.examples[i].rollout.prompt_ids, []).append(i)
+    return min(by_example, spread(list(by_prompt.values()), True), key=costs.busiest)
 
 
 @dataclass(frozen=True)
@@ -150,13 +175,13 @@ class LocalBatch:
         layout: PackLayout,
         tokens_per_microbatch: int,
         mask_truncated: bool = False,
+        student_forwards: int = 1 + BACKWARD_COST,
     ) -> LocalBatch:
         """Rank `rank`'s part among `ranks` data-parallel ranks, in `updates` mini-batches; packs of at most
-        `tokens_per_microbatch` tokens."""
-        assignment = [
-            _assign_examples(examples, mini_batch, ranks, share_prefixes=layout.share_prefixes)
-            for mini_batch in split_mini_batches(len(examples), updates)
-        ]
+        `tokens_per_microbatch` tokens. student_forwards: as for `ExampleCosts`."""
+        costs = ExampleCosts(examples, layout.flops, student_forwards, layout.share_prefixes)
+        mini_batches = split_mini_batches(len(examples), updates)
+        assignment = [assign_examples(mini_batch, ranks, costs) for mini_batch in mini_batches]
         return cls(examples, assignment, rank, layout, tokens_per_microbatch, mask_truncated)
 
     @property
