@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 ENOUGH = 1.0005
 """The search for a better spread ends when the busiest part has at most this multiple of the least possible work."""
 SCALE_BITS = 30  # of the sum of all costs: squares of loads then fit into int64
@@ -62,6 +64,14 @@ def fill_bins(lengths: Sequence[int], costs: Sequence[int], budget: int, count: 
     spread.improve()
     bins = [items for items in spread.members() if items]
     return sorted(bins, key=lambda items: -sum(costs[i] for i in items))
+
+
+def cheap_ends(packs: Sequence[T]) -> list[T]:
+    """The order in which packs pass through a pipeline, of packs with the most expensive first: 9 7 5 3 1 become
+    1 5 9 7 3. While the first pack moves to the last stage, and the last pack's gradients to the first, the other
+    stages wait."""
+    rising = packs[::-1]
+    return [*rising[0::2], *rising[1::2][::-1]]
 
 
 def _scaled(costs: Sequence[Sequence[int]]) -> np.ndarray:

@@ -31,7 +31,7 @@ from asd_megatron.models.attention import zigzag
 from asd_megatron.models.flops import TOKENS, FlopsModel, forward_flops
 from asd_megatron.records import PackCounts, PackedTokens
 from asd_megatron.trainer import prefixes
-from asd_megatron.trainer.balance import fill_bins, first_fit
+from asd_megatron.trainer.balance import cheap_ends, fill_bins, first_fit
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,11 @@ class Packing:
         self.needed = max(fewest, min(layout.pipeline, len(sequences)))
 
     def build(self, count: int) -> list[Pack]:
-        """`count` packs of about equally many FLOPs, the most expensive first, then those without sequences. `count`:
-        at least `needed`, the same on all data-parallel ranks."""
+        """`count` packs of about equally many FLOPs, the most expensive first (a pipeline's: `cheap_ends`), then those
+        without sequences. `count`: at least `needed`, the same on all data-parallel ranks."""
         packs = self._with_shared_prefixes(count) if self.layout.share_prefixes else self._separate(count)
+        if self.layout.pipeline > 1:
+            packs = cheap_ends(packs)
         return packs + [build_pack([], self.layout) for _ in range(count - len(packs))]
 
     def _separate(self, count: int) -> list[Pack]:

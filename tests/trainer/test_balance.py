@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from asd_megatron.models.flops import FlopsModel, forward_flops
 from asd_megatron.records import PackCounts
-from asd_megatron.trainer.balance import assign, fill_bins, first_fit
+from asd_megatron.trainer.balance import assign, cheap_ends, fill_bins, first_fit
 
 QWEN3_8B = FlopsModel(6_945_767_424, 32, 128, (None,) * 36, 4096, 151936)
 
@@ -79,3 +79,7 @@ def test_packs_are_as_even_as_their_longest_sequence_allows() -> None:
     assert len(bins) == len(fewest)
     assert busiest <= 1.02 * max(sum(costs) / len(bins), max(costs))
     assert busiest < max(sum(costs[i] for i in items) for items in fewest)
+
+
+def test_a_pipeline_begins_and_ends_with_cheap_packs() -> None:
+    assert cheap_ends([9, 7, 5, 3, 1]) == [1, 5, 9, 7, 3] and cheap_ends([2, 1]) == [1, 2] and cheap_ends([]) == []
