@@ -24,10 +24,12 @@ from asd_megatron.data.templates import (
     teacher_template_fault,
 )
 from asd_megatron.errors import UserError
-from asd_megatron.records import Problem, Prompt
+from asd_megatron.records import Problem, Prompt, as_array
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from asd_megatron.records import TokenIds
 
 REMEMBERED = 256  # texts whose tokens are kept
 OWN_ARGUMENTS = (
@@ -202,15 +204,15 @@ class PromptRenderer:
             )
         return ids[:first]
 
-    def _encode_text(self, text: str) -> tuple[int, ...]:
+    def _encode_text(self, text: str) -> TokenIds:
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         # `_begin` is empty for chat prompts, whose template writes the begin token; raw text may hold it already
-        return tuple(ids if ids[: len(self._begin)] == self._begin else self._begin + ids)
+        return as_array(ids if ids[: len(self._begin)] == self._begin else self._begin + ids, "int32")
 
     def student(self, problem: Problem) -> Prompt:
         """The student's prompt. Raises PromptError if it is empty or longer than `max_prompt_tokens`."""
         ids = self._encode(self.student_text(problem))
-        if not ids:
+        if not len(ids):
             raise PromptError(f"problem {problem.prompt_id} renders to no tokens at all")
         if len(ids) > self.max_prompt_tokens:
             raise PromptError(
@@ -218,7 +220,7 @@ class PromptRenderer:
                 f"sampling.max_prompt_tokens ({self.max_prompt_tokens}): raise it to at least {len(ids)}, "
                 "or remove the problem"
             )
-        return Prompt(problem, ids)
+        return Prompt(problem, tuple(ids.tolist()))
 
     def check(self, problems: Iterable[Problem]) -> int:
         """Render every problem once; returns the longest prompt's tokens.
@@ -249,8 +251,9 @@ class PromptRenderer:
         feedback: str | None,
         response_len: int,
         limits: TeacherLimits,
-    ) -> tuple[tuple[int, ...], TeacherInfo] | None:
-        """The teacher's prompt ids for a response of `response_len` tokens; None (and counted) if there can be none.
+    ) -> tuple[TokenIds, TeacherInfo] | None:
+        """The teacher's prompt ids (int32; equal prompts share them) for a response of `response_len` tokens; None (and
+        counted) if there can be none.
 
         `demonstration` is cleaned and shortened here. With neither demonstration nor feedback the ids are exactly the
         student's.

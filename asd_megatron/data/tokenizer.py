@@ -8,11 +8,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from asd_megatron.errors import UserError
 from asd_megatron.files import read_json_object
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
+
+    from asd_megatron.records import TokenIds
 
 REPLACEMENT = "\ufffd"  # what a token id that the tokenizer does not have is decoded as
 
@@ -138,30 +143,35 @@ def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
 # ---------------------------------------------------------------- text
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: ArrayLike, *, skip_special_tokens: bool = True) -> str:
     """The text of token ids exactly as written: the tokenizer's clean-up of spaces ("x != y ." -> "x!= y.") is off.
 
     An id that the tokenizer does not have becomes U+FFFD: [5, 151935, 5] -> "a\ufffda".
     """
-    ids = list(ids)
-    unknown = _unknown(tokenizer, ids)
+    numbers = np.asarray(ids, dtype=np.int64)
+    listed: list[int] = numbers.tolist()
+    unknown = _unknown(tokenizer, np.unique(numbers).tolist())
     if not unknown:
-        return _decode(tokenizer, ids, skip_special_tokens)
+        return _decode(tokenizer, listed, skip_special_tokens)
     return "".join(
         REPLACEMENT * len(part) if missing else _decode(tokenizer, part, skip_special_tokens)
-        for missing, part in _runs(ids, unknown)
+        for missing, part in _runs(listed, unknown)
     )
 
 
-def undecodable(tokenizer: PreTrainedTokenizerBase, responses: Iterable[Sequence[int]]) -> int:
+def undecodable(tokenizer: PreTrainedTokenizerBase, responses: Sequence[TokenIds]) -> int:
     """How many tokens of the responses have an id that the tokenizer does not have."""
-    responses = list(responses)
-    unknown = _unknown(tokenizer, {i for ids in responses for i in ids})
-    return sum(i in unknown for ids in responses for i in ids) if unknown else 0
+    counts = np.zeros(0, dtype=np.int64)  # of each id
+    for ids in responses:
+        found = np.bincount(ids, minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    unknown = _unknown(tokenizer, np.flatnonzero(counts).tolist())
+    return int(counts[list(unknown)].sum())
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> set[int]:
-    return {i for i in set(ids) if not has_token(tokenizer, i)}
+    return {i for i in ids if not has_token(tokenizer, i)}
 
 
 def _runs(ids: Sequence[int], unknown: set[int]) -> Iterator[tuple[bool, list[int]]]:

@@ -43,7 +43,7 @@ from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.columns import Scores, table_columns
 from asd_megatron.trainer.expert_routing import StudentRouting, returned_fraction
 from asd_megatron.trainer.guard import Guard, check_rollouts
-from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
+from asd_megatron.trainer.local_batch import ComputedTokens
 from asd_megatron.trainer.teacher_states import TeacherStates
 from asd_megatron.trainer.updater import UpdateStats, update
 
@@ -57,7 +57,7 @@ class TrainingRun:
         self.plan = make_plan(recipe)
         self.strength = make_strength(recipe, self.process_groups, self.port.score_formats)
         self.condition = self.strength.method.condition
-        self.scoring = ScoringPasses(session, self.plan, recipe.sampling.temperature)
+        self.scoring = ScoringPasses(recipe, session, self.plan)
         self.guard, self.increments = Guard(), Increments()
         self.warnings = MethodWarnings(group_advantage=recipe.algorithm.weighs_group_advantage)
         self.mismatch = MismatchWarning(recipe)
@@ -119,18 +119,9 @@ class TrainingRun:
 
     def build_batch(self, groups: Sequence[Group], step: int) -> Batch:
         """Advantages and privileged prompts of complete groups on rank 0; every rank then takes its part of them."""
-        examples = self.session.on_root(lambda: self._examples(groups, step))
+        examples = self.session.only_root(lambda: self._examples(groups, step)) or []
         algorithm = self.recipe.algorithm
-        local = LocalBatch.build(
-            examples,
-            ranks=self.process_groups.dp.size(),
-            rank=self.process_groups.dp.rank(),
-            updates=algorithm.updates_per_batch,
-            layout=self.session.pack_layout,
-            tokens_per_microbatch=self.recipe.batching.tokens_per_microbatch,
-            mask_truncated=algorithm.mask_truncated,
-            student_forwards=self.plan.student_forwards,
-        )
+        local = self.scoring.divide(examples, algorithm.updates_per_batch)
         states = None
         method = self.strength.method
         if method.exact is not None:
@@ -139,7 +130,7 @@ class TrainingRun:
         routing = None
         if self.session.balance is not None:
             routing = StudentRouting(self.port, self.process_groups, local, self.recipe.rollout.routing_replay)
-        return Batch(step, local, token_method.token_inputs(local, method), states, routing)
+        return Batch(step, examples, local, token_method.token_inputs(local, method), states, routing)
 
     def score_teacher(self, batch: Batch) -> Scores | None:
         return self.scoring.teacher(batch)
@@ -258,7 +249,7 @@ class TrainingRun:
         of the evaluation and the hardware."""
         assert table is not None
         metrics = step_metrics(
-            batch.local.all_examples,
+            batch.examples,
             table,
             learning_rate=self.session.optimizer.last_learning_rate,
             grad_norm=stats.grad_norm,
@@ -272,12 +263,12 @@ class TrainingRun:
             step=step,
         )
         if self.own_metrics is not None:
-            metrics |= self.own_metrics.of_step(batch.local.all_examples, table)
+            metrics |= self.own_metrics.of_step(batch.examples, table)
         if self.guard.consecutive and self.session.checkpoint_due(step):
             metrics["checkpoint/skipped"] = 1.0
         metrics |= self.session.write_load(step, stats.load)
         if self.recipe.rollout.routing_replay == "engine":
-            metrics["experts/replayed"] = returned_fraction(batch.local.all_examples)
+            metrics["experts/replayed"] = returned_fraction(batch.examples)
         metrics |= {**self._probed, **others, **self._counters(), **self.engine.metrics()}
         found, texts = self.warnings.of_step(step, metrics)
         metrics |= found
@@ -334,7 +325,7 @@ class TrainingRun:
         with writing(path):
             write_dump(
                 path,
-                batch.local.all_examples,
+                batch.examples,
                 table,
                 step=step,
                 lam=reading.lam,

@@ -1,9 +1,8 @@
 """Micro-batch packing (THD): from sequences of unequal length to balanced packs.
 
-Three deterministic steps that every rank computes for itself, without communication: sequences are assigned to
-data-parallel ranks, each rank's sequences are binned into packs of about equal FLOPs within a token budget
-(`trainer.balance` both), and each pack is laid out for this rank's slice of the context-parallel group. Nothing here
-knows what the sequences mean.
+Three deterministic steps: sequences are assigned to data-parallel ranks, each rank's sequences are binned into packs of
+about equal FLOPs within a token budget (`trainer.balance` both), and each pack is laid out for this rank's slice of the
+context-parallel group. Nothing here knows what the sequences mean.
 
 A pack of two sequences (prompt P, response R), without and with context parallelism 2:
 
@@ -21,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +29,14 @@ from torch import Tensor
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.models.attention import zigzag
 from asd_megatron.models.flops import TOKENS, FlopsModel, forward_flops
-from asd_megatron.records import PackCounts, PackedTokens
+from asd_megatron.records import PackCounts, PackedTokens, as_array
 from asd_megatron.trainer import prefixes
 from asd_megatron.trainer.balance import cheap_ends, fill_bins, first_fit
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from asd_megatron.records import TokenIds
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,18 @@ class TokenSequence:
     """One prompt + response. Response token j, `ids[prompt_length + j]`, has row `first_row + j` of the token table;
     token i, `ids[i]`, has number `first_token + i` among all tokens of the rank's sequences."""
 
-    ids: tuple[int, ...]
+    ids: TokenIds
     prompt_length: int
     first_row: int
     first_token: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", as_array(self.ids, "int32"))
+
+    @classmethod
+    def of(cls, prompt: ArrayLike, response: ArrayLike, first_row: int, first_token: int = 0) -> TokenSequence:
+        ids = np.concatenate([as_array(prompt, "int32"), as_array(response, "int32")])
+        return cls(ids, np.size(prompt), first_row, first_token)
 
     @property
     def response_length(self) -> int:
@@ -79,7 +92,7 @@ def _round_up(n: int, multiple: int) -> int:
 @dataclass(frozen=True)
 class PackLayout:
     """What the parallel layout requires of packs: padding multiples, this rank's context-parallel slice, the number of
-    packs."""
+    packs; and the model's FLOPs, of which packs and ranks should have equally many."""
 
     context: int = 1
     context_rank: int = 0
@@ -90,7 +103,7 @@ class PackLayout:
     pad_id: int = 0
     share_prefixes: bool = False
     alignment: int = 1  # of the tokens that each rank has of a pack, for FP8 products
-    flops: FlopsModel = TOKENS  # of the model: what packs and ranks should have equally much of
+    flops: FlopsModel = TOKENS
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
@@ -140,6 +153,13 @@ class PackLayout:
 
     def padded_length(self, length: int) -> int:
         return _round_up(length, self.sequence_multiple)
+
+
+class Bin(NamedTuple):
+    """The sequences of one pack. `shared`: as for `prefixes.build_tree`, where it is known."""
+
+    items: list[int]
+    shared: list[int] | None = None
 
 
 def build_pack(sequences: Sequence[TokenSequence], layout: PackLayout, shared: Sequence[int] | None = None) -> Pack:
@@ -193,8 +213,10 @@ def _segments(
         return tree.padded(_round_up(real, layout.pack_multiple) - real, layout.pad_id), spans
     lengths = [layout.padded_length(len(s.ids)) for s in sequences] or [layout.pack_multiple]
     lengths[-1] += _round_up(sum(lengths), layout.pack_multiple) - sum(lengths)
-    given: list[tuple[int, ...]] = [s.ids for s in sequences] or [()]
-    padded = [ids + (layout.pad_id,) * (n - len(ids)) for ids, n in zip(given, lengths, strict=True)]
+    given = [s.ids for s in sequences] or [np.zeros(0, dtype=np.int32)]
+    padded = [
+        np.pad(ids, (0, n - len(ids)), constant_values=layout.pad_id) for ids, n in zip(given, lengths, strict=True)
+    ]
     return prefixes.separate(padded), tuple((0, len(s.ids)) for s in sequences)
 
 
@@ -208,13 +230,19 @@ def _context_slice(cu: Sequence[int], layout: PackLayout) -> np.ndarray:
 
 
 def build_packs(by_rank: Sequence[Sequence[TokenSequence]], rank: int, budget: int, layout: PackLayout) -> list[Pack]:
-    """This data-parallel rank's packs, of at most `budget` tokens each.
+    """This data-parallel rank's packs, of at most `budget` tokens each, planned from the sequences of all ranks."""
+    bins = plan_packs(by_rank, budget, layout)[rank]
+    return [build_pack([by_rank[rank][i] for i in b.items], layout, b.shared) for b in bins]
 
-    `by_rank[r]` are rank r's sequences. Those of all ranks are needed, because every rank must run equally many
-    micro-batches: a rank with fewer packs gets zero-weight ones.
+
+def plan_packs(by_rank: Sequence[Sequence[TokenSequence]], budget: int, layout: PackLayout) -> list[list[Bin]]:
+    """Each data-parallel rank's packs, of at most `budget` tokens each, as numbers of its sequences.
+
+    Every rank must run equally many micro-batches: a rank with fewer packs gets zero-weight ones, without sequences.
     """
-    plans = [Packing(sequences, budget, layout) for sequences in by_rank]
-    return plans[rank].build(layout.count(max(plan.needed for plan in plans)))
+    ranks = [Packing(sequences, budget, layout) for sequences in by_rank]
+    count = layout.count(max(rank.needed for rank in ranks))
+    return [rank.bins(count) for rank in ranks]
 
 
 class Packing:
@@ -235,27 +263,30 @@ class Packing:
             fewest = len(first_fit(self.lengths, budget))
         self.needed = max(fewest, min(layout.pipeline, len(sequences)))
 
-    def build(self, count: int) -> list[Pack]:
+    def bins(self, count: int) -> list[Bin]:
         """`count` packs of about equally many FLOPs, the most expensive first (a pipeline's: `cheap_ends`), then those
-        without sequences. `count`: at least `needed`, the same on all data-parallel ranks."""
-        packs = self._with_shared_prefixes(count) if self.layout.share_prefixes else self._separate(count)
+        without sequences. `count`: at least `needed`, the same on all ranks."""
+        if self.layout.share_prefixes:
+            bins = self._with_shared_prefixes(count)
+        else:
+            bins = [Bin(items) for items in fill_bins(self.lengths, self.costs, self.budget, count)]
         if self.layout.pipeline > 1:
-            packs = cheap_ends(packs)
-        return packs + [build_pack([], self.layout) for _ in range(count - len(packs))]
+            bins = cheap_ends(bins)
+        return bins + [Bin([])] * (count - len(bins))
 
-    def _separate(self, count: int) -> list[Pack]:
-        bins = fill_bins(self.lengths, self.costs, self.budget, count)
-        return [build_pack([self.sequences[i] for i in items], self.layout) for items in bins]
-
-    def _with_shared_prefixes(self, count: int) -> list[Pack]:
+    def _with_shared_prefixes(self, count: int) -> list[Bin]:
         """Each further pack computes a prefix once more: there are more than needed only where stages wait for each
         other's packs."""
         wanted = count if self.layout.pipeline > 1 else self.needed
-        packs = []
-        for places in prefixes.bin_consecutive(self.items, self.budget, wanted):
-            sequences = [self.sequences[self.indices[place]] for place in places]
-            packs.append(build_pack(sequences, self.layout, [0, *(self.shared[place] for place in places[1:])]))
-        return sorted(packs, key=lambda pack: -forward_flops(self.layout.flops, pack.counts))
+        found = prefixes.bin_consecutive(self.items, self.budget, wanted)
+
+        def cost(places: range) -> int:
+            return self.items[places[0]].flops + sum(self.items[place].own_flops for place in places[1:])
+
+        return [
+            Bin([self.indices[place] for place in places], [0, *(self.shared[place] for place in places[1:])])
+            for places in sorted(found, key=cost, reverse=True)
+        ]
 
     def _flops(self, sequence: TokenSequence, shared: int = 0) -> int:
         """Of a forward pass, without the tokens that are `shared` with another sequence."""
@@ -264,6 +295,5 @@ class Packing:
 
     def _item(self, index: int, shared: int) -> prefixes.Item:
         sequence = self.sequences[index]
-        return prefixes.Item(
-            len(sequence.ids) - shared, len(sequence.ids), self._flops(sequence, shared), self.costs[index]
-        )
+        own = self._flops(sequence, shared)
+        return prefixes.Item(len(sequence.ids) - shared, len(sequence.ids), own, self.costs[index])

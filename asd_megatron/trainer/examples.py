@@ -4,7 +4,7 @@ rank 0 only."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -12,13 +12,16 @@ from asd_megatron.antisd import choose_demonstrations, feedback, group_advantage
 from asd_megatron.antisd.privileged import Demonstration
 from asd_megatron.records import DemonstrationSource, Example, FinishReason, Group, Problem, Rollout
 
+if TYPE_CHECKING:
+    from asd_megatron.records import TokenIds
+
 
 class TeacherPrompts(Protocol):
     """What is needed of the prompt renderer: (ids of a privileged prompt, anything), or None when there can be none."""
 
     def teacher(
         self, problem: Problem, demonstration: str | None, feedback: str | None, response_len: int, limits: Any
-    ) -> tuple[tuple[int, ...], Any] | None: ...
+    ) -> tuple[TokenIds, Any] | None: ...
 
 
 class ExampleBuilder:
@@ -93,7 +96,7 @@ class ExampleBuilder:
     def _demonstrates(rollout: Rollout) -> bool:
         return rollout.finish_reason is FinishReason.STOP and bool(rollout.text.strip())
 
-    def _teacher_ids(self, group: Group, index: int, chosen: Demonstration) -> tuple[int, ...] | None:
+    def _teacher_ids(self, group: Group, index: int, chosen: Demonstration) -> TokenIds | None:
         if chosen.source is DemonstrationSource.NONE:
             return None
         problem = group.problem
