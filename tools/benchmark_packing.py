@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from asd_megatron.files import write_json
 from asd_megatron.models.flops import FlopsModel, forward_flops
 from asd_megatron.records import PackCounts
@@ -150,7 +152,7 @@ def spread(
             for s in (sequences[i] for i in items):
                 length = s.teacher if teacher else s.student
                 if length:
-                    of_rank.append(TokenSequence(range(length), length - s.response, 0))  # type: ignore[arg-type]
+                    of_rank.append(TokenSequence(np.zeros(length, dtype=np.int32), length - s.response, 0))
             packings.append(Packing(of_rank, budget, layout))
         count = layout.count(max(packing.needed for packing in packings))
         work, times = [], []
