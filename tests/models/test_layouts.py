@@ -146,6 +146,9 @@ def _no_exchange(*_: Any) -> None:
 
 
 def _compare_all(rank: int, root: str, cases: list[Case]) -> list[dict[str, float]]:
+    from asd_megatron.distributed import device
+
+    device.prepare()  # which replaces `synchronize` on CPUs
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     P2PCommunicator._communicate_shapes = torch.cuda.synchronize = _no_exchange
