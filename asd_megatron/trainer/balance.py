@@ -19,6 +19,8 @@ import numpy as np
 T = TypeVar("T")
 ENOUGH = 1.0005
 """The search for a better spread ends when the busiest part has at most this multiple of the least possible work."""
+CANDIDATES = 256
+"""Items on each side of an exchange that a step of the search looks at: some milliseconds."""
 SCALE_BITS = 30  # of the sum of all costs: squares of loads then fit into int64
 
 
@@ -143,10 +145,10 @@ class _Spread:
         """The best move or exchange between part `busiest` and another, if it lowers what `improve` lowers.
 
         All candidates at once: a row for each item of the busiest part; a column for each item of the other parts, to
-        exchange it with, and then one for each other part, to move it to.
+        exchange it with, and then one for each other part, to move it to. In large batches `CANDIDATES` of each.
         """
         loads, parts = self.loads, len(self.loads)
-        own, others = np.flatnonzero(self.owner == busiest), np.flatnonzero(self.owner != busiest)
+        own, others = (_some(np.flatnonzero(held)) for held in (self.owner == busiest, self.owner != busiest))
         target = np.concatenate([self.owner[others], np.delete(np.arange(parts), busiest)])  # part of each column
         both = np.column_stack([self.work, self.sizes])  # work and tokens travel together
         back = np.concatenate([both[others], np.zeros((parts - 1, both.shape[1]), dtype=np.int64)])
@@ -172,3 +174,8 @@ class _Spread:
         if column < len(others):
             self.owner[others[column]] = busiest
         return True
+
+
+def _some(items: np.ndarray) -> np.ndarray:
+    """At most `CANDIDATES` of them, evenly spread."""
+    return items[:: max(-(-len(items) // CANDIDATES), 1)]
