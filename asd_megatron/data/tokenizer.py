@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,6 +47,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             f"the tokenizer of {path} ({type(tokenizer).__name__}) has no tokenizer.json: "
             "convert it to a fast tokenizer"
         )
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -141,6 +143,22 @@ def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 # ---------------------------------------------------------------- text
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
+    """The ids of a text, int32 [n], without special tokens. Several threads may call it, and run in parallel."""
+    return np.array(_encoding(tokenizer, text).ids, dtype=np.int32)
+
+
+def encode_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """Where each token of `encode` begins and ends in the text."""
+    return _encoding(tokenizer, text, spans=True).offsets
+
+
+def _encoding(tokenizer: PreTrainedTokenizerBase, text: str, *, spans: bool = False) -> Any:
+    """Of the Rust tokenizer itself, which has no state to set and holds the interpreter's lock in single calls only."""
+    backend = tokenizer.backend_tokenizer
+    return (backend.encode_batch if spans else backend.encode_batch_fast)([text], add_special_tokens=False)[0]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: ArrayLike, *, skip_special_tokens: bool = True) -> str:
