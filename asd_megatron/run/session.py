@@ -319,7 +319,7 @@ class Session:
         """Which weight is not finite, on every rank; None if all are finite. Collective."""
         name = first_not_finite(self.port.named_weights())
         where = None if name is None else f"the weights are not finite ({name})"
-        return first_message(where, self.process_groups.world)
+        return first_message(where, self.process_groups.host)
 
     def _last_good(self) -> str:
         if not self._saved:

@@ -40,21 +40,22 @@ def gather_table(
 ) -> TokenTable | None:
     """The global batch's token table on global rank 0, its rollouts in the order of the examples; None elsewhere.
 
-    Collective over rank 0's data-parallel group.
+    Collective over all ranks.
 
     Args:
         table: this data-parallel rank's, for its offsets. columns: [N] each, complete on every rank of the
             model-parallel group. indices: global number of each of the table's rollouts.
     """
-    root = dist.get_global_rank(process_groups.dp, 0)
-    if process_groups.dp.size() > 1 and root != 0:
-        return None  # another model-parallel rank: rank 0's data-parallel group holds every column already
-    local = TokenTable(table.offsets)
-    for name, column in columns.items():
-        local[name] = column.detach().cpu()
-    gathered = gather_objects((list(indices), local), 0, process_groups.dp)
-    if process_groups.world.rank() != 0 or gathered is None:
+    part = None  # rank 0's data-parallel group holds every column already
+    if dist.get_global_rank(process_groups.dp, 0) == 0:
+        local = TokenTable(table.offsets)
+        for name, column in columns.items():
+            local[name] = column.detach().cpu()
+        part = (list(indices), local)
+    parts = gather_objects(part, 0, process_groups.host)
+    if parts is None:
         return None
+    gathered = [part for part in parts if part is not None]
     merged = TokenTable.concatenate([part for _, part in gathered])
     return _reordered(merged, [index for found, _ in gathered for index in found])
 

@@ -17,9 +17,7 @@ def _members(rank: int, layouts: list[Layout]) -> list[dict[str, list[int]]]:
     """The global ranks of this rank's groups, for one layout after the other."""
     found, threads = [], []
     for layout in layouts:
-        process_groups = init(
-            layout, timeout_minutes=0.5
-        )  # under a minute: rounded up where Megatron counts whole ones
+        process_groups = init(layout, host_minutes=0.5)  # under a minute: rounded up where Megatron counts whole ones
         ranks = {n: dist.get_process_group_ranks(g) for n, g in vars(process_groups).items()}
         assert ranks.pop("host") == ranks["world"] and dist.get_backend(process_groups.host) == "gloo"
         found.append(ranks)
