@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import time
@@ -101,6 +102,12 @@ def use_expandable_segments(environment: Mapping[str, str], *, allowed: bool) ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # later releases have another name beside this one
             torch.cuda.memory._set_allocator_settings(EXPANDABLE)
+
+
+def free_cached_memory() -> None:
+    """Give the device memory back that only PyTorch's allocator holds, after what cycles of Python objects kept alive."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _quieten() -> None:

@@ -99,6 +99,7 @@ class TrainingRun:
                 self.session.say(f"warning: {reason}")
         with self.session.generating():  # colocated servers size their memory by what is free
             self._start_engine()
+            self.collector.release()  # before the trainer takes its own again
         if self.held_out is not None:
             self.held_out.evaluate_before_start()
         self.clock.take()
