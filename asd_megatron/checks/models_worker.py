@@ -114,7 +114,7 @@ def measure_parity(root: Path, task: Task, groups: ProcessGroups) -> dict[str, A
             found["max_gradient_error"], found["worst_gradient"] = worst_tensor(gradients, truth["gradients"])
     else:
         run_forward(port, packs, see)
-    found["max_logit_difference"] = largest(_from_ranks(largest(differences)))
+    found["max_logit_difference"] = largest(gather_objects(largest(differences), 0, groups.host) or differences)
     found["compared_tokens"] = len(expected)
     del port
     port = loaded(task.bfloat16, task.layout, groups, torch.bfloat16)

@@ -79,11 +79,12 @@ def _prepare_cuda(environment: MutableMapping[str, str]) -> None:
 
 
 def use_expandable_segments(environment: Mapping[str, str], *, allowed: bool) -> None:
-    """Let PyTorch's allocator grow its segments in place of adding new ones, so that memory which changes hands every step
-    does not fragment. Nothing without CUDA, or where the user has configured the allocator. Call before memory is taken.
+    """Let PyTorch's allocator grow its segments in place of adding new ones, so that memory which changes hands every
+    step does not fragment. Nothing without CUDA, or where the user has configured the allocator. Call it before memory
+    is taken.
 
-    `allowed`: false when other processes open this one's memory (CUDA IPC). PyTorch hands such a segment over by a system
-    call that containers forbid (pidfd_getfd; pytorch issues 165685 and 179220). Raises UserError when the user's
+    `allowed`: false when other processes open this one's memory (CUDA IPC). PyTorch hands such a segment over by a
+    system call that containers forbid (pidfd_getfd; pytorch issues 165685 and 179220). Raises UserError when the user's
     variable turns such segments on then.
 
     Set in this process alone: an SGLang server, which inherits the environment, refuses such segments.
@@ -94,8 +95,8 @@ def use_expandable_segments(environment: Mapping[str, str], *, allowed: bool) ->
     if configured is not None:
         if not allowed and EXPANDABLE.lower() in environment[configured].lower().replace(" ", ""):
             raise UserError(
-                f"{configured} turns on expandable segments, and other processes cannot be relied on to open such memory:"
-                f" take {EXPANDABLE} out of it, or set rollout.weight_sync disk"
+                f"{configured} turns on expandable segments, and other processes cannot be relied on to open such"
+                f" memory: take {EXPANDABLE} out of it, or set rollout.weight_sync disk"
             )
         return
     if allowed:
@@ -105,7 +106,7 @@ def use_expandable_segments(environment: Mapping[str, str], *, allowed: bool) ->
 
 
 def free_cached_memory() -> None:
-    """Give the device memory back that only PyTorch's allocator holds, after what cycles of Python objects kept alive."""
+    """Give back the device memory that only PyTorch's allocator holds, after that of objects in dead cycles."""
     gc.collect()
     torch.cuda.empty_cache()
 

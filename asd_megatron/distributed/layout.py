@@ -101,9 +101,9 @@ class ProcessGroups:
 def init(layout: Layout, *, host_minutes: float = 60.0, dumps: Path | None = None) -> ProcessGroups:
     """Join the other ranks (torchrun's environment; one rank without it) and make the layout's groups. Collective.
 
-    `host_minutes` bounds every wait on the host group; collectives of GPUs have COLLECTIVE_MINUTES, those of CPUs, which
-    compute slower, the host group's limit. `dumps`: the folder for what PyTorch's flight recorder knows when a collective
-    of GPUs is late. Raises UserError when the number of ranks is not the layout's.
+    `host_minutes` bounds every wait on the host group; collectives of GPUs have COLLECTIVE_MINUTES, those of CPUs,
+    which compute slower, the host group's limit. `dumps`: the folder for what PyTorch's flight recorder knows when a
+    collective of GPUs is late. Raises UserError when the number of ranks is not the layout's.
     """
     from megatron.core import parallel_state
 

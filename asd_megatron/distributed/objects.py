@@ -1,7 +1,7 @@
 """Python objects between ranks of one job. They travel by pickle, which is safe here: both ends are this program.
 
-They travel over gloo, between hosts: the group is `ProcessGroups.host`, or another of gloo's. Over NCCL a pickle would be
-copied to the GPU and back, and the ranks would wait for a slow one under NCCL's short time limit.
+They travel over gloo: the group is `ProcessGroups.host`, or another of gloo's. Over NCCL a pickle would be copied to
+the GPU and back, and the ranks would wait for a slow one under NCCL's short time limit.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def master_weights(part: MegatronOptimizer) -> list[list[Tensor]]:
     """An optimizer's float32 copies of half-precision weights, by parameter group; none where Adam itself keeps them.
     A distributed optimizer's are this rank's shards."""
     names = ("shard_fp32_from_float16_groups", "fp32_from_float16_groups")  # distributed, not distributed
-    groups = next((getattr(part, name) for name in names if hasattr(part, name)), [])
+    groups: list[list[Tensor | None]] = next((getattr(part, name) for name in names if hasattr(part, name)), [])
     return [[weight for weight in group if weight is not None] for group in groups]
 
 

@@ -1,4 +1,4 @@
-"""Device memory that changes hands: the contents of tensors in page-locked host memory while something else has theirs."""
+"""Device memory that changes hands: the contents of tensors in page-locked host memory meanwhile."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class HostMemory:
     """The contents of tensors whose device memory is lent.
 
     Whole storages move, so that tensors and their views stay the same objects; between `offload` and `reload` they have
-    no memory, and reading them is an error. The host memory is taken at the first `offload` and kept: page-locking takes
-    longer than the copies.
+    no memory, and reading them is an error. The host memory is taken at the first `offload` and kept: page-locking
+    takes longer than the copies.
     """
 
     def __init__(self) -> None:
@@ -49,8 +49,8 @@ class HostMemory:
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The storages' bytes (uint8), on the host and on the device, one after another over the blocks:
 
-            storages   | a a a a a | b b | c c c c |
-            blocks     | a a a a | a b b c | c c c   |        pieces: a[:4], a[4:], b, c[:1], c[1:]
+        storages   | a a a a a | b b | c c c c |
+        blocks     | a a a a | a b b c | c c c   |        pieces: a[:4], a[4:], b, c[:1], c[1:]
         """
         position = 0
         for storage, size in self._lent:

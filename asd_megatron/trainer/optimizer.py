@@ -12,7 +12,9 @@ from torch import Tensor
 
 from asd_megatron.models.compat import master_weights, optimizer_parts
 from asd_megatron.models.port import ModelPort
+from asd_megatron.trainer import precision_aware
 from asd_megatron.trainer.handover import HostMemory
+from asd_megatron.trainer.precision_aware import Moments, Offload
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Optimizer:
     The learning rate of update n (from 1): n / warmup_steps of `learning_rate` during the warm-up, `learning_rate` at
     its end (without a warm-up: at update 1), from there along `schedule` (constant, linear, cosine) towards
     `min_learning_rate`, which the update after `total_steps` would have. A skipped update advances the schedule too.
-    `distributed` shards optimizer state over data-parallel ranks.
+    `distributed` shards optimizer state over data-parallel ranks. `moments` bfloat16 and `offload` host need it, and a
+    model in bfloat16: see `precision_aware`.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class Optimizer:
         epsilon: float,
         clip_grad: float,
         distributed: bool,
+        moments: Moments = "float32",
+        offload: Offload = "none",
     ) -> None:
         self.port = port
         self.clip_grad = clip_grad
@@ -64,8 +69,10 @@ class Optimizer:
             adam_eps=epsilon,
             clip_grad=clip_grad,
             use_distributed_optimizer=distributed,
+            **precision_aware.settings(moments, offload),
         )
         for part in optimizer_parts(self.megatron):
+            precision_aware.adapt(part)
             _fuse(part.optimizer)
         self.scheduler = _scheduler(
             self.megatron, learning_rate, min_learning_rate, schedule, warmup_steps, total_steps, weight_decay
@@ -95,8 +102,8 @@ class Optimizer:
 
     @torch.no_grad()
     def offload(self) -> None:
-        """Free the device memory of gradients and of the optimizer's own tensors: Adam's moments and, in half precision,
-        the float32 master weights (in float32 those are the model's weights themselves). The gradients' contents are
+        """Free the device memory of gradients and of the optimizer's own tensors: Adam's moments and, in half
+        precision, the float32 master weights (in float32 those are the model's weights themselves). The gradients' contents are
         lost. Only `reload` and what needs neither may follow."""
         for chunk in self.port.chunks:
             chunk.offload_grad_buffers(synchronize=True, empty_cache=False)
@@ -134,7 +141,12 @@ class Optimizer:
                 for part in optimizer_parts(self.megatron):
                     parameters = part.get_parameters()
                     if parameters:
-                        clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
+                        clip_grad_by_total_norm_fp32(
+                            parameters,
+                            max_norm=self.clip_grad,
+                            total_norm=norm,
+                            use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                        )
             self.megatron.step_with_ready_grads()
         self.scheduler.step(1)
         return StepResult(norm, applied)

@@ -14,7 +14,6 @@ from torch.distributed import distributed_c10d as c10d
 
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.run import ranks
-
 from tests.distributed.harness import run_ranks
 from tests.e2e.world import World, assert_close, make_world, metrics, responses
 
@@ -67,7 +66,9 @@ def objects_on_the_host_group() -> Iterator[None]:
         return joined[-1]
 
     def checked(obj: Any, device: Any, group: Any) -> Any:
-        assert group is joined[-1].host, f"{type(obj).__name__} over {c10d._get_pg_name(group) if group else 'the world'}"
+        assert group is joined[-1].host, (
+            f"{type(obj).__name__} over {c10d._get_pg_name(group) if group else 'the world'}"
+        )
         return pickled(obj, device, group)
 
     with pytest.MonkeyPatch.context() as patch:
