@@ -99,6 +99,6 @@ def _optimizer(recipe: AnyRecipe) -> Iterator[str]:
         if decay > LARGEST_DECAY:
             yield (
                 f"optimizer.{name} {decay} with optimizer.moments bfloat16: bfloat16 rounds a moment that decays by"
-                f" less than 0.4% a step back to what it was, so that it never decays; set optimizer.{name} {LARGEST_DECAY}"
-                " or less (0.95 is usual), or optimizer.moments float32"
+                f" less than 0.4% a step back to what it was, so that it never decays; set optimizer.{name} to"
+                f" {LARGEST_DECAY} or less (0.95 is usual), or optimizer.moments float32"
             )

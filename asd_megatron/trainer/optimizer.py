@@ -103,8 +103,8 @@ class Optimizer:
     @torch.no_grad()
     def offload(self) -> None:
         """Free the device memory of gradients and of the optimizer's own tensors: Adam's moments and, in half
-        precision, the float32 master weights (in float32 those are the model's weights themselves). The gradients' contents are
-        lost. Only `reload` and what needs neither may follow."""
+        precision, the float32 master weights (in float32 those are the model's weights themselves). The gradients'
+        contents are lost. Only `reload` and what needs neither may follow."""
         for chunk in self.port.chunks:
             chunk.offload_grad_buffers(synchronize=True, empty_cache=False)
         self._host.offload(tensor for tensor in self._own_tensors() if tensor.device == self.port.device)
