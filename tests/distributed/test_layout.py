@@ -102,7 +102,7 @@ def _as_on_gpus(rank: int, folder: str) -> dict[str, Any]:
 
 
 def test_limits_on_gpus(tmp_path: Path) -> None:
-    """Collectives end after ten minutes, waits on the host group when the recipe says so; the world knows its device."""
+    """Collectives end after ten minutes, waits on the host group later; the world knows its device."""
     (asked,) = run_ranks(_as_on_gpus, 1, str(tmp_path), init=False)
     assert asked["world"] == ("nccl", timedelta(minutes=10), torch.device("cuda", 1))
     assert asked["bound"] == torch.device("cuda", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from asd_megatron.models.port import ModelPort
 from asd_megatron.trainer import precision_aware
 from asd_megatron.trainer.optimizer import Optimizer
 from tests.checkpoint.trainer import CONFIG, MOE, RUN_STATE, weights
+from tests.distributed.harness import run_ranks
 from tests.te_double import run_ranks_with_te
 
 STEPS = 6
@@ -29,19 +31,17 @@ SETTINGS: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-LAYOUT = Layout(data=2)
-
-
 @cache
-def groups() -> ProcessGroups:
-    return init(LAYOUT)
+def joined() -> tuple[ProcessGroups, Layout]:
+    layout = Layout(data=int(os.environ["WORLD_SIZE"]))
+    return init(layout), layout
 
 
 class Run:
-    """A tiny mixture of experts in bfloat16 on two data-parallel ranks, whose gradients are a function of the step."""
+    """A tiny mixture of experts in bfloat16 on data-parallel ranks, whose gradients are a function of the step."""
 
     def __init__(self, **settings: Any) -> None:
-        self.port = ModelPort.build({**CONFIG, **MOE}, groups(), LAYOUT, dtype=torch.bfloat16)
+        self.port = ModelPort.build({**CONFIG, **MOE}, *joined(), dtype=torch.bfloat16)
         self.port.load(weights(self.port.expected(), 1))
         self.port.wrap_ddp(distributed_optimizer=True, overlap_grad_reduce=False)
         self.optimizer = Optimizer(self.port, **{**SETTINGS, **settings})
@@ -83,7 +83,7 @@ def shards(run: Run, name: str) -> list[Tensor]:
     """Of this rank, in the order of `held`, flat and float32."""
     parts = optimizer_parts(run.optimizer.megatron)
     states = (p._get_main_param_and_optimizer_states(w) for p in parts for w in p.model_param_group_index_map)
-    return [state[name].detach().float().flatten() for state in states]
+    return [state[name].detach().float().cpu().flatten() for state in states]
 
 
 def same(a: Run, b: Run) -> bool:
@@ -135,7 +135,10 @@ def hand_over(run: Run, numel: int) -> None:
     """What changes hands are 6 bytes for each of this rank's `numel` weights, and none of the model's."""
     states, model, own = run.states(), run.weights(), list(run.optimizer._own_tensors())
     assert sum(tensor.nbytes for tensor in own) == 6 * numel
+    allocated = torch.cuda.memory_allocated()
     run.optimizer.offload()
+    freed = allocated - torch.cuda.memory_allocated()
+    assert freed >= (6 + 4) * numel or not torch.cuda.is_available()  # gradients too
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in own)
     assert all(torch.equal(x, y) for x, y in zip(model, run.weights(), strict=True))
     run.optimizer.reload()
@@ -155,7 +158,8 @@ def _on_host(folder: Path) -> None:
             patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
             return original(hybrid, fraction)
 
-    Hybrid._get_sub_optimizer_param_groups = offloaded
+    if not torch.cuda.is_available():
+        Hybrid._get_sub_optimizer_param_groups = offloaded
     expected, found = Run(clip_grad=0.0), Run(offload="host", clip_grad=0.0)
     reference = AdamOfShards(expected)
     for number in range(2 * STEPS):
@@ -186,7 +190,7 @@ class AdamOfShards:
         """With the gradients and the rates of the run's latest step."""
         for group, (parameter, rates) in zip(self.adam.param_groups, held(run), strict=True):
             group |= {"lr": run.optimizer.last_learning_rate, "weight_decay": rates["weight_decay"]}
-            group["params"][0].grad = parameter.decoupled_grad
+            group["params"][0].grad = parameter.decoupled_grad.cpu()
         self.adam.step()
 
     def weights(self) -> Tensor:
@@ -203,4 +207,14 @@ def test_moments_in_bfloat16_and_an_optimizer_on_the_host(tmp_path: Path) -> Non
     """A number in bfloat16 is within 2^-9 (0.2%) of its value. A step rounds each moment once, and the second one keeps
     95% of what it was, so that errors of some twenty steps add up, with random signs: to below 1%."""
     for found in run_ranks_with_te(_both, 2, str(tmp_path)):
-        assert all(1e-4 < difference < 0.01 for difference in found.values()), found
+        check_differences(found)
+
+
+@pytest.mark.gpu
+def test_on_cuda(tmp_path: Path) -> None:
+    (found,) = run_ranks(_both, 1, str(tmp_path), init=False, fresh=True)
+    check_differences(found)
+
+
+def check_differences(found: dict[str, float]) -> None:
+    assert all(1e-4 < difference < 0.01 for difference in found.values()), found
