@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import distributed_c10d as c10d
 
+from asd_megatron.distributed import objects
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.run import ranks
 from tests.distributed.harness import run_ranks
@@ -65,16 +66,18 @@ def objects_on_the_host_group() -> Iterator[None]:
         assert joined[-1].host is not joined[-1].world
         return joined[-1]
 
+    def check(group: Any) -> None:
+        assert group is joined[-1].host, f"an object over {c10d._get_pg_name(group) if group else 'the world'}"
+
     def checked(obj: Any, device: Any, group: Any) -> Any:
-        assert group is joined[-1].host, (
-            f"{type(obj).__name__} over {c10d._get_pg_name(group) if group else 'the world'}"
-        )
+        check(group)
         return pickled(obj, device, group)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks.device, "backend", lambda: "cpu:gloo")
         patch.setattr(ranks.layouts, "init", recorded)
         patch.setattr(c10d, "_object_to_tensor", checked)
+        patch.setattr(objects, "_check", check)
         yield
     assert joined
 
