@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Moments = Literal["float32", "bfloat16"]
 Offload = Literal["none", "host"]
 SLICE_NUMEL = 1 << 28
-"""Weights that are updated at a time: Transformer Engine's Adam works on float32 copies of their moments (2 GiB)."""
+"""Weights that are updated at a time: Transformer Engine before 2.13 makes float32 copies of their moments (2 GiB)."""
 
 
 def settings(moments: Moments, offload: Offload) -> dict[str, Any]:
