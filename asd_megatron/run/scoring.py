@@ -128,6 +128,6 @@ class ScoringPasses:
             check_scores(phase, batch.local.examples, table, table.columns, batch.step)
         except NotFinite as e:
             found = str(e)
-        message = first_message(found, self.process_groups.world)
+        message = first_message(found, self.process_groups.host)
         if message is not None:
             raise NotFinite(message)
