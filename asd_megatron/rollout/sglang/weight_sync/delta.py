@@ -70,8 +70,8 @@ class SentWeights:
 
 
 def _differing(new: Tensor, kept: Tensor) -> Tensor:
-    """int64 positions at which two flat tensors of integers differ, on the device of `new`; `kept` is in host memory. On
-    the CPU NumPy is four times as fast as torch."""
+    """int64 positions at which two flat tensors of integers differ, where `new` is; `kept` is in host memory.
+    On the CPU NumPy is four times as fast as torch."""
     if new.is_cuda:
         return (new != kept.to(new.device, non_blocking=True)).nonzero().flatten()
     return torch.from_numpy(np.flatnonzero(new.numpy() != kept.numpy()))
