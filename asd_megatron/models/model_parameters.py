@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import UserError
 from asd_megatron.models import te
-from asd_megatron.models.export import FullTensors, Part, first_stages
+from asd_megatron.models.export import FullTensors, Part, Step, first_stages
 from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.loading import FullTensor, Progress, refusal
 from asd_megatron.models.parameters import Key, model_keys, shapes_of
@@ -120,17 +121,35 @@ class ModelParameters:
         self, of: Callable[[Any], Tensor], dtype: torch.dtype, bucket_bytes: int
     ) -> Iterator[tuple[str, Tensor]]:
         """`of(parameter)`, a tensor of the parameter's shape, in `dtype`, as `ModelPort.export` streams parameters."""
+        yield from self._full_tensors(dtype).stream(self._parts(self._keys(), of), bucket_bytes)
+
+    def steps(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[Step]:
+        """See `ModelPort.export_steps`."""
+        keys = self._stacked(self._keys())
+        senders = [stage * self.layout.stage_size for stage in range(self.layout.pipeline)]
+        yield from self._full_tensors(dtype).steps(
+            self._parts(keys, lambda parameter: parameter), bucket_bytes, senders
+        )
+
+    def _full_tensors(self, dtype: torch.dtype) -> FullTensors:
+        replica = self.process_groups.dp_cp.rank() == 0
+        return FullTensors(self.process_groups, self.shapes, dtype, device.device(), replica)
+
+    def _parts(self, keys: Iterable[Key], of: Callable[[Any], Tensor]) -> list[Part]:
         local = self._local()
         if self._stages is None:
             self._stages = first_stages(self._layer_keys(local), self.process_groups.pp)
         parts = []
-        for key in self._keys():
+        for key in keys:
             rule, stage = self.rule(key), self._stages[Key(key.rule, key.layer)]
             owner = None if key.expert is None else self._expert_owner(stage, key.expert)
             parts.append(Part(rule, key, stage, owner, of(local[key]) if key in local else None))
-        replica = self.process_groups.dp_cp.rank() == 0
-        full = FullTensors(self.process_groups, self.shapes, dtype, device.device(), replica)
-        yield from full.stream(parts, bucket_bytes)
+        return parts
+
+    def _stacked(self, keys: Iterable[Key]) -> Iterator[Key]:
+        """The keys with the experts of a layer by owner, and in it by rule: the experts of a rule can be stacked."""
+        for (_, experts), run in groupby(keys, lambda key: (key.layer, key.expert is not None)):
+            yield from sorted(run, key=lambda k: (self._expert_part(k.expert or 0), k)) if experts else run
 
     @staticmethod
     def _layer_keys(keys: Iterable[Key]) -> list[Key]:
@@ -138,8 +157,11 @@ class ModelParameters:
         return list(dict.fromkeys(Key(key.rule, key.layer) for key in keys))
 
     def _expert_owner(self, stage: int, expert: int) -> int:
+        return self.layout.expert_rank(stage, self._expert_part(expert))
+
+    def _expert_part(self, expert: int) -> int:
         assert self.shape.experts is not None
-        return self.layout.expert_rank(stage, expert * self.layout.expert // self.shape.experts.count)
+        return expert * self.layout.expert // self.shape.experts.count
 
 
 def bare(chunk: Any) -> Any:

@@ -18,7 +18,8 @@ from asd_megatron.puzzle.tokenizer import UNKNOWN_TOKEN, build_tokenizer
 from asd_megatron.rollout.sglang.client.routing import Routing
 from asd_megatron.rollout.sglang.servers.versions import Versions
 from asd_megatron.run import report, serving
-from asd_megatron.run.serving import check_nccl, loaded_nccl, probe_ids
+from asd_megatron.run.sending import check_nccl, loaded_nccl
+from asd_megatron.run.serving import probe_ids
 from tests.config.test_checks import make
 from tests.models.tiny import tiny_qwen3
 

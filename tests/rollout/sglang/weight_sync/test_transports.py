@@ -64,7 +64,7 @@ def _disk(folder: Path, tmp_path: Path) -> Transport:
 
 
 def _shared_memory(folder: Path, tmp_path: Path) -> Transport:
-    return CudaIpcTransport(REBUILD_ARGUMENTS, bucket_bytes=SMALL)
+    return CudaIpcTransport(REBUILD_ARGUMENTS, device=CPU, bucket_bytes=SMALL)
 
 
 @pytest.mark.parametrize("make", [_distributed, _disk, _shared_memory])
