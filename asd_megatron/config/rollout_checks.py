@@ -93,8 +93,9 @@ def _shared_devices(rollout: RolloutSection, trainers: list[str]) -> Iterator[st
     others = [name for name in servers if name not in trainers]
     if rollout.weight_sync == "cuda_ipc" and comparable and others:
         yield (
-            f"rollout.weight_sync cuda_ipc shares the memory of the trainer's ranks, and none runs on device {others[0]},"
-            f" which rollout.server_devices names: name some of {', '.join(trainers)}, or set rollout.weight_sync disk"
+            f"rollout.weight_sync cuda_ipc shares the memory of the trainer's ranks, and none runs on device"
+            f" {others[0]}, which rollout.server_devices names: name some of {', '.join(trainers)}, or set"
+            " rollout.weight_sync disk"
         )
 
 

@@ -149,7 +149,10 @@ class ModelParameters:
     def _stacked(self, keys: Iterable[Key]) -> Iterator[Key]:
         """The keys with the experts of a layer by owner, and in it by rule: the experts of a rule can be stacked."""
         for (_, experts), run in groupby(keys, lambda key: (key.layer, key.expert is not None)):
-            yield from sorted(run, key=lambda k: (self._expert_part(k.expert or 0), k)) if experts else run
+            of_layer = list(run)
+            if experts:
+                of_layer.sort(key=lambda key: (self._expert_part(key.expert or 0), key))
+            yield from of_layer
 
     @staticmethod
     def _layer_keys(keys: Iterable[Key]) -> list[Key]:

@@ -33,7 +33,7 @@ MASTER_PORT = 29500  # torchrun's; only the host of MASTER_ADDR matters here
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank of the trainer runs: the machine, and its device as CUDA_VISIBLE_DEVICES names it ("" on the CPU)."""
+    """Where a rank of the trainer runs: machine, and device as CUDA_VISIBLE_DEVICES names it ("" on the CPU)."""
 
     machine: str
     device: str

@@ -199,8 +199,8 @@ class Controller:
 
     def send(self, weights: NamedTensors | Transfer, version: int, probe: Sequence[float] | None) -> bool:
         """Send the weights to every usable server that lacks them. Whether enough servers have them now: all at the
-        first update, one at a later one. A stream of tensors is read to its end. Raises VerificationError when something
-        else arrived than was sent."""
+        first update, one at a later one. A stream of tensors is read to its end. Raises VerificationError when
+        something else arrived than was sent."""
         label = self._labels.label(version)
         receivers = self._lacking(version)
         if self._verifier is not None:

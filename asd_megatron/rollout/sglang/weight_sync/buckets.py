@@ -47,8 +47,8 @@ class Bucket:
 
 
 class Slots:
-    """Double buffering: the memory of two buckets of `bucket_bytes`, given out in turn, so that two buckets are valid at
-    a time. A larger bucket has memory of its own."""
+    """Double buffering: the memory of two buckets of `bucket_bytes`, given out in turn, so that two buckets are valid
+    at a time. A larger bucket has memory of its own."""
 
     def __init__(self, bucket_bytes: int) -> None:
         self._bucket_bytes = bucket_bytes

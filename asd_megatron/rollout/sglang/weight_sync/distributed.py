@@ -179,8 +179,8 @@ class DistributedTransport:
         return _Flight(broadcast, answers, time.monotonic() + self._timeout)
 
     def _land(self, flight: _Flight | None, receivers: Sequence[Receiver], parcels: Parcels) -> None:
-        """Wait until every server has loaded the bucket. If not, every rank leaves: TransferIncomplete on global rank 0,
-        `Stopped` elsewhere."""
+        """Wait until every server has loaded the bucket. If not, every rank leaves: TransferIncomplete on global rank
+        0, `Stopped` elsewhere."""
         loaded = flight is None or parcels.rank != 0 or self._loaded(flight)
         if parcels.share(loaded):
             if flight is not None and flight.broadcast is not None:

@@ -176,8 +176,9 @@ class Transfer:
         self.sent = Sent()  # on global rank 0, once finished: by all ranks
 
     def take_part(self, receivers: Sequence[Receiver] = ()) -> dict[str, str]:
-        """The complete transfer. Every rank calls it once, global rank 0 with the receivers. Returns there URL -> reason
-        for those whose transfer is incomplete, and raises what failed; the other ranks return {} in any case."""
+        """The complete transfer. Every rank calls it once, global rank 0 with the receivers. Returns there URL ->
+        reason for those whose transfer is incomplete, and raises what failed; the other ranks return {} in any
+        case."""
         self._begun = True
         self.addressees = self.share(Addressees.of(receivers))
         verifier = self._settings.verifier

@@ -1,4 +1,4 @@
-"""The process group in which a sender of the trainer broadcasts weights: the sender, then every rank of every server."""
+"""The process group in which a sender broadcasts weights: a rank of the trainer, then every rank of every server."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class GroupEnd:
     """A sender's end of its group with the servers at `urls`, of these tensor-parallel sizes.
 
     It listens and joins in a thread from the start; the servers have to be invited (`invite`), on global rank 0, with
-    its `invitation`. `device`: of the tensors to broadcast; NCCL for CUDA, gloo for the CPU. `address`: of the interface
-    that the servers reach (None: found from their URLs). `timeout`: seconds for one broadcast.
+    its `invitation`. `device`: of the tensors to broadcast; NCCL for CUDA, gloo for the CPU. `address`: of the
+    interface that the servers reach (None: found from their URLs). `timeout`: seconds for one broadcast.
 
     Raises UserError for an address of another machine, TransferIncomplete if nobody can connect.
     """
@@ -164,8 +164,8 @@ class GroupEnd:
 
 
 def invite(receivers: Sequence[Receiver], invitation: Invitation, timeout: float) -> TransferIncomplete | None:
-    """Have every server join, in parallel; why the group was not created, as soon as one has failed, or None. `timeout`:
-    seconds for one broadcast."""
+    """Have every server join, in parallel; why the group was not created, as soon as one has failed, or None.
+    `timeout`: seconds for one broadcast."""
     seconds = min(JOIN_SECONDS, timeout)
 
     def ask_to_join(receiver: Receiver) -> dict[str, Any]:
