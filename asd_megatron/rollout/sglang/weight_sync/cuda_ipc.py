@@ -86,7 +86,7 @@ class CudaIpcTransport:
         pool = ThreadPoolExecutor(max(1, len(receivers)), thread_name_prefix="weight-sync")
         try:
             hosts = parcels.share(*self._check_hosts(receivers))
-            for parcel in parcels:
+            for number, parcel in enumerate(parcels):
                 bucket = self._spread(parcel, {rank for ranks in hosts.values() for rank in ranks}, slots)
                 self._land(flight, failures)
                 hosts = parcels.share({url: ranks for url, ranks in hosts.items() if url not in failures})
@@ -95,7 +95,7 @@ class CudaIpcTransport:
                 )
                 found = parcels.collect(mine)
                 flight = {
-                    r.url: pool.submit(self._post, r, _in_order(hosts[r.url], found, r.url))
+                    r.url: pool.submit(self._post, r, _in_order(hosts[r.url], found, r.url), number == 0)
                     for r in receivers
                     if r.url in hosts
                 }
@@ -132,11 +132,12 @@ class CudaIpcTransport:
         dist.broadcast(bucket.data, src=parcel.sender, group=self._world)
         return bucket
 
-    def _post(self, receiver: Receiver, serialized: list[str]) -> dict[str, Any]:
+    def _post(self, receiver: Receiver, serialized: list[str], first: bool) -> dict[str, Any]:
+        """Have the server load a bucket. It is paused, so its cache need be flushed but once."""
         body = {
             "serialized_named_tensors": serialized,
             "load_format": "flattened_bucket",
-            "flush_cache": True,
+            "flush_cache": first,
         }
         return ask(receiver, "/update_weights_from_tensor", body, self._timeout)
 

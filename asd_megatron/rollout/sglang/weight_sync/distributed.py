@@ -155,11 +155,12 @@ class DistributedTransport:
         flight: _Flight | None = None
         for parcel in parcels:
             self._land(flight, receivers, parcels)
-            flight = self._launch(parcel, receivers)
+            flight = self._launch(parcel, receivers, first=flight is None)
         self._land(flight, receivers, parcels)
 
-    def _launch(self, parcel: Parcel, receivers: Sequence[Receiver]) -> _Flight:
-        """Request the bucket's loading, on global rank 0, and broadcast it, on its sender."""
+    def _launch(self, parcel: Parcel, receivers: Sequence[Receiver], *, first: bool) -> _Flight:
+        """Request the bucket's loading, on global rank 0, and broadcast it, on its sender. The servers are paused, so
+        their caches need be flushed but once."""
         assert self._pool is not None
         broadcast, answers = None, {}
         if receivers:
@@ -167,7 +168,7 @@ class DistributedTransport:
                 **parcel.contents.description(),
                 "group_name": self._groups[parcel.sender].name,
                 "load_format": "flattened_bucket",
-                "flush_cache": True,
+                "flush_cache": first,
             }
             path, seconds = "/update_weights_from_distributed", self._timeout + SLACK_SECONDS
             answers = {r.url: self._pool.submit(ask, r, path, body, seconds) for r in receivers}

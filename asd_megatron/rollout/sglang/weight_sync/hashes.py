@@ -68,6 +68,8 @@ class WordHash:
         self._bytes += self._waiting[-1].numel()
         if self._bytes >= 4 * CHUNK:
             self._hash(self._bytes - self._bytes % (4 * TILE))
+        else:
+            self._waiting[-1] = self._waiting[-1].clone()  # the memory of `part` may be used again
 
     def finish(self) -> None:
         self._hash(self._bytes)

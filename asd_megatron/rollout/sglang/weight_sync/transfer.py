@@ -112,7 +112,7 @@ class Sent:
     bytes: int = 0
     tensors: int = 0
     digests: Digests = field(default_factory=dict)
-    failure: str | None = None
+    failure: Exception | None = None
 
 
 class CollectiveTransport(Protocol):
@@ -241,12 +241,12 @@ class Transfer:
             digests = {} if self._checksums is None else self._checksums.digests()
             mine = Sent(mine.bytes, mine.tensors, digests)
         except Exception as error:
-            mine = Sent(failure=str(error))
+            mine = Sent(failure=error)
         found = self.collect(mine)
         if not found:
             return
         if (failure := next((sent.failure for sent in found if sent.failure), None)) is not None:
-            raise UserError(failure)
+            raise failure
         self.sent = Sent(sum(sent.bytes for sent in found), sum(sent.tensors for sent in found))
         if self._checksums is not None:
             for sent in found[1:]:
