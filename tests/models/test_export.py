@@ -108,7 +108,8 @@ def _exports(rank: int, root: str, layouts: list[Layout]) -> None:
 def _once_and_whole(port: Any, folder: Path, bucket_bytes: int) -> None:
     from asd_megatron.checkpoint.huggingface import FolderReader
 
-    _steps_of_every_stage(port, bucket_bytes)
+    if bucket_bytes == BUCKET:
+        _steps_of_every_stage(port, bucket_bytes)
     found = list(port.export(bucket_bytes=bucket_bytes))
     if dist.get_rank() != 0:
         assert found == []

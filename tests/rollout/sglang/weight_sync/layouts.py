@@ -19,7 +19,6 @@ from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport, sync
 from asd_megatron.rollout.sglang.weight_sync.transfer import Sending
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
 from asd_megatron.run.evaluation import Weights
-from tests.rollout.sglang.weight_sync.world import tensors
 
 CPU = torch.device("cpu")
 
@@ -43,9 +42,6 @@ class Trainer:
         senders = [stage * layout.stage_size for stage in range(layout.pipeline)]
         settings: dict[str, Any] = {"bucket_bytes": 16_384, "verifier": self.verifier} | over
         self.sending = Sending(self.transport, self.groups.host, senders, CPU, **settings)
-
-    def load(self, seed: int) -> None:
-        self.port.load(dict(tensors(self.folder, seed)))
 
     def send(self, receivers: Sequence[Receiver], label: str) -> SyncReport | None:
         """The report, on rank 0. `receivers` counts there alone."""

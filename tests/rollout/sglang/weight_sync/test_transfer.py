@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from asd_megatron.checkpoint.huggingface import FolderReader, read_config
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.weight_sync.checksums import ServerChecksums, server_pieces
@@ -18,9 +19,14 @@ from tests.distributed.harness import run_ranks
 from tests.models.tiny import tiny_qwen3, tiny_qwen3_moe
 from tests.rollout.sglang.weight_sync.layouts import Trainer
 from tests.rollout.sglang.weight_sync.test_cuda_ipc import _read
-from tests.rollout.sglang.weight_sync.world import FakeReceiver, tensors
+from tests.rollout.sglang.weight_sync.world import FakeReceiver
 
-LAYOUTS = [Layout(tensor=2, pipeline=2), Layout(data=4), Layout(pipeline=2, data=2, expert=2)]
+LAYOUTS = [Layout(tensor=2, pipeline=2), Layout(pipeline=2, data=2, expert=2)]
+
+
+def _weights(folder: Path, factor: int) -> dict[str, Tensor]:
+    with FolderReader(folder) as reader:
+        return {name: factor * reader[name][:] for name in reader}
 
 
 class Server(FakeReceiver):
@@ -64,15 +70,14 @@ def _three_servers(rank: int, folder: Path, layout: Layout) -> None:
     hosts = {urls[0]: (3,), urls[1]: (2, 1), urls[2]: (0,)}
     trainer = Trainer(folder, layout, "cuda_ipc", hosts)
     for seed in (1, 2):
-        trainer.load(seed)
-        config = trainer.verifier._config
-        servers = [Server(url, len(hosts[url]), dict(config)) for url in urls] if rank == 0 else []
+        sent = _weights(folder, seed)
+        trainer.port.load(sent)
+        servers = [Server(url, len(hosts[url]), read_config(folder)) for url in urls] if rank == 0 else []
         if servers and seed == 2:
             servers[1].refuses.set()
         report = trainer.send(servers, f"0a0a0a0a-{seed}")
         if report is None:
             continue
-        sent = dict(tensors(folder, seed))
         assert dict(report.failures) == (
             {urls[1]: "/update_weights_from_tensor: refused on purpose"} if seed == 2 else {}
         )
@@ -93,7 +98,7 @@ def test_servers_on_the_devices_of_all_ranks_get_every_tensor_of_every_stage(tmp
 def _failing(rank: int, folder: str) -> None:
     """Rank 1 sends the second stage."""
     trainer = Trainer(Path(folder), Layout(pipeline=2), "cuda_ipc", {"http://127.0.0.1:1": (1,)})
-    trainer.load(1)
+    trainer.port.load(_weights(Path(folder), 1))
     receivers = [FakeReceiver("http://127.0.0.1:1")] if rank == 0 else []
     spoiled = trainer.verifier.start([1])
     if rank == 1:

@@ -98,7 +98,7 @@ def _every_rank(rank: int, folder: str, urls: list[str]) -> int:
         for kind in ("distributed", "cuda_ipc"):
             trainer = Trainer(Path(folder), layout, kind, hosts)
             for seed in (1, 2):
-                trainer.load(seed)
+                trainer.port.load(dict(tensors(Path(folder), seed)))
                 label = labels.pop(0)
                 report = trainer.send(receivers, label)
                 if report is not None:
