@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -73,6 +74,7 @@ class ModelParameters:
         """All parameters in the order of the forward pass; the head of a tied model is left out."""
         return model_keys(self.family, self.shape)
 
+    @cached_property
     def _local(self) -> dict[Key, Tensor]:
         """This rank's parameters. A tied head on the last stage has the embedding's key."""
         found: dict[Key, Tensor] = {}
@@ -136,7 +138,7 @@ class ModelParameters:
         return FullTensors(self.process_groups, self.shapes, dtype, device.device(), replica)
 
     def _parts(self, keys: Iterable[Key], of: Callable[[Any], Tensor]) -> list[Part]:
-        local = self._local()
+        local = self._local
         if self._stages is None:
             self._stages = first_stages(self._layer_keys(local), self.process_groups.pp)
         parts = []
