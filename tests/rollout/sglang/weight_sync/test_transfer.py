@@ -4,22 +4,30 @@ what it has, and a failure anywhere ends it on every rank at the same bucket."""
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
+from asd_megatron.models.export import Block, Step
+from asd_megatron.rollout.sglang.weight_sync import distributed, update_group
 from asd_megatron.rollout.sglang.weight_sync.checksums import ServerChecksums, server_pieces
+from asd_megatron.rollout.sglang.weight_sync.transfer import Sending
 from tests.distributed.harness import run_ranks
 from tests.models.tiny import tiny_qwen3, tiny_qwen3_moe
 from tests.rollout.sglang.weight_sync.layouts import Trainer
 from tests.rollout.sglang.weight_sync.test_cuda_ipc import _read
 from tests.rollout.sglang.weight_sync.world import FakeReceiver
+from tests.rollout.toy import one_process_groups
 
 LAYOUTS = [Layout(tensor=2, pipeline=2), Layout(pipeline=2, data=2, expert=2)]
 
@@ -121,3 +129,72 @@ def _failing(rank: int, folder: str) -> None:
 
 def test_a_failure_on_one_rank_ends_the_transfer_on_all(tmp_path: Path) -> None:
     run_ranks(_failing, 2, str(tiny_qwen3(tmp_path / "model")))
+
+
+class Member(FakeReceiver):
+    """A server that really joins its sender's group, and receives unless it is told to refuse."""
+
+    def __init__(self) -> None:
+        super().__init__("http://127.0.0.1:1", self._answered)
+        self.groups: dict[str, Any] = {}
+        self.held: dict[str, Tensor] = {}
+        self.refuses = 0
+
+    def _answered(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        name = body.get("group_name", "")
+        if path == "/init_weights_update_group":
+            store = dist.TCPStore(body["master_address"], body["master_port"], None, False)
+            c10d, store = dist.distributed_c10d, dist.PrefixStore(name, store)
+            self.groups[name], _ = c10d._new_process_group_helper(
+                2, body["rank_offset"], [], "gloo", store, group_name=name, timeout=timedelta(seconds=30)
+            )
+            c10d._world.pg_group_ranks[self.groups[name]] = {0: 0, 1: 1}
+        if path == "/destroy_weights_update_group":
+            dist.destroy_process_group(self.groups.pop(name))
+        if path == "/update_weights_from_distributed":
+            if name not in self.groups:
+                return {"success": False, "message": "unknown group"}
+            if body["names"] and self.refuses:
+                self.refuses -= 1
+                return {"success": False, "message": "refused on purpose"}
+            if body["names"]:
+                (size,) = {torch.Size(shape).numel() for shape in body["shapes"]}
+                flat = torch.empty(len(body["names"]), size)
+                self.groups[name].broadcast([flat.view(torch.uint8)], dist.BroadcastOptions()).wait()
+                self.held |= dict(zip(body["names"], flat, strict=True))
+        return {}
+
+
+class FromRankOne:
+    """Weights that rank 1 has: more than a connection holds."""
+
+    def steps(self, bucket_bytes: int) -> Iterator[Step]:
+        for number in range(3):
+            tensors = torch.full((2, 2**21), float(number))
+            block = Block((f"a{number}", f"b{number}"), tensors[0].shape, (tensors,))
+            yield Step(1, (block,) if dist.get_rank() == 1 else ())
+
+
+def _refused(rank: int) -> None:
+    update_group.LEAVE_SECONDS = distributed.SLACK_SECONDS = 1.0
+    transport = distributed.DistributedTransport(torch.device("cpu"), timeout=4)
+    sending = Sending(transport, one_process_groups().host, (1,), torch.device("cpu"), 2**25)
+    server = Member()
+    for expected in ({}, {server.url: "/update_weights_from_distributed: refused on purpose"}, {}, {}):
+        server.refuses = len(expected)
+        server.held.clear()
+        begin, transfer = time.monotonic(), sending.transfer(FromRankOne())
+        failures = transfer.take_part([server] if rank == 0 else [])
+        assert failures == (expected if rank == 0 else {}), (failures, server.paths)
+        assert time.monotonic() - begin < 30
+        if rank == 0 and not expected:
+            assert {name: tensor.unique().tolist() for name, tensor in server.held.items()} == {
+                f"{x}{number}": [float(number)] for number in range(3) for x in "ab"
+            }
+            assert transfer.sent.tensors == 6
+    assert rank == 1 or server.paths.count("/init_weights_update_group") == 2, "kept, but for the failure"
+    transport.close()
+
+
+def test_a_server_that_refuses_ends_the_broadcast_of_another_rank() -> None:
+    run_ranks(_refused, 2, timeout=100)
