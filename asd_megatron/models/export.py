@@ -228,7 +228,8 @@ class FullTensors:
         if not self._gives(bucket):
             gathered = self._empty(self._ranks(bucket.owner), bucket.numel)
             if bucket.owner is not None:
-                return _Transfer(bucket, gathered, dist.irecv(gathered, src=bucket.owner, group=world))
+                group = self._expert_group(bucket)
+                return _Transfer(bucket, gathered, dist.irecv(gathered, src=bucket.owner, group=group))
             return _Transfer(bucket, gathered, dist.irecv(gathered, group=pp, group_src=bucket.stage))
         mine = self._empty(1, bucket.numel)
         for part, shard in self._shards(bucket, mine):
@@ -248,7 +249,8 @@ class FullTensors:
         if transfer.gathered is None or rank == bucket.root:
             return
         if bucket.owner is not None:
-            dist.send(transfer.gathered, dst=bucket.root, group=self.process_groups.world)
+            group = self._expert_group(bucket)
+            dist.send(transfer.gathered, dst=bucket.root, group=group)
         elif self.process_groups.tp.rank() == 0:
             dist.send(transfer.gathered, group=self.process_groups.pp, group_dst=0)
 
@@ -260,6 +262,14 @@ class FullTensors:
                 # A tensor that the consumer keeps must neither keep the bucket's memory nor be the live parameter.
                 alias = tensor.untyped_storage().data_ptr() == storage
                 yield name, tensor.clone(memory_format=torch.contiguous_format) if alias else tensor.contiguous()
+
+    def _expert_group(self, bucket: _Bucket) -> dist.ProcessGroup:
+        """The group over which a bucket of experts travels: that of the experts' parts, if its root is the first of it.
+        gloo confuses messages between two ranks with collectives of the same group that pass them, and those of a
+        weight transfer are on `world`."""
+        assert bucket.owner is not None
+        in_stage = bucket.owner - bucket.root < self.process_groups.ep.size()
+        return self.process_groups.ep if in_stage else self.process_groups.world
 
     def _blocks(self, transfer: _Transfer) -> Iterator[Block]:
         """The bucket's full tensors, views where nothing has to be joined. Consecutive experts of a rule are one block:
