@@ -254,7 +254,7 @@ def measure(
             work = Work(
                 model, LAYOUTS[layout], tuple(methods), tuple(pool.urls), bucket_bytes, arguments.repeats, folder
             )
-            mp.spawn(_trainer, (_free_port(), work), nprocs=work.layout.world_size)
+            _train(work)
             for method, seconds in json.loads((folder / "seconds.json").read_text()).items():
                 yield Row(name, layout, method, round(size / 1e6, 1), round(seconds, 4), round(seconds / plain, 2))
         checked = []
@@ -276,6 +276,18 @@ def _size(model: Path) -> int:
         return sum(
             4 * p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).parameters()
         )
+
+
+def _train(work: Work) -> None:
+    """Run the trainer's ranks. (`mp.spawn` would wait for the process that looks after shared memory, too.)"""
+    context, port = mp.get_context("spawn"), _free_port()
+    ranks = [context.Process(target=_trainer, args=(rank, port, work)) for rank in range(work.layout.world_size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        raise UserError(f"the trainer's ranks ended with exit codes {[process.exitcode for process in ranks]}")
 
 
 def _free_port() -> int:
