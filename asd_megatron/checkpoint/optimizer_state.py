@@ -46,7 +46,8 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    inner = [part.optimizer for part in optimizer_parts(optimizer)]
+    parts = [part.optimizer for part in optimizer_parts(optimizer)]
+    inner = [o for part in parts for o in getattr(part, "sub_optimizers", [part])]  # those of a HybridDeviceOptimizer
     return [o for o in inner if isinstance(o, torch.optim.Adam | torch.optim.AdamW)]
 
 

@@ -114,14 +114,14 @@ def load(
     another model.
     """
     path = Path(path)
-    world = port.process_groups.world
-    stored = _on_every_rank(lambda: _check(path, optimizer_state.is_distributed(optimizer)), world)
+    host = port.process_groups.host
+    stored = _on_every_rank(lambda: _check(path, optimizer_state.is_distributed(optimizer)), host)
     state = _state(port, optimizer, scheduler, loading=True)
     kept: copies_state.Entries = {}
     if copies is not None:
         kept = _add_copies(state, port, copies, [name for name in copies.names if name in stored.copies])
-    loaded = _on_every_rank(lambda: _read(path, state), world)
-    _on_every_rank(lambda: _restore(path, loaded, port, optimizer, scheduler), world)
+    loaded = _on_every_rank(lambda: _read(path, state), host)
+    _on_every_rank(lambda: _restore(path, loaded, port, optimizer, scheduler), host)
     if port.dtype is torch.bfloat16:
         _copy_master_weights(port, optimizer)
     for section, tensors in kept.items():
@@ -186,7 +186,7 @@ def _add_copies(
 # ---------------------------------------------------------------- reading
 
 
-def _on_every_rank(action: Callable[[], T], world: dist.ProcessGroup) -> T:
+def _on_every_rank(action: Callable[[], T], host: dist.ProcessGroup) -> T:
     """This rank's result of `action`; a UserError on any rank is raised on all. Collective."""
     result: list[T] = []
     message: str | None = None
@@ -194,7 +194,7 @@ def _on_every_rank(action: Callable[[], T], world: dist.ProcessGroup) -> T:
         result.append(action())
     except UserError as error:
         message = str(error)
-    message = first_message(message, world)
+    message = first_message(message, host)
     if message is not None:
         raise UserError(message)
     return result[0]

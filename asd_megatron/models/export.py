@@ -5,7 +5,9 @@ there to the first stage; there they are unsharded. The next bucket is in flight
 
     tp 0, tp 1 of stage 1  --gather-->  tp 0 of stage 1  --send-->  tp 0 of stage 0: unshard, yield (name, tensor)
 
-Experts are not sharded: the rank that holds one sends it to the rank that yields it directly.
+Experts are not sharded: the rank that holds one sends it to the first rank of its stage, over the group of the experts'
+parts. (gloo confuses messages between two ranks with a collective of the same group that passes them, so none are on
+`world`, on which the ranks meet meanwhile.)
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asd_megatron.distributed.layout import ProcessGroups
-from asd_megatron.distributed.objects import broadcast_object, gather_objects
+from asd_megatron.distributed.objects import broadcast_object, gather_objects, meet
 from asd_megatron.models import te
 from asd_megatron.models.parameters import Key
 from asd_megatron.models.weights import Rule, Shapes
@@ -109,13 +111,14 @@ class _Transfer:
         self.work = None  # frees the copy of this rank's shards
 
 
-def first_stages(keys: Iterable[Key], pp: dist.ProcessGroup) -> dict[Key, int]:
-    """The first pipeline stage that holds each parameter, from the `keys` of every stage. Collective over `pp`."""
+def first_stages(keys: Iterable[Key], stage: int, host: dist.ProcessGroup) -> dict[Key, int]:
+    """The first pipeline stage that holds each parameter, from the `keys` of every rank and its stage. Collective over
+    `host`, all ranks."""
     first: dict[Key, int] = {}
-    for stage, held in enumerate(broadcast_object(gather_objects(list(keys), 0, pp), 0, pp) or []):
+    for held_by, held in gather_objects((stage, list(keys)), 0, host) or []:
         for key in held:
-            first.setdefault(key, stage)
-    return first
+            first[key] = min(held_by, first.get(key, held_by))
+    return broadcast_object(first, 0, host)
 
 
 @dataclass(frozen=True)
@@ -136,17 +139,18 @@ class FullTensors:
         Every tensor owns its memory. At most two buckets are alive at a time, beside the tensor being consumed; a
         parameter above `bucket_bytes` is a bucket of its own.
         """
-        rank = self.process_groups.world.rank()
-        buckets = self._buckets(parts, bucket_bytes, [0] * self.process_groups.pp.size())
-        transfers = (self._start(bucket) for bucket in buckets if self._takes_part(bucket))
+        transfers = self._transfers(parts, bucket_bytes)
+        if self.process_groups.world.rank() != 0:
+            for given in transfers:
+                self._complete(given)
+            return
         transfer = next(transfers, None)
         following = None
         try:
             while transfer is not None:
                 following = next(transfers, None)
-                self._finish(transfer)
-                if rank == 0:
-                    yield from self._copies(transfer)
+                transfer.wait()
+                yield from self._copies(transfer)
                 transfer = following
         except GeneratorExit:  # the consumer stops early; the other ranks send all the same
             while following is not None:
@@ -181,16 +185,29 @@ class FullTensors:
                 continue
             following = start()
             for transfer in transfers:
-                self._finish(transfer)
+                self._complete(transfer)
             is_root = step[0].root == self.process_groups.world.rank()
             yield Step(step[0].root, tuple(chain(*map(self._blocks, transfers))) if is_root else ())
             transfers = following
 
     def _takes_part(self, bucket: _Bucket) -> bool:
-        return bucket.root == self.process_groups.world.rank() or self._gives(bucket)
+        return self.process_groups.world.rank() == bucket.root or self._gives(bucket) or self._is_first(bucket.stage)
+
+    def _is_first(self, stage: int) -> bool:
+        """Whether this rank is the first of the stage: all that is gathered of the stage comes here."""
+        return self.replica and self.process_groups.tp.rank() == 0 and self.process_groups.pp.rank() == stage
 
     def _nbytes(self, bucket: _Bucket) -> int:
         return bucket.numel * self._ranks(bucket.owner) * self.dtype.itemsize
+
+    def _transfers(self, parts: Sequence[Part], bucket_bytes: int) -> Iterator[_Transfer]:
+        """This rank's transfers of `stream`, started as they are asked for. All ranks meet on the host group before
+        each bucket: global rank 0 may write what it has to a slow disk first, and nobody waits for that in a collective
+        of GPUs."""
+        for bucket in self._buckets(parts, bucket_bytes, [0] * self.process_groups.pp.size()):
+            meet(self.process_groups.host)
+            if self._takes_part(bucket):
+                yield self._start(bucket)
 
     def _gives(self, bucket: _Bucket) -> bool:
         """Whether this rank's shards are in the bucket."""
@@ -222,37 +239,33 @@ class FullTensors:
 
     def _start(self, bucket: _Bucket) -> _Transfer:
         """Start the transfer that brings the bucket to this rank, or takes this rank's shards from it."""
-        tp, pp, world = self.process_groups.tp, self.process_groups.pp, self.process_groups.world
-        if self._gives(bucket) and self._ranks(bucket.owner) == 1 and world.rank() == bucket.root:
+        tp, pp, ep = self.process_groups.tp, self.process_groups.pp, self.process_groups.ep
+        rank, gives = self.process_groups.world.rank(), self._gives(bucket)
+        if gives and self._ranks(bucket.owner) == 1 and rank == bucket.root:
             return _Transfer(bucket, None, None)
-        if not self._gives(bucket):
+        if not gives:
             gathered = self._empty(self._ranks(bucket.owner), bucket.numel)
-            if bucket.owner is not None:
-                group = self._expert_group(bucket)
-                return _Transfer(bucket, gathered, dist.irecv(gathered, src=bucket.owner, group=group))
+            if bucket.owner is not None and self._is_first(bucket.stage):
+                return _Transfer(bucket, gathered, dist.irecv(gathered, src=bucket.owner, group=ep))
             return _Transfer(bucket, gathered, dist.irecv(gathered, group=pp, group_src=bucket.stage))
         mine = self._empty(1, bucket.numel)
         for part, shard in self._shards(bucket, mine):
             assert part.shard is not None, part.rule
             shard[0].copy_(te.values(part.shard.detach()))
         if self._ranks(bucket.owner) == 1:
-            return _Transfer(bucket, mine, None)
+            sent = None if self._is_first(bucket.stage) else dist.isend(mine, group=ep, group_dst=0)
+            return _Transfer(bucket, mine, sent)
         if tp.rank() != 0:
             return _Transfer(bucket, None, dist.gather(mine[0], group=tp, group_dst=0, async_op=True))
         gathered = self._empty(tp.size(), bucket.numel)
         return _Transfer(bucket, gathered, dist.gather(mine[0], list(gathered), group=tp, group_dst=0, async_op=True))
 
-    def _finish(self, transfer: _Transfer) -> None:
-        """Wait for the transfer; a rank that it only passes sends it on to its root."""
+    def _complete(self, transfer: _Transfer) -> None:
+        """Wait for a transfer; the first rank of a stage sends on to its root what only passes."""
         transfer.wait()
-        bucket, rank = transfer.bucket, self.process_groups.world.rank()
-        if transfer.gathered is None or rank == bucket.root:
-            return
-        if bucket.owner is not None:
-            group = self._expert_group(bucket)
-            dist.send(transfer.gathered, dst=bucket.root, group=group)
-        elif self.process_groups.tp.rank() == 0:
-            dist.send(transfer.gathered, group=self.process_groups.pp, group_dst=0)
+        bucket, gathered = transfer.bucket, transfer.gathered
+        if gathered is not None and self._is_first(bucket.stage) and self.process_groups.world.rank() != bucket.root:
+            dist.send(gathered, group=self.process_groups.pp, group_dst=0)
 
     def _copies(self, transfer: _Transfer) -> Iterator[tuple[str, Tensor]]:
         for part, shards in self._received(transfer):
@@ -262,14 +275,6 @@ class FullTensors:
                 # A tensor that the consumer keeps must neither keep the bucket's memory nor be the live parameter.
                 alias = tensor.untyped_storage().data_ptr() == storage
                 yield name, tensor.clone(memory_format=torch.contiguous_format) if alias else tensor.contiguous()
-
-    def _expert_group(self, bucket: _Bucket) -> dist.ProcessGroup:
-        """The group over which a bucket of experts travels: that of the experts' parts, if its root is the first of it.
-        gloo confuses messages between two ranks with collectives of the same group that pass them, and those of a
-        weight transfer are on `world`."""
-        assert bucket.owner is not None
-        in_stage = bucket.owner - bucket.root < self.process_groups.ep.size()
-        return self.process_groups.ep if in_stage else self.process_groups.world
 
     def _blocks(self, transfer: _Transfer) -> Iterator[Block]:
         """The bucket's full tensors, views where nothing has to be joined. Consecutive experts of a rule are one block:

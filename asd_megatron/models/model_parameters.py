@@ -104,7 +104,7 @@ class ModelParameters:
         """See `ModelPort.load`."""
         expected = self.expected()
         message = refusal(tensors, expected, family=self.family.name, tied=self.shape.tied)
-        message = first_message(message, self.process_groups.world)
+        message = first_message(message, self.process_groups.host)
         if message is not None:
             raise UserError(message)
         parameters = [(chunk, *named) for chunk in self.chunks for named in chunk.named_parameters()]
@@ -140,7 +140,9 @@ class ModelParameters:
     def _parts(self, keys: Iterable[Key], of: Callable[[Any], Tensor]) -> list[Part]:
         local = self._local
         if self._stages is None:
-            self._stages = first_stages(self._layer_keys(local), self.process_groups.pp)
+            self._stages = first_stages(
+                self._layer_keys(local), self.process_groups.pp.rank(), self.process_groups.host
+            )
         parts = []
         for key in keys:
             rule, stage = self.rule(key), self._stages[Key(key.rule, key.layer)]
