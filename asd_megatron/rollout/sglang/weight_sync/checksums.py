@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from asd_megatron.errors import UserError
-from asd_megatron.rollout.sglang.weight_sync.hashes import TensorHash, for_device
+from asd_megatron.rollout.sglang.weight_sync.hashes import TensorHash, for_device, hexdigests
 from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors
 from asd_megatron.rollout.sglang.weight_sync.quantize import FP8, SCALE_SUFFIX, dequantize
 
@@ -141,6 +141,7 @@ class ServerChecksums:
         self._done: dict[tuple[int, int, str], TensorHash] = {}
         self._next: dict[str, int] = {}
         self._values: dict[str, Tensor] = {}  # an FP8 matrix, until its scales follow
+        self._digests: Digests | None = None
         self._others: Digests = {}  # of other ranks of the trainer
 
     def watch(self, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
@@ -174,11 +175,13 @@ class ServerChecksums:
             raise RuntimeError(f"the export of the model is incomplete: {', '.join(missing[:3])} missing")
 
     def digests(self) -> Digests:
-        """The hashes of all tensors that are complete here. Waits for the device."""
-        found: Digests = {shard: {} for shard in self._shards}
-        for (ranks, rank, target), hasher in self._done.items():
-            found[ranks, rank][target] = hasher.hexdigest()
-        return found
+        """The hashes of all tensors that were complete here at the first call. Waits for the device, once."""
+        if self._digests is None:
+            found: Digests = {shard: {} for shard in self._shards}
+            for (ranks, rank, target), digest in zip(self._done, hexdigests(list(self._done.values())), strict=True):
+                found[ranks, rank][target] = digest
+            self._digests = found
+        return self._digests
 
     def merge(self, digests: Digests) -> None:
         """Take over what another rank of the trainer has hashed."""
@@ -187,8 +190,7 @@ class ServerChecksums:
 
     def expected(self, ranks: int, rank: int) -> dict[str, str]:
         """Hash by the server's name of each tensor that rank `rank` of `ranks` must hold, when all are complete."""
-        own = {name: h.hexdigest() for (n, r, name), h in self._done.items() if (n, r) == (ranks, rank)}
-        return own | self._others.get((ranks, rank), {})
+        return self.digests()[ranks, rank] | self._others.get((ranks, rank), {})
 
     def _add(self, names: Sequence[str], tensors: Tensor) -> None:
         """Consecutive parts of one target, [n, *shape]."""
