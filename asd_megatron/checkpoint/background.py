@@ -13,9 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asd_megatron.checkpoint.parts import Part
+from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import on_rank_zero
 
 ALIGNMENT = 64  # bytes
+TIMEOUT = timedelta(hours=2)
+"""How much longer than the fastest rank the slowest one may write."""
 
 
 class Background:
@@ -28,48 +31,43 @@ class Background:
     Host memory: this rank's part of a checkpoint, kept from one to the next; pinned on CUDA.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
-        """timeout: the longest that a rank may write after another one. Collective over all ranks."""
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
+    def __init__(self, process_groups: ProcessGroups) -> None:
+        """Collective over all ranks."""
+        self._host = process_groups.host
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     def start(self, write: Callable[[Iterable[Part], dist.ProcessGroup], None], parts: Iterable[Part]) -> None:
         """Copy the parts to host memory and begin to `write` them. Nothing may be in flight."""
-        assert self._thread is None, "wait for the checkpoint in flight first"
+        assert self._thread is None, "a checkpoint is in flight"
         held = list(self._hold(list(parts)))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._thread = threading.Thread(target=self._run, args=(partial(write, held, self._group),), daemon=True)
         self._thread.start()
 
-    @property
-    def busy(self) -> bool:
-        """Whether a checkpoint has been begun whose outcome is not known yet; the same on every rank."""
-        return self._thread is not None
-
-    def poll(self, host: dist.ProcessGroup) -> bool:
-        """Whether nothing is in flight any more. Raises the error of a checkpoint that failed, a UserError where the
-        operating system refused. Collective over all ranks."""
-        if self._thread is not None:
-            thread = self._thread
-            if on_rank_zero(lambda: not thread.is_alive(), host):  # which has told the other ranks' threads
-                self.wait()
-        return self._thread is None
-
-    def wait(self) -> None:
-        """Wait for the checkpoint in flight, if there is one. Raises its error as `poll` does, on every rank."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread, error, self._error = None, self._error, None
-            if error is not None:
-                raise error
+    def settle(self, *, wait: bool) -> bool:
+        """Whether nothing is in flight any more; `wait` until then. Raises the error of a checkpoint that failed, on
+        every rank, a UserError where the operating system refused. Collective over all ranks."""
+        thread = self._thread
+        if thread is None:
+            return True
+        # Global rank 0's thread ends after it has told the others'.
+        if not (wait or on_rank_zero(lambda: not thread.is_alive(), self._host)):
+            return False
+        thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+        return True
 
     def close(self) -> None:
-        """Wait for the checkpoint in flight without raising its error: at the end of a run that has failed already."""
+        """Wait for the checkpoint in flight, whose error is dropped, and leave the group."""
         if self._thread is not None:
             self._thread.join()
+        dist.destroy_process_group(self._group)
 
     def _run(self, write: Callable[[], None]) -> None:
         try:

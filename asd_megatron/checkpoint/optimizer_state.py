@@ -54,8 +54,8 @@ def fill(optimizer: MegatronOptimizer) -> None:
     """Give parameters without Adam state the state that they would get at their first step."""
     for part in optimizer_parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)  # `exp_avg` and `exp_avg_sq`, of whichever Adam
-    for adam in _torch_adams(optimizer):  # it alone counts steps by parameter; the others by group, from the first on
-        for group in adam.param_groups:
+    for adam in _adams(optimizer):
+        for group in adam.param_groups if _counts_by_parameter(adam) else ():
             for p in group["params"]:
                 adam.state[p].setdefault("step", torch.zeros((), device=p.device if group["fused"] else None))
 
@@ -63,16 +63,24 @@ def fill(optimizer: MegatronOptimizer) -> None:
 # ---------------------------------------------------------------- the step count
 
 
-def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    inner = [part.optimizer for part in optimizer_parts(optimizer)]
-    return [o for o in inner if isinstance(o, torch.optim.Adam | torch.optim.AdamW)]
+def _adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+    for part in optimizer_parts(optimizer):
+        yield from getattr(part.optimizer, "sub_optimizers", [part.optimizer])  # those of a HybridDeviceOptimizer
+
+
+def _counts_by_parameter(adam: torch.optim.Optimizer) -> bool:
+    """Whether it is PyTorch's; the others count steps by group, from the first one on."""
+    return isinstance(adam, torch.optim.Adam | torch.optim.AdamW)
 
 
 def step_count(optimizer: MegatronOptimizer) -> int:
     """The updates that a filled optimizer has applied: the same number for every parameter."""
-    found = {int(state["step"]) for adam in _torch_adams(optimizer) for state in adam.state.values()}
-    for part in optimizer_parts(optimizer):
-        found |= {int(group["step"]) for group in part.optimizer.param_groups if group["params"] and "step" in group}
+    found: set[int] = set()
+    for adam in _adams(optimizer):
+        if _counts_by_parameter(adam):
+            found |= {int(state["step"]) for state in adam.state.values()}
+        else:
+            found |= {int(group["step"]) for group in adam.param_groups if group["params"] and "step" in group}
     if len(found) > 1:
         raise RuntimeError(f"parameters have made different numbers of updates: {sorted(found)}")
     return found.pop() if found else 0
@@ -80,13 +88,12 @@ def step_count(optimizer: MegatronOptimizer) -> int:
 
 def set_step_count(optimizer: MegatronOptimizer, count: int) -> None:
     """Set the updates that a filled optimizer has applied."""
-    counting = _torch_adams(optimizer)
-    for adam in counting:
-        for state in adam.state.values():
-            state["step"].fill_(count)
-    for part in optimizer_parts(optimizer):
-        if part.optimizer not in counting:
-            for group in part.optimizer.param_groups:
+    for adam in _adams(optimizer):
+        if _counts_by_parameter(adam):
+            for state in adam.state.values():
+                state["step"].fill_(count)
+        else:
+            for group in adam.param_groups:
                 group["step"] = count
 
 
@@ -136,6 +143,8 @@ def load(optimizer: MegatronOptimizer, model: Shards, read: Reader) -> None:
         if _is_distributed(part):
             for parameter, begin, end in _ranges(part):
                 _load_range(part, parameter, model[id(parameter)], begin, end, read)
+            if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):  # a HybridDeviceOptimizer
+                part.optimizer._sync_hdo_state_to_sub_optimizers()
             continue
         for sharded in _sharded(part, model):
             read(boxes(sharded), sharded.data.detach().view(-1))
@@ -205,7 +214,10 @@ def _load_range(
     part: DistributedOptimizer, parameter: Tensor, sharded: Sharded, begin: int, end: int, read: Reader
 ) -> None:
     found = {}
-    for key, tensor in _state(part, parameter).items():
+    for key, tensor in part._get_main_param_and_optimizer_states(parameter).items():
+        if key == "step":  # Megatron sets every entry
+            found[key] = tensor.clone()
+            continue
         dtype = torch.float32 if _is_remainder(tensor) else tensor.dtype
         numbers = torch.empty(end - begin, dtype=dtype, device=tensor.device)
         read(boxes(sharded, begin, end, f"{PREFIX}.{key}.{sharded.key}"), numbers)
@@ -217,10 +229,6 @@ def _load_range(
             else:
                 weights.copy_(numbers)
         found[key] = numbers.view(tensor.shape)
-    inner: Any = part.optimizer
-    if inner in _torch_adams(part):  # Megatron copies a value over every entry
-        group, order = part.model_param_group_index_map[parameter]
-        found["step"] = inner.state[inner.param_groups[group]["params"][order]]["step"].clone()
     part._set_main_param_and_optimizer_states(parameter, found)
 
 

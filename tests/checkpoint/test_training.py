@@ -178,7 +178,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert "run_state.a[0] is a Tensor" in found["tensor"]
     assert "not safe to read" in found["malicious"]
     assert found["executed"] == "False"
-    assert "damaged" in found["missing shard"]
+    assert "__0_0.distcp is missing" in found["missing shard"]
 
 
 def _kept(rank: int, folder: str) -> tuple[list[list[str]], dict[str, list[str]]]:
