@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # a reward's worker process reads problems without loading torch
+if TYPE_CHECKING:  # a reward's worker process reads problems without loading torch and numpy
     import numpy as np
+    import torch
+    from numpy.typing import ArrayLike
     from torch import Tensor
+
+    TokenIds = np.ndarray[Any, np.dtype[np.int32]]
+    """Token ids [n]: int32, 4 bytes a token where a Python tuple takes 36."""
 
 
 class FinishReason(StrEnum):
@@ -75,13 +80,43 @@ class SamplingParams:
     n: int = 1
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """One sampled response.
+def as_array(values: ArrayLike, dtype: str) -> np.ndarray[Any, Any]:
+    """One-dimensional; `values` itself where it is such an array already."""
+    import numpy as np
 
-    `logprobs[t]` is the engine's log-probability (nats) of `response_ids[t]` at the sampling temperature, before top-p
-    and top-k.
-    `loss_mask[t]` is False for response tokens that were not sampled by the policy (tool output, forced tokens).
+    array = np.ascontiguousarray(values, dtype=dtype)
+    if array.ndim != 1:
+        raise ValueError(f"an array of shape {array.shape} is no list of tokens")
+    return array
+
+
+def flat(arrays: Sequence[ArrayLike], dtype: torch.dtype) -> Tensor:
+    """The arrays [n_i] one after another: [sum of n_i] on the CPU."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.concatenate(arrays) if arrays else np.zeros(0)).to(dtype)
+
+
+def equal_fields(self: Any, other: Any) -> bool:
+    """`__eq__` of dataclasses some of whose fields are arrays."""
+    import numpy as np
+
+    if other.__class__ is not self.__class__:
+        return NotImplemented
+    pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare)
+    return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One sampled response. Its numbers by token are numpy arrays; other sequences are converted.
+
+    `prompt_ids`, `response_ids`: int32 [prompt tokens], [response tokens].
+    `logprobs[t]` (float32) is the engine's log-probability (nats) of `response_ids[t]` at the sampling temperature,
+    before top-p and top-k.
+    `loss_mask[t]` (bool) is False for response tokens that were not sampled by the policy (tool output, forced tokens);
+    not given: the policy sampled all.
     `weight_version` is that of the weights that sampled the first token; `version_changes` are (position, version)
     pairs: from that response position on, weights of that version sampled.
     `routed_experts` are the experts that the engine sent each token to (`rollout.routing_replay: engine`; None: not
@@ -93,19 +128,25 @@ class Rollout:
 
     prompt_id: str
     sample: int
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    prompt_ids: TokenIds
+    response_ids: TokenIds
+    logprobs: np.ndarray[Any, np.dtype[np.float32]]
     finish_reason: FinishReason
     weight_version: int
-    loss_mask: tuple[bool, ...] = ()
+    loss_mask: np.ndarray[Any, np.dtype[np.bool_]] = field(default_factory=lambda: as_array((), "bool"))
     text: str = ""
     version_changes: tuple[tuple[int, int], ...] = ()
     routed_experts: np.ndarray[Any, Any] | None = field(default=None, compare=False, repr=False)
 
+    __eq__ = equal_fields
+
     def __post_init__(self) -> None:
-        if not self.loss_mask:
-            object.__setattr__(self, "loss_mask", (True,) * len(self.response_ids))
+        import numpy as np
+
+        mask = self.loss_mask if len(self.loss_mask) else np.ones(len(self.response_ids), dtype=bool)
+        object.__setattr__(self, "loss_mask", as_array(mask, "bool"))
+        for name, dtype in (("prompt_ids", "int32"), ("response_ids", "int32"), ("logprobs", "float32")):
+            object.__setattr__(self, name, as_array(getattr(self, name), dtype))
         if not len(self.response_ids) == len(self.logprobs) == len(self.loss_mask):
             raise ValueError(
                 f"rollout {self.prompt_id}/{self.sample}: {len(self.response_ids)} response ids, "
@@ -137,16 +178,23 @@ class Group:
     rewards: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
-    """A rewarded rollout with its group-relative advantage and its privileged prompt (None: no context, u is 0)."""
+    """A rewarded rollout with its group-relative advantage and its privileged prompt (int32 [tokens]; None: no context,
+    u is 0)."""
 
     rollout: Rollout
     reward: float
     group_advantage: float
-    teacher_prompt_ids: tuple[int, ...] | None = None
+    teacher_prompt_ids: TokenIds | None = None
     demonstration_source: DemonstrationSource = DemonstrationSource.NONE
     demonstration_sample: int = -1
+
+    __eq__ = equal_fields
+
+    def __post_init__(self) -> None:
+        if self.teacher_prompt_ids is not None:
+            object.__setattr__(self, "teacher_prompt_ids", as_array(self.teacher_prompt_ids, "int32"))
 
     @property
     def has_context(self) -> bool:
@@ -249,6 +297,11 @@ class TokenTable:
     def rollouts(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each rollout."""
+        return (self.offsets[1:] - self.offsets[:-1]).tolist()
+
     def __contains__(self, name: str) -> bool:
         return name in self.columns
 
@@ -262,20 +315,8 @@ class TokenTable:
 
     def rows(self, name: str) -> list[Tensor]:
         """The column as one tensor for each rollout."""
-        return list(self.columns[name].split((self.offsets[1:] - self.offsets[:-1]).tolist()))
+        return list(self.columns[name].split(self.lengths))
 
     def spread(self, per_rollout: Tensor) -> Tensor:
         """[rollouts] -> [N]: each rollout's value at every one of its tokens."""
         return per_rollout.repeat_interleave(self.offsets[1:] - self.offsets[:-1])
-
-    @classmethod
-    def concatenate(cls, tables: Sequence[TokenTable]) -> TokenTable:
-        """All rollouts in the order of the tables, with the columns that every table has."""
-        import torch
-
-        lengths = torch.cat([t.offsets[1:] - t.offsets[:-1] for t in tables]).tolist()
-        out = cls.for_lengths(lengths)
-        names = set.intersection(*[set(t.columns) for t in tables]) if tables else set()
-        for name in sorted(names):
-            out[name] = torch.cat([t[name] for t in tables])
-        return out

@@ -83,8 +83,8 @@ def group(ratio: int, size: int, prompt: int, response: int) -> tuple[list[Token
     for i, reward in enumerate(rewards):
         answer = ids(response)
         shown = question + solutions[chosen[i].sample] + verdicts[reward] + end
-        students.append(TokenSequence(question + answer, len(question), i * response))
-        teachers.append(TokenSequence(shown + answer, len(shown), i * response))
+        students.append(TokenSequence.of(question, answer, i * response))
+        teachers.append(TokenSequence.of(shown, answer, i * response))
     return students, teachers
 
 

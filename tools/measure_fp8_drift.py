@@ -106,8 +106,8 @@ def read_texts(path: Path, folder: Path) -> Texts:
         prompt, privileged, response = (tokenizer(texts[k], add_special_tokens=False).input_ids for k in KEYS)
         if not prompt or not privileged or not response:
             raise UserError(f"{path}, line {number}: {', '.join(KEYS)} need a token each")
-        student.append(TokenSequence((*prompt, *response), len(prompt), row))
-        teacher.append(TokenSequence((*privileged, *response), len(privileged), row))
+        student.append(TokenSequence.of(prompt, response, row))
+        teacher.append(TokenSequence.of(privileged, response, row))
         row += len(response)
     if not row:
         raise UserError(f"{path} has no texts: give one object with {', '.join(KEYS)} a line")

@@ -60,7 +60,7 @@ def _scored(port: ModelPort, groups: ProcessGroups, pairs: list[Pair]) -> dict[s
     def logprobs(prompts: list[list[int]]) -> Tensor:
         sequences, row = [], 0
         for prompt, pair in zip(prompts, pairs, strict=True):
-            sequences.append(TokenSequence((*prompt, *pair.response), len(prompt), row))
+            sequences.append(TokenSequence.of(prompt, pair.response, row))
             row += len(pair.response)
         packs = build_packs([sequences], 0, PACK_TOKENS, PackLayout.of(port.layout, groups, port.device))
         return score(port, groups, packs, tokens, temperature=1.0).logprobs.double().cpu()

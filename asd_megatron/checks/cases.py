@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from asd_megatron.antisd.advantage import group_advantages
@@ -62,7 +63,7 @@ def hard_batch(seed: int, groups: int = 4, size: int = 3) -> list[Example]:
     equal rewards; some prompts and demonstrations long enough for prefix sharing."""
     rng = random.Random(seed)
     lengths = [1, 2, 40, 7, 3, 19, 5, 33, 1, 11, 2, 6]
-    ids = lambda n: tuple(rng.randrange(2, VOCABULARY) for _ in range(n))  # noqa: E731
+    ids = lambda n: np.array([rng.randrange(2, VOCABULARY) for _ in range(n)], dtype=np.int32)  # noqa: E731
     examples = []
     for g in range(groups):
         rewards = torch.tensor([float(rng.random() < 0.5) for _ in range(size)])
@@ -82,18 +83,19 @@ def hard_batch(seed: int, groups: int = 4, size: int = 3) -> list[Example]:
                 sample=sample,
                 prompt_ids=prompt,
                 response_ids=response,
-                logprobs=(0.0,) * len(response),
+                logprobs=np.zeros(len(response), dtype=np.float32),
                 finish_reason=FinishReason.STOP,
                 weight_version=0,
-                loss_mask=tuple(not (masked and 2 <= t < 4) for t in range(len(response))),
+                loss_mask=np.array([not (masked and 2 <= t < 4) for t in range(len(response))]),
             )
             context = number != 4
+            teacher = np.concatenate([prompt, demonstration, ids(1 + rng.randrange(9))]) if context else None
             examples.append(
                 Example(
                     rollout=rollout,
                     reward=float(rewards[sample]),
                     group_advantage=advantages[sample],
-                    teacher_prompt_ids=prompt + demonstration + ids(1 + rng.randrange(9)) if context else None,
+                    teacher_prompt_ids=teacher,
                     demonstration_source=DemonstrationSource.REFERENCE if context else DemonstrationSource.NONE,
                 )
             )

@@ -31,6 +31,7 @@ from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.files import write_json
 from asd_megatron.models.port import ModelPort
 from asd_megatron.ops.vocab_head import linear_logprob
+from asd_megatron.records import as_array
 from asd_megatron.trainer import schedule
 from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, build_packs
 
@@ -49,7 +50,7 @@ def build_task_packs(task: Task, port: ModelPort, groups: ProcessGroups, sequenc
     """This rank's packs of the sequences, whose every token after the first is a response token."""
     everything, row, token = [], 0, 0
     for ids in sequences:
-        everything.append(TokenSequence(tuple(ids.tolist()), 1, row, token))
+        everything.append(TokenSequence(as_array(ids.numpy(), "int32"), 1, row, token))
         row, token = row + len(ids) - 1, token + len(ids)
     by_rank = [everything[rank :: groups.dp.size()] for rank in range(groups.dp.size())]
     return build_packs(by_rank, groups.dp.rank(), PACK_TOKENS, PackLayout.of(task.layout, groups, port.device))

@@ -207,7 +207,7 @@ def _scores(trained: Trained, groups: ProcessGroups) -> Tensor:
     sequences, rows = [], 0
     for example in hard_batch(5):
         rollout = example.rollout
-        sequences.append(TokenSequence((*rollout.prompt_ids, *rollout.response_ids), len(rollout.prompt_ids), rows))
+        sequences.append(TokenSequence.of(rollout.prompt_ids, rollout.response_ids, rows))
         rows += len(rollout.response_ids)
     packs = build_packs([sequences], 0, TOKENS_PER_MICROBATCH, trained.layout)
     return score(trained.port, groups, packs, rows, temperature=1.0).logprobs.double().cpu()

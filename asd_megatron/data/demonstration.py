@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from asd_megatron.data.answers import last_boxed
+from asd_megatron.data.tokenizer import encode, encode_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ELLIPSIS = " ... "
 THINK_BLOCK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+CHARACTERS = 5  # of a token, more than most have
+AT_A_CUT = 32  # tokens beside a cut in the text, which may be others than those of the complete text
 MATH_CLOSE = re.compile(r"\s*(?:\$\$?|\\\)|\\\])")
 
 
@@ -47,25 +50,54 @@ def special_token_texts(tokenizer: PreTrainedTokenizerBase, end_token_ids: Seque
 
 def count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Tokens of `text`, without special tokens."""
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return len(encode(tokenizer, text))
 
 
-def shorten(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> str:
+class Shortened(NamedTuple):
+    """A text and how many tokens it has."""
+
+    text: str
+    tokens: int
+
+
+def shorten(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> Shortened:
     """`text` in at most `limit` tokens: as it is if it fits, else its head (one quarter), an ellipsis and its tail.
 
-    Cut at token boundaries of the text itself; a limit too small for the ellipsis gives an empty text.
+    Cut at token boundaries of the text itself; a limit too small for the ellipsis gives an empty text. Of a long text
+    only the parts that are shown are tokenised.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    spans = encoded["offset_mapping"]
-    if len(spans) <= limit:
-        return text
+    first = _first_tokens(tokenizer, text, limit + 1)
+    if len(first) <= limit:
+        return Shortened(text, len(first))
     budget = limit - count(tokenizer, ELLIPSIS)
     while budget >= 2:
         head = budget // 4
-        left = text[: spans[head - 1][1]].rstrip() if head else ""
-        shortened = left + ELLIPSIS + text[spans[len(spans) - (budget - head)][0] :].lstrip()
-        excess = count(tokenizer, shortened) - limit
-        if excess <= 0:
-            return shortened.strip()
-        budget -= excess  # tokens may split differently at the cuts
-    return ""
+        left = text[: first[head - 1][1]].rstrip() if head else ""
+        start = _last_tokens(tokenizer, text, budget - head)[0][0]
+        shortened = (left + ELLIPSIS + text[start:].lstrip()).strip()
+        tokens = count(tokenizer, shortened)
+        if tokens <= limit:
+            return Shortened(shortened, tokens)
+        budget -= tokens - limit  # tokens may split differently at the cuts
+    return Shortened("", 0)
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int) -> list[tuple[int, int]]:
+    """Where the first `n` tokens of `text` begin and end; fewer if it has fewer."""
+    size = CHARACTERS * n
+    while True:
+        found = encode_spans(tokenizer, text[:size])
+        if size >= len(text) or len(found) >= n + AT_A_CUT:
+            return found[:n]
+        size *= 2
+
+
+def _last_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int) -> list[tuple[int, int]]:
+    """Where the last `n` tokens of `text` begin and end; fewer if it has fewer."""
+    size = CHARACTERS * n
+    while True:
+        start = max(0, len(text) - size)
+        found = encode_spans(tokenizer, text[start:])
+        if not start or len(found) >= n + AT_A_CUT:
+            return [(start + a, start + e) for a, e in found[-n:]]
+        size *= 2

@@ -12,10 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from asd_megatron.data.chat import TemplateError, render_chat
-from asd_megatron.data.demonstration import clean, count, shorten, special_token_texts
+from asd_megatron.data.demonstration import clean, shorten, special_token_texts
 from asd_megatron.data.templates import (
     PAPER_WORDING,
     fill_lines,
@@ -23,11 +26,14 @@ from asd_megatron.data.templates import (
     student_template_fault,
     teacher_template_fault,
 )
+from asd_megatron.data.tokenizer import encode
 from asd_megatron.errors import UserError
-from asd_megatron.records import Problem, Prompt
+from asd_megatron.records import Problem, Prompt, as_array
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from asd_megatron.records import TokenIds
 
 REMEMBERED = 256  # texts whose tokens are kept
 OWN_ARGUMENTS = (
@@ -109,10 +115,10 @@ class PromptRenderer:
         self.max_prompt_tokens = max_prompt_tokens
         self.counters: Counter[str] = Counter()
         self._special_tokens = special_token_texts(tokenizer, end_token_ids)
+        self._lock = Lock()  # of the counters: prompts are rendered in several threads
         self._begin: list[int] = []
         # The rollouts of a group share few demonstrations, so the same texts are tokenised many times.
         self._shorten = lru_cache(REMEMBERED)(partial(shorten, tokenizer))
-        self._count = lru_cache(REMEMBERED)(partial(count, tokenizer))
         self._encode = lru_cache(REMEMBERED)(self._encode_text)
         self._check_templates()
         if format == "raw":
@@ -202,15 +208,16 @@ class PromptRenderer:
             )
         return ids[:first]
 
-    def _encode_text(self, text: str) -> tuple[int, ...]:
-        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _encode_text(self, text: str) -> TokenIds:
+        ids = encode(self.tokenizer, text)
         # `_begin` is empty for chat prompts, whose template writes the begin token; raw text may hold it already
-        return tuple(ids if ids[: len(self._begin)] == self._begin else self._begin + ids)
+        begins = ids[: len(self._begin)].tolist() == self._begin
+        return ids if begins else np.concatenate([as_array(self._begin, "int32"), ids])
 
     def student(self, problem: Problem) -> Prompt:
         """The student's prompt. Raises PromptError if it is empty or longer than `max_prompt_tokens`."""
         ids = self._encode(self.student_text(problem))
-        if not ids:
+        if not len(ids):
             raise PromptError(f"problem {problem.prompt_id} renders to no tokens at all")
         if len(ids) > self.max_prompt_tokens:
             raise PromptError(
@@ -218,7 +225,7 @@ class PromptRenderer:
                 f"sampling.max_prompt_tokens ({self.max_prompt_tokens}): raise it to at least {len(ids)}, "
                 "or remove the problem"
             )
-        return Prompt(problem, ids)
+        return Prompt(problem, tuple(ids.tolist()))
 
     def check(self, problems: Iterable[Problem]) -> int:
         """Render every problem once; returns the longest prompt's tokens.
@@ -249,8 +256,9 @@ class PromptRenderer:
         feedback: str | None,
         response_len: int,
         limits: TeacherLimits,
-    ) -> tuple[tuple[int, ...], TeacherInfo] | None:
-        """The teacher's prompt ids for a response of `response_len` tokens; None (and counted) if there can be none.
+    ) -> tuple[TokenIds, TeacherInfo] | None:
+        """The teacher's prompt ids (int32; equal prompts share them) for a response of `response_len` tokens; None (and
+        counted) if there can be none.
 
         `demonstration` is cleaned and shortened here. With neither demonstration nor feedback the ids are exactly the
         student's.
@@ -258,25 +266,29 @@ class PromptRenderer:
         solution, tokens, shortened = None, 0, False
         if demonstration is not None:
             full = clean(demonstration, self._special_tokens, strip_thinking=limits.strip_thinking)
-            solution = self._shorten(full, limits.max_solution_tokens)
+            solution, tokens = self._shorten(full, limits.max_solution_tokens)
             if not solution:
-                self.counters["demonstration_empty"] += 1
+                self._count("demonstration_empty")
                 return None
-            tokens, shortened = self._count(solution), solution != full
+            shortened = solution != full
         while True:
             ids = self._encode(self.teacher_text(problem, solution, feedback))
             excess = 0 if limits.max_teacher_tokens is None else len(ids) + response_len - limits.max_teacher_tokens
             if excess <= 0:
                 break
             if solution is None or tokens - excess < limits.min_solution_tokens:
-                self.counters["teacher_too_long"] += 1
+                self._count("teacher_too_long")
                 return None
-            tokens -= excess  # the bound, not the count: the loop must make progress
-            solution, shortened = self._shorten(full, tokens), True
+            bound = tokens - excess
+            (solution, tokens), shortened = self._shorten(full, bound), True
             if not solution:
-                self.counters["teacher_too_long"] += 1
+                self._count("teacher_too_long")
                 return None
-        if solution is not None:
-            tokens = self._count(solution)
-        self.counters["demonstration_shortened"] += shortened
+            tokens = min(tokens, bound)
+        if shortened:
+            self._count("demonstration_shortened")
         return ids, TeacherInfo(solution, tokens, shortened)
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self.counters[what] += 1

@@ -6,13 +6,18 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from asd_megatron.errors import UserError
 from asd_megatron.files import read_json_object
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
+
+    from asd_megatron.records import TokenIds
 
 REPLACEMENT = "\ufffd"  # what a token id that the tokenizer does not have is decoded as
 
@@ -42,6 +47,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             f"the tokenizer of {path} ({type(tokenizer).__name__}) has no tokenizer.json: "
             "convert it to a fast tokenizer"
         )
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -138,30 +145,51 @@ def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
 # ---------------------------------------------------------------- text
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
+    """The ids of a text, int32 [n], without special tokens. Several threads may call it, and run in parallel."""
+    return np.array(_encoding(tokenizer, text).ids, dtype=np.int32)
+
+
+def encode_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """Where each token of `encode` begins and ends in the text."""
+    return _encoding(tokenizer, text, spans=True).offsets
+
+
+def _encoding(tokenizer: PreTrainedTokenizerBase, text: str, *, spans: bool = False) -> Any:
+    """Of the Rust tokenizer itself, which has no state to set and holds the interpreter's lock in single calls only."""
+    backend = tokenizer.backend_tokenizer
+    return (backend.encode_batch if spans else backend.encode_batch_fast)([text], add_special_tokens=False)[0]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: ArrayLike, *, skip_special_tokens: bool = True) -> str:
     """The text of token ids exactly as written: the tokenizer's clean-up of spaces ("x != y ." -> "x!= y.") is off.
 
     An id that the tokenizer does not have becomes U+FFFD: [5, 151935, 5] -> "a\ufffda".
     """
-    ids = list(ids)
-    unknown = _unknown(tokenizer, ids)
+    numbers = np.asarray(ids, dtype=np.int64)
+    listed: list[int] = numbers.tolist()
+    unknown = _unknown(tokenizer, np.unique(numbers).tolist())
     if not unknown:
-        return _decode(tokenizer, ids, skip_special_tokens)
+        return _decode(tokenizer, listed, skip_special_tokens)
     return "".join(
         REPLACEMENT * len(part) if missing else _decode(tokenizer, part, skip_special_tokens)
-        for missing, part in _runs(ids, unknown)
+        for missing, part in _runs(listed, unknown)
     )
 
 
-def undecodable(tokenizer: PreTrainedTokenizerBase, responses: Iterable[Sequence[int]]) -> int:
+def undecodable(tokenizer: PreTrainedTokenizerBase, responses: Sequence[TokenIds]) -> int:
     """How many tokens of the responses have an id that the tokenizer does not have."""
-    responses = list(responses)
-    unknown = _unknown(tokenizer, {i for ids in responses for i in ids})
-    return sum(i in unknown for ids in responses for i in ids) if unknown else 0
+    counts = np.zeros(0, dtype=np.int64)  # of each id
+    for ids in responses:
+        found = np.bincount(ids, minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    unknown = _unknown(tokenizer, np.flatnonzero(counts).tolist())
+    return int(counts[list(unknown)].sum())
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> set[int]:
-    return {i for i in set(ids) if not has_token(tokenizer, i)}
+    return {i for i in ids if not has_token(tokenizer, i)}
 
 
 def _runs(ids: Sequence[int], unknown: set[int]) -> Iterator[tuple[bool, list[int]]]:

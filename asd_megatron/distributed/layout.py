@@ -64,6 +64,11 @@ class Layout:
         """Ranks of one pipeline stage."""
         return self.tensor * self.context * self.data
 
+    def data_rank(self, rank: int) -> int:
+        """The data-parallel rank of global rank `rank`: ranks count tensor parallelism first, then context, data and
+        pipeline parallelism."""
+        return rank // (self.tensor * self.context) % self.data
+
     def expert_rank(self, stage: int, part: int) -> int:
         """The global rank that is first to hold part `part` of the `expert` parts of a stage's experts."""
         return stage * self.stage_size + part

@@ -1,10 +1,16 @@
-"""Python objects between ranks of one job. They travel by pickle, which is safe here: both ends are this program."""
+"""Python objects between ranks of one job. They travel by pickle, which is safe here: both ends are this program.
+
+The groups are gloo groups: objects are in host memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import pickle
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,12 +29,65 @@ def broadcast_object(obj: T | None, src: int, group: dist.ProcessGroup) -> T:
 
 
 def gather_objects(obj: T, dst: int, group: dist.ProcessGroup) -> list[T] | None:
-    """Every rank's object, in rank order, on group rank `dst`; None elsewhere. Collective."""
-    if group.size() == 1:
-        return [obj]
-    found: list[Any] | None = [None] * group.size() if group.rank() == dst else None
-    dist.gather_object(obj, found, group=group, group_dst=dst)
-    return found
+    """Every rank's object, in rank order, on group rank `dst`; None elsewhere. Collective. Memory as for
+    `scatter_objects`."""
+    if group.rank() != dst:
+        _send(obj, dst, group)
+        return None
+    return [obj if rank == dst else _receive(rank, group) for rank in range(group.size())]
+
+
+def scatter_objects(objects: Sequence[T] | None, src: int, group: dist.ProcessGroup) -> T:
+    """`objects[r]` of group rank `src` on every group rank r; None elsewhere. Collective.
+
+    NumPy arrays inside are not pickled but sent as they are, and those that arrive are views of the one buffer that
+    they arrived in: a rank needs the memory of its own object, `src` that of one more at a time. `src` gets its own
+    object itself, not a copy.
+    """
+    if group.rank() != src:
+        return _receive(src, group)
+    assert objects is not None and len(objects) == group.size(), "one object for each rank"
+    for rank, obj in enumerate(objects):
+        if rank != src:
+            _send(obj, rank, group)
+    return objects[src]
+
+
+ALIGNMENT = 64  # of each array in the buffer, in bytes
+
+
+def _send(obj: Any, rank: int, group: dist.ProcessGroup) -> None:
+    """Three messages: how many numbers the second has; the bytes of the pickle and of each array; all these bytes."""
+    arrays: list[pickle.PickleBuffer] = []
+    parts = [memoryview(pickle.dumps(obj, protocol=5, buffer_callback=arrays.append))]
+    parts += [array.raw() for array in arrays]
+    sizes = [part.nbytes for part in parts]
+    dist.send(torch.tensor([len(sizes)]), group=group, group_dst=rank)
+    dist.send(torch.tensor(sizes), group=group, group_dst=rank)
+    starts = _starts(sizes)
+    data = np.empty(starts[-1], dtype=np.uint8)
+    for start, part in zip(starts, parts, strict=False):
+        data[start : start + part.nbytes] = part
+    dist.send(torch.from_numpy(data), group=group, group_dst=rank)
+
+
+def _receive(rank: int, group: dist.ProcessGroup) -> Any:
+    count = torch.empty(1, dtype=torch.int64)
+    dist.recv(count, group=group, group_src=rank)
+    lengths = torch.empty(int(count), dtype=torch.int64)
+    dist.recv(lengths, group=group, group_src=rank)
+    sizes = lengths.tolist()
+    starts = _starts(sizes)
+    data = np.empty(starts[-1], dtype=np.uint8)
+    dist.recv(torch.from_numpy(data), group=group, group_src=rank)
+    pickled, *arrays = (data[start : start + n].data for start, n in zip(starts, sizes, strict=False))
+    return pickle.loads(pickled, buffers=arrays)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    """Where each part begins, and the end of the last one."""
+    padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+    return [0, *itertools.accumulate(padded)]
 
 
 def share_outcome(result: T | None, error: Exception | None, group: dist.ProcessGroup) -> T:

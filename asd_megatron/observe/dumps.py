@@ -41,6 +41,8 @@ TABLE_COLUMNS = (
     "advantage",
     *DIVERGENCES,
 )
+OF_TOKENS = ("prompt_ids", "response_ids", "teacher_prompt_ids", "engine_logprobs", "loss_mask")
+"""Columns of an example with a list for each of its rollouts."""
 NEED_CONTEXT = ("teacher_logprobs", "teacher_entropy", "pmi", *DIVERGENCES)
 _IDS, _NUMBERS = pa.list_(pa.int32()), pa.list_(pa.float32())
 _CHANGES = pa.list_(pa.list_(pa.int64(), 2))  # (response position, version)
@@ -95,17 +97,22 @@ def dump_path(run_folder: str | os.PathLike[str], step: int) -> Path:
     return Path(run_folder) / "rollouts" / f"step_{step:06d}.parquet"
 
 
+def _lists(arrays: Sequence[np.ndarray[Any, Any] | None], kind: pa.ListType) -> pa.Array:
+    """One list a rollout; null for None."""
+    present = [np.zeros(0) if a is None else a for a in arrays]
+    offsets = np.cumsum([0, *map(len, present)], dtype=np.int64).astype(np.int32)
+    values = np.concatenate([a for a in present if len(a)] or [np.zeros(0)])
+    nulls = np.array([a is None for a in arrays], dtype=bool)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind.value_type), mask=pa.array(nulls))
+
+
 def _column(name: str, table: TokenTable, has_context: Sequence[bool]) -> pa.Array:
     """A table column as one float32 list a rollout, null where the number does not exist."""
-    lengths = (table.offsets[1:] - table.offsets[:-1]).tolist()
     if name not in table:
-        return pa.nulls(len(lengths), _NUMBERS)
+        return pa.nulls(table.rollouts, _NUMBERS)
     masked = name in NEED_CONTEXT and "teacher_logprobs" in table
-    present = torch.tensor([c or not masked for c in has_context], dtype=torch.bool)
-    values = table[name].detach().to("cpu", torch.float32)[table.spread(present)].numpy()
-    held = [n if p else 0 for n, p in zip(lengths, present.tolist(), strict=True)]
-    offsets = pa.array(np.concatenate([[0], np.cumsum(held, dtype=np.int64)]).astype(np.int32))
-    return pa.ListArray.from_arrays(offsets, pa.array(values), mask=pa.array((~present).numpy()))
+    rows = [row.detach().to("cpu", torch.float32).numpy() for row in table.rows(name)]
+    return _lists([row if c or not masked else None for row, c in zip(rows, has_context, strict=True)], _NUMBERS)
 
 
 def write_dump(
@@ -127,7 +134,7 @@ def write_dump(
     `lambda`, `H`, `H_warm`, `temperature` (JSON numbers, `null` for none) and `recipe_hash` (text).
     """
     lengths = [len(e.rollout.response_ids) for e in examples]
-    if (table.offsets[1:] - table.offsets[:-1]).tolist() != lengths:
+    if table.lengths != lengths:
         raise ValueError(f"the token table holds {table.rollouts} rollouts, {table.tokens} tokens; the examples differ")
     rollouts = [e.rollout for e in examples]
     has_context = [e.has_context for e in examples]
@@ -135,22 +142,22 @@ def write_dump(
         "step": [step] * len(examples),
         "prompt_id": [r.prompt_id for r in rollouts],
         "sample": [r.sample for r in rollouts],
-        "prompt_ids": [r.prompt_ids for r in rollouts],
-        "response_ids": [r.response_ids for r in rollouts],
+        "prompt_ids": _lists([r.prompt_ids for r in rollouts], _IDS),
+        "response_ids": _lists([r.response_ids for r in rollouts], _IDS),
         "finish_reason": [r.finish_reason.value for r in rollouts],
         "reward": [float(e.reward) for e in examples],
         "group_advantage": [float(e.group_advantage) for e in examples],
         "demonstration_source": [e.demonstration_source.value for e in examples],
         "demonstration_sample": [e.demonstration_sample for e in examples],
-        "teacher_prompt_ids": [e.teacher_prompt_ids for e in examples],
+        "teacher_prompt_ids": _lists([e.teacher_prompt_ids for e in examples], _IDS),
         **{name: _column(name, table, has_context) for name in TABLE_COLUMNS},
         "lambda": [None] * len(examples) if lambdas is None else lambdas,
-        "loss_mask": [r.loss_mask for r in rollouts],
+        "loss_mask": _lists([r.loss_mask for r in rollouts], pa.list_(pa.bool_())),
         "weight_version": [r.weight_version for r in rollouts],
         "version_changes": [[list(change) for change in r.version_changes] for r in rollouts],
     }
     if "engine_logprobs" not in table:
-        arrays["engine_logprobs"] = [r.logprobs for r in rollouts]
+        arrays["engine_logprobs"] = _lists([r.logprobs for r in rollouts], _NUMBERS)
     columns = [
         arrays[field.name] if isinstance(arrays[field.name], pa.Array) else pa.array(arrays[field.name], field.type)
         for field in SCHEMA
@@ -207,30 +214,34 @@ def _read_column(values: pa.ChunkedArray, lengths: Sequence[int]) -> torch.Tenso
     if values.null_count == len(values):
         return None
     rows = [
-        np.full(n, np.nan, dtype=np.float32) if row is None else np.asarray(row, dtype=np.float32)
-        for row, n in zip(values.to_pylist(), lengths, strict=True)
+        np.full(n, np.nan, dtype=np.float32) if row is None else row
+        for row, n in zip(_arrays(values), lengths, strict=True)
     ]
     return torch.from_numpy(np.concatenate(rows))
 
 
+def _arrays(values: pa.ChunkedArray) -> list[np.ndarray[Any, Any] | None]:
+    """The lists of a column; None for null ones."""
+    return [scalar.values.to_numpy(zero_copy_only=False) if scalar.is_valid else None for scalar in values]
+
+
 def _read_example(row: Mapping[str, Any]) -> Example:
-    teacher = row["teacher_prompt_ids"]
     rollout = Rollout(
         prompt_id=row["prompt_id"],
         sample=row["sample"],
-        prompt_ids=tuple(row["prompt_ids"]),
-        response_ids=tuple(row["response_ids"]),
-        logprobs=tuple(row["engine_logprobs"]),
+        prompt_ids=row["prompt_ids"],
+        response_ids=row["response_ids"],
+        logprobs=row["engine_logprobs"],
         finish_reason=FinishReason(row["finish_reason"]),
         weight_version=row["weight_version"],
         version_changes=tuple((position, version) for position, version in row["version_changes"]),
-        loss_mask=tuple(row["loss_mask"]),
+        loss_mask=row["loss_mask"],
     )
     return Example(
         rollout=rollout,
         reward=row["reward"],
         group_advantage=row["group_advantage"],
-        teacher_prompt_ids=None if teacher is None else tuple(teacher),
+        teacher_prompt_ids=row["teacher_prompt_ids"],
         demonstration_source=DemonstrationSource(row["demonstration_source"]),
         demonstration_sample=row["demonstration_sample"],
     )
@@ -250,7 +261,7 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
         raise UserError(f"{path} lacks the column(s) {', '.join(missing)}; make the dump again")
     data = file.read()
     read = [name for name in SCHEMA.names if name not in (*TABLE_COLUMNS, "lambda")] + ["engine_logprobs"]
-    columns = [data[name].to_pylist() for name in read]
+    columns = [_arrays(data[name]) if name in OF_TOKENS else data[name].to_pylist() for name in read]
     try:
         examples = [_read_example(dict(zip(read, row, strict=True))) for row in zip(*columns, strict=True)]
         lengths = [len(example.rollout.response_ids) for example in examples]

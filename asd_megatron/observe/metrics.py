@@ -14,7 +14,7 @@ from torch import Tensor
 from asd_megatron.antisd import context_tokens, kl_estimates
 from asd_megatron.observe.dumps import DIVERGENCES, NEED_CONTEXT
 from asd_megatron.observe.names import PHASES, QUANTILES
-from asd_megatron.records import DemonstrationSource, Example, TokenTable
+from asd_megatron.records import DemonstrationSource, Example, TokenTable, flat
 
 NAN = float("nan")
 
@@ -96,7 +96,7 @@ class Increments:
 
 def sampled_mask(examples: Sequence[Example]) -> Tensor:
     """Bool [N]: response tokens that the policy sampled, flat over the examples."""
-    return torch.tensor([m for e in examples for m in e.rollout.loss_mask], dtype=torch.bool)
+    return flat([e.rollout.loss_mask for e in examples], torch.bool)
 
 
 def context_mask(examples: Sequence[Example], table: TokenTable) -> Tensor:
@@ -199,8 +199,9 @@ def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple
         yield from _mismatch(examples, table, loss_mask)
 
     prompt = sum(len(e.rollout.prompt_ids) for e in examples)
-    teacher_sequences = [(e.teacher_prompt_ids, e.rollout.response_ids) for e in examples if e.has_context]
-    teacher_tokens = sum(len(prompt_ids or ()) + len(response_ids) for prompt_ids, response_ids in teacher_sequences)
+    teacher_tokens = sum(
+        len(e.teacher_prompt_ids) + len(e.rollout.response_ids) for e in examples if e.teacher_prompt_ids is not None
+    )
     yield "tokens/prompt", float(prompt)
     yield "tokens/response", float(table.tokens)
     yield "tokens/teacher", float(teacher_tokens if "teacher_logprobs" in table else 0)
@@ -216,7 +217,7 @@ def _of_packs(total: int, real: int, sequences: int) -> Iterator[tuple[str, floa
 
 def _mismatch(examples: Sequence[Example], table: TokenTable, loss_mask: Tensor) -> Iterator[tuple[str, float]]:
     """The engine's log-probs against the trainer's (d = trainer - engine), over the tokens that the loss sees."""
-    engine = torch.tensor([x for e in examples for x in e.rollout.logprobs], dtype=torch.float64)
+    engine = flat([e.rollout.logprobs for e in examples], torch.float64)
     d = table["student_logprobs"].cpu().to(torch.float64) - engine
     counts = loss_mask & torch.isfinite(d)
     by_rollout = torch.zeros(table.rollouts, dtype=torch.float64)

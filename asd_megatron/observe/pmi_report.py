@@ -17,7 +17,7 @@ from torch import Tensor
 from asd_megatron.errors import UserError, plural
 from asd_megatron.observe.dumps import read_dump
 from asd_megatron.observe.metrics import context_mask, sampled_mask
-from asd_megatron.records import Example, TokenTable
+from asd_megatron.records import Example, TokenTable, flat
 
 
 class Decoder(Protocol):
@@ -50,7 +50,7 @@ def examples_pmi(examples: Sequence[Example], table: TokenTable) -> tuple[Tensor
     if "pmi" not in table:
         raise ValueError("the token table has no pmi column: this recipe did not compute u")
     mask = sampled_mask(examples) & context_mask(examples, table)
-    ids = torch.tensor([i for e in examples for i in e.rollout.response_ids], dtype=torch.int64)
+    ids = flat([e.rollout.response_ids for e in examples], torch.int64)
     return ids[mask], table["pmi"].cpu()[mask]
 
 

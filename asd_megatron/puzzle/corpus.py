@@ -155,7 +155,7 @@ class Corpus:
                 f"demonstration, {response_len} of response): raise privileged.max_solution_tokens and "
                 "privileged.max_teacher_tokens"
             )
-        return rendered[0]
+        return tuple(rendered[0].tolist())
 
     def loss_weights(self, trace: Trace) -> list[float]:
         """One weight a word: verdicts count more, decisions that were given count nothing."""

@@ -22,7 +22,7 @@ class PuzzleMetrics:
 
     def of_step(self, examples: Sequence[Example], table: TokenTable) -> dict[str, float]:
         """Metrics of one step's global batch; u and D by class where they were computed."""
-        responses, rewards = [e.rollout.response_ids for e in examples], [e.reward for e in examples]
+        responses, rewards = [e.rollout.response_ids.tolist() for e in examples], [e.reward for e in examples]
         report = summarize(responses, rewards, self.lexicon, _values("pmi", examples, table))
         out = {f"puzzle/u_{name}": value for name, value in report.pmi.items()}
         divergences = _values("divergence", examples, table)
@@ -34,7 +34,7 @@ class PuzzleMetrics:
 
     def of_evaluation(self, rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, float]:
         """Metrics of held-out responses."""
-        report = summarize([r.response_ids for r in rollouts], rewards, self.lexicon)
+        report = summarize([r.response_ids.tolist() for r in rollouts], rewards, self.lexicon)
         out = {
             "evaluation/deliberations": report.deliberations,
             "evaluation/deliberation_rate": report.deliberation_rate,

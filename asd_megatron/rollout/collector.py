@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -156,8 +156,10 @@ class Collector:
         plan: Plan = Plan(),
         timeout: float,
         redraws: int = 1,
+        on_group: Callable[[Group, int], None] = lambda group, step: None,
     ) -> None:
-        """weights: the engine's weights; their version counts optimizer steps. params: of training rollouts."""
+        """weights: the engine's weights; their version counts optimizer steps. params: of training rollouts. on_group:
+        is told of every rewarded group of a training step as soon as there is one, on global rank 0."""
         self.timings = Timings()
         self.counts = Counts()
         self._engine = engine
@@ -172,6 +174,7 @@ class Collector:
         self._plan = plan
         self._timeout = timeout
         self._redraws = redraws
+        self._on_group = on_group
         self._draw: Draw | None = None  # the step in flight
         self._carried: list[Prompt] = []  # suspended in the engine, for the next step
         self._restart: list[Prompt] = []  # carried ones that an evaluation aborted: resampled
@@ -352,7 +355,10 @@ class Collector:
                     f"the rewards of problem {group.problem.prompt_id} are not all finite ({scores}); a reward "
                     "function returns a finite number for every response"
                 )
-            draw.found[draw.place(group)] = dataclasses.replace(group, rewards=scores)
+            rewarded = dataclasses.replace(group, rewards=scores)
+            draw.found[draw.place(group)] = rewarded
+            if draw.step > 0:
+                self._on_group(rewarded, draw.step)
         self.timings.reward += time.perf_counter() - started
 
     def _is_stale(self, group: Group) -> bool:

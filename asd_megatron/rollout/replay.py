@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from asd_megatron.data.tokenizer import decode
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import on_rank_zero
@@ -124,7 +126,7 @@ class ReplayEngine:
                 f"{path} holds {len(rollouts)} rollouts of problem {name}, the recipe asks for {params.n}; set "
                 "sampling.rollouts_per_problem to the recorded number"
             )
-        if any(r.prompt_ids != prompt.ids for r in rollouts):
+        if any(not np.array_equal(r.prompt_ids, prompt.ids) for r in rollouts):
             raise UserError(
                 f"{path}: the recorded prompt of problem {name} has other token ids than this recipe's; use the "
                 "tokenizer and the prompt settings (data.*) of the recorded run"

@@ -18,7 +18,7 @@ from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.errors import UserError
 from asd_megatron.models.precision import ScoreFormats
 from asd_megatron.ops.vocab_divergence import Divergence
-from asd_megatron.records import Problem, SamplingParams
+from asd_megatron.records import Group, Problem, SamplingParams
 from asd_megatron.reward.base import Verifier, tests_of
 from asd_megatron.rollout.collector import Collector, Plan
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
@@ -309,9 +309,10 @@ def make_collector(
     problems: ProblemSource,
     renderer: PromptRenderer,
     verifier: Verifier | None,
+    on_group: Callable[[Group, int], None] = lambda group, step: None,
 ) -> Collector:
     """The collector on `engine`: of a `train` recipe for training steps on `problems` and for evaluations, of an `sft`
-    recipe for evaluations alone."""
+    recipe for evaluations alone. `on_group`: see `Collector`."""
     recipe = session.recipe
     if isinstance(recipe, Recipe):
         params, plan, timeout = training_params(recipe, session), rollout_plan(recipe), recipe.rollout.collect_timeout
@@ -331,4 +332,5 @@ def make_collector(
         seed=recipe.run.seed,
         plan=plan,
         timeout=timeout,
+        on_group=on_group,
     )

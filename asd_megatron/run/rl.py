@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,11 +12,8 @@ from asd_megatron.config import Recipe, recipe_hash
 from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.tokenizer import undecodable
 from asd_megatron.errors import NotFinite
-from asd_megatron.observe.dumps import dump_path, write_dump
-from asd_megatron.observe.metrics import GateReading, Increments, PerplexityReading, step_metrics
-from asd_megatron.observe.warnings import MethodWarnings
-from asd_megatron.observe.writer import read_metrics
-from asd_megatron.records import Example, Group, TokenTable
+from asd_megatron.observe.metrics import Increments
+from asd_megatron.records import Example, Group
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.rollout.collector import Collector
 from asd_megatron.rollout.engine import RolloutError
@@ -32,18 +29,17 @@ from asd_megatron.run.build import (
     rollout_engine,
 )
 from asd_megatron.run.evaluation import HeldOut, Weights
-from asd_megatron.run.folder import writing
-from asd_megatron.run.mismatch import MismatchWarning, uncorrected
+from asd_megatron.run.mismatch import uncorrected
 from asd_megatron.run.report import announce_training
+from asd_megatron.run.reports import StepOutcome, StepReports
 from asd_megatron.run.scoring import Batch, ScoringPasses
 from asd_megatron.run.session import Session
 from asd_megatron.run.sources import own_metrics
 from asd_megatron.trainer import token_method
 from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.columns import Scores, table_columns
-from asd_megatron.trainer.expert_routing import StudentRouting, returned_fraction
+from asd_megatron.trainer.expert_routing import StudentRouting
 from asd_megatron.trainer.guard import Guard, check_rollouts
-from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
 from asd_megatron.trainer.teacher_states import TeacherStates
 from asd_megatron.trainer.updater import UpdateStats, update
 
@@ -57,23 +53,16 @@ class TrainingRun:
         self.plan = make_plan(recipe)
         self.strength = make_strength(recipe, self.process_groups, self.port.score_formats)
         self.condition = self.strength.method.condition
-        self.scoring = ScoringPasses(session, self.plan, recipe.sampling.temperature)
+        self.scoring = ScoringPasses(recipe, session, self.plan)
         self.guard, self.increments = Guard(), Increments()
-        self.warnings = MethodWarnings(group_advantage=recipe.algorithm.weighs_group_advantage)
-        self.mismatch = MismatchWarning(recipe)
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         train_set, test_set = problem_sets(recipe, self.renderer)
-        self.own_metrics = own_metrics(train_set, session.tokenizer)
+        own = own_metrics(train_set, session.tokenizer)
+        self.reports = StepReports(recipe, session, own, has_term=self.condition.sign != 0)
         self.verifier = session.only_root(lambda: make_verifier(**recipe.reward.model_dump()))
         if self.verifier is not None:
             session.closing.callback(self.verifier.close)
-        self.engine, self._start_engine = rollout_engine(recipe, session, self.renderer, train_set)
-        session.closing.callback(self.engine.close)
-        self.collector = make_collector(session, self.engine, self.weights, train_set, self.renderer, self.verifier)
-        self.held_out = None
-        if recipe.evaluates and test_set is not None:
-            self.held_out = HeldOut(session, self._evaluator(test_set), test_set)
         self.builder = example_builder(
             recipe,
             self.renderer,
@@ -81,6 +70,15 @@ class TrainingRun:
             feedback_kind=self.verifier.feedback_kind if self.verifier else "binary",
             max_positions=self.port.max_positions,
         )
+        session.closing.callback(self.builder.close)
+        self.engine, self._start_engine = rollout_engine(recipe, session, self.renderer, train_set)
+        session.closing.callback(self.engine.close)
+        self.collector = make_collector(
+            session, self.engine, self.weights, train_set, self.renderer, self.verifier, self.builder.prepare
+        )
+        self.held_out = None
+        if recipe.evaluates and test_set is not None:
+            self.held_out = HeldOut(session, self._evaluator(test_set), test_set)
         self._probed: dict[str, float] = {}  # of the present step
         self._changed_levels = [] if session.resumed is None else self._restore(session.resumed)
 
@@ -89,7 +87,8 @@ class TrainingRun:
     def start(self) -> None:
         """Prepare the run folder, print the start-up report, start the engine, evaluate before the first step."""
         self.session.begin()
-        self.session.on_root(self._watch_earlier_steps)
+        self.session.closing.callback(self.reports.close)
+        self.session.on_root(self.reports.watch_earlier_steps)
         self.session.on_root(lambda: announce_training(self.recipe, self.session, self.strength, self.plan))
         for line in self._changed_levels:
             self.session.say(line)
@@ -119,17 +118,9 @@ class TrainingRun:
 
     def build_batch(self, groups: Sequence[Group], step: int) -> Batch:
         """Advantages and privileged prompts of complete groups on rank 0; every rank then takes its part of them."""
-        examples = self.session.on_root(lambda: self._examples(groups, step))
+        examples = self.session.only_root(lambda: self._examples(groups, step)) or []
         algorithm = self.recipe.algorithm
-        local = LocalBatch.build(
-            examples,
-            ranks=self.process_groups.dp.size(),
-            rank=self.process_groups.dp.rank(),
-            updates=algorithm.updates_per_batch,
-            layout=self.session.pack_layout,
-            tokens_per_microbatch=self.recipe.batching.tokens_per_microbatch,
-            mask_truncated=algorithm.mask_truncated,
-        )
+        local = self.scoring.divide(examples, algorithm.updates_per_batch)
         states = None
         method = self.strength.method
         if method.exact is not None:
@@ -138,7 +129,7 @@ class TrainingRun:
         routing = None
         if self.session.balance is not None:
             routing = StudentRouting(self.port, self.process_groups, local, self.recipe.rollout.routing_replay)
-        return Batch(step, local, token_method.token_inputs(local, method), states, routing)
+        return Batch(step, examples, local, token_method.token_inputs(local, method), states, routing)
 
     def score_teacher(self, batch: Batch) -> Scores | None:
         return self.scoring.teacher(batch)
@@ -210,20 +201,41 @@ class TrainingRun:
         stats: UpdateStats,
         reference: Scores | None = None,
     ) -> None:
-        """Metrics, dump and progress of the step; the evaluation when it is due."""
+        """Metrics, dump and progress of the step, in the background; the evaluation when it is due."""
         columns = table_columns(batch.inputs, teacher, stats.columns, reference)
         if not self.plan.teacher_scoring and self.condition.u_source == "teacher":
             columns = {k: v for k, v in columns.items() if k not in ("pmi", "term")}
         table = gather_table(batch.local.table, columns, batch.local.indices, self.process_groups)
-        if self.recipe.run.dump_rollouts:
-            self.session.on_root(lambda: self._dump(step, batch, table))
         computed = batch.local.computed.over(self.process_groups.dp, self.port.device)
         evaluation, failure = self._evaluation(step)
         times = self.clock.take()
         heads = int(self.plan.head != "fused")  # the other two compute the logits once more
         measured = self.session.telemetry.of_step(times, batch.local.packs, recomputed_heads=heads)
-        others = evaluation | measured
-        self.session.on_root(lambda: self._report(step, batch, table, stats, computed, times, others))
+
+        def report() -> None:
+            assert table is not None  # on global rank 0
+            others = {**self._probed, **evaluation, **measured, **self._counters(), **self.engine.metrics()}
+            if self.guard.consecutive and self.session.checkpoint_due(step):
+                others["checkpoint/skipped"] = 1.0
+            self.reports.submit(
+                StepOutcome(
+                    step,
+                    batch.examples,
+                    table,
+                    loss=stats.loss,
+                    grad_norm=stats.grad_norm,
+                    skipped_updates=stats.applied.count(False),
+                    load=stats.load,
+                    computed=computed,
+                    times=times,
+                    learning_rate=self.session.optimizer.last_learning_rate,
+                    reading=self.strength.reading,
+                    outlier_limit=self.strength.outlier_limit,
+                    others=others,
+                )
+            )
+
+        self.session.on_root(report)
         if isinstance(failure, RolloutError):
             raise self._stopped(step, failure) from failure
         if failure is not None:
@@ -241,64 +253,18 @@ class TrainingRun:
         """The error of a run that ends after `step` because its engine is unavailable; saves the state. Collective."""
         if step < self.session.first_step:  # nothing has been learned since the start
             return error
+        self.session.on_root(self.reports.finish)
         return RolloutError(f"{error}. {self.session.save_before_stop(step, self._state(step), self.guard)}")
 
-    def _report(
-        self,
-        step: int,
-        batch: Batch,
-        table: TokenTable | None,
-        stats: UpdateStats,
-        computed: ComputedTokens,
-        times: dict[str, float],
-        others: Mapping[str, float],
-    ) -> None:
-        """The step's line in metrics.jsonl and TensorBoard. Global rank 0 alone, which has the table. `others`: metrics
-        of the evaluation and the hardware."""
-        assert table is not None
-        metrics = step_metrics(
-            batch.local.all_examples,
-            table,
-            learning_rate=self.session.optimizer.last_learning_rate,
-            grad_norm=stats.grad_norm,
-            policy_loss=stats.loss,
-            times=times,
-            computed=(computed.total, computed.real, computed.sequences),
-            reading=self.strength.reading if self.condition.sign else None,
-            outlier_limit=self.strength.outlier_limit,
-            skipped_updates=stats.applied.count(False),
-            success_threshold=self.recipe.privileged.success_threshold,
-            step=step,
-        )
-        if self.own_metrics is not None:
-            metrics |= self.own_metrics.of_step(batch.local.all_examples, table)
-        if self.guard.consecutive and self.session.checkpoint_due(step):
-            metrics["checkpoint/skipped"] = 1.0
-        metrics |= self.session.write_load(step, stats.load)
-        if self.recipe.rollout.routing_replay == "engine":
-            metrics["experts/replayed"] = returned_fraction(batch.local.all_examples)
-        metrics |= {**self._probed, **others, **self._counters(), **self.engine.metrics()}
-        found, texts = self.warnings.of_step(step, metrics)
-        metrics |= found
-        self.session.name_attention(step)
-        self.session.write_metrics(step, metrics)
-        self.session.progress.update(step, metrics)
-        for text in (*texts, self.mismatch.of_step(metrics)):
-            if text is not None:
-                self.session.say(f"warning: {text}")
-
-    def _watch_earlier_steps(self) -> None:
-        """Warnings count from the run's first step, also after it was resumed."""
-        for row in read_metrics(self.session.folder):
-            numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
-            self.warnings.of_step(row["step"], numbers)
-            self.mismatch.of_step(numbers)
-
     def checkpoint_if_due(self, step: int) -> None:
+        """The checkpoint and the export that are due after `step`, once its metrics are written."""
+        if self.session.saves_after(step):
+            self.session.on_root(self.reports.finish)
         self.session.checkpoint_if_due(step, self._state(step), self.guard)
 
     def finish(self) -> None:
         """RUN/summary.json and RUN/curves.png."""
+        self.session.on_root(self.reports.finish)
         self.session.finish(self.summary(), sample=self.held_out.sample if self.held_out else None)
 
     def summary(self) -> dict[str, Any]:
@@ -312,7 +278,7 @@ class TrainingRun:
             "evaluation_before": first,
             "evaluation_after": last,
             **self.strength.summary(),
-            "warnings": self.warnings.summary(),
+            "warnings": self.reports.warnings.summary(),
             "recipe_hash": recipe_hash(self.recipe),
         }
 
@@ -324,25 +290,6 @@ class TrainingRun:
             return self.collector
         engine = embedded_engine(self.session, self.recipe.rollout.max_batch_size)
         return make_collector(self.session, engine, self.weights, problems, self.renderer, self.verifier)
-
-    def _dump(self, step: int, batch: Batch, table: TokenTable | None) -> None:
-        assert table is not None
-        path, reading = dump_path(self.session.folder, step), self.strength.reading
-        H, h_warm = (reading.entropy, reading.h_warm) if isinstance(reading, GateReading) else (None, None)
-        lambdas = reading.lambdas.tolist() if isinstance(reading, PerplexityReading) else None
-        with writing(path):
-            write_dump(
-                path,
-                batch.local.all_examples,
-                table,
-                step=step,
-                lam=reading.lam,
-                H=H,
-                h_warm=h_warm,
-                lambdas=lambdas,
-                temperature=self.recipe.sampling.temperature,
-                recipe_hash=recipe_hash(self.recipe),
-            )
 
     def _examples(self, groups: Sequence[Group], step: int) -> list[Example]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]

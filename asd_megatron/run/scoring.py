@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from asd_megatron.config import Recipe
 from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import NotFinite
-from asd_megatron.records import TokenTable
+from asd_megatron.records import Example, TokenTable
 from asd_megatron.run.session import Session
 from asd_megatron.trainer import fp8_probe, passes
 from asd_megatron.trainer.columns import Scores, TokenInputs, score_columns
@@ -24,9 +25,11 @@ from asd_megatron.trainer.token_method import Method
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's examples as this rank holds them, with the columns that need no model."""
+    """A step's examples as this rank holds them, with the columns that need no model. `examples`: of the global batch,
+    on global rank 0 alone."""
 
     step: int
+    examples: Sequence[Example]
     local: LocalBatch
     inputs: TokenInputs
     states: TeacherStates | None = None  # the teacher's, with the exact estimator
@@ -39,9 +42,24 @@ class ScoringPasses:
     Collective over all ranks. Scores that are not finite raise NotFinite on every rank.
     """
 
-    def __init__(self, session: Session, plan: PassPlan, temperature: float) -> None:
+    def __init__(self, recipe: Recipe, session: Session, plan: PassPlan) -> None:
+        self.session = session
         self.port, self.process_groups, self.clock = session.port, session.process_groups, session.clock
-        self.copies, self.plan, self.temperature = session.copies, plan, temperature
+        self.copies, self.plan, self.temperature = session.copies, plan, recipe.sampling.temperature
+        self.tokens_per_microbatch = recipe.batching.tokens_per_microbatch
+        self.mask_truncated = recipe.algorithm.mask_truncated
+
+    def divide(self, examples: Sequence[Example], updates: int = 1) -> LocalBatch:
+        """This rank's part of global rank 0's examples. Collective."""
+        return LocalBatch.receive(
+            examples,
+            self.session.layout,
+            self.process_groups,
+            self.session.pack_layout,
+            updates=updates,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            mask_truncated=self.mask_truncated,
+        )
 
     def teacher(self, batch: Batch) -> Scores | None:
         wanted = self.plan.teacher_scoring
@@ -72,15 +90,18 @@ class ScoringPasses:
     def probe(self, batch: Batch, method: Method) -> fp8_probe.Probe:
         """What FP8 does to some of the batch's tokens."""
         with self.clock.phase("probe"):
-            return fp8_probe.probe(
+            few = self.divide(fp8_probe.first_examples(batch.examples, with_context=self.plan.teacher_scoring))
+            found = fp8_probe.probe(
                 self.port,
                 self.process_groups,
-                batch.local,
+                few,
                 method,
                 self.plan,
                 temperature=self.temperature,
                 copies=self.copies,
             )
+            batch.local.computed.include(few.computed)
+            return found
 
     def _score(
         self, of: str, wanted: bool, batch: Batch, scoring_pass: Callable[..., Scores | None], **options: Any

@@ -285,6 +285,11 @@ class Session:
         every = self.recipe.checkpoint.every
         return self._overdue or self.is_due(step, every, at_end=every > 0)
 
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint or an export is due after `step`."""
+        settings = self.recipe.checkpoint
+        return self.checkpoint_due(step) or self.is_due(step, settings.export_every, at_end=settings.export_at_end)
+
     def checkpoint_if_due(self, step: int, run_state: Mapping[str, Any], guard: Guard) -> None:
         """The training checkpoint and the export that are due after `step`. Collective.
 

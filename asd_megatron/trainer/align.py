@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,41 +41,41 @@ def gather_table(
 ) -> TokenTable | None:
     """The global batch's token table on global rank 0, its rollouts in the order of the examples; None elsewhere.
 
-    Collective over rank 0's data-parallel group.
+    Collective over all ranks; the columns come from global rank 0's data-parallel group.
 
     Args:
         table: this data-parallel rank's, for its offsets. columns: [N] each, complete on every rank of the
             model-parallel group. indices: global number of each of the table's rollouts.
     """
-    root = dist.get_global_rank(process_groups.dp, 0)
-    if process_groups.dp.size() > 1 and root != 0:
-        return None  # another model-parallel rank: rank 0's data-parallel group holds every column already
-    local = TokenTable(table.offsets)
-    for name, column in columns.items():
-        local[name] = column.detach().cpu()
-    gathered = gather_objects((list(indices), local), 0, process_groups.dp)
-    if process_groups.world.rank() != 0 or gathered is None:
-        return None
-    merged = TokenTable.concatenate([part for _, part in gathered])
-    return _reordered(merged, [index for found, _ in gathered for index in found])
+    part: _Part | None = None
+    if dist.get_global_rank(process_groups.dp, 0) == 0:
+        part = list(indices), table.lengths, {name: c.detach().cpu().numpy() for name, c in columns.items()}
+    gathered = gather_objects(part, 0, process_groups.host)
+    return None if gathered is None else _merged([found for found in gathered if found is not None])
 
 
-def _reordered(table: TokenTable, indices: Sequence[int]) -> TokenTable:
-    """Rollout k of `table` moved to place `indices[k]`.
+_Part = tuple[list[int], list[int], dict[str, np.ndarray]]
+"""Of one data-parallel rank: its rollouts' numbers in the global batch and their lengths, its columns."""
+
+
+def _merged(parts: Sequence[_Part]) -> TokenTable:
+    """Each part's rollouts put in their place. Columns are those that every part has.
 
     Example: rank 0 had rollouts 0 (2 tokens) and 2 (1 token), rank 1 had rollout 1 (3 tokens):
 
-        merged rows   0 1 | 2 | 3 4 5      indices [0, 2, 1]
-        order         [0, 2, 1]            merged number of the rollout at each place
-        starts        [0, 3, 2]            its first merged row
-        rows          0 1 | 3 4 5 | 2      start of its rollout + position within it
+        parts     0 0 2 | 1 1 1
+        merged    0 0 1 1 1 2
     """
-    order = torch.tensor(list(indices)).argsort()
-    lengths = table.offsets[1:] - table.offsets[:-1]
-    starts = table.offsets[:-1][order]
-    out = TokenTable.for_lengths(lengths[order].tolist())
-    position = torch.arange(out.tokens) - out.spread(out.offsets[:-1])
-    rows = out.spread(starts) + position
-    for name, column in table.columns.items():
-        out[name] = column[rows]
+    lengths = {index: n for indices, found, _ in parts for index, n in zip(indices, found, strict=True)}
+    out = TokenTable.for_lengths([lengths[index] for index in range(len(lengths))])
+    starts = out.offsets.tolist()
+    names = set.intersection(*[set(columns) for _, _, columns in parts])
+    for name in sorted(names):
+        merged = np.empty(out.tokens, dtype=parts[0][2][name].dtype)
+        for indices, own, columns in parts:
+            first = 0
+            for index, n in zip(indices, own, strict=True):
+                merged[starts[index] : starts[index] + n] = columns[name][first : first + n]
+                first += n
+        out[name] = torch.from_numpy(merged)
     return out

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +28,13 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.models.attention import zigzag
-from asd_megatron.records import PackCounts, PackedTokens
+from asd_megatron.records import PackCounts, PackedTokens, as_array
 from asd_megatron.trainer import prefixes
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from asd_megatron.records import TokenIds
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,18 @@ class TokenSequence:
     """One prompt + response. Response token j, `ids[prompt_length + j]`, has row `first_row + j` of the token table;
     token i, `ids[i]`, has number `first_token + i` among all tokens of the rank's sequences."""
 
-    ids: tuple[int, ...]
+    ids: TokenIds
     prompt_length: int
     first_row: int
     first_token: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", as_array(self.ids, "int32"))
+
+    @classmethod
+    def of(cls, prompt: ArrayLike, response: ArrayLike, first_row: int, first_token: int = 0) -> TokenSequence:
+        ids = np.concatenate([as_array(prompt, "int32"), as_array(response, "int32")])
+        return cls(ids, np.size(prompt), first_row, first_token)
 
     @property
     def response_length(self) -> int:
@@ -232,8 +245,10 @@ def _segments(
         return tree.padded(_round_up(real, layout.pack_multiple) - real, layout.pad_id), spans
     lengths = [layout.padded_length(len(s.ids)) for s in sequences] or [layout.pack_multiple]
     lengths[-1] += _round_up(sum(lengths), layout.pack_multiple) - sum(lengths)
-    given: list[tuple[int, ...]] = [s.ids for s in sequences] or [()]
-    padded = [ids + (layout.pad_id,) * (n - len(ids)) for ids, n in zip(given, lengths, strict=True)]
+    given = [s.ids for s in sequences] or [np.zeros(0, dtype=np.int32)]
+    padded = [
+        np.pad(ids, (0, n - len(ids)), constant_values=layout.pad_id) for ids, n in zip(given, lengths, strict=True)
+    ]
     return prefixes.separate(padded), tuple((0, len(s.ids)) for s in sequences)
 
 
@@ -247,23 +262,28 @@ def _context_slice(cu: Sequence[int], layout: PackLayout) -> np.ndarray:
 
 
 def build_packs(by_rank: Sequence[Sequence[TokenSequence]], rank: int, budget: int, layout: PackLayout) -> list[Pack]:
-    """This data-parallel rank's packs, of at most `budget` tokens each.
+    """This data-parallel rank's packs, of at most `budget` tokens each, planned from the sequences of all ranks."""
+    bins = plan_packs([[s.ids for s in sequences] for sequences in by_rank], budget, layout)[rank]
+    return [build_pack([by_rank[rank][i] for i in b.items], layout, b.shared) for b in bins]
 
-    `by_rank[r]` are rank r's sequences. Those of all ranks are needed, because every rank must run equally many
-    micro-batches: a rank with fewer packs gets zero-weight ones.
+
+def plan_packs(by_rank: Sequence[Sequence[TokenIds]], budget: int, layout: PackLayout) -> list[list[Bin]]:
+    """Each data-parallel rank's packs, of at most `budget` tokens each, as numbers of its sequences.
+
+    `by_rank[r]` are the ids of rank r's sequences. Every rank must run equally many micro-batches: a rank with fewer
+    packs gets zero-weight ones, without sequences.
     """
     bins = [_bins(sequences, budget, layout) for sequences in by_rank]
     count = layout.count(max(len(b) for b in bins))
-    mine = [build_pack([by_rank[rank][i] for i in b.items], layout, b.shared) for b in bins[rank]]
-    return mine + [build_pack([], layout) for _ in range(count - len(mine))]
+    return [b + [Bin([])] * (count - len(b)) for b in bins]
 
 
-def _bins(sequences: Sequence[TokenSequence], budget: int, layout: PackLayout) -> list[Bin]:
+def _bins(sequences: Sequence[TokenIds], budget: int, layout: PackLayout) -> list[Bin]:
     at_least = layout.pipeline if layout.pipeline > 1 else 1
     if not layout.share_prefixes:
-        return [Bin(b) for b in fill_bins([layout.padded_length(len(s.ids)) for s in sequences], budget, at_least)]
-    indices, shared = prefixes.sort_by_prefix([s.ids for s in sequences])
-    complete = [len(sequences[i].ids) for i in indices]
+        return [Bin(b) for b in fill_bins([layout.padded_length(len(ids)) for ids in sequences], budget, at_least)]
+    indices, shared = prefixes.sort_by_prefix(sequences)
+    complete = [len(sequences[i]) for i in indices]
     own = [n - s for n, s in zip(complete, shared, strict=True)]
     return [
         Bin([indices[place] for place in places], [0, *(shared[place] for place in places[1:])])

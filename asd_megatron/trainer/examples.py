@@ -3,8 +3,10 @@ rank 0 only."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -12,13 +14,19 @@ from asd_megatron.antisd import choose_demonstrations, feedback, group_advantage
 from asd_megatron.antisd.privileged import Demonstration
 from asd_megatron.records import DemonstrationSource, Example, FinishReason, Group, Problem, Rollout
 
+if TYPE_CHECKING:
+    from asd_megatron.records import TokenIds
+
+WORKERS = min(8, os.cpu_count() or 1)
+"""Threads that render and tokenise privileged prompts."""
+
 
 class TeacherPrompts(Protocol):
     """What is needed of the prompt renderer: (ids of a privileged prompt, anything), or None when there can be none."""
 
     def teacher(
         self, problem: Problem, demonstration: str | None, feedback: str | None, response_len: int, limits: Any
-    ) -> tuple[tuple[int, ...], Any] | None: ...
+    ) -> tuple[TokenIds, Any] | None: ...
 
 
 class ExampleBuilder:
@@ -55,12 +63,30 @@ class ExampleBuilder:
         self.demonstrations_per_group = demonstrations_per_group
         self.use_group, self.use_reference = use_group, use_reference
         self.when_no_solution, self.feedback_kind, self.tests_of = when_no_solution, feedback_kind, tests_of
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="examples")
+        self._prepared: dict[str, tuple[int, Group, list[Future[Example]]]] = {}  # by prompt id
+
+    def prepare(self, group: Group, step: int) -> None:
+        """Begin with the examples of a complete group that `build` will probably be given for `step`, in the
+        background."""
+        self._prepared[group.problem.prompt_id] = step, group, self._begin(group, step)
 
     def build(self, groups: Sequence[Group], step: int) -> list[Example]:
-        """The step's examples, group after group."""
-        return [example for group in groups for example in self._of_group(group, step)]
+        """The step's examples, group after group. Whether they were prepared changes nothing but the time."""
+        prepared = self._prepared
+        self._prepared = {name: begun for name, begun in prepared.items() if begun[0] > step}
+        jobs = []
+        for group in groups:
+            of_step, known, begun = prepared.get(group.problem.prompt_id, (0, None, []))
+            jobs += begun if known is group and of_step == step else self._begin(group, step)
+        return [job.result() for job in jobs]
 
-    def _of_group(self, group: Group, step: int) -> list[Example]:
+    def close(self) -> None:
+        """End the workers; what is prepared is lost."""
+        self._workers.shutdown(cancel_futures=True)
+
+    def _begin(self, group: Group, step: int) -> list[Future[Example]]:
+        """The group's examples, whose privileged prompts the workers render."""
         if len(group.rewards) == 1:  # in recipes whose loss has no group advantage; others are refused
             advantages = [0.0]
         else:
@@ -78,22 +104,24 @@ class ExampleBuilder:
                 has_answer=bool(group.problem.answer),
                 eligible=[self.use_group and self._demonstrates(rollout) for rollout in group.rollouts],
             )
-        examples = []
-        for i, rollout in enumerate(group.rollouts):
-            chosen = demonstrations[i]
-            teacher_ids = self._teacher_ids(group, i, chosen)
-            if teacher_ids is None:
-                chosen = Demonstration(DemonstrationSource.NONE)
-            examples.append(
-                Example(rollout, group.rewards[i], advantages[i], teacher_ids, chosen.source, chosen.sample)
-            )
-        return examples
+        return [
+            self._workers.submit(self._example, group, i, advantages[i], chosen)
+            for i, chosen in enumerate(demonstrations)
+        ]
+
+    def _example(self, group: Group, index: int, advantage: float, chosen: Demonstration) -> Example:
+        teacher_ids = self._teacher_ids(group, index, chosen)
+        if teacher_ids is None:
+            chosen = Demonstration(DemonstrationSource.NONE)
+        return Example(
+            group.rollouts[index], group.rewards[index], advantage, teacher_ids, chosen.source, chosen.sample
+        )
 
     @staticmethod
     def _demonstrates(rollout: Rollout) -> bool:
         return rollout.finish_reason is FinishReason.STOP and bool(rollout.text.strip())
 
-    def _teacher_ids(self, group: Group, index: int, chosen: Demonstration) -> tuple[int, ...] | None:
+    def _teacher_ids(self, group: Group, index: int, chosen: Demonstration) -> TokenIds | None:
         if chosen.source is DemonstrationSource.NONE:
             return None
         problem = group.problem

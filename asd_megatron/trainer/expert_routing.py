@@ -51,10 +51,9 @@ class StudentRouting:
 
     def _read(self, batch: LocalBatch) -> None:
         assert self.experts is not None
-        for index, example in zip(batch.indices, batch.examples, strict=True):
+        for first, example in zip(batch.first_tokens, batch.examples, strict=False):
             given = example.rollout.routed_experts
             if given is not None:
-                first = batch.first_tokens[index]
                 self.experts[:, first : first + len(given)] = torch.from_numpy(
                     np.ascontiguousarray(given.transpose(1, 0, 2))
                 ).to(torch.int16)

@@ -58,24 +58,15 @@ class Probe:
 def probe(
     port: ModelPort,
     process_groups: ProcessGroups,
-    batch: LocalBatch,
+    few: LocalBatch,
     method: Method,
     plan: PassPlan,
     *,
     temperature: float,
     copies: WeightCopies | None = None,
 ) -> Probe:
-    """Score the batch's first examples in both formats, the teacher under the weights that the plan says. Collective
+    """Score `first_examples` of a batch in both formats, the teacher under the weights that the plan says. Collective
     over all ranks; the same on every rank."""
-    few = LocalBatch.build(
-        first_examples(batch.all_examples, with_context=plan.teacher_scoring),
-        ranks=process_groups.dp.size(),
-        rank=process_groups.dp.rank(),
-        updates=1,
-        layout=batch.layout,
-        tokens_per_microbatch=batch.tokens_per_microbatch,
-        mask_truncated=batch.mask_truncated,
-    )
     inputs = token_method.token_inputs(few, method)
     where, tokens = (port, process_groups), few.table.tokens
 
@@ -87,11 +78,10 @@ def probe(
             return student, score(*where, few.teacher_packs(), tokens, temperature=temperature, fp8=fp8)
 
     bfloat16, fp8 = scored(False), scored(True)
-    batch.computed.include(few.computed)
     statistics = _statistics(process_groups, few, inputs, method, *bfloat16)
     fp8_statistics = _statistics(process_groups, few, inputs, method, *fp8)
     metrics = _metrics(process_groups, inputs, bfloat16, fp8, statistics, fp8_statistics)
-    return Probe(metrics, statistics, fp8_statistics, sum(sum(e.rollout.loss_mask) for e in few.all_examples))
+    return Probe(metrics, statistics, fp8_statistics, few.counts(0).tokens)
 
 
 def first_examples(examples: Sequence[Example], budget: int = BUDGET, *, with_context: bool) -> list[Example]:

@@ -13,11 +13,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from asd_megatron.errors import NotFinite, plural
-from asd_megatron.records import Example, Rollout, TokenTable
+from asd_megatron.records import Example, Rollout, TokenTable, flat
 
 SHOWN = 4  # rollouts that a message names
 OF_THE_TEACHER = ("teacher_logprobs", "teacher_entropy")
@@ -55,10 +56,9 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 def check_rollouts(rollouts: Iterable[Rollout], step: int) -> None:
     """Every engine log-probability of a sampled token is finite. Raises NotFinite (phase `rollout`)."""
     places = [
-        (rollout, t)
+        (rollout, int(t))
         for rollout in rollouts
-        for t, (logprob, sampled) in enumerate(zip(rollout.logprobs, rollout.loss_mask, strict=True))
-        if sampled and not math.isfinite(logprob)
+        for t in np.flatnonzero(rollout.loss_mask & ~np.isfinite(rollout.logprobs))
     ]
     if places:
         hint = "The engine's weights or its numerics are broken: resume from the last checkpoint, try float32"
@@ -71,7 +71,7 @@ def check_scores(phase: str, examples: Sequence[Example], table: TokenTable, nam
 
     `table` holds the examples' tokens in the same order. Raises NotFinite, naming phase, step and rollouts.
     """
-    sampled = torch.tensor([m for e in examples for m in e.rollout.loss_mask], dtype=torch.bool)
+    sampled = flat([e.rollout.loss_mask for e in examples], torch.bool)
     has_context = table.spread(torch.tensor([e.has_context for e in examples], dtype=torch.bool))
     for name in names:
         if name not in table:

@@ -6,75 +6,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asd_megatron.records import ComputedPacks, Example, TokenTable
-from asd_megatron.trainer import prefixes
-from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, build_packs
+from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.distributed.objects import on_rank_zero
+from asd_megatron.records import ComputedPacks, Example, TokenTable, flat
+from asd_megatron.trainer.batch import Bin, Pack, PackLayout, TokenSequence, build_pack
+from asd_megatron.trainer.shares import GlobalCounts, Share, loss_mask, plan_shares, scatter_shares
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
-def split_mini_batches(count: int, updates: int) -> list[range]:
-    """`count` examples into `updates` contiguous, disjoint mini-batches of equal size; the first ones get one more each
-    if there is a remainder: 7 into 3 gives 0-2, 3-4, 5-6."""
-    size, extra = divmod(count, updates)
-    starts = [k * size + min(k, extra) for k in range(updates + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
-
-
-def loss_mask(example: Example, *, mask_truncated: bool) -> tuple[bool, ...]:
-    """Which response tokens the loss sees: those that the policy sampled; none of a truncated response with
-    `mask_truncated`."""
-    if mask_truncated and example.rollout.truncated:
-        return (False,) * len(example.rollout.response_ids)
-    return example.rollout.loss_mask
-
-
-def _token_cost(examples: Sequence[Example], *, share_prefixes: bool) -> int:
-    """Student and teacher tokens to compute for these examples; a shared prefix counts once."""
-    students = [e.rollout.prompt_ids + e.rollout.response_ids for e in examples]
-    teachers = [e.teacher_prompt_ids + e.rollout.response_ids for e in examples if e.teacher_prompt_ids is not None]
-    if share_prefixes:
-        return prefixes.unique_tokens(students) + prefixes.unique_tokens(teachers)
-    return sum(map(len, students)) + sum(map(len, teachers))
-
-
-def _assign_examples(
-    examples: Sequence[Example], mini_batch: Sequence[int], ranks: int, *, share_prefixes: bool
-) -> list[list[int]]:
-    """The mini-batch's example indices for each rank, so that the busiest rank computes few tokens.
-
-    Single examples balance best. With shared prefixes, keeping a group on one rank computes its prompt once instead of
-    on several ranks; the assignment whose busiest rank has fewer tokens wins. Two groups of 2 on 2 ranks, prompts of
-    100 tokens, responses of 10: by example both ranks may hold both prompts, 220 tokens each; by group 120 each.
-    """
-    if ranks == 1:
-        return [list(mini_batch)]
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for i in mini_batch:
-        by_prompt.setdefault(examples[i].rollout.prompt_ids, []).append(i)
-
-    def spread(units: Sequence[list[int]], shared: bool) -> list[list[int]]:
-        costs = [_token_cost([examples[i] for i in unit], share_prefixes=shared) for unit in units]
-        return [sorted(i for u in chosen for i in units[u]) for chosen in assign(costs, ranks)]
-
-    def busiest(assignment: list[list[int]]) -> int:
-        return max(_token_cost([examples[i] for i in indices], share_prefixes=True) for indices in assignment)
-
-    by_example = spread([[i] for i in mini_batch], False)
-    if not share_prefixes:
-        return by_example
-    return min(by_example, spread(list(by_prompt.values()), True), key=busiest)
-
-
-@dataclass(frozen=True)
-class GlobalCounts:
-    """The denominators of one mini-batch's loss, over all data-parallel ranks."""
-
-    tokens: int  # that the loss sees
-    sequences: int  # with at least one such token
+    from asd_megatron.records import TokenIds
 
 
 @dataclass
@@ -107,36 +55,22 @@ class ComputedTokens:
 class LocalBatch:
     """The part of a step's examples that this data-parallel rank trains.
 
-    `assignment[m][r]` are the global indices of the examples that rank r trains in mini-batch m. Every rank computes
-    the complete assignment from the same (broadcast) examples, without communication. Rows of the token table follow
-    this rank's examples, mini-batch after mini-batch:
-
-        assignment  mini-batch 0: rank 0 [0, 3], rank 1 [1, 2]   mini-batch 1: rank 0 [4], rank 1 [5]
-        rank 0      indices [0, 3, 4]; rows: tokens of example 0, of 3, of 4
-        rank 1      indices [1, 2, 5]; rows: tokens of example 1, of 2, of 5
+    Rows of the token table follow `share.examples`, mini-batch after mini-batch. Tokens of student sequences, prompts
+    included, are numbered likewise: those of example i from `first_tokens[i]` on, `student_tokens` in all.
 
     `computed` and `packs` count what has been built so far, for passes that are about to run.
-
-    Only the order of the rows depends on the assignment, no result does. Tokens of student sequences, prompts included,
-    are numbered likewise: example i's from `first_tokens[i]` on, `student_tokens` in all.
     """
 
-    all_examples: Sequence[Example]
-    assignment: list[list[list[int]]]
-    rank: int
+    share: Share
     layout: PackLayout
-    tokens_per_microbatch: int
-    mask_truncated: bool = False
 
     def __post_init__(self) -> None:
-        self.indices = [i for mini_batch in self.assignment for i in mini_batch[self.rank]]
-        self.examples = [self.all_examples[i] for i in self.indices]
+        self.examples, self.indices, self.total = self.share.examples, self.share.indices, self.share.total
         self.table = TokenTable.for_lengths([len(e.rollout.response_ids) for e in self.examples])
         self.computed = ComputedTokens()
         self.packs = ComputedPacks()
-        self._first_row = dict(zip(self.indices, self.table.offsets.tolist(), strict=False))
         lengths = [len(e.rollout.prompt_ids) + len(e.rollout.response_ids) for e in self.examples]
-        self.first_tokens = dict(zip(self.indices, [0, *itertools.accumulate(lengths)], strict=False))
+        self.first_tokens = [0, *itertools.accumulate(lengths)]
         self.student_tokens = sum(lengths)
 
     @classmethod
@@ -151,44 +85,71 @@ class LocalBatch:
         tokens_per_microbatch: int,
         mask_truncated: bool = False,
     ) -> LocalBatch:
-        """Rank `rank`'s part among `ranks` data-parallel ranks, in `updates` mini-batches; packs of at most
-        `tokens_per_microbatch` tokens."""
-        assignment = [
-            _assign_examples(examples, mini_batch, ranks, share_prefixes=layout.share_prefixes)
-            for mini_batch in split_mini_batches(len(examples), updates)
-        ]
-        return cls(examples, assignment, rank, layout, tokens_per_microbatch, mask_truncated)
+        """Where every rank has all examples: the part of rank `rank` of `ranks`; as for `plan_shares`."""
+        shares = plan_shares(
+            examples,
+            ranks=ranks,
+            updates=updates,
+            layout=layout,
+            tokens_per_microbatch=tokens_per_microbatch,
+            mask_truncated=mask_truncated,
+        )
+        return cls(shares[rank], layout)
+
+    @classmethod
+    def receive(
+        cls,
+        examples: Sequence[Example],
+        layout: Layout,
+        process_groups: ProcessGroups,
+        packs: PackLayout,
+        *,
+        updates: int,
+        tokens_per_microbatch: int,
+        mask_truncated: bool = False,
+    ) -> LocalBatch:
+        """This rank's part of the examples of global rank 0; those of other ranks are not read. As for `plan_shares`.
+        Collective over all ranks."""
+        planned: list[Share] = []
+
+        def plan() -> None:
+            planned.extend(
+                plan_shares(
+                    examples,
+                    ranks=layout.data,
+                    updates=updates,
+                    layout=packs,
+                    tokens_per_microbatch=tokens_per_microbatch,
+                    mask_truncated=mask_truncated,
+                )
+            )
+
+        on_rank_zero(plan, process_groups.host)
+        return cls(scatter_shares(planned, layout, process_groups), packs)
 
     @property
     def mini_batches(self) -> int:
-        return len(self.assignment)
+        return len(self.share.sizes)
 
     # ---------------------------------------------------------------- packs
 
-    def _packs(
-        self, by_rank: Sequence[Sequence[int]], prompt: Callable[[Example], tuple[int, ...] | None]
-    ) -> list[Pack]:
-        sequences: list[list[TokenSequence]] = []
-        for indices in by_rank:
-            rank_sequences = []
-            for i in indices:
-                example = self.all_examples[i]
-                ids = prompt(example)
-                if ids is not None and example.rollout.response_ids:
-                    row = self._first_row.get(i, 0)  # of other ranks' sequences only the number of packs matters
-                    first = self.first_tokens.get(i, 0)  # of student sequences
-                    rank_sequences.append(TokenSequence(ids + example.rollout.response_ids, len(ids), row, first))
-            sequences.append(rank_sequences)
-        packs = build_packs(sequences, self.rank, self.tokens_per_microbatch, self.layout)
+    def _build(self, bins: Sequence[Bin], prompt: Callable[[Example], TokenIds | None]) -> list[Pack]:
+        """The packs of `bins`, whose examples all have a `prompt`."""
+        packs = []
+        for b in bins:
+            sequences = []
+            for i in b.items:
+                ids = prompt(self.examples[i])
+                assert ids is not None
+                response, row = self.examples[i].rollout.response_ids, int(self.table.offsets[i])
+                sequences.append(TokenSequence.of(ids, response, row, self.first_tokens[i]))
+            packs.append(build_pack(sequences, self.layout, b.shared))
         self.computed.add(packs)
         return packs
 
-    def _every_mini_batch(self) -> list[list[int]]:
-        return [[i for mini_batch in self.assignment for i in mini_batch[r]] for r in range(len(self.assignment[0]))]
-
     def teacher_packs(self) -> list[Pack]:
         """Privileged prompts followed by the same response ids; rollouts without context are left out."""
-        packs = self._packs(self._every_mini_batch(), lambda e: e.teacher_prompt_ids)
+        packs = self._build(self.share.teacher, lambda e: e.teacher_prompt_ids)
         self.packs.scored += [p.counts for p in packs]
         return packs
 
@@ -206,18 +167,17 @@ class LocalBatch:
         return packs
 
     def _student_packs(self, mini_batch: int | None) -> list[Pack]:
-        by_rank = self._every_mini_batch() if mini_batch is None else self.assignment[mini_batch]
-        return self._packs(by_rank, lambda e: e.rollout.prompt_ids)
+        bins = self.share.student if mini_batch is None else self.share.updates[mini_batch]
+        return self._build(bins, lambda e: e.rollout.prompt_ids)
 
     # ---------------------------------------------------------------- columns
 
-    def loss_mask(self, example: Example) -> tuple[bool, ...]:
-        return loss_mask(example, mask_truncated=self.mask_truncated)
+    def loss_mask(self, example: Example) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        return loss_mask(example, mask_truncated=self.share.mask_truncated)
 
-    def column(self, of: Callable[[Example], Sequence[float]], dtype: torch.dtype = torch.float32) -> Tensor:
+    def column(self, of: Callable[[Example], ArrayLike], dtype: torch.dtype = torch.float32) -> Tensor:
         """A per-token column [N] on the pack layout's device."""
-        values = [v for e in self.examples for v in of(e)]
-        return torch.tensor(values, dtype=dtype, device=self.layout.device)
+        return flat([of(e) for e in self.examples], dtype).to(self.layout.device)
 
     def per_rollout(self, of: Callable[[Example], float], dtype: torch.dtype = torch.float32) -> Tensor:
         """A per-rollout value spread over its tokens: [N]."""
@@ -235,20 +195,13 @@ class LocalBatch:
 
     def mini_batch_rows(self, mini_batch: int) -> slice:
         """The table rows of one mini-batch (they are contiguous)."""
-        before = sum(len(m[self.rank]) for m in self.assignment[:mini_batch])
-        own = len(self.assignment[mini_batch][self.rank])
+        before, own = sum(self.share.sizes[:mini_batch]), self.share.sizes[mini_batch]
         return slice(int(self.table.offsets[before]), int(self.table.offsets[before + own]))
 
     def counts(self, mini_batch: int) -> GlobalCounts:
-        """The denominators of a mini-batch, from the examples of all ranks."""
-        tokens = sequences = 0
-        for i in (i for indices in self.assignment[mini_batch] for i in indices):
-            n = sum(self.loss_mask(self.all_examples[i]))
-            tokens += n
-            sequences += n > 0
-        return GlobalCounts(tokens, sequences)
+        """The denominators of a mini-batch, over all data-parallel ranks."""
+        return self.share.counts[mini_batch]
 
     def response_tokens(self, mini_batch: int) -> int:
         """Of a mini-batch over all data-parallel ranks, whether the loss sees them or not."""
-        indices = (i for of_rank in self.assignment[mini_batch] for i in of_rank)
-        return sum(len(self.all_examples[i].rollout.response_ids) for i in indices)
+        return self.share.response_tokens[mini_batch]

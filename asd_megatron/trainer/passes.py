@@ -141,7 +141,7 @@ def gate_entropy(
 def teacher_perplexities(
     process_groups: ProcessGroups, batch: LocalBatch, inputs: TokenInputs, teacher: Scores
 ) -> Tensor:
-    """The teacher's perplexity of every response of the global batch, in the order of `batch.all_examples`: float64 [R]
+    """The teacher's perplexity of every response of the global batch, in the order of its examples: float64 [R]
     on the CPU, the same on every rank; NaN without context and where the loss sees no token.
 
     Each data-parallel rank contributes its own responses and zeros elsewhere: the sum is exact, so that statistics of
@@ -150,7 +150,7 @@ def teacher_perplexities(
     counted = context_tokens(inputs.loss_mask, inputs.has_context)
     # On the CPU index_add_ adds in a fixed order: ranks with the same columns get the same bits.
     own = response_perplexities(teacher.logprobs.cpu(), counted.cpu(), inputs.segment.cpu(), batch.table.rollouts)
-    found = torch.zeros(len(batch.all_examples), dtype=torch.float64)
+    found = torch.zeros(batch.total, dtype=torch.float64)
     found[batch.indices] = own
     return sum_over(process_groups.dp, found, inputs.weight.device)
 

@@ -18,8 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from asd_megatron.records import TokenIds
 
 BLOCK = 16
 
@@ -47,7 +51,7 @@ class Segments:
         return Segments(ids, positions, [*self.cu[:-1], self.cu[-1] + tokens], self.parents, self.where)
 
 
-def separate(sequences: Sequence[Sequence[int]]) -> Segments:
+def separate(sequences: Sequence[TokenIds]) -> Segments:
     """One segment for each sequence, in their order; nothing is shared."""
     cu = [0]
     for ids in sequences:
@@ -66,14 +70,16 @@ def concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
-def sort_by_prefix(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+def sort_by_prefix(sequences: Sequence[TokenIds]) -> tuple[list[int], list[int]]:
     """Lexicographic order, in which each sequence stands next to those it shares most with.
 
     Returns (indices of the sequences in that order, for each place the tokens shared with the place before, in
     multiples of BLOCK).
     """
-    indices = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
-    arrays = [np.asarray(sequences[i], dtype=np.int64) for i in indices]
+    # Big-endian bytes of numbers that are not negative compare as the numbers do, at the speed of memory.
+    keys = [np.asarray(ids, dtype=">i4").tobytes() for ids in sequences]
+    indices = sorted(range(len(sequences)), key=keys.__getitem__)
+    arrays = [np.asarray(sequences[i], dtype=np.int32) for i in indices]
     shared = [0] * len(indices)
     for place in range(1, len(indices)):
         a, b = arrays[place - 1], arrays[place]
@@ -83,13 +89,13 @@ def sort_by_prefix(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[
     return indices, shared
 
 
-def unique_tokens(sequences: Sequence[Sequence[int]]) -> int:
+def unique_tokens(sequences: Sequence[TokenIds]) -> int:
     """Tokens to compute when the sequences share their prefixes."""
     indices, shared = sort_by_prefix(sequences)
     return sum(len(sequences[i]) for i in indices) - sum(shared)
 
 
-def build_tree(sequences: Sequence[Sequence[int]], shared: Sequence[int] | None = None) -> Segments:
+def build_tree(sequences: Sequence[TokenIds], shared: Sequence[int] | None = None) -> Segments:
     """The sequences with every common prefix laid out once.
 
     `shared`: when the sequences are in the order of `sort_by_prefix` already, the shared lengths that it returned.

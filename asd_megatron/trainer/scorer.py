@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,7 @@ def score_sequence(
 ) -> list[float]:
     """log p(ids[t] | ids[:t]) for t from 1 on, in nats at temperature 1 under the live weights. Collective over all
     ranks; every rank gets the same values."""
-    sequence = TokenSequence(tuple(ids), 1, 0)
+    sequence = TokenSequence(np.array(ids, dtype=np.int32), 1, 0)
     replicas = process_groups.dp.size()
     packs = build_packs([[sequence]] * replicas, process_groups.dp.rank(), len(ids), layout)
     return score(port, process_groups, packs, len(ids) - 1, temperature=1.0).logprobs.tolist()

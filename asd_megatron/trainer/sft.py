@@ -69,7 +69,7 @@ def supervised_update(
         row, rank_sequences = 0, []
         for i in indices:
             e = examples[i]
-            rank_sequences.append(TokenSequence((*e.prompt_ids, *e.response_ids), len(e.prompt_ids), row))
+            rank_sequences.append(TokenSequence.of(e.prompt_ids, e.response_ids, row))
             row += len(e.response_ids)
         sequences.append(rank_sequences)
         if r == rank:

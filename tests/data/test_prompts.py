@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from asd_megatron.data import chat
+from asd_megatron.data import chat, demonstration
 from asd_megatron.data.demonstration import ELLIPSIS, clean, count, shorten
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
+from asd_megatron.data.tokenizer import encode_spans
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
 from tests.data.tokenizers import byte_tokenizer
@@ -120,7 +121,7 @@ def test_another_wording_for_chat() -> None:
 def test_an_empty_context_gives_the_students_ids(kwargs: dict[str, Any]) -> None:
     r = renderer(**kwargs)
     result = r.teacher(PROBLEM, None, None, 10, NO_LIMITS)
-    assert result is not None and result[0] == r.student(PROBLEM).ids
+    assert result is not None and tuple(result[0]) == r.student(PROBLEM).ids
 
 
 def test_feedback_only() -> None:
@@ -159,17 +160,23 @@ def test_special_tokens_never_reach_the_teachers_prompt() -> None:
 
 def test_shorten_keeps_a_quarter_and_three_quarters() -> None:
     text = "".join(chr(ord("a") + i % 26) for i in range(400))
-    short = shorten(TOKENIZER, text, 105)
-    assert short == text[:25] + ELLIPSIS + text[-75:] and count(TOKENIZER, short) == 105
-    assert shorten(TOKENIZER, text, 400) == text
-    assert shorten(TOKENIZER, text, 3) == ""
+    assert shorten(TOKENIZER, text, 105) == (text[:25] + ELLIPSIS + text[-75:], 105)
+    assert shorten(TOKENIZER, text, 400) == (text, 400)
+    assert shorten(TOKENIZER, text, 3) == ("", 0)
+
+
+def test_shorten_tokenises_no_more_than_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, seen = "".join(chr(ord("a") + i % 26) for i in range(100_000)), []
+    monkeypatch.setattr(demonstration, "encode_spans", lambda t, part: seen.append(len(part)) or encode_spans(t, part))
+    assert shorten(TOKENIZER, text, 105) == (text[:25] + ELLIPSIS + text[-75:], 105)
+    assert sum(seen) < 10 * 105
 
 
 def test_shorten_holds_its_limit_at_cuts_inside_characters() -> None:
     text = "é漢 字🙂" * 40  # several bytes, so several tokens, a character
     for limit in range(12, 60):
-        short = shorten(TOKENIZER, text, limit)
-        assert count(TOKENIZER, short) <= limit and "\ufffd" not in short
+        short, tokens = shorten(TOKENIZER, text, limit)
+        assert count(TOKENIZER, short) == tokens <= limit and "\ufffd" not in short
         head, _, tail = short.partition(ELLIPSIS)
         assert text.startswith(head) and text.endswith(tail)
 

@@ -130,6 +130,7 @@ def _make_fail(phase: str, failed: Path) -> None:
     from asd_megatron.rollout.embedded.engine import EmbeddedEngine
     from asd_megatron.run import rl, session
     from asd_megatron.trainer import passes
+    from asd_megatron.trainer.local_batch import LocalBatch
 
     def fail(*_: Any, **__: Any) -> None:
         failed.write_text(str(time.time()))
@@ -137,7 +138,7 @@ def _make_fail(phase: str, failed: Path) -> None:
 
     where: dict[str, tuple[Any, str]] = {
         "collect": (EmbeddedEngine, "collect"),
-        "build_batch": (rl.LocalBatch, "build"),
+        "build_batch": (LocalBatch, "receive"),
         "score_teacher": (passes, "score_teacher"),
         "score_student": (passes, "score_student"),
         "gate_step": (passes, "gate_entropy"),

@@ -202,7 +202,7 @@ def dump(folder: Path, step: int) -> Dump:
 def responses(folder: Path, step: int) -> dict[tuple[str, int], tuple[int, ...]]:
     """Response ids of a step by (problem, sample)."""
     rollouts = [example.rollout for example in dump(folder, step).examples]
-    return {(r.prompt_id, r.sample): r.response_ids for r in rollouts}
+    return {(r.prompt_id, r.sample): tuple(r.response_ids) for r in rollouts}
 
 
 def assert_close(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], tolerance: float) -> None:

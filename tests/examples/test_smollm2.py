@@ -189,7 +189,7 @@ def _on_two_stages(rank: int, folder: str, target: str, prompts: list[Any]) -> d
         torch.distributed.broadcast_object_list(rollouts, 0)
         sequences, row = [], 0
         for r in rollouts[0]:
-            sequences.append(TokenSequence(r.prompt_ids + r.response_ids, len(r.prompt_ids), row))
+            sequences.append(TokenSequence.of(r.prompt_ids, r.response_ids, row))
             row += len(r.response_ids)
         packs = build_packs([sequences], 0, 1024, PackLayout(pipeline=2))
         logprobs = score(port, groups, packs, row, temperature=params.temperature).logprobs

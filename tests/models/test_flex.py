@@ -275,7 +275,7 @@ def _packs(tensor: int, sequence_parallel: bool) -> list[Any]:
         question, demonstration = ids(32), ids(48)
         for shown in (demonstration, demonstration, demonstration[:32] + ids(16), ()):
             prompt, answer = question + shown, ids(11)
-            sequences.append(TokenSequence(prompt + answer, len(prompt), row))
+            sequences.append(TokenSequence.of(prompt, answer, row))
             row += len(answer)
     layout = functools.partial(PackLayout, tensor=tensor, sequence_parallel=sequence_parallel)
     shared, plain = layout(share_prefixes=True), layout()

@@ -272,7 +272,7 @@ def test_mismatch_against_numpy(noise: float) -> None:
     examples, table = random_batch(0, noise)
     m = step(examples, table, step=5)
     ratios = [
-        (np.exp(row.numpy()) / np.exp(np.array(e.rollout.logprobs)))[list(e.rollout.loss_mask)]
+        (np.exp(row.numpy()) / np.exp(e.rollout.logprobs.astype(np.float64)))[list(e.rollout.loss_mask)]
         for e, row in zip(examples, table.rows("student_logprobs"), strict=True)
     ]
     w, products = np.concatenate(ratios), np.array([r.prod() for r in ratios if len(r)])

@@ -388,10 +388,10 @@ def score_batch(
 ) -> DenseResult:
     """Steps 1 to 9 of Algorithm 1: everything before the update, under the weights as they are."""
     teaching = model if recipe.teacher == "live" or models is None else getattr(models, recipe.teacher)
-    prompts = [e.rollout.prompt_ids for e in examples]
-    responses = [e.rollout.response_ids for e in examples]
+    prompts = [e.rollout.prompt_ids.tolist() for e in examples]
+    responses = [e.rollout.response_ids.tolist() for e in examples]
     taught = [i for i, e in enumerate(examples) if e.teacher_prompt_ids is not None]
-    contexts = [examples[i].teacher_prompt_ids or () for i in taught], [responses[i] for i in taught]
+    contexts = [list(examples[i].teacher_prompt_ids) for i in taught], [responses[i] for i in taught]
     student = score(model, prompts, responses, recipe.temperature)
     teacher: list[tuple[Tensor, Tensor] | None] = [None] * len(examples)
     for i, scores in zip(taught, score(teaching, *contexts, recipe.temperature), strict=True):
@@ -495,7 +495,7 @@ def _one_update(
     model.zero_grad(set_to_none=True)
     total, clipped_tokens = torch.zeros((), dtype=torch.float64), 0
     rollouts = [examples[i].rollout for i in masks]
-    prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+    prompts, responses = [r.prompt_ids.tolist() for r in rollouts], [r.response_ids.tolist() for r in rollouts]
     for (i, mask), logp in zip(
         masks.items(), distributions(model, prompts, responses, recipe.temperature), strict=True
     ):

@@ -209,7 +209,7 @@ def test_advantages(name: str, options: dict[str, Any], model: Any, examples: li
 def test_no_context_and_empty_context(model: Any, examples: list[Example]) -> None:
     scored = score_batch(model, examples, DenseRecipe(condition="no_gate"), DenseGate())
     for k, e in enumerate(examples):
-        if not e.has_context or e.teacher_prompt_ids == e.rollout.prompt_ids:
+        if not e.has_context or tuple(e.teacher_prompt_ids) == tuple(e.rollout.prompt_ids):
             assert (scored.pmi[k] == 0).all() and (scored.term[k] == 0).all()
             torch.testing.assert_close(scored.advantage[k], torch.full_like(scored.advantage[k], e.group_advantage))
         else:

@@ -31,7 +31,7 @@ def _run(engine: RolloutEngine, prompts: Any = PROMPTS, params: SamplingParams =
 
 
 def _tokens(found: list[Group]) -> dict[tuple[str, int], tuple[int, ...]]:
-    return {(r.prompt_id, r.sample): r.response_ids for g in found for r in g.rollouts}
+    return {(r.prompt_id, r.sample): tuple(r.response_ids) for g in found for r in g.rollouts}
 
 
 def test_groups_are_whole_and_in_submitted_order(process_groups: Any) -> None:
@@ -42,13 +42,13 @@ def test_groups_are_whole_and_in_submitted_order(process_groups: Any) -> None:
     for group, asked in zip(found, PROMPTS, strict=True):
         assert [r.sample for r in group.rollouts] == [0, 1, 2]
         for r in group.rollouts:
-            assert r.prompt_ids == asked.ids and r.weight_version == 4
+            assert tuple(r.prompt_ids) == asked.ids and r.weight_version == 4
             ended = r.response_ids[-1] in PARAMS.stop_token_ids
             assert not any(t in PARAMS.stop_token_ids for t in r.response_ids[:-1])
             assert r.finish_reason is (FinishReason.STOP if ended else FinishReason.LENGTH)
             assert ended or len(r.response_ids) == 12
             assert r.text == "".join(chr(96 + t) for t in r.response_ids if t)
-    assert len({r.response_ids for g in found for r in g.rollouts}) > 12
+    assert len({tuple(r.response_ids) for g in found for r in g.rollouts}) > 12
     assert {r.finish_reason for g in found for r in g.rollouts} == {FinishReason.STOP, FinishReason.LENGTH}
 
 
@@ -57,9 +57,9 @@ def test_logprobs_equal_the_forward_of_the_whole_sequence(process_groups: Any) -
     for params in (PARAMS, dataclasses.replace(PARAMS, temperature=0.6, top_k=9, top_p=0.9)):
         for group in _run(_engine(process_groups, port), params=params):
             for r in group.rollouts:
-                logits = port.full(r.prompt_ids + r.response_ids)[len(r.prompt_ids) - 1 : -1]
+                logits = port.full((*r.prompt_ids, *r.response_ids))[len(r.prompt_ids) - 1 : -1]
                 expected = torch.log_softmax(logits / params.temperature, -1)
-                expected = expected[torch.arange(len(r.response_ids)), torch.tensor(r.response_ids)]
+                expected = expected[torch.arange(len(r.response_ids)), r.response_ids]
                 torch.testing.assert_close(torch.tensor(r.logprobs), expected, atol=1e-5, rtol=0)
 
 
@@ -67,9 +67,9 @@ def test_greedy(process_groups: Any) -> None:
     port = ToyPort()
     found = _run(_engine(process_groups, port), params=dataclasses.replace(PARAMS, temperature=0.0))
     for group in found:
-        assert len({r.response_ids for r in group.rollouts}) == 1
+        assert len({tuple(r.response_ids) for r in group.rollouts}) == 1
         r = group.rollouts[0]
-        logits = port.full(r.prompt_ids + r.response_ids)[len(r.prompt_ids) - 1 : -1]
+        logits = port.full((*r.prompt_ids, *r.response_ids))[len(r.prompt_ids) - 1 : -1]
         assert logits.argmax(-1).tolist() == list(r.response_ids)
 
 
@@ -91,7 +91,8 @@ def test_noise_differs_by_seed_step_and_repetition(process_groups: Any) -> None:
     for other in (_run(_engine(process_groups, seed=2)), _run(_engine(process_groups), step=2)):
         assert sum(v == expected[k] for k, v in _tokens(other).items()) < 9
     twice = _run(_engine(process_groups), [PROMPTS[3], PROMPTS[3]])
-    assert [r.response_ids for r in twice[0].rollouts] != [r.response_ids for r in twice[1].rollouts]
+    first, second = ([tuple(r.response_ids) for r in group.rollouts] for group in twice)
+    assert first != second
 
 
 def test_long_responses_go_on_through_noise_and_cache_blocks(process_groups: Any) -> None:
@@ -159,7 +160,7 @@ def test_a_stop_at_the_last_position_is_a_stop(process_groups: Any) -> None:
     at = next(t for t in range(3, 30) if free[t] not in free[:t])
     params = SamplingParams(n=1, max_new_tokens=at + 1, stop_token_ids=(free[at],))
     ended = _run(_engine(process_groups), PROMPTS[:1], params)[0].rollouts[0]
-    assert ended.response_ids == free[: at + 1] and ended.finish_reason is FinishReason.STOP
+    assert tuple(ended.response_ids) == tuple(free[: at + 1]) and ended.finish_reason is FinishReason.STOP
 
 
 def test_refusals(process_groups: Any) -> None:

@@ -61,7 +61,7 @@ def _alone(rank: int) -> Sampled:
             _check_logprobs(model, r, WAYS[way].temperature or 1.0)
     for r in found["greedy"]:
         out = model.generate(
-            torch.tensor([r.prompt_ids]),
+            torch.tensor([r.prompt_ids.tolist()]),
             attention_mask=torch.ones(1, len(r.prompt_ids), dtype=torch.int64),
             do_sample=False,
             max_new_tokens=14,
@@ -74,9 +74,9 @@ def _alone(rank: int) -> Sampled:
 
 @torch.no_grad()
 def _check_logprobs(model: Any, r: Rollout, temperature: float) -> None:
-    logits = model(torch.tensor([r.prompt_ids + r.response_ids])).logits[0, len(r.prompt_ids) - 1 : -1]
+    logits = model(torch.tensor([[*r.prompt_ids, *r.response_ids]])).logits[0, len(r.prompt_ids) - 1 : -1]
     expected = torch.log_softmax(logits / temperature, -1)
-    expected = expected[torch.arange(len(r.response_ids)), torch.tensor(r.response_ids)]
+    expected = expected[torch.arange(len(r.response_ids)), r.response_ids]
     torch.testing.assert_close(torch.tensor(r.logprobs), expected, atol=1e-5, rtol=0)
 
 

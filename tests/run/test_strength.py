@@ -274,9 +274,8 @@ def test_a_rank_without_responses() -> None:
     nothing = torch.zeros(0)
     assert response_perplexities(nothing, nothing.bool(), nothing.long(), 0).shape == (0,)
     table = SimpleNamespace(rollouts=0, spread=lambda values: values)
-    batch: Any = SimpleNamespace(
-        all_examples=[None] * 3, indices=[], table=table, layout=SimpleNamespace(device=torch.device("cpu"))
-    )
+    layout = SimpleNamespace(device=torch.device("cpu"))
+    batch: Any = SimpleNamespace(total=3, indices=[], table=table, layout=layout)
     inputs: Any = SimpleNamespace(
         loss_mask=nothing.bool(),
         has_context=nothing.bool(),

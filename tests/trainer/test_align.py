@@ -73,12 +73,12 @@ def test_teacher_and_student_meet_at_rollout_and_position(ranks: int, context: i
         row = 0
         for e in batch.examples:
             for t, token in enumerate(e.rollout.response_ids):
-                before = e.rollout.response_ids[:t]
-                assert student[row] == [(token, e.rollout.prompt_ids + before)]
+                before = tuple(e.rollout.response_ids[:t])
+                assert student[row] == [(token, (*e.rollout.prompt_ids, *before))]
                 if e.teacher_prompt_ids is None:
                     assert row not in teacher
                 else:
-                    assert teacher[row] == [(token, e.teacher_prompt_ids + before)]
+                    assert teacher[row] == [(token, (*e.teacher_prompt_ids, *before))]
                 row += 1
         assert len(student) == row == batch.table.tokens
 
@@ -130,7 +130,7 @@ def test_the_table_names_what_was_computed() -> None:
 
 def _tables(rank: int) -> list[Any]:
     world = dist.group.WORLD
-    groups = SimpleNamespace(dp=world, world=world)
+    groups = SimpleNamespace(dp=world, host=world)
     found: list[Any] = []
     for updates in (1, 3):
         batch = build(2, rank, PackLayout(), updates)

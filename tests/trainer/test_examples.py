@@ -48,6 +48,11 @@ def text(example: Example) -> str:
     return str(TOKENIZER.decode(list(example.teacher_prompt_ids)))
 
 
+def teacher_tokens(example: Example) -> int:
+    prompt = example.teacher_prompt_ids
+    return (0 if prompt is None else len(prompt)) + len(example.rollout.response_ids)
+
+
 def sources(examples: list[Example]) -> list[str]:
     return [e.demonstration_source.value for e in examples]
 
@@ -139,10 +144,10 @@ def test_limits_mask_and_count() -> None:
     """A demonstration that had to be cut, and a teacher sequence without room for enough of one."""
     rollouts = group([1.0, 1.0, 0.0])
     examples = builder().build([rollouts], step=1)
-    longest = max(len(e.teacher_prompt_ids or ()) + len(e.rollout.response_ids) for e in examples)
+    longest = max(map(teacher_tokens, examples))
     tight = builder(TeacherLimits(min_solution_tokens=10, max_teacher_tokens=longest - 5))
     cut = tight.build([rollouts], step=1)
-    assert all(len(e.teacher_prompt_ids or ()) + len(e.rollout.response_ids) <= longest - 5 for e in cut)
+    assert all(teacher_tokens(e) <= longest - 5 for e in cut)
     assert all(e.has_context for e in cut)
     assert isinstance(tight.renderer, PromptRenderer)
     assert tight.renderer.counters["demonstration_shortened"] == 3 and tight.renderer.counters["teacher_too_long"] == 0
@@ -202,7 +207,7 @@ def test_an_empty_context_gives_equal_ids_and_no_pmi(puzzle: Product) -> None:
     for k, problem in enumerate(PuzzleStream.of("test").take(6)):
         prompt = renderer.student(problem)
         empty = renderer.teacher(problem, None, None, 9, TeacherLimits())
-        assert empty is not None and empty[0] == prompt.ids
+        assert empty is not None and tuple(empty[0]) == prompt.ids
         ids = tuple(tokenizer(trace(problem.question), add_special_tokens=False)["input_ids"])
         rollout = Rollout(problem.prompt_id, k, prompt.ids, ids, (0.0,) * len(ids), FinishReason.STOP, 0)
         examples.append(Example(rollout, 1.0, 0.5, empty[0], DemonstrationSource.REFERENCE))

@@ -318,6 +318,7 @@ def test_a_probe_takes_the_first_tokens() -> None:
     few = first_examples(examples, 20, with_context=True)
     assert [len(e.rollout.response_ids) for e in few] == [*with_context[:2], 20 - sum(with_context[:2])]
     last, complete = few[-1].rollout, [e for e in examples if e.has_context][2].rollout
-    assert last.response_ids == complete.response_ids[: len(last.response_ids)]
+    assert tuple(last.response_ids) == tuple(complete.response_ids[: len(last.response_ids)])
     bare = [replace(e, teacher_prompt_ids=None) for e in examples]
-    assert first_examples(bare, 1, with_context=True)[0].rollout.response_ids == (bare[0].rollout.response_ids[:1])
+    (first,) = first_examples(bare, 1, with_context=True)
+    assert list(first.rollout.response_ids) == list(bare[0].rollout.response_ids[:1])

@@ -11,7 +11,8 @@ import torch
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.records import Example, FinishReason
 from asd_megatron.trainer.batch import PackLayout
-from asd_megatron.trainer.local_batch import ComputedTokens, GlobalCounts, LocalBatch, loss_mask, split_mini_batches
+from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
+from asd_megatron.trainer.shares import GlobalCounts, loss_mask, split_mini_batches
 
 
 def build(examples: list[Example], ranks: int = 1, rank: int = 0, updates: int = 1, **how: Any) -> LocalBatch:
@@ -37,11 +38,12 @@ def test_every_example_belongs_to_one_rank(ranks: int, updates: int) -> None:
     examples = hard_batch(1)
     batches = [build(examples, ranks, rank, updates) for rank in range(ranks)]
     assert sorted(i for b in batches for i in b.indices) == list(range(len(examples)))
-    assert all(b.assignment == batches[0].assignment for b in batches)  # every rank works them out alike
-    for mini_batch, part in zip(batches[0].assignment, split_mini_batches(len(examples), updates), strict=True):
-        assert sorted(i for indices in mini_batch for i in indices) == list(part)
+    for m, part in enumerate(split_mini_batches(len(examples), updates)):
+        found = [b.indices[sum(b.share.sizes[:m]) :][: b.share.sizes[m]] for b in batches]
+        assert sorted(i for indices in found for i in indices) == list(part)
+        assert len({len(b.share.updates[m]) for b in batches}) == 1  # equally many packs on every rank
     for b in batches:
-        assert [b.all_examples[i] for i in b.indices] == list(b.examples)
+        assert [examples[i] for i in b.indices] == list(b.examples)
         assert b.table.tokens == sum(map(length, b.examples))
 
 
@@ -68,7 +70,7 @@ def test_rows_follow_the_rollouts() -> None:
     assert rewards == [batch.examples[k].reward for k, _ in expected]
     first, second = batch.mini_batch_rows(0), batch.mini_batch_rows(1)
     assert (first.start, first.stop, second.stop) == (0, second.start, batch.table.tokens)
-    in_first = {i for indices in batch.assignment[0] for i in indices}
+    in_first = split_mini_batches(len(examples), 2)[0]
     owners = [batch.indices[k] for k, _ in expected]
     assert [i in in_first for i in owners] == [r < first.stop for r in range(batch.table.tokens)]
 

@@ -20,7 +20,7 @@ from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import gather_objects
 from asd_megatron.errors import NotFinite, UserError
 from asd_megatron.models.port import ModelPort
-from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
+from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams, as_array
 from asd_megatron.rollout.embedded.cache import KVCache
 from asd_megatron.rollout.embedded.sampler import StopCheck, check_params, draw, noise
 from asd_megatron.rollout.engine import RolloutError, WeightSource, check_lengths
@@ -305,9 +305,9 @@ class EmbeddedEngine:
                 Rollout(
                     prompt_id=prompt.problem.prompt_id,
                     sample=r.sample,
-                    prompt_ids=prompt.ids,
-                    response_ids=tuple(r.ids.tolist()),
-                    logprobs=tuple(r.logprobs.tolist()),
+                    prompt_ids=as_array(prompt.ids, "int32"),
+                    response_ids=as_array(r.ids, "int32"),
+                    logprobs=r.logprobs,
                     finish_reason=r.reason,
                     weight_version=self._version,
                     text=r.text,

@@ -7,15 +7,19 @@ import logging
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from asd_megatron.data.tokenizer import decode
-from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
+from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams, as_array
 from asd_megatron.rollout.sglang.client.routing import Routing
 from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from asd_megatron.records import TokenIds
 
 log = logging.getLogger(__name__)
 
@@ -44,17 +48,18 @@ class PartialResponse:
     """The tokens of a sample so far, their log-probs, and (position, version): the first position of each version of
     the weights."""
 
-    ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
+    ids: TokenIds = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    logprobs: np.ndarray[Any, np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     versions: tuple[tuple[int, int], ...] = ()
 
     def extended(self, result: SampleResult, labels: Labels) -> PartialResponse:
         versions = list(self.versions)
-        for start, label in result.spans if result.output_ids else ():
+        for start, label in result.spans if len(result.output_ids) else ():
             version = labels.version(label)
             if not versions or versions[-1][1] != version:
                 versions.append((len(self.ids) + start, version))
-        return PartialResponse(self.ids + result.output_ids, self.logprobs + result.logprobs, tuple(versions))
+        ids = np.concatenate([self.ids, result.output_ids])
+        return PartialResponse(ids, np.concatenate([self.logprobs, result.logprobs]), tuple(versions))
 
 
 @dataclass
@@ -149,7 +154,7 @@ class Assembler:
         return SampleRequest(
             key=(number, sample),
             group=number,
-            input_ids=group.prompt.ids + prefix,
+            input_ids=(*group.prompt.ids, *prefix.tolist()),
             sampling={
                 "temperature": p.temperature,
                 "top_p": p.top_p,
@@ -186,7 +191,7 @@ class Assembler:
         return Rollout(
             prompt_id=group.prompt.problem.prompt_id,
             sample=sample,
-            prompt_ids=group.prompt.ids,
+            prompt_ids=as_array(group.prompt.ids, "int32"),
             response_ids=response.ids,
             logprobs=response.logprobs,
             finish_reason=FinishReason(result.finish_reason),

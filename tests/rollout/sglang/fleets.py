@@ -86,5 +86,5 @@ def check_complete(results: list[SampleResult], asked: list[SampleRequest]) -> N
     for result in results:
         request = inputs[result.key]
         assert result.finish_reason == "length"
-        assert result.output_ids == tuple(made_from(list(request.input_ids), request.sampling["max_new_tokens"]))
+        assert list(result.output_ids) == made_from(list(request.input_ids), request.sampling["max_new_tokens"])
         assert len(result.logprobs) == len(result.output_ids)

@@ -65,7 +65,7 @@ class Loop:
         """The responses are the current weights', and the trainer has the memory of every server that lives."""
         for rollout in (rollout for group in groups for rollout in group.rollouts):
             assert rollout.weight_version == self.weights.version
-            assert rollout.response_ids == tuple(made_from(list(rollout.prompt_ids), len(rollout.response_ids)))
+            assert tuple(rollout.response_ids) == tuple(made_from(list(rollout.prompt_ids), len(rollout.response_ids)))
         assert all(server.dead or server.offloaded == TAGS for server in self.servers)
         assert self.world.pool.deferred
         assert [server.died_of for server in self.servers] == [[] for _ in self.servers]
@@ -207,7 +207,7 @@ def test_release_and_resume_may_be_repeated(process_groups: Any, pair: list[Fake
     engine.load_weights(Source(1))
     engine.submit([prompt("a", (1,))], PARAMS, step=1)
     (group,) = finish(engine)
-    assert group.rollouts[0].response_ids == tuple(made_from([1], 6))
+    assert tuple(group.rollouts[0].response_ids) == tuple(made_from([1], 6))
     assert [server.died_of for server in pair] == [[], []]
 
 

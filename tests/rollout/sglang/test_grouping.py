@@ -50,9 +50,10 @@ def test_one_request_per_sample_and_complete_groups_in_submitted_order() -> None
     first, second = made.take([answer(b0, (6, 0)), answer(a0, (7, 0))])
     assert [g.problem.prompt_id for g in (first, second)] == ["a", "b"]
     one, two = first.rollouts
-    assert (one.sample, one.prompt_ids, one.response_ids, one.logprobs) == (0, (1, 2), (7, 0), (-3.5, 0.0))
+    found = [list(part) for part in (one.prompt_ids, one.response_ids, one.logprobs)]
+    assert one.sample == 0 and found == [[1, 2], [7, 0], [-3.5, 0.0]]
     assert (one.text, one.weight_version, one.across_versions, one.finish_reason) == ("g", 3, False, FinishReason.STOP)
-    assert two.truncated and second.rollouts[1].response_ids == (4, 0)
+    assert two.truncated and tuple(second.rollouts[1].response_ids) == (4, 0)
     assert made.take(()) == []
 
 
@@ -77,9 +78,9 @@ def test_a_suspended_sample_continues_where_it_stopped() -> None:
     assert rest.sampling["sampling_seed"] != a0.sampling["sampling_seed"]
     (group,) = made.take([answer(rest, (9, 0), "stop", (0, 4))])
     rollout = group.rollouts[0]
-    assert rollout.response_ids == (5, 6, 7, 9, 0) and rollout.logprobs == (-2.5, -3.0, -3.5, -4.5, 0.0)
+    assert tuple(rollout.response_ids) == (5, 6, 7, 9, 0) and tuple(rollout.logprobs) == (-2.5, -3.0, -3.5, -4.5, 0.0)
     assert rollout.weight_version == 3 and rollout.version_changes == ((3, 4),) and rollout.across_versions
-    assert group.rollouts[1].response_ids == (8, 0) and not group.rollouts[1].across_versions
+    assert tuple(group.rollouts[1].response_ids) == (8, 0) and not group.rollouts[1].across_versions
 
 
 def test_suspended_twice_and_before_the_first_token() -> None:
@@ -91,7 +92,7 @@ def test_suspended_twice_and_before_the_first_token() -> None:
     made.suspend([answer(b0, (5,), "abort", (0, 4)), answer(b1, (6,), "abort", (0, 4))])
     c0, c1 = made.add([], PARAMS, step=3)
     (group,) = made.take([answer(c0, (0,), "stop", (0, 5)), answer(c1, (7, 0), "stop", (0, 5))])
-    assert [r.response_ids for r in group.rollouts] == [(5, 0), (4, 6, 7, 0)]
+    assert [tuple(r.response_ids) for r in group.rollouts] == [(5, 0), (4, 6, 7, 0)]
     assert [(r.weight_version, r.version_changes) for r in group.rollouts] == [
         (4, ((1, 5),)),
         (3, ((1, 4), (2, 5))),
@@ -104,7 +105,7 @@ def test_a_group_that_the_suspension_completes_is_delivered_next() -> None:
     made.suspend([answer(a0, (4, 0)), answer(a1, (5, 0))])
     assert made.add([], PARAMS, step=2) == []
     (group,) = made.take(())
-    assert [r.response_ids for r in group.rollouts] == [(4, 0), (5, 0)]
+    assert [tuple(r.response_ids) for r in group.rollouts] == [(4, 0), (5, 0)]
 
 
 def test_weights_that_change_within_an_answer() -> None:
@@ -112,7 +113,7 @@ def test_weights_that_change_within_an_answer() -> None:
     a0, a1 = made.add([prompt("a", (1,))], PARAMS, step=1)
     (group,) = made.take([answer(a0, (4, 5, 6), "stop", (0, 3), (2, 4)), answer(a1, (), "abort")])
     assert group.rollouts[0].version_changes == ((2, 4),)
-    assert group.rollouts[1].finish_reason is FinishReason.ABORT and group.rollouts[1].response_ids == ()
+    assert group.rollouts[1].finish_reason is FinishReason.ABORT and tuple(group.rollouts[1].response_ids) == ()
 
 
 def test_routes_are_those_of_the_answer_that_completes_a_response(caplog: pytest.LogCaptureFixture) -> None:
@@ -128,7 +129,7 @@ def test_routes_are_those_of_the_answer_that_completes_a_response(caplog: pytest
     with caplog.at_level(logging.WARNING):
         lost = replace(answer(b1, (4, 0)), unrouted="they are 8 bytes", url="http://a")
         (group,) = made.take([replace(answer(b0, (9, 0)), routed_experts=new), lost])
-    assert group.rollouts[0].response_ids == (5, 6, 7, 9, 0) and group.rollouts[0].routed_experts is new
+    assert tuple(group.rollouts[0].response_ids) == (5, 6, 7, 9, 0) and group.rollouts[0].routed_experts is new
     assert group.rollouts[1].routed_experts is None and made.unrouted == 1
     assert "answer of http://a are not used: they are 8 bytes" in caplog.text
     with pytest.raises(ValueError, match="4 routed tokens do not belong to 7 tokens"):

@@ -14,13 +14,17 @@ import math
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import numpy as np
 
 from asd_megatron.errors import UserError
+from asd_megatron.records import equal_fields
 from asd_megatron.rollout.sglang.client.routing import Routing
+
+if TYPE_CHECKING:
+    from asd_megatron.records import TokenIds
 
 API_KEY_VARIABLE = "ASD_MEGATRON_API_KEY"
 ADMIN_KEY_VARIABLE = "ASD_MEGATRON_ADMIN_KEY"
@@ -64,24 +68,26 @@ class InvalidAnswer(ServerError):
     """The answer does not follow the interface: ids, log-probs and labels that do not match."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generation:
     """One answer of `/generate`.
 
-    `logprobs[t]` is the log-probability of `output_ids[t]` at the request's temperature, before top-p and top-k (SGLang
-    takes them at temperature 1 for a greedy request). `spans`: (start, label), ascending: from output position `start`
-    on the weights were `label`; the last label is `label`. Empty if the server does not say, and for an abort that came
-    before the first token. `routed_experts`: int16 [input and output tokens - 1, layers, experts of a token], or None
-    with the reason in `unrouted` if they were asked for and cannot be used.
+    `output_ids`: int32; `logprobs[t]` (float32) is the log-probability of `output_ids[t]` at the request's temperature,
+    before top-p and top-k (SGLang takes them at temperature 1 for a greedy request). `spans`: (start, label),
+    ascending: from output position `start` on the weights were `label`; the last label is `label`. Empty if the server
+    does not say, and for an abort that came before the first token. `routed_experts`: int16 [input and output tokens -
+    1, layers, experts of a token], or None with the reason in `unrouted` if they were asked for and cannot be used.
     """
 
-    output_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    output_ids: TokenIds
+    logprobs: np.ndarray[Any, np.dtype[np.float32]]
     finish_reason: str
     label: str
     spans: tuple[tuple[int, str], ...]
     routed_experts: np.ndarray[Any, Any] | None = field(default=None, compare=False, repr=False)
     unrouted: str = ""
+
+    __eq__ = equal_fields
 
 
 def new_session() -> aiohttp.ClientSession:
@@ -219,7 +225,7 @@ def _reason(text: str) -> str:
 def _generation(answer: Mapping[str, Any]) -> Generation:
     """Raises ValueError or one of its kind if the parts do not fit together."""
     meta = answer["meta_info"]
-    ids = tuple(answer["output_ids"])
+    ids = answer["output_ids"]
     triples = meta.get("output_token_logprobs") or []
     reason = meta["finish_reason"]["type"]
     label = meta["weight_version"]
@@ -227,14 +233,15 @@ def _generation(answer: Mapping[str, Any]) -> Generation:
         raise ValueError(f"finish reason {reason!r}")
     if any(type(i) is not int or i < 0 for i in ids):
         raise ValueError("output ids are not all token ids")
-    if tuple(triple[1] for triple in triples) != ids:
+    if [triple[1] for triple in triples] != ids:
         raise ValueError(f"{len(triples)} log-probs do not belong to the {len(ids)} output ids")
-    logprobs = tuple(triple[0] for triple in triples)
+    logprobs = [triple[0] for triple in triples]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs):
         raise ValueError("a log-prob is not finite")
     if not isinstance(label, str):
         raise ValueError(f"weight version {label!r}")
-    return Generation(ids, logprobs, reason, label, _spans(meta.get("weight_versions") or [], len(ids), label))
+    spans = _spans(meta.get("weight_versions") or [], len(ids), label)
+    return Generation(np.array(ids, dtype=np.int32), np.array(logprobs, dtype=np.float32), reason, label, spans)
 
 
 def _routed(generation: Generation, answer: Mapping[str, Any], routing: Routing, inputs: int) -> Generation:

@@ -393,7 +393,7 @@ def _result(attempt: Attempt, answer: Generation) -> SampleResult:
         answer.output_ids,
         answer.logprobs,
         answer.finish_reason,
-        answer.spans or (((0, answer.label),) if answer.output_ids else ()),
+        answer.spans or (((0, answer.label),) if len(answer.output_ids) else ()),
         attempt.member.url,
         sample.attempts,
         answer.routed_experts,

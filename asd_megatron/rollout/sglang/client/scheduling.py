@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from asd_megatron.records import equal_fields
 from asd_megatron.rollout.sglang.client.routing import Routing
+
+if TYPE_CHECKING:
+    from asd_megatron.records import TokenIds
 
 
 @dataclass(frozen=True)
@@ -26,26 +30,29 @@ class SampleRequest:
     routing: Routing | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SampleResult:
     """The outcome of a `SampleRequest`.
 
     `finish_reason` is stop, length or abort (given up, or aborted by the caller: the tokens so far, possibly none).
-    `logprobs[t]` is the log-probability of `output_ids[t]` after temperature, before top-p and top-k. `spans`: (start,
-    label), ascending: from output position `start` on the weights were `label`. `url`: the server (or router) that
-    answered, "" if none did. `attempts`: how often the request was sent. `routed_experts`: int16 [input and output
-    tokens - 1, layers, experts of a token], or None with the reason in `unrouted` if they were asked for.
+    `output_ids`: int32; `logprobs[t]` (float32) is the log-probability of `output_ids[t]` after temperature, before
+    top-p and top-k. `spans`: (start, label), ascending: from output position `start` on the weights were `label`.
+    `url`: the server (or router) that answered, "" if none did. `attempts`: how often the request was sent.
+    `routed_experts`: int16 [input and output tokens - 1, layers, experts of a token], or None with the reason in
+    `unrouted` if they were asked for.
     """
 
     key: Hashable
-    output_ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
+    output_ids: TokenIds = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    logprobs: np.ndarray[Any, np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     finish_reason: str = "abort"
     spans: tuple[tuple[int, str], ...] = ()
     url: str = ""
     attempts: int = 0
     routed_experts: np.ndarray[Any, Any] | None = field(default=None, compare=False, repr=False)
     unrouted: str = ""
+
+    __eq__ = equal_fields
 
 
 @dataclass(eq=False)

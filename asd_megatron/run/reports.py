@@ -1,0 +1,135 @@
+"""The reports of a run's steps on global rank 0: metrics, rollout dump, warnings, progress.
+
+They are made in one background thread while the next step generates, in the order of the steps; at most one waits for
+its turn. `finish` comes before everything that presumes the lines of earlier steps: a checkpoint, an evaluation's
+error, the end of the run. An error of a report is raised at the next call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from asd_megatron.config import Recipe, recipe_hash
+from asd_megatron.models.routing import LoadReport
+from asd_megatron.observe.dumps import dump_path, write_dump
+from asd_megatron.observe.metrics import GateReading, PerplexityReading, step_metrics
+from asd_megatron.observe.warnings import MethodWarnings
+from asd_megatron.observe.writer import read_metrics
+from asd_megatron.records import Example, TokenTable
+from asd_megatron.run.folder import writing
+from asd_megatron.run.mismatch import MismatchWarning
+from asd_megatron.run.session import Session
+from asd_megatron.run.sources import SourceMetrics
+from asd_megatron.trainer.expert_routing import returned_fraction
+from asd_megatron.trainer.local_batch import ComputedTokens
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step leaves to report. `examples`, `table`: of the global batch. `reading`: how lambda was set; None: the
+    condition has no per-token term. `others`: metrics that are known already."""
+
+    step: int
+    examples: Sequence[Example]
+    table: TokenTable
+    loss: float
+    grad_norm: float
+    skipped_updates: int
+    load: LoadReport | None  # of a model with experts
+    computed: ComputedTokens
+    times: Mapping[str, float]
+    learning_rate: float
+    reading: GateReading | PerplexityReading
+    outlier_limit: float | None
+    others: Mapping[str, float]
+
+
+class StepReports:
+    """Reports steps in the background. Global rank 0 alone uses it, between `session.begin` and the end of the run.
+
+    own_metrics: of the problem source. has_term: whether the condition has a per-token term.
+    """
+
+    def __init__(self, recipe: Recipe, session: Session, own_metrics: SourceMetrics | None, *, has_term: bool) -> None:
+        self.recipe, self.session, self.own_metrics, self.has_term = recipe, session, own_metrics, has_term
+        self.warnings = MethodWarnings(group_advantage=recipe.algorithm.weighs_group_advantage)
+        self.mismatch = MismatchWarning(recipe)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="reports")
+        self._latest: Future[None] | None = None
+
+    def watch_earlier_steps(self) -> None:
+        """Warnings count from the run's first step, also after it was resumed."""
+        for row in read_metrics(self.session.folder):
+            numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+            self.warnings.of_step(row["step"], numbers)
+            self.mismatch.of_step(numbers)
+
+    def submit(self, outcome: StepOutcome) -> None:
+        """Report a step. Waits for the report before it, and raises its error."""
+        self.finish()
+        self._latest = self._worker.submit(self._report, outcome)
+
+    def finish(self) -> None:
+        """Wait until all steps are reported. Raises the error of the latest report, once."""
+        latest, self._latest = self._latest, None
+        if latest is not None:
+            latest.result()
+
+    def close(self) -> None:
+        """End the thread, after the report that it is at. An error that nobody has asked for is lost: the run is ending
+        for another one."""
+        self._worker.shutdown()
+
+    def _report(self, outcome: StepOutcome) -> None:
+        """The step's dump, and its line in metrics.jsonl and TensorBoard."""
+        if self.recipe.run.dump_rollouts:
+            self._dump(outcome)
+        step = outcome.step
+        metrics = step_metrics(
+            outcome.examples,
+            outcome.table,
+            learning_rate=outcome.learning_rate,
+            grad_norm=outcome.grad_norm,
+            policy_loss=outcome.loss,
+            times=outcome.times,
+            computed=(outcome.computed.total, outcome.computed.real, outcome.computed.sequences),
+            reading=outcome.reading if self.has_term else None,
+            outlier_limit=outcome.outlier_limit,
+            skipped_updates=outcome.skipped_updates,
+            success_threshold=self.recipe.privileged.success_threshold,
+            step=step,
+        )
+        if self.own_metrics is not None:
+            metrics |= self.own_metrics.of_step(outcome.examples, outcome.table)
+        metrics |= self.session.write_load(step, outcome.load)
+        if self.recipe.rollout.routing_replay == "engine":
+            metrics["experts/replayed"] = returned_fraction(outcome.examples)
+        metrics |= outcome.others
+        found, texts = self.warnings.of_step(step, metrics)
+        metrics |= found
+        self.session.name_attention(step)
+        self.session.write_metrics(step, metrics)
+        self.session.progress.update(step, metrics)
+        for text in (*texts, self.mismatch.of_step(metrics)):
+            if text is not None:
+                self.session.say(f"warning: {text}")
+
+    def _dump(self, outcome: StepOutcome) -> None:
+        path, reading = dump_path(self.session.folder, outcome.step), outcome.reading
+        H, h_warm = (reading.entropy, reading.h_warm) if isinstance(reading, GateReading) else (None, None)
+        lambdas = reading.lambdas.tolist() if isinstance(reading, PerplexityReading) else None
+        with writing(path):
+            write_dump(
+                path,
+                outcome.examples,
+                outcome.table,
+                step=outcome.step,
+                lam=reading.lam,
+                H=H,
+                h_warm=h_warm,
+                lambdas=lambdas,
+                temperature=self.recipe.sampling.temperature,
+                recipe_hash=recipe_hash(self.recipe),
+            )

@@ -1,0 +1,201 @@
+"""A step's batch on global rank 0, divided: each data-parallel rank's share of the examples, and how every pass packs
+them.
+
+All is decided on global rank 0, which has the examples; `scatter_shares` gives every rank its share and nothing else.
+Two mini-batches of a batch of six, on two data-parallel ranks:
+
+    examples    mini-batch 0: rank 0 [0, 3], rank 1 [1, 2]   mini-batch 1: rank 0 [4], rank 1 [5]
+    rank 0      indices [0, 3, 4], sizes [2, 1]
+    rank 1      indices [1, 2, 5], sizes [2, 1]
+
+Only the order of the rows of a rank's token table depends on the assignment, no result does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.distributed.objects import scatter_objects
+from asd_megatron.records import Example
+from asd_megatron.trainer import prefixes
+from asd_megatron.trainer.batch import Bin, PackLayout, assign, plan_packs
+
+if TYPE_CHECKING:
+    from asd_megatron.records import TokenIds
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """The denominators of one mini-batch's loss, over all data-parallel ranks."""
+
+    tokens: int  # that the loss sees
+    sequences: int  # with at least one such token
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one data-parallel rank gets of a step's batch.
+
+    `examples`: its own, mini-batch after mini-batch. `indices`: their numbers in the global batch, which has `total`
+    examples. For each mini-batch: `sizes`: how many of them are in it; `counts` and `response_tokens` (whether the loss
+    sees them or not): over all ranks. The packs of each pass are bins of numbers of `examples`, equally many on every
+    rank: `teacher` and `student` of all mini-batches together, `updates` of the student's, one list for each
+    mini-batch. Sequences without a response, and for the teacher those without context, are in none.
+    """
+
+    examples: list[Example]
+    indices: list[int]
+    total: int
+    sizes: list[int]
+    counts: list[GlobalCounts]
+    response_tokens: list[int]
+    mask_truncated: bool
+    teacher: list[Bin]
+    student: list[Bin]
+    updates: list[list[Bin]]
+
+
+def loss_mask(example: Example, *, mask_truncated: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which response tokens the loss sees, bool [response tokens]: those that the policy sampled; none of a truncated
+    response with `mask_truncated`."""
+    mask = example.rollout.loss_mask
+    return np.zeros_like(mask) if mask_truncated and example.rollout.truncated else mask
+
+
+def student_ids(example: Example) -> TokenIds:
+    """Prompt and response."""
+    return np.concatenate([example.rollout.prompt_ids, example.rollout.response_ids])
+
+
+def teacher_ids(example: Example) -> TokenIds | None:
+    """Privileged prompt and response; None without context."""
+    if example.teacher_prompt_ids is None:
+        return None
+    return np.concatenate([example.teacher_prompt_ids, example.rollout.response_ids])
+
+
+def plan_shares(
+    examples: Sequence[Example],
+    *,
+    ranks: int,
+    updates: int,
+    layout: PackLayout,
+    tokens_per_microbatch: int,
+    mask_truncated: bool = False,
+) -> list[Share]:
+    """The shares of `ranks` data-parallel ranks, in `updates` mini-batches; packs of at most `tokens_per_microbatch`
+    tokens. Of `layout` counts what is the same on every rank."""
+    parts = split_mini_batches(len(examples), updates)
+    by_part = [_assign_examples(examples, part, ranks, share_prefixes=layout.share_prefixes) for part in parts]
+    indices = [[i for assigned in by_part for i in assigned[rank]] for rank in range(ranks)]
+    sizes = [[len(assigned[rank]) for assigned in by_part] for rank in range(ranks)]
+
+    def packs(part: int | None, ids: Callable[[Example], TokenIds | None]) -> list[list[Bin]]:
+        numbers, sequences = [], []
+        for rank in range(ranks):
+            first = 0 if part is None else sum(sizes[rank][:part])
+            count = len(indices[rank]) if part is None else sizes[rank][part]
+            chosen = [
+                (number, found)
+                for number in range(first, first + count)
+                if len((example := examples[indices[rank][number]]).rollout.response_ids)
+                and (found := ids(example)) is not None
+            ]
+            numbers.append([number for number, _ in chosen])
+            sequences.append([found for _, found in chosen])
+        planned = plan_packs(sequences, tokens_per_microbatch, layout)
+        return [
+            [b._replace(items=[n[i] for i in b.items]) for b in bins] for n, bins in zip(numbers, planned, strict=True)
+        ]
+
+    teacher, student = packs(None, teacher_ids), packs(None, student_ids)
+    trained = [packs(part, student_ids) for part in range(updates)] if updates > 1 else [student]
+    seen = [int(loss_mask(e, mask_truncated=mask_truncated).sum()) for e in examples]
+    lengths = [len(e.rollout.response_ids) for e in examples]
+    return [
+        Share(
+            examples=[examples[i] for i in indices[rank]],
+            indices=indices[rank],
+            total=len(examples),
+            sizes=sizes[rank],
+            counts=[GlobalCounts(sum(seen[i] for i in part), sum(seen[i] > 0 for i in part)) for part in parts],
+            response_tokens=[sum(lengths[i] for i in part) for part in parts],
+            mask_truncated=mask_truncated,
+            teacher=teacher[rank],
+            student=student[rank],
+            updates=[bins[rank] for bins in trained],
+        )
+        for rank in range(ranks)
+    ]
+
+
+def scatter_shares(shares: Sequence[Share] | None, layout: Layout, process_groups: ProcessGroups) -> Share:
+    """This rank's share, from global rank 0, which has all: one for each data-parallel rank. Texts of responses stay
+    there. Collective over all ranks."""
+    by_rank = None
+    if process_groups.host.rank() == 0:
+        assert shares is not None
+        by_rank = [shares[layout.data_rank(rank)] for rank in range(layout.world_size)]
+        by_rank = [by_rank[0], *map(_without_texts, by_rank[1:])]
+    return scatter_objects(by_rank, 0, process_groups.host)
+
+
+def _without_texts(share: Share) -> Share:
+    bare = [dataclasses.replace(e, rollout=dataclasses.replace(e.rollout, text="")) for e in share.examples]
+    return dataclasses.replace(share, examples=bare)
+
+
+def split_mini_batches(count: int, updates: int) -> list[range]:
+    """`count` examples into `updates` contiguous, disjoint mini-batches of equal size; the first ones get one more each
+    if there is a remainder: 7 into 3 gives 0-2, 3-4, 5-6."""
+    size, extra = divmod(count, updates)
+    starts = [k * size + min(k, extra) for k in range(updates + 1)]
+    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def _token_cost(examples: Sequence[Example], *, share_prefixes: bool) -> int:
+    """Student and teacher tokens to compute for these examples; a shared prefix counts once."""
+    if share_prefixes:
+        teachers = [ids for ids in map(teacher_ids, examples) if ids is not None]
+        return prefixes.unique_tokens(list(map(student_ids, examples))) + prefixes.unique_tokens(teachers)
+    return sum(map(_tokens, examples))
+
+
+def _tokens(example: Example) -> int:
+    """Of student and teacher sequence, if nothing is shared."""
+    response, teacher = len(example.rollout.response_ids), example.teacher_prompt_ids
+    return len(example.rollout.prompt_ids) + response + (0 if teacher is None else len(teacher) + response)
+
+
+def _assign_examples(
+    examples: Sequence[Example], mini_batch: Sequence[int], ranks: int, *, share_prefixes: bool
+) -> list[list[int]]:
+    """The mini-batch's example indices for each rank, so that the busiest rank computes few tokens.
+
+    Single examples balance best. With shared prefixes, keeping a group on one rank computes its prompt once instead of
+    on several ranks; the assignment whose busiest rank has fewer tokens wins. Two groups of 2 on 2 ranks, prompts of
+    100 tokens, responses of 10: by example both ranks may hold both prompts, 220 tokens each; by group 120 each.
+    """
+    if ranks == 1:
+        return [list(mini_batch)]
+    by_prompt: dict[bytes, list[int]] = {}
+    for i in mini_batch:
+        by_prompt.setdefault(examples[i].rollout.prompt_ids.tobytes(), []).append(i)
+
+    def spread(units: Sequence[list[int]], shared: bool) -> list[list[int]]:
+        costs = [_token_cost([examples[i] for i in unit], share_prefixes=shared) for unit in units]
+        return [sorted(i for u in chosen for i in units[u]) for chosen in assign(costs, ranks)]
+
+    def busiest(assignment: list[list[int]]) -> int:
+        return max(_token_cost([examples[i] for i in indices], share_prefixes=True) for indices in assignment)
+
+    by_example = spread([[i] for i in mini_batch], False)
+    if not share_prefixes:
+        return by_example
+    return min(by_example, spread(list(by_prompt.values()), True), key=busiest)
