@@ -39,9 +39,13 @@ class Background:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint was begun and its outcome is not known yet; the same on every rank."""
+        return self._thread is not None
+
     def start(self, write: Callable[[Iterable[Part], dist.ProcessGroup], None], parts: Iterable[Part]) -> None:
-        """Copy the parts to host memory and begin to `write` them. Nothing may be in flight."""
-        assert self._thread is None, "a checkpoint is in flight"
+        """Copy the parts to host memory and begin to `write` them. Not while `busy`."""
         held = list(self._hold(list(parts)))
         if torch.cuda.is_available():
             torch.cuda.synchronize()

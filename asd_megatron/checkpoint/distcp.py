@@ -183,7 +183,8 @@ class DistributedCheckpoint:
     def _check_cover(self, tensor: StoredTensor, start: Sequence[int], sizes: Sequence[int], boxes: list[Box]) -> None:
         volume = sum(math.prod(lengths) for _, lengths in boxes)
         if volume != math.prod(sizes) or _any_overlap(boxes):
-            place = f"{tensor.key}{list(start) if any(start) else ''}"
+            named = max((axis + 1 for axis, first in enumerate(start) if first), default=0)  # without zeros at the end
+            place = f"{tensor.key}{list(start[:named]) or ''}"
             raise UserError(
                 f"the chunks of {place} in {self.folder} hold {volume} elements of {math.prod(sizes)}, or some twice: "
                 "the checkpoint is damaged, take another one"

@@ -1,6 +1,6 @@
 """The files of a checkpoint's tensors: each rank writes one, and global rank 0 says in `.metadata` what is where.
 
-    __R_0.distcp    the boxes that rank R writes, one after the other, each as `torch.save` writes a tensor
+    __R_0.distcp    the boxes that rank R writes, one after the other, each in `torch.save`'s form (`chunk_writer`)
     .metadata       shape and dtype of each tensor, its boxes, and where each box is: file, first byte, length
     common.pt       what is no tensor
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from asd_megatron.checkpoint.chunk_writer import write_tensor
 from asd_megatron.checkpoint.parts import Box, Part
 from asd_megatron.errors import UserError
 from asd_megatron.files import system_reason, write_json
@@ -90,7 +90,8 @@ class Written:
 
 
 def write_shard(folder: Path, rank: int, parts: Iterable[Part]) -> list[Written]:
-    """Write `parts` as this rank's file in `folder`. Memory: one box at a time. Raises what the system raises."""
+    """Write `parts` as this rank's file in `folder`. Memory: one box, where it is on a GPU. Raises what the system
+    raises."""
     name = f"__{rank}_0.distcp"
     written = []
     with (folder / name).open("wb") as file:
@@ -98,17 +99,11 @@ def write_shard(folder: Path, rank: int, parts: Iterable[Part]) -> list[Written]
             values = part.values()
             for box in part.boxes:
                 start = file.tell()
-                torch.save(_alone(box.of(values)), file)
+                write_tensor(box.of(values).cpu(), file)
                 written.append(Written(box, part.dtype, name, start, file.tell() - start))
         file.flush()
         os.fsync(file.fileno())
     return written
-
-
-def _alone(values: Tensor) -> Tensor:
-    """On the CPU, with a storage that holds nothing else: `torch.save` writes complete storages."""
-    values = values.detach().cpu()
-    return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 
 
 def write_metadata(folder: Path, written: Sequence[Written]) -> None:

@@ -73,6 +73,8 @@ def save(
     An error on any rank is raised on all, a UserError where the operating system refused, here or by `background`;
     older checkpoints and `latest` then stay as they were.
     """
+    if background is not None and background.busy:
+        raise RuntimeError("a checkpoint is in flight: settle it first")
     folder = Path(folder)
     host = port.process_groups.host
     stored_copies = () if copies is None else copies.names
