@@ -1,7 +1,7 @@
-"""A tensor as `torch.save` writes it (see `mapped_chunk`), written without holding Python's interpreter lock.
+"""A tensor in the form of `torch.save` (see `mapped_chunk`), written for a thread beside the one that trains.
 
-`torch.save` holds it while it copies and sums up the numbers, which stops the thread that trains. Here the check sum
-and the write are calls that release it, the numbers are not copied, and a refused write is an OSError.
+The check sum and the write are single calls that release Python's interpreter lock, the numbers are not copied, and a
+write that the system refuses is an OSError. `torch.save` hands the numbers to Python in many pieces.
 """
 
 from __future__ import annotations

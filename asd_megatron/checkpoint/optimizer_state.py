@@ -10,9 +10,6 @@ that Megatron's `fully_reshardable` format has; Megatron itself gathers them on 
 
 An Adam of Transformer Engine, Apex or PyTorch has no state before its first step, and every step may have been left out
 so far: `fill` creates what the first step would.
-
-Transformer Engine's Adam with low-precision moments may keep the upper half of a master weight in the bfloat16 weight
-and only the lower one of its own, as int16 (`_joined`). Stored are complete float32 numbers.
 """
 
 from __future__ import annotations
@@ -151,7 +148,7 @@ def load(optimizer: MegatronOptimizer, model: Shards, read: Reader) -> None:
 
 
 def restored(optimizer: MegatronOptimizer) -> set[int]:
-    """The ids of the model's parameters that `update_weights` computes from what `load` has read."""
+    """The ids of the model's parameters that `load` and `update_weights` restore."""
     found: set[int] = set()
     for part in optimizer_parts(optimizer):
         if _is_distributed(part):
@@ -162,8 +159,9 @@ def restored(optimizer: MegatronOptimizer) -> set[int]:
 
 
 def update_weights(optimizer: MegatronOptimizer, chunks: Iterable[Any]) -> None:
-    """Set the model's parameters to their master weights, rounded to their precision; each data-parallel rank of the
-    distributed optimizer its range, which the others get. chunks: of the model, in Megatron's DDP. Collective."""
+    """After `load`: set the model's parameters to their master weights, rounded to their precision; each data-parallel
+    rank of the distributed optimizer its range, which the others get. chunks: of the model, in Megatron's DDP.
+    Collective."""
     for part in optimizer_parts(optimizer):
         if hasattr(part, "_copy_main_params_to_model_params"):  # not in float32 without the distributed optimizer
             part._copy_main_params_to_model_params()
@@ -198,55 +196,27 @@ def _range_parts(part: DistributedOptimizer, model: Shards) -> Iterator[Part]:
     for parameter, begin, end in _ranges(part):
         sharded = model[id(parameter)]
         for key, tensor in _state(part, parameter).items():
-            dtype = torch.float32 if _is_remainder(tensor) else tensor.dtype
-            values = partial(_values, part, parameter, key, begin, end)
-            yield local_range(sharded, begin, end, values, dtype, f"{PREFIX}.{key}.{sharded.key}")
+            values = partial(_values, part, parameter, key)
+            yield local_range(sharded, begin, end, values, tensor.dtype, f"{PREFIX}.{key}.{sharded.key}")
 
 
-def _values(part: DistributedOptimizer, parameter: Tensor, key: str, begin: int, end: int) -> Tensor:
-    """One tensor of the range [begin, end) of a parameter as it is stored, flat."""
-    tensor = _state(part, parameter)[key].detach().reshape(-1)
-    return _joined(parameter.detach().view(-1)[begin:end], tensor) if _is_remainder(tensor) else tensor
+def _values(part: DistributedOptimizer, parameter: Tensor, key: str) -> Tensor:
+    return _state(part, parameter)[key].detach().reshape(-1)
 
 
 @torch.no_grad()
 def _load_range(
     part: DistributedOptimizer, parameter: Tensor, sharded: Sharded, begin: int, end: int, read: Reader
 ) -> None:
+    if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+        # It does not copy its master weights to the model, and may keep only what the model's weights lack of them.
+        read(boxes(sharded, begin, end), parameter.detach().view(-1)[begin:end])
     found = {}
     for key, tensor in part._get_main_param_and_optimizer_states(parameter).items():
         if key == "step":  # Megatron sets every entry
             found[key] = tensor.clone()
             continue
-        dtype = torch.float32 if _is_remainder(tensor) else tensor.dtype
-        numbers = torch.empty(end - begin, dtype=dtype, device=tensor.device)
+        numbers = torch.empty(end - begin, dtype=tensor.dtype, device=tensor.device)
         read(boxes(sharded, begin, end, f"{PREFIX}.{key}.{sharded.key}"), numbers)
-        if key == "param" and part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
-            weights = parameter.detach().view(-1)[begin:end]  # this optimizer does not copy its master weights there
-            if _is_remainder(tensor):
-                upper, numbers = _split(numbers)
-                weights.copy_(upper)
-            else:
-                weights.copy_(numbers)
         found[key] = numbers.view(tensor.shape)
     part._set_main_param_and_optimizer_states(parameter, found)
-
-
-def _is_remainder(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.int16
-
-
-def _joined(weights: Tensor, remainders: Tensor) -> Tensor:
-    """float32 master weights from bfloat16 weights, which are the master weights' upper halves rounded to nearest, and
-    the lower halves as int16: a negative one is of a number that was rounded up."""
-    lower = remainders.to(torch.int32)
-    upper = weights.contiguous().view(torch.int16).to(torch.int32) - (lower < 0).to(torch.int32)
-    return (upper.bitwise_left_shift(16) | (lower & 0xFFFF)).view(torch.float32)
-
-
-def _split(masters: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `_joined`: bfloat16 weights and int16 lower halves."""
-    bits = masters.view(torch.int32)
-    lower = (bits & 0xFFFF).to(torch.int16)
-    upper = bits.bitwise_right_shift(16) + (lower < 0).to(torch.int32)
-    return upper.to(torch.int16).view(torch.bfloat16), lower
