@@ -129,7 +129,7 @@ def measure(rank: int, world: int, port: int, megabytes: float, folder: str, res
         start = time.perf_counter()
         save(2, background)
         blocked.append(time.perf_counter() - start)
-        background.settle(wait=True)
+        background.settle()
 
     background_peak, background_seconds = peak(save_in_background)
     load_peak, load_seconds = peak(

@@ -38,34 +38,34 @@ class Background:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self.step = 0
+        """Of the checkpoint in flight: begun, with an outcome that `settle` has not told yet. 0: none."""
 
-    @property
-    def busy(self) -> bool:
-        """Whether a checkpoint was begun and its outcome is not known yet; the same on every rank."""
-        return self._thread is not None
-
-    def start(self, write: Callable[[Iterable[Part], dist.ProcessGroup], None], parts: Iterable[Part]) -> None:
-        """Copy the parts to host memory and begin to `write` them. Not while `busy`."""
+    def start(
+        self, step: int, write: Callable[[Iterable[Part], dist.ProcessGroup], None], parts: Iterable[Part]
+    ) -> None:
+        """Copy the parts to host memory and begin to `write` them. Nothing may be in flight."""
         held = list(self._hold(list(parts)))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        self.step = step
         self._thread = threading.Thread(target=self._run, args=(partial(write, held, self._group),), daemon=True)
         self._thread.start()
 
-    def settle(self, *, wait: bool) -> bool:
-        """Whether nothing is in flight any more; `wait` until then. Raises the error of a checkpoint that failed, on
-        every rank, a UserError where the operating system refused. Collective over all ranks."""
+    def settle(self, *, wait: bool = True) -> int:
+        """The step of the checkpoint in flight if it is complete, the same on every rank; 0 if it is not, or nothing
+        was in flight. `wait`: until it is. Raises the error of one that failed, on every rank, a UserError where the
+        operating system refused. Collective over all ranks."""
         thread = self._thread
-        if thread is None:
-            return True
         # Global rank 0's thread ends after it has told the others'.
-        if not (wait or on_rank_zero(lambda: not thread.is_alive(), self._host)):
-            return False
+        if thread is None or not (wait or on_rank_zero(lambda: not thread.is_alive(), self._host)):
+            return 0
         thread.join()
-        self._thread, error, self._error = None, self._error, None
+        step, error = self.step, self._error
+        self._thread, self._error, self.step = None, None, 0
         if error is not None:
             raise error
-        return True
+        return step
 
     def close(self) -> None:
         """Wait for the checkpoint in flight, whose error is dropped, and leave the group."""

@@ -73,7 +73,7 @@ def save(
     An error on any rank is raised on all, a UserError where the operating system refused, here or by `background`;
     older checkpoints and `latest` then stay as they were.
     """
-    if background is not None and background.busy:
+    if background is not None and background.step:
         raise RuntimeError("a checkpoint is in flight: settle it first")
     folder = Path(folder)
     host = port.process_groups.host
@@ -98,7 +98,7 @@ def save(
     if background is None:
         write(parts, host)
     else:
-        background.start(write, parts)
+        background.start(step, write, parts)
     return folder / lineage.name(step)
 
 

@@ -126,8 +126,8 @@ class Session:
         self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
         self._saved = self.first_step - 1 if self.start.kind == "resume" else 0  # step of the run's newest checkpoint
         self._overdue = False  # a due checkpoint could not be written: it is written after the next applied update
-        self._in_flight = 0  # the step of the checkpoint that is being written in the background
-        self._background = self._open_background() if recipe.checkpoint.async_save else None
+        self._background = Background(self.process_groups) if recipe.checkpoint.async_save else None
+        closing.callback(self._close_background)
         self.clock = Clock()
         self.telemetry = Telemetry(recipe, self.port, self.layout, self.process_groups, self.clock)
         self.writer: RunWriter | None = None
@@ -357,31 +357,19 @@ class Session:
             )
         if self._background is None:
             self._saved = step
-        else:
-            self._in_flight = step
-
-    def _open_background(self) -> Background:
-        """On leaving the session, also after an exception, a checkpoint in flight is completed."""
-        background = Background(self.process_groups)
-
-        def close() -> None:
-            if self._in_flight:
-                self.say(f"waiting for the checkpoint of step {self._in_flight} to be written")
-            background.close()
-
-        self.closing.callback(close)
-        return background
 
     def _settle(self, *, wait: bool = True) -> None:
         """Learn what became of the checkpoint in flight, if there is one; with `wait`, after its end. Raises its error,
         a UserError where the operating system refused. Collective."""
-        if self._background is None or not self._in_flight:
-            return
-        step, self._in_flight = self._in_flight, 0
-        if self._background.settle(wait=wait):
-            self._saved = step
-        else:
-            self._in_flight = step
+        if self._background is not None:
+            self._saved = self._background.settle(wait=wait) or self._saved
+
+    def _close_background(self) -> None:
+        """Let a checkpoint in flight be completed, also after an exception."""
+        if self._background is not None:
+            if self._background.step:
+                self.say(f"waiting for the checkpoint of step {self._background.step} to be written")
+            self._background.close()
 
     def export(self, step: int) -> Path:
         """RUN/hf/step_NNNNNN, a complete Hugging Face folder. Collective."""

@@ -28,7 +28,7 @@ def _in_flight(rank: int, folder: str) -> None:
     root = Path(folder)
     trainer = Trainer({"data": 2}, True, 1, torch.bfloat16, copies=True)
     background = Background(trainer.port.process_groups)
-    assert background.settle(wait=False)
+    assert background.settle() == 0
     trainer.steps(range(2))
     trainer.save(root, 2)
     go, write = threading.Event(), shards.write_tensor
@@ -42,11 +42,13 @@ def _in_flight(rank: int, folder: str) -> None:
         trainer.steps(range(2, 3))
         want, kept = trainer.weights(), trainer.kept()
         _begin(trainer, root, 3, background)
+        with pytest.raises(RuntimeError, match="in flight"):
+            _begin(trainer, root, 3, background)
         trainer.steps(range(3, 5))  # the state changes, and training's collectives go on
-        assert not background.settle(wait=False)
+        assert background.settle(wait=False) == 0 and background.step == 3
         assert lineage.latest(root) == root / "step_000002"
         go.set()
-        assert background.settle(wait=True) and background.settle(wait=True)
+        assert (background.settle(), background.settle(), background.step) == (3, 0, 0)
         assert lineage.latest(root) == root / "step_000003"
     again = Trainer({"data": 2}, True, 2, torch.bfloat16, copies=True)
     again.load(root / "step_000003")
@@ -64,7 +66,7 @@ def _in_flight(rank: int, folder: str) -> None:
             patch.setattr(shards, "write_tensor", refused if rank == failing else write)
             _begin(trainer, root, 5, background)
             with pytest.raises(UserError, match=r"checkpoint of step 5 cannot be saved in .*No space left.*run.folder"):
-                background.settle(wait=True)
+                background.settle()
         if rank == 0:
             assert sorted(os.listdir(root)) == ["latest", "step_000002", "step_000003"]
     _begin(trainer, root, 5, background)
@@ -93,7 +95,7 @@ def _killed(rank: int, folder: str) -> None:
     shards.write_tensor = killing
     trainer.steps(range(2, 4))
     _begin(trainer, root, 4, background)
-    background.settle(wait=True)
+    background.settle()
 
 
 def _resumed(rank: int, folder: str) -> None:

@@ -30,7 +30,7 @@ def _peaks(rank: int, folder: str) -> dict[str, float]:
     def in_background() -> None:
         arguments = (trainer.port, trainer.optimizer, trainer.scheduler, RUN_STATE)
         training.save(root, 2, *arguments, background=background)
-        background.settle(wait=True)
+        background.settle()
 
     found = {
         "save": peak(lambda: trainer.save(root, 1)),
