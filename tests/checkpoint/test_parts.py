@@ -48,9 +48,10 @@ def test_equal_parts_are_spread_over_their_ranks() -> None:
 
 
 CASES: list[tuple[dict[str, Any], torch.dtype, dict[str, Any]]] = [
-    ({"data": 3}, torch.bfloat16, {}),
-    ({"data": 3, "expert": 3}, torch.float32, MOE),
+    ({"data": 3}, torch.bfloat16, {"hidden_size": 20}),
+    ({"data": 3, "expert": 3}, torch.float32, {**MOE, "hidden_size": 20}),
 ]
+"""Rows of 20 numbers, which the ranges of the distributed optimizer, multiples of 64, cut."""
 
 
 def _both(rank: int, folder: str) -> dict[str, bool]:
