@@ -28,6 +28,7 @@ from asd_megatron.checks.ranks import REPORT
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.launcher import end_with_launcher
 from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.distributed.objects import gather_objects
 from asd_megatron.files import write_json
 from asd_megatron.models.port import ModelPort
 from asd_megatron.ops.vocab_head import linear_logprob
@@ -114,7 +115,7 @@ def measure_parity(root: Path, task: Task, groups: ProcessGroups) -> dict[str, A
             found["max_gradient_error"], found["worst_gradient"] = worst_tensor(gradients, truth["gradients"])
     else:
         run_forward(port, packs, see)
-    found["max_logit_difference"] = largest(_from_ranks(largest(differences)))
+    found["max_logit_difference"] = largest(gather_objects(largest(differences), 0, groups.host) or differences)
     found["compared_tokens"] = len(expected)
     del port
     port = loaded(task.bfloat16, task.layout, groups, torch.bfloat16)
@@ -165,12 +166,6 @@ MEASURES: dict[str, Callable[[Path, Task, ProcessGroups], dict[str, Any]]] = {
 }
 
 
-def _from_ranks(value: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
 def main(argv: list[str]) -> None:
     end_with_launcher(os.environ)
     root = Path(argv[0])
@@ -181,8 +176,9 @@ def main(argv: list[str]) -> None:
         with PeakMemory() as memory:
             found = MEASURES[task.kind](root, task, groups)
         found["seconds"] = round(time.perf_counter() - start, 2)
-        found["peak_memory_mib"] = _from_ranks(None if memory.mib is None else round(memory.mib, 1))
-        if dist.get_rank() == 0:
+        peaks = gather_objects(None if memory.mib is None else round(memory.mib, 1), 0, groups.host)
+        if peaks is not None:
+            found["peak_memory_mib"] = peaks
             write_json(root / f"{task.name}.json", found)
             print(f"{REPORT}{task.name}: {found['seconds']:.1f} s", flush=True)
     dist.barrier()

@@ -24,6 +24,7 @@ from asd_megatron.checks.layouts import CELLS, ParityCell
 from asd_megatron.distributed import device
 from asd_megatron.distributed.launcher import end_with_launcher
 from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.models.flops import flops_model
 from asd_megatron.models.gpt import Recompute
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.routing import LoadBalance
@@ -78,7 +79,13 @@ def build(folder: Path, cell: ParityCell) -> Trained:
         port.load(tensors)
     port.wrap_ddp(distributed_optimizer=cell.distributed_optimizer, overlap_grad_reduce=cell.overlap)
     optimizer = constant_adam(port, distributed=cell.distributed_optimizer)
-    packs = PackLayout.of(cell.layout, process_groups, port.device, share_prefixes=cell.share_prefixes)
+    packs = PackLayout.of(
+        cell.layout,
+        process_groups,
+        port.device,
+        share_prefixes=cell.share_prefixes,
+        flops=flops_model(port.shape),
+    )
     balance = port.load_balance(AUXILIARY_LOSS)
     if balance is not None:  # as after an uneven update: the first one's gradient has the auxiliary loss in it
         balance.fractions.copy_(torch.arange(1.0, balance.fractions.numel() + 1).view_as(balance.fractions).log())

@@ -297,19 +297,39 @@ def check_devices(recipe: AnyRecipe, *, cuda: bool | None = None, transformer_en
             findings.append(machine.bfloat16_problem())
         if isinstance(recipe, Recipe):
             findings += device_findings(recipe.rollout)
+    absent = _transformer_engine_absent(cuda, transformer_engine)
     if recipe.model.layers == "te" and not machine.transformer_engine_is_stand_in():
-        why: str | None
-        remedy = "set model.layers auto or local"
-        if not cuda:
-            why = "it needs a CUDA device and there is none"
-        elif recipe.model.dtype == "float32":
+        why, remedy = absent, "set model.layers auto or local"
+        if cuda and recipe.model.dtype == "float32":
             why, remedy = "its attention has no float32", f"set model.dtype bfloat16, or {remedy}"
-        elif transformer_engine is None:
-            why = machine.transformer_engine_problem()
-        else:
-            why = None if transformer_engine else machine.NOT_INSTALLED
         findings.append(why and f"model.layers te: Transformer Engine cannot be used: {why}; {remedy}")
+    if recipe.optimizer.moments == "bfloat16":
+        findings.append(
+            absent
+            and "optimizer.moments bfloat16: only Transformer Engine's Adam has such moments, and it cannot be used:"
+            f" {absent}; set optimizer.moments float32"
+        )
+    if recipe.optimizer.offload == "host":
+        absent = absent if cuda else "there is no GPU, so that the optimizer's state is in host memory anyway"
+        findings.append(
+            absent
+            and "optimizer.offload host: Megatron-Core offloads a GPU's optimizer, with Transformer Engine installed:"
+            f" {absent}; set optimizer.offload none"
+        )
     _refuse([finding for finding in findings if finding is not None])
+
+
+def _transformer_engine_absent(cuda: bool, installed: bool | None) -> str | None:
+    """Why Transformer Engine cannot be used; None if it can. installed: what a launcher knows, None: import it."""
+    from asd_megatron.distributed import machine
+
+    if machine.transformer_engine_is_stand_in():
+        return None
+    if not cuda:
+        return "it needs a CUDA device and there is none"
+    if installed is None:
+        return machine.transformer_engine_problem()
+    return None if installed else machine.NOT_INSTALLED
 
 
 def check_model(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> None:

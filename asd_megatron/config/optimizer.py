@@ -25,3 +25,18 @@ class OptimizerSection(Section):
     beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the squared gradient's running mean.")
     epsilon: float = Field(1e-8, gt=0, description="Added to the root in AdamW's denominator.")
     clip_grad: float = Field(1.0, ge=0, description="Largest global L2 norm of the gradient; 0: not clipped.")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description=(
+            "Number format of Adam's two moments. `bfloat16` (Transformer Engine's Adam, distributed optimizer, model"
+            " in bfloat16, decays up to 0.99) also keeps of the master weights only what the model's weights lack: 6 in"
+            " place of 12 bytes a parameter (docs/scaling.md)."
+        ),
+    )
+    offload: Literal["none", "host"] = Field(
+        "none",
+        description=(
+            "`host`: moments and master weights are in host memory, where the update is computed (distributed"
+            " optimizer, model in bfloat16)."
+        ),
+    )

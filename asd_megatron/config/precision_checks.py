@@ -1,4 +1,5 @@
-"""Cross-checks of section `precision`; machines and models' shapes are checked when the model is built."""
+"""Cross-checks of number formats, in sections `precision` and `optimizer`; machines and models' shapes are checked when
+the model is built."""
 
 from __future__ import annotations
 
@@ -6,8 +7,11 @@ from collections.abc import Iterator
 
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 
+LARGEST_DECAY = 0.99  # of a moment in bfloat16, whose rounding a slower one would never pass
+
 
 def precision_findings(recipe: AnyRecipe) -> Iterator[str]:
+    yield from _optimizer(recipe)
     p = recipe.precision
     if p.fp8 == "none":
         for key in ("fp8_scores", "fp8_parameters", "fp8_probe_every"):
@@ -63,3 +67,38 @@ def _has_copies(recipe: Recipe) -> bool:
 def _text(value: bool | int) -> str:
     """As a recipe has it."""
     return str(value).lower()
+
+
+def _optimizer(recipe: AnyRecipe) -> Iterator[str]:
+    o = recipe.optimizer
+    chosen = [("moments", "bfloat16", "float32")] if o.moments == "bfloat16" else []
+    chosen += [("offload", "host", "none")] if o.offload == "host" else []
+    if len(chosen) == 2:
+        yield (
+            "optimizer.moments bfloat16 with optimizer.offload host: the host's Adam has float32 moments; set"
+            " optimizer.moments float32, or optimizer.offload none"
+        )
+    for key, value, without in chosen:
+        if not recipe.parallelism.distributed_optimizer:
+            yield (
+                f"optimizer.{key} {value} is Megatron's distributed optimizer's; set parallelism.distributed_optimizer"
+                f" true, or optimizer.{key} {without}"
+            )
+        if recipe.model.dtype == "float32":
+            yield (
+                f"optimizer.{key} {value} is for a model in bfloat16, and model.dtype is float32; set model.dtype"
+                f" bfloat16, or optimizer.{key} {without}"
+            )
+        if recipe.precision.fp8_parameters:
+            yield (
+                f"optimizer.{key} {value} with precision.fp8_parameters true: Megatron keeps complete master weights"
+                f" beside weights in FP8; set precision.fp8_parameters false, or optimizer.{key} {without}"
+            )
+    for name in ("beta1", "beta2") if o.moments == "bfloat16" else ():
+        decay = getattr(o, name)
+        if decay > LARGEST_DECAY:
+            yield (
+                f"optimizer.{name} {decay} with optimizer.moments bfloat16: bfloat16 rounds a moment that decays by"
+                f" less than 0.4% a step back to what it was, so that it never decays; set optimizer.{name} to"
+                f" {LARGEST_DECAY} or less (0.95 is usual), or optimizer.moments float32"
+            )

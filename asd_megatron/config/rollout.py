@@ -118,7 +118,11 @@ class RolloutSection(Section):
         ),
     )
     offload_optimizer: bool = Field(
-        False, description="`colocated`: keep the optimizer's state in host memory while rollouts are generated."
+        False,
+        description=(
+            "`colocated`: while rollouts are generated, the optimizer's state is in host memory and gradients have"
+            " none."
+        ),
     )
     weight_sync: Literal["distributed", "cuda_ipc", "disk"] = Field(
         "distributed",

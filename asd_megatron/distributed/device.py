@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 
 from asd_megatron.distributed.machine import gpu_of_rank, hide_broken_transformer_engine, local_rank
+from asd_megatron.errors import UserError
 
 log = logging.getLogger("asd_megatron")
 CPU = torch.device("cpu")
@@ -28,6 +30,8 @@ _FACTORIES = (
     "ones_like", "empty_like", "full_like", "linspace", "empty_strided", "randperm",
 )  # fmt: skip
 TF32_OVERRIDE = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the present name, the older one
+EXPANDABLE = "expandable_segments:True"
 _prepared = False
 
 
@@ -74,12 +78,47 @@ def _prepare_cuda(environment: MutableMapping[str, str]) -> None:
     torch.cuda.set_device(gpu_of_rank(environment))
 
 
+def use_expandable_segments(environment: Mapping[str, str], *, allowed: bool) -> None:
+    """Let PyTorch's allocator grow its segments in place of adding new ones, so that memory which changes hands every
+    step does not fragment. Nothing without CUDA, or where the user has configured the allocator. Call it before memory
+    is taken.
+
+    `allowed`: false when other processes open this one's memory (CUDA IPC). PyTorch hands such a segment over by a
+    system call that containers forbid (pidfd_getfd; pytorch issues 165685 and 179220). Raises UserError when the user's
+    variable turns such segments on then.
+
+    Set in this process alone: an SGLang server, which inherits the environment, refuses such segments.
+    """
+    if not torch.cuda.is_available():
+        return
+    configured = next((name for name in ALLOCATOR_VARIABLES if name in environment), None)
+    if configured is not None:
+        if not allowed and EXPANDABLE.lower() in environment[configured].lower().replace(" ", ""):
+            raise UserError(
+                f"{configured} turns on expandable segments, and other processes cannot be relied on to open such"
+                f" memory: take {EXPANDABLE} out of it, or set rollout.weight_sync disk"
+            )
+        return
+    if allowed:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # later releases have another name beside this one
+            torch.cuda.memory._set_allocator_settings(EXPANDABLE)
+
+
+def free_cached_memory() -> None:
+    """Give back the device memory that only PyTorch's allocator holds, after that of objects in dead cycles."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def _quieten() -> None:
     """Leave out warnings that every rank would repeat: the start-up report names missing packages and substitutes."""
     for message in (
         r".*Apex (is|are) not installed",
         r".*CUDA_DEVICE_MAX_CONNECTIONS",
         r"full scope is deprecated",
+        r"TypedStorage is deprecated",  # which Megatron resizes to free gradient buffers
+        r"Environment variable TORCH_NCCL_\w+ is deprecated",  # releases of torch differ in the name: both are set
         r"\w+ is experimental and still under active development",
     ):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)

@@ -5,17 +5,27 @@ from __future__ import annotations
 import gc
 import math
 import os
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
 from asd_megatron.distributed import device
+from asd_megatron.distributed.objects import objects_over
 from asd_megatron.errors import UserError
 
 _joined = False  # whether `init` made the world group; `shutdown` destroys no other
 _groups: list[dist.ProcessGroup] = []  # those that the latest `init` made
+_objects = ExitStack()  # holds what routes Python objects over the host group of the latest `init`
 SEED = 1234  # of Megatron's own random state (dropout), which our models do not use
+COLLECTIVE_MINUTES = 10.0
+"""Time limit of a collective of GPUs. No rank waits in one for files, servers or a verifier: it waits on the host group
+first."""
+RECORDED_COLLECTIVES = 2000  # newest collectives of a rank that the flight recorder keeps
+FLIGHT_RECORDER_PREFIX = "flight_recorder_rank_"  # of the files that a time-out leaves, followed by the rank
 
 
 @dataclass(frozen=True)
@@ -93,22 +103,24 @@ class ProcessGroups:
     host: dist.ProcessGroup
 
 
-def init(layout: Layout, *, timeout_minutes: float = 60.0) -> ProcessGroups:
+def init(layout: Layout, *, host_minutes: float = 60.0, dumps: Path | None = None) -> ProcessGroups:
     """Join the other ranks (torchrun's environment; one rank without it) and make the layout's groups. Collective.
 
-    `timeout_minutes` bounds every wait in a collective. Raises UserError when the number of ranks is not the layout's.
+    `host_minutes` bounds every wait on the host group; collectives of GPUs have COLLECTIVE_MINUTES, those of CPUs,
+    which compute slower, the host group's limit. `dumps`: the folder for what PyTorch's flight recorder knows when a
+    collective of GPUs is late. Raises UserError when the number of ranks is not the layout's.
     """
     from megatron.core import parallel_state
 
     global _joined
     device.prepare()
-    wait = timedelta(minutes=timeout_minutes)
+    on_gpus = device.backend() == "nccl"
+    minutes = min(COLLECTIVE_MINUTES, host_minutes) if on_gpus else host_minutes
     if not dist.is_initialized():
         _joined = True
-        if "RANK" in os.environ:
-            dist.init_process_group(device.backend(), timeout=wait)
-        else:
-            dist.init_process_group(device.backend(), timeout=wait, store=dist.HashStore(), rank=0, world_size=1)
+        if on_gpus and dumps is not None:
+            record_collectives(os.environ, dumps)
+        _join(timedelta(minutes=minutes))
     if dist.get_world_size() != layout.world_size:
         raise UserError(
             f"the layout needs {layout.world_size} ranks and there are {dist.get_world_size()}: start as many, "
@@ -116,20 +128,24 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> ProcessGroups:
         )
     shutdown_model_parallel()
     earlier = _known_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=1,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, math.ceil(timeout_minutes)),
-    )
-    _seed()
     world = dist.group.WORLD
     assert world is not None
-    host = world if device.backend() == "gloo" else dist.new_group(backend="gloo", timeout=wait)
+    with _unbound(world):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+            context_parallel_size=layout.context,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=max(1, math.ceil(minutes)),
+        )
+        host = world
+        if device.backend() != "gloo":
+            host = dist.new_group(backend="gloo", timeout=timedelta(minutes=host_minutes))
+            _objects.enter_context(objects_over(host))
+    _seed()
     _groups.extend(group for group in _known_groups() if group not in earlier)
     return ProcessGroups(
         tp=parallel_state.get_tensor_model_parallel_group(),
@@ -141,6 +157,45 @@ def init(layout: Layout, *, timeout_minutes: float = 60.0) -> ProcessGroups:
         world=world,
         host=host,
     )
+
+
+def _join(limit: timedelta) -> None:
+    """Make the world group. With NCCL it is bound to this rank's GPU, so that a barrier does not guess one, and its
+    communicator exists at once: a machine that cannot communicate fails here."""
+    backend = device.backend()
+    bound = device.device() if backend == "nccl" else None
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=limit, device_id=bound)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, timeout=limit, store=store, rank=0, world_size=1, device_id=bound)
+
+
+@contextmanager
+def _unbound(world: dist.ProcessGroup) -> Iterator[None]:
+    """Inside, groups get their communicators when they are first used. Under a bound world group each would be split
+    off at once, those of Megatron's groups that nobody uses too, and hold memory of the GPU."""
+    bound = world.bound_device_id
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
+
+
+def record_collectives(environment: MutableMapping[str, str], folder: Path) -> None:
+    """Let PyTorch's flight recorder write its newest collectives to `folder`/flight_recorder_rank_N when one is late,
+    before NCCL ends the process. Variables that are set stay as they are. Both names of each: releases differ.
+
+    `torchfrtrace --prefix flight_recorder_rank_ FOLDER` says which ranks were missing from which collective.
+    """
+    environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    for names, value in (
+        (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), str(RECORDED_COLLECTIVES)),
+        (("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), str(folder / FLIGHT_RECORDER_PREFIX)),
+    ):
+        chosen = next((environment[name] for name in names if name in environment), value)
+        environment.update(dict.fromkeys(names, chosen))
 
 
 def _seed() -> None:
@@ -166,6 +221,7 @@ def shutdown_model_parallel() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    _objects.close()
     if not _groups:
         return
     if dist.get_world_size() > 1:

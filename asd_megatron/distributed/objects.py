@@ -1,29 +1,34 @@
 """Python objects between ranks of one job. They travel by pickle, which is safe here: both ends are this program.
 
-The groups are gloo groups: objects are in host memory.
+They travel over gloo: the group is `ProcessGroups.host`, or another of gloo's. Over NCCL a pickle would be copied to
+the GPU and back, and the ranks would wait for a slow one under NCCL's short time limit.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from asd_megatron.distributed.device import device
 from asd_megatron.errors import UserError
 
 T = TypeVar("T")
+COLLECTIVES = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
 
 
 def broadcast_object(obj: T | None, src: int, group: dist.ProcessGroup) -> T:
     """`obj` of group rank `src`, on every rank of the group. Collective."""
     box: list[Any] = [obj]
     if group.size() > 1:
+        _check(group)
         dist.broadcast_object_list(box, group=group, group_src=src)
     return box[0]
 
@@ -31,6 +36,7 @@ def broadcast_object(obj: T | None, src: int, group: dist.ProcessGroup) -> T:
 def gather_objects(obj: T, dst: int, group: dist.ProcessGroup) -> list[T] | None:
     """Every rank's object, in rank order, on group rank `dst`; None elsewhere. Collective. Memory as for
     `scatter_objects`."""
+    _check(group)
     if group.rank() != dst:
         _send(obj, dst, group)
         return None
@@ -44,6 +50,7 @@ def scatter_objects(objects: Sequence[T] | None, src: int, group: dist.ProcessGr
     they arrived in: a rank needs the memory of its own object, `src` that of one more at a time. `src` gets its own
     object itself, not a copy.
     """
+    _check(group)
     if group.rank() != src:
         return _receive(src, group)
     assert objects is not None and len(objects) == group.size(), "one object for each rank"
@@ -126,8 +133,48 @@ def first_message(message: str | None, group: dist.ProcessGroup) -> str | None:
     number, and a broadcast only when there is a message."""
     if group.size() == 1:
         return message
-    mine = group.size() if message is None else group.rank()
-    first = torch.tensor(mine, dtype=torch.int64, device=device())
+    _check(group)
+    first = torch.tensor(group.size() if message is None else group.rank(), dtype=torch.int64)
     dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
     speaker = int(first)
     return None if speaker == group.size() else broadcast_object(message, speaker, group)
+
+
+def meet(group: dist.ProcessGroup) -> None:
+    """Wait until every rank of the group is here. Collective. Before a collective of GPUs that some ranks reach much
+    later than others: gloo's time limit, on the host group, is the long one."""
+    if group.size() > 1:
+        _check(group)
+        dist.all_reduce(torch.zeros(()), group=group)
+
+
+@contextmanager
+def objects_over(host: dist.ProcessGroup) -> Iterator[None]:
+    """Inside, object collectives of any library take `host`, a group of all ranks, where they name no group: those of
+    Megatron-Core's and PyTorch's checkpoints name none, and would use the world's, NCCL."""
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def over_host(original: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = inspect.signature(original)
+
+        @functools.wraps(original)
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            bound = parameters.bind(*args, **kwargs)
+            if bound.arguments.get("group") is None:
+                bound.arguments["group"] = host
+            return original(*bound.args, **bound.kwargs)
+
+        return collective
+
+    for name, original in originals.items():
+        setattr(dist, name, over_host(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def _check(group: dist.ProcessGroup) -> None:
+    if dist.get_backend(group) == "nccl":
+        raise RuntimeError("Python objects, and long waits, belong on ProcessGroups.host: this group is NCCL's")

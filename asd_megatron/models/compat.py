@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from asd_megatron.distributed.device import device
 from asd_megatron.distributed.layout import Layout
@@ -54,6 +55,14 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers of a chain that hold parameters; the optimizer itself where it is no chain."""
     chain = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in chain if not getattr(part, "is_stub_optimizer", False)]
+
+
+def master_weights(part: MegatronOptimizer) -> list[list[Tensor]]:
+    """An optimizer's float32 copies of half-precision weights, by parameter group; none where Adam itself keeps them.
+    A distributed optimizer's are this rank's shards."""
+    names = ("shard_fp32_from_float16_groups", "fp32_from_float16_groups")  # distributed, not distributed
+    groups: list[list[Tensor | None]] = next((getattr(part, name) for name in names if hasattr(part, name)), [])
+    return [[weight for weight in group if weight is not None] for group in groups]
 
 
 def submodules_of(spec: Any) -> Any:

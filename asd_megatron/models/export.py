@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asd_megatron.distributed.layout import ProcessGroups
-from asd_megatron.distributed.objects import broadcast_object, gather_objects
+from asd_megatron.distributed.objects import broadcast_object, gather_objects, meet
 from asd_megatron.models import te
 from asd_megatron.models.parameters import Key
 from asd_megatron.models.weights import Rule, Shapes
@@ -69,13 +69,14 @@ class _Transfer:
         self.work = None  # frees the copy of this rank's shards
 
 
-def first_stages(keys: Iterable[Key], pp: dist.ProcessGroup) -> dict[Key, int]:
-    """The first pipeline stage that holds each parameter, from the `keys` of every stage. Collective over `pp`."""
+def first_stages(keys: Iterable[Key], stage: int, host: dist.ProcessGroup) -> dict[Key, int]:
+    """The first pipeline stage that holds each parameter, from the `keys` of every rank and its stage. Collective over
+    `host`, all ranks."""
     first: dict[Key, int] = {}
-    for stage, held in enumerate(broadcast_object(gather_objects(list(keys), 0, pp), 0, pp) or []):
+    for held_by, held in gather_objects((stage, list(keys)), 0, host) or []:
         for key in held:
-            first.setdefault(key, stage)
-    return first
+            first[key] = min(held_by, first.get(key, held_by))
+    return broadcast_object(first, 0, host)
 
 
 @dataclass(frozen=True)
@@ -96,27 +97,42 @@ class FullTensors:
         Every tensor owns its memory. At most two buckets are alive at a time, beside the tensor being consumed; a
         parameter above `bucket_bytes` is a bucket of its own.
         """
-        rank, tp = self.process_groups.world.rank(), self.process_groups.tp.rank()
-        is_root = rank == 0
-        transfers = (self._start(b) for b in self._buckets(parts, bucket_bytes) if is_root or self._gives(b))
+        transfers = self._transfers(parts, bucket_bytes)
+        if self.process_groups.world.rank() != 0:
+            for given in transfers:
+                self._send(given)
+            return
         transfer = next(transfers, None)
         following = None
         try:
             while transfer is not None:
                 following = next(transfers, None)
                 transfer.wait()
-                if is_root:
-                    yield from self._unsharded(transfer)
-                elif transfer.gathered is not None and transfer.bucket.owner is not None:
-                    dist.send(transfer.gathered, dst=0, group=self.process_groups.world)
-                elif transfer.gathered is not None and tp == 0:
-                    dist.send(transfer.gathered, group=self.process_groups.pp, group_dst=0)
+                yield from self._unsharded(transfer)
                 transfer = following
         except GeneratorExit:  # the consumer stops early; the other ranks send all the same
             while following is not None:
                 following.wait()
                 following = next(transfers, None)
             raise
+
+    def _send(self, transfer: _Transfer) -> None:
+        """Complete a transfer on a rank that gives: it is on its way before the rank meets the others again."""
+        transfer.wait()
+        if transfer.gathered is None:
+            return
+        if transfer.bucket.owner is not None:
+            dist.send(transfer.gathered, dst=0, group=self.process_groups.world)
+        elif self.process_groups.tp.rank() == 0:
+            dist.send(transfer.gathered, group=self.process_groups.pp, group_dst=0)
+
+    def _transfers(self, parts: Sequence[Part], bucket_bytes: int) -> Iterator[_Transfer]:
+        """This rank's transfers, started as they are asked for. All ranks meet on the host group before each bucket:
+        global rank 0 may write what it has to a slow disk first, and nobody waits for that in a collective of GPUs."""
+        for bucket in self._buckets(parts, bucket_bytes):
+            meet(self.process_groups.host)
+            if self.process_groups.world.rank() == 0 or self._gives(bucket):
+                yield self._start(bucket)
 
     def _gives(self, bucket: _Bucket) -> bool:
         """Whether this rank's shards are in the bucket."""

@@ -93,7 +93,7 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": virtual,
         "context_parallel_size": layout.context,
         "sequence_parallel": layout.sequence_parallel,
-        "variable_seq_lengths": layout.pipeline > 1,  # packs differ in length
+        "variable_seq_lengths": layout.pipeline > 1,  # packs differ in length: `trainer.transfers`
         "moe_token_dispatcher_type": "alltoall",  # the only one that Megatron allows with it, experts or not
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": 1,
@@ -101,6 +101,8 @@ def transformer_config(
         "deallocate_pipeline_outputs": False,
         "overlap_p2p_comm": virtual is not None,
         "batch_p2p_comm": virtual is None,
+        # A wait for the device after every transfer, against a fault of batch_isend_irecv that PyTorch 1.13 repaired.
+        "batch_p2p_sync": False,
         "calculate_per_token_loss": True,  # gradients are summed, never averaged: denominators are in the loss
         "attention_backend": AttnBackend[how.attention_backend],
         **how.precision.model_keys(),

@@ -101,7 +101,7 @@ class ModelParameters:
         """See `ModelPort.load`."""
         expected = self.expected()
         message = refusal(tensors, expected, family=self.family.name, tied=self.shape.tied)
-        message = first_message(message, self.process_groups.world)
+        message = first_message(message, self.process_groups.host)
         if message is not None:
             raise UserError(message)
         parameters = [(chunk, *named) for chunk in self.chunks for named in chunk.named_parameters()]
@@ -122,7 +122,9 @@ class ModelParameters:
         """`of(parameter)`, a tensor of the parameter's shape, in `dtype`, as `ModelPort.export` streams parameters."""
         local = self._local()
         if self._stages is None:
-            self._stages = first_stages(self._layer_keys(local), self.process_groups.pp)
+            self._stages = first_stages(
+                self._layer_keys(local), self.process_groups.pp.rank(), self.process_groups.host
+            )
         parts = []
         for key in self._keys():
             rule, stage = self.rule(key), self._stages[Key(key.rule, key.layer)]

@@ -17,6 +17,11 @@ RATES = Section(
         Metric("perf/tflops_per_gpu", "TFLOP/s", "model FLOPs a GPU"),
         Metric("perf/tokens_per_second_per_gpu", "tokens / s", "tokens of all passes a GPU, padding left out"),
         Metric(
+            "perf/imbalance",
+            "1",
+            "FLOPs of the busiest data-parallel rank over the ranks' mean, recomputation included",
+        ),
+        Metric(
             "perf/idle_fraction",
             "fraction of the step",
             "time of the phases `rollout`, `reward` and `weight_sync`; reinforcement learning alone",

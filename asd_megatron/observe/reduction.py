@@ -18,7 +18,13 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def busiest_over_mean(values: Sequence[float]) -> float:
+    """1 where nobody had anything to do."""
+    return max(values) / mean(values) if any(values) else 1.0
+
+
 REDUCTIONS: dict[str, dict[str, Reduction]] = {
+    "perf/imbalance": {"": busiest_over_mean},
     "gpu/utilization": {"": mean, "_min": min},
     "gpu/memory_used_gib": {"": mean, "_max": max},
     "gpu/power_w": {"": mean},

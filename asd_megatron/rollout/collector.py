@@ -208,7 +208,7 @@ class Collector:
             self._load()
             self._draw = self._begin(step + 1)
         else:
-            self._release()
+            self.release()
         return draw.first_groups()
 
     def evaluate(
@@ -229,7 +229,7 @@ class Collector:
         self._engine.submit(draw.prompts, params, draw.step)
         missing = self._finish(draw)
         if self._draw is None:
-            self._release()
+            self.release()
         if missing:
             raise RolloutError(
                 f"evaluation after step {step}: the engine aborted {missing} problem(s), {self._redraws + 1} times; "
@@ -251,7 +251,7 @@ class Collector:
         self._engine.load_weights(self._weights)
         self.timings.weight_sync += time.perf_counter() - started
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Give the engine's accelerator memory to the trainer."""
         self._engine.release()
         self._released = True

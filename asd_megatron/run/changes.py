@@ -40,6 +40,8 @@ FREE_KEYS = SCHEDULE_KEYS | {
     "model.recompute",
     "model.recompute_layers",
     "model.attention_backend",
+    "optimizer.moments",  # master weights are stored complete, moments as float32
+    "optimizer.offload",
     "algorithm.log_pmi",
     "algorithm.teacher_states",
     "evaluation.every",

@@ -12,6 +12,7 @@ import torch
 from asd_megatron.checkpoint.huggingface import FolderReader
 from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.distributed.objects import meet
 from asd_megatron.errors import UserError
 from asd_megatron.models.compat import resolve_attention
 from asd_megatron.models.gpt import Recompute
@@ -42,6 +43,7 @@ def build_port(
     progress = TransferProgress("loading the model", lambda line: print_line(line, sys.stderr)) if shown else None
     with FolderReader(source) as tensors:
         port.load(tensors, progress=progress)
+    meet(process_groups.host)  # storage may serve some ranks much later than others
     port.wrap_ddp(
         distributed_optimizer=recipe.parallelism.distributed_optimizer,
         overlap_grad_reduce=recipe.parallelism.overlap_grad_reduce,

@@ -10,10 +10,10 @@ from asd_megatron.distributed import device
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 
-COLLECTIVE_SECONDS = 3600.0
-"""Shortest time limit of a collective."""
+HOST_SECONDS = 3600.0
+"""Shortest time limit of a wait on the host group."""
 MARGIN_SECONDS = 300.0
-"""A collective's time limit beyond the longest wait for servers."""
+"""The host group's time limit beyond the longest wait for servers."""
 
 
 def join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGroups]:
@@ -23,18 +23,18 @@ def join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGr
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout = _layout(recipe, check_world(recipe, world))
     check_devices(recipe)
+    shares_memory = isinstance(recipe, Recipe) and recipe.rollout.weight_sync == "cuda_ipc"
+    device.use_expandable_segments(os.environ, allowed=not shares_memory)
     closing.push(layouts.leave)
-    return layout, layouts.init(layout, timeout_minutes=_longest_wait(recipe) / 60)
+    return layout, layouts.init(layout, host_minutes=_longest_wait(recipe) / 60, dumps=recipe.run.path)
 
 
 def _longest_wait(recipe: AnyRecipe) -> float:
-    """Seconds that a rank may spend in a collective: more than global rank 0 may wait for servers meanwhile."""
+    """Seconds that a rank may wait on the host group: more than global rank 0 may wait for servers meanwhile."""
     if not isinstance(recipe, Recipe):
-        return COLLECTIVE_SECONDS
+        return HOST_SECONDS
     r = recipe.rollout
-    return max(
-        COLLECTIVE_SECONDS, MARGIN_SECONDS + max(r.collect_timeout, r.server_start_timeout, r.server_wait_timeout)
-    )
+    return max(HOST_SECONDS, MARGIN_SECONDS + max(r.collect_timeout, r.server_start_timeout, r.server_wait_timeout))
 
 
 def _layout(recipe: AnyRecipe, data: int) -> Layout:

@@ -96,11 +96,17 @@ class TrainingRun:
         for reason in (never_acts(self.recipe, done=done, warm_up=self.strength.warm_up), uncorrected(self.recipe)):
             if reason is not None:
                 self.session.say(f"warning: {reason}")
-        with self.session.generating():  # colocated servers size their memory by what is free
-            self._start_engine()
+        self.start_engine()
         if self.held_out is not None:
             self.held_out.evaluate_before_start()
         self.clock.take()
+
+    def start_engine(self) -> None:
+        """Start the engine where colocated servers, which size their memory by what is free, find the trainer's free;
+        they give theirs back before the trainer takes its own again."""
+        with self.session.generating():
+            self._start_engine()
+            self.collector.release()
 
     def steps(self) -> Iterator[int]:
         return self.session.telemetry.steps(self.session.steps())

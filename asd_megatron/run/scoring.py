@@ -59,6 +59,7 @@ class ScoringPasses:
             updates=updates,
             tokens_per_microbatch=self.tokens_per_microbatch,
             mask_truncated=self.mask_truncated,
+            student_forwards=self.plan.student_forwards,
         )
 
     def teacher(self, batch: Batch) -> Scores | None:
@@ -127,6 +128,6 @@ class ScoringPasses:
             check_scores(phase, batch.local.examples, table, table.columns, batch.step)
         except NotFinite as e:
             found = str(e)
-        message = first_message(found, self.process_groups.world)
+        message = first_message(found, self.process_groups.host)
         if message is not None:
             raise NotFinite(message)

@@ -5,7 +5,6 @@ run_session(recipe, lambda session: train(TrainingRun(recipe, session)))
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
@@ -22,11 +21,13 @@ from asd_megatron.checkpoint.huggingface import read_config, write_folder
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
-from asd_megatron.distributed.objects import first_message, on_rank_zero
+from asd_megatron.distributed import device
+from asd_megatron.distributed.objects import first_message, meet, on_rank_zero
 from asd_megatron.errors import NotFinite, UserError, plural
 from asd_megatron.files import write_json
 from asd_megatron.models import te
 from asd_megatron.models.families import check_architecture
+from asd_megatron.models.flops import flops_model
 from asd_megatron.models.routing import LoadReport
 from asd_megatron.observe.closing import Sample, closing_table
 from asd_megatron.observe.expert_load import ExpertLoadFile, load_metrics
@@ -120,6 +121,7 @@ class Session:
             pad_id=self.tokenizer.pad_token_id or 0,
             share_prefixes=shares_prefixes(recipe, self.port),
             alignment=self.port.precision.alignment,
+            flops=flops_model(self.port.shape),
         )
         self._note: str | None = None  # about the checkpoint's copies of weights, for the console
         self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)
@@ -236,18 +238,20 @@ class Session:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """Around the generation of rollouts: with `rollout.offload_optimizer` the optimizer's state is in host memory,
-        and colocated servers get the memory that PyTorch has cached."""
+        """Around the generation of rollouts, and the start of the servers that generate them. With
+        `rollout.offload_optimizer` the optimizer's state is in host memory and gradients have none; colocated servers
+        get that memory, and what PyTorch has cached, once every rank has freed its own. Collective."""
         rollout = self.recipe.rollout if isinstance(self.recipe, Recipe) else None
-        if rollout is not None and rollout.offload_optimizer:
+        offload = rollout is not None and rollout.offload_optimizer
+        if offload:
             self.optimizer.offload()
-        if rollout is not None and rollout.placement == "colocated" and torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.empty_cache()
+        if rollout is not None and rollout.placement == "colocated":
+            device.free_cached_memory()
+            meet(self.process_groups.host)
         try:
             yield
         finally:
-            if rollout is not None and rollout.offload_optimizer:
+            if offload:
                 self.optimizer.reload()
 
     def steps(self) -> range:
@@ -331,7 +335,7 @@ class Session:
         """Which weight is not finite, on every rank; None if all are finite. Collective."""
         name = first_not_finite(self.port.named_weights())
         where = None if name is None else f"the weights are not finite ({name})"
-        return first_message(where, self.process_groups.world)
+        return first_message(where, self.process_groups.host)
 
     def _last_good(self) -> str:
         if not self._saved:

@@ -10,10 +10,10 @@ import torch
 from asd_megatron.config import AnyRecipe
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import on_rank_zero
-from asd_megatron.models.family import ModelShape
-from asd_megatron.models.gpt import NO_RECOMPUTE, Recompute
+from asd_megatron.models.flops import computed_tokens, flops_model, step_flops
+from asd_megatron.models.gpt import Recompute
 from asd_megatron.models.port import ModelPort
-from asd_megatron.observe.flops import FlopsModel, computed_tokens, peak_flops, rates, step_flops
+from asd_megatron.observe.flops import peak_flops, rates
 from asd_megatron.observe.gpu import GpuTelemetry, open_gpu
 from asd_megatron.observe.nvml import NvmlUnavailable
 from asd_megatron.observe.profiler import recorded
@@ -102,6 +102,7 @@ class Telemetry:
         model, hardware = step_flops(self.flops, packs, recomputed_heads)
         own = {"flops": model, "hardware_flops": hardware, "tokens": computed_tokens(packs)}
         values = {name: value / self._ranks_per_pack for name, value in own.items()} | self.clock.peaks
+        values["perf/imbalance"] = float(hardware)
         if self._gpu is not None:
             values |= self._gpu.take()
         found = over_ranks(values, self.process_groups.host)
@@ -121,32 +122,3 @@ class Telemetry:
         """Serve a step's metrics at `logging.prometheus_port`."""
         if self._server is not None:
             self._server.publish(step, metrics)
-
-
-def flops_model(shape: ModelShape, recompute: Recompute = NO_RECOMPUTE, chunks: int = 1) -> FlopsModel:
-    """The matrix products of a model of this shape in `chunks` equal chunks of layers: pipeline stages, virtual ones
-    too."""
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = shape.hidden * (queries + 2 * keys) + queries * shape.hidden
-    mlp = 3 * shape.hidden * shape.ffn
-    if shape.experts is not None:
-        router = shape.hidden * shape.experts.count
-        mlp = router + shape.experts.per_token * 3 * shape.hidden * shape.experts.ffn
-    windows = tuple(kind.window for kind in shape.attention)
-    size = shape.layers // chunks
-    again = [i for i in range(shape.layers) if recompute.layers is None or i % size < recompute.layers]
-    body = 0
-    if recompute.kind == "full":
-        body = len(again) * (attention + mlp)
-    elif recompute.kind == "mlp" and shape.experts is None:  # of experts the activation function alone
-        body = shape.layers * mlp
-    return FlopsModel(
-        body=shape.layers * (attention + mlp),
-        heads=shape.heads,
-        head_dim=shape.head_dim,
-        windows=windows,
-        hidden=shape.hidden,
-        vocab=shape.vocab,
-        recomputed_body=body,
-        recomputed_windows=tuple(windows[i] for i in again) if recompute.kind == "full" else (),
-    )

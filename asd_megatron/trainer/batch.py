@@ -1,8 +1,8 @@
 """Micro-batch packing (THD): from sequences of unequal length to balanced packs.
 
-Three deterministic steps that every rank computes for itself, without communication: sequences are assigned to
-data-parallel ranks, each rank's sequences are binned into packs by a token budget, and each pack is laid out for this
-rank's slice of the context-parallel group. Nothing here knows what the sequences mean.
+Three deterministic steps: sequences are assigned to data-parallel ranks, each rank's sequences are binned into packs of
+about equal FLOPs within a token budget (`trainer.balance` both), and each pack is laid out for this rank's slice of the
+context-parallel group. Nothing here knows what the sequences mean.
 
 A pack of two sequences (prompt P, response R), without and with context parallelism 2:
 
@@ -28,8 +28,10 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.models.attention import zigzag
+from asd_megatron.models.flops import TOKENS, FlopsModel, forward_flops
 from asd_megatron.records import PackCounts, PackedTokens, as_array
 from asd_megatron.trainer import prefixes
+from asd_megatron.trainer.balance import cheap_ends, fill_bins, first_fit
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -83,43 +85,6 @@ class Pack:
         return self.counts.tokens
 
 
-def assign(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Items to ranks, the most expensive first, each to the least loaded rank (ties: the lower rank).
-
-    Returns each rank's item indices, sorted: costs 5 3 3 2 on 2 ranks give [[0, 3], [1, 2]].
-    """
-    loads = [0] * ranks
-    assigned: list[list[int]] = [[] for _ in range(ranks)]
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(ranks), key=lambda r: (loads[r], r))
-        loads[rank] += costs[item]
-        assigned[rank].append(item)
-    return [sorted(items) for items in assigned]
-
-
-def fill_bins(lengths: Sequence[int], budget: int, at_least: int = 1) -> list[list[int]]:
-    """Items into bins of at most `budget` tokens by first fit decreasing; a longer item gets a bin of its own.
-
-    With `at_least` above 1 and as many items, they are spread evenly over that many bins where the budget allows it.
-    """
-    if len(lengths) >= at_least > 1:
-        spread = assign(lengths, at_least)
-        if all(len(b) == 1 or sum(lengths[i] for i in b) <= budget for b in spread):
-            return spread
-    bins: list[list[int]] = []
-    loads: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for b, load in enumerate(loads):
-            if load + lengths[item] <= budget:
-                bins[b].append(item)
-                loads[b] += lengths[item]
-                break
-        else:
-            bins.append([item])
-            loads.append(lengths[item])
-    return [sorted(b) for b in bins]
-
-
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -127,7 +92,7 @@ def _round_up(n: int, multiple: int) -> int:
 @dataclass(frozen=True)
 class PackLayout:
     """What the parallel layout requires of packs: padding multiples, this rank's context-parallel slice, the number of
-    packs."""
+    packs; and the model's FLOPs, of which packs and ranks should have equally many."""
 
     context: int = 1
     context_rank: int = 0
@@ -138,6 +103,7 @@ class PackLayout:
     pad_id: int = 0
     share_prefixes: bool = False
     alignment: int = 1  # of the tokens that each rank has of a pack, for FP8 products
+    flops: FlopsModel = TOKENS
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
@@ -153,6 +119,7 @@ class PackLayout:
         pad_id: int = 0,
         share_prefixes: bool = False,
         alignment: int = 1,
+        flops: FlopsModel = TOKENS,
     ) -> PackLayout:
         """This rank's, in a parallel layout. Raises ValueError for shared prefixes under context parallelism."""
         return cls(
@@ -165,6 +132,7 @@ class PackLayout:
             pad_id=pad_id,
             share_prefixes=share_prefixes,
             alignment=alignment,
+            flops=flops,
             device=device,
         )
 
@@ -263,29 +231,69 @@ def _context_slice(cu: Sequence[int], layout: PackLayout) -> np.ndarray:
 
 def build_packs(by_rank: Sequence[Sequence[TokenSequence]], rank: int, budget: int, layout: PackLayout) -> list[Pack]:
     """This data-parallel rank's packs, of at most `budget` tokens each, planned from the sequences of all ranks."""
-    bins = plan_packs([[s.ids for s in sequences] for sequences in by_rank], budget, layout)[rank]
+    bins = plan_packs(by_rank, budget, layout)[rank]
     return [build_pack([by_rank[rank][i] for i in b.items], layout, b.shared) for b in bins]
 
 
-def plan_packs(by_rank: Sequence[Sequence[TokenIds]], budget: int, layout: PackLayout) -> list[list[Bin]]:
+def plan_packs(by_rank: Sequence[Sequence[TokenSequence]], budget: int, layout: PackLayout) -> list[list[Bin]]:
     """Each data-parallel rank's packs, of at most `budget` tokens each, as numbers of its sequences.
 
-    `by_rank[r]` are the ids of rank r's sequences. Every rank must run equally many micro-batches: a rank with fewer
-    packs gets zero-weight ones, without sequences.
+    Every rank must run equally many micro-batches: a rank with fewer packs gets zero-weight ones, without sequences.
     """
-    bins = [_bins(sequences, budget, layout) for sequences in by_rank]
-    count = layout.count(max(len(b) for b in bins))
-    return [b + [Bin([])] * (count - len(b)) for b in bins]
+    ranks = [Packing(sequences, budget, layout) for sequences in by_rank]
+    count = layout.count(max(rank.needed for rank in ranks))
+    return [rank.bins(count) for rank in ranks]
 
 
-def _bins(sequences: Sequence[TokenIds], budget: int, layout: PackLayout) -> list[Bin]:
-    at_least = layout.pipeline if layout.pipeline > 1 else 1
-    if not layout.share_prefixes:
-        return [Bin(b) for b in fill_bins([layout.padded_length(len(ids)) for ids in sequences], budget, at_least)]
-    indices, shared = prefixes.sort_by_prefix(sequences)
-    complete = [len(sequences[i]) for i in indices]
-    own = [n - s for n, s in zip(complete, shared, strict=True)]
-    return [
-        Bin([indices[place] for place in places], [0, *(shared[place] for place in places[1:])])
-        for places in prefixes.bin_consecutive(own, complete, budget, at_least)
-    ]
+class Packing:
+    """One rank's sequences on their way into packs of at most `budget` tokens.
+
+    `needed`: the packs that the rank needs by itself, with pipeline parallelism at least one for each stage.
+    """
+
+    def __init__(self, sequences: Sequence[TokenSequence], budget: int, layout: PackLayout) -> None:
+        self.sequences, self.budget, self.layout = sequences, budget, layout
+        self.lengths = [layout.padded_length(len(s.ids)) for s in sequences]
+        self.costs = [self._flops(s) for s in sequences]
+        if layout.share_prefixes:
+            self.indices, self.shared = prefixes.sort_by_prefix([s.ids for s in sequences])
+            self.items = [self._item(i, shared) for i, shared in zip(self.indices, self.shared, strict=True)]
+            fewest = prefixes.fewest_bins(self.items, budget)
+        else:
+            fewest = len(first_fit(self.lengths, budget))
+        self.needed = max(fewest, min(layout.pipeline, len(sequences)))
+
+    def bins(self, count: int) -> list[Bin]:
+        """`count` packs of about equally many FLOPs, the most expensive first (a pipeline's: `cheap_ends`), then those
+        without sequences. `count`: at least `needed`, the same on all ranks."""
+        if self.layout.share_prefixes:
+            bins = self._with_shared_prefixes(count)
+        else:
+            bins = [Bin(items) for items in fill_bins(self.lengths, self.costs, self.budget, count)]
+        if self.layout.pipeline > 1:
+            bins = cheap_ends(bins)
+        return bins + [Bin([])] * (count - len(bins))
+
+    def _with_shared_prefixes(self, count: int) -> list[Bin]:
+        """Each further pack computes a prefix once more: there are more than needed only where stages wait for each
+        other's packs."""
+        wanted = count if self.layout.pipeline > 1 else self.needed
+        found = prefixes.bin_consecutive(self.items, self.budget, wanted)
+
+        def cost(places: range) -> int:
+            return self.items[places[0]].flops + sum(self.items[place].own_flops for place in places[1:])
+
+        return [
+            Bin([self.indices[place] for place in places], [0, *(self.shared[place] for place in places[1:])])
+            for places in sorted(found, key=cost, reverse=True)
+        ]
+
+    def _flops(self, sequence: TokenSequence, shared: int = 0) -> int:
+        """Of a forward pass, without the tokens that are `shared` with another sequence."""
+        counts = PackCounts(((shared, len(sequence.ids) - shared),), sequence.response_length)
+        return forward_flops(self.layout.flops, counts)
+
+    def _item(self, index: int, shared: int) -> prefixes.Item:
+        sequence = self.sequences[index]
+        own = self._flops(sequence, shared)
+        return prefixes.Item(len(sequence.ids) - shared, len(sequence.ids), own, self.costs[index])

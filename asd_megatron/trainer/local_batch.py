@@ -15,6 +15,7 @@ from torch import Tensor
 
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import on_rank_zero
+from asd_megatron.models.flops import UPDATE
 from asd_megatron.records import ComputedPacks, Example, TokenTable, flat
 from asd_megatron.trainer.batch import Bin, Pack, PackLayout, TokenSequence, build_pack
 from asd_megatron.trainer.shares import GlobalCounts, Share, loss_mask, plan_shares, scatter_shares
@@ -84,6 +85,7 @@ class LocalBatch:
         layout: PackLayout,
         tokens_per_microbatch: int,
         mask_truncated: bool = False,
+        student_forwards: int = UPDATE,
     ) -> LocalBatch:
         """Where every rank has all examples: the part of rank `rank` of `ranks`; as for `plan_shares`."""
         shares = plan_shares(
@@ -93,6 +95,7 @@ class LocalBatch:
             layout=layout,
             tokens_per_microbatch=tokens_per_microbatch,
             mask_truncated=mask_truncated,
+            student_forwards=student_forwards,
         )
         return cls(shares[rank], layout)
 
@@ -107,6 +110,7 @@ class LocalBatch:
         updates: int,
         tokens_per_microbatch: int,
         mask_truncated: bool = False,
+        student_forwards: int = UPDATE,
     ) -> LocalBatch:
         """This rank's part of the examples of global rank 0; those of other ranks are not read. As for `plan_shares`.
         Collective over all ranks."""
@@ -121,6 +125,7 @@ class LocalBatch:
                     layout=packs,
                     tokens_per_microbatch=tokens_per_microbatch,
                     mask_truncated=mask_truncated,
+                    student_forwards=student_forwards,
                 )
             )
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from asd_megatron.models.compat import optimizer_parts
+from asd_megatron.models.compat import master_weights, optimizer_parts
 from asd_megatron.models.port import ModelPort
+from asd_megatron.trainer import precision_aware
+from asd_megatron.trainer.handover import HostMemory
+from asd_megatron.trainer.precision_aware import Moments, Offload
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Optimizer:
     The learning rate of update n (from 1): n / warmup_steps of `learning_rate` during the warm-up, `learning_rate` at
     its end (without a warm-up: at update 1), from there along `schedule` (constant, linear, cosine) towards
     `min_learning_rate`, which the update after `total_steps` would have. A skipped update advances the schedule too.
-    `distributed` shards optimizer state over data-parallel ranks.
+    `distributed` shards optimizer state over data-parallel ranks. `moments` bfloat16 and `offload` host need it, and a
+    model in bfloat16: see `precision_aware`.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Optimizer:
         epsilon: float,
         clip_grad: float,
         distributed: bool,
+        moments: Moments = "float32",
+        offload: Offload = "none",
     ) -> None:
         self.port = port
         self.clip_grad = clip_grad
@@ -63,8 +69,10 @@ class Optimizer:
             adam_eps=epsilon,
             clip_grad=clip_grad,
             use_distributed_optimizer=distributed,
+            **precision_aware.settings(moments, offload),
         )
         for part in optimizer_parts(self.megatron):
+            precision_aware.adapt(part)
             _fuse(part.optimizer)
         self.scheduler = _scheduler(
             self.megatron, learning_rate, min_learning_rate, schedule, warmup_steps, total_steps, weight_decay
@@ -72,7 +80,7 @@ class Optimizer:
         # Megatron's scheduler starts at step 0 of the warm-up, whose rate is 0: the first update has step 1's.
         self._first = 1 if warmup_steps else 0
         self.seek(0)
-        self._homes: list[torch.device] = []  # devices of the offloaded tensors, in the order of `_move`
+        self._host = HostMemory()
 
     @property
     def learning_rate(self) -> float:
@@ -92,40 +100,29 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
+    @torch.no_grad()
     def offload(self) -> None:
-        """Move the optimizer's own tensors to host memory: Adam's moments and, in half precision, the float32 master
-        weights (in float32 those are the model's weights themselves). Nothing but `reload` may follow."""
-        self._homes = self._move(itertools.repeat(torch.device("cpu")))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        """Free the device memory of gradients and of the optimizer's own tensors: Adam's moments and, in half
+        precision, the float32 master weights (in float32 those are the model's weights themselves). The gradients'
+        contents are lost. Only `reload` and what needs neither may follow."""
+        for chunk in self.port.chunks:
+            chunk.offload_grad_buffers(synchronize=True, empty_cache=False)
+        self._host.offload(tensor for tensor in self._own_tensors() if tensor.device == self.port.device)
 
+    @torch.no_grad()
     def reload(self) -> None:
-        """Move offloaded tensors back to their devices."""
-        self._move(iter(self._homes))
-        self._homes = []
+        """Take the memory again, with the contents of the optimizer's tensors; the gradients are zero."""
+        self._host.reload()
+        for chunk in self.port.chunks:
+            chunk.restore_grad_buffers(synchronize=False)
 
-    def _move(self, targets: Iterator[torch.device]) -> list[torch.device]:
-        """Move each of the optimizer's tensors to the next device of `targets`; returns the devices they came from.
-
-        The order of the tensors is the same in every call, which is how `reload` restores what `offload` moved:
-
-            offload   targets cpu, cpu, ...        returns [cuda:0 (exp_avg), cuda:0 (exp_avg_sq), cpu (step), ...]
-            reload    targets cuda:0, cuda:0, cpu, ...
-        """
-        homes = []
-
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            homes.append(tensor.device)
-            return tensor.to(next(targets))
-
+    def _own_tensors(self) -> Iterator[Tensor]:
+        """Adam's state, and master weights that are no view of the model's weights."""
         for part in optimizer_parts(self.megatron):
             for state in part.optimizer.state.values():
-                state.update({k: moved(v) for k, v in state.items() if isinstance(v, torch.Tensor)})
-            if self.port.dtype is not torch.float32:
-                for group in part.optimizer.param_groups:
-                    for parameter in group["params"]:
-                        parameter.data = moved(parameter.data)
-        return homes
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+            for group in master_weights(part):
+                yield from group
 
     @torch.no_grad()
     def step(self, *, loss: float = 0.0) -> StepResult:
@@ -144,7 +141,12 @@ class Optimizer:
                 for part in optimizer_parts(self.megatron):
                     parameters = part.get_parameters()
                     if parameters:
-                        clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
+                        clip_grad_by_total_norm_fp32(
+                            parameters,
+                            max_norm=self.clip_grad,
+                            total_norm=norm,
+                            use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                        )
             self.megatron.step_with_ready_grads()
         self.scheduler.step(1)
         return StepResult(norm, applied)

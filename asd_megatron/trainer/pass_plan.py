@@ -63,6 +63,11 @@ class PassPlan:
     bfloat16_student: bool = False
     old_scoring: bool = False
 
+    @property
+    def student_forwards(self) -> int:
+        """Of `forwards_per_step` those over the student's sequences."""
+        return self.forwards_per_step - self.teacher_scoring
+
 
 def plan_passes(
     condition: Condition | str,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -89,10 +89,10 @@ def sort_by_prefix(sequences: Sequence[TokenIds]) -> tuple[list[int], list[int]]
     return indices, shared
 
 
-def unique_tokens(sequences: Sequence[TokenIds]) -> int:
-    """Tokens to compute when the sequences share their prefixes."""
+def unique_spans(sequences: Sequence[TokenIds]) -> tuple[tuple[int, int], ...]:
+    """What to compute when the sequences share their prefixes: (position of the first token, tokens) of each."""
     indices, shared = sort_by_prefix(sequences)
-    return sum(len(sequences[i]) for i in indices) - sum(shared)
+    return tuple((start, len(sequences[i]) - start) for i, start in zip(indices, shared, strict=True))
 
 
 def build_tree(sequences: Sequence[TokenIds], shared: Sequence[int] | None = None) -> Segments:
@@ -152,35 +152,47 @@ def _branch_cuts(shared: Sequence[int], place: int, length: int) -> list[tuple[i
     return list(zip(depths, depths[1:], strict=False))
 
 
-def bin_consecutive(own: Sequence[int], complete: Sequence[int], budget: int, at_least: int = 1) -> list[range]:
-    """Consecutive places into bins of at most `budget` tokens that are about equally full.
+class Item(NamedTuple):
+    """A sequence among its neighbours in the order of `sort_by_prefix`. What it adds to a pack: `own_*` behind the
+    sequence before it, whose tokens it shares, and all of it at the beginning of a pack."""
 
-    A bin's first sequence costs its `complete` length, each further one only its `own` tokens (those not shared with
-    the place before). A sequence longer than the budget gets a bin of its own. There are at least `at_least` bins where
-    there are as many sequences and the budget allows it.
+    own_tokens: int
+    tokens: int
+    own_flops: int
+    flops: int
 
-        complete  80 64 96 30      own  80 32 48 30      budget 120
-        bins      [80 + 32] [96] [30]: the first sequence of the second bin costs its complete 96, not 48
+
+def bin_consecutive(items: Sequence[Item], budget: int, count: int) -> list[range]:
+    """Consecutive places into at most `count` bins of at most `budget` tokens (a longer sequence alone), the most
+    expensive of which has as few FLOPs as possible. `count` is at least `fewest_bins`.
+
+        tokens    80 64 96 30      own_tokens  80 32 48 30      budget 120, count 3
+        bins      [80 + 32] [96] [30]: the first sequence of the second bin adds its complete 96, not 48
     """
-    bins = _fill(own, complete, budget)
-    wanted = max(len(bins), min(at_least, len(own)))
-    low, high = 1, budget  # bisection: the smallest capacity that needs no more than the wanted bins
+    low, high = 0, sum(item.flops for item in items)  # bisection: the smallest bound that needs no more bins
     while low < high:
         middle = (low + high) // 2
-        if len(_fill(own, complete, middle)) <= wanted:
+        if len(_fill(items, budget, middle)) <= count:
             high = middle
         else:
             low = middle + 1
-    return _fill(own, complete, low)
+    return _fill(items, budget, low)
 
 
-def _fill(own: Sequence[int], complete: Sequence[int], capacity: int) -> list[range]:
-    """Each bin takes the next sequences until one does not fit."""
+def fewest_bins(items: Sequence[Item], budget: int) -> int:
+    return len(_fill(items, budget, sum(item.flops for item in items)))
+
+
+def _fill(items: Sequence[Item], budget: int, most: int) -> list[range]:
+    """Each bin takes the next sequences until one would bring it above `budget` tokens or `most` FLOPs."""
     bins: list[range] = []
-    load = first = 0
-    for place in range(len(own)):
-        if place > first and load + own[place] > capacity:
+    tokens = flops = first = 0
+    for place, item in enumerate(items):
+        if place > first and (tokens + item.own_tokens > budget or flops + item.own_flops > most):
             bins.append(range(first, place))
             first = place
-        load = complete[place] if place == first else load + own[place]
-    return [*bins, range(first, len(own))] if len(own) else bins
+        if place == first:
+            tokens, flops = item.tokens, item.flops
+        else:
+            tokens, flops = tokens + item.own_tokens, flops + item.own_flops
+    return [*bins, range(first, len(items))] if items else bins

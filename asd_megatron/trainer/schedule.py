@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.routing import MicroBatchRouting
 from asd_megatron.trainer.batch import Pack
+from asd_megatron.trainer.transfers import KnownShapes, communicator
 
 Routing = Callable[[Pack], MicroBatchRouting]
 """What the routers of a mixture of experts are told about a pack."""
@@ -38,7 +39,11 @@ def _run(
         return port.forward(chunk, pack.tokens, None if routing is None else routing(pack)), partial(loss, pack)
 
     chunks = port.chunks
-    return get_forward_backward_func()(
+    transfers: dict[str, Any] = {}
+    shapes = _shapes(port, packs, backward=not forward_only)
+    if shapes is not None:
+        transfers = communicator(port.config, port.process_groups, shapes)
+    found = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=_iterators(packs, len(chunks)),
         model=chunks if len(chunks) > 1 else chunks[0],
@@ -47,6 +52,22 @@ def _run(
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=collect,
+        **transfers,
+    )
+    if shapes is not None:
+        shapes.finish()
+    return cast(list[Any], found)
+
+
+def _shapes(port: ModelPort, packs: Sequence[Pack], *, backward: bool) -> KnownShapes | None:
+    """What this pipeline stage receives; None without pipeline parallelism."""
+    pp, layout = port.process_groups.pp, port.layout
+    if layout.pipeline == 1:
+        return None
+    split = layout.tensor if layout.sequence_parallel else 1
+    shapes = [[len(pack.tokens.input_ids) // split, 1, port.shape.hidden] for pack in packs]
+    return KnownShapes.of(
+        shapes, stage=pp.rank(), stages=layout.pipeline, chunks=layout.virtual_pipeline or 1, backward=backward
     )
 
 

@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.models.flops import FlopsModel, forward_flops
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.routing import LoadBalance, LoadReport, MicroBatchRouting, token_weights
 from asd_megatron.ops.vocab_head import linear_token_loss
-from asd_megatron.records import ComputedPacks
+from asd_megatron.records import ComputedPacks, PackCounts
 from asd_megatron.trainer import schedule
-from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, assign, build_packs
+from asd_megatron.trainer.balance import assign
+from asd_megatron.trainer.batch import Pack, PackLayout, TokenSequence, build_packs
 from asd_megatron.trainer.optimizer import Optimizer
 
 
@@ -61,8 +63,7 @@ def supervised_update(
     The loss is sum(weight * -log p) / sum(weight), both sums over the global batch, in every layout. balance: of a
     model with experts. Raises ValueError when no weight is positive.
     """
-    lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
-    assigned = assign(lengths, process_groups.dp.size())
+    assigned = assign([_cost(e, layout.flops) for e in examples], process_groups.dp.size())
     rank = process_groups.dp.rank()
     sequences, weights = [], torch.zeros(0)
     for r, indices in enumerate(assigned):
@@ -104,6 +105,12 @@ def supervised_update(
     result = optimizer.step(loss=value)
     computed = ComputedPacks(trained=[p.counts for p in packs])
     return SupervisedStats(value, result.grad_norm, result.applied, tokens, computed, load)
+
+
+def _cost(example: SupervisedExample, flops: FlopsModel) -> tuple[int]:
+    """FLOPs of a forward pass, the one phase of the step."""
+    responses = len(example.response_ids)
+    return (forward_flops(flops, PackCounts(((0, len(example.prompt_ids) + responses),), responses)),)
 
 
 def sum_over_ranks(losses: Sequence[Tensor], process_groups: ProcessGroups, device: torch.device) -> float:

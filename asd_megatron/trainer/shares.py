@@ -22,9 +22,11 @@ import numpy as np
 
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import scatter_objects
-from asd_megatron.records import Example
+from asd_megatron.models.flops import UPDATE, FlopsModel, forward_flops
+from asd_megatron.records import Example, PackCounts
 from asd_megatron.trainer import prefixes
-from asd_megatron.trainer.batch import Bin, PackLayout, assign, plan_packs
+from asd_megatron.trainer.balance import assign
+from asd_megatron.trainer.batch import Bin, PackLayout, TokenSequence, plan_packs
 
 if TYPE_CHECKING:
     from asd_megatron.records import TokenIds
@@ -88,11 +90,13 @@ def plan_shares(
     layout: PackLayout,
     tokens_per_microbatch: int,
     mask_truncated: bool = False,
+    student_forwards: int = UPDATE,
 ) -> list[Share]:
     """The shares of `ranks` data-parallel ranks, in `updates` mini-batches; packs of at most `tokens_per_microbatch`
-    tokens. Of `layout` counts what is the same on every rank."""
+    tokens. Of `layout` counts what is the same on every rank. student_forwards: as for `ExampleCosts`."""
     parts = split_mini_batches(len(examples), updates)
-    by_part = [_assign_examples(examples, part, ranks, share_prefixes=layout.share_prefixes) for part in parts]
+    costs = ExampleCosts(examples, layout.flops, student_forwards, layout.share_prefixes)
+    by_part = [_assign_examples(part, ranks, costs) for part in parts]
     indices = [[i for assigned in by_part for i in assigned[rank]] for rank in range(ranks)]
     sizes = [[len(assigned[rank]) for assigned in by_part] for rank in range(ranks)]
 
@@ -102,13 +106,13 @@ def plan_shares(
             first = 0 if part is None else sum(sizes[rank][:part])
             count = len(indices[rank]) if part is None else sizes[rank][part]
             chosen = [
-                (number, found)
+                (number, TokenSequence(found, len(found) - response, 0))
                 for number in range(first, first + count)
-                if len((example := examples[indices[rank][number]]).rollout.response_ids)
+                if (response := len((example := examples[indices[rank][number]]).rollout.response_ids))
                 and (found := ids(example)) is not None
             ]
             numbers.append([number for number, _ in chosen])
-            sequences.append([found for _, found in chosen])
+            sequences.append([sequence for _, sequence in chosen])
         planned = plan_packs(sequences, tokens_per_microbatch, layout)
         return [
             [b._replace(items=[n[i] for i in b.items]) for b in bins] for n, bins in zip(numbers, planned, strict=True)
@@ -159,43 +163,60 @@ def split_mini_batches(count: int, updates: int) -> list[range]:
     return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
 
 
-def _token_cost(examples: Sequence[Example], *, share_prefixes: bool) -> int:
-    """Student and teacher tokens to compute for these examples; a shared prefix counts once."""
-    if share_prefixes:
-        teachers = [ids for ids in map(teacher_ids, examples) if ids is not None]
-        return prefixes.unique_tokens(list(map(student_ids, examples))) + prefixes.unique_tokens(teachers)
-    return sum(map(_tokens, examples))
+@dataclass(frozen=True)
+class ExampleCosts:
+    """The FLOPs of examples in the two phases of a step between which the ranks meet.
+
+    student_forwards: what the passes over the student's sequences cost, in forward passes; an update is `UPDATE`. The
+    teacher's sequences are scored once. shared: a rank computes prefixes that its examples have in common once.
+    """
+
+    examples: Sequence[Example]
+    flops: FlopsModel
+    student_forwards: int
+    shared: bool
+
+    def of(self, indices: Sequence[int], *, shared: bool) -> tuple[int, int]:
+        """(all passes of the student, the teacher's) over these examples on one rank. Logits count at response tokens
+        alone, as they are computed."""
+        chosen = [self.examples[i] for i in indices]
+        student = [(e.rollout.prompt_ids, e.rollout.response_ids) for e in chosen]
+        taught = [(e.teacher_prompt_ids, e.rollout.response_ids) for e in chosen if e.teacher_prompt_ids is not None]
+        return self.student_forwards * self._forward(student, shared), self._forward(taught, shared)
+
+    def _forward(self, sequences: Sequence[tuple[TokenIds, TokenIds]], shared: bool) -> int:
+        """Of sequences that consist of prompt and response."""
+        spans: tuple[tuple[int, int], ...]
+        if shared:
+            spans = prefixes.unique_spans([np.concatenate(parts) for parts in sequences])
+        else:
+            spans = tuple((0, len(prompt) + len(response)) for prompt, response in sequences)
+        return forward_flops(self.flops, PackCounts(spans, sum(len(response) for _, response in sequences)))
+
+    def busiest(self, assignment: Sequence[Sequence[int]]) -> int:
+        """The work of each phase's busiest rank, both phases together."""
+        student, teacher = zip(*[self.of(indices, shared=self.shared) for indices in assignment], strict=True)
+        return max(student) + max(teacher)
 
 
-def _tokens(example: Example) -> int:
-    """Of student and teacher sequence, if nothing is shared."""
-    response, teacher = len(example.rollout.response_ids), example.teacher_prompt_ids
-    return len(example.rollout.prompt_ids) + response + (0 if teacher is None else len(teacher) + response)
-
-
-def _assign_examples(
-    examples: Sequence[Example], mini_batch: Sequence[int], ranks: int, *, share_prefixes: bool
-) -> list[list[int]]:
-    """The mini-batch's example indices for each rank, so that the busiest rank computes few tokens.
+def _assign_examples(mini_batch: Sequence[int], ranks: int, costs: ExampleCosts) -> list[list[int]]:
+    """The mini-batch's example indices for each rank, so that the busiest rank has little work.
 
     Single examples balance best. With shared prefixes, keeping a group on one rank computes its prompt once instead of
-    on several ranks; the assignment whose busiest rank has fewer tokens wins. Two groups of 2 on 2 ranks, prompts of
+    on several ranks; the assignment whose busiest rank has less work wins. Two groups of 2 on 2 ranks, prompts of
     100 tokens, responses of 10: by example both ranks may hold both prompts, 220 tokens each; by group 120 each.
     """
     if ranks == 1:
         return [list(mini_batch)]
-    by_prompt: dict[bytes, list[int]] = {}
-    for i in mini_batch:
-        by_prompt.setdefault(examples[i].rollout.prompt_ids.tobytes(), []).append(i)
 
     def spread(units: Sequence[list[int]], shared: bool) -> list[list[int]]:
-        costs = [_token_cost([examples[i] for i in unit], share_prefixes=shared) for unit in units]
-        return [sorted(i for u in chosen for i in units[u]) for chosen in assign(costs, ranks)]
-
-    def busiest(assignment: list[list[int]]) -> int:
-        return max(_token_cost([examples[i] for i in indices], share_prefixes=True) for indices in assignment)
+        parts = assign([costs.of(unit, shared=shared) for unit in units], ranks)
+        return [sorted(i for u in chosen for i in units[u]) for chosen in parts]
 
     by_example = spread([[i] for i in mini_batch], False)
-    if not share_prefixes:
+    if not costs.shared:
         return by_example
-    return min(by_example, spread(list(by_prompt.values()), True), key=busiest)
+    by_prompt: dict[bytes, list[int]] = {}
+    for i in mini_batch:
+        by_prompt.setdefault(costs.examples[i].rollout.prompt_ids.tobytes(), []).append(i)
+    return min(by_example, spread(list(by_prompt.values()), True), key=costs.busiest)

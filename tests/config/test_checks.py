@@ -31,6 +31,7 @@ SMOLLM2 = {
     "num_hidden_layers": 30,
     "max_position_embeddings": 8192,
 }
+BFLOAT16_MOMENTS = "optimizer.moments=bfloat16 optimizer.beta2=0.95 parallelism.distributed_optimizer=true"
 FP8_PARAMETERS = (
     "precision.fp8=current precision.fp8_parameters=true parallelism.distributed_optimizer=true rollout.engine=replay"
     " rollout.replay_folder=x"
@@ -54,6 +55,15 @@ def refusal(text: str, kind: Any = "train") -> str:
 @pytest.mark.parametrize(
     ("bad", "message", "good"),
     [
+        (f"{BFLOAT16_MOMENTS} parallelism.distributed_optimizer=false", "set parallelism.distributed_optimizer true",
+         BFLOAT16_MOMENTS),
+        (f"{BFLOAT16_MOMENTS} optimizer.beta2=0.999", "bfloat16 rounds a moment that decays by less than 0.4%",
+         f"{BFLOAT16_MOMENTS} optimizer.beta2=0.99"),
+        (f"{BFLOAT16_MOMENTS} optimizer.beta1=0.995", "set optimizer.beta1 to 0.99", BFLOAT16_MOMENTS),
+        (f"{BFLOAT16_MOMENTS} optimizer.offload=host", "the host's Adam has float32 moments", BFLOAT16_MOMENTS),
+        ("optimizer.offload=host parallelism.distributed_optimizer=true model.dtype=float32",
+         "set model.dtype bfloat16", "optimizer.offload=host parallelism.distributed_optimizer=true"),
+        (f"{FP8_PARAMETERS} optimizer.offload=host", "complete master weights", FP8_PARAMETERS),
         ("precision.fp8=blockwise algorithm.estimator=full_vocabulary", "set precision.fp8_scores true",
          "precision.fp8=blockwise algorithm.estimator=full_vocabulary precision.fp8_scores=true"),
         ("parallelism.sequence_parallel=true", "set parallelism.tensor above 1",
@@ -310,6 +320,14 @@ def test_layers_that_the_machine_lacks() -> None:
     check_devices(recipe, cuda=True, transformer_engine=True)
     check_devices(make(), cuda=False)
     check_devices(make("model.dtype=bfloat16"))
+    for optimizer, message in (
+        (BFLOAT16_MOMENTS, "only Transformer Engine's Adam has such moments"),
+        ("optimizer.offload=host parallelism.distributed_optimizer=true", "set optimizer.offload none"),
+    ):
+        for cuda, installed in ((False, True), (True, False)):
+            with pytest.raises(UserError, match=message):
+                check_devices(make(optimizer), cuda=cuda, transformer_engine=installed)
+        check_devices(make(optimizer), cuda=True, transformer_engine=True)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from asd_megatron.distributed.device import use_expandable_segments
+from asd_megatron.errors import UserError
 from tests.distributed.harness import run_ranks
 from tests.models.tiny import tiny_llama
 
@@ -98,3 +101,21 @@ def test_prepare(tmp_path: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(3, 9)[None]).logits[0, -1]
     (found,) = run_ranks(_prepared, 1, str(folder), init=False)
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_expandable_segments_are_this_process_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", chosen.append)
+    use_expandable_segments({}, allowed=True)
+    assert chosen == []  # no CUDA
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = dict(os.environ)
+    use_expandable_segments({}, allowed=False)
+    use_expandable_segments({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, allowed=True)
+    use_expandable_segments({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, allowed=False)
+    assert chosen == []
+    use_expandable_segments({}, allowed=True)
+    assert chosen == ["expandable_segments:True"]
+    assert dict(os.environ) == before  # SGLang servers inherit it, and refuse such segments
+    with pytest.raises(UserError, match="PYTORCH_CUDA_ALLOC_CONF turns on expandable segments.*weight_sync disk"):
+        use_expandable_segments({"PYTORCH_CUDA_ALLOC_CONF": "Expandable_Segments: true"}, allowed=False)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from asd_megatron.distributed.layout import Layout, init, shutdown
+from asd_megatron.distributed import layout as layout_module
+from asd_megatron.distributed.layout import Layout, init, record_collectives, shutdown
 from asd_megatron.errors import UserError
 from tests.distributed.harness import run_ranks
 
@@ -17,9 +21,7 @@ def _members(rank: int, layouts: list[Layout]) -> list[dict[str, list[int]]]:
     """The global ranks of this rank's groups, for one layout after the other."""
     found, threads = [], []
     for layout in layouts:
-        process_groups = init(
-            layout, timeout_minutes=0.5
-        )  # under a minute: rounded up where Megatron counts whole ones
+        process_groups = init(layout, host_minutes=0.5)  # under a minute: rounded up where Megatron counts whole ones
         ranks = {n: dist.get_process_group_ranks(g) for n, g in vars(process_groups).items()}
         assert ranks.pop("host") == ranks["world"] and dist.get_backend(process_groups.host) == "gloo"
         found.append(ranks)
@@ -65,6 +67,54 @@ def _alone(rank: int) -> int:
 
 def test_one_process_needs_no_launcher() -> None:
     assert run_ranks(_alone, 1, init=False) == [1]
+
+
+def _as_on_gpus(rank: int, folder: str) -> dict[str, Any]:
+    """What `init` asks for where collectives are NCCL's: gloo answers."""
+    from megatron.core import parallel_state
+
+    asked: dict[str, Any] = {}
+    join, make = dist.init_process_group, parallel_state.initialize_model_parallel
+
+    def joining(backend: str, *, timeout: timedelta, device_id: Any, **kwargs: Any) -> None:
+        asked["world"] = (backend, timeout, device_id)
+        asked["dump"] = os.environ["TORCH_FR_DUMP_TEMP_FILE"], os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"]
+        join("gloo", timeout=timeout, **kwargs)
+        assert dist.group.WORLD is not None
+        dist.group.WORLD.bound_device_id = device_id
+
+    def making(**sizes: Any) -> None:
+        assert dist.group.WORLD is not None and dist.group.WORLD.bound_device_id is None  # or each group is split off
+        asked["megatron"] = sizes["distributed_timeout_minutes"]
+        make(**sizes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout_module.device, "backend", lambda: "nccl")
+        patch.setattr(layout_module.device, "device", lambda: torch.device("cuda", 1))
+        patch.setattr(dist, "init_process_group", joining)
+        patch.setattr(parallel_state, "initialize_model_parallel", making)
+        groups = init(Layout(), host_minutes=75, dumps=Path(folder))
+        asked["bound"] = groups.world.bound_device_id
+        groups.world.bound_device_id = None
+        asked["host"] = groups.host._get_backend(torch.device("cpu")).options._timeout
+        shutdown()
+    return asked
+
+
+def test_limits_on_gpus(tmp_path: Path) -> None:
+    """Collectives end after ten minutes, waits on the host group later; the world knows its device."""
+    (asked,) = run_ranks(_as_on_gpus, 1, str(tmp_path), init=False)
+    assert asked["world"] == ("nccl", timedelta(minutes=10), torch.device("cuda", 1))
+    assert asked["bound"] == torch.device("cuda", 1)
+    assert asked["megatron"] == 10 and asked["host"] == timedelta(minutes=75)
+    assert asked["dump"] == (f"{tmp_path}/flight_recorder_rank_",) * 2
+
+
+def test_the_user_s_flight_recorder_stays() -> None:
+    environment = {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/mine_", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+    record_collectives(environment, Path("/run"))
+    assert environment["TORCH_FR_DUMP_TEMP_FILE"] == environment["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == "/mine_"
+    assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0" and environment["TORCH_FR_BUFFER_SIZE"] == "2000"
 
 
 def test_world_size() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import distributed_c10d as c10d
 
+from asd_megatron.distributed import objects
+from asd_megatron.distributed.layout import ProcessGroups
+from asd_megatron.run import ranks
 from tests.distributed.harness import run_ranks
 from tests.e2e.world import World, assert_close, make_world, metrics, responses
 
@@ -48,10 +54,39 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
+@contextmanager
+def objects_on_the_host_group() -> Iterator[None]:
+    """Inside, the host group is one of its own, as on GPUs, and a Python object that travels over another group is an
+    error, also one of Megatron-Core's or PyTorch's checkpoints."""
+    joined: list[ProcessGroups] = []
+    init, pickled = ranks.layouts.init, c10d._object_to_tensor
+
+    def recorded(*args: Any, **kwargs: Any) -> ProcessGroups:
+        joined.append(init(*args, **kwargs))
+        assert joined[-1].host is not joined[-1].world
+        return joined[-1]
+
+    def check(group: Any) -> None:
+        assert group is joined[-1].host, f"an object over {c10d._get_pg_name(group) if group else 'the world'}"
+
+    def checked(obj: Any, device: Any, group: Any) -> Any:
+        check(group)
+        return pickled(obj, device, group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks.device, "backend", lambda: "cpu:gloo")
+        patch.setattr(ranks.layouts, "init", recorded)
+        patch.setattr(c10d, "_object_to_tensor", checked)
+        patch.setattr(objects, "_check", check)
+        yield
+    assert joined
+
+
 def _train(rank: int, runs: list[list[str]]) -> list[int]:
     from asd_megatron import train
 
-    return [train.main(argv) for argv in runs]
+    with objects_on_the_host_group():
+        return [train.main(argv) for argv in runs]
 
 
 @pytest.mark.parametrize("layout", SAMPLED)

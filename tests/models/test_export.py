@@ -219,7 +219,7 @@ def _a_rank_fails(rank: int, port: Any) -> None:
     short = dist.new_group([0, 1], timeout=timedelta(seconds=2))
     assert short is not None
     which = "tp" if port.layout.tensor > 1 else "pp"
-    port.parameters.process_groups = dataclasses.replace(port.process_groups, **{which: short})
+    port.parameters.process_groups = dataclasses.replace(port.process_groups, **{which: short, "host": short})
     list(port.export())  # the group's connections are made
     started = 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def _compare(rank: int, root: str, model: str, layout: dict[str, Any], build: di
 
     def check(number: int, hidden: Tensor) -> None:
         shard, micro = port.head_shard(), micros[number]
-        hidden = shard.gather_tokens(hidden.detach().squeeze(1))
+        hidden = shard.gather_tokens(hidden.detach())
         logits = shard.gather_ranks(hidden @ port.head_weight().t()).transpose(0, 1).flatten(1)[:, : port.vocab_size]
         real = micro.source >= 0
         for name, found in (("hidden", hidden), ("logits", logits)):
@@ -95,35 +94,20 @@ def _compare(rank: int, root: str, model: str, layout: dict[str, Any], build: di
 
 def _run(port: Any, micros: list[Any], check: Any) -> None:
     """All micro-batches through Megatron's schedule, forward and backward of sum(-log p(next token))."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     from asd_megatron.ops.vocab_head import linear_logprob
+    from asd_megatron.trainer import schedule
 
     for chunk in port.chunks:
         chunk.zero_grad_buffer()
+    numbers = {id(micro): number for number, micro in enumerate(micros)}
 
-    def loss(number: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        check(number, hidden)
-        rows = (micros[number].targets >= 0).nonzero()[:, 0]
-        target = micros[number].targets[rows]
-        logprobs, _ = linear_logprob(hidden.squeeze(1), port.head_weight(), target, port.head_shard(), rows=rows)
-        total = -logprobs.sum()
-        return total, torch.ones((), dtype=torch.int32), total.detach()
+    def loss(micro: Any, hidden: Tensor) -> Tensor:
+        check(numbers[id(micro)], hidden)
+        rows = (micro.targets >= 0).nonzero()[:, 0]
+        shard = port.head_shard()
+        return -linear_logprob(hidden, port.head_weight(), micro.targets[rows], shard, rows=rows)[0].sum()
 
-    def step(numbers: Any, chunk: Any) -> Any:
-        number = next(numbers)
-        return port.forward(chunk, micros[number].tokens), functools.partial(loss, number)
-
-    numbers = [iter(range(len(micros))) for _ in port.chunks]
-    get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=numbers if len(numbers) > 1 else numbers[0],
-        model=port.chunks if len(numbers) > 1 else port.chunks[0],
-        num_microbatches=len(micros),
-        seq_length=max(len(m.tokens.input_ids) for m in micros),
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    schedule.forward_backward(port, micros, loss)
 
 
 def _scoring_gives_the_modules_numbers(port: Any, micros: list[Any]) -> None:
@@ -157,7 +141,17 @@ def _sampling_changes_nothing(port: Any, micros: list[Any], gradients: dict[str,
         assert torch.equal(gradient, gradients[name]), name
 
 
+def _no_exchange(*_: Any) -> None:
+    raise AssertionError("pipeline stages exchange a shape, or wait for the device, beside a transfer")
+
+
 def _compare_all(rank: int, root: str, cases: list[Case]) -> list[dict[str, float]]:
+    from asd_megatron.distributed import device
+
+    device.prepare()  # which replaces `synchronize` on CPUs
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    P2PCommunicator._communicate_shapes = torch.cuda.synchronize = _no_exchange
     found = [_compare(rank, root, *case) for case in cases]
     dist.barrier()
     return found
@@ -201,6 +195,7 @@ def test_four_ranks(folders: Path) -> None:
         {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence_parallel": True},
         {"tensor": 2, "context": 2, "sequence_parallel": True},
         {"pipeline": 2, "context": 2},
+        {"pipeline": 4},
     ]
     cases: list[Any] = [(model, layout, {}) for layout in layouts for model in ("qwen3_tied", "llama")]
     cases += [("olmo3", layout, {}) for layout in layouts[1:3]]

@@ -10,20 +10,19 @@ import torch
 from asd_megatron.checks.cases import hard_batch
 from asd_megatron.models.attention_plan import AttentionBucket, plan_buckets
 from asd_megatron.models.family import AttentionKind, Experts, ModelShape
-from asd_megatron.models.gpt import Recompute
-from asd_megatron.models.rope import RotarySettings
-from asd_megatron.observe.flops import (
+from asd_megatron.models.flops import (
     FlopsModel,
     attending_pairs,
     computed_tokens,
+    flops_model,
     forward_flops,
-    peak_flops,
-    rates,
     step_flops,
 )
+from asd_megatron.models.gpt import Recompute
+from asd_megatron.models.rope import RotarySettings
+from asd_megatron.observe.flops import peak_flops, rates
 from asd_megatron.observe.reduction import over_ranks
 from asd_megatron.records import ComputedPacks, PackCounts
-from asd_megatron.run.telemetry import flops_model
 from asd_megatron.trainer.batch import PackLayout, TokenSequence, build_pack
 from asd_megatron.trainer.local_batch import LocalBatch
 from tests.distributed.harness import run_ranks
@@ -145,7 +144,7 @@ def _gathered(rank: int) -> tuple[dict[str, float], dict[str, float]] | None:
 
     assert dist.group.WORLD is not None
     model, hardware = step_flops(flops_model(DENSE, Recompute("full")), counts_of(2, rank % 2, 2, rank // 2))
-    values = {"flops": model / 2, "hardware_flops": hardware / 2, "tokens": 0.0}
+    values = {"flops": model / 2, "hardware_flops": hardware / 2, "tokens": 0.0, "perf/imbalance": rank // 2}
     if rank in (1, 2):
         values |= {"gpu/utilization": rank / 4, "gpu/energy_kj": 1.5, "memory/peak_gib": float(rank)}
     return over_ranks(values, dist.group.WORLD)
@@ -159,6 +158,7 @@ def test_context_parallel_ranks_count_their_packs_once() -> None:
     sums, metrics = first
     assert (sums["flops"], sums["hardware_flops"]) == (model, hardware) and hardware > model
     assert metrics == {
+        "perf/imbalance": 2.0,
         "gpu/utilization": 0.375,
         "gpu/utilization_min": 0.25,
         "gpu/energy_kj": 3.0,

@@ -18,7 +18,7 @@ import torch
 from asd_megatron.config import AnyRecipe, load_recipe
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
-from asd_megatron.observe.flops import forward_flops
+from asd_megatron.models.flops import forward_flops
 from asd_megatron.observe.hardware_names import MEASURED_PHASES
 from asd_megatron.observe.memory import PeakMemory
 from asd_megatron.observe.names import PHASES

@@ -16,6 +16,7 @@ from asd_megatron.checkpoint.huggingface import FolderReader, read_config
 from asd_megatron.data.sft import SftExample
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.models.flops import flops_model
 from asd_megatron.models.gpt import NO_RECOMPUTE, Recompute
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.precision import BFLOAT16, Precision
@@ -190,7 +191,9 @@ class Product:
         self.port.load(self.reader)
         self.port.wrap_ddp(distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False)
         aligned = precision.alignment if alignment is None else alignment
-        self.pack_layout = PackLayout.of(layout, self.process_groups, self.port.device, alignment=aligned)
+        self.pack_layout = PackLayout.of(
+            layout, self.process_groups, self.port.device, alignment=aligned, flops=flops_model(self.port.shape)
+        )
         self.copies: WeightCopies | None = None
 
     def reload(self) -> None:

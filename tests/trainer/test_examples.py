@@ -77,6 +77,18 @@ def test_the_draw_repeats_and_changes_with_the_step() -> None:
     assert len(set(draws[0])) > 3
 
 
+def test_preparing_groups_changes_no_example() -> None:
+    groups = [group([1.0, 0.0, 1.0]), group([0.0, 1.0, 1.0], UNSOLVED)]
+    plain, prepared = builder(), builder()
+    prepared.prepare(groups[0], 2)
+    prepared.prepare(groups[1], 1)  # for an earlier step, whose draws are others
+    assert prepared.build(groups, 2) == plain.build(groups, 2)
+    prepared.prepare(groups[1], 4)
+    assert prepared.build(groups[:1], 3) == plain.build(groups[:1], 3)
+    assert prepared.build(groups[1:], 4) == plain.build(groups[1:], 4)
+    prepared.close()
+
+
 @pytest.mark.parametrize(
     ("problem", "how", "expected"),
     [

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from asd_megatron.checks.cases import hard_batch
+from asd_megatron.models.flops import FlopsModel
 from asd_megatron.records import Example, FinishReason
 from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.local_batch import ComputedTokens, LocalBatch
-from asd_megatron.trainer.shares import GlobalCounts, loss_mask, split_mini_batches
+from asd_megatron.trainer.shares import ExampleCosts, GlobalCounts, loss_mask, plan_shares, split_mini_batches
 
 
 def build(examples: list[Example], ranks: int = 1, rank: int = 0, updates: int = 1, **how: Any) -> LocalBatch:
@@ -47,15 +48,28 @@ def test_every_example_belongs_to_one_rank(ranks: int, updates: int) -> None:
         assert b.table.tokens == sum(map(length, b.examples))
 
 
-def test_work_is_spread_by_tokens_of_both_passes() -> None:
+def test_both_phases_are_spread_by_their_flops() -> None:
     examples = hard_batch(1)
+    layout = PackLayout(flops=FlopsModel(body=5, heads=1, head_dim=1, windows=(None, 9), hidden=2, vocab=7))
 
-    def cost(e: Example) -> int:
-        teacher = len(e.teacher_prompt_ids) + length(e) if e.teacher_prompt_ids is not None else 0
-        return len(e.rollout.prompt_ids) + length(e) + teacher
+    def forward(prompt: int, response: int) -> int:
+        n = prompt + response
+        pairs = sum(p + 1 + min(p + 1, 9) for p in range(n))
+        return 2 * 5 * n + 4 * pairs + 2 * response * 2 * 7
 
-    loads = [sum(cost(e) for e in build(examples, 2, rank).examples) for rank in range(2)]
-    assert abs(loads[0] - loads[1]) <= max(map(cost, examples)) / 2
+    def work(e: Example) -> tuple[int, int]:
+        teacher = 0 if e.teacher_prompt_ids is None else forward(len(e.teacher_prompt_ids), length(e))
+        return 4 * forward(len(e.rollout.prompt_ids), length(e)), teacher
+
+    costs = ExampleCosts(examples, layout.flops, 4, shared=False)
+    assert [costs.of([i], shared=False) for i in range(len(examples))] == [work(e) for e in examples]
+    shares = plan_shares(examples, ranks=2, updates=1, layout=layout, tokens_per_microbatch=64, student_forwards=4)
+    assignment = [share.indices for share in shares]
+    for phase in range(2):
+        loads = [sum(work(examples[i])[phase] for i in indices) for indices in assignment]
+        assert abs(loads[0] - loads[1]) <= max(work(e)[phase] for e in examples) / 2
+    busiest = sum(max(sum(work(examples[i])[phase] for i in part) for part in assignment) for phase in range(2))
+    assert costs.busiest(assignment) == busiest
 
 
 def test_rows_follow_the_rollouts() -> None:

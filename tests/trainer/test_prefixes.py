@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from asd_megatron.trainer import prefixes
 from asd_megatron.trainer.prefixes import (
     BLOCK,
+    Item,
     Segments,
     bin_consecutive,
     build_tree,
+    fewest_bins,
     separate,
     sort_by_prefix,
-    unique_tokens,
+    unique_spans,
 )
 
 SEQUENCES = st.lists(
@@ -44,7 +46,7 @@ def _check(segments: Segments, sequences: list[list[int]]) -> None:
 def test_every_sequence_is_complete_and_shared_segments_are_not_short(sequences: list[list[int]]) -> None:
     found = build_tree(sequences)
     _check(found, sequences)
-    assert found.cu[-1] == len(found.ids) == unique_tokens(sequences) <= sum(map(len, sequences))
+    assert found.cu[-1] == len(found.ids) == sum(n for _, n in unique_spans(sequences)) <= sum(map(len, sequences))
     inner = {p for p in found.parents if p >= 0}
     assert all(found.cu[i + 1] - found.cu[i] >= BLOCK for i in inner)
 
@@ -74,25 +76,33 @@ def test_padding_stays_behind_the_last_segment() -> None:
     assert found.positions[-4:].tolist() == list(range(int(found.positions[-4]), int(found.positions[-4]) + 4))
 
 
-@pytest.mark.parametrize("at_least", [1, 2, 4])
+def items_of(sequences: list[list[int]]) -> tuple[list[int], list[Item]]:
+    """(order, items) of sequences whose tokens cost as much as their position."""
+    indices, shared = sort_by_prefix(sequences)
+    cost = lambda start, end: sum(range(start, end))  # noqa: E731
+    ends = [len(sequences[i]) for i in indices]
+    return indices, [Item(n - s, n, cost(s, n), cost(0, n)) for s, n in zip(shared, ends, strict=True)]
+
+
+@pytest.mark.parametrize("more", [0, 1, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_bins_keep_the_budget_and_are_about_equally_full(seed: int, at_least: int) -> None:
+def test_bins_keep_the_budget_and_are_about_equally_expensive(seed: int, more: int) -> None:
     rng = random.Random(seed)
     sequences = [[rng.randrange(3)] * 32 + [rng.randrange(9) for _ in range(rng.randrange(1, 60))] for _ in range(23)]
-    indices, shared = sort_by_prefix(sequences)
-    complete = [len(sequences[i]) for i in indices]
-    own = [n - s for n, s in zip(complete, shared, strict=True)]
-    bins = bin_consecutive(own, complete, 200, at_least)
-    assert [place for places in bins for place in places] == list(range(23))
-    loads = [unique_tokens([sequences[indices[place]] for place in places]) for places in bins]
-    assert max(loads) <= 200 and len(bins) >= at_least
-    fewer = prefixes._fill(own, complete, max(loads) - 1)
-    assert len(fewer) > len(bins)  # no smaller capacity would do with so many bins
+    indices, items = items_of(sequences)
+    count = fewest_bins(items, 200) + more
+    bins = bin_consecutive(items, 200, count)
+    assert [place for places in bins for place in places] == list(range(23)) and len(bins) <= count
+    spans = [unique_spans([sequences[indices[place]] for place in places]) for places in bins]
+    assert max(sum(length for _, length in of_bin) for of_bin in spans) <= 200
+    work = [sum(sum(range(start, start + length)) for start, length in of_bin) for of_bin in spans]
+    assert len(prefixes._fill(items, 200, max(work) - 1)) > count  # no smaller bound would do with so many bins
 
 
 def test_a_sequence_longer_than_the_budget_has_a_bin_of_its_own() -> None:
-    assert bin_consecutive([5, 90, 5], [5, 90, 5], 20) == [range(0, 1), range(1, 2), range(2, 3)]
-    assert bin_consecutive([], [], 20) == []
+    items = [Item(n, n, n, n) for n in (5, 90, 5)]
+    assert bin_consecutive(items, 20, 3) == [range(0, 1), range(1, 2), range(2, 3)]
+    assert bin_consecutive([], 20, 1) == []
     assert build_tree([]).ids.shape == (0,) and build_tree([]).ids.dtype == "int64"
 
 

@@ -132,6 +132,12 @@ ROWS: tuple[Row, ...] = (
         _tests("tests/checkpoint/test_te_gpu.py"),
     ),
     Row(
+        "moments",
+        "moments in bfloat16, the optimizer on the host, and its memory handed over: updates and checkpoints",
+        Needs(others=("cuda", "pytest", "transformer_engine")),
+        _tests("tests/trainer/test_precision_aware.py"),
+    ),
+    Row(
         "cuda_ipc",
         "weights passed between processes by CUDA IPC",
         Needs(others=("cuda", "pytest")),

@@ -155,8 +155,8 @@ class EmbeddedEngine:
         self.stats = SamplingStats()
         with torch.no_grad(), self._port.sampling():
             responses, outcome = self._sample(submission, time.monotonic() + timeout)
-        status = torch.tensor([outcome], device=self._port.device)
-        dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._process_groups.world)
+        status = torch.tensor([outcome])  # on the host group: the longest response decides when the last rank is here
+        dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._process_groups.host)
         if (failure := int(status)) in FAILURES:
             self.abort()
             raise NotFinite(FAILURES[failure]) if failure == NON_FINITE else RolloutError(FAILURES[failure])
@@ -295,7 +295,7 @@ class EmbeddedEngine:
 
     def _deliver(self, submission: _Submission, responses: list[SampledResponse]) -> list[Group]:
         """All ranks' responses as complete groups in submitted order, on global rank 0; [] elsewhere."""
-        gathered = gather_objects(responses, 0, self._process_groups.world)
+        gathered = gather_objects(responses, 0, self._process_groups.host)
         if gathered is None:
             return []
         rollouts: list[list[Rollout]] = [[] for _ in submission.prompts]

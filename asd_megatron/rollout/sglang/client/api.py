@@ -127,7 +127,7 @@ class SGLangServer:
             body["return_routed_experts"] = True
         answer = await self._ask("POST", "/generate", body, None)
         try:
-            generation = _generation(answer)
+            generation = read_generation(answer)
             return generation if routing is None else _routed(generation, answer, routing, len(input_ids))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise InvalidAnswer(self.url, f"gave an answer that cannot be used: {error!r}") from error
@@ -222,7 +222,7 @@ def _reason(text: str) -> str:
     return " ".join(str(value).split())[:500] or "no reason given"
 
 
-def _generation(answer: Mapping[str, Any]) -> Generation:
+def read_generation(answer: Mapping[str, Any]) -> Generation:
     """Raises ValueError or one of its kind if the parts do not fit together."""
     meta = answer["meta_info"]
     ids = answer["output_ids"]

@@ -130,6 +130,8 @@ def test_variables_of_the_trainer_stay_outside(gpus: None) -> None:
         "TORCHELASTIC_RUN_ID": "x",
         "PYTHONPATH": "y",
         "ASD_MEGATRON_ADMIN_KEY": "z",
+        "TORCH_FR_DUMP_TEMP_FILE": "run/flight_recorder_rank_",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "run/flight_recorder_rank_",
     }
     found = server_environment(options(devices="3", environment={"MORE": "1"}), base)
     assert found["PATH"] == "/bin" and found["MORE"] == "1" and found["CUDA_VISIBLE_DEVICES"] == "3"
