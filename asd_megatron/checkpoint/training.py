@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -118,15 +117,15 @@ class _Write:
     def __call__(self, parts: Iterable[Part], group: dist.ProcessGroup) -> None:
         """Write this rank's parts and, on global rank 0, what completes the checkpoint. Collective over `group`, all
         ranks."""
-        own: list[Written] = []
+        mine: list[Written] = []
         error: Exception | None = None
         with self.written:
             try:
                 with saving(self.folder, self.step):
-                    own = write_shard(self.aside, self.rank, parts)
+                    mine = write_shard(self.aside, self.rank, parts)
             except Exception as e:
                 error = e
-            everyone = gather_objects((own, error if error is None else _told(error)), 0, group)
+            everyone = gather_objects((mine, error if error is None else _told(error)), 0, group)
             try:
                 on_rank_zero(lambda: self._complete(everyone or []), group)
             except Exception as shared:
@@ -138,7 +137,7 @@ class _Write:
                 users, message = failure
                 raise UserError(message) if users else RuntimeError(f"global rank {rank} failed: {message}")
         with saving(self.folder, self.step):
-            write_metadata(self.aside, [box for own, _ in everyone for box in own])
+            write_metadata(self.aside, [one for found, _ in everyone for one in found])
             write_common(self.aside, self.common)
             (self.aside / RUN_STATE).write_text(self.run_state, encoding="utf-8")
             self.written.close()
@@ -213,20 +212,16 @@ def _parts(
     layout = port.layout
     dense, expert = port.process_groups.dp_cp.size(), layout.stage_size // layout.expert
 
-    def weight(sharded: Sharded, values: Callable[[], Tensor], parameter: Any, dtype: torch.dtype) -> Part:
-        return local(sharded, values, dtype, dense if getattr(parameter, "allreduce", True) else expert)
-
-    found = [
-        weight(sharded, partial(_flat, sharded.data), sharded.data, port.dtype)  # FP8 parameters are stored in bfloat16
-        for sharded in model.values()
-    ]
-    for parameter, copy in copies_state.shards(copies, names, model):
-        found.append(weight(copy, partial(_flat, copy.data), model[parameter].data, copy.data.dtype))
+    found = []
+    for parameter, sharded in (*model.items(), *copies_state.shards(copies, names, model)):
+        replicas = dense if getattr(model[parameter].data, "allreduce", True) else expert
+        found.append(local(sharded, partial(_flat, sharded.data), sharded.data.dtype, replicas))
     optimizer_state.fill(optimizer)
     return found + optimizer_state.parts(optimizer, model, dense, expert)
 
 
 def _flat(tensor: Tensor) -> Tensor:
+    """FP8 parameters are stored in bfloat16, which every precision can load."""
     return te.values(tensor.detach()).reshape(-1)
 
 
