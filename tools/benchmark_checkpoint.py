@@ -53,9 +53,9 @@ class Row:
 
 def config(megabytes: float) -> dict[str, Any]:
     """A Qwen3 whose bfloat16 weights have about that size."""
-    hidden = HEAD
+    hidden = 2 * HEAD
     while 2 * (2 * VOCABULARY * hidden + LAYERS * 12 * hidden * hidden) < megabytes * MB:
-        hidden += HEAD  # 12 h^2 a layer: q and o (2), k and v (1), gate, up and down (9)
+        hidden += 2 * HEAD  # 12 h^2 a layer: q and o (2), k and v (1), gate, up and down (9)
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

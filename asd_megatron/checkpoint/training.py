@@ -8,9 +8,9 @@ Tensors are stored in their model's shape, as boxes of it (`parts`), so that ano
 load them. Every rank writes and reads its own part alone: what data-parallel ranks share is spread over them by size.
 `CHECKPOINTS` must be on a file system that all ranks share. `save` and `load` are collective over all ranks.
 
-Extra states of modules (keys `..._extra_state`) are neither stored nor loaded. Transformer Engine unpickles its own, so
-a crafted one would run code; its modules have some where Megatron's have none, so checkpoints of one would not load
-into the other; and only FP8's delayed scaling, which is not used here, keeps anything in them.
+Extra states of modules (keys `..._extra_state`), which are objects, are neither stored nor loaded. Transformer Engine
+unpickles its own, so a crafted one would run code; its modules have some where Megatron's have none; and only FP8's
+delayed scaling, which is not used here, keeps anything in them.
 """
 
 from __future__ import annotations
@@ -184,11 +184,6 @@ def load(
     return stored.run_state
 
 
-def _is_extra_state(key: str) -> bool:
-    """`final_layernorm._extra_state`, and what Megatron renames it to: `linear_qkv.layer_norm__extra_state`."""
-    return "_extra_state" in key.rpartition(".")[2]
-
-
 def _shards(port: ModelPort) -> dict[int, Sharded]:
     """Megatron's description of each parameter of the model, by the parameter's id; in one order on all data-parallel
     ranks."""
@@ -197,8 +192,8 @@ def _shards(port: ModelPort) -> dict[int, Sharded]:
     found: dict[int, Sharded] = {}
     for chunk in port.parameters.chunks:
         sharded = chunk.sharded_state_dict(metadata={"singleton_local_shards": False})
-        for key, shard in sharded.items():
-            if isinstance(shard, ShardedTensor | ShardedTensorFactory) and not _is_extra_state(key):
+        for shard in sharded.values():
+            if isinstance(shard, ShardedTensor | ShardedTensorFactory):
                 found[id(shard.data)] = shard
     return found
 
@@ -253,11 +248,7 @@ def _open(path: Path, distributed: bool) -> tuple[RunStateFile, DistributedCheck
 
 def _check_keys(checkpoint: DistributedCheckpoint, wanted: set[str], copies: Sequence[CopyName]) -> None:
     """UserError unless the checkpoint has the tensors that all ranks together want, and no others."""
-    differing = sorted(
-        key
-        for key in wanted ^ checkpoint.tensors.keys()
-        if not (_is_extra_state(key) or copies_state.is_unread(key, copies))
-    )
+    differing = sorted(key for key in wanted ^ checkpoint.tensors.keys() if not copies_state.is_unread(key, copies))
     if differing:
         raise UserError(
             f"{checkpoint.folder} does not fit this model and optimizer: {len(differing)} tensors are in one of them "
