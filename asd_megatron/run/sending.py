@@ -19,6 +19,7 @@ from asd_megatron.distributed.objects import broadcast_object
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.versions import Versions, check_environment, ipc_arguments
 from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import REBUILD_ARGUMENTS, CudaIpcTransport
+from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
@@ -78,7 +79,7 @@ def sending(
 ) -> Sending | None:
     """How this rank sends its weights; None where global rank 0 sends all of them. `transport`: global rank 0's.
     Collective."""
-    if rollout.weight_sync == "disk":
+    if rollout.weight_sync == "disk" or rollout.weight_sync_full_every > 1:
         return None
     root = broadcast_object(socket.gethostname(), 0, session.process_groups.host)
     if transport is None:
@@ -127,7 +128,16 @@ def root_transport(session: Session, rollout: RolloutSection, hosts: Mapping[str
         return _cuda_ipc(session, rollout, hosts, ipc_arguments(Path(rollout.server_python)))
     if not rollout.server_urls and torch.cuda.is_available():
         check_nccl(loaded_nccl(), check_environment(Path(rollout.server_python)))
-    return _distributed(session, rollout, rollout.weight_sync_address)
+    transport = _distributed(session, rollout, rollout.weight_sync_address)
+    if rollout.weight_sync_full_every == 1:
+        return transport
+    if session.port.dtype == torch.float32:
+        raise UserError(
+            f"rollout.weight_sync_full_every {rollout.weight_sync_full_every}: an update changes nearly every element"
+            " of float32 weights (model.dtype auto is that without GPUs), so there is nothing to leave out: set it to"
+            " 1, or model.dtype bfloat16"
+        )
+    return DeltaTransport(transport, rollout.weight_sync_full_every)
 
 
 def _cuda_ipc(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,19 @@ import torch
 
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.versions import Versions
-from asd_megatron.run.sending import Place, address_elsewhere, check_nccl, hosts_of_servers, loaded_nccl
+from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
+from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
+from asd_megatron.run import report
+from asd_megatron.run.sending import (
+    Place,
+    address_elsewhere,
+    check_nccl,
+    hosts_of_servers,
+    loaded_nccl,
+    root_transport,
+    sending,
+)
+from tests.config.test_checks import make
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 
@@ -31,6 +44,18 @@ def test_senders_on_other_machines_listen_where_the_servers_reach_them(monkeypat
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert address_elsewhere(["http://10.0.0.7:3"]) is None, "found from the URLs"
     assert address_elsewhere([]) == address_elsewhere(URLS) == "127.0.0.1"
+
+
+def test_deltas_need_bfloat16() -> None:
+    session: Any = SimpleNamespace(port=SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu")))
+    rollout = make("rollout.engine=sglang rollout.weight_sync_full_every=10").rollout
+    assert isinstance(transport := root_transport(session, rollout, {}), DeltaTransport)
+    assert sending(session, rollout, None, transport) is None, "global rank 0 has all weights, to compare them"
+    assert "deltas, all weights every 10 updates, verified" in report._servers(rollout)["weight updates"]
+    assert isinstance(root_transport(session, make("rollout.engine=sglang").rollout, {}), DistributedTransport)
+    session.port.dtype = torch.float32
+    with pytest.raises(UserError, match="set it to 1, or model.dtype bfloat16"):
+        root_transport(session, rollout, {})
 
 
 def test_other_nccl_on_the_servers_side_is_refused_with_both_ways_out() -> None:
