@@ -1,4 +1,4 @@
-"""The way of a batch at the paper's scale, on CPU ranks without a model: from the servers' answers to the model, and
+"""The path of a batch at the paper's scale, on CPU ranks without a model: from the servers' answers to the model, and
 from there to metrics and dump.
 
     python tools/benchmark_batch.py [--json FILE]
