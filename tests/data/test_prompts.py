@@ -5,6 +5,8 @@ import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -307,6 +309,18 @@ chat.render_chat(SimpleNamespace(apply_chat_template=render), [], {})
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == -signal.SIGVTALRM and "in render_chat" in ended.stderr
+
+
+def test_the_bounds_of_a_template_are_the_main_thread_s() -> None:
+    """A worker thread's would refuse what the main thread allocates at the same time."""
+    before, inside = resource.getrlimit(resource.RLIMIT_AS), []
+    tokenizer: Any = SimpleNamespace(
+        apply_chat_template=lambda turns, **_: inside.append(resource.getrlimit(resource.RLIMIT_AS)) or ""
+    )
+    chat.render_chat(tokenizer, [], {})
+    with ThreadPoolExecutor(1) as worker:
+        worker.submit(chat.render_chat, tokenizer, [], {}).result()
+    assert inside[0] != before and inside[1] == before
 
 
 def with_special_tokens(before: str, after: str) -> Any:
