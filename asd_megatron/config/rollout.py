@@ -153,6 +153,15 @@ class RolloutSection(Section):
             " interface from which they are reached."
         ),
     )
+    weight_sync_full_every: int = Field(
+        1,
+        ge=1,
+        description=(
+            "`weight_sync: distributed`, bfloat16: every n-th weight update is complete, the others send only the"
+            " elements that have changed since the last one, with the same result bit for bit (docs/weight_sync.md,"
+            " Deltas). For slow networks. 1: every update is complete. Takes host memory of the model's size on rank 0."
+        ),
+    )
     routing_replay: Literal["none", "engine", "scoring"] = Field(
         "none",
         description=(

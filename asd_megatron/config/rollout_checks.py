@@ -37,6 +37,7 @@ def rollout_findings(recipe: Recipe) -> Iterator[str]:
         return
     yield from _servers(rollout)
     yield from _weight_sync(rollout)
+    yield from _deltas(recipe)
     yield from _quantization(recipe)
     yield from _off_policy(recipe)
 
@@ -209,6 +210,24 @@ def _weight_sync(rollout: RolloutSection) -> Iterator[str]:
         yield (
             "rollout.offload_optimizer frees memory for servers on the trainer's devices: set rollout.placement"
             " colocated, or rollout.offload_optimizer false"
+        )
+
+
+def _deltas(recipe: Recipe) -> Iterator[str]:
+    rollout, key = recipe.rollout, f"rollout.weight_sync_full_every {recipe.rollout.weight_sync_full_every}"
+    if rollout.weight_sync_full_every == 1:
+        return
+    if rollout.weight_sync != "distributed":
+        yield f"{key} is read only with rollout.weight_sync distributed: set that, or leave it out"
+    if rollout.placement == "colocated":
+        yield (
+            f"{key} sends changes of the weights that the servers hold, and colocated servers give up theirs while the"
+            " trainer works: set it to 1, or rollout.placement disaggregated"
+        )
+    if recipe.model.dtype == "float32":
+        yield (
+            f"{key} with model.dtype float32: an update changes nearly every element of float32 weights, so there is"
+            " nothing to leave out: set it to 1, or model.dtype bfloat16"
         )
 
 

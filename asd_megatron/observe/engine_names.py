@@ -23,8 +23,13 @@ SECTIONS = (
         "being served.",
         (
             Metric("weight_sync/seconds", "s", "from pausing the servers until the last one resumes"),
-            Metric("weight_sync/megabytes", "MB", "weights sent, counted once for all servers"),
+            Metric("weight_sync/megabytes", "MB", "what was sent, counted once for all servers"),
             Metric("weight_sync/gb_per_second", "GB/s", "the same over those seconds"),
+            Metric(
+                "weight_sync/changed",
+                "fraction of elements",
+                "sent by the last update: less than 1 after a delta (`rollout.weight_sync_full_every`)",
+            ),
             Metric("weight_sync/failures", "servers", "servers whose synchronisation failed"),
             Metric("weight_sync/verified", "0 or 1", "every checksum equals the trainer's; otherwise the run stops"),
             Metric("weight_sync/checked", "tensors", "checksums compared, over all servers and their ranks"),

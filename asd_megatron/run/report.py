@@ -124,6 +124,7 @@ def _servers(rollout: RolloutSection) -> dict[str, str]:
         "servers": f"{where}, {rollout.placement}, {turns}"
         + (f", through the router {rollout.router}" if rollout.router else ""),
         "weight updates": f"{rollout.weight_sync}, "
+        + (f"deltas, all weights every {every} updates, " if (every := rollout.weight_sync_full_every) > 1 else "")
         + ("verified by checksums and log-probs" if rollout.verify_weights else "NOT VERIFIED (verify_weights false)"),
     }
     if rollout.weight_sync == "distributed" and torch.cuda.is_available():

@@ -27,6 +27,7 @@ from asd_megatron.rollout.sglang.servers.options import ServerOptions, devices_o
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.servers.versions import Versions, check_environment, ipc_arguments
 from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import CudaIpcTransport
+from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
@@ -234,12 +235,21 @@ def _transport(session: Session, rollout: RolloutSection) -> Transport:
         )
     if not rollout.server_urls and torch.cuda.is_available():
         check_nccl(loaded_nccl(), check_environment(Path(rollout.server_python)))
-    return DistributedTransport(
+    transport = DistributedTransport(
         address=rollout.weight_sync_address,
         device=session.port.device,
         bucket_bytes=rollout.weight_sync_bucket_mib * MIB,
         timeout=rollout.weight_sync_timeout,
     )
+    if rollout.weight_sync_full_every == 1:
+        return transport
+    if session.port.dtype == torch.float32:
+        raise UserError(
+            f"rollout.weight_sync_full_every {rollout.weight_sync_full_every}: an update changes nearly every element"
+            " of float32 weights (model.dtype auto is that without GPUs), so there is nothing to leave out: set it to"
+            " 1, or model.dtype bfloat16"
+        )
+    return DeltaTransport(transport, rollout.weight_sync_full_every)
 
 
 def loaded_nccl() -> str:

@@ -109,16 +109,9 @@ def remainder_of(master: Tensor, weight: Tensor) -> Tensor:
 
 @cache
 def _complete_masters(base: Any) -> type:
-    """Megatron's distributed optimizer, `base`, whose checkpoints hold complete master weights and own their memory."""
+    """Megatron's distributed optimizer, `base`, whose checkpoints hold complete master weights."""
 
     class CompleteMasters(base):  # type: ignore[misc,valid-type]
-        def state_dict(self) -> dict[str, Any]:
-            state: dict[str, Any] = super().state_dict()
-            for group in state["optimizer"]["param_groups"]:  # a HybridDeviceOptimizer's name classes: no data
-                for name in [name for name, value in group.items() if isinstance(value, type)]:
-                    del group[name]
-            return state
-
         def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = super()._get_main_param_and_optimizer_states(model_param)
             if tensors["param"].dtype is torch.int16:
@@ -127,9 +120,8 @@ def _complete_masters(base: Any) -> type:
 
         def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
             shard = self._shard(model_param)
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # views of a file's whole tensors
             if self.optimizer.state[shard]["master_param"].dtype is torch.int16:
-                tensors["param"] = remainder_of(tensors["param"].to(shard.device), shard)
+                tensors = {**tensors, "param": remainder_of(tensors["param"].to(shard.device), shard)}
             super()._set_main_param_and_optimizer_states(model_param, tensors)
 
         def _shard(self, model_param: Tensor) -> Tensor:

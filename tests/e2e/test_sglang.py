@@ -105,17 +105,24 @@ def test_a_run_starts_its_servers_and_a_router_and_shares_its_device_with_them(w
     assert "/release_memory_occupation" in (logs / "server_0.log").read_text()
 
 
-def test_a_quantised_server_is_sent_fp8_and_its_rollouts_are_corrected(tmp_path: Path) -> None:
+def test_a_quantised_server_is_sent_fp8_in_deltas_and_its_rollouts_are_corrected(tmp_path: Path) -> None:
     fp8 = make_fp8_world(tmp_path)
     folder = fp8.train(
         "fp8",
         run={"folder": str(tmp_path / "runs" / "{name}"), "steps": 3, "dump_rollouts": True},
         model={"path": str(fp8.model), "dtype": "bfloat16"},
-        rollout={"engine": "sglang", "quantization": "fp8", "server_python": str(sglang_python())},
+        rollout={
+            "engine": "sglang",
+            "quantization": "fp8",
+            "weight_sync_full_every": 9,
+            "server_python": str(sglang_python()),
+        },
     )
     assert "importance_correction: truncated" in (folder / "recipe.yaml").read_text()
     rows = [row for row in read_metrics(folder) if row["step"] > 0]
     assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["weight_sync/changed"] < 1 for row in rows] == [False, True, True]
+    assert all(row["weight_sync/megabytes"] < rows[0]["weight_sync/megabytes"] for row in rows[1:])
     for row in rows:
         assert row["weight_sync/verified"] == 1 and row["weight_sync/probe_exceeded"] == 0
         assert 0.001 < row["mismatch/mean_abs"] < 0.2 and row["mismatch/k3"] < LARGE_KL

@@ -150,7 +150,7 @@ def puzzle_names() -> set[str]:
 def server_names() -> set[str]:
     readings = ServerMetrics()
     probes = {"http://a": ProbeDifference(0.0, 0.0, False)}
-    readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.5, checked=1, probes=probes))
+    readings.add(SyncReport({}, (), bytes=8, tensors=1, seconds=0.5, checked=1, probes=probes), changed=0.5)
     return set(readings.take(ServerCounters(), serving=1, restarts=0, unrouted=0))
 
 

@@ -17,6 +17,8 @@ from asd_megatron.puzzle.task import PuzzleStream
 from asd_megatron.puzzle.tokenizer import UNKNOWN_TOKEN, build_tokenizer
 from asd_megatron.rollout.sglang.client.routing import Routing
 from asd_megatron.rollout.sglang.servers.versions import Versions
+from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
+from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.run import report, serving
 from asd_megatron.run.serving import check_nccl, loaded_nccl, probe_ids
 from tests.config.test_checks import make
@@ -64,6 +66,17 @@ def test_quantised_servers_start_without_weights(tmp_path: Path, monkeypatch: py
     session.port.dtype = torch.float32
     with pytest.raises(UserError, match="set model.dtype bfloat16"):
         serving._check_quantization(session, rollout)
+
+
+def test_deltas_need_bfloat16() -> None:
+    session: Any = SimpleNamespace(port=SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu")))
+    rollout = make("rollout.engine=sglang rollout.weight_sync_full_every=10").rollout
+    assert isinstance(serving._transport(session, rollout), DeltaTransport)
+    assert "deltas, all weights every 10 updates, verified" in report._servers(rollout)["weight updates"]
+    assert isinstance(serving._transport(session, make("rollout.engine=sglang").rollout), DistributedTransport)
+    session.port.dtype = torch.float32
+    with pytest.raises(UserError, match="set it to 1, or model.dtype bfloat16"):
+        serving._transport(session, rollout)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,12 @@ ROWS: tuple[Row, ...] = (
         _tests("tests/rollout/sglang/weight_sync/test_cuda_ipc.py"),
     ),
     Row(
+        "weight_deltas",
+        "what has changed of weights on a GPU, found there and applied there bit for bit",
+        Needs(others=("cuda", "pytest")),
+        _tests("tests/rollout/sglang/weight_sync/test_delta.py"),
+    ),
+    Row(
         "ops",
         "the head and its Triton kernels against float64, and a tile of more than 2^31 logits",
         Needs(memory_gib=30, others=("cuda", "pytest")),

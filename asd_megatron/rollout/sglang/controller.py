@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -20,8 +20,10 @@ from asd_megatron.rollout.sglang.grouping import Assembler, Labels
 from asd_megatron.rollout.sglang.memory import ColocatedMemory, ServerReceiver
 from asd_megatron.rollout.sglang.metrics import ServerMetrics
 from asd_megatron.rollout.sglang.servers.models import SERVED_AS
+from asd_megatron.rollout.sglang.servers.plugin.asd_weight_delta import FORMAT, MARK
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
-from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
+from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
+from asd_megatron.rollout.sglang.weight_sync.protocol import Transport, VerificationError
 from asd_megatron.rollout.sglang.weight_sync.quantize import quantized
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
 from asd_megatron.rollout.sglang.weight_sync.verification import Probe, WeightVerifier
@@ -77,6 +79,7 @@ class Controller:
         closing: ExitStack,
     ) -> None:
         self._fleet, self._transport, self._assembler, self._labels = fleet, transport, assembler, labels
+        self._delta = transport if isinstance(transport, DeltaTransport) else None
         self._model = model
         self._pool = pool
         self._verifier, self._tolerance, self._probe_ids = verifier, tolerance, probe_ids
@@ -124,6 +127,15 @@ class Controller:
                 f"{url} does not return routed experts, which rollout.routing_replay engine needs: start it with"
                 f" --{SERVER_ARGUMENT}, or set rollout.routing_replay none"
             )
+        if self._delta is not None and not self._takes_deltas(url):
+            raise UserError(
+                f"{url} does not take deltas of the weights, which rollout.weight_sync_full_every above 1 sends: start"
+                " it with `asd-megatron serve`, or set rollout.weight_sync_full_every 1"
+            )
+
+    def _takes_deltas(self, url: str) -> bool:
+        states = self._fleet.server_info(url).get("internal_states") or []
+        return bool(states) and all(state.get(MARK) == FORMAT for state in states)
 
     def _takes(self, url: str, token: int) -> bool:
         """Whether the token id is in a server's vocabulary. The request asks for its log-prob: as an input, an unknown
@@ -207,14 +219,21 @@ class Controller:
         if self._verifier is not None:
             self._verifier.probe = None if probe is None else Probe(self._probe_ids, tuple(probe), self._tolerance)
         with self._fleet.updating(label):
-            report = synchronise(
-                self._transport,
-                receivers,
-                quantized(tensors) if self._quantize else tensors,
-                label,
-                verifier=self._verifier,
-                before_generating=None if self._memory is None else self._memory.resume_caches,
-            )
+            if self._delta is not None:
+                self._delta.expect({receiver.url: self._base(receiver.url) for receiver in receivers})
+            try:
+                report = synchronise(
+                    self._transport,
+                    receivers,
+                    quantized(tensors) if self._quantize else tensors,
+                    label,
+                    verifier=self._verifier,
+                    before_generating=None if self._memory is None else self._memory.resume_caches,
+                )
+            except VerificationError as error:
+                if self._delta is None or self._delta.full:
+                    raise
+                return self._delta_failed(receivers, error)
             for receiver in receivers:
                 if (why := report.failures.get(receiver.url)) is None:
                     self._fleet.admit(receiver.url, label)
@@ -222,11 +241,30 @@ class Controller:
                     log.warning("weights %s did not reach %s: %s", label, receiver.url, why)
                     self._fleet.withdraw(receiver.url, why)
         self._silent |= dict.fromkeys(report.failures.keys() - set(report.alive), time.monotonic())
-        self._metrics.add(report)
+        if self._delta is None:
+            self._metrics.add(report)
+        else:
+            self._metrics.add(replace(report, bytes=self._delta.sent_bytes), changed=self._delta.changed)
         have = [view for view in self._fleet.servers() if view.label == label]
         enough = bool(have) if self._synchronised else len(have) == len(self._fleet.servers())
         self._synchronised |= enough
         return enough
+
+    def _base(self, url: str) -> str:
+        """The label of the weights to which the server at `url` can apply a delta; "" if it cannot."""
+        try:
+            return str(self._fleet.model_info(url).get("weight_version", "")) if self._takes_deltas(url) else ""
+        except ServerError:
+            return ""
+
+    def _delta_failed(self, receivers: Sequence[ServerReceiver], error: VerificationError) -> bool:
+        """Servers do not have the weights that a delta should have given them: they are sent all weights next."""
+        assert self._delta is not None
+        log.warning("after a delta of the weights: %s; all weights are sent again", error)
+        self._delta.forget()
+        for receiver in receivers:
+            self._fleet.withdraw(receiver.url, str(error))
+        return False
 
     def not_sent(self, version: int, attempts: int) -> str:
         """The message for an update that failed in `attempts` attempts."""

@@ -12,7 +12,8 @@ from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
 class ServerMetrics:
     """Metrics of the servers since the last step, from the reports of weight updates and the fleet's counters.
 
-    Metrics of the weights being served (`verified`, `checked`, `probe_*`) are repeated in steps without an update.
+    Metrics of the weights being served (`verified`, `checked`, `changed`, `probe_*`) are repeated in steps without an
+    update.
     """
 
     def __init__(self) -> None:
@@ -20,8 +21,11 @@ class ServerMetrics:
         self._served: dict[str, float] = {}
         self._counted: dict[str, int] = {}
 
-    def add(self, report: SyncReport) -> None:
+    def add(self, report: SyncReport, changed: float | None = None) -> None:
+        """`changed`: the fraction of elements that the update sent, where it may have been a delta."""
         self._reports.append(report)
+        if changed is not None:
+            self._served["weight_sync/changed"] = changed
         if report.checked:
             self._served["weight_sync/verified"] = 1.0  # a difference would have raised
             self._served["weight_sync/checked"] = float(report.checked)

@@ -15,6 +15,7 @@ import numpy as np
 from aiohttp import web
 
 from asd_megatron.rollout.sglang.client.routing import Routing
+from asd_megatron.rollout.sglang.servers.plugin.asd_weight_delta import FORMAT, MARK
 
 API_KEY, ADMIN_KEY = "generation", "administration"
 TAGS = frozenset({"weights", "kv_cache", "cuda_graph"})
@@ -39,7 +40,7 @@ class FakeSGLang:
 
     faults: what happens to the next `/generate` requests, one each: hang, reset, slow, label, abort, malformed, nan,
     mixed, routes (of other tokens), or an HTTP status. always: the same for all when `faults` is empty. routing: of the
-    model; None: no routed experts are returned. delay: seconds a sample takes.
+    model; None: no routed experts are returned. takes_deltas: as with our plugin. delay: seconds a sample takes.
     health_delay: seconds a health probe takes, in which it generates. refuse: POST paths answered with status 500.
     slow_posts: seconds until other POSTs are answered.
 
@@ -67,6 +68,7 @@ class FakeSGLang:
         self.hung = False
         self.life = 0  # another one after each restart
         self.routing: Routing | None = None
+        self.takes_deltas = True
         self.spans: Callable[[int], list[dict[str, Any]]] | None = None
         self.prompts: list[list[int]] = []
         self.posts: list[str] = []
@@ -166,6 +168,7 @@ class FakeSGLang:
 
     async def _server_info(self, _: web.Request) -> web.Response:
         info = {"version": self.version, "tp_size": 2, "startup_time": {"life": self.life}}
+        info |= {"internal_states": [{MARK: FORMAT} if self.takes_deltas else {}]}
         return web.json_response(info | {"enable_return_routed_experts": self.routing is not None})
 
     async def _admin(self, request: web.Request) -> web.Response:

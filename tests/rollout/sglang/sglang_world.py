@@ -85,6 +85,10 @@ class SGLangWorld:
         """A POST to server `index` with the administration key."""
         return request(self.urls[index], path, {} if body is None else body, key=self.admin_key, timeout=timeout)
 
+    def info(self, index: int) -> dict[str, Any]:
+        """`/server_info` of server `index`."""
+        return dict(request(self.urls[index], "/server_info", key=self.api_key)[1])
+
     def wait_healthy(self, seconds: float = START_SECONDS) -> None:
         """Until both servers are healthy: the pool starts a dead one again."""
         deadline = time.monotonic() + seconds

@@ -17,6 +17,7 @@ from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.rollout.sglang.client.routing import Routing
 from asd_megatron.rollout.sglang.controller import ServedModel
 from asd_megatron.rollout.sglang.weight_sync import synchronise
+from asd_megatron.rollout.sglang.weight_sync.protocol import VerificationError
 from tests.distributed.harness import run_ranks
 from tests.rollout.sglang.engine_world import PARAMS, TENSORS, Source, World, engine_of, finish, servers
 from tests.rollout.sglang.fleets import until
@@ -149,6 +150,48 @@ def test_quantised_servers_are_sent_values_and_scales(process_groups: Any, pair:
     world.transport.failing = [[s.url for s in pair]] * 9  # as a server that serves bfloat16 refuses the scales
     with pytest.raises(RolloutError, match="they have to serve a block-wise FP8 model"):
         world.engine.load_weights(Matrices(2))
+
+
+def test_deltas_go_to_servers_with_their_base_and_a_wrong_one_is_followed_by_all_weights(
+    process_groups: Any, pair: Any, closing: ExitStack
+) -> None:
+    class Verifier:
+        probe, wrong = None, False
+
+        def watch(self, tensors: Any, receivers: Any) -> Any:
+            return tensors
+
+        def check(self, receiver: Any, timeout: float) -> int:
+            if self.wrong:
+                self.wrong = False
+                raise VerificationError(f"{receiver.url} has other weights than it was sent")
+            return 1
+
+    verifier: Any = Verifier()
+    world = World(process_groups, pair, closing, full_every=9, verifier=verifier, wait_timeout=20.0)
+    world.controller._takes = lambda url, token: token < 1000  # type: ignore[method-assign]
+    pair[1].takes_deltas = False
+    with pytest.raises(UserError, match=f"{pair[1].url} does not take deltas .* start it with `asd-megatron serve`"):
+        world.controller.start()
+    pair[1].takes_deltas = True
+    world.controller.start()
+
+    def update(source: Source) -> bool:
+        world.engine.load_weights(source)
+        assert [view.label for view in world.fleet.servers()] == [f"cafe-{source.version}"] * 2
+        return world.deltas.full
+
+    assert update(Source(1)) and not update(Source(2))
+    assert world.engine.metrics()["weight_sync/changed"] == 1.0  # all elements of this delta
+    pair[0].label = "default"  # it was restarted, and no probe has noticed
+    assert update(Source(3)) and not update(Source(4))
+    verifier.wrong, source = True, Source(5)
+    assert update(source) and source.readings == 2 and not update(Source(6))
+    pair[0].takes_deltas = False
+    assert update(Source(7))
+    verifier.wrong = True
+    with pytest.raises(RolloutError, match="has other weights"):  # after all weights there is nothing left to try
+        world.engine.load_weights(Source(8))
 
 
 def test_a_server_that_comes_back_gets_the_weights_before_it_serves(process_groups: Any, closing: ExitStack) -> None:

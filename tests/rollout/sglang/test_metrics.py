@@ -18,7 +18,7 @@ def test_updates_add_up_and_what_is_served_is_repeated() -> None:
     metrics = ServerMetrics()
     metrics.add(SyncReport({}, (), bytes=3_000_000, tensors=9, seconds=0.5, checked=18, probes=PROBES))
     failed = {"http://a": "broken"}
-    metrics.add(SyncReport(failed, (), bytes=3_000_000, tensors=9, seconds=1.0, checked=9, probes={}))
+    metrics.add(SyncReport(failed, (), bytes=3_000_000, tensors=9, seconds=1.0, checked=9, probes={}), changed=0.01)
     first = metrics.take(Counters(retried=3), serving=1, restarts=1, unrouted=2)
     assert first["weight_sync/seconds"] == 1.5 and first["weight_sync/megabytes"] == 6.0
     assert first["weight_sync/gb_per_second"] == pytest.approx(0.004) and first["weight_sync/failures"] == 1
@@ -29,7 +29,7 @@ def test_updates_add_up_and_what_is_served_is_repeated() -> None:
     assert second["weight_sync/verified"] == 1 and second["weight_sync/probe_exceeded"] == 1
     assert (second["weight_sync/probe_mean_abs"], second["weight_sync/probe_max_abs"]) == (4e-6, 5e-6)  # the worst
     assert "weight_sync/seconds" not in second and (second["servers/retried"], second["servers/restarts"]) == (2, 0)
-    assert second["servers/unrouted"] == 4
+    assert second["servers/unrouted"] == 4 and second["weight_sync/changed"] == 0.01
 
 
 def test_the_worst_of_several_servers_may_be_no_number() -> None:

@@ -51,6 +51,8 @@ reorders the experts' weights, so that they could not be verified, and chooses e
 NCCL_DEFAULTS = {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "2"}
 """NCCL's own defaults; 2: where the device supports it. SGLang sets both to 0 where they are unset."""
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0"}
+PLUGIN = Path(__file__).with_name("plugin")
+"""On the import path of every server: the plugin of SGLang there is loaded by each of its processes."""
 TRAINER_VARIABLES = re.compile(  # of the trainer's ranks and Python environment, not passed on
     "TORCHELASTIC_.*|ASD_MEGATRON_.*|PYTHONPATH|PYTHONHOME|VIRTUAL_ENV|OMP_NUM_THREADS|CUDA_DEVICE_MAX_CONNECTIONS"
     "|RANK|LOCAL_RANK|GROUP_RANK|ROLE_.*|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
@@ -148,13 +150,13 @@ def pass_through(options: ServerOptions) -> dict[str, Any]:
 
 def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[str, str]:
     """The variables of a server's process: `base` without those of the trainer's ranks and Python environment, with
-    NCCL's settings of the trainer and no proxy for the server's own address."""
+    NCCL's settings of the trainer, our plugin of SGLang and no proxy for the server's own address."""
     environment = {name: value for name, value in base.items() if not TRAINER_VARIABLES.fullmatch(name)}
     environment |= CPU_ENVIRONMENT if options.on_cpu else nccl_settings(base)
     environment |= dict.fromkeys(("no_proxy", "NO_PROXY"), _no_proxy(options.host, base))
     if options.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = options.devices
-    return environment | {"PYTHONUNBUFFERED": "1"} | dict(options.environment)
+    return environment | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(PLUGIN)} | dict(options.environment)
 
 
 def nccl_settings(base: Mapping[str, str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def test_variables_of_the_trainer_stay_outside(gpus: None) -> None:
     assert found["PATH"] == "/bin" and found["MORE"] == "1" and found["CUDA_VISIBLE_DEVICES"] == "3"
     added = {
         "CUDA_VISIBLE_DEVICES",
+        "PYTHONPATH",
         "PYTHONUNBUFFERED",
         "NCCL_CUMEM_ENABLE",
         "NCCL_NVLS_ENABLE",
@@ -144,6 +146,9 @@ def test_variables_of_the_trainer_stay_outside(gpus: None) -> None:
         "NO_PROXY",
     }
     assert set(found) == {"PATH", "MORE"} | added
+    plugins = [entry for found in distributions(path=[found["PYTHONPATH"]]) for entry in found.entry_points]
+    assert [(entry.group, entry.module) for entry in plugins] == [("sglang.srt.plugins", "asd_weight_delta")]
+    assert (Path(found["PYTHONPATH"]) / "asd_weight_delta.py").is_file()
     assert server_environment(options(devices=""), {})["SGLANG_USE_CPU_ENGINE"] == "1"
 
 

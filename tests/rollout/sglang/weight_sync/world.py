@@ -87,6 +87,19 @@ def tensors(folder: Path, seed: int) -> Named:
     return [single for name, tensor in found for single in _unfused(name, tensor)]
 
 
+def partly_changed(stream: Named, seed: int) -> Named:
+    """Copies with other values in one element of fifty; the norms stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (name, tensor.clone() if "norm" in name else torch.where(_drawn(tensor, generator), -tensor, tensor))
+        for name, tensor in stream
+    ]
+
+
+def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(tensor.shape, generator=generator) < 0.02
+
+
 def _unfused(name: str, tensor: Tensor) -> Named:
     """The experts that transformers 5 keeps in one tensor, by their published names."""
     at, _, last = name.rpartition(".")
