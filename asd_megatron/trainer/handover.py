@@ -24,9 +24,8 @@ class HostMemory:
         self._blocks: list[Tensor] = []  # [BLOCK_BYTES] uint8 each
         self._offloaded: list[tuple[torch.UntypedStorage, int]] = []  # with its bytes
 
-    def offload(self, tensors: Iterable[Tensor]) -> int:
-        """Copy the storages of `tensors` to the host and free them on their device; returns their bytes. The copies are
-        complete then."""
+    def offload(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the storages of `tensors` to the host and free them on their device. The copies are complete then."""
         assert not self._offloaded, "offloaded already"
         storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
         self._offloaded = [(storage, storage.nbytes()) for storage in storages.values() if storage.nbytes()]
@@ -35,7 +34,6 @@ class HostMemory:
         torch.cuda.synchronize()
         for storage, _ in self._offloaded:
             storage.resize_(0)
-        return sum(size for _, size in self._offloaded)
 
     def reload(self) -> None:
         """Take the memory again and copy the contents back, in the order of the current stream. Nothing when nothing is
