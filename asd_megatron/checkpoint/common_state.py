@@ -13,6 +13,8 @@ import pickle
 import zipfile
 from typing import Any
 
+import torch
+
 from asd_megatron.checkpoint.distcp import DistributedCheckpoint
 
 _CONTAINERS = {
@@ -54,21 +56,33 @@ class _Reader(pickle.Unpickler):
         return Opaque()  # a tensor's storage
 
 
+def _file(checkpoint: DistributedCheckpoint) -> Any:
+    """Path or file of the common state. StopIteration where there is none."""
+    path = checkpoint.folder / "common.pt"
+    if path.is_file():
+        return path
+    key = next(key for key in checkpoint.objects if key.startswith("common_state/"))
+    return io.BytesIO(checkpoint.object_bytes(key, _MOST_BYTES))
+
+
+def load_common(checkpoint: DistributedCheckpoint) -> Any:
+    """The common state of a training checkpoint: plain values, containers and tensors. Raises whatever a missing, torn
+    or hostile file raises."""
+    found = torch.load(_file(checkpoint), map_location="cpu", weights_only=True)
+    return found[0] if isinstance(found, list) and found else found  # an object is stored in a list
+
+
 def read_common(checkpoint: DistributedCheckpoint) -> dict[str, Any]:
     """The common state of a checkpoint; empty when it cannot be read: nothing that is converted depends on it."""
     try:
-        file: Any = checkpoint.folder / "common.pt"
-        if not file.is_file():
-            key = next(key for key in checkpoint.objects if key.startswith("common_state/"))
-            file = io.BytesIO(checkpoint.object_bytes(key, _MOST_BYTES))
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(_file(checkpoint)) as archive:
             entry = next(info for info in archive.infolist() if info.filename.endswith("data.pkl"))
             if entry.file_size > _MOST_BYTES:
                 return {}
             found = _Reader(io.BytesIO(archive.read(entry))).load()
     except Exception:  # whatever a missing, torn or hostile file raises
         return {}
-    found = found[0] if isinstance(found, list) and found else found  # an object is stored in a list
+    found = found[0] if isinstance(found, list) and found else found
     return found if isinstance(found, dict) else {}
 
 

@@ -22,10 +22,10 @@ from asd_megatron.checkpoint.distcp import DistributedCheckpoint
 from asd_megatron.checkpoint.huggingface import MAX_SHARD_BYTES, FolderReader, copy_others, read_config
 from asd_megatron.checkpoint.locate import RELEASE, TRACKER
 from asd_megatron.checkpoint.safetensors_stream import write_tensors
-from asd_megatron.checkpoint.shards import refused_write
+from asd_megatron.checkpoint.shards import refused_write, write_common
 from asd_megatron.checkpoint.stored_model import StoredModel, WeightsName
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_folder, system_reason, write_json
+from asd_megatron.files import atomic_folder, system_reason
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.loading import Progress, refusal
 from asd_megatron.models.stored import Parameter, Place, full_shapes, parameters, unpadded
@@ -96,7 +96,7 @@ def hf_to_megatron(
             release = folder / RELEASE
             release.mkdir()
             _save_shards(release, _planner(pieces, dtype, resolve, progress))
-            _save_common(release)
+            write_common(release, {"checkpoint_version": _CHECKPOINT_VERSION})
             (folder / TRACKER).write_text(f"{RELEASE}\n", encoding="utf-8")
     return target
 
@@ -192,10 +192,3 @@ def _save_shards(folder: Path, planner: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one process writes, as intended; and PyTorch's of its own code
         save({}, storage_writer=writer, planner=planner, no_dist=True)
-
-
-def _save_common(folder: Path) -> None:
-    """What Megatron reads beside the shards: the format, the version, and that layers and experts are stacked."""
-    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    torch.save({"checkpoint_version": _CHECKPOINT_VERSION, "content_metadata": content}, folder / "common.pt")
-    write_json(folder / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})

@@ -144,21 +144,29 @@ class DistributedCheckpoint:
         return found
 
     def read(self, key: str, index: Sequence[int] = (), rows: slice = slice(None)) -> Tensor:
-        """`tensor[index][rows]` of a stored tensor, on the CPU, in its own dtype; reads only chunks that it touches.
-
-        Memory: the result. (Chunks of unusual form are copied as a whole.) Raises UserError for chunks that cannot be
-        read or have a wrong check sum, and for a region that they do not cover exactly once.
-        """
-        tensor = self.tensors[key]
-        rest = list(tensor.shape[len(index) :])
+        """`tensor[index][rows]` of a stored tensor, on the CPU, in its own dtype. Errors: see `read_box`."""
+        rest = list(self.tensors[key].shape[len(index) :])
         first = [0] * len(rest)
         if rest:
             begin, end, _ = rows.indices(rest[0])
             first[0], rest[0] = begin, max(end - begin, 0)
-        start, sizes = (*index, *first), (*[1] * len(index), *rest)
+        return self.read_box(key, (*index, *first), (*[1] * len(index), *rest)).reshape(rest)
+
+    def read_box(self, key: str, start: Sequence[int], sizes: Sequence[int], into: Tensor | None = None) -> Tensor:
+        """The box at `start` of `sizes` of a stored tensor, on the CPU, in its own dtype; reads only chunks that it
+        touches.
+
+        into: memory for it, contiguous, of that dtype. Memory: the result. (Chunks of unusual form are copied as a
+        whole.) Raises UserError for chunks that cannot be read or have a wrong check sum, and for a box that they do
+        not cover exactly once.
+        """
+        tensor = self.tensors[key]
+        result = torch.empty(tuple(sizes), dtype=tensor.dtype) if into is None else into
         boxes = {chunk: _overlap(chunk, start, sizes) for chunk in tensor.touching(start, sizes)}
-        self._check_cover(tensor, index, sizes, list(boxes.values()))
-        return self._assembled(tensor, start, sizes, boxes).view(tensor.dtype).reshape(rest)
+        self._check_cover(tensor, start, sizes, list(boxes.values()))
+        numbers = result.reshape(-1).view(torch.uint8).view(byte_shape(sizes, tensor.dtype))
+        self._assemble(numbers, tensor, start, boxes)
+        return result
 
     def object_bytes(self, key: str, most: int) -> bytes:
         """The first `most` bytes of an entry that is no tensor; empty when it cannot be read."""
@@ -172,21 +180,19 @@ class DistributedCheckpoint:
         except Exception:  # a damaged description
             return b""
 
-    def _check_cover(self, tensor: StoredTensor, index: Sequence[int], sizes: Sequence[int], boxes: list[Box]) -> None:
+    def _check_cover(self, tensor: StoredTensor, start: Sequence[int], sizes: Sequence[int], boxes: list[Box]) -> None:
         volume = sum(math.prod(lengths) for _, lengths in boxes)
         if volume != math.prod(sizes) or _any_overlap(boxes):
-            place = f"{tensor.key}{list(index) if index else ''}"
+            named = max((axis + 1 for axis, first in enumerate(start) if first), default=0)  # without zeros at the end
+            place = f"{tensor.key}{list(start[:named]) or ''}"
             raise UserError(
                 f"the chunks of {place} in {self.folder} hold {volume} elements of {math.prod(sizes)}, or some twice: "
                 "the checkpoint is damaged, take another one"
             )
 
-    def _assembled(
-        self, tensor: StoredTensor, start: Sequence[int], sizes: Sequence[int], boxes: Mapping[Chunk, Box]
-    ) -> Tensor:
-        """The bytes of the region at `start`, of which each chunk holds a box."""
+    def _assemble(self, result: Tensor, tensor: StoredTensor, start: Sequence[int], boxes: Mapping[Chunk, Box]) -> None:
+        """Fill the bytes of the box at `start`, of which each chunk holds a part."""
         width = tensor.dtype.itemsize
-        result = torch.empty(byte_shape(sizes, tensor.dtype), dtype=torch.uint8)
         for chunk, (first, lengths) in boxes.items():
             try:
                 part = self._chunk(tensor, chunk)
@@ -197,7 +203,6 @@ class DistributedCheckpoint:
                     " damaged, copy it again"
                 ) from error
             _box(result, first, start, lengths, width).copy_(_box(part, first, chunk.offsets, lengths, width))
-        return result
 
     def _chunk(self, tensor: StoredTensor, chunk: Chunk) -> Tensor:
         """A chunk's bytes. Raises anything where they are no tensor."""

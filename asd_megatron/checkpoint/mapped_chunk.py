@@ -26,12 +26,13 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-_STORAGES = {
+STORAGES = {
     "FloatStorage": torch.float32,
     "BFloat16Storage": torch.bfloat16,
     "HalfStorage": torch.float16,
     "DoubleStorage": torch.float64,
 }
+"""The dtypes of chunks by the name of their storage's class."""
 _LOCAL_HEADER = 30  # bytes of an entry before its name
 _MOST_PICKLE = 1 << 16
 
@@ -53,8 +54,8 @@ class _Reader(pickle.Unpickler):
             return lambda storage, offset, shape, strides, *_: _Described(storage, offset, shape, strides)
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         raise pickle.UnpicklingError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:

@@ -1,187 +1,222 @@
-"""Megatron's optimizers in a checkpoint: the Adam state that must exist before a save or a load, and which
-hyper-parameters are in force after a load.
+"""Megatron's optimizers in a checkpoint: moments, float32 master weights and the step count. Hyper-parameters are the
+recipe's and are neither stored nor loaded.
+
+The distributed optimizer's shards are stored as boxes of tensors in their parameter's shape (`parts`), under the keys
+that Megatron's `fully_reshardable` format has; Megatron itself gathers them on every rank first.
+
+    optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight          and exp_avg_sq
+    optimizer.state.param.decoder.layers.mlp.linear_fc1.weight            master weights of the distributed optimizer
+    optimizer.state.fp32_param.decoder.layers.mlp.linear_fc1.weight       those of another one
 
 An Adam of Transformer Engine, Apex or PyTorch has no state before its first step, and every step may have been left out
 so far: `fill` creates what the first step would.
-
-With PyTorch's Adam (no GPU), Megatron's distributed optimizer
-
-* reads the state, `step` included, before it exists;
-* loads no `step` of its own but insists on one, then lets all parameters share one tensor, so that every parameter's
-  update advances the step of all (a wrong bias correction, silently).
-
-With any Adam, up to Megatron-Core 0.19,
-
-* it cuts parameters out of its gathered state by offsets that count the padding between buckets, which the gathered
-  state does not have: what follows a padded bucket is saved shifted, silently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+from torch import Tensor
 
+from asd_megatron.checkpoint.parts import Box, Part, Sharded, boxes, local, local_range
+from asd_megatron.errors import UserError
 from asd_megatron.models.compat import optimizer_parts
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-KIND_OF_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
-RATES_OF_GROUP = ("max_lr", "min_lr", "start_wd", "end_wd")
+PREFIX = "optimizer.state"
+Reader = Callable[[Iterable[Box], Tensor], None]
+"""Reads boxes of a checkpoint into a flat tensor."""
+Shards = Mapping[int, Sharded]
+"""Megatron's description of each parameter, by the parameter's id."""
 
 
-def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+def _is_distributed(part: MegatronOptimizer) -> TypeGuard[DistributedOptimizer]:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    return [part for part in optimizer_parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    return isinstance(part, DistributedOptimizer)
 
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """Whether a part of it is Megatron's distributed optimizer."""
-    return bool(_distributed_parts(optimizer))
-
-
-def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    parts = [part.optimizer for part in optimizer_parts(optimizer)]
-    inner = [o for part in parts for o in getattr(part, "sub_optimizers", [part])]  # those of a HybridDeviceOptimizer
-    return [o for o in inner if isinstance(o, torch.optim.Adam | torch.optim.AdamW)]
+    return any(_is_distributed(part) for part in optimizer_parts(optimizer))
 
 
 def fill(optimizer: MegatronOptimizer) -> None:
     """Give parameters without Adam state the state that they would get at their first step."""
     for part in optimizer_parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)  # `exp_avg` and `exp_avg_sq`, of whichever Adam
-    for adam in _torch_adams(optimizer):  # it alone counts steps by parameter; the others by group, from the first on
-        for group in adam.param_groups:
+    for adam in _adams(optimizer):
+        for group in adam.param_groups if _counts_by_parameter(adam) else ():
             for p in group["params"]:
                 adam.state[p].setdefault("step", torch.zeros((), device=p.device if group["fused"] else None))
 
 
-@contextmanager
-def gathering(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Around `optimizer.sharded_state_dict`: the gathered state has the padding that its offsets count."""
-    with ExitStack() as stack:
-        if _drops_padding():
-            for part in _distributed_parts(optimizer):
-                stack.enter_context(_padded(part))
-        yield
+# ---------------------------------------------------------------- the step count
 
 
-def _drops_padding() -> bool:
-    from megatron.core.package_info import MAJOR, MINOR
-
-    return (MAJOR, MINOR) < (0, 20)
-
-
-@contextmanager
-def _padded(part: DistributedOptimizer) -> Iterator[None]:
-    original = part.get_parameter_state_dp_zero
-
-    def padded(*args: Any, **kwargs: Any) -> Any:
-        state = original(*args, **kwargs)
-        for index, buffer in enumerate(part.buffers if state is not None else ()):
-            for gathered in state[index].values():
-                for key, dense in gathered.items():
-                    if isinstance(dense, torch.Tensor):
-                        gathered[key] = _insert_padding(dense, buffer)
-        return state
-
-    part.get_parameter_state_dp_zero = padded
-    try:
-        yield
-    finally:
-        del part.get_parameter_state_dp_zero
+def _adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+    for part in optimizer_parts(optimizer):
+        yield from getattr(part.optimizer, "sub_optimizers", [part.optimizer])  # those of a HybridDeviceOptimizer
 
 
-def _insert_padding(dense: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """A buffer's state without padding, [numel_unpadded], to one with it, [numel].
-
-    Two buckets with 3 and 2 numbers, each padded to 4 (offsets 0 and 4):
-
-        dense  a b c d e            the second bucket begins at 3
-        wide   a b c 0 d e 0 0      and here at 4, where Megatron's offsets look for it
-    """
-    wide = dense.new_zeros(buffer.numel)
-    start = 0
-    for bucket in buffer.buckets:
-        wide[bucket.offset : bucket.offset + bucket.numel_unpadded] = dense[start : start + bucket.numel_unpadded]
-        start += bucket.numel_unpadded
-    return wide
+def _counts_by_parameter(adam: torch.optim.Optimizer) -> bool:
+    """Whether it is PyTorch's; the others count steps by group, from the first one on."""
+    return isinstance(adam, torch.optim.Adam | torch.optim.AdamW)
 
 
-@contextmanager
-def loading(optimizer: MegatronOptimizer, state: Any) -> Iterator[None]:
-    """Around `optimizer.load_state_dict(state)`: moments and step counts are loaded, hyper-parameters stay the
-    recipe's."""
-    hyper = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
-    _use_own_rates(state, hyper)
-    if _torch_adams(optimizer):
-        _add_first_steps(state)
-    with ExitStack() as stack:
-        for part in _distributed_parts(optimizer):
-            stack.enter_context(_keeping_steps(part))
-        yield
-    for adam in _torch_adams(optimizer):
-        for of_parameter in adam.state.values():
-            of_parameter["step"] = of_parameter["step"].clone()
-    for group, values in zip(optimizer.param_groups, hyper, strict=True):
-        group.update(values)
+def step_count(optimizer: MegatronOptimizer) -> int:
+    """The updates that a filled optimizer has applied: the same number for every parameter."""
+    found: set[int] = set()
+    for adam in _adams(optimizer):
+        if _counts_by_parameter(adam):
+            found |= {int(state["step"]) for state in adam.state.values()}
+        else:
+            found |= {int(group["step"]) for group in adam.param_groups if group["params"] and "step" in group}
+    if len(found) > 1:
+        raise RuntimeError(f"parameters have made different numbers of updates: {sorted(found)}")
+    return found.pop() if found else 0
 
 
-def _use_own_rates(state: Any, hyper: Sequence[Mapping[str, Any]]) -> None:
-    """Give the saved parameter groups, wherever they are in the nested state, the rates of the optimizer's groups.
+def set_step_count(optimizer: MegatronOptimizer, count: int) -> None:
+    """Set the updates that a filled optimizer has applied."""
+    for adam in _adams(optimizer):
+        if _counts_by_parameter(adam):
+            for state in adam.state.values():
+                state["step"].fill_(count)
+        else:
+            for group in adam.param_groups:
+                group["step"] = count
 
-    From 0.18 on, Megatron tells groups apart by their rates too, and a recipe may have changed its learning rate since:
 
-        saved {wd_mult: 1, max_lr: 1e-6}, own {wd_mult: 1, max_lr: 2e-6}: the same group, saved gets max_lr 2e-6
-    """
+def stored_step_count(common: Any) -> int:
+    """The step count in what a checkpoint stores beside its tensors: as one `common_step`, or in each group of
+    parameters; wherever they are in the nested state. 0 where there is none. UserError for several."""
+    found = set(_steps(common))
+    if len(found) > 1:
+        raise UserError(f"its optimizer has several step counts ({sorted(found)})")
+    return found.pop() if found else 0
+
+
+def _steps(state: Any) -> Iterator[int]:
     if isinstance(state, dict):
         for key, value in state.items():
-            if key != "param_groups":
-                _use_own_rates(value, hyper)
-                continue
-            for saved in value:
-                same = [g for g in hyper if all(saved.get(k) == g.get(k) for k in KIND_OF_GROUP)]
-                if len(same) == 1:
-                    saved.update({k: same[0][k] for k in RATES_OF_GROUP if k in saved and k in same[0]})
+            if key == "common_step":
+                yield int(value)
+            elif key == "param_groups":
+                yield from (int(group["step"]) for group in value if group.get("step") is not None)
+            else:
+                yield from _steps(value)
     elif isinstance(state, list | tuple):
         for part in state:
-            _use_own_rates(part, hyper)
+            yield from _steps(part)
 
 
-def _add_first_steps(state: Any) -> None:
-    """Give the saved parameters of PyTorch's Adam, wherever they are in the nested state, a step: Megatron stores one
-    for all as `common_step`, but none while it is 0."""
-    if not isinstance(state, dict):
-        return
-    if "param_groups" in state and "state" in state:
-        if "common_step" not in state["state"]:
-            for of_parameter in state["state"].values():
-                of_parameter.setdefault("step", torch.zeros(()))
-        return
-    for part in state.values():
-        _add_first_steps(part)
+# ---------------------------------------------------------------- tensors
 
 
-@contextmanager
-def _keeping_steps(part: DistributedOptimizer) -> Iterator[None]:
-    """Megatron copies a parameter's loaded tensors over every entry of its Adam state, and none of them is `step`:
-    give it the one that is there, which the load of the groups has set."""
-    original = part._set_main_param_and_optimizer_states
+def parts(optimizer: MegatronOptimizer, model: Shards, dense: int, expert: int) -> list[Part]:
+    """What this rank holds of a filled optimizer's tensors. dense, expert: data-parallel ranks that have the same
+    weights, of experts and of everything else."""
+    found: list[Part] = []
+    for part in optimizer_parts(optimizer):
+        if _is_distributed(part):
+            found += _range_parts(part, model)
+            continue
+        replicas = expert if any(group["is_expert_parallel"] for group in part.param_groups) else dense
+        for sharded in _sharded(part, model):
+            found.append(local(sharded, partial(sharded.data.detach().reshape, -1), sharded.data.dtype, replicas))
+    return found
 
-    def with_step(model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
-        group, order = part.model_param_group_index_map[model_param]
-        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
-        if "step" in state and "step" not in tensors:
-            tensors = {**tensors, "step": state["step"].clone()}
-        original(model_param, tensors)
 
-    part._set_main_param_and_optimizer_states = with_step
-    try:
-        yield
-    finally:
-        del part._set_main_param_and_optimizer_states
+def load(optimizer: MegatronOptimizer, model: Shards, read: Reader) -> None:
+    """Read this rank's tensors of a filled optimizer. Memory: those of one parameter."""
+    for part in optimizer_parts(optimizer):
+        if _is_distributed(part):
+            for parameter, begin, end in _ranges(part):
+                _load_range(part, parameter, model[id(parameter)], begin, end, read)
+            if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):  # a HybridDeviceOptimizer
+                part.optimizer._sync_hdo_state_to_sub_optimizers()
+            continue
+        for sharded in _sharded(part, model):
+            read(boxes(sharded), sharded.data.detach().view(-1))
+
+
+def restored(optimizer: MegatronOptimizer) -> set[int]:
+    """The ids of the model's parameters that `load` and `update_weights` restore."""
+    found: set[int] = set()
+    for part in optimizer_parts(optimizer):
+        if _is_distributed(part):
+            found |= {id(p) for buffer in part.buffers for p in buffer.param_index_map}
+        else:
+            found |= {id(p) for group in getattr(part, "float16_groups", ()) for p in group}
+    return found
+
+
+def update_weights(optimizer: MegatronOptimizer, chunks: Iterable[Any]) -> None:
+    """After `load`: set the model's parameters to their master weights, rounded to their precision; each data-parallel
+    rank of the distributed optimizer its range, which the others get. chunks: of the model, in Megatron's DDP.
+    Collective."""
+    for part in optimizer_parts(optimizer):
+        if hasattr(part, "_copy_main_params_to_model_params"):  # not in float32 without the distributed optimizer
+            part._copy_main_params_to_model_params()
+    if is_distributed(optimizer):
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
+
+
+def _sharded(part: MegatronOptimizer, model: Shards) -> list[Sharded]:
+    """Megatron's description of the tensors of an optimizer that is not distributed; `data` are the tensors."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    state = part.sharded_state_dict(dict(enumerate(model.values())))
+    return [found for found in nested_values(state) if isinstance(found, ShardedTensor | ShardedTensorFactory)]
+
+
+def _ranges(part: DistributedOptimizer) -> Iterator[tuple[Tensor, int, int]]:
+    """The parameters of which this rank has a flat range [begin, end), and the range."""
+    for parameter in part.model_param_gbuf_map:
+        found = part._get_model_param_range_map(parameter)["param"]
+        yield parameter, found.start, found.end
+
+
+def _state(part: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The tensors of this rank's range of a parameter: `param`, `exp_avg`, `exp_avg_sq`; possibly new ones."""
+    found: dict[str, Tensor] = part._get_main_param_and_optimizer_states(parameter)
+    return {key: tensor for key, tensor in found.items() if key != "step"}
+
+
+def _range_parts(part: DistributedOptimizer, model: Shards) -> Iterator[Part]:
+    for parameter, begin, end in _ranges(part):
+        sharded = model[id(parameter)]
+        for key, tensor in _state(part, parameter).items():
+            values = partial(_values, part, parameter, key)
+            yield local_range(sharded, begin, end, values, tensor.dtype, f"{PREFIX}.{key}.{sharded.key}")
+
+
+def _values(part: DistributedOptimizer, parameter: Tensor, key: str) -> Tensor:
+    return _state(part, parameter)[key].detach().reshape(-1)
+
+
+@torch.no_grad()
+def _load_range(
+    part: DistributedOptimizer, parameter: Tensor, sharded: Sharded, begin: int, end: int, read: Reader
+) -> None:
+    if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+        # It does not copy its master weights to the model, and may keep only what the model's weights lack of them.
+        read(boxes(sharded, begin, end), parameter.detach().view(-1)[begin:end])
+    found = {}
+    for key, tensor in part._get_main_param_and_optimizer_states(parameter).items():
+        if key == "step":  # Megatron sets every entry
+            found[key] = tensor.clone()
+            continue
+        numbers = torch.empty(end - begin, dtype=tensor.dtype, device=tensor.device)
+        read(boxes(sharded, begin, end, f"{PREFIX}.{key}.{sharded.key}"), numbers)
+        found[key] = numbers.view(tensor.shape)
+    part._set_main_param_and_optimizer_states(parameter, found)

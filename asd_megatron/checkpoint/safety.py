@@ -49,11 +49,6 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_metadata(folder: str | os.PathLike[str]) -> None:
-    """UserError unless the checkpoint's `.metadata` is there, complete, and a pickle of tensor descriptions alone."""
-    read_metadata(folder)
-
-
 def read_metadata(folder: str | os.PathLike[str]) -> Any:
     """The content of the checkpoint's `.metadata`, made of the classes of tensor descriptions alone; how they are put
     together is not checked. UserError when it is missing, torn, or names anything else."""

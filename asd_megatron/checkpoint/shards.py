@@ -1,21 +1,31 @@
-"""Writing the tensors of a checkpoint: in this process, on all ranks, with what the operating system refused as a
-UserError."""
+"""The files of a checkpoint's tensors: each rank writes one, and global rank 0 says in `.metadata` what is where.
+
+    __R_0.distcp    the boxes that rank R writes, one after the other, each in `torch.save`'s form (`chunk_writer`)
+    .metadata       shape and dtype of each tensor, its boxes, and where each box is: file, first byte, length
+    common.pt       what is no tensor
+
+This is PyTorch's and Megatron's `torch_dist` format. Their own writers gather plans before and write in forked or other
+threads' workers, whose errors get lost; here a rank writes its file alone, without any collective.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+import pickle
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 
-from asd_megatron.distributed.objects import on_rank_zero, share_outcome
+from asd_megatron.checkpoint.chunk_writer import write_tensor
+from asd_megatron.checkpoint.parts import Box, Part
 from asd_megatron.errors import UserError
-from asd_megatron.files import system_reason
+from asd_megatron.files import system_reason, write_json
 
 _TORCH_SAVE = ("inline_container", "iostream error")  # in what `torch.save` raises when the system refuses a write
 _TRIAL_BYTES = 1 << 20
@@ -24,31 +34,16 @@ _TRIAL_BYTES = 1 << 20
 @contextmanager
 def saving(folder: Path, step: int) -> Iterator[None]:
     """Raise what the operating system refused inside as a UserError."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
     try:
         yield
-    except (Exception, CheckpointException) as error:
-        reason = _reason(error, folder)
-        if reason is not None:
-            raise UserError(
-                f"the checkpoint of step {step} cannot be saved in {folder} ({reason}): free space there (or raise a"
-                " limit: quota, ulimit -f), or choose another run.folder"
-            ) from error
-        if isinstance(error, CheckpointException):  # a BaseException
-            raise RuntimeError(f"the checkpoint of step {step} cannot be saved in {folder}: {error}") from error
-        raise
-
-
-def _reason(error: BaseException, folder: Path) -> str | None:
-    """The operating system's reason for a failed write in `folder`, None when something else failed."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    if isinstance(error, CheckpointException):  # what failed, by rank
-        reasons = [_reason(failure, folder) for failure, _ in error.failures.values()]
-        return next((reason for reason in reasons if reason is not None), None)
-    refusal = refused_write(error, folder)
-    return None if refusal is None else system_reason(refusal)
+    except Exception as error:
+        refusal = refused_write(error, folder)
+        if refusal is None:
+            raise
+        raise UserError(
+            f"the checkpoint of step {step} cannot be saved in {folder} ({system_reason(refusal)}): free space there"
+            " (or raise a limit: quota, ulimit -f), or choose another run.folder"
+        ) from error
 
 
 def refused_write(error: BaseException, folder: Path) -> OSError | None:
@@ -83,54 +78,65 @@ def _trial_write(folder: Path) -> OSError | None:
     return None
 
 
-def save_shards(
-    folder: str, state: dict[str, Any], host: dist.ProcessGroup, guarded: Callable[[], AbstractContextManager[None]]
-) -> None:
-    """Megatron's save with a writer that stays in this process.
+@dataclass(frozen=True)
+class Written:
+    """A box in a file: its dtype, and where it is."""
 
-    Its own forks workers out of a process full of threads, keeps a helper process alive and hangs when a worker dies.
-    What global rank 0 writes alone, before and after the shards, is shared with the others, who would wait for it.
-    `guarded`: `saving` of this checkpoint.
-    """
-    import torch.distributed.checkpoint as torch_checkpoint
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-    from megatron.core.dist_checkpointing.strategies import torch as strategies
+    box: Box
+    dtype: torch.dtype
+    file: str
+    start: int
+    length: int
 
-    class InProcess(strategies.TorchDistSaveShardedStrategy):
-        begun = False
 
-        def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
-            self.begun = True
-            share_outcome(None, None, host)  # common.pt is written
-            flat = strategies._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)[0]
-            planner = strategies.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-            # One thread: torch loses the error of a second one, and completes the checkpoint without its tensors.
-            writer = Writer(checkpoint_dir, thread_count=1)
-            torch_checkpoint.save(
-                strategies.mcore_to_pyt_state_dict(flat, False), storage_writer=writer, planner=planner
-            )
-            on_rank_zero(partial(self._save_config, str(checkpoint_dir)), host)
+def write_shard(folder: Path, rank: int, parts: Iterable[Part]) -> list[Written]:
+    """Write `parts` as this rank's file in `folder`. Memory: one box, where it is on a GPU. Raises what the system
+    raises."""
+    name = f"__{rank}_0.distcp"
+    written = []
+    with (folder / name).open("wb") as file:
+        for part in parts:
+            values = part.values()
+            for box in part.boxes:
+                start = file.tell()
+                write_tensor(box.of(values).cpu(), file)
+                written.append(Written(box, part.dtype, name, start, file.tell() - start))
+        file.flush()
+        os.fsync(file.fileno())
+    return written
 
-        def _save_config(self, checkpoint_dir: str) -> None:
-            with guarded():
-                save_config(CheckpointingConfig(self.backend, self.version), checkpoint_dir)
 
-    class Writer(torch_checkpoint.FileSystemWriter):
-        def write_data(self, plan: Any, planner: Any) -> Any:
-            try:
-                return super().write_data(plan, planner)
-            except RuntimeError as error:
-                refusal = refused_write(error, Path(folder))
-                if refusal is None:
-                    raise
-                raise refusal from None  # torch sends an error to the other ranks without its context
+def write_metadata(folder: Path, written: Sequence[Written]) -> None:
+    """Write `.metadata` about all ranks' boxes. RuntimeError unless they make up complete tensors."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
 
-    strategy = InProcess("torch_dist", 1)
-    try:
-        with guarded():
-            dist_checkpointing.save(state, folder, sharded_strategy=strategy)
-    except Exception as error:
-        if not strategy.begun:  # the others wait in its `save`
-            share_outcome(None, error, host)
-        raise
+    tensors: dict[str, list[Written]] = {}
+    for found in written:
+        tensors.setdefault(found.box.key, []).append(found)
+    described: dict[str, Any] = {}
+    where: dict[Any, Any] = {}
+    for key, parts in tensors.items():
+        kinds = {(part.box.shape, part.dtype) for part in parts}
+        numbers = sum(part.box.numel for part in parts)
+        shape, dtype = next(iter(kinds))
+        if len(kinds) != 1 or numbers != math.prod(shape):
+            raise RuntimeError(f"the ranks hold {numbers} numbers of {key}, of {sorted(map(str, kinds))}")
+        chunks = [ChunkStorageMetadata(torch.Size(p.box.offsets), torch.Size(p.box.sizes)) for p in parts]
+        described[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
+        for part, chunk in zip(parts, chunks, strict=True):
+            where[MetadataIndex(key, chunk.offsets)] = _StorageInfo(part.file, part.start, part.length)
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(described, storage_data=where)))
+
+
+def write_common(folder: Path, content: dict[str, Any]) -> None:
+    """Write what Megatron reads beside the tensors: the format, that layers and experts are stacked, and `content`."""
+    described = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    torch.save({**content, "content_metadata": described}, folder / "common.pt")
+    write_json(folder / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})

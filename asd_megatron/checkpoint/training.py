@@ -1,45 +1,48 @@
 """Training checkpoints: weights, optimizer, schedule and run state, for resuming exactly where a run stopped.
 
-    CHECKPOINTS/step_000060/   .metadata, *.distcp, common.pt, metadata.json   Megatron's `torch_dist` format
+    CHECKPOINTS/step_000060/   .metadata, *.distcp, common.pt, metadata.json   Megatron's `torch_dist` format (`shards`)
                                run_state.json                                  what the run itself must know
     CHECKPOINTS/latest         the name of the newest complete one (`lineage`)
 
-Tensors are stored in their model's shape, so that another layout (or data-parallel size) can load them. `CHECKPOINTS`
-must be on a file system that all ranks share. `save` and `load` are collective over all ranks.
+Tensors are stored in their model's shape, as boxes of it (`parts`), so that another layout (or data-parallel size) can
+load them. Every rank writes and reads its own part alone: what data-parallel ranks share is spread over them by size.
+`CHECKPOINTS` must be on a file system that all ranks share. `save` and `load` are collective over all ranks.
 
-Extra states of modules (keys `..._extra_state`) are neither stored nor loaded. Transformer Engine unpickles its own, so
-a crafted one would run code; its modules have some where Megatron's have none, so checkpoints of one would not load
-into the other; and only FP8's delayed scaling, which is not used here, keeps anything in them.
+Extra states of modules (keys `..._extra_state`), which are objects, are neither stored nor loaded. Transformer Engine
+unpickles its own, so a crafted one would run code; its modules have some where Megatron's have none; and only FP8's
+delayed scaling, which is not used here, keeps anything in them.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from asd_megatron.checkpoint import copies_state, lineage, optimizer_state
+from asd_megatron.checkpoint.background import Background
+from asd_megatron.checkpoint.common_state import load_common
+from asd_megatron.checkpoint.distcp import DistributedCheckpoint
 from asd_megatron.checkpoint.lineage import RUN_STATE
+from asd_megatron.checkpoint.parts import Box, Part, Sharded, boxes, local, own
 from asd_megatron.checkpoint.run_state import RunStateFile
-from asd_megatron.checkpoint.safety import check_metadata, weights_only
-from asd_megatron.checkpoint.shards import save_shards, saving
-from asd_megatron.distributed.objects import first_message, on_rank_zero
+from asd_megatron.checkpoint.shards import Written, saving, write_common, write_metadata, write_shard
+from asd_megatron.distributed.objects import first_message, gather_objects, on_rank_zero
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, remove_partial
-from asd_megatron.models.compat import optimizer_parts
+from asd_megatron.models import te
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.weight_copies import CopyName, WeightCopies
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-    from megatron.core.transformer import MegatronModule
 
 T = TypeVar("T")
 
@@ -54,47 +57,99 @@ def save(
     *,
     keep: int = 2,
     copies: WeightCopies | None = None,
+    background: Background | None = None,
 ) -> Path:
     """Write `folder`/step_NNNNNN, name it in `folder`/latest, then remove the checkpoints of abandoned branches and all
     but the newest `keep` of this one.
 
     `port` is wrapped in Megatron's DDP. `run_state` holds numbers, strings, lists and string-keyed dicts (else
     ValueError); rank 0's is stored. `copies` are stored beside the weights. Readers see a complete checkpoint or none:
-    it is written aside and renamed.
+    it is written aside and renamed. Host memory: one tensor of a rank's part at a time.
 
-    An error on any rank is raised on all, a UserError where the operating system refused; older checkpoints and
-    `latest` then stay as they were.
+    background: writes it while training goes on, and names it once it is complete; the state may change as soon as
+    `save` returns. Host memory: this rank's part. Nothing else may be in flight there.
+
+    An error on any rank is raised on all, a UserError where the operating system refused, here or by `background`;
+    older checkpoints and `latest` then stay as they were.
     """
+    if background is not None and background.step:
+        raise RuntimeError("a checkpoint is in flight: settle it first")
     folder = Path(folder)
-    target = folder / lineage.name(step)
     host = port.process_groups.host
-    saving_here = partial(saving, folder, step)
     stored_copies = () if copies is None else copies.names
     content = RunStateFile(optimizer_state.is_distributed(optimizer), stored_copies, run_state)
-    with ExitStack() as written:
+    written = ExitStack()
+    parts = own(_parts(port, optimizer, copies, stored_copies))
 
-        def begin() -> tuple[str, str]:
-            text = content.text(step)
-            with saving_here():
-                remove_partial(folder)
-                return str(written.enter_context(atomic_folder(target, replace=True))), text
+    def begin() -> tuple[str, str]:
+        text = content.text(step)
+        with saving(folder, step):
+            remove_partial(folder)
+            aside = written.enter_context(atomic_folder(folder / lineage.name(step), replace=True))
+            return str(aside), text
 
-        aside, text = on_rank_zero(begin, host)
-        state = _state(port, optimizer, scheduler, loading=False)
-        if copies is not None:
-            _add_copies(state, port, copies, copies.names)
-        save_shards(aside, state, host, saving_here)
+    aside, text = on_rank_zero(begin, host)
+    common = {
+        "optimizer": {"param_groups": [{"step": optimizer_state.step_count(optimizer)}]},
+        "scheduler": {"num_steps": scheduler.num_steps},
+    }
+    write = _Write(folder, step, Path(aside), written, text, common, keep, host.rank())
+    if background is None:
+        write(parts, host)
+    else:
+        background.start(step, write, parts)
+    return folder / lineage.name(step)
 
-        def finish() -> None:
-            with saving_here():
-                (Path(aside) / RUN_STATE).write_text(text, encoding="utf-8")
-                written.close()
-                previous = lineage.latest_step(folder)
-                lineage.write_latest(folder, target.name)
-            lineage.prune(folder, step, previous, keep)
 
-        on_rank_zero(finish, host)
-    return target
+@dataclass(frozen=True)
+class _Write:
+    """The writing of one checkpoint whose folder `aside` has been created. `written` renames it on global rank 0."""
+
+    folder: Path
+    step: int
+    aside: Path
+    written: ExitStack
+    run_state: str
+    common: dict[str, Any]
+    keep: int
+    rank: int
+
+    def __call__(self, parts: Iterable[Part], group: dist.ProcessGroup) -> None:
+        """Write this rank's parts and, on global rank 0, what completes the checkpoint. Collective over `group`, all
+        ranks."""
+        mine: list[Written] = []
+        error: Exception | None = None
+        with self.written:
+            try:
+                with saving(self.folder, self.step):
+                    mine = write_shard(self.aside, self.rank, parts)
+            except Exception as e:
+                error = e
+            everyone = gather_objects((mine, error if error is None else _told(error)), 0, group)
+            try:
+                on_rank_zero(lambda: self._complete(everyone or []), group)
+            except Exception as shared:
+                raise shared from error
+
+    def _complete(self, everyone: Sequence[tuple[list[Written], tuple[bool, str] | None]]) -> None:
+        for rank, (_, failure) in enumerate(everyone):
+            if failure is not None:
+                users, message = failure
+                raise UserError(message) if users else RuntimeError(f"global rank {rank} failed: {message}")
+        with saving(self.folder, self.step):
+            write_metadata(self.aside, [one for found, _ in everyone for one in found])
+            write_common(self.aside, self.common)
+            (self.aside / RUN_STATE).write_text(self.run_state, encoding="utf-8")
+            self.written.close()
+            previous = lineage.latest_step(self.folder)
+            lineage.write_latest(self.folder, lineage.name(self.step))
+        lineage.prune(self.folder, self.step, previous, self.keep)
+
+
+def _told(error: Exception) -> tuple[bool, str]:
+    """An error for global rank 0: whether it is a UserError, and its text."""
+    users = isinstance(error, UserError)
+    return users, str(error) if users else f"{type(error).__name__}: {error}"
 
 
 def load(
@@ -112,81 +167,63 @@ def load(
     moments and the step counts. Of `copies`, those are loaded that the checkpoint stores; the others stay as they are.
     UserError, on every rank, when the folder is not a complete checkpoint, contains more than data, or belongs to
     another model.
+
+    Each rank reads the boxes of its own part. Weights with float32 master weights are computed of these: with the
+    distributed optimizer each rank reads its range and gets the others'. Host memory: one tensor at a time.
     """
     path = Path(path)
     host = port.process_groups.host
-    stored = _on_every_rank(lambda: _check(path, optimizer_state.is_distributed(optimizer)), host)
-    state = _state(port, optimizer, scheduler, loading=True)
-    kept: copies_state.Entries = {}
-    if copies is not None:
-        kept = _add_copies(state, port, copies, [name for name in copies.names if name in stored.copies])
-    loaded = _on_every_rank(lambda: _read(path, state), host)
-    _on_every_rank(lambda: _restore(path, loaded, port, optimizer, scheduler), host)
-    if port.dtype is torch.bfloat16:
-        _copy_master_weights(port, optimizer)
-    for section, tensors in kept.items():
-        for key, tensor in tensors.items():
-            tensor.copy_(loaded[section][key])
+    stored, checkpoint = _on_every_rank(lambda: _open(path, optimizer_state.is_distributed(optimizer)), host)
+    names = [] if copies is None else [name for name in copies.names if name in stored.copies]
+    wanted = {box.key: box for part in _parts(port, optimizer, copies, names) for box in part.boxes}
+    everyone = gather_objects(set(wanted), 0, host)
+    on_rank_zero(lambda: _check_keys(checkpoint, set().union(*everyone or []), names), host)
+    _on_every_rank(lambda: _check_shapes(checkpoint, wanted.values()), host)
+    _on_every_rank(lambda: _read(checkpoint, port, optimizer, scheduler, copies, names), host)
+    optimizer_state.update_weights(optimizer, port.chunks)
     return stored.run_state
 
 
-def _chunks(port: ModelPort) -> dict[str, MegatronModule]:
-    """The model chunks without their DDP wrapper, under Megatron's keys."""
-    bare = [getattr(chunk, "module", chunk) for chunk in port.chunks]
-    return {"model": bare[0]} if len(bare) == 1 else {f"model{i}": chunk for i, chunk in enumerate(bare)}
+def _shards(port: ModelPort) -> dict[int, Sharded]:
+    """Megatron's description of each parameter of the model, by the parameter's id; in one order on all data-parallel
+    ranks."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    found: dict[int, Sharded] = {}
+    for chunk in port.parameters.chunks:
+        sharded = chunk.sharded_state_dict(metadata={"singleton_local_shards": False})
+        for shard in sharded.values():
+            if isinstance(shard, ShardedTensor | ShardedTensorFactory):
+                found[id(shard.data)] = shard
+    return found
 
 
-def _is_extra_state(key: str) -> bool:
-    """`final_layernorm._extra_state`, and what Megatron renames it to: `linear_qkv.layer_norm__extra_state`."""
-    return "_extra_state" in key.rpartition(".")[2]
+def _parts(
+    port: ModelPort, optimizer: MegatronOptimizer, copies: WeightCopies | None, names: Sequence[CopyName]
+) -> list[Part]:
+    """What this rank holds of a checkpoint's tensors, with the copies `names`. Gives the optimizer its state where it
+    has none yet."""
+    model = _shards(port)
+    layout = port.layout
+    dense, expert = port.process_groups.dp_cp.size(), layout.stage_size // layout.expert
 
-
-def _state(
-    port: ModelPort, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, loading: bool
-) -> dict[str, Any]:
-    """Megatron's sharded state of everything that is not run state, without extra states."""
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-    }
-    model = {}
-    for key, chunk in _chunks(port).items():
-        sharded = chunk.sharded_state_dict(metadata=dict(metadata))  # a copy: Megatron completes it in place
-        model[key] = {k: v for k, v in sharded.items() if not _is_extra_state(k)}
+    found = []
+    for parameter, sharded in (*model.items(), *copies_state.shards(copies, names, model)):
+        replicas = dense if getattr(model[parameter].data, "allreduce", True) else expert
+        found.append(local(sharded, partial(_flat, sharded.data), sharded.data.dtype, replicas))
     optimizer_state.fill(optimizer)
-    # The optimizer finds its parameters' shards in the nested dict: chunks share key names, a flat one would lose some.
-    with optimizer_state.gathering(optimizer):
-        sharded = optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=dict(metadata))
-    for tensors in model.values():
-        _in_model_dtype(tensors)
-    return {**model, "optimizer": sharded, "scheduler": {"num_steps": scheduler.num_steps}}
+    return found + optimizer_state.parts(optimizer, model, dense, expert)
 
 
-def _in_model_dtype(tensors: dict[str, Any]) -> None:
-    """FP8 parameters are stored as bfloat16, which every precision can load. In place."""
-    from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
-
-    force_all_tensors_to_non_fp8(tensors)
-
-
-def _add_copies(
-    state: dict[str, Any], port: ModelPort, copies: WeightCopies, names: Sequence[CopyName]
-) -> copies_state.Entries:
-    """Add the sharded state of the copies `names` to `state`; returns their tensors, likewise by section and name."""
-    model = {chunk: state[chunk] for chunk in _chunks(port)}
-    added: copies_state.Entries = {}
-    for name in names:
-        tensors = copies_state.tensors(copies, name, model)
-        state |= copies_state.sharded(name, model, tensors)
-        added |= tensors
-    return added
+def _flat(tensor: Tensor) -> Tensor:
+    """FP8 parameters are stored in bfloat16, which every precision can load."""
+    return te.values(tensor.detach()).reshape(-1)
 
 
 # ---------------------------------------------------------------- reading
 
 
-def _on_every_rank(action: Callable[[], T], host: dist.ProcessGroup) -> T:
+def _on_every_rank(action: Callable[[], T], group: dist.ProcessGroup) -> T:
     """This rank's result of `action`; a UserError on any rank is raised on all. Collective."""
     result: list[T] = []
     message: str | None = None
@@ -194,86 +231,83 @@ def _on_every_rank(action: Callable[[], T], host: dist.ProcessGroup) -> T:
         result.append(action())
     except UserError as error:
         message = str(error)
-    message = first_message(message, host)
+    message = first_message(message, group)
     if message is not None:
         raise UserError(message)
     return result[0]
 
 
-def _check(path: Path, distributed: bool) -> RunStateFile:
-    """The run_state.json of a checkpoint whose metadata is safe to read and whose optimizer is of this kind."""
+def _open(path: Path, distributed: bool) -> tuple[RunStateFile, DistributedCheckpoint]:
+    """A checkpoint whose optimizer is of this kind, and its run_state.json."""
     stored = RunStateFile.read(path)
     if stored.distributed_optimizer != distributed:
         kind = "an optimizer that is not distributed" if distributed else "the distributed optimizer"
         raise UserError(f"{path} was written with {kind}: set parallelism.distributed_optimizer as it was")
-    check_metadata(path)
-    return stored
+    return stored, DistributedCheckpoint(path)
 
 
-def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's content in place of the shards in `state`."""
-    from megatron.core import dist_checkpointing
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    wanted = {key: part.keys() for key, part in state.items()}
-    try:
-        with weights_only(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of Megatron-Core's and PyTorch's own code
-            loaded, missing, unexpected = dist_checkpointing.load(state, str(path), strict="return_all")
-        # Only what was asked for: common.pt, which is merged in, may name anything.
-        content = {key: {k: v for k, v in loaded[key].items() if k in wanted[key]} for key in wanted}
-    except (Exception, CheckpointException) as error:
-        raise _unfit(path, error) from error
-    differing = sorted(
-        key for key in missing | unexpected if not (_is_extra_state(key) or copies_state.is_unread(key, state))
-    )
+def _check_keys(checkpoint: DistributedCheckpoint, wanted: set[str], copies: Sequence[CopyName]) -> None:
+    """UserError unless the checkpoint has the tensors that all ranks together want, and no others."""
+    differing = sorted(key for key in wanted ^ checkpoint.tensors.keys() if not copies_state.is_unread(key, copies))
     if differing:
         raise UserError(
-            f"{path} does not fit this model and optimizer: {len(differing)} tensors are in one of them only, such as "
-            f"{', '.join(differing[:3])}; resume with the model that wrote it"
+            f"{checkpoint.folder} does not fit this model and optimizer: {len(differing)} tensors are in one of them "
+            f"only, such as {', '.join(differing[:3])}; resume with the model that wrote it"
         )
-    return content
 
 
-def _restore(
-    path: Path,
-    loaded: dict[str, Any],
+def _check_shapes(checkpoint: DistributedCheckpoint, wanted: Iterable[Box]) -> None:
+    """UserError unless the checkpoint's tensors have the shapes of the wanted ones, a vocabulary's padding apart."""
+    for box in wanted:
+        shape, first = checkpoint.tensors[box.key].shape, int(box.padded)
+        if len(shape) != len(box.shape) or shape[first:] != box.shape[first:]:
+            raise UserError(
+                f"{checkpoint.folder} does not fit this model and optimizer: {box.key} has the shape {shape}, and"
+                f" {box.shape} in the model; resume with the model that wrote it"
+            )
+
+
+def _read(
+    checkpoint: DistributedCheckpoint,
     port: ModelPort,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
+    copies: WeightCopies | None,
+    names: Sequence[CopyName],
 ) -> None:
+    """Read this rank's part of a checkpoint, without the weights that are computed of it."""
+    model, restored = _shards(port), optimizer_state.restored(optimizer)
+    targets = [sharded for parameter, sharded in model.items() if parameter not in restored]
+    targets += [copy for _, copy in copies_state.shards(copies, names, model)]
+    read = partial(_fill, checkpoint)
+    for sharded in targets:
+        read(boxes(sharded), sharded.data.detach().view(-1))
+    optimizer_state.load(optimizer, model, read)
     try:
-        for key, chunk in _chunks(port).items():
-            result = chunk.load_state_dict(loaded[key], strict=False)
-            wrong = [k for k in (*result.missing_keys, *result.unexpected_keys) if not _is_extra_state(k)]
-            if wrong:
-                raise UserError(f"{path} does not fit this model: {', '.join(sorted(wrong)[:3])}")
-        with optimizer_state.loading(optimizer, loaded["optimizer"]):
-            optimizer.load_state_dict(loaded["optimizer"])
-        scheduler.num_steps = int(loaded["scheduler"]["num_steps"])
-        scheduler.step(0)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unfit(path, error) from error
+        common = load_common(checkpoint)
+        optimizer_state.set_step_count(optimizer, optimizer_state.stored_step_count(common))
+        scheduler.num_steps = int(common["scheduler"]["num_steps"])
+    except Exception as error:  # whatever a damaged file raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{checkpoint.folder} is damaged: its step counts cannot be read ({reason:.300}); resume from another one"
+        ) from error
+    scheduler.step(0)
 
 
-def _copy_master_weights(port: ModelPort, optimizer: MegatronOptimizer) -> None:
-    """Weights are their float32 master weights rounded to the precision at hand: a checkpoint of FP8 parameters has
-    lost that in its bfloat16 weights. Collective."""
-    for part in optimizer_parts(optimizer):
-        part._copy_main_params_to_model_params()
-    if optimizer_state.is_distributed(optimizer):
-        for chunk in port.chunks:
-            chunk.start_param_sync(force_sync=True)
-
-
-def _unfit(path: Path, error: BaseException) -> UserError:
-    """The UserError for what Megatron or torch raised while reading, in one line."""
-    failures = getattr(error, "failures", None)  # of a CheckpointException: what failed, by rank
-    first = next(iter(failures.values()))[0] if failures else error
-    reason = " ".join(f"{type(first).__name__}: {first}".split())
-    return UserError(
-        f"{path} does not fit this model and optimizer, or is damaged ({reason:.400}): resume from another checkpoint, "
-        "or with the model that wrote it"
-    )
+def _fill(checkpoint: DistributedCheckpoint, wanted: Iterable[Box], target: Tensor) -> None:
+    """Read boxes into a flat tensor. Rows that the checkpoint does not store, the padding of a vocabulary, are 0."""
+    for box in wanted:
+        into = box.of(target)
+        stored = checkpoint.tensors[box.key]
+        sizes = box.sizes
+        if box.padded and box.offsets[0] + box.sizes[0] > stored.shape[0]:
+            into.zero_()
+            rows = stored.shape[0] - box.offsets[0]
+            if rows <= 0:
+                continue
+            sizes, into = (rows, *sizes[1:]), into[:rows]
+        if into.dtype is stored.dtype and into.device.type == "cpu":
+            checkpoint.read_box(box.key, box.offsets, sizes, into)
+        else:
+            into.copy_(checkpoint.read_box(box.key, box.offsets, sizes))

@@ -39,6 +39,15 @@ class CheckpointSection(Section):
             " the steps after it, which belong to the branch that was left."
         ),
     )
+    async_save: bool = Field(
+        False,
+        description=(
+            "Write training checkpoints while training goes on: each rank copies its part to host memory (pinned on"
+            " GPUs) and a thread writes it; `latest` names the checkpoint once every rank's part is written. One is in"
+            " flight at a time, and the end of the run waits for it. Takes host memory for a rank's part, until the run"
+            " ends."
+        ),
+    )
     resume: Text = Field(
         "auto",
         description=(

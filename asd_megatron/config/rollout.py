@@ -128,7 +128,7 @@ class RolloutSection(Section):
         "distributed",
         description=(
             "`sglang`: transport of the weights to the servers (docs/weight_sync.md). `distributed`: broadcast, NCCL or"
-            " gloo; `cuda_ipc`: shared device memory, for one `colocated` server; `disk`: a folder that the servers"
+            " gloo; `cuda_ipc`: shared device memory, for `colocated` servers; `disk`: a folder that the servers"
             " read."
         ),
     )

@@ -91,10 +91,12 @@ def _shared_devices(rollout: RolloutSection, trainers: list[str]) -> Iterator[st
             f"rollout.server_devices names {', '.join(shared)}, on which the trainer's ranks run: name other devices,"
             " or set rollout.placement colocated"
         )
-    if rollout.weight_sync == "cuda_ipc" and servers and comparable and trainers[0] not in servers:
+    others = [name for name in servers if name not in trainers]
+    if rollout.weight_sync == "cuda_ipc" and comparable and others:
         yield (
-            f"rollout.weight_sync cuda_ipc shares the memory of the trainer's first device, {trainers[0]}, and"
-            f" rollout.server_devices does not name it: add it, or set rollout.weight_sync disk"
+            f"rollout.weight_sync cuda_ipc shares the memory of the trainer's ranks, and none runs on device"
+            f" {others[0]}, which rollout.server_devices names: name some of {', '.join(trainers)}, or set"
+            " rollout.weight_sync disk"
         )
 
 
@@ -181,13 +183,6 @@ def _weight_sync(rollout: RolloutSection) -> Iterator[str]:
         yield (
             "rollout.weight_sync cuda_ipc shares the memory of one device: set rollout.placement colocated, or"
             " rollout.weight_sync distributed"
-        )
-    if rollout.weight_sync == "cuda_ipc" and rollout.servers > 1:
-        yield (
-            "rollout.weight_sync cuda_ipc reaches only a server that sees the trainer's first device, and"
-            f" rollout.servers is {rollout.servers}: set rollout.servers 1 with rollout.server_tensor_parallel over all"
-            " devices, or rollout.weight_sync disk, or rollout.placement disaggregated with rollout.weight_sync"
-            " distributed"
         )
     if rollout.weight_sync == "distributed":
         if rollout.weight_sync_address in ("0.0.0.0", "::"):

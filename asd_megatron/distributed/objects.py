@@ -150,8 +150,8 @@ def meet(group: dist.ProcessGroup) -> None:
 
 @contextmanager
 def objects_over(host: dist.ProcessGroup) -> Iterator[None]:
-    """Inside, object collectives of any library take `host`, a group of all ranks, where they name no group: those of
-    Megatron-Core's and PyTorch's checkpoints name none, and would use the world's, NCCL."""
+    """Inside, object collectives of any library take `host`, a group of all ranks, where they name no group: those in
+    which Megatron-Core compares parameter groups name none, and would use the world's, NCCL."""
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
 
     def over_host(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,11 +1,13 @@
-"""The full tensors of a sharded model as a stream on one rank.
+"""The full tensors of a sharded model, on one rank (`stream`) or on the first rank of each pipeline stage (`steps`).
 
-Parameters travel in buckets: gathered on tensor-parallel rank 0 of their pipeline stage, sent from there to the first
-stage, unsharded and yielded one by one. The next bucket is in flight while the current one is consumed:
+Parameters travel in buckets: gathered on tensor-parallel rank 0 of their pipeline stage, and for `stream` sent from
+there to the first stage; there they are unsharded. The next bucket is in flight while the current one is consumed:
 
     tp 0, tp 1 of stage 1  --gather-->  tp 0 of stage 1  --send-->  tp 0 of stage 0: unshard, yield (name, tensor)
 
-Experts are not sharded: the rank that holds one sends it to the first rank of all directly.
+Experts are not sharded: the rank that holds one sends it to the first rank of its stage, over the group of the experts'
+parts. (gloo confuses messages between two ranks with a collective of the same group that passes them, so none are on
+`world`, on which the ranks meet meanwhile.)
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, groupby, zip_longest
 
 import torch
 import torch.distributed as dist
@@ -44,20 +47,59 @@ class Part:
     shard: Tensor | None
 
 
+@dataclass(frozen=True)
+class Block:
+    """Full tensors of one shape and dtype: the elements of `sources`, one source after another, are those of the
+    tensors `names`, one after another. An expert's gate and up projection are one source:
+
+        names    experts.0.gate_proj, experts.0.up_proj, experts.1.gate_proj, ...    each `shape`
+        sources  [gate and up rows of expert 0], [those of expert 1], ...
+    """
+
+    names: tuple[str, ...]
+    shape: torch.Size
+    sources: tuple[Tensor, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sources[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.names) * self.shape.numel() * self.dtype.itemsize
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor by itself: views of contiguous sources."""
+        each = len(self.names) // len(self.sources)
+        parts = (part for source in self.sources for part in source.reshape(each, *self.shape).unbind())
+        return zip(self.names, parts, strict=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A bucket of full tensors. `blocks` is empty on every rank but `sender`, the global rank that has them; they are
+    valid until the next step, and may be live parameters."""
+
+    sender: int
+    blocks: tuple[Block, ...]
+
+
 @dataclass
 class _Bucket:
-    """Consecutive parameters from one place, a stage or an owner; `numel` counts the elements of one rank's shards."""
+    """Consecutive parameters from one place, a stage or an owner, for the global rank `root`; `numel` counts the
+    elements of one rank's shards."""
 
     stage: int
     owner: int | None
+    root: int
     parts: list[Part]
     numel: int
 
 
 @dataclass
 class _Transfer:
-    """A bucket in flight. `gathered` [tp, numel], on the ranks that it passes, is complete after `work`; None on the
-    first rank of all where the parameters are its own, not sharded, and are read in place."""
+    """A bucket in flight. `gathered` [tp, numel], on the ranks that it passes, is complete after `work`; None on its
+    root where the parameters are its own, not sharded, and are read in place."""
 
     bucket: _Bucket
     gathered: Tensor | None
@@ -100,7 +142,7 @@ class FullTensors:
         transfers = self._transfers(parts, bucket_bytes)
         if self.process_groups.world.rank() != 0:
             for given in transfers:
-                self._send(given)
+                self._complete(given)
             return
         transfer = next(transfers, None)
         following = None
@@ -108,7 +150,7 @@ class FullTensors:
             while transfer is not None:
                 following = next(transfers, None)
                 transfer.wait()
-                yield from self._unsharded(transfer)
+                yield from self._copies(transfer)
                 transfer = following
         except GeneratorExit:  # the consumer stops early; the other ranks send all the same
             while following is not None:
@@ -116,22 +158,55 @@ class FullTensors:
                 following = next(transfers, None)
             raise
 
-    def _send(self, transfer: _Transfer) -> None:
-        """Complete a transfer on a rank that gives: it is on its way before the rank meets the others again."""
-        transfer.wait()
-        if transfer.gathered is None:
-            return
-        if transfer.bucket.owner is not None:
-            dist.send(transfer.gathered, dst=0, group=self.process_groups.world)
-        elif self.process_groups.tp.rank() == 0:
-            dist.send(transfer.gathered, group=self.process_groups.pp, group_dst=0)
+    def steps(self, parts: Sequence[Part], bucket_bytes: int, senders: Sequence[int]) -> Iterator[Step]:
+        """Every parameter's full tensors on global rank `senders[stage]`, the first of its stage. The same steps on all
+        ranks, the stages' in turn. Collective: every rank exhausts the iterator.
+
+        A step's tensors have `bucket_bytes` at most, unless one parameter has more. The gathers of this rank's next
+        step are in flight while the current one is consumed. Where nothing has to be gathered, nothing is copied.
+        """
+        per_root: list[list[list[_Bucket]]] = [[] for _ in senders]
+        for bucket in self._buckets(parts, bucket_bytes, senders):
+            steps = per_root[senders.index(bucket.root)]
+            if steps and sum(map(self._nbytes, [*steps[-1], bucket])) <= bucket_bytes:
+                steps[-1].append(bucket)
+            else:
+                steps.append([bucket])
+        ordered = [step for turn in zip_longest(*per_root) for step in turn if step is not None]
+        mine = iter([step for step in ordered if any(map(self._takes_part, step))])
+
+        def start() -> list[_Transfer]:
+            return [self._start(bucket) for bucket in next(mine, ()) if self._takes_part(bucket)]
+
+        transfers = start()
+        for step in ordered:
+            if not any(map(self._takes_part, step)):
+                yield Step(step[0].root, ())
+                continue
+            following = start()
+            for transfer in transfers:
+                self._complete(transfer)
+            is_root = step[0].root == self.process_groups.world.rank()
+            yield Step(step[0].root, tuple(chain(*map(self._blocks, transfers))) if is_root else ())
+            transfers = following
+
+    def _takes_part(self, bucket: _Bucket) -> bool:
+        return self.process_groups.world.rank() == bucket.root or self._gives(bucket) or self._is_first(bucket.stage)
+
+    def _is_first(self, stage: int) -> bool:
+        """Whether this rank is the first of the stage: all that is gathered of the stage comes here."""
+        return self.replica and self.process_groups.tp.rank() == 0 and self.process_groups.pp.rank() == stage
+
+    def _nbytes(self, bucket: _Bucket) -> int:
+        return bucket.numel * self._ranks(bucket.owner) * self.dtype.itemsize
 
     def _transfers(self, parts: Sequence[Part], bucket_bytes: int) -> Iterator[_Transfer]:
-        """This rank's transfers, started as they are asked for. All ranks meet on the host group before each bucket:
-        global rank 0 may write what it has to a slow disk first, and nobody waits for that in a collective of GPUs."""
-        for bucket in self._buckets(parts, bucket_bytes):
+        """This rank's transfers of `stream`, started as they are asked for. All ranks meet on the host group before
+        each bucket: global rank 0 may write what it has to a slow disk first, and nobody waits for that in a collective
+        of GPUs."""
+        for bucket in self._buckets(parts, bucket_bytes, [0] * self.process_groups.pp.size()):
             meet(self.process_groups.host)
-            if self.process_groups.world.rank() == 0 or self._gives(bucket):
+            if self._takes_part(bucket):
                 yield self._start(bucket)
 
     def _gives(self, bucket: _Bucket) -> bool:
@@ -144,8 +219,8 @@ class FullTensors:
         """Over how many ranks a parameter is sharded."""
         return self.process_groups.tp.size() if owner is None else 1
 
-    def _buckets(self, parts: Sequence[Part], bucket_bytes: int) -> list[_Bucket]:
-        """The same on every rank. Bytes are those of the shards of all tensor-parallel ranks."""
+    def _buckets(self, parts: Sequence[Part], bucket_bytes: int, roots: Sequence[int]) -> list[_Bucket]:
+        """The same on every rank. Bytes are those of the shards of all tensor-parallel ranks. `roots`: by stage."""
         buckets: list[_Bucket] = []
         for part in parts:
             ranks = self._ranks(part.owner)
@@ -156,7 +231,7 @@ class FullTensors:
                 or (latest.stage, latest.owner) != (part.stage, part.owner)
                 or (latest.numel + numel) * ranks * self.dtype.itemsize > bucket_bytes
             ):
-                latest = _Bucket(part.stage, part.owner, [], 0)
+                latest = _Bucket(part.stage, part.owner, roots[part.stage], [], 0)
                 buckets.append(latest)
             latest.parts.append(part)
             latest.numel += numel
@@ -164,26 +239,35 @@ class FullTensors:
 
     def _start(self, bucket: _Bucket) -> _Transfer:
         """Start the transfer that brings the bucket to this rank, or takes this rank's shards from it."""
-        tp, pp, world = self.process_groups.tp, self.process_groups.pp, self.process_groups.world
-        if self._gives(bucket) and self._ranks(bucket.owner) == 1 and world.rank() == 0:
+        tp, pp, ep = self.process_groups.tp, self.process_groups.pp, self.process_groups.ep
+        rank, gives = self.process_groups.world.rank(), self._gives(bucket)
+        if gives and self._ranks(bucket.owner) == 1 and rank == bucket.root:
             return _Transfer(bucket, None, None)
-        if not self._gives(bucket):
+        if not gives:
             gathered = self._empty(self._ranks(bucket.owner), bucket.numel)
-            if bucket.owner is not None:
-                return _Transfer(bucket, gathered, dist.irecv(gathered, src=bucket.owner, group=world))
+            if bucket.owner is not None and self._is_first(bucket.stage):
+                return _Transfer(bucket, gathered, dist.irecv(gathered, src=bucket.owner, group=ep))
             return _Transfer(bucket, gathered, dist.irecv(gathered, group=pp, group_src=bucket.stage))
         mine = self._empty(1, bucket.numel)
         for part, shard in self._shards(bucket, mine):
             assert part.shard is not None, part.rule
             shard[0].copy_(te.values(part.shard.detach()))
         if self._ranks(bucket.owner) == 1:
-            return _Transfer(bucket, mine, None)
+            sent = None if self._is_first(bucket.stage) else dist.isend(mine, group=ep, group_dst=0)
+            return _Transfer(bucket, mine, sent)
         if tp.rank() != 0:
             return _Transfer(bucket, None, dist.gather(mine[0], group=tp, group_dst=0, async_op=True))
         gathered = self._empty(tp.size(), bucket.numel)
         return _Transfer(bucket, gathered, dist.gather(mine[0], list(gathered), group=tp, group_dst=0, async_op=True))
 
-    def _unsharded(self, transfer: _Transfer) -> Iterator[tuple[str, Tensor]]:
+    def _complete(self, transfer: _Transfer) -> None:
+        """Wait for a transfer; the first rank of a stage sends on to its root what only passes."""
+        transfer.wait()
+        bucket, gathered = transfer.bucket, transfer.gathered
+        if gathered is not None and self._is_first(bucket.stage) and self.process_groups.world.rank() != bucket.root:
+            dist.send(gathered, group=self.process_groups.pp, group_dst=0)
+
+    def _copies(self, transfer: _Transfer) -> Iterator[tuple[str, Tensor]]:
         for part, shards in self._received(transfer):
             storage = shards[0].untyped_storage().data_ptr()
             full = part.rule.operation.unshard(shards, self.shapes)
@@ -191,6 +275,21 @@ class FullTensors:
                 # A tensor that the consumer keeps must neither keep the bucket's memory nor be the live parameter.
                 alias = tensor.untyped_storage().data_ptr() == storage
                 yield name, tensor.clone(memory_format=torch.contiguous_format) if alias else tensor.contiguous()
+
+    def _blocks(self, transfer: _Transfer) -> Iterator[Block]:
+        """The bucket's full tensors, views where nothing has to be joined. Consecutive experts of a rule are one block:
+        an expert's tensors have one shape and lie one after another in its parameter."""
+        for (rule, layer, stacked), run in groupby(self._received(transfer), _stack_of):
+            received = list(run)
+            if stacked:
+                names = [name for part, _ in received for name in rule.names(layer, part.key.expert)]
+                shape = torch.Size(rule.operation.shapes(self.shapes)[0])
+                yield Block(tuple(names), shape, tuple(shards[0] for _, shards in received))
+                continue
+            for _, shards in received:
+                full = rule.operation.unshard(shards, self.shapes)
+                for name, tensor in zip(rule.names(layer), full, strict=True):
+                    yield Block((name,), tensor.shape, (tensor,))
 
     def _received(self, transfer: _Transfer) -> Iterator[tuple[Part, list[Tensor]]]:
         """Each part's shards: views of what was gathered, or the live parameter."""
@@ -212,6 +311,12 @@ class FullTensors:
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+def _stack_of(received: tuple[Part, list[Tensor]]) -> tuple[Rule, int | None, bool]:
+    """Parts of equal rule and layer are the experts of one stack."""
+    part, _ = received
+    return part.rule, part.key.layer, part.key.expert is not None
 
 
 @cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import UserError
 from asd_megatron.models import te
-from asd_megatron.models.export import FullTensors, Part, first_stages
+from asd_megatron.models.export import FullTensors, Part, Step, first_stages
 from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.loading import FullTensor, Progress, refusal
 from asd_megatron.models.parameters import Key, model_keys, shapes_of
@@ -72,6 +74,7 @@ class ModelParameters:
         """All parameters in the order of the forward pass; the head of a tied model is left out."""
         return model_keys(self.family, self.shape)
 
+    @cached_property
     def _local(self) -> dict[Key, Tensor]:
         """This rank's parameters. A tied head on the last stage has the embedding's key."""
         found: dict[Key, Tensor] = {}
@@ -120,19 +123,40 @@ class ModelParameters:
         self, of: Callable[[Any], Tensor], dtype: torch.dtype, bucket_bytes: int
     ) -> Iterator[tuple[str, Tensor]]:
         """`of(parameter)`, a tensor of the parameter's shape, in `dtype`, as `ModelPort.export` streams parameters."""
-        local = self._local()
+        yield from self._full_tensors(dtype).stream(self._parts(self._keys(), of), bucket_bytes)
+
+    def steps(self, dtype: torch.dtype, bucket_bytes: int) -> Iterator[Step]:
+        """See `ModelPort.export_steps`."""
+        keys = self._stacked(self._keys())
+        senders = [stage * self.layout.stage_size for stage in range(self.layout.pipeline)]
+        yield from self._full_tensors(dtype).steps(
+            self._parts(keys, lambda parameter: parameter), bucket_bytes, senders
+        )
+
+    def _full_tensors(self, dtype: torch.dtype) -> FullTensors:
+        replica = self.process_groups.dp_cp.rank() == 0
+        return FullTensors(self.process_groups, self.shapes, dtype, device.device(), replica)
+
+    def _parts(self, keys: Iterable[Key], of: Callable[[Any], Tensor]) -> list[Part]:
+        local = self._local
         if self._stages is None:
             self._stages = first_stages(
                 self._layer_keys(local), self.process_groups.pp.rank(), self.process_groups.host
             )
         parts = []
-        for key in self._keys():
+        for key in keys:
             rule, stage = self.rule(key), self._stages[Key(key.rule, key.layer)]
             owner = None if key.expert is None else self._expert_owner(stage, key.expert)
             parts.append(Part(rule, key, stage, owner, of(local[key]) if key in local else None))
-        replica = self.process_groups.dp_cp.rank() == 0
-        full = FullTensors(self.process_groups, self.shapes, dtype, device.device(), replica)
-        yield from full.stream(parts, bucket_bytes)
+        return parts
+
+    def _stacked(self, keys: Iterable[Key]) -> Iterator[Key]:
+        """The keys with the experts of a layer by owner, and in it by rule: the experts of a rule can be stacked."""
+        for (_, experts), run in groupby(keys, lambda key: (key.layer, key.expert is not None)):
+            of_layer = list(run)
+            if experts:
+                of_layer.sort(key=lambda key: (self._expert_part(key.expert or 0), key))
+            yield from of_layer
 
     @staticmethod
     def _layer_keys(keys: Iterable[Key]) -> list[Key]:
@@ -140,8 +164,11 @@ class ModelParameters:
         return list(dict.fromkeys(Key(key.rule, key.layer) for key in keys))
 
     def _expert_owner(self, stage: int, expert: int) -> int:
+        return self.layout.expert_rank(stage, self._expert_part(expert))
+
+    def _expert_part(self, expert: int) -> int:
         assert self.shape.experts is not None
-        return self.layout.expert_rank(stage, expert * self.layout.expert // self.shape.experts.count)
+        return expert * self.layout.expert // self.shape.experts.count
 
 
 def bare(chunk: Any) -> Any:

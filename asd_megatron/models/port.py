@@ -20,7 +20,7 @@ from asd_megatron.models import gpt, te
 from asd_megatron.models.attention import MIN_ROWS, DecodingCache, PackAttention, fill_rows
 from asd_megatron.models.compat import resolve_layers
 from asd_megatron.models.decoder import LocalStack, Stack
-from asd_megatron.models.export import BUCKET_BYTES
+from asd_megatron.models.export import BUCKET_BYTES, Step
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.flex import FlexPackAttention
@@ -299,6 +299,15 @@ class ModelPort:
         rank fails, the others raise, at the latest after the timeout.
         """
         return self.parameters.stream(lambda parameter: parameter, self.dtype, bucket_bytes)
+
+    def export_steps(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Step]:
+        """Every full tensor exactly once, on the first global rank of the pipeline stage that has it, as `Step`s of at
+        most `bucket_bytes`: nothing travels between stages. The experts of a layer that one rank holds are stacked.
+
+        Collective: every rank takes the same steps and exhausts the iterator. Nothing is copied that does not have to
+        be gathered: a step's tensors are valid until the next step. Parameters must not change meanwhile.
+        """
+        return self.parameters.steps(self.dtype, bucket_bytes)
 
     def export_gradients(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
         """As `export`, of the accumulated float32 gradients, between backward pass and optimizer step. Not with the

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from asd_megatron.errors import UserError
+from asd_megatron.models.export import Step
 from asd_megatron.records import Group, Prompt, SamplingParams
 
 
@@ -41,6 +42,11 @@ class WeightSource(Protocol):
         ...
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def steps(self, bucket_bytes: int) -> Iterator[Step]:
+        """The same tensors in steps of at most `bucket_bytes`, each on the first global rank of its pipeline stage
+        (`ModelPort.export_steps`). Collective likewise."""
+        ...
 
 
 class RolloutEngine(Protocol):

@@ -9,6 +9,7 @@ from torch import Tensor
 from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.data.problems import ProblemSource
 from asd_megatron.errors import plural
+from asd_megatron.models.export import Step
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.closing import Sample
 from asd_megatron.observe.names import graded
@@ -26,6 +27,9 @@ class Weights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self.port.export())
+
+    def steps(self, bucket_bytes: int) -> Iterator[Step]:
+        return self.port.export_steps(bucket_bytes=bucket_bytes)
 
 
 def _sample(found: Evaluation) -> Sample | None:

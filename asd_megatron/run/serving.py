@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from asd_megatron.config import Recipe
 from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.prompts import PromptRenderer
+from asd_megatron.distributed.objects import gather_objects
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from asd_megatron.rollout.sglang.client.fleet import Fleet
@@ -25,18 +26,13 @@ from asd_megatron.rollout.sglang.engine import SGLangEngine
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
 from asd_megatron.rollout.sglang.servers.options import ServerOptions, devices_of_servers
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
-from asd_megatron.rollout.sglang.servers.versions import Versions, check_environment, ipc_arguments
-from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import CudaIpcTransport
-from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
-from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
-from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
 from asd_megatron.rollout.sglang.weight_sync.quantize import write_model_without_weights
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
+from asd_megatron.run.sending import Place, hosts_of_servers, root_transport, sending
 from asd_megatron.run.session import Session
 from asd_megatron.trainer.scorer import score_sequence
 
-MIB = 2**20
 PROBE_TOKENS = 256
 CONTINUATION = "Now solve this problem step by step. The final answer is:"
 """Of the probe's prompt; the built-in puzzle's small vocabulary has these words too."""
@@ -77,9 +73,13 @@ def sglang_engine(session: Session, renderer: PromptRenderer, problems: ProblemS
     probe = None
     if rollout.verify_weights:
         probe = partial(score_sequence, port, session.process_groups, ids, session.pack_layout)
+    verifier = _verifier(session, rollout)
+    places = gather_objects(Place.of_this_rank(), 0, session.process_groups.host) or []
+    made = session.only_root(lambda: _controller(session, rollout, ids, verifier, places))
     return SGLangEngine(
         session.process_groups,
-        session.only_root(lambda: _controller(session, rollout, ids)),
+        None if made is None else made[0],
+        sending=sending(session, rollout, verifier, None if made is None else made[1]),
         probe=probe,
         max_positions=port.max_positions,
         end_ids=session.end_ids,
@@ -99,22 +99,29 @@ def _rollout(session: Session) -> RolloutSection:
     return session.recipe.rollout
 
 
-def _controller(session: Session, rollout: RolloutSection, probe: tuple[int, ...]) -> Controller:
-    """The controller with all that it needs on global rank 0; no server is started yet. Raises UserError for an
-    environment that cannot serve."""
+def _controller(
+    session: Session,
+    rollout: RolloutSection,
+    probe: tuple[int, ...],
+    verifier: WeightVerifier | None,
+    places: Sequence[Place],
+) -> tuple[Controller, Transport]:
+    """The controller with all that it needs on global rank 0, and its transport; no server is started yet. Raises
+    UserError for an environment that cannot serve."""
     port, labels, closing = session.port, Labels(), ExitStack()
     _check_quantization(session, rollout)
     routing = _routing(session, rollout)
-    verifier = _verifier(session, rollout)
     keys = Keys.given() if rollout.server_urls else Keys.new()
     pool = None if rollout.server_urls else _pool(session, rollout, keys)
     if pool is not None:
         closing.callback(pool.close)
-    transport = _transport(session, rollout)
+    devices = devices_of_servers(list(rollout.server_devices), rollout.servers, rollout.server_tensor_parallel)
+    hosts = {} if pool is None else hosts_of_servers(pool.urls, devices, rollout.server_tensor_parallel, places)
+    transport = root_transport(session, rollout, hosts)
     closing.callback(transport.close)
     fleet = _fleet(rollout, keys, pool)
     closing.callback(fleet.close)
-    return Controller(
+    controller = Controller(
         fleet,
         transport,
         Assembler(session.tokenizer, session.recipe.run.seed, labels, routing),
@@ -130,6 +137,7 @@ def _controller(session: Session, rollout: RolloutSection, probe: tuple[int, ...
         colocated=rollout.placement == "colocated",
         closing=closing,
     )
+    return controller, transport
 
 
 def default_tolerance(rollout: RolloutSection, dtype: torch.dtype) -> float:
@@ -220,56 +228,3 @@ def server_options(session: Session, rollout: RolloutSection, keys: Keys) -> lis
         )
         for index in range(rollout.servers)
     ]
-
-
-def _transport(session: Session, rollout: RolloutSection) -> Transport:
-    if rollout.weight_sync == "disk":
-        folder = Path(rollout.weight_sync_folder or session.folder / "weights")
-        quantized = rollout.quantization != "none"
-        return DiskTransport(folder, session.source, quantized=quantized, timeout=rollout.weight_sync_timeout)
-    if rollout.weight_sync == "cuda_ipc":
-        return CudaIpcTransport(
-            ipc_arguments(Path(rollout.server_python)),
-            bucket_bytes=rollout.weight_sync_bucket_mib * MIB,
-            timeout=rollout.weight_sync_timeout,
-        )
-    if not rollout.server_urls and torch.cuda.is_available():
-        check_nccl(loaded_nccl(), check_environment(Path(rollout.server_python)))
-    transport = DistributedTransport(
-        address=rollout.weight_sync_address,
-        device=session.port.device,
-        bucket_bytes=rollout.weight_sync_bucket_mib * MIB,
-        timeout=rollout.weight_sync_timeout,
-    )
-    if rollout.weight_sync_full_every == 1:
-        return transport
-    if session.port.dtype == torch.float32:
-        raise UserError(
-            f"rollout.weight_sync_full_every {rollout.weight_sync_full_every}: an update changes nearly every element"
-            " of float32 weights (model.dtype auto is that without GPUs), so there is nothing to leave out: set it to"
-            " 1, or model.dtype bfloat16"
-        )
-    return DeltaTransport(transport, rollout.weight_sync_full_every)
-
-
-def loaded_nccl() -> str:
-    """Version of the NCCL library in this process. torch reports the one that it was built with, which is another one
-    after LD_PRELOAD."""
-    version = ctypes.c_int(0)
-    try:
-        ctypes.CDLL("libnccl.so.2", mode=os.RTLD_NOW | os.RTLD_NOLOAD).ncclGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):  # linked into torch statically
-        return ".".join(map(str, torch.cuda.nccl.version()))
-    return f"{version.value // 10000}.{version.value // 100 % 100}.{version.value % 100}"
-
-
-def check_nccl(ours: str, servers: Versions) -> None:
-    """Raises UserError unless both sides of a broadcast have the same NCCL: with different versions it may hang."""
-    if servers.nccl is None or servers.nccl == ours:
-        return
-    raise UserError(
-        f"rollout.weight_sync distributed: the trainer has NCCL {ours} and the servers' environment has {servers.nccl};"
-        " both sides of a broadcast need the same. Start the trainer with"
-        f" LD_PRELOAD={servers.nccl_library or 'the libnccl.so.2 of the servers'}, or use a container image with equal"
-        " NCCL on both sides (docs/weight_sync.md), or set rollout.weight_sync disk"
-    )

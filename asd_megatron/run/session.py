@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from asd_megatron.checkpoint import lineage, training
+from asd_megatron.checkpoint.background import Background
 from asd_megatron.checkpoint.huggingface import read_config, write_folder
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
@@ -127,6 +128,8 @@ class Session:
         self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
         self._saved = self.first_step - 1 if self.start.kind == "resume" else 0  # step of the run's newest checkpoint
         self._overdue = False  # a due checkpoint could not be written: it is written after the next applied update
+        self._background = Background(self.process_groups) if recipe.checkpoint.async_save else None
+        closing.callback(self._close_background)
         self.clock = Clock()
         self.telemetry = Telemetry(recipe, self.port, self.layout, self.process_groups, self.clock)
         self.writer: RunWriter | None = None
@@ -299,11 +302,13 @@ class Session:
         when something is due and the weights are not finite.
         """
         settings = self.recipe.checkpoint
+        self._settle(wait=False)
         due, export = self.checkpoint_due(step), self.is_due(step, settings.export_every, at_end=settings.export_at_end)
         if not (due or export):
             return
         broken = self.not_finite()
         if broken is not None:
+            self._settle()
             raise NotFinite(f"step {step}, checkpoint: {broken}. Nothing of this state is saved; {self._last_good()}")
         if due:
             self._overdue = guard.consecutive > 0
@@ -318,10 +323,12 @@ class Session:
         """Save the state after `step` of a run that stops there for a reason that is not in its weights, unless it is
         not worth saving; says what was done. Collective."""
         reason = str(guard) if guard.consecutive else self.not_finite()
+        self._settle()
         if reason is not None:
             return f"The state after step {step} is not saved: {reason}; {self._last_good()}"
         if self._saved != step:
             self.save(step, run_state)
+            self._settle()
         return f"The state after step {step} is saved: start the same command again to resume"
 
     def not_finite(self) -> str | None:
@@ -336,9 +343,11 @@ class Session:
         return f"the newest checkpoint is {lineage.name(self._saved)}"
 
     def save(self, step: int, run_state: Mapping[str, Any]) -> None:
-        """A training checkpoint; the newest `checkpoint.keep` stay. Collective."""
+        """A training checkpoint; the newest `checkpoint.keep` stay. With `checkpoint.async_save` it is in flight
+        afterwards. Collective."""
         load = {} if self.balance is None else {"expert_load": self.balance.fractions.tolist()}
         with self.clock.phase("checkpoint"):
+            self._settle()
             training.save(
                 self.folder / folders.CHECKPOINTS,
                 step,
@@ -348,8 +357,23 @@ class Session:
                 {**run_state, **load, "step": step, "stage": self.stage},
                 keep=self.recipe.checkpoint.keep,
                 copies=self.copies,
+                background=self._background,
             )
-        self._saved = step
+        if self._background is None:
+            self._saved = step
+
+    def _settle(self, *, wait: bool = True) -> None:
+        """Learn what became of the checkpoint in flight, if there is one; with `wait`, after its end. Raises its error,
+        a UserError where the operating system refused. Collective."""
+        if self._background is not None:
+            self._saved = self._background.settle(wait=wait) or self._saved
+
+    def _close_background(self) -> None:
+        """Let a checkpoint in flight be completed, also after an exception."""
+        if self._background is not None:
+            if self._background.step:
+                self.say(f"waiting for the checkpoint of step {self._background.step} to be written")
+            self._background.close()
 
     def export(self, step: int) -> Path:
         """RUN/hf/step_NNNNNN, a complete Hugging Face folder. Collective."""
@@ -374,6 +398,7 @@ class Session:
     def finish(self, summary: Mapping[str, Any], sample: Sample | None = None) -> None:
         """End a run after its last step: write RUN/summary.json and, with `logging.curves`, RUN/curves.png, and print
         the closing report with a held-out `sample`. Collective."""
+        self._settle()
 
         def write() -> None:
             if not self.steps() and (self.folder / folders.SUMMARY_FILE).is_file():

@@ -78,12 +78,15 @@ def step_in_slices(adam: torch.optim.Optimizer, step: Callable[[], object]) -> N
 
 
 def _slices(parameters: Sequence[Tensor], numel: int) -> Iterator[list[Tensor]]:
+    """Consecutive parameters of at most `numel` elements together; a larger one alone."""
     chosen: list[Tensor] = []
+    size = 0
     for parameter in parameters:
-        if chosen and sum(p.numel() for p in chosen) + parameter.numel() > numel:
+        if chosen and size + parameter.numel() > numel:
             yield chosen
-            chosen = []
+            chosen, size = [], 0
         chosen.append(parameter)
+        size += parameter.numel()
     if chosen:
         yield chosen
 
@@ -106,16 +109,9 @@ def remainder_of(master: Tensor, weight: Tensor) -> Tensor:
 
 @cache
 def _complete_masters(base: Any) -> type:
-    """Megatron's distributed optimizer, `base`, whose checkpoints hold complete master weights and own their memory."""
+    """Megatron's distributed optimizer, `base`, whose checkpoints hold complete master weights."""
 
     class CompleteMasters(base):  # type: ignore[misc,valid-type]
-        def state_dict(self) -> dict[str, Any]:
-            state: dict[str, Any] = super().state_dict()
-            for group in state["optimizer"]["param_groups"]:  # a HybridDeviceOptimizer's name classes: no data
-                for name in [name for name, value in group.items() if isinstance(value, type)]:
-                    del group[name]
-            return state
-
         def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = super()._get_main_param_and_optimizer_states(model_param)
             if tensors["param"].dtype is torch.int16:
@@ -124,9 +120,8 @@ def _complete_masters(base: Any) -> type:
 
         def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
             shard = self._shard(model_param)
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # views of a file's whole tensors
             if self.optimizer.state[shard]["master_param"].dtype is torch.int16:
-                tensors["param"] = remainder_of(tensors["param"].to(shard.device), shard)
+                tensors = {**tensors, "param": remainder_of(tensors["param"].to(shard.device), shard)}
             super()._set_main_param_and_optimizer_states(model_param, tensors)
 
         def _shard(self, model_param: Tensor) -> Tensor:
@@ -139,7 +134,8 @@ def _complete_masters(base: Any) -> type:
 
 
 def _init_fused(adam: Any, config: Any = None) -> None:
-    """Give parameters without state what their first step would: Megatron's own call lacks an argument."""
+    """Give parameters that have no state yet the zeros that their first step would: Megatron's own call lacks an
+    argument."""
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from asd_megatron.checkpoint import training
+from tests.checkpoint import megatron_writer
 from tests.checkpoint.test_te_gpu import interchange
 from tests.checkpoint.trainer import MOE, Trainer
 from tests.distributed.harness import run_ranks
@@ -69,13 +69,9 @@ def _interchange_with_extra_states(root: Path) -> None:
 
 def _with_extra_states(trainer: Trainer, folder: Path) -> Path:
     """A checkpoint with them, as others write it."""
-    ours, training._is_extra_state = training._is_extra_state, lambda key: False  # type: ignore[assignment]
-    try:
-        crafted = trainer.save(folder, 2)
-    finally:
-        training._is_extra_state = ours
+    crafted = megatron_writer.save_training(folder, trainer, extra_states=True)
     assert EXTRA.encode() in (crafted / ".metadata").read_bytes()
-    if (crafted / "common.pt").is_file():  # 0.16.1 merges it into what was asked for
+    if (crafted / "common.pt").is_file():  # of Megatron-Core 0.16.1
         common = torch.load(crafted / "common.pt")
         common["model"] = {EXTRA: trainer.port.chunks[0].module.decoder.final_layernorm.get_extra_state()}
         torch.save(common, crafted / "common.pt")

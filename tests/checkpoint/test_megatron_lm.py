@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from asd_megatron.checkpoint.conversion import megatron_to_hf
 from asd_megatron.checkpoint.distcp import DistributedCheckpoint
 from asd_megatron.checkpoint.inspection import inspect
 from asd_megatron.checkpoint.locate import find, find_checkpoint
-from asd_megatron.checkpoint.shards import save_shards
 from asd_megatron.errors import UserError
+from tests.checkpoint import megatron_writer
 from tests.checkpoint.trainer import CONFIG
 from tests.distributed.harness import run_ranks
 
@@ -32,7 +31,7 @@ def _save(rank: int, root: str) -> torch.Tensor:
 
     from asd_megatron.distributed.layout import Layout, init
 
-    groups = init(Layout(tensor=2))
+    init(Layout(tensor=2))
     config = TransformerConfig(
         num_layers=4,
         hidden_size=16,
@@ -80,7 +79,7 @@ def _save(rank: int, root: str) -> torch.Tensor:
             "content_metadata": {"singleton_local_shards": singleton},
             "model": model.sharded_state_dict(metadata={"singleton_local_shards": singleton}),
         }
-        save_shards(str(folder), state, groups.host, nullcontext)  # Megatron's own writer forks, and may hang
+        megatron_writer.save(folder, state)
     causal = torch.ones(1, 1, len(IDS), len(IDS)).triu(1).bool()
     with torch.no_grad():
         return model(IDS[None], torch.arange(len(IDS))[None], causal)[0, :, :VOCABULARY]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 
-from asd_megatron.checkpoint.safety import check_metadata, weights_only
+from asd_megatron.checkpoint.safety import read_metadata, weights_only
 from asd_megatron.errors import UserError
 
 
@@ -28,7 +28,7 @@ class _Touch:
 def test_genuine_metadata_passes(tmp_path: Path) -> None:
     state = {"w": torch.ones(3, dtype=torch.bfloat16), "n": torch.zeros(2, dtype=torch.int64), "text": "abc"}
     torch_checkpoint.save(state, storage_writer=torch_checkpoint.FileSystemWriter(tmp_path), no_dist=True)
-    check_metadata(tmp_path)
+    read_metadata(tmp_path)
 
 
 def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
     for content in (_Touch(mark), {"state_dict_metadata": [1, _Touch(mark)]}):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
         with pytest.raises(UserError, match=r"not safe to read: it names \w+\.mkdir"):
-            check_metadata(tmp_path)
+            read_metadata(tmp_path)
     assert not mark.exists()
 
 
@@ -52,15 +52,15 @@ def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
 def test_only_metadata_classes_are_known(tmp_path: Path, module: str, name: str) -> None:
     (tmp_path / ".metadata").write_bytes(f"c{module}\n{name}\n.".encode())
     with pytest.raises(UserError, match="not safe to read"):
-        check_metadata(tmp_path)
+        read_metadata(tmp_path)
 
 
 def test_missing_or_torn_metadata(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is missing"):
-        check_metadata(tmp_path)
+        read_metadata(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps([1, 2, 3])[:-2])
     with pytest.raises(UserError, match="not safe to read"):
-        check_metadata(tmp_path)
+        read_metadata(tmp_path)
 
 
 def test_objects_are_read_as_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,8 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "optimizer.beta2": (0.999, "AdamW's own default"),
     "optimizer.epsilon": (1e-8, "AdamW's own default"),
     "optimizer.clip_grad": (1.0, "the usual value of the framework that the paper trains with"),
+    "optimizer.moments": ("float32", "the exact arithmetic"),
+    "optimizer.offload": ("none", "off"),
 }
 # The released code's alternative to the gate. Its section is read only with another `algorithm.lambda_source`.
 RELEASED: dict[str, Any] = {

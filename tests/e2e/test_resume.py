@@ -51,6 +51,7 @@ def test_straight_and_interrupted(
 ) -> None:
     """The checkpoint is that of step 3: of what sets lambda after its warm-up, and in it."""
     options = {**ANTISD, "data": {"test": str(world.problems)}, "checkpoint": {"every": 3}}
+    options["checkpoint"]["async_save"] = source == "gate"
     if source == "gate":
         options["gate"] = {"warmup_steps": warmup_steps, "tau_down": 0.99}
         if warmup_steps == 4:  # and with two copies of weights in the checkpoint

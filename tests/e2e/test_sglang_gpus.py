@@ -69,12 +69,34 @@ def test_a_colocated_server_evaluates(world: World) -> None:
     assert all("evaluation/accuracy" in row for row in rows)
 
 
+def on_each_gpu(gpus: list[str]) -> dict[str, Any]:
+    """The section `rollout` with a colocated server on each of the trainer's two GPUs."""
+    return {"placement": "colocated", "weight_sync": "cuda_ipc", "server_args": MEMORY} | {
+        "servers": 2,
+        "server_devices": gpus[:2],
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.sglang
+@pytest.mark.timeout(1800)
+def test_a_colocated_server_on_each_gpu(world: World) -> None:
+    """Each server maps the memory of the trainer's rank on its own GPU."""
+    if len(devices()) < 2:
+        pytest.skip("needs 2 GPUs")
+    rows = trained(world, "on_each", on_each_gpu(devices()), parallelism=TRAINER)
+    check(rows)
+    assert all(row["servers/serving"] == 2 for row in rows)
+
+
 def test_the_recipes_are_accepted(world: World) -> None:
     for name, (count, tensor) in SERVERS.items():
         gpus = [str(number) for number in range(2 + count * tensor)]
         rollout = {"engine": "sglang", "server_python": "python", **nccl(name, gpus)}
         placement = place(load_recipe(world.recipe(rollout=rollout, parallelism=TRAINER)), len(gpus), {})
         assert placement.devices == ("0", "1") and placement.servers == tuple(gpus[2:]) and not placement.unused
+    rollout = {"engine": "sglang", "server_python": "python", **on_each_gpu(["0", "1"])}
+    assert place(load_recipe(world.recipe(rollout=rollout, parallelism=TRAINER)), 2, {}).devices == ("0", "1")
     sections = colocated(world)
     sections["rollout"] |= {"engine": "sglang", "server_python": "python"}
     recipe = load_recipe(world.recipe(**sections))

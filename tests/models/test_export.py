@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from asd_megatron.distributed.layout import Layout
+from asd_megatron.distributed.objects import gather_objects
 from tests.distributed.harness import run_ranks
 from tests.models.tiny import tiny_llama, tiny_qwen3, tiny_qwen3_moe
 
@@ -107,6 +108,8 @@ def _exports(rank: int, root: str, layouts: list[Layout]) -> None:
 def _once_and_whole(port: Any, folder: Path, bucket_bytes: int) -> None:
     from asd_megatron.checkpoint.huggingface import FolderReader
 
+    if bucket_bytes == BUCKET:
+        _steps_of_every_stage(port, bucket_bytes)
     found = list(port.export(bucket_bytes=bucket_bytes))
     if dist.get_rank() != 0:
         assert found == []
@@ -122,6 +125,31 @@ def _once_and_whole(port: Any, folder: Path, bucket_bytes: int) -> None:
         tensor.zero_()
     after = [p for chunk in port.chunks for p in chunk.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _steps_of_every_stage(port: Any, bucket_bytes: int) -> None:
+    """The tensors of `export`, each on the first rank of its stage; the same steps everywhere."""
+    mine, senders = {}, []
+    for step in port.export_steps(bucket_bytes=bucket_bytes):
+        senders.append(step.sender)
+        assert bool(step.blocks) == (step.sender == dist.get_rank())
+        size = 0
+        for block in step.blocks:
+            assert block.dtype == port.dtype
+            for name, tensor in block.tensors():
+                assert name not in mine and tensor.shape == block.shape
+                mine[name] = tensor.clone().view(torch.uint8).numpy().tobytes()
+            size += block.nbytes
+        assert size <= max(bucket_bytes, 2 * LARGEST)  # one parameter may be larger
+    stages = range(port.layout.pipeline)
+    assert set(senders) == {stage * port.layout.stage_size for stage in stages}
+    assert senders[: len(stages)] == sorted(set(senders)), "in turn"
+    everybody = gather_objects((mine, senders), 0, port.process_groups.host)
+    found = {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in port.export()}
+    if everybody is not None:
+        assert all(order == senders for _, order in everybody)
+        assert sum(len(tensors) for tensors, _ in everybody) == len(found)
+        assert {name: value for tensors, _ in everybody for name, value in tensors.items()} == found
 
 
 def _in_bounded_memory(port: Any) -> None:
@@ -205,7 +233,7 @@ def _one_bucket_ahead(port: Any) -> None:
 
         return handing_out
 
-    with _Watched(_start=start, _unsharded=hand_out):
+    with _Watched(_start=start, _copies=hand_out):
         for _ in port.export(bucket_bytes=BUCKET):
             pass
     if dist.get_rank() == 0:

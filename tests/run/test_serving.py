@@ -1,8 +1,7 @@
-"""The recipe's servers: the probe that verifies them, NCCL of both sides, what the start-up report says of them."""
+"""The recipe's servers: the probe that verifies them, what the start-up report says of them."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +15,8 @@ from asd_megatron.errors import UserError
 from asd_megatron.puzzle.task import PuzzleStream
 from asd_megatron.puzzle.tokenizer import UNKNOWN_TOKEN, build_tokenizer
 from asd_megatron.rollout.sglang.client.routing import Routing
-from asd_megatron.rollout.sglang.servers.versions import Versions
-from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
-from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.run import report, serving
-from asd_megatron.run.serving import check_nccl, loaded_nccl, probe_ids
+from asd_megatron.run.serving import probe_ids
 from tests.config.test_checks import make
 from tests.models.tiny import tiny_qwen3
 
@@ -68,17 +64,6 @@ def test_quantised_servers_start_without_weights(tmp_path: Path, monkeypatch: py
         serving._check_quantization(session, rollout)
 
 
-def test_deltas_need_bfloat16() -> None:
-    session: Any = SimpleNamespace(port=SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu")))
-    rollout = make("rollout.engine=sglang rollout.weight_sync_full_every=10").rollout
-    assert isinstance(serving._transport(session, rollout), DeltaTransport)
-    assert "deltas, all weights every 10 updates, verified" in report._servers(rollout)["weight updates"]
-    assert isinstance(serving._transport(session, make("rollout.engine=sglang").rollout), DistributedTransport)
-    session.port.dtype = torch.float32
-    with pytest.raises(UserError, match="set it to 1, or model.dtype bfloat16"):
-        serving._transport(session, rollout)
-
-
 @pytest.mark.parametrize(
     ("capability", "backend"), [((9, 0), None), ((10, 0), "flashinfer_trtllm"), ((12, 0), None), ((8, 0), "refused")]
 )
@@ -98,39 +83,6 @@ def test_the_servers_matrix_products_by_gpu(
     serving._check_quantization(session, rollout)
     (options,) = serving.server_options(session, rollout, serving.Keys.new())
     assert options.arguments.get("fp8-gemm-backend") == backend
-
-
-def test_other_nccl_on_the_servers_side_is_refused_with_both_ways_out() -> None:
-    servers = Versions("0.5.23", "2.14.1", "2.30.7", "/opt/sglang/nvidia/nccl/lib/libnccl.so.2")
-    check_nccl("2.30.7", servers)
-    check_nccl("2.28.3", Versions("0.5.23", "2.14.1", None, None))  # a build without the package: not known
-    with pytest.raises(UserError) as refused:
-        check_nccl("2.28.3", servers)
-    message = str(refused.value)
-    assert "2.28.3" in message and "2.30.7" in message
-    assert "LD_PRELOAD=/opt/sglang/nvidia/nccl/lib/libnccl.so.2" in message
-    assert "image with equal NCCL" in message and "rollout.weight_sync disk" in message
-
-
-def test_the_loaded_nccl_counts_and_not_the_one_that_torch_was_built_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Preloaded:
-        def __init__(self, name: str, mode: int) -> None:
-            assert name == "libnccl.so.2"
-
-        @staticmethod
-        def ncclGetVersion(version: Any) -> int:
-            version._obj.value = 23007
-            return 0
-
-    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
-    monkeypatch.setattr(ctypes, "CDLL", Preloaded)
-    assert loaded_nccl() == "2.30.7"
-
-    def not_loaded(name: str, mode: int) -> None:
-        raise OSError
-
-    monkeypatch.setattr(ctypes, "CDLL", not_loaded)
-    assert loaded_nccl() == "2.28.3"
 
 
 def test_the_report_names_the_settings_of_nccl_and_the_verification(monkeypatch: pytest.MonkeyPatch) -> None:

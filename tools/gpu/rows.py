@@ -210,6 +210,12 @@ ROWS: tuple[Row, ...] = (
         f"{MORE_SERVER_TESTS}::test_a_colocated_server_evaluates",
     ),
     _server_row(
+        "sglang_on_each_gpu",
+        "two colocated servers, each with the memory of the trainer's rank on its own GPU",
+        f"{MORE_SERVER_TESTS}::test_a_colocated_server_on_each_gpu",
+        2,
+    ),
+    _server_row(
         "sglang_fp8",
         "a colocated server in block-wise FP8 under a bfloat16 trainer",
         f"{SERVER_TESTS}::test_a_quantised_server",

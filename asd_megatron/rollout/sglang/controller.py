@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-
-from torch import Tensor
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import Group, Prompt, SamplingParams
@@ -23,9 +21,10 @@ from asd_megatron.rollout.sglang.servers.models import SERVED_AS
 from asd_megatron.rollout.sglang.servers.plugin.asd_weight_delta import FORMAT, MARK
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
-from asd_megatron.rollout.sglang.weight_sync.protocol import Transport, VerificationError
+from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, Transport, VerificationError
 from asd_megatron.rollout.sglang.weight_sync.quantize import quantized
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
+from asd_megatron.rollout.sglang.weight_sync.transfer import Transfer
 from asd_megatron.rollout.sglang.weight_sync.verification import Probe, WeightVerifier
 
 log = logging.getLogger(__name__)
@@ -210,10 +209,10 @@ class Controller:
         """
         return bool(self._lacking(version)) and (not moved or self._fleet.no_healthy_server_since is not None)
 
-    def send(self, tensors: Iterator[tuple[str, Tensor]], version: int, probe: Sequence[float] | None) -> bool:
+    def send(self, weights: NamedTensors | Transfer, version: int, probe: Sequence[float] | None) -> bool:
         """Send the weights to every usable server that lacks them. Whether enough servers have them now: all at the
-        first update, one at a later one. `tensors` is read to its end. Raises VerificationError when something else
-        arrived than was sent."""
+        first update, one at a later one. A stream of tensors is read to its end. Raises VerificationError when
+        something else arrived than was sent."""
         label = self._labels.label(version)
         receivers = self._lacking(version)
         if self._verifier is not None:
@@ -225,7 +224,7 @@ class Controller:
                 report = synchronise(
                     self._transport,
                     receivers,
-                    quantized(tensors) if self._quantize else tensors,
+                    quantized(weights) if self._quantize and not isinstance(weights, Transfer) else weights,
                     label,
                     verifier=self._verifier,
                     before_generating=None if self._memory is None else self._memory.resume_caches,

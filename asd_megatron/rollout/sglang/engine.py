@@ -17,6 +17,8 @@ from asd_megatron.errors import UserError
 from asd_megatron.records import Group, Prompt, SamplingParams
 from asd_megatron.rollout.engine import RolloutError, WeightSource, check_lengths
 from asd_megatron.rollout.sglang.controller import Controller
+from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors
+from asd_megatron.rollout.sglang.weight_sync.transfer import Sending, Transfer
 
 T = TypeVar("T")
 TICK_SECONDS = 2.0  # between two meetings of the ranks while they wait
@@ -40,6 +42,7 @@ class SGLangEngine:
 
     Args:
         process_groups: the trainer's ranks. controller: the servers, on global rank 0 alone; None elsewhere.
+        sending: how all ranks send their weights, on every rank; None: global rank 0 sends all of them.
         probe: scores the sequence whose log-probs are compared with the servers' after an update (collective). None:
             they are not compared.
         max_positions: of the model. end_ids: its end tokens, at which SGLang always ends a response.
@@ -50,12 +53,14 @@ class SGLangEngine:
         process_groups: ProcessGroups,
         controller: Controller | None,
         *,
+        sending: Sending | None = None,
         probe: ProbeScorer | None,
         max_positions: int,
         end_ids: Sequence[int],
     ) -> None:
         self._process_groups = process_groups
         self._controller = controller
+        self._sending = sending
         self._probe = probe
         self._max_positions = max_positions
         self._end_ids = frozenset(end_ids)
@@ -128,6 +133,8 @@ class SGLangEngine:
     def close(self) -> None:
         if self._controller is not None:
             self._controller.close()
+        if self._sending is not None:
+            self._sending.transport.close()
 
     # ---------------------------------------------------------------- collective steps
 
@@ -135,17 +142,33 @@ class SGLangEngine:
         """Send the weights to every usable server that lacks them; whether enough servers have them now. Collective:
         every rank reads the source to its end."""
         expected = None if self._probe is None else self._probe()
+        if self._sending is not None:
+            return self._transfer(self._sending.transfer(weights), weights.version, expected)
         tensors = iter(weights)
-        sent = False
-        error: Exception | None = None
-        if self._controller is not None:
-            try:
-                sent = self._controller.send(tensors, weights.version, expected)
-            except Exception as e:  # the other ranks must hear of it
-                error = e
+        sent, error = self._send(tensors, weights.version, expected)
         for _ in tensors:
             pass
         return self._share(sent, error)
+
+    def _transfer(self, transfer: Transfer, version: int, expected: list[float] | None) -> bool:
+        sent, error = self._send(transfer, version, expected)
+        if self._controller is None:
+            transfer.take_part()
+        else:
+            transfer.cancel()
+        return self._share(sent, error)
+
+    def _send(
+        self, weights: NamedTensors | Transfer, version: int, expected: list[float] | None
+    ) -> tuple[bool, Exception | None]:
+        """Whether global rank 0 has sent the weights to enough servers, or its error, which the other ranks must hear
+        of; nothing elsewhere."""
+        if self._controller is None:
+            return False, None
+        try:
+            return self._controller.send(weights, version, expected), None
+        except Exception as error:
+            return False, error
 
     def _tick(self, weights: WeightSource, deadline: float, timeout: float) -> tuple[list[Group], _Tick]:
         """Wait for complete groups on rank 0, TICK_SECONDS at most, and tell every rank what to do next. `timeout`: the

@@ -94,7 +94,7 @@ def test_every_transport_brings_weights_that_are_verified(
     served = servers[family]
     transports: list[Transport] = [
         DistributedTransport(torch.device("cpu"), bucket_bytes=200_000),
-        CudaIpcTransport(REBUILD_ARGUMENTS, bucket_bytes=200_000),
+        CudaIpcTransport(REBUILD_ARGUMENTS, device=torch.device("cpu"), bucket_bytes=200_000),
         DiskTransport(tmp_path / "weights", served.folder, quantized=True, max_shard_bytes=500_000),
     ]
     for seed, transport in enumerate([*transports, transports[0]], start=1):

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from asd_megatron.errors import UserError
-from asd_megatron.rollout.sglang.weight_sync.hashes import TensorHash, for_device
+from asd_megatron.rollout.sglang.weight_sync.hashes import TensorHash, for_device, hexdigests
 from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors
 from asd_megatron.rollout.sglang.weight_sync.quantize import FP8, SCALE_SUFFIX, dequantize
 
 VOCABULARY_MULTIPLE = 64  # SGLang's DEFAULT_VOCAB_PADDING_SIZE
 CPU_FFN_MULTIPLE = 32  # a server on the CPU pads so many columns a rank (adjust_config_with_unaligned_cpu_tp)
 Cut = Callable[[Tensor, int, int], Tensor]
-"""(full tensor, rank, ranks) -> the shard that this rank of a server holds."""
+"""(full tensor, rank, ranks) -> the shard that this rank of a server holds, of rows (its first dimension)."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,26 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Where one tensor is stored on the server: as number `part` of the `parts` that are stacked into `target`."""
+    """Where one tensor is stored on the server: as number `part` of the `parts` that are stacked into `target`, cut
+    along dimension `dim` by `cut_rows`."""
 
     target: str
     part: int
     parts: int
-    cut: Cut
+    cut_rows: Cut
+    dim: int = 0
+
+    def cut(self, tensor: Tensor, rank: int, ranks: int) -> Tensor:
+        """The shard of the tensor that rank `rank` of `ranks` holds."""
+        return self.cut_stacked(tensor[None], rank, ranks)[0]
+
+    def cut_stacked(self, tensors: Tensor, rank: int, ranks: int) -> Tensor:
+        """The shards of several tensors, [n, *shape]."""
+        return self.cut_rows(tensors.movedim(1 + self.dim, 0), rank, ranks).movedim(0, 1 + self.dim)
+
+
+Digests = dict[tuple[int, int], dict[str, str]]
+"""(ranks, rank) -> hash by the server's name of each tensor."""
 
 
 def server_pieces(config: Mapping[str, Any], device: str) -> dict[str, Piece]:
@@ -86,7 +100,7 @@ def server_pieces(config: Mapping[str, Any], device: str) -> dict[str, Piece]:
         ]
         for kind in ("weight", "bias") if layout.qkv_bias else ("weight",):
             pieces |= _stacked(f"{at}self_attn.qkv_proj.{kind}", [(f"{name}.{kind}", cut) for name, cut in qkv])
-        pieces |= _stacked(at + "self_attn.o_proj.weight", [(at + "self_attn.o_proj.weight", _of_columns(attention))])
+        pieces |= _stacked(at + "self_attn.o_proj.weight", [(at + "self_attn.o_proj.weight", attention)], dim=1)
         pieces |= _experts(at + "mlp.", config, ffn) if layout.experts else _mlp(at + "mlp.", ffn)
         pieces |= {f"{at}{n}.weight": Piece(f"{at}{n}.weight", 0, 1, _full) for n in norms}
     pieces["model.norm.weight"] = Piece("model.norm.weight", 0, 1, _full)
@@ -97,7 +111,7 @@ def server_pieces(config: Mapping[str, Any], device: str) -> dict[str, Piece]:
 
 def _mlp(at: str, ffn: Cut) -> dict[str, Piece]:
     gate_up = _stacked(at + "gate_up_proj.weight", [(f"{at}{x}_proj.weight", ffn) for x in ("gate", "up")])
-    return gate_up | _stacked(at + "down_proj.weight", [(at + "down_proj.weight", _of_columns(ffn))])
+    return gate_up | _stacked(at + "down_proj.weight", [(at + "down_proj.weight", ffn)], dim=1)
 
 
 def _experts(at: str, config: Mapping[str, Any], ffn: Cut) -> dict[str, Piece]:
@@ -105,11 +119,11 @@ def _experts(at: str, config: Mapping[str, Any], ffn: Cut) -> dict[str, Piece]:
     rank holds."""
     names = [f"{at}experts.{e}." for e in range(int(config.get("num_experts") or config["num_local_experts"]))]
     w13 = [(f"{name}{x}_proj.weight", ffn) for name in names for x in ("gate", "up")]
-    w2 = [(f"{name}down_proj.weight", _of_columns(ffn)) for name in names]
+    w2 = [(f"{name}down_proj.weight", ffn) for name in names]
     return (
         _stacked(at + "gate.weight", [(at + "gate.weight", _full)])
         | _stacked(at + "experts.w13_weight", w13)
-        | _stacked(at + "experts.w2_weight", w2)
+        | _stacked(at + "experts.w2_weight", w2, dim=1)
     )
 
 
@@ -122,10 +136,13 @@ class ServerChecksums:
     def __init__(self, config: Mapping[str, Any], ranks: Iterable[int], dtype: torch.dtype, device: str) -> None:
         self._pieces = server_pieces(config, device)
         self._dtype, self._hash_type = dtype, for_device(device)
+        self._shards = [(n, rank) for n in sorted(set(ranks)) for rank in range(n)]
         self._open: dict[tuple[int, int, str], TensorHash] = {}
-        self._done: dict[tuple[int, int], dict[str, TensorHash]] = {(n, r): {} for n in set(ranks) for r in range(n)}
+        self._done: dict[tuple[int, int, str], TensorHash] = {}
         self._next: dict[str, int] = {}
         self._values: dict[str, Tensor] = {}  # an FP8 matrix, until its scales follow
+        self._digests: Digests | None = None
+        self._others: Digests = {}  # of other ranks of the trainer
 
     def watch(self, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         """`tensors` unchanged, each hashed before it is yielded. Parts of one server tensor must come in order.
@@ -133,41 +150,77 @@ class ServerChecksums:
         Raises UserError for a tensor that no rule knows, RuntimeError if some are missing or out of order.
         """
         for name, tensor in tensors:
-            if tensor.dtype == FP8:
-                self._values[name + SCALE_SUFFIX] = tensor
-            elif name in self._values:
-                self._add(name.removesuffix(SCALE_SUFFIX), dequantize(self._values.pop(name), tensor))
-            else:
-                self._add(name, tensor)
+            self.add((name,), tensor[None])
             yield name, tensor
-        missing = [n for n, piece in self._pieces.items() if self._next.get(piece.target, 0) <= piece.part]
+        self.check_complete()
+
+    def add(self, names: Sequence[str], tensors: Tensor) -> None:
+        """Hash `tensors` [n, *shape], stored one after another as parts of one server tensor. Raises as `watch`."""
+        if tensors.dtype == FP8:
+            self._values.update((name + SCALE_SUFFIX, values) for name, values in zip(names, tensors, strict=True))
+        elif names[0] in self._values:
+            for name, scales in zip(names, tensors, strict=True):
+                self._add((name.removesuffix(SCALE_SUFFIX),), dequantize(self._values.pop(name), scales)[None])
+        else:
+            self._add(names, tensors)
+
+    def check_complete(self) -> None:
+        """Raises RuntimeError unless every tensor of the model was hashed, here or on ranks whose `digests` were
+        merged."""
+        others = {target for found in self._others.values() for target in found}
+        missing = [
+            n for n, p in self._pieces.items() if self._next.get(p.target, 0) <= p.part and p.target not in others
+        ]
         if missing:
             raise RuntimeError(f"the export of the model is incomplete: {', '.join(missing[:3])} missing")
 
-    def expected(self, ranks: int, rank: int) -> dict[str, str]:
-        """Hash by the server's name of each tensor that rank `rank` of `ranks` must hold, after `watch` has ended."""
-        return {name: hasher.hexdigest() for name, hasher in self._done[ranks, rank].items()}
+    def digests(self) -> Digests:
+        """The hashes of all tensors that were complete here at the first call. Waits for the device, once."""
+        if self._digests is None:
+            found: Digests = {shard: {} for shard in self._shards}
+            for (ranks, rank, target), digest in zip(self._done, hexdigests(list(self._done.values())), strict=True):
+                found[ranks, rank][target] = digest
+            self._digests = found
+        return self._digests
 
-    def _add(self, name: str, tensor: Tensor) -> None:
+    def merge(self, digests: Digests) -> None:
+        """Take over what another rank of the trainer has hashed."""
+        for shard, found in digests.items():
+            self._others.setdefault(shard, {}).update(found)
+
+    def expected(self, ranks: int, rank: int) -> dict[str, str]:
+        """Hash by the server's name of each tensor that rank `rank` of `ranks` must hold, when all are complete."""
+        return self.digests()[ranks, rank] | self._others.get((ranks, rank), {})
+
+    def _add(self, names: Sequence[str], tensors: Tensor) -> None:
+        """Consecutive parts of one target, [n, *shape]."""
+        pieces = [self._piece(name) for name in names]
+        first, last = pieces[0], pieces[-1]
+        for piece, name in zip(pieces, names, strict=True):
+            if piece.target != first.target or piece.part != self._next.get(piece.target, 0):
+                raise RuntimeError(
+                    f"{name} came twice or out of order: {piece.target} is hashed in the order of its parts"
+                )
+            self._next[piece.target] = piece.part + 1
+        tensors = tensors.detach().to(self._dtype)
+        for ranks, rank in self._shards:
+            key = (ranks, rank, first.target)
+            hasher = self._open.pop(key, None) or self._hash_type()
+            hasher.update(first.cut_stacked(tensors, rank, ranks))
+            if last.part + 1 < last.parts:
+                self._open[key] = hasher
+            else:
+                hasher.finish()
+                self._done[key] = hasher
+
+    def _piece(self, name: str) -> Piece:
         piece = self._pieces.get(name)
         if piece is None:
             raise UserError(
                 f"how SGLang stores the tensor {name} is not known, so it cannot be checked after a transfer: set "
                 "rollout.verify_weights to false"
             )
-        if self._next.get(piece.target, 0) != piece.part:
-            raise RuntimeError(f"{name} came twice or out of order: {piece.target} is hashed in the order of its parts")
-        self._next[piece.target] = piece.part + 1
-        tensor = tensor.detach().to(self._dtype)
-        for ranks, rank in self._done:
-            key = (ranks, rank, piece.target)
-            hasher = self._open.pop(key, None) or self._hash_type()
-            hasher.update(piece.cut(tensor, rank, ranks))
-            if piece.part + 1 < piece.parts:
-                self._open[key] = hasher
-            else:
-                hasher.finish()
-                self._done[ranks, rank][piece.target] = hasher
+        return piece
 
 
 def _cuts(config: Mapping[str, Any], *, on_cpu: bool) -> tuple[Cut, Cut, Cut]:
@@ -184,8 +237,8 @@ def _cuts(config: Mapping[str, Any], *, on_cpu: bool) -> tuple[Cut, Cut, Cut]:
     return _even, _shared(kv_heads, size), _even
 
 
-def _stacked(target: str, sources: Sequence[tuple[str, Cut]]) -> dict[str, Piece]:
-    return {name: Piece(target, number, len(sources), cut) for number, (name, cut) in enumerate(sources)}
+def _stacked(target: str, sources: Sequence[tuple[str, Cut]], dim: int = 0) -> dict[str, Piece]:
+    return {name: Piece(target, number, len(sources), cut, dim) for number, (name, cut) in enumerate(sources)}
 
 
 def _full(tensor: Tensor, rank: int, ranks: int) -> Tensor:
@@ -219,10 +272,6 @@ def _vocabulary(tensor: Tensor, rank: int, ranks: int) -> Tensor:
     if padded % ranks:
         return _padded(VOCABULARY_MULTIPLE)(tensor, rank, ranks)
     return _rows(tensor, rank, padded // ranks)
-
-
-def _of_columns(cut: Cut) -> Cut:
-    return lambda tensor, rank, ranks: cut(tensor.t(), rank, ranks).t()
 
 
 def _rows(tensor: Tensor, number: int, size: int) -> Tensor:

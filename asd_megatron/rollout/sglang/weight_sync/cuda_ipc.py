@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from inspect import signature
 from itertools import zip_longest
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as torch_multiprocessing
 from torch import Tensor
 from torch.multiprocessing import reductions
 
 from asd_megatron.distributed.addresses import is_loopback
 from asd_megatron.errors import UserError
-from asd_megatron.rollout.sglang.weight_sync.buckets import BUCKET_BYTES, Bucket, pack
+from asd_megatron.rollout.sglang.weight_sync.buckets import BUCKET_BYTES, Bucket, Slots, pack
 from asd_megatron.rollout.sglang.weight_sync.protocol import SLACK_SECONDS, NamedTensors, Receiver, ask, drain, reason
+from asd_megatron.rollout.sglang.weight_sync.transfer import Addressees, OneRank, Parcel, Parcels
 
 REBUILD_ARGUMENTS = tuple(signature(reductions.rebuild_cuda_tensor).parameters)
 """What the handle of a CUDA tensor consists of, in torch of this process."""
@@ -34,18 +36,30 @@ DEVICE_ARGUMENT = 6  # `storage_device`: SGLang takes the device's UUID there, w
 
 
 class CudaIpcTransport:
-    """`Transport` by CUDA IPC; by shared memory on the CPU.
+    """Weights by CUDA IPC; by shared memory on the CPU. A `Transport` for tensors that global rank 0 has, a
+    `CollectiveTransport` for those of several senders.
 
-    Every server's ranks must see the trainer's device (the same CUDA_VISIBLE_DEVICES, one IPC namespace).
+    Each rank of a server copies from the memory of a trainer's rank on its own device, so a bucket goes first to every
+    trainer's rank that hosts one. A server's ranks must see the device of their host, in one IPC namespace.
+
     server_arguments: parameter names of torch's `rebuild_cuda_tensor` in the servers' environment. Both sides must
-    agree on them, because the handle is the tuple of these arguments; versions of torch may differ. timeout: seconds
-    for a server to load one bucket.
+    agree on them, because the handle is the tuple of these arguments; versions of torch may differ. device: of the
+    trainer's memory. world: the trainer's ranks (None: one rank). hosts: by server URL, the trainer's global rank that
+    hosts each of its ranks, on global rank 0 alone; rank 0 hosts the ranks of a server that is left out. timeout:
+    seconds for a server to load one bucket.
     """
 
     needs_session = True
 
     def __init__(
-        self, server_arguments: Sequence[str], *, bucket_bytes: int = BUCKET_BYTES, timeout: float = 120.0
+        self,
+        server_arguments: Sequence[str],
+        *,
+        device: torch.device,
+        world: dist.ProcessGroup | None = None,
+        hosts: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        bucket_bytes: int = BUCKET_BYTES,
+        timeout: float = 120.0,
     ) -> None:
         if tuple(server_arguments) != REBUILD_ARGUMENTS:
             raise UserError(
@@ -53,42 +67,77 @@ class CudaIpcTransport:
                 f"shared CUDA memory differently ({_first_difference(REBUILD_ARGUMENTS, server_arguments)}): install "
                 "the same torch on both sides, or set rollout.weight_sync disk"
             )
+        self._device, self._world, self._hosts = device, world, hosts
         self._bucket_bytes, self._timeout = bucket_bytes, timeout
 
     def send(self, receivers: Sequence[Receiver], tensors: NamedTensors, label: str) -> dict[str, str]:
         tensors = iter(tensors)
-        failures: dict[str, str] = {}
         try:
-            for receiver in receivers:
-                _check_local(receiver.url)
-            if receivers:
-                self._send_all(receivers, tensors, failures)
+            if not receivers:
+                return {}
+            return self.run(receivers, OneRank(pack(tensors, self._bucket_bytes), Addressees.of(receivers)))
         finally:
             drain(tensors)
+
+    def run(self, receivers: Sequence[Receiver], parcels: Parcels) -> dict[str, str]:
+        failures: dict[str, str] = {}
+        flight: dict[str, Future[dict[str, Any]]] = {}
+        slots = Slots(self._bucket_bytes)
+        pool = ThreadPoolExecutor(max(1, len(receivers)), thread_name_prefix="weight-sync")
+        try:
+            hosts = parcels.share(*self._check_hosts(receivers))
+            for number, parcel in enumerate(parcels):
+                bucket = self._spread(parcel, {rank for ranks in hosts.values() for rank in ranks}, slots)
+                self._land(flight, failures)
+                hosts = parcels.share({url: ranks for url, ranks in hosts.items() if url not in failures})
+                mine = (
+                    {url: payloads(bucket, ranks.count(parcels.rank)) for url, ranks in hosts.items()} if bucket else {}
+                )
+                found = parcels.collect(mine)
+                flight = {
+                    r.url: pool.submit(self._post, r, _in_order(hosts[r.url], found, r.url), number == 0)
+                    for r in receivers
+                    if r.url in hosts
+                }
+            self._land(flight, failures)
+            parcels.share(None)  # until then the buckets are in use
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         return failures
 
     def close(self) -> None:
-        """Nothing is shared between two calls of `send`."""
+        """Nothing is shared between two transfers."""
 
-    def _send_all(
-        self, receivers: Sequence[Receiver], tensors: Iterator[tuple[str, Tensor]], failures: dict[str, str]
-    ) -> None:
-        flight: dict[str, Future[dict[str, Any]]] = {}
-        pool = ThreadPoolExecutor(len(receivers), thread_name_prefix="weight-sync")
-        try:
-            for bucket in pack(tensors, self._bucket_bytes):
-                self._land(flight, failures)
-                good = [receiver for receiver in receivers if receiver.url not in failures]
-                flight = {r.url: pool.submit(self._post, r, payloads(bucket, r.tensor_parallel)) for r in good}
-            self._land(flight, failures)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def _check_hosts(self, receivers: Sequence[Receiver]) -> tuple[dict[str, tuple[int, ...]], UserError | None]:
+        """The hosts of each receiver's ranks, and why one cannot be sent to. Global rank 0."""
+        hosts = {r.url: tuple(self._hosts.get(r.url, (0,) * r.tensor_parallel)) for r in receivers}
+        far = next((url for url in hosts if not is_loopback(urlsplit(url).hostname or "")), None)
+        if far is None:
+            return hosts, None
+        return {}, UserError(
+            f"the server {far} is not on this machine's loopback interface, so it cannot map the trainer's memory: set "
+            "rollout.weight_sync distributed or disk"
+        )
 
-    def _post(self, receiver: Receiver, serialized: list[str]) -> dict[str, Any]:
+    def _spread(self, parcel: Parcel, hosts: set[int], slots: Slots) -> Bucket | None:
+        """The parcel's bucket in memory of this rank; None where it hosts no server. Collective over all ranks, unless
+        only the sender is a host."""
+        if hosts <= {parcel.sender}:
+            return parcel.bucket
+        assert self._world is not None
+        bucket = parcel.bucket
+        if bucket is None:
+            size = parcel.contents.nbytes
+            bucket = Bucket(slots.take(size, self._device)[:size], parcel.contents)
+        dist.broadcast(bucket.data, src=parcel.sender, group=self._world)
+        return bucket
+
+    def _post(self, receiver: Receiver, serialized: list[str], first: bool) -> dict[str, Any]:
+        """Have the server load a bucket. It is paused, so its cache need be flushed but once."""
         body = {
             "serialized_named_tensors": serialized,
             "load_format": "flattened_bucket",
-            "flush_cache": True,
+            "flush_cache": first,
         }
         return ask(receiver, "/update_weights_from_tensor", body, self._timeout)
 
@@ -102,6 +151,12 @@ class CudaIpcTransport:
                 failures[url] = reason(error)
 
 
+def _in_order(hosts: Sequence[int], found: Sequence[Mapping[str, list[str]]], url: str) -> list[str]:
+    """The payload of each of a server's ranks, of those that their hosts have made, in their order."""
+    left = {rank: iter(found[rank][url]) for rank in set(hosts)}
+    return [next(left[rank]) for rank in hosts]
+
+
 def payloads(bucket: Bucket, ranks: int) -> list[str]:
     """The bucket for each rank of a server, in base64. Its memory must not change until the server has answered.
 
@@ -113,8 +168,8 @@ def payloads(bucket: Bucket, ranks: int) -> list[str]:
 
 
 def _pickled(bucket: Bucket) -> bytes:
-    metadata, start = [], 0
-    for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+    metadata, start, contents = [], 0, bucket.contents
+    for name, dtype, shape in zip(contents.names, contents.dtypes, contents.shapes, strict=True):
         size = dtype.itemsize * torch.Size(shape).numel()
         metadata.append(
             SimpleNamespace(
@@ -158,11 +213,3 @@ def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
         if mine != other:
             return f"argument {number} of rebuild_cuda_tensor is {mine} here and {other} there"
     return "equal"
-
-
-def _check_local(url: str) -> None:
-    if not is_loopback(urlsplit(url).hostname or ""):
-        raise UserError(
-            f"the server {url} is not on this machine's loopback interface, so it cannot map the trainer's memory: set "
-            "rollout.weight_sync distributed or disk"
-        )

@@ -7,6 +7,7 @@ compares the second with the kernel itself.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -68,6 +69,8 @@ class WordHash:
         self._bytes += self._waiting[-1].numel()
         if self._bytes >= 4 * CHUNK:
             self._hash(self._bytes - self._bytes % (4 * TILE))
+        else:
+            self._waiting[-1] = self._waiting[-1].clone()  # the memory of `part` may be used again
 
     def finish(self) -> None:
         self._hash(self._bytes)
@@ -75,10 +78,14 @@ class WordHash:
         self._tiles = []
 
     def hexdigest(self) -> str:
+        return _hexadecimal(int(self.total()))
+
+    def total(self) -> Tensor:
+        """The sum before its last mix, an int64 scalar where the parts were; does not wait for it."""
         if self._sum is None:
             self.finish()
         assert self._sum is not None
-        return f"{_splitmix(int(self._sum) & U64):016x}"
+        return self._sum
 
     def _hash(self, size: int) -> None:
         """Hash the first `size` of the waiting bytes."""
@@ -93,6 +100,17 @@ class WordHash:
 def for_device(device: str) -> type[TensorHash]:
     """The hash of servers on `device`, "cpu" or "cuda"."""
     return Sha256Hash if device == "cpu" else WordHash
+
+
+def hexdigests(hashes: Sequence[TensorHash]) -> list[str]:
+    """`hexdigest` of each, but waits for the device once."""
+    totals = [tensor_hash.total() for tensor_hash in hashes if isinstance(tensor_hash, WordHash)]
+    found = iter(torch.stack([total.to(totals[0].device) for total in totals]).tolist() if totals else [])
+    return [_hexadecimal(next(found)) if isinstance(h, WordHash) else h.hexdigest() for h in hashes]
+
+
+def _hexadecimal(total: int) -> str:
+    return f"{_splitmix(total & U64):016x}"
 
 
 def word_hash(data: Tensor) -> int:

@@ -19,6 +19,7 @@ from asd_megatron.rollout.sglang.weight_sync.protocol import (
     ask_all,
     drain,
 )
+from asd_megatron.rollout.sglang.weight_sync.transfer import Sent, Transfer
 from asd_megatron.rollout.sglang.weight_sync.verification import ProbeDifference, WeightVerifier
 
 ANSWER_SECONDS = 60.0  # for requests that move no weights
@@ -75,19 +76,20 @@ class _Servers:
 def synchronise(
     transport: Transport,
     receivers: Sequence[Receiver],
-    tensors: NamedTensors,
+    weights: NamedTensors | Transfer,
     label: str,
     *,
     verifier: WeightVerifier | None = None,
     before_generating: Callable[[Receiver], None] | None = None,
     timeout: float = ANSWER_SECONDS,
 ) -> SyncReport:
-    """Send `receivers` the weights `tensors` under the label `label`. Global rank 0.
+    """Send `receivers` the weights under the label `label`. Global rank 0.
 
     A server is paused (its running requests wait and continue under the new weights), labelled `LABEL-incomplete`, sent
     the tensors, and verified by `verifier`; only then is it labelled `label` and resumes. One that fails on the way
     stays paused and incomplete and is named in the report: it never answers under a valid label, and is sent everything
-    again the next time. `tensors` is read to its end unless reading it raises.
+    again the next time. `weights`: the tensors, sent from this rank through `transport`, and read to their end unless
+    reading them raises; or the transfer, through the same transport, in which other ranks take part.
 
     before_generating: called in parallel for each server that has the weights, before it resumes (to resume its KV
     cache); what it raises is that server's failure.
@@ -96,7 +98,7 @@ def synchronise(
     row; UserError for tensors that `verifier` has no rule for. `timeout`: seconds for each request that moves no
     weights.
     """
-    start, amount, servers = time.monotonic(), _Amount(), _Servers(list(receivers))
+    start, servers = time.monotonic(), _Servers(list(receivers))
     limit = timeout + SLACK_SECONDS
     servers.drop(
         ask_all(
@@ -105,12 +107,18 @@ def synchronise(
             REQUESTS_TO_OPEN * timeout + SLACK_SECONDS,
         )[1]
     )
-    stream = amount.count(tensors)
-    try:
-        watched = verifier.watch(stream, servers.good) if verifier is not None else stream
-        servers.drop(transport.send(servers.good, watched, label))
-    finally:
-        drain(stream)
+    amount: _Amount | Sent
+    if isinstance(weights, Transfer):
+        servers.drop(weights.take_part(servers.good))
+        amount = weights.sent
+    else:
+        amount = _Amount()
+        stream = amount.count(weights)
+        try:
+            watched = verifier.watch(stream, servers.good) if verifier is not None else stream
+            servers.drop(transport.send(servers.good, watched, label))
+        finally:
+            drain(stream)
     if transport.needs_session:
         servers.drop(ask_all(servers.good, lambda r: ask(r, "/end_weight_update", {}, timeout), limit)[1])
     checked = _check(servers, verifier, max(timeout, ANSWER_SECONDS))

@@ -77,9 +77,12 @@ class WeightVerifier:
 
     def watch(self, tensors: NamedTensors, receivers: Sequence[Receiver]) -> Iterator[tuple[str, Tensor]]:
         """`tensors` unchanged; their checksums are kept for servers of the tensor-parallel sizes of `receivers`."""
-        ranks = [receiver.tensor_parallel for receiver in receivers]
+        return self.start([receiver.tensor_parallel for receiver in receivers]).watch(tensors)
+
+    def start(self, ranks: Sequence[int]) -> ServerChecksums:
+        """New checksums, for servers with these numbers of tensor-parallel ranks: `check` compares with them."""
         self._checksums = ServerChecksums(self._config, ranks, self._dtype, self._device)
-        return self._checksums.watch(tensors)
+        return self._checksums
 
     def check(self, receiver: Receiver, timeout: float) -> int:
         """Compare every tensor of every rank of `receiver` with the last `watch`. Returns how many there are.

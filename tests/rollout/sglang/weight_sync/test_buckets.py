@@ -13,7 +13,7 @@ from asd_megatron.rollout.sglang.weight_sync.buckets import Bucket, pack
 def _unpack(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
     """As a server does."""
     start = 0
-    description = bucket.description()
+    description = bucket.contents.description()
     for name, dtype, shape in zip(*(description[key] for key in ("names", "dtypes", "shapes")), strict=True):
         kind = getattr(torch, dtype)
         assert start % kind.itemsize == 0
@@ -38,7 +38,7 @@ def test_every_tensor_arrives_once_and_unchanged() -> None:
 
 def test_a_bucket_is_bounded_but_for_a_tensor_larger_than_that() -> None:
     sent = [(f"t{i}", torch.zeros(10)) for i in range(7)] + [("large", torch.zeros(1000))] + [("t", torch.zeros(10))]
-    sizes = [(len(bucket.names), bucket.data.numel()) for bucket in pack(sent, 100, torch.device("cpu"))]
+    sizes = [(len(bucket.contents.names), bucket.data.numel()) for bucket in pack(sent, 100, torch.device("cpu"))]
     assert sizes == [(2, 80), (2, 80), (2, 80), (1, 40), (1, 4000), (1, 40)]
 
 

@@ -22,6 +22,7 @@ from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import (
 )
 from tests.rollout.sglang.weight_sync.world import FakeReceiver
 
+CPU = torch.device("cpu")
 MODEL = [("a", torch.randn(4, 3)), ("b", torch.randn(7).bfloat16()), ("c", torch.randn(2, 2))]
 
 
@@ -34,11 +35,11 @@ def _read(payload: str) -> list[tuple[str, torch.Tensor]]:
 
 def test_what_counts_is_the_form_of_a_handle_and_not_the_version_of_torch() -> None:
     """NVIDIA's containers have a torch of their own: `2.9.0a0+hash.nv25.11`."""
-    CudaIpcTransport(list(REBUILD_ARGUMENTS))
+    CudaIpcTransport(list(REBUILD_ARGUMENTS), device=CPU)
     other = [*REBUILD_ARGUMENTS[:7], "more", *REBUILD_ARGUMENTS[7:]]
     for arguments, number in ((other, 8), (REBUILD_ARGUMENTS[:-1], len(REBUILD_ARGUMENTS)), ((), 1)):
         with pytest.raises(UserError, match=rf"argument {number} of rebuild_cuda_tensor.*rollout\.weight_sync disk"):
-            CudaIpcTransport(arguments)
+            CudaIpcTransport(arguments, device=CPU)
 
 
 def test_sglangs_place_of_the_device_is_torchs() -> None:
@@ -46,7 +47,7 @@ def test_sglangs_place_of_the_device_is_torchs() -> None:
 
 
 def test_servers_elsewhere_are_refused_and_the_tensors_are_read() -> None:
-    transport, stream = CudaIpcTransport(REBUILD_ARGUMENTS), iter(MODEL)
+    transport, stream = CudaIpcTransport(REBUILD_ARGUMENTS, device=CPU), iter(MODEL)
     with pytest.raises(UserError, match="not on this machine's loopback interface"):
         transport.send([FakeReceiver("http://10.0.0.5:30000")], stream, "aa-1")
     assert list(stream) == []
@@ -69,7 +70,9 @@ def test_a_server_that_refuses_is_named_and_sent_nothing_more() -> None:
 
     refusing = FakeReceiver("http://localhost:1", lambda path, body: {"success": False, "message": "no session"})
     taking = FakeReceiver("http://127.0.0.1:2", take)
-    failures = CudaIpcTransport(REBUILD_ARGUMENTS, bucket_bytes=50).send([refusing, taking], iter(MODEL), "aa-1")
+    failures = CudaIpcTransport(REBUILD_ARGUMENTS, device=CPU, bucket_bytes=50).send(
+        [refusing, taking], iter(MODEL), "aa-1"
+    )
     assert failures == {"http://localhost:1": "/update_weights_from_tensor: no session"}
     assert len(refusing.calls) == 1
     assert received == ["a", "b", "c"]
@@ -84,7 +87,7 @@ def test_a_server_that_hangs_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -
         return {}
 
     hanging, taking = FakeReceiver("http://127.0.0.1:1", hang), FakeReceiver("http://127.0.0.1:2")
-    transport = CudaIpcTransport(REBUILD_ARGUMENTS, bucket_bytes=50, timeout=1.0)
+    transport = CudaIpcTransport(REBUILD_ARGUMENTS, device=CPU, bucket_bytes=50, timeout=1.0)
     try:
         failures = transport.send([hanging, taking], iter(MODEL), "aa-1")
     finally:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from asd_megatron.rollout.sglang.weight_sync import hashes
-from asd_megatron.rollout.sglang.weight_sync.hashes import Sha256Hash, WordHash, word_hash
+from asd_megatron.rollout.sglang.weight_sync.hashes import Sha256Hash, WordHash, hexdigests, word_hash
 from tests.rollout.sglang.sglang_world import sglang_python
 
 # Sizes around a word, a tile of 8192 words and several of them.
@@ -96,8 +96,9 @@ def test_parts_hash_like_the_whole(hash_type: type, dtype: torch.dtype) -> None:
     whole = torch.randn(31, 7).to(dtype)
     together, apart = hash_type(), hash_type()
     together.update(whole)
-    for part in (whole[:5], whole[5:6], whole[6:]):
+    for part in (whole[:5].clone(), whole[5:6].clone(), whole[6:].clone()):
         apart.update(part)
+        part.zero_()  # as the memory of a bucket that is used again
     assert together.hexdigest() == apart.hexdigest()
     assert len(apart.hexdigest()) == 16
 
@@ -118,6 +119,9 @@ def test_a_finished_hash_keeps_no_part_and_is_read_later() -> None:
     assert hasher._bytes == 0 and isinstance(hasher._sum, torch.Tensor)
     data.zero_()
     assert hasher.hexdigest() == f"{_reference(_data(SIZES[-1])):016x}"
+    other = WordHash()
+    other.update(data)
+    assert hexdigests([hasher, other]) == [hasher.hexdigest(), other.hexdigest()]
 
 
 def test_columns_hash_as_a_tensor_of_their_own() -> None:

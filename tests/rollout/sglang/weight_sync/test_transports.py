@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from asd_megatron.distributed.layout import Layout
 from asd_megatron.rollout.sglang.weight_sync import distributed, update_group
 from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import REBUILD_ARGUMENTS, CudaIpcTransport
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
@@ -23,7 +24,9 @@ from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTrans
 from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, Receiver, Transport, VerificationError
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
 from asd_megatron.rollout.sglang.weight_sync.verification import Probe, WeightVerifier, server_logprobs
+from tests.distributed.harness import run_ranks
 from tests.rollout.sglang.sglang_world import API_KEY, SGLangWorld
+from tests.rollout.sglang.weight_sync.layouts import Trainer
 from tests.rollout.sglang.weight_sync.world import PROBE_IDS, HttpReceiver, logprobs, tensors, watched
 
 pytestmark = pytest.mark.sglang
@@ -64,7 +67,7 @@ def _disk(folder: Path, tmp_path: Path) -> Transport:
 
 
 def _shared_memory(folder: Path, tmp_path: Path) -> Transport:
-    return CudaIpcTransport(REBUILD_ARGUMENTS, bucket_bytes=SMALL)
+    return CudaIpcTransport(REBUILD_ARGUMENTS, device=CPU, bucket_bytes=SMALL)
 
 
 @pytest.mark.parametrize("make", [_distributed, _disk, _shared_memory])
@@ -84,6 +87,35 @@ def test_every_update_is_complete_and_verified(
         for server in servers:
             _assert_serves(server, folder, seed, f"0a0a0a0a-{seed}")
     made.close()
+
+
+def _every_rank(rank: int, folder: str, urls: list[str]) -> int:
+    """Both ways of a trainer of four ranks. Its second stage, and its second replica, have ranks of their own."""
+    receivers = [HttpReceiver(url) for url in urls] if rank == 0 else []
+    hosts = {urls[0]: (1,), urls[1]: (3,)}
+    done, labels = 0, [f"0d0d0d0d-{n}" for n in range(8)]
+    for layout in (Layout(tensor=2, pipeline=2), Layout(pipeline=2, data=2)):
+        for kind in ("distributed", "cuda_ipc"):
+            trainer = Trainer(Path(folder), layout, kind, hosts)
+            for seed in (1, 2):
+                trainer.port.load(dict(tensors(Path(folder), seed)))
+                label = labels.pop(0)
+                report = trainer.send(receivers, label)
+                if report is not None:
+                    assert report.failures == {} and report.checked == 2 * 35
+                    for receiver in receivers:
+                        _assert_serves(receiver, Path(folder), seed, label)
+                    done += 1
+                    if kind == "distributed" and seed == 1:  # as a server that was restarted since
+                        assert isinstance(trainer.transport, DistributedTransport)
+                        group = trainer.transport._groups[layout.stage_size]
+                        receivers[1].call("/destroy_weights_update_group", {"group_name": group.name}, 20)
+            trainer.transport.close()
+    return done
+
+
+def test_every_stage_sends_and_every_rank_shares_its_own_memory(sglang_pair: SGLangWorld) -> None:
+    assert run_ranks(_every_rank, 4, str(sglang_pair.folder), sglang_pair.urls, timeout=240)[0] == 8
 
 
 def test_an_element_changed_on_the_way_is_noticed_by_its_tensors_name(
@@ -167,8 +199,7 @@ def test_a_server_that_has_left_the_group_is_taken_in_again(
     """As one that was restarted since."""
     folder = sglang_pair.folder
     assert synchronise(transport, servers, tensors(folder, 1), "0e0e0e0e-1").failures == {}
-    assert transport._group is not None
-    servers[0].call("/destroy_weights_update_group", {"group_name": transport._group.name}, 20)
+    servers[0].call("/destroy_weights_update_group", {"group_name": transport._groups[0].name}, 20)
     report = synchronise(transport, servers, tensors(folder, 2), "0e0e0e0e-2", verifier=_verifier(folder, 2))
     assert report.failures == {}
     for server in servers:

@@ -1,0 +1,80 @@
+"""A tensor in the form of `torch.save` (see `mapped_chunk`), written for a thread beside the one that trains.
+
+The check sum and the write are single calls that release Python's interpreter lock, the numbers are not copied, and a
+write that the system refuses is an OSError. `torch.save` hands the numbers to Python in many pieces.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from asd_megatron.checkpoint.mapped_chunk import STORAGES
+
+_NAME = "archive"
+_CLASSES = {dtype: getattr(torch, name) for name, dtype in STORAGES.items()}
+
+
+def write_tensor(values: Tensor, file: IO[bytes]) -> None:
+    """Write a contiguous tensor of a dtype of `STORAGES` that is in host memory at the end of `file`."""
+    numbers = values.detach().reshape(-1).view(torch.uint8).numpy()
+    with zipfile.ZipFile(cast(IO[bytes], _End(file)), "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(f"{_NAME}/data.pkl", _pickled(values))
+        archive.writestr(f"{_NAME}/byteorder", sys.byteorder)
+        archive.writestr(f"{_NAME}/data/0", numbers.data)
+        archive.writestr(f"{_NAME}/version", "3\n")
+
+
+class _End:
+    """What is written at the end of a file, as a file of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._start = file, file.tell()
+
+    def write(self, data: Any) -> int:
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence == io.SEEK_SET
+        return self._file.seek(self._start + offset) - self._start
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+class _Storage:
+    """Stands for the storage of a tensor."""
+
+
+class _Contiguous:
+    """Is pickled as a contiguous tensor of this shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        strides = torch.empty(self.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (_Storage(), 0, self.shape, strides, False, OrderedDict())
+
+
+def _pickled(values: Tensor) -> bytes:
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, found: Any) -> Any:
+            if isinstance(found, _Storage):
+                return "storage", _CLASSES[values.dtype], "0", "cpu", math.prod(values.shape)
+            return None
+
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump(_Contiguous(tuple(values.shape)))
+    return buffer.getvalue()

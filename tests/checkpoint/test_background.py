@@ -1,0 +1,121 @@
+"""Checkpoints that are written while training goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asd_megatron.checkpoint import lineage, shards, training
+from asd_megatron.checkpoint.background import Background
+from asd_megatron.errors import UserError
+from tests.checkpoint.trainer import RUN_STATE, Trainer
+from tests.distributed.harness import RankError, run_ranks
+
+
+def _begin(trainer: Trainer, folder: Path, step: int, background: Background) -> None:
+    arguments = (trainer.port, trainer.optimizer, trainer.scheduler, RUN_STATE)
+    training.save(folder, step, *arguments, copies=trainer.copies, background=background)
+
+
+def _in_flight(rank: int, folder: str) -> None:
+    root = Path(folder)
+    trainer = Trainer({"data": 2}, True, 1, torch.bfloat16, copies=True)
+    background = Background(trainer.port.process_groups)
+    assert background.settle() == 0
+    trainer.steps(range(2))
+    trainer.save(root, 2)
+    go, write = threading.Event(), shards.write_tensor
+
+    def slowly(*arguments: Any) -> None:
+        assert rank == 0 or go.wait(60)
+        write(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write_tensor", slowly)
+        trainer.steps(range(2, 3))
+        want, kept = trainer.weights(), trainer.kept()
+        _begin(trainer, root, 3, background)
+        with pytest.raises(RuntimeError, match="in flight"):
+            _begin(trainer, root, 3, background)
+        trainer.steps(range(3, 5))  # the state changes, and training's collectives go on
+        assert background.settle(wait=False) == 0 and background.step == 3
+        assert lineage.latest(root) == root / "step_000002"
+        go.set()
+        assert (background.settle(), background.settle(), background.step) == (3, 0, 0)
+        assert lineage.latest(root) == root / "step_000003"
+    again = Trainer({"data": 2}, True, 2, torch.bfloat16, copies=True)
+    again.load(root / "step_000003")
+    found = again.weights() | again.kept()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in (want | kept).items())
+    again.steps(range(3, 5))
+    after = again.weights()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in trainer.weights().items())
+
+    def refused(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for failing in (0, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shards, "write_tensor", refused if rank == failing else write)
+            _begin(trainer, root, 5, background)
+            with pytest.raises(UserError, match=r"checkpoint of step 5 cannot be saved in .*No space left.*run.folder"):
+                background.settle()
+        if rank == 0:
+            assert sorted(os.listdir(root)) == ["latest", "step_000002", "step_000003"]
+    _begin(trainer, root, 5, background)
+    background.close()  # as after an exception: the checkpoint is completed
+    assert lineage.latest(root) == root / "step_000005"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    run_ranks(_in_flight, 2, str(tmp_path))
+
+
+def _killed(rank: int, folder: str) -> None:
+    root, write = Path(folder), shards.write_tensor
+    trainer = Trainer({"data": 2}, True, seed=1)
+    background = Background(trainer.port.process_groups)
+    trainer.steps(range(2))
+    trainer.save(root, 2)
+    calls: list[Any] = []
+
+    def killing(*arguments: Any) -> None:
+        write(*arguments)
+        calls.append(arguments)
+        if len(calls) == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shards.write_tensor = killing
+    trainer.steps(range(2, 4))
+    _begin(trainer, root, 4, background)
+    background.settle()
+
+
+def _resumed(rank: int, folder: str) -> None:
+    root = Path(folder)
+    straight = Trainer({"data": 2}, True, seed=1)
+    straight.steps(range(4))
+    again = Trainer({"data": 2}, True, seed=2)
+    again.load(lineage.latest(root))
+    again.steps(range(2, 4))
+    found = again.weights()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in straight.weights().items())
+    again.save(root, 4)
+    if rank == 0:
+        assert sorted(os.listdir(root)) == ["latest", "step_000002", "step_000004"]
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="exit codes"):
+        run_ranks(_killed, 2, str(tmp_path))
+    left = sorted(os.listdir(tmp_path))
+    assert len(left) == 3 and left[0].startswith(".step_000004.") and left[1:] == ["latest", "step_000002"]
+    assert any(path.stat().st_size > 0 for path in (tmp_path / left[0]).glob("*.distcp"))
+    run_ranks(_resumed, 2, str(tmp_path))

@@ -1,0 +1,91 @@
+"""Which ranks send the weights, whose memory each server maps, and NCCL of both sides."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from asd_megatron.errors import UserError
+from asd_megatron.rollout.sglang.servers.versions import Versions
+from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
+from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
+from asd_megatron.run import report
+from asd_megatron.run.sending import (
+    Place,
+    address_elsewhere,
+    check_nccl,
+    hosts_of_servers,
+    loaded_nccl,
+    root_transport,
+    sending,
+)
+from tests.config.test_checks import make
+
+URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+
+
+def test_a_servers_rank_is_hosted_by_the_trainers_rank_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [Place("a", "4"), Place("a", "5"), Place("a", "6"), Place("a", "7"), Place("b", "4"), Place("b", "5")]
+    assert hosts_of_servers(URLS, ["7,4", "6,5"], 2, ranks) == {URLS[0]: (3, 0), URLS[1]: (2, 1)}
+    assert hosts_of_servers(URLS, ["7", "0"], 1, ranks) == {URLS[0]: (3,)}, "device 0 is no rank's"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,4")  # one server on the trainer's devices
+    assert hosts_of_servers(URLS[:1], [None], 2, ranks[:2]) == {URLS[0]: (1, 0)}
+
+
+def test_without_devices_the_ranks_take_turns() -> None:
+    assert hosts_of_servers(URLS, [None, None], 2, [Place("a", "")] * 3) == {URLS[0]: (0, 1), URLS[1]: (2, 0)}
+
+
+def test_senders_on_other_machines_listen_where_the_servers_reach_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert address_elsewhere(["http://10.0.0.7:3"]) is None, "found from the URLs"
+    assert address_elsewhere([]) == address_elsewhere(URLS) == "127.0.0.1"
+
+
+def test_deltas_need_bfloat16() -> None:
+    session: Any = SimpleNamespace(port=SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu")))
+    rollout = make("rollout.engine=sglang rollout.weight_sync_full_every=10").rollout
+    assert isinstance(transport := root_transport(session, rollout, {}), DeltaTransport)
+    assert sending(session, rollout, None, transport) is None, "global rank 0 has all weights, to compare them"
+    assert "deltas, all weights every 10 updates, verified" in report._servers(rollout)["weight updates"]
+    assert isinstance(root_transport(session, make("rollout.engine=sglang").rollout, {}), DistributedTransport)
+    session.port.dtype = torch.float32
+    with pytest.raises(UserError, match="set it to 1, or model.dtype bfloat16"):
+        root_transport(session, rollout, {})
+
+
+def test_other_nccl_on_the_servers_side_is_refused_with_both_ways_out() -> None:
+    servers = Versions("0.5.23", "2.14.1", "2.30.7", "/opt/sglang/nvidia/nccl/lib/libnccl.so.2")
+    check_nccl("2.30.7", servers)
+    check_nccl("2.28.3", Versions("0.5.23", "2.14.1", None, None))  # a build without the package: not known
+    with pytest.raises(UserError) as refused:
+        check_nccl("2.28.3", servers)
+    message = str(refused.value)
+    assert "2.28.3" in message and "2.30.7" in message
+    assert "LD_PRELOAD=/opt/sglang/nvidia/nccl/lib/libnccl.so.2" in message
+    assert "image with equal NCCL" in message and "rollout.weight_sync disk" in message
+
+
+def test_the_loaded_nccl_counts_and_not_the_one_that_torch_was_built_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Preloaded:
+        def __init__(self, name: str, mode: int) -> None:
+            assert name == "libnccl.so.2"
+
+        @staticmethod
+        def ncclGetVersion(version: Any) -> int:
+            version._obj.value = 23007
+            return 0
+
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
+    monkeypatch.setattr(ctypes, "CDLL", Preloaded)
+    assert loaded_nccl() == "2.30.7"
+
+    def not_loaded(name: str, mode: int) -> None:
+        raise OSError
+
+    monkeypatch.setattr(ctypes, "CDLL", not_loaded)
+    assert loaded_nccl() == "2.28.3"
