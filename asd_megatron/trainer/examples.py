@@ -13,11 +13,13 @@ import torch
 
 from asd_megatron.antisd import choose_demonstrations, feedback, group_advantages
 from asd_megatron.antisd.privileged import Demonstration
+from asd_megatron.errors import UserError
 from asd_megatron.records import DemonstrationSource, Example, FinishReason, Group, Problem, Rollout
 
 if TYPE_CHECKING:
     from asd_megatron.records import TokenIds
 
+RENDER_SECONDS = 600.0  # in which a privileged prompt has to be rendered, however many are before it
 WORKERS = min(8, os.cpu_count() or 1)
 """Threads that render and tokenise privileged prompts."""
 
@@ -45,6 +47,16 @@ class _Begun(NamedTuple):
     step: int
     group: Group
     jobs: list[Future[tuple[Example, str | None]]]
+
+
+def _result(group: Group, job: Future[tuple[Example, str | None]]) -> tuple[Example, str | None]:
+    try:
+        return job.result(RENDER_SECONDS)
+    except TimeoutError as error:
+        raise UserError(
+            f"the privileged prompts of problem {group.problem.prompt_id} were not rendered within"
+            f" {RENDER_SECONDS:.0f} s: does the chat template of the model folder end for every text?"
+        ) from error
 
 
 class ExampleBuilder:
@@ -104,7 +116,7 @@ class ExampleBuilder:
                 del self._prepared[name]
                 for job in begun.jobs:
                     job.cancel()
-        made = [job.result() for begun in chosen for job in begun.jobs]
+        made = [_result(begun.group, job) for begun in chosen for job in begun.jobs]
         self.counters.update(outcome for _, outcome in made if outcome is not None)
         return [example for example, _ in made]
 
