@@ -52,6 +52,8 @@ FILLED = {
     "one by one": "filled and hashed one by one, no servers",
     "stacked": "filled and hashed stacked, no servers",
 }
+BOTH = [f"{kind}{how}" for kind in ("gathered", "distributed", "shared memory") for how in ("", ", verified")]
+METHODS = [*BOTH, "disk", "disk, verified"]
 LAYOUTS = {
     "one rank": Layout(),
     "tensor 2": Layout(tensor=2),
@@ -334,22 +336,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS), help="layouts (default: all)"
     )
     parser.add_argument("--layout-megabytes", type=float, default=300, help="size of a model in layouts (default: 300)")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="methods (default: all)")
     parser.add_argument("--bucket-mib", type=int, default=256, help="size of a bucket (default: 256)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of which the best counts (default: 5)")
     parser.add_argument("--python", default=".venv-sglang/bin/python", help="interpreter of the SGLang environment")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    both = [f"{kind}{how}" for kind in ("gathered", "distributed", "shared memory") for how in ("", ", verified")]
+    both = [name for name in arguments.methods if name in BOTH]
+    alone = [name for name in arguments.methods if not name.startswith("gathered")]
     models = [
-        (f"Qwen3 {megabytes:g} MB", dense_config(megabytes), ["one rank"], [*both[2:], "disk", "disk, verified"])
-        for megabytes in arguments.megabytes
+        (f"Qwen3 {megabytes:g} MB", dense_config(megabytes), ["one rank"], alone) for megabytes in arguments.megabytes
     ]
     dense = [name for name in arguments.layouts if not LAYOUTS[name].expert > 1]
-    if arguments.layouts:
-        models += [
-            ("Qwen3 in layouts", dense_config(arguments.layout_megabytes), dense, both),
-            ("48 x 128 experts", experts_config(), [n for n in arguments.layouts if n != "data 2"], [*FILLED, *both]),
-        ]
+    if dense:
+        models.append(("Qwen3 in layouts", dense_config(arguments.layout_megabytes), dense, both))
+    if sparse := [name for name in arguments.layouts if name != "data 2"]:
+        models.append(("48 x 128 experts", experts_config(), sparse, [*FILLED, *both]))
     rows: list[Row] = []
     print("| model | layout | method | MB | seconds | ratio |\n|---|---|---|---|---|---|")
     try:
