@@ -81,10 +81,11 @@ class SamplingParams:
 
 
 def as_array(values: ArrayLike, dtype: str) -> np.ndarray[Any, Any]:
-    """One-dimensional; `values` itself where it is such an array already."""
+    """The values [n] as a contiguous array; `values` itself where it is such an array already. Raises ValueError for
+    another number of dimensions."""
     import numpy as np
 
-    array = np.ascontiguousarray(values, dtype=dtype)
+    array = np.asarray(values, dtype=dtype, order="C")
     if array.ndim != 1:
         raise ValueError(f"an array of shape {array.shape} is no list of tokens")
     return array
@@ -105,7 +106,8 @@ def equal_fields(self: Any, other: Any) -> bool:
     if other.__class__ is not self.__class__:
         return NotImplemented
     pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare)
-    return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
+    arrays = np.ndarray  # on either side: None == array is an array
+    return all(np.array_equal(a, b) if isinstance(a, arrays) or isinstance(b, arrays) else a == b for a, b in pairs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The way of a batch at the paper's scale, on CPU ranks without a model: from the servers' answers to the model, and
+"""The path of a batch at the paper's scale, on CPU ranks without a model: from the servers' answers to the model, and
 from there to metrics and dump.
 
     python tools/benchmark_batch.py [--json FILE]
@@ -44,7 +44,7 @@ from asd_megatron.distributed.layout import Layout
 from asd_megatron.files import write_json
 from asd_megatron.observe.dumps import write_dump
 from asd_megatron.observe.metrics import GateReading, step_metrics
-from asd_megatron.records import Example, Group, Problem, Prompt, SamplingParams
+from asd_megatron.records import Example, Group, Problem, Prompt, SamplingParams, TokenTable
 from asd_megatron.rollout.sglang.client.api import read_generation
 from asd_megatron.rollout.sglang.client.scheduling import SampleResult
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
@@ -91,6 +91,7 @@ def make_tokenizer() -> Any:
 
 
 def made_up_words(count: int) -> list[str]:
+    """Words of one to four syllables, some of them more than once; the same at every call."""
     rng = random.Random(0)
     syllables = [a + b for a in "bcdfghjklmnpqrstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "ion", "st")]
     return ["".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3, 3, 4)))) for _ in range(count)]
@@ -130,6 +131,7 @@ def receive(bodies: list[bytes], options: argparse.Namespace, tokenizer: Any, pa
 
 
 def rank(number: int, options: argparse.Namespace, port: int, folder: str) -> None:
+    """One rank's process: its figures go to `folder`/`number`.json."""
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(options.ranks), "LOCAL_RANK": str(number)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -174,32 +176,20 @@ def rank(number: int, options: argparse.Namespace, port: int, folder: str) -> No
         "parts": parts.seconds,
     }
     if table is not None:
-        with parts.time("after: metrics (in the background)"):
-            step_metrics(
-                examples,
-                table,
-                learning_rate=1e-6,
-                grad_norm=1.0,
-                policy_loss=0.0,
-                times={},
-                reading=GateReading(True, 1.0),
-            )
-        with parts.time("after: dump (in the background)"):
-            write_dump(
-                Path(folder) / "step.parquet",
-                examples,
-                table,
-                step=1,
-                lam=1.0,
-                H=None,
-                h_warm=None,
-                temperature=1.0,
-                recipe_hash="",
-            )
+        report_step(examples, table, Path(folder) / "step.parquet", parts)
         result["answers_gib"] = held / GIB
     write_json(Path(folder) / f"{number}.json", result)
     process_groups.host.barrier().wait()
     layouts.shutdown()
+
+
+def report_step(examples: list[Example], table: TokenTable, dump: Path, parts: Parts) -> None:
+    """What `run.reports` does in the background while the next step generates."""
+    with parts.time("after: metrics (in the background)"):
+        reading = GateReading(True, 1.0)
+        step_metrics(examples, table, learning_rate=1e-6, grad_norm=1.0, policy_loss=0.0, times={}, reading=reading)
+    with parts.time("after: dump (in the background)"):
+        write_dump(dump, examples, table, step=1, lam=1.0, H=None, h_warm=None, temperature=1.0, recipe_hash="")
 
 
 def build_examples(groups: Sequence[Group], options: argparse.Namespace, tokenizer: Any, parts: Parts) -> list[Example]:

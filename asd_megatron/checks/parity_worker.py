@@ -117,12 +117,12 @@ def run_step(
     exact = token_method.ExactTerm(Divergence(), -1) if t.cell.exact else None
     method = token_method.Method(condition(name), exact=exact)
     needed = plan_passes(method.condition, updates, epochs=epochs, exact=t.cell.exact)
-    batch = LocalBatch.build(
+    batch = LocalBatch.receive(
         examples,
-        ranks=t.process_groups.dp.size(),
-        rank=t.process_groups.dp.rank(),
+        t.cell.layout,
+        t.process_groups,
+        t.layout,
         updates=updates,
-        layout=t.layout,
         tokens_per_microbatch=t.cell.tokens_per_microbatch,
     )
     inputs = token_method.token_inputs(batch, method)

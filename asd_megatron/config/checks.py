@@ -297,7 +297,7 @@ def check_devices(recipe: AnyRecipe, *, cuda: bool | None = None, transformer_en
             findings.append(machine.bfloat16_problem())
         if isinstance(recipe, Recipe):
             findings += device_findings(recipe.rollout)
-    absent = _transformer_engine_absent(cuda, transformer_engine)
+    absent = _transformer_engine_absent(cuda, transformer_engine)  # why
     if recipe.model.layers == "te" and not machine.transformer_engine_is_stand_in():
         why, remedy = absent, "set model.layers auto or local"
         if cuda and recipe.model.dtype == "float32":
@@ -310,11 +310,11 @@ def check_devices(recipe: AnyRecipe, *, cuda: bool | None = None, transformer_en
             f" {absent}; set optimizer.moments float32"
         )
     if recipe.optimizer.offload == "host":
-        absent = absent if cuda else "there is no GPU, so that the optimizer's state is in host memory anyway"
+        why = absent if cuda else "there is no GPU, so that the optimizer's state is in host memory anyway"
         findings.append(
-            absent
+            why
             and "optimizer.offload host: Megatron-Core offloads a GPU's optimizer, with Transformer Engine installed:"
-            f" {absent}; set optimizer.offload none"
+            f" {why}; set optimizer.offload none"
         )
     _refuse([finding for finding in findings if finding is not None])
 

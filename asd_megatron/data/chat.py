@@ -3,6 +3,10 @@
 Loops and arithmetic of a template are Python code, which a signal handler ends. One operation in native code is not
 (`'a' * 10 ** 10`, `'%1000000000d' % 1`): what it may allocate is bounded, and so is the time that it takes over it. The
 few that need no memory (comparing lists of lists of lists) end the process.
+
+The bounds are the main thread's. They are limits of the process: set by a worker thread, which renders privileged
+prompts, the one of memory would refuse what the main thread allocates meanwhile (a bucket of weights, logits), and only
+the main thread receives signals. Each problem's prompt is rendered in the main thread before a privileged one.
 """
 
 from __future__ import annotations
@@ -25,8 +29,6 @@ RENDER_BYTES = 1 << 28  # of memory for one prompt; a template takes a few times
 MAX_CHARACTERS = 1 << 24  # of one prompt: tokenizing it takes seconds
 REMEDY = "repair the template of the model folder (chat_template.jinja), or set data.format raw"
 
-_one_at_a_time = threading.Lock()  # limits are the process's
-
 
 class TemplateError(ValueError):
     """A chat template failed, did not end, or needs too much memory."""
@@ -39,9 +41,10 @@ class _OutOfTime(BaseException):
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
 ) -> str:
-    """`turns` through the tokenizer's chat template, with the generation prompt. Raises TemplateError."""
+    """`turns` through the tokenizer's chat template, with the generation prompt. Several threads may call it. Raises
+    TemplateError."""
     try:
-        with _one_at_a_time, _memory(RENDER_BYTES), _processor_time(RENDER_SECONDS):
+        with _bounded():
             text = tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns], add_generation_prompt=True, tokenize=False, **variables
             )
@@ -64,6 +67,16 @@ def render_chat(
             f"the chat template writes {len(text):,} characters, and a prompt has at most {MAX_CHARACTERS:,}: {REMEDY}"
         )
     return text
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """The bounds of a rendering, in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with _memory(RENDER_BYTES), _processor_time(RENDER_SECONDS):
+        yield
 
 
 @cache  # once
@@ -99,12 +112,8 @@ def _processor_time(seconds: float) -> Iterator[None]:
     """Raise _OutOfTime in the body after `seconds` of this process's processor time. Costs microseconds.
 
     Native code that does not return until END_SECONDS ends the process, with the traceback of what it was called for
-    (SIGVTALRM). Only the main thread receives signals; in other threads there is no bound. Processor time, so that a
-    busy machine is never mistaken for a template that loops.
+    (SIGVTALRM). Processor time, so that a busy machine is never mistaken for a template that loops.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def out_of_time(number: int, frame: Any) -> NoReturn:
         raise _OutOfTime

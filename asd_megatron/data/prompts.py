@@ -8,12 +8,10 @@ demonstration nor feedback the teacher's ids are the student's, so that u is exa
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -68,13 +66,17 @@ class TeacherLimits:
     strip_thinking: bool = False
 
 
-@dataclass(frozen=True)
-class TeacherInfo:
-    """The demonstration of a teacher prompt as shown (None: no solution block), its tokens, whether it was cut."""
+class TeacherPrompt(NamedTuple):
+    """A teacher's prompt for one rollout.
 
-    solution: str | None
-    solution_tokens: int
-    shortened: bool
+    ids: int32 [tokens]; equal prompts share them; None when there can be none. outcome: what metrics count:
+    `demonstration_shortened`, or why there is none, `teacher_too_long` or `demonstration_empty` (nothing was left after
+    cleaning); None: nothing. solution_tokens: of the demonstration as shown.
+    """
+
+    ids: TokenIds | None
+    outcome: Literal["demonstration_shortened", "teacher_too_long", "demonstration_empty"] | None = None
+    solution_tokens: int = 0
 
 
 class PromptRenderer:
@@ -92,8 +94,7 @@ class PromptRenderer:
         max_prompt_tokens: the longest student prompt that is accepted.
         end_token_ids: end tokens beside the tokenizer's own, removed from demonstrations.
 
-    `counters` counts what happened to teacher prompts: `demonstration_shortened`, and by reason those that came out
-    as None: `teacher_too_long`, `demonstration_empty` (nothing was left after cleaning).
+    Several threads may render at the same time.
     """
 
     def __init__(
@@ -113,9 +114,7 @@ class PromptRenderer:
         self.raw_prompt, self.raw_template, self.chat_template = raw_prompt, raw_template, chat_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.max_prompt_tokens = max_prompt_tokens
-        self.counters: Counter[str] = Counter()
         self._special_tokens = special_token_texts(tokenizer, end_token_ids)
-        self._lock = Lock()  # of the counters: prompts are rendered in several threads
         self._begin: list[int] = []
         # The rollouts of a group share few demonstrations, so the same texts are tokenised many times.
         self._shorten = lru_cache(REMEMBERED)(partial(shorten, tokenizer))
@@ -256,9 +255,8 @@ class PromptRenderer:
         feedback: str | None,
         response_len: int,
         limits: TeacherLimits,
-    ) -> tuple[TokenIds, TeacherInfo] | None:
-        """The teacher's prompt ids (int32; equal prompts share them) for a response of `response_len` tokens; None (and
-        counted) if there can be none.
+    ) -> TeacherPrompt:
+        """The teacher's prompt for a response of `response_len` tokens.
 
         `demonstration` is cleaned and shortened here. With neither demonstration nor feedback the ids are exactly the
         student's.
@@ -268,8 +266,7 @@ class PromptRenderer:
             full = clean(demonstration, self._special_tokens, strip_thinking=limits.strip_thinking)
             solution, tokens = self._shorten(full, limits.max_solution_tokens)
             if not solution:
-                self._count("demonstration_empty")
-                return None
+                return TeacherPrompt(None, "demonstration_empty")
             shortened = solution != full
         while True:
             ids = self._encode(self.teacher_text(problem, solution, feedback))
@@ -277,18 +274,10 @@ class PromptRenderer:
             if excess <= 0:
                 break
             if solution is None or tokens - excess < limits.min_solution_tokens:
-                self._count("teacher_too_long")
-                return None
+                return TeacherPrompt(None, "teacher_too_long")
             bound = tokens - excess
             (solution, tokens), shortened = self._shorten(full, bound), True
             if not solution:
-                self._count("teacher_too_long")
-                return None
+                return TeacherPrompt(None, "teacher_too_long")
             tokens = min(tokens, bound)
-        if shortened:
-            self._count("demonstration_shortened")
-        return ids, TeacherInfo(solution, tokens, shortened)
-
-    def _count(self, what: str) -> None:
-        with self._lock:
-            self.counters[what] += 1
+        return TeacherPrompt(ids, "demonstration_shortened" if shortened else None, tokens)

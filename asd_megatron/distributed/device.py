@@ -79,9 +79,9 @@ def _prepare_cuda(environment: MutableMapping[str, str]) -> None:
 
 
 def use_expandable_segments(environment: Mapping[str, str], *, allowed: bool) -> None:
-    """Let PyTorch's allocator grow its segments in place of adding new ones, so that memory which changes hands every
-    step does not fragment. Nothing without CUDA, or where the user has configured the allocator. Call it before memory
-    is taken.
+    """Let PyTorch's allocator grow its segments in place of adding new ones, so that memory which is given up and taken
+    again every step does not fragment. Nothing without CUDA, or where the user has configured the allocator. Call it
+    before memory is taken.
 
     `allowed`: false when other processes open this one's memory (CUDA IPC). PyTorch hands such a segment over by a
     system call that containers forbid (pidfd_getfd; pytorch issues 165685 and 179220). Raises UserError when the user's

@@ -60,7 +60,7 @@ class PerplexityReading:
         return float(self.lambdas[counted].mean()) if counted.any() else 0.0
 
 
-PROMPT_COUNTERS = {
+EXAMPLE_COUNTERS = {
     "demonstration_shortened": "demonstration/shortened",
     "demonstration_empty": "demonstration/empty",
     "teacher_too_long": "demonstration/too_long",
@@ -78,16 +78,16 @@ REWARD_COUNTERS = {name: f"reward/{name}" for name in ("timeouts", "errors", "re
 
 
 class Increments:
-    """The increments of the counters of prompt renderer, collector and verifier since the last call."""
+    """The increments of the counters of example builder, collector and verifier since the last call."""
 
     def __init__(self) -> None:
         self._seen: dict[str, int] = {}
 
     def of(
-        self, *, prompts: Mapping[str, int], rollouts: Mapping[str, int], rewards: Mapping[str, int]
+        self, *, examples: Mapping[str, int], rollouts: Mapping[str, int], rewards: Mapping[str, int]
     ) -> dict[str, float]:
         """Metrics `demonstration/*`, `rollouts/*` and `reward/*`; a counter that is absent has not counted."""
-        sources = ((PROMPT_COUNTERS, prompts), (ROLLOUT_COUNTERS, rollouts), (REWARD_COUNTERS, rewards))
+        sources = ((EXAMPLE_COUNTERS, examples), (ROLLOUT_COUNTERS, rollouts), (REWARD_COUNTERS, rewards))
         now = {metric: counts.get(name, 0) for names, counts in sources for name, metric in names.items()}
         grown = {metric: float(count - self._seen.get(metric, 0)) for metric, count in now.items()}
         self._seen = now

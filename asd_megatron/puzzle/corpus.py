@@ -148,14 +148,14 @@ class Corpus:
         self, problem: Problem, demonstration: str, response_len: int, rng: random.Random
     ) -> tuple[int, ...]:
         feedback = CORRECT if rng.random() < 0.5 else INCORRECT  # a coin: it says nothing about the solution
-        rendered = self.renderer.teacher(problem, demonstration, feedback, response_len, self.limits)
-        if rendered is None:
+        ids = self.renderer.teacher(problem, demonstration, feedback, response_len, self.limits).ids
+        if ids is None:
             raise UserError(
                 f"a privileged prompt of the puzzle's corpus does not fit ({len(demonstration.split())} tokens of "
                 f"demonstration, {response_len} of response): raise privileged.max_solution_tokens and "
                 "privileged.max_teacher_tokens"
             )
-        return tuple(rendered[0].tolist())
+        return tuple(ids.tolist())
 
     def loss_weights(self, trace: Trace) -> list[float]:
         """One weight a word: verdicts count more, decisions that were given count nothing."""

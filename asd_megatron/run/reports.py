@@ -1,8 +1,8 @@
 """The reports of a run's steps on global rank 0: metrics, rollout dump, warnings, progress.
 
-They are made in one background thread while the next step generates, in the order of the steps; at most one waits for
-its turn. `finish` comes before everything that presumes the lines of earlier steps: a checkpoint, an evaluation's
-error, the end of the run. An error of a report is raised at the next call.
+A background thread makes them while the next step generates, one at a time and in the order of the steps: `submit`
+waits for the report before it. `finish` comes before whatever needs the metrics of all earlier steps in the run folder:
+a checkpoint, an export, the end of the run. An error of a report is raised at the next call.
 """
 
 from __future__ import annotations

@@ -301,13 +301,13 @@ class TrainingRun:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         check_rollouts(rollouts, step)
         responses = [rollout.response_ids for rollout in rollouts]
-        self.renderer.counters["undecodable_tokens"] += undecodable(self.session.tokenizer, responses)
+        self.builder.counters["undecodable_tokens"] += undecodable(self.session.tokenizer, responses)
         return self.builder.build(groups, step)
 
     def _counters(self) -> dict[str, float]:
         assert self.verifier is not None  # global rank 0 has one
         return self.increments.of(
-            prompts=self.renderer.counters, rollouts=asdict(self.collector.counts), rewards=self.verifier.counters
+            examples=self.builder.counters, rollouts=asdict(self.collector.counts), rewards=self.verifier.counters
         )
 
     # ---------------------------------------------------------------- run state

@@ -4,33 +4,63 @@ rank 0 only."""
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from asd_megatron.antisd import choose_demonstrations, feedback, group_advantages
 from asd_megatron.antisd.privileged import Demonstration
+from asd_megatron.errors import UserError
 from asd_megatron.records import DemonstrationSource, Example, FinishReason, Group, Problem, Rollout
 
 if TYPE_CHECKING:
     from asd_megatron.records import TokenIds
 
+RENDER_SECONDS = 600.0  # in which a privileged prompt has to be rendered, however many are before it
 WORKERS = min(8, os.cpu_count() or 1)
 """Threads that render and tokenise privileged prompts."""
 
 
+class TeacherPrompt(Protocol):
+    """A privileged prompt: int32 [tokens], None when there can be none; what is counted of it, None: nothing."""
+
+    @property
+    def ids(self) -> TokenIds | None: ...
+    @property
+    def outcome(self) -> str | None: ...
+
+
 class TeacherPrompts(Protocol):
-    """What is needed of the prompt renderer: (ids of a privileged prompt, anything), or None when there can be none."""
+    """What is needed of the prompt renderer; several threads call it."""
 
     def teacher(
         self, problem: Problem, demonstration: str | None, feedback: str | None, response_len: int, limits: Any
-    ) -> tuple[TokenIds, Any] | None: ...
+    ) -> TeacherPrompt: ...
+
+
+class _Begun(NamedTuple):
+    """A group whose examples are in flight: for each rollout the example and the `outcome` of its prompt."""
+
+    step: int
+    group: Group
+    jobs: list[Future[tuple[Example, str | None]]]
+
+
+def _result(group: Group, job: Future[tuple[Example, str | None]]) -> tuple[Example, str | None]:
+    try:
+        return job.result(RENDER_SECONDS)
+    except TimeoutError as error:
+        raise UserError(
+            f"the privileged prompts of problem {group.problem.prompt_id} were not rendered within"
+            f" {RENDER_SECONDS:.0f} s: does the chat template of the model folder end for every text?"
+        ) from error
 
 
 class ExampleBuilder:
-    """Turns complete, rewarded groups into examples.
+    """Turns complete, rewarded groups into examples. `counters` counts the `outcome` of their privileged prompts.
 
     Args:
         renderer, limits: of the privileged prompt; the limits are the renderer's. seed: of the draw of demonstrations.
@@ -64,29 +94,38 @@ class ExampleBuilder:
         self.use_group, self.use_reference = use_group, use_reference
         self.when_no_solution, self.feedback_kind, self.tests_of = when_no_solution, feedback_kind, tests_of
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="examples")
-        self._prepared: dict[str, tuple[int, Group, list[Future[Example]]]] = {}  # by prompt id
+        self._prepared: dict[str, _Begun] = {}  # by prompt id
+        self.counters: Counter[str] = Counter()
 
     def prepare(self, group: Group, step: int) -> None:
         """Begin with the examples of a complete group that `build` will probably be given for `step`, in the
         background."""
-        self._prepared[group.problem.prompt_id] = step, group, self._begin(group, step)
+        self._prepared[group.problem.prompt_id] = self._begin(group, step)
 
     def build(self, groups: Sequence[Group], step: int) -> list[Example]:
         """The step's examples, group after group. Whether they were prepared changes nothing but the time."""
-        prepared = self._prepared
-        self._prepared = {name: begun for name, begun in prepared.items() if begun[0] > step}
-        jobs = []
+        chosen = []
         for group in groups:
-            of_step, known, begun = prepared.get(group.problem.prompt_id, (0, None, []))
-            jobs += begun if known is group and of_step == step else self._begin(group, step)
-        return [job.result() for job in jobs]
+            begun = self._prepared.get(group.problem.prompt_id)
+            if begun is not None and begun.group is group and begun.step == step:
+                chosen.append(self._prepared.pop(group.problem.prompt_id))
+            else:
+                chosen.append(self._begin(group, step))
+        for name, begun in list(self._prepared.items()):
+            if begun.step <= step:  # over-sampled: not in the step
+                del self._prepared[name]
+                for job in begun.jobs:
+                    job.cancel()
+        made = [_result(begun.group, job) for begun in chosen for job in begun.jobs]
+        self.counters.update(outcome for _, outcome in made if outcome is not None)
+        return [example for example, _ in made]
 
     def close(self) -> None:
         """End the workers; what is prepared is lost."""
         self._workers.shutdown(cancel_futures=True)
 
-    def _begin(self, group: Group, step: int) -> list[Future[Example]]:
-        """The group's examples, whose privileged prompts the workers render."""
+    def _begin(self, group: Group, step: int) -> _Begun:
+        """Let the workers render the privileged prompts of the group's examples."""
         if len(group.rewards) == 1:  # in recipes whose loss has no group advantage; others are refused
             advantages = [0.0]
         else:
@@ -104,24 +143,26 @@ class ExampleBuilder:
                 has_answer=bool(group.problem.answer),
                 eligible=[self.use_group and self._demonstrates(rollout) for rollout in group.rollouts],
             )
-        return [
+        jobs = [
             self._workers.submit(self._example, group, i, advantages[i], chosen)
             for i, chosen in enumerate(demonstrations)
         ]
+        return _Begun(step, group, jobs)
 
-    def _example(self, group: Group, index: int, advantage: float, chosen: Demonstration) -> Example:
-        teacher_ids = self._teacher_ids(group, index, chosen)
-        if teacher_ids is None:
+    def _example(self, group: Group, index: int, advantage: float, chosen: Demonstration) -> tuple[Example, str | None]:
+        """The example of one rollout, and the `outcome` of its privileged prompt."""
+        prompt = self._teacher_prompt(group, index, chosen)
+        ids, outcome = (None, None) if prompt is None else (prompt.ids, prompt.outcome)
+        if ids is None:
             chosen = Demonstration(DemonstrationSource.NONE)
-        return Example(
-            group.rollouts[index], group.rewards[index], advantage, teacher_ids, chosen.source, chosen.sample
-        )
+        rollout, reward = group.rollouts[index], group.rewards[index]
+        return Example(rollout, reward, advantage, ids, chosen.source, chosen.sample), outcome
 
     @staticmethod
     def _demonstrates(rollout: Rollout) -> bool:
         return rollout.finish_reason is FinishReason.STOP and bool(rollout.text.strip())
 
-    def _teacher_ids(self, group: Group, index: int, chosen: Demonstration) -> TokenIds | None:
+    def _teacher_prompt(self, group: Group, index: int, chosen: Demonstration) -> TeacherPrompt | None:
         if chosen.source is DemonstrationSource.NONE:
             return None
         problem = group.problem
@@ -141,5 +182,4 @@ class ExampleBuilder:
             tests=self.tests_of(problem),
         )
         response = group.rollouts[index].response_ids
-        rendered = self.renderer.teacher(problem, text, assessment, len(response), self.limits)
-        return None if rendered is None else rendered[0]
+        return self.renderer.teacher(problem, text, assessment, len(response), self.limits)

@@ -75,31 +75,6 @@ class LocalBatch:
         self.student_tokens = sum(lengths)
 
     @classmethod
-    def build(
-        cls,
-        examples: Sequence[Example],
-        *,
-        ranks: int,
-        rank: int,
-        updates: int,
-        layout: PackLayout,
-        tokens_per_microbatch: int,
-        mask_truncated: bool = False,
-        student_forwards: int = UPDATE,
-    ) -> LocalBatch:
-        """Where every rank has all examples: the part of rank `rank` of `ranks`; as for `plan_shares`."""
-        shares = plan_shares(
-            examples,
-            ranks=ranks,
-            updates=updates,
-            layout=layout,
-            tokens_per_microbatch=tokens_per_microbatch,
-            mask_truncated=mask_truncated,
-            student_forwards=student_forwards,
-        )
-        return cls(shares[rank], layout)
-
-    @classmethod
     def receive(
         cls,
         examples: Sequence[Example],

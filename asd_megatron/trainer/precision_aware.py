@@ -78,12 +78,15 @@ def step_in_slices(adam: torch.optim.Optimizer, step: Callable[[], object]) -> N
 
 
 def _slices(parameters: Sequence[Tensor], numel: int) -> Iterator[list[Tensor]]:
+    """Consecutive parameters of at most `numel` elements together; a larger one alone."""
     chosen: list[Tensor] = []
+    size = 0
     for parameter in parameters:
-        if chosen and sum(p.numel() for p in chosen) + parameter.numel() > numel:
+        if chosen and size + parameter.numel() > numel:
             yield chosen
-            chosen = []
+            chosen, size = [], 0
         chosen.append(parameter)
+        size += parameter.numel()
     if chosen:
         yield chosen
 
@@ -131,7 +134,8 @@ def _complete_masters(base: Any) -> type:
 
 
 def _init_fused(adam: Any, config: Any = None) -> None:
-    """Give parameters without state what their first step would: Megatron's own call lacks an argument."""
+    """Give parameters that have no state yet the zeros that their first step would: Megatron's own call lacks an
+    argument."""
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:

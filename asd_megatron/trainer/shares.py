@@ -14,6 +14,7 @@ Only the order of the rows of a rank's token table depends on the assignment, no
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,48 +95,63 @@ def plan_shares(
 ) -> list[Share]:
     """The shares of `ranks` data-parallel ranks, in `updates` mini-batches; packs of at most `tokens_per_microbatch`
     tokens. Of `layout` counts what is the same on every rank. student_forwards: as for `ExampleCosts`."""
-    parts = split_mini_batches(len(examples), updates)
+    mini_batches = split_mini_batches(len(examples), updates)
     costs = ExampleCosts(examples, layout.flops, student_forwards, layout.share_prefixes)
-    by_part = [_assign_examples(part, ranks, costs) for part in parts]
-    indices = [[i for assigned in by_part for i in assigned[rank]] for rank in range(ranks)]
-    sizes = [[len(assigned[rank]) for assigned in by_part] for rank in range(ranks)]
+    assigned = [_assign_examples(mini_batch, ranks, costs) for mini_batch in mini_batches]
+    indices = [[i for by_rank in assigned for i in by_rank[rank]] for rank in range(ranks)]
+    sizes = [[len(by_rank[rank]) for by_rank in assigned] for rank in range(ranks)]
+    owned = [[examples[i] for i in own] for own in indices]
+    everything = [range(len(own)) for own in owned]
+    starts = [[0, *itertools.accumulate(own)] for own in sizes]
 
-    def packs(part: int | None, ids: Callable[[Example], TokenIds | None]) -> list[list[Bin]]:
-        numbers, sequences = [], []
-        for rank in range(ranks):
-            first = 0 if part is None else sum(sizes[rank][:part])
-            count = len(indices[rank]) if part is None else sizes[rank][part]
-            chosen = [
-                (number, TokenSequence(found, len(found) - response, 0))
-                for number in range(first, first + count)
-                if (response := len((example := examples[indices[rank][number]]).rollout.response_ids))
-                and (found := ids(example)) is not None
-            ]
-            numbers.append([number for number, _ in chosen])
-            sequences.append([sequence for _, sequence in chosen])
-        planned = plan_packs(sequences, tokens_per_microbatch, layout)
-        return [
-            [b._replace(items=[n[i] for i in b.items]) for b in bins] for n, bins in zip(numbers, planned, strict=True)
-        ]
+    def packs(ids: Callable[[Example], TokenIds | None], numbers: Sequence[range]) -> list[list[Bin]]:
+        return _plan_pass(owned, numbers, ids, tokens_per_microbatch, layout)
 
-    teacher, student = packs(None, teacher_ids), packs(None, student_ids)
-    trained = [packs(part, student_ids) for part in range(updates)] if updates > 1 else [student]
+    teacher, student = packs(teacher_ids, everything), packs(student_ids, everything)
+    trained = [student]
+    if updates > 1:
+        trained = [packs(student_ids, [range(s[m], s[m + 1]) for s in starts]) for m in range(updates)]
     seen = [int(loss_mask(e, mask_truncated=mask_truncated).sum()) for e in examples]
     lengths = [len(e.rollout.response_ids) for e in examples]
     return [
         Share(
-            examples=[examples[i] for i in indices[rank]],
+            examples=owned[rank],
             indices=indices[rank],
             total=len(examples),
             sizes=sizes[rank],
-            counts=[GlobalCounts(sum(seen[i] for i in part), sum(seen[i] > 0 for i in part)) for part in parts],
-            response_tokens=[sum(lengths[i] for i in part) for part in parts],
+            counts=[GlobalCounts(sum(seen[i] for i in m), sum(seen[i] > 0 for i in m)) for m in mini_batches],
+            response_tokens=[sum(lengths[i] for i in m) for m in mini_batches],
             mask_truncated=mask_truncated,
             teacher=teacher[rank],
             student=student[rank],
             updates=[bins[rank] for bins in trained],
         )
         for rank in range(ranks)
+    ]
+
+
+def _plan_pass(
+    owned: Sequence[Sequence[Example]],
+    numbers: Sequence[range],
+    ids: Callable[[Example], TokenIds | None],
+    tokens_per_microbatch: int,
+    layout: PackLayout,
+) -> list[list[Bin]]:
+    """Each rank's packs in a pass over the sequences `ids` of its examples with these `numbers`, as bins of numbers.
+    `owned`: each rank's examples."""
+    chosen: list[list[int]] = []
+    sequences: list[list[TokenSequence]] = []
+    for examples, of_rank in zip(owned, numbers, strict=True):
+        chosen.append([])
+        sequences.append([])
+        for number in of_rank:
+            found, response = ids(examples[number]), len(examples[number].rollout.response_ids)
+            if found is not None and response:
+                chosen[-1].append(number)
+                sequences[-1].append(TokenSequence(found, len(found) - response, 0))
+    planned = plan_packs(sequences, tokens_per_microbatch, layout)
+    return [
+        [b._replace(items=[own[i] for i in b.items]) for b in bins] for own, bins in zip(chosen, planned, strict=True)
     ]
 
 

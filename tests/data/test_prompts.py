@@ -5,13 +5,15 @@ import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from asd_megatron.data import chat, demonstration
 from asd_megatron.data.demonstration import ELLIPSIS, clean, count, shorten
-from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
+from asd_megatron.data.prompts import PromptRenderer, TeacherLimits, TeacherPrompt
 from asd_megatron.data.tokenizer import encode_spans
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
@@ -37,9 +39,9 @@ def renderer(**kwargs: Any) -> PromptRenderer:
     return PromptRenderer(TOKENIZER, **kwargs)
 
 
-def text_of(result: Any) -> str:
-    assert result is not None
-    return TOKENIZER.decode(list(result[0]))
+def text_of(result: TeacherPrompt) -> str:
+    assert result.ids is not None
+    return TOKENIZER.decode(list(result.ids))
 
 
 def test_chat_prompts_as_a_person_expects_them() -> None:
@@ -120,8 +122,8 @@ def test_another_wording_for_chat() -> None:
 )
 def test_an_empty_context_gives_the_students_ids(kwargs: dict[str, Any]) -> None:
     r = renderer(**kwargs)
-    result = r.teacher(PROBLEM, None, None, 10, NO_LIMITS)
-    assert result is not None and tuple(result[0]) == r.student(PROBLEM).ids
+    ids = r.teacher(PROBLEM, None, None, 10, NO_LIMITS).ids
+    assert ids is not None and tuple(ids) == r.student(PROBLEM).ids
 
 
 def test_feedback_only() -> None:
@@ -184,10 +186,9 @@ def test_shorten_holds_its_limit_at_cuts_inside_characters() -> None:
 def test_max_solution_tokens() -> None:
     r = renderer()
     result = r.teacher(PROBLEM, "x" * 300, RIGHT, 10, TeacherLimits(max_solution_tokens=100))
-    assert result is not None
-    assert result[1].shortened and result[1].solution_tokens == 100 and r.counters == {"demonstration_shortened": 1}
+    assert (result.outcome, result.solution_tokens) == ("demonstration_shortened", 100)
     unlimited = r.teacher(PROBLEM, "x" * 300, RIGHT, 10, NO_LIMITS)
-    assert unlimited is not None and not unlimited[1].shortened and unlimited[1].solution_tokens == 300
+    assert (unlimited.outcome, unlimited.solution_tokens) == (None, 300)
 
 
 def test_max_teacher_tokens_shrinks_the_demonstration_before_masking() -> None:
@@ -195,22 +196,22 @@ def test_max_teacher_tokens_shrinks_the_demonstration_before_masking() -> None:
     empty = len(TOKENIZER(r.teacher_text(PROBLEM, "", RIGHT), add_special_tokens=False)["input_ids"])
     limits = TeacherLimits(min_solution_tokens=50, max_teacher_tokens=empty + 100 + 40)
     fits = r.teacher(PROBLEM, "x" * 300, RIGHT, 40, limits)
-    assert fits is not None and len(fits[0]) + 40 <= limits.max_teacher_tokens and fits[1].solution_tokens == 100
+    assert fits.ids is not None and len(fits.ids) + 40 <= limits.max_teacher_tokens
+    assert (fits.outcome, fits.solution_tokens) == ("demonstration_shortened", 100)
     at_floor = r.teacher(PROBLEM, "x" * 300, RIGHT, 90, limits)
-    assert at_floor is not None and at_floor[1].solution_tokens == 50
-    assert r.counters["teacher_too_long"] == 0
-    assert r.teacher(PROBLEM, "x" * 300, RIGHT, 91, limits) is None
-    assert r.teacher(PROBLEM, "x" * 30, RIGHT, 111, limits) is None  # shorter than the floor: nothing to give
-    assert r.teacher(PROBLEM, "x" * 30, RIGHT, 110, limits) is not None
-    assert r.teacher(PROBLEM, None, RIGHT, 1000, limits) is None
-    assert r.counters == {"teacher_too_long": 3, "demonstration_shortened": 2}
+    assert at_floor.ids is not None and at_floor.solution_tokens == 50
+    none = TeacherPrompt(None, "teacher_too_long")
+    assert r.teacher(PROBLEM, "x" * 300, RIGHT, 91, limits) == none
+    assert r.teacher(PROBLEM, "x" * 30, RIGHT, 111, limits) == none  # shorter than the floor: nothing to give
+    assert r.teacher(PROBLEM, "x" * 30, RIGHT, 110, limits).ids is not None
+    assert r.teacher(PROBLEM, None, RIGHT, 1000, limits) == none
 
 
 def test_nothing_left_of_a_demonstration() -> None:
     r = renderer()
-    assert r.teacher(PROBLEM, "<|end|> ", RIGHT, 1, NO_LIMITS) is None
-    assert r.teacher(PROBLEM, "<think>never ends", RIGHT, 1, TeacherLimits(strip_thinking=True)) is None
-    assert r.counters == {"demonstration_empty": 2}
+    none = TeacherPrompt(None, "demonstration_empty")
+    assert r.teacher(PROBLEM, "<|end|> ", RIGHT, 1, NO_LIMITS) == none
+    assert r.teacher(PROBLEM, "<think>never ends", RIGHT, 1, TeacherLimits(strip_thinking=True)) == none
 
 
 def test_prompts_too_long() -> None:
@@ -308,6 +309,18 @@ chat.render_chat(SimpleNamespace(apply_chat_template=render), [], {})
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == -signal.SIGVTALRM and "in render_chat" in ended.stderr
+
+
+def test_the_bounds_of_a_template_are_the_main_thread_s() -> None:
+    """A worker thread's would refuse what the main thread allocates at the same time."""
+    before, inside = resource.getrlimit(resource.RLIMIT_AS), []
+    tokenizer: Any = SimpleNamespace(
+        apply_chat_template=lambda turns, **_: inside.append(resource.getrlimit(resource.RLIMIT_AS)) or ""
+    )
+    chat.render_chat(tokenizer, [], {})
+    with ThreadPoolExecutor(1) as worker:
+        worker.submit(chat.render_chat, tokenizer, [], {}).result()
+    assert inside[0] != before and inside[1] == before
 
 
 def with_special_tokens(before: str, after: str) -> Any:

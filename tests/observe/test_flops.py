@@ -25,6 +25,7 @@ from asd_megatron.observe.reduction import over_ranks
 from asd_megatron.records import ComputedPacks, PackCounts
 from asd_megatron.trainer.batch import PackLayout, TokenSequence, build_pack
 from asd_megatron.trainer.local_batch import LocalBatch
+from asd_megatron.trainer.shares import plan_shares
 from tests.distributed.harness import run_ranks
 
 ROTARY = RotarySettings(head_dim=4, theta=1e4)
@@ -123,14 +124,9 @@ def test_padding_counts_nothing() -> None:
 
 def counts_of(context: int, context_rank: int, ranks: int, rank: int) -> ComputedPacks:
     """Of all passes of a step: teacher, student and two updates."""
-    batch = LocalBatch.build(
-        hard_batch(1),
-        ranks=ranks,
-        rank=rank,
-        updates=2,
-        layout=PackLayout(context=context, context_rank=context_rank),
-        tokens_per_microbatch=64,
-    )
+    layout = PackLayout(context=context, context_rank=context_rank)
+    shares = plan_shares(hard_batch(1), ranks=ranks, updates=2, layout=layout, tokens_per_microbatch=64)
+    batch = LocalBatch(shares[rank], layout)
     batch.teacher_packs()
     batch.student_packs()
     for mini_batch in range(batch.mini_batches):

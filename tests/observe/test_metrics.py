@@ -202,7 +202,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *(f"evaluation/{name}" for name in ("accuracy", "pass_rate", "length_mean", "truncated")),
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),
-        *Increments().of(prompts={}, rollouts={}, rewards={}),
+        *Increments().of(examples={}, rollouts={}, rewards={}),
         *server_names(),
         *released_form_names(),
         *warning_names(),
@@ -218,10 +218,10 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
 
 def test_counters_are_shown_by_step() -> None:
     increments = Increments()
-    prompts = Counter({"teacher_too_long": 2, "undecodable_tokens": 5})
+    examples = Counter({"teacher_too_long": 2, "undecodable_tokens": 5})
     rewards = {"timeouts": 1, "errors": 0, "restarts": 1}
     rollouts = asdict(Counts(dropped_groups=1))
-    first = increments.of(prompts=prompts, rollouts=rollouts, rewards=rewards)
+    first = increments.of(examples=examples, rollouts=rollouts, rewards=rewards)
     assert {name for name, value in first.items() if value} == {
         "demonstration/too_long",
         "rollouts/undecodable_tokens",
@@ -229,8 +229,8 @@ def test_counters_are_shown_by_step() -> None:
         "reward/timeouts",
         "reward/restarts",
     }
-    prompts["teacher_too_long"] += 3
-    second = increments.of(prompts=prompts, rollouts=rollouts, rewards=rewards)
+    examples["teacher_too_long"] += 3
+    second = increments.of(examples=examples, rollouts=rollouts, rewards=rewards)
     assert {name: value for name, value in second.items() if value} == {"demonstration/too_long": 3.0}
     assert set(rewards) == set(new_counters()) and asdict(Counts()).keys() == ROLLOUT_COUNTERS.keys()
 

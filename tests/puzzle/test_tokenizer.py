@@ -63,6 +63,6 @@ def test_privileged_prompts_have_no_unknown_word(template: str | None, reward: f
     for problem in PuzzleStream.of("test").take(100):
         demonstration = template and template.format(solution=problem.solution, answer=problem.answer)
         for limit in (8192, 5):  # 5: a demonstration shortened around an ellipsis
-            rendered = renderer.teacher(problem, demonstration, feedback(reward), 64, TeacherLimits(limit, 1))
-            assert rendered is not None and unknown not in rendered[0]
+            ids = renderer.teacher(problem, demonstration, feedback(reward), 64, TeacherLimits(limit, 1)).ids
+            assert ids is not None and unknown not in ids
         assert unknown not in renderer.student(problem).ids

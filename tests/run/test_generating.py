@@ -1,4 +1,4 @@
-"""When memory changes hands between the trainer and colocated servers."""
+"""When the trainer and colocated servers give up and take device memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from asd_megatron.run import session
 from asd_megatron.run.rl import TrainingRun
 
 COLOCATED = ["--rollout.engine=sglang", "--rollout.placement=colocated", "--rollout.weight_sync=disk"]
-LENT = ["offload", "free", "meet"]
+FREED = ["offload", "free", "meet"]
 
 
 def events(monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> list[str]:
@@ -45,7 +45,7 @@ def events(monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> list[str]:
 def test_servers_take_memory_after_every_rank_has_freed_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the trainer after servers that have started have released theirs."""
     both = [*COLOCATED, "--rollout.offload_optimizer=true"]
-    expected = [*LENT, "start", "release", "reload", *LENT, "generate", "reload"]
+    expected = [*FREED, "start", "release", "reload", *FREED, "generate", "reload"]
     assert events(monkeypatch, both) == expected
     assert events(monkeypatch, COLOCATED) == [e for e in expected if e not in ("offload", "reload")]
     assert events(monkeypatch, []) == ["start", "release", "generate"]

@@ -24,7 +24,7 @@ def test_steps_are_reported_in_order_and_an_error_is_raised_once(monkeypatch: py
 
     monkeypatch.setattr(reports, "_report", report)
     reports.submit(1)  # type: ignore[arg-type]
-    assert done == []  # the caller goes on
+    assert done == []  # the caller is not held up
     going.set()
     reports.submit(2)  # type: ignore[arg-type]
     assert done == [1]

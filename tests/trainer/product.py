@@ -220,12 +220,12 @@ class Product:
         self.port.load(others)
 
     def batch(self, examples: Sequence[Example], recipe: DenseRecipe, tokens_per_microbatch: int) -> LocalBatch:
-        return LocalBatch.build(
+        return LocalBatch.receive(
             examples,
-            ranks=self.process_groups.dp.size(),
-            rank=self.process_groups.dp.rank(),
+            self.port.layout,
+            self.process_groups,
+            self.pack_layout,
             updates=recipe.updates,
-            layout=self.pack_layout,
             tokens_per_microbatch=tokens_per_microbatch,
             mask_truncated=recipe.mask_truncated,
         )

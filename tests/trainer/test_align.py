@@ -24,13 +24,13 @@ from asd_megatron.trainer.columns import (
     table_columns,
 )
 from asd_megatron.trainer.local_batch import LocalBatch
+from asd_megatron.trainer.shares import plan_shares
 from tests.distributed.harness import run_ranks
 
 
 def build(ranks: int, rank: int, layout: PackLayout, updates: int = 1) -> LocalBatch:
-    return LocalBatch.build(
-        hard_batch(1), ranks=ranks, rank=rank, updates=updates, layout=layout, tokens_per_microbatch=96
-    )
+    shares = plan_shares(hard_batch(1), ranks=ranks, updates=updates, layout=layout, tokens_per_microbatch=96)
+    return LocalBatch(shares[rank], layout)
 
 
 def held(cu: list[int], rank: int, context: int) -> torch.Tensor:

@@ -89,6 +89,18 @@ def test_preparing_groups_changes_no_example() -> None:
     prepared.close()
 
 
+def test_only_the_examples_of_a_step_are_counted() -> None:
+    """An over-sampled group is prepared, and not in the step; the next step has it."""
+    hopeless = builder(TeacherLimits(max_teacher_tokens=1))
+    groups = [group([1.0, 0.0, 1.0]), group([0.0, 1.0, 1.0], UNSOLVED)]
+    for prepared in groups:
+        hopeless.prepare(prepared, 1)
+    hopeless.build(groups[:1], 1)
+    assert hopeless.counters == {"teacher_too_long": 3}
+    hopeless.build(groups[1:], 2)
+    assert hopeless.counters == {"teacher_too_long": 6}
+
+
 @pytest.mark.parametrize(
     ("problem", "how", "expected"),
     [
@@ -161,13 +173,12 @@ def test_limits_mask_and_count() -> None:
     cut = tight.build([rollouts], step=1)
     assert all(teacher_tokens(e) <= longest - 5 for e in cut)
     assert all(e.has_context for e in cut)
-    assert isinstance(tight.renderer, PromptRenderer)
-    assert tight.renderer.counters["demonstration_shortened"] == 3 and tight.renderer.counters["teacher_too_long"] == 0
+    assert tight.counters["demonstration_shortened"] == 3 and tight.counters["teacher_too_long"] == 0
     hopeless = builder(TeacherLimits(min_solution_tokens=10, max_teacher_tokens=longest - 40))
     masked = hopeless.build([rollouts], step=1)
     assert sources(masked) == ["none"] * 3 and [e.demonstration_sample for e in masked] == [-1] * 3
     assert all(e.teacher_prompt_ids is None for e in masked)
-    assert isinstance(hopeless.renderer, PromptRenderer) and hopeless.renderer.counters["teacher_too_long"] == 3
+    assert hopeless.counters["teacher_too_long"] == 3
     assert [e.group_advantage for e in masked] == [e.group_advantage for e in examples]
 
 
@@ -177,7 +188,7 @@ def test_nothing_left_of_a_demonstration_is_counted_too() -> None:
     build = builder()
     examples = build.build([replace(rollouts, rollouts=(special, rollouts.rollouts[1]))], step=1)
     assert sources(examples) == ["none", "none"]
-    assert isinstance(build.renderer, PromptRenderer) and build.renderer.counters["demonstration_empty"] == 1
+    assert build.counters["demonstration_empty"] == 1
 
 
 def test_without_a_teacher_there_are_no_contexts() -> None:
@@ -218,18 +229,18 @@ def test_an_empty_context_gives_equal_ids_and_no_pmi(puzzle: Product) -> None:
     examples = []
     for k, problem in enumerate(PuzzleStream.of("test").take(6)):
         prompt = renderer.student(problem)
-        empty = renderer.teacher(problem, None, None, 9, TeacherLimits())
-        assert empty is not None and tuple(empty[0]) == prompt.ids
+        empty = renderer.teacher(problem, None, None, 9, TeacherLimits()).ids
+        assert empty is not None and tuple(empty) == prompt.ids
         ids = tuple(tokenizer(trace(problem.question), add_special_tokens=False)["input_ids"])
         rollout = Rollout(problem.prompt_id, k, prompt.ids, ids, (0.0,) * len(ids), FinishReason.STOP, 0)
-        examples.append(Example(rollout, 1.0, 0.5, empty[0], DemonstrationSource.REFERENCE))
+        examples.append(Example(rollout, 1.0, 0.5, empty, DemonstrationSource.REFERENCE))
     recipe = DenseRecipe("no_gate")
     same = puzzle.step(examples, recipe, gate_of(recipe), tokens_per_microbatch=10_000)
     assert same.table is not None and not same.table["pmi"].any()
     assert set(same.table["advantage"].tolist()) == {0.5}
-    informed = renderer.teacher(PuzzleStream.of("test").take(1)[0], "So 5", RIGHT, 9, TeacherLimits())
+    informed = renderer.teacher(PuzzleStream.of("test").take(1)[0], "So 5", RIGHT, 9, TeacherLimits()).ids
     assert informed is not None
-    other = [replace(examples[0], teacher_prompt_ids=informed[0]), *examples[1:]]
+    other = [replace(examples[0], teacher_prompt_ids=informed), *examples[1:]]
     found = puzzle.step(other, recipe, gate_of(recipe), tokens_per_microbatch=60)
     assert found.table is not None
     rows = found.table.rows("pmi")

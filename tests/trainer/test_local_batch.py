@@ -17,9 +17,9 @@ from asd_megatron.trainer.shares import ExampleCosts, GlobalCounts, loss_mask, p
 
 
 def build(examples: list[Example], ranks: int = 1, rank: int = 0, updates: int = 1, **how: Any) -> LocalBatch:
-    return LocalBatch.build(
-        examples, ranks=ranks, rank=rank, updates=updates, layout=PackLayout(), tokens_per_microbatch=64, **how
-    )
+    layout = PackLayout()
+    shares = plan_shares(examples, ranks=ranks, updates=updates, layout=layout, tokens_per_microbatch=64, **how)
+    return LocalBatch(shares[rank], layout)
 
 
 def length(e: Example) -> int:
@@ -147,10 +147,8 @@ def test_every_rank_runs_equally_many_packs() -> None:
 
 def _sharing(examples: list[Example], ranks: int, share: bool) -> list[LocalBatch]:
     layout = PackLayout(share_prefixes=share)
-    return [
-        LocalBatch.build(examples, ranks=ranks, rank=r, updates=1, layout=layout, tokens_per_microbatch=128)
-        for r in range(ranks)
-    ]
+    shares = plan_shares(examples, ranks=ranks, updates=1, layout=layout, tokens_per_microbatch=128)
+    return [LocalBatch(own, layout) for own in shares]
 
 
 def test_groups_stay_together_where_their_prefixes_are_shared() -> None:

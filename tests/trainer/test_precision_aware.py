@@ -132,7 +132,7 @@ def _bfloat16(folder: Path) -> dict[str, float]:
 
 
 def hand_over(run: Run, numel: int) -> None:
-    """What changes hands are 6 bytes for each of this rank's `numel` weights, and none of the model's."""
+    """6 bytes are offloaded for each of this rank's `numel` weights, and none of the model's."""
     states, model, own = run.states(), run.weights(), list(run.optimizer._own_tensors())
     assert sum(tensor.nbytes for tensor in own) == 6 * numel
     allocated = torch.cuda.memory_allocated()

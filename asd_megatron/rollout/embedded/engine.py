@@ -155,7 +155,7 @@ class EmbeddedEngine:
         self.stats = SamplingStats()
         with torch.no_grad(), self._port.sampling():
             responses, outcome = self._sample(submission, time.monotonic() + timeout)
-        status = torch.tensor([outcome])  # on the host group: the longest response decides when the last rank is here
+        status = torch.tensor([outcome])  # on the host group: ranks finish as far apart as their longest responses
         dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._process_groups.host)
         if (failure := int(status)) in FAILURES:
             self.abort()

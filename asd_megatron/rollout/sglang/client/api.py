@@ -231,7 +231,7 @@ def read_generation(answer: Mapping[str, Any]) -> Generation:
     label = meta["weight_version"]
     if reason not in FINISH_REASONS:
         raise ValueError(f"finish reason {reason!r}")
-    if any(type(i) is not int or i < 0 for i in ids):
+    if any(type(i) is not int or not 0 <= i < 1 << 31 for i in ids):
         raise ValueError("output ids are not all token ids")
     if [triple[1] for triple in triples] != ids:
         raise ValueError(f"{len(triples)} log-probs do not belong to the {len(ids)} output ids")

@@ -20,8 +20,8 @@ from asd_megatron.rollout.sglang.client.api import (
     ServerDown,
     ServerRefused,
     SGLangServer,
-    _generation,
     new_session,
+    read_generation,
 )
 from tests.rollout.sglang.fake_sglang import ADMIN_KEY, API_KEY, FakeSGLang, made_from
 
@@ -157,7 +157,7 @@ GOOD = {
 
 
 def test_spans_are_kept() -> None:
-    answer = _generation(GOOD)
+    answer = read_generation(GOOD)
     assert answer.spans == ((0, "a"), (2, "b"))
     assert tuple(answer.logprobs) == (-1.0, -2.0, 0)
 
@@ -165,7 +165,7 @@ def test_spans_are_kept() -> None:
 def test_a_server_without_spans() -> None:
     answer = copy.deepcopy(GOOD)
     del answer["meta_info"]["weight_versions"]  # type: ignore[attr-defined]
-    assert _generation(answer).spans == ()
+    assert read_generation(answer).spans == ()
 
 
 @pytest.mark.parametrize(
@@ -187,4 +187,12 @@ def test_a_server_without_spans() -> None:
 def test_parts_that_do_not_belong_together(change: dict[str, Any]) -> None:
     answer = {**GOOD, "meta_info": {**GOOD["meta_info"], **change}}  # type: ignore[dict-item]
     with pytest.raises((AttributeError, IndexError, KeyError, TypeError, ValueError)):
-        _generation(answer)
+        read_generation(answer)
+
+
+@pytest.mark.parametrize("token", [-1, 1 << 31, 7.0])
+def test_an_id_that_no_token_has(token: Any) -> None:
+    answer = copy.deepcopy(GOOD)
+    answer["output_ids"][2] = answer["meta_info"]["output_token_logprobs"][2][1] = token  # type: ignore[index]
+    with pytest.raises(ValueError, match="not all token ids"):
+        read_generation(answer)
