@@ -123,22 +123,23 @@ def measure(steps: list[Weights], config: Path, python: Path, repeats: int, logs
     with ServerPool([options] * SERVERS, logs, start_timeout=300) as pool:
         receivers = [HttpReceiver(url) for url in pool.urls]
         for verified in (False, True):
-            for kind, full_every in (("complete", 1), ("delta", sys.maxsize)):
-                transport = DeltaTransport(DistributedTransport(CPU), full_every)
+            verifier = WeightVerifier(described, dtype=torch.bfloat16, device="cpu") if verified else None
+            for kind in ("complete", "delta"):
+                complete = DistributedTransport(CPU)
+                deltas = DeltaTransport(complete, sys.maxsize) if kind == "delta" else None
                 done: list[tuple[int, SyncReport]] = []
                 held = ""
                 for number, step in enumerate(order):
-                    label = f"{verified:08x}-{kind}-{number}"
-                    verifier = WeightVerifier(described, dtype=torch.bfloat16, device="cpu") if verified else None
-                    transport.expect({receiver.url: held for receiver in receivers})
-                    report = synchronise(transport, receivers, steps[step].items(), label, verifier=verifier)
+                    if deltas is not None:
+                        deltas.expect({receiver.url: held for receiver in receivers})
+                    held = f"{verified:08x}-{kind}-{number}"
+                    tensors = steps[step].items()
+                    report = synchronise(deltas or complete, receivers, tensors, held, verifier=verifier)
                     if report.failures:
                         raise UserError(f"the weights did not arrive: {report.failures}")
-                    if number:  # the first one creates the group, and is complete in any case
-                        assert transport.full is (kind == "complete")
-                        done.append((transport.sent_bytes, report))
-                    held = label
-                transport.close()
+                    done.append((report.bytes if deltas is None else deltas.sent_bytes, report))
+                complete.close()
+                del done[0]  # it created the group, and is complete in any case
                 megabytes = sum(sent for sent, _ in done) / len(done) / 1e6
                 rows.append(Row(kind, verified, round(megabytes, 4), round(min(r.seconds for _, r in done), 4)))
     return rows

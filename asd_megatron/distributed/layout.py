@@ -142,7 +142,7 @@ def init(layout: Layout, *, host_minutes: float = 60.0, dumps: Path | None = Non
             distributed_timeout_minutes=max(1, math.ceil(minutes)),
         )
         host = world
-        if on_gpus:
+        if device.backend() != "gloo":
             host = dist.new_group(backend="gloo", timeout=timedelta(minutes=host_minutes))
             _objects.enter_context(objects_over(host))
     _seed()

@@ -166,7 +166,7 @@ def test_the_routed_experts_are_those_of_the_weights(
             async def ask(ids: list[int], new: int) -> list[int]:
                 sampling = {"max_new_tokens": new, "temperature": 0.0, "ignore_eos": True}
                 answers.append((ids, await server.generate(ids, sampling, routing)))
-                return [*ids, *answers[-1][1].output_ids]
+                return [*ids, *answers[-1][1].output_ids.tolist()]
 
             answers: list[tuple[list[int], Generation]] = []
             first = await ask([7, 8, 9, 40, 41], 60)
