@@ -34,6 +34,8 @@ from asd_megatron.models.port import ModelPort
 from asd_megatron.rollout.sglang.servers.options import ServerOptions
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.servers.process import DIRECT
+from asd_megatron.rollout.sglang.weight_sync.buckets import Slots, fill, pack
+from asd_megatron.rollout.sglang.weight_sync.checksums import ServerChecksums
 from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import REBUILD_ARGUMENTS, CudaIpcTransport
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
@@ -46,6 +48,12 @@ SERVERS = 2
 KEY = "benchmark"
 CPU = torch.device("cpu")
 MIB = 2**20
+FILLED = {
+    "one by one": "filled and hashed one by one, no servers",
+    "stacked": "filled and hashed stacked, no servers",
+}
+BOTH = [f"{kind}{how}" for kind in ("gathered", "distributed", "shared memory") for how in ("", ", verified")]
+METHODS = [*BOTH, "disk", "disk, verified"]
 LAYOUTS = {
     "one rank": Layout(),
     "tensor 2": Layout(tensor=2),
@@ -142,7 +150,7 @@ def _trainer(rank: int, port: int, work: Work) -> None:
             parameter.data.normal_(0, 0.02)
     receivers = [HttpReceiver(url) for url in work.urls]
     found = {}
-    for method in work.methods:
+    for method in work.methods if work.layout.world_size == 1 else [m for m in work.methods if m not in FILLED]:
         send, close = _method(method, model, groups, config, receivers, work)
         times = []
         for number in range(work.repeats + 1):
@@ -163,6 +171,8 @@ def _method(
 ) -> tuple[Callable[[str], None], Callable[[], None]]:
     """(one update under a label, the end) on this rank."""
     kind, _, verified = method.partition(", ")
+    if kind in FILLED:
+        return lambda label: _fill(kind == "stacked", model, config, work.bucket_bytes), lambda: None
     verifier = WeightVerifier(config, dtype=torch.float32, device="cpu") if verified else None
     transport: DistributedTransport | CudaIpcTransport | DiskTransport
     if kind == "disk":
@@ -193,6 +203,19 @@ def _method(
             weights.take_part()
 
     return send, transport.close
+
+
+def _fill(stacked: bool, model: ModelPort, config: Any, bucket_bytes: int) -> None:
+    """What the trainer does without servers: gathers, fills buckets, and hashes for a server of one rank."""
+    sums = ServerChecksums(config, [1], torch.float32, "cpu")
+    if not stacked:
+        for _ in pack(sums.watch(model.export(bucket_bytes=bucket_bytes)), bucket_bytes, CPU):
+            pass
+        return
+    slots = Slots(bucket_bytes)
+    for step in model.export_steps(bucket_bytes=bucket_bytes):
+        for block, tensors in fill(step.blocks, slots, CPU)[1]:
+            sums.add(block.names, tensors)
 
 
 # ---------------------------------------------------------------- the plain broadcast
@@ -256,7 +279,14 @@ def measure(
             )
             _train(work)
             for method, seconds in json.loads((folder / "seconds.json").read_text()).items():
-                yield Row(name, layout, method, round(size / 1e6, 1), round(seconds, 4), round(seconds / plain, 2))
+                yield Row(
+                    name,
+                    layout,
+                    FILLED.get(method, method),
+                    round(size / 1e6, 1),
+                    round(seconds, 4),
+                    round(seconds / plain, 2),
+                )
         checked = []
         for _ in range(arguments.repeats):
             start = time.perf_counter()
@@ -306,22 +336,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS), help="layouts (default: all)"
     )
     parser.add_argument("--layout-megabytes", type=float, default=300, help="size of a model in layouts (default: 300)")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="methods (default: all)")
     parser.add_argument("--bucket-mib", type=int, default=256, help="size of a bucket (default: 256)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of which the best counts (default: 5)")
     parser.add_argument("--python", default=".venv-sglang/bin/python", help="interpreter of the SGLang environment")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    both = [f"{kind}{how}" for kind in ("gathered", "distributed", "shared memory") for how in ("", ", verified")]
+    both = [name for name in arguments.methods if name in BOTH]
+    alone = [name for name in arguments.methods if not name.startswith("gathered")]
     models = [
-        (f"Qwen3 {megabytes:g} MB", dense_config(megabytes), ["one rank"], [*both[2:], "disk", "disk, verified"])
-        for megabytes in arguments.megabytes
+        (f"Qwen3 {megabytes:g} MB", dense_config(megabytes), ["one rank"], alone) for megabytes in arguments.megabytes
     ]
     dense = [name for name in arguments.layouts if not LAYOUTS[name].expert > 1]
-    if arguments.layouts:
-        models += [
-            ("Qwen3 in layouts", dense_config(arguments.layout_megabytes), dense, both),
-            ("48 x 128 experts", experts_config(), [n for n in arguments.layouts if n != "data 2"], both),
-        ]
+    if dense:
+        models.append(("Qwen3 in layouts", dense_config(arguments.layout_megabytes), dense, both))
+    if sparse := [name for name in arguments.layouts if name != "data 2"]:
+        models.append(("48 x 128 experts", experts_config(), sparse, [*FILLED, *both]))
     rows: list[Row] = []
     print("| model | layout | method | MB | seconds | ratio |\n|---|---|---|---|---|---|")
     try:
