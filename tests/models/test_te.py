@@ -43,7 +43,7 @@ def test_parity_with_local_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for result in results:
         assert result.passed, parity.table(results)
         if CELLS[result.layout].dtype == "float32":
-            assert result.max_relative_error <= 1e-5 and 0 < result.update_error <= 1e-4
+            assert result.max_relative_error <= 1e-5 and 0 < result.update_error <= parity.UPDATE_TOLERANCE
 
 
 def _build(folder: Path, layers: Literal["local", "te"], dtype: torch.dtype, **how: Any) -> Any:
