@@ -52,7 +52,9 @@ def _in_flight(rank: int, folder: str) -> None:
         go.set()
         assert (background.settle(), background.settle(), background.step) == (3, 0, 0)
         assert lineage.latest(root) == root / "step_000003"
-    assert (root / "step_000003" / lineage.RUN_STATE).stat().st_mtime <= exported, "an export meanwhile is of this branch"
+    assert (root / "step_000003" / lineage.RUN_STATE).stat().st_mtime <= exported, (
+        "an export meanwhile is of this branch"
+    )
     again = Trainer({"data": 2}, True, 2, torch.bfloat16, copies=True)
     again.load(root / "step_000003")
     found = again.weights() | again.kept()
