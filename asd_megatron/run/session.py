@@ -62,7 +62,7 @@ def run_session(recipe: AnyRecipe, program: Callable[[Session], None]) -> int:
     again, and its model is not built. An interruption says what was kept."""
     interruption = Interruption(recipe)
     try:
-        with interruption.told(), open_session(recipe) as session, interruption.told():
+        with interruption.told(), open_session(recipe) as session, interruption.claimed():
             program(session)
     except RunFinished as finished:
         if os.environ.get("RANK", "0") == "0":
