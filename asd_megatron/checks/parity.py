@@ -22,8 +22,9 @@ from asd_megatron.files import atomic_write
 from asd_megatron.models.compat import resolve_layers
 
 TOLERANCE = 1e-5
-UPDATE_TOLERANCE = 1e-4
-"""Weight changes after two Adam steps: Adam divides by the square root of second moments that can be tiny."""
+UPDATE_TOLERANCE = 2e-4
+"""Weight changes after two Adam steps: Adam divides by the square root of second moments that can be tiny. Rounding
+differs between processors: 6e-5 on one, 1.1e-4 on another, for the same layout."""
 LONG_TOLERANCE = 1e-3
 """Weight changes after eleven Adam steps, eight of them with active clipping: rounding errors feed back into the next
 step's loss."""

@@ -144,7 +144,7 @@ def _make_fail(phase: str, failed: Path) -> None:
         "gate_step": (passes, "gate_entropy"),
         "update": (rl, "update"),
         "observe": (rl, "gather_table"),
-        "checkpoint": (training, "_state"),
+        "checkpoint": (training, "_parts"),
         "export": (session, "write_folder"),
     }
     setattr(*where[phase], fail)
