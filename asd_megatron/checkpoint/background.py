@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -15,6 +17,8 @@ from torch import Tensor
 from asd_megatron.checkpoint.parts import Part
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import on_rank_zero
+
+log = logging.getLogger(__name__)
 
 ALIGNMENT = 64  # bytes
 TIMEOUT = timedelta(hours=2)
@@ -68,10 +72,13 @@ class Background:
         return step
 
     def close(self) -> None:
-        """Wait for the checkpoint in flight, whose error is dropped, and leave the group."""
+        """Wait for the checkpoint in flight, whose error is logged, and leave the group."""
         if self._thread is not None:
             self._thread.join()
+            if self._error is not None:
+                log.warning("the checkpoint of step %d is not complete: %s", self.step, self._error)
         dist.destroy_process_group(self._group)
+        _release(self._memory)
 
     def _run(self, write: Callable[[], None]) -> None:
         try:
@@ -83,6 +90,7 @@ class Background:
         """The parts with copies of their numbers in host memory."""
         needed = sum(_aligned(part.bytes) for part in parts)
         if self._memory.numel() < needed:
+            _release(self._memory)
             self._memory = _host_memory(needed)
         start = 0
         for part in parts:
@@ -104,5 +112,15 @@ def _host_memory(size: int) -> Tensor:
     """`size` bytes, pinned where there is CUDA: registered, because PyTorch's own pinned memory takes powers of two."""
     memory = torch.empty(size, dtype=torch.uint8)
     if torch.cuda.is_available():
-        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)  # if refused, copies are slower
+        cudart = torch.cuda.cudart()
+        if cudart.cudaHostRegister(memory.data_ptr(), size, 0) != cudart.cudaError.success:
+            log.warning("host memory for checkpoints cannot be page-locked: copies to it are slower")
+            with suppress(RuntimeError):  # CUDA reports the refusal once more, as the error of the next kernel
+                torch.ones((), device="cuda").neg()
     return memory
+
+
+def _release(memory: Tensor) -> None:
+    """Before memory of `_host_memory` is freed: addresses that stay registered cannot be registered again."""
+    if memory.is_pinned():
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -31,8 +31,8 @@ from asd_megatron.files import user_error
 
 SHOWN = 8  # damaged files that a message lists
 _MOST = 1 << 48  # elements of a tensor: more is damage
-Box = tuple[list[int], list[int]]
-"""The first element of a part of a tensor, and its sizes."""
+Overlap = tuple[list[int], list[int]]
+"""The first element of what a chunk and a wanted box have in common, and its sizes."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,9 @@ class DistributedCheckpoint:
         except Exception:  # a damaged description
             return b""
 
-    def _check_cover(self, tensor: StoredTensor, start: Sequence[int], sizes: Sequence[int], boxes: list[Box]) -> None:
+    def _check_cover(
+        self, tensor: StoredTensor, start: Sequence[int], sizes: Sequence[int], boxes: list[Overlap]
+    ) -> None:
         volume = sum(math.prod(lengths) for _, lengths in boxes)
         if volume != math.prod(sizes) or _any_overlap(boxes):
             named = max((axis + 1 for axis, first in enumerate(start) if first), default=0)  # without zeros at the end
@@ -190,7 +192,9 @@ class DistributedCheckpoint:
                 "the checkpoint is damaged, take another one"
             )
 
-    def _assemble(self, result: Tensor, tensor: StoredTensor, start: Sequence[int], boxes: Mapping[Chunk, Box]) -> None:
+    def _assemble(
+        self, result: Tensor, tensor: StoredTensor, start: Sequence[int], boxes: Mapping[Chunk, Overlap]
+    ) -> None:
         """Fill the bytes of the box at `start`, of which each chunk holds a part."""
         width = tensor.dtype.itemsize
         for chunk, (first, lengths) in boxes.items():
@@ -260,14 +264,14 @@ def _filler(result: Tensor) -> Any:
     return Filler()
 
 
-def _overlap(chunk: Chunk, start: Sequence[int], sizes: Sequence[int]) -> Box:
+def _overlap(chunk: Chunk, start: Sequence[int], sizes: Sequence[int]) -> Overlap:
     """The common box of a chunk and the box at `start`: its first element and its sizes (not positive: none)."""
     first = [max(a, b) for a, b in zip(chunk.offsets, start, strict=True)]
     ends = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, start, sizes, strict=True)]
     return first, [end - begin for end, begin in zip(ends, first, strict=True)]
 
 
-def _any_overlap(boxes: list[Box]) -> bool:
+def _any_overlap(boxes: list[Overlap]) -> bool:
     """Whether two of the boxes share an element."""
     ordered = sorted(boxes)
     for number, (first, lengths) in enumerate(ordered):

@@ -1,6 +1,6 @@
 """The training checkpoints of a run folder: their names, the newest one, and the removal of those that are superseded.
 
-    CHECKPOINTS/step_000060/   complete once it holds run_state.json (`training` writes it last)
+    CHECKPOINTS/step_000060/   complete: written aside, then renamed; a folder without run_state.json is none
     CHECKPOINTS/latest         the name of the checkpoint that the run continues from
 
 A checkpoint with a higher number than `latest` is of a branch that was abandoned when the run was resumed from an older

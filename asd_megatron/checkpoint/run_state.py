@@ -18,7 +18,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class RunStateFile:
-    """The content of run_state.json. It is written last: a folder without it is no checkpoint.
+    """The content of run_state.json. A folder without it is no checkpoint.
 
     Attributes:
         distributed_optimizer: the kind of optimizer whose state the checkpoint stores.

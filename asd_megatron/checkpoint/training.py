@@ -81,19 +81,21 @@ def save(
     written = ExitStack()
     parts = own(_parts(port, optimizer, copies, stored_copies))
 
-    def begin() -> tuple[str, str]:
+    def begin() -> str:
         text = content.text(step)
         with saving(folder, step):
             remove_partial(folder)
             aside = written.enter_context(atomic_folder(folder / lineage.name(step), replace=True))
-            return str(aside), text
+            # Now, not with the rest: an export of the step that is older than this file is another branch's.
+            (aside / RUN_STATE).write_text(text, encoding="utf-8")
+            return str(aside)
 
-    aside, text = on_rank_zero(begin, host)
+    aside = on_rank_zero(begin, host)
     common = {
         "optimizer": {"param_groups": [{"step": optimizer_state.step_count(optimizer)}]},
         "scheduler": {"num_steps": scheduler.num_steps},
     }
-    write = _Write(folder, step, Path(aside), written, text, common, keep, host.rank())
+    write = _Write(folder, step, Path(aside), written, common, keep, host.rank())
     if background is None:
         write(parts, host)
     else:
@@ -109,7 +111,6 @@ class _Write:
     step: int
     aside: Path
     written: ExitStack
-    run_state: str
     common: dict[str, Any]
     keep: int
     rank: int
@@ -139,7 +140,6 @@ class _Write:
         with saving(self.folder, self.step):
             write_metadata(self.aside, [one for found, _ in everyone for one in found])
             write_common(self.aside, self.common)
-            (self.aside / RUN_STATE).write_text(self.run_state, encoding="utf-8")
             self.written.close()
             previous = lineage.latest_step(self.folder)
             lineage.write_latest(self.folder, lineage.name(self.step))

@@ -33,25 +33,36 @@ def interrupted_text(recipe: AnyRecipe, command: str, since: str) -> str:
 
 
 class Interruption:
-    """Tells the user once about an interruption of this rank. Among several ranks one does; under `asd-megatron train`
-    the launcher does, after they have ended."""
+    """Tells the user once about an interruption of this rank, after the run is closed: a checkpoint in flight is kept
+    then. Among several ranks one does; under `asd-megatron train` the launcher does, after they have ended."""
 
     def __init__(self, recipe: AnyRecipe) -> None:
-        self.recipe, self.since, self.said = recipe, utc_now(), False
+        self.recipe, self.since = recipe, utc_now()
+        self._claimed = self._tells = False
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def claimed(self) -> Iterator[None]:
+        """Around the program, inside `told`: ranks whose collectives break while this one is closing do not report that
+        as the cause."""
         try:
             yield
         except KeyboardInterrupt:
-            if not self.said:
-                self.said = True
-                self._tell()
+            self._claim()
             raise
 
-    def _tell(self) -> None:
-        launched = LAUNCHER in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        command = os.environ.get(COMMAND, "the same command")
-        text = interrupted_text(self.recipe, command, self.since)
-        # The claim keeps ranks whose collectives break now from reporting that as the cause.
-        report_once("interrupted", lambda: None if launched else print_line(text, sys.stderr))
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Around the program and its closing."""
+        try:
+            with self.claimed():
+                yield
+        finally:
+            if self._tells:
+                command = os.environ.get(COMMAND, "the same command")
+                print_line(interrupted_text(self.recipe, command, self.since), sys.stderr)
+
+    def _claim(self) -> None:
+        if not self._claimed:
+            self._claimed = True
+            launched = LAUNCHER in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+            report_once("interrupted", lambda: setattr(self, "_tells", not launched))

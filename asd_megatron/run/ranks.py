@@ -34,7 +34,8 @@ def _longest_wait(recipe: AnyRecipe) -> float:
     if not isinstance(recipe, Recipe):
         return HOST_SECONDS
     r = recipe.rollout
-    return max(HOST_SECONDS, MARGIN_SECONDS + max(r.collect_timeout, r.server_start_timeout, r.server_wait_timeout))
+    waits = (r.collect_timeout, r.server_start_timeout, r.server_wait_timeout, r.weight_sync_timeout)
+    return max(HOST_SECONDS, MARGIN_SECONDS + max(waits))
 
 
 def _layout(recipe: AnyRecipe, data: int) -> Layout:

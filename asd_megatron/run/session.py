@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from asd_megatron.checkpoint import lineage, training
-from asd_megatron.checkpoint.background import Background
+from asd_megatron.checkpoint import training
 from asd_megatron.checkpoint.huggingface import read_config, write_folder
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
@@ -44,6 +43,7 @@ from asd_megatron.run.interruption import Interruption
 from asd_megatron.run.model import build_optimizer, build_port, shares_prefixes, updates_per_step
 from asd_megatron.run.preview import finished_text
 from asd_megatron.run.ranks import join_ranks
+from asd_megatron.run.saving import Saver
 from asd_megatron.run.sources import model_folder
 from asd_megatron.run.telemetry import Telemetry
 from asd_megatron.trainer.batch import PackLayout
@@ -62,7 +62,7 @@ def run_session(recipe: AnyRecipe, program: Callable[[Session], None]) -> int:
     again, and its model is not built. An interruption says what was kept."""
     interruption = Interruption(recipe)
     try:
-        with interruption.told(), open_session(recipe) as session, interruption.told():
+        with interruption.told(), open_session(recipe) as session, interruption.claimed():
             program(session)
     except RunFinished as finished:
         if os.environ.get("RANK", "0") == "0":
@@ -126,10 +126,10 @@ class Session:
         self._note: str | None = None  # about the checkpoint's copies of weights, for the console
         self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)
         self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
-        self._saved = self.first_step - 1 if self.start.kind == "resume" else 0  # step of the run's newest checkpoint
         self._overdue = False  # a due checkpoint could not be written: it is written after the next applied update
-        self._background = Background(self.process_groups) if recipe.checkpoint.async_save else None
-        closing.callback(self._close_background)
+        newest = self.first_step - 1 if self.start.kind == "resume" else 0
+        self._saver = Saver(recipe, self.stage, self.port, self.optimizer, self.copies, self.balance, newest=newest)
+        closing.callback(lambda: self._saver.close(self.say))
         self.clock = Clock()
         self.telemetry = Telemetry(recipe, self.port, self.layout, self.process_groups, self.clock)
         self.writer: RunWriter | None = None
@@ -302,18 +302,20 @@ class Session:
         when something is due and the weights are not finite.
         """
         settings = self.recipe.checkpoint
-        self._settle(wait=False)
+        self._saver.settle(wait=False)
         due, export = self.checkpoint_due(step), self.is_due(step, settings.export_every, at_end=settings.export_at_end)
         if not (due or export):
             return
         broken = self.not_finite()
         if broken is not None:
-            self._settle()
-            raise NotFinite(f"step {step}, checkpoint: {broken}. Nothing of this state is saved; {self._last_good()}")
+            self._saver.settle()
+            raise NotFinite(
+                f"step {step}, checkpoint: {broken}. Nothing of this state is saved; {self._saver.newest_text()}"
+            )
         if due:
             self._overdue = guard.consecutive > 0
             if self._overdue:
-                self.say(f"no checkpoint after step {step}: {guard}; {self._last_good()}")
+                self.say(f"no checkpoint after step {step}: {guard}; {self._saver.newest_text()}")
             else:
                 self.save(step, run_state)
         if export:
@@ -323,12 +325,12 @@ class Session:
         """Save the state after `step` of a run that stops there for a reason that is not in its weights, unless it is
         not worth saving; says what was done. Collective."""
         reason = str(guard) if guard.consecutive else self.not_finite()
-        self._settle()
+        self._saver.settle()
         if reason is not None:
-            return f"The state after step {step} is not saved: {reason}; {self._last_good()}"
-        if self._saved != step:
+            return f"The state after step {step} is not saved: {reason}; {self._saver.newest_text()}"
+        if self._saver.newest != step:
             self.save(step, run_state)
-            self._settle()
+            self._saver.settle()
         return f"The state after step {step} is saved: start the same command again to resume"
 
     def not_finite(self) -> str | None:
@@ -337,43 +339,10 @@ class Session:
         where = None if name is None else f"the weights are not finite ({name})"
         return first_message(where, self.process_groups.host)
 
-    def _last_good(self) -> str:
-        if not self._saved:
-            return "there is no checkpoint of this run yet"
-        return f"the newest checkpoint is {lineage.name(self._saved)}"
-
     def save(self, step: int, run_state: Mapping[str, Any]) -> None:
-        """A training checkpoint; the newest `checkpoint.keep` stay. With `checkpoint.async_save` it is in flight
-        afterwards. Collective."""
-        load = {} if self.balance is None else {"expert_load": self.balance.fractions.tolist()}
+        """A training checkpoint. Collective."""
         with self.clock.phase("checkpoint"):
-            self._settle()
-            training.save(
-                self.folder / folders.CHECKPOINTS,
-                step,
-                self.port,
-                self.optimizer.megatron,
-                self.optimizer.scheduler,
-                {**run_state, **load, "step": step, "stage": self.stage},
-                keep=self.recipe.checkpoint.keep,
-                copies=self.copies,
-                background=self._background,
-            )
-        if self._background is None:
-            self._saved = step
-
-    def _settle(self, *, wait: bool = True) -> None:
-        """Learn what became of the checkpoint in flight, if there is one; with `wait`, after its end. Raises its error,
-        a UserError where the operating system refused. Collective."""
-        if self._background is not None:
-            self._saved = self._background.settle(wait=wait) or self._saved
-
-    def _close_background(self) -> None:
-        """Let a checkpoint in flight be completed, also after an exception."""
-        if self._background is not None:
-            if self._background.step:
-                self.say(f"waiting for the checkpoint of step {self._background.step} to be written")
-            self._background.close()
+            self._saver.save(step, run_state)
 
     def export(self, step: int) -> Path:
         """RUN/hf/step_NNNNNN, a complete Hugging Face folder. Collective."""
@@ -398,7 +367,7 @@ class Session:
     def finish(self, summary: Mapping[str, Any], sample: Sample | None = None) -> None:
         """End a run after its last step: write RUN/summary.json and, with `logging.curves`, RUN/curves.png, and print
         the closing report with a held-out `sample`. Collective."""
-        self._settle()
+        self._saver.settle()
 
         def write() -> None:
             if not self.steps() and (self.folder / folders.SUMMARY_FILE).is_file():

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def _in_flight(rank: int, folder: str) -> None:
         trainer.steps(range(2, 3))
         want, kept = trainer.weights(), trainer.kept()
         _begin(trainer, root, 3, background)
+        exported = time.time()
         with pytest.raises(RuntimeError, match="in flight"):
             _begin(trainer, root, 3, background)
         trainer.steps(range(3, 5))  # the state changes, and training's collectives go on
@@ -50,6 +52,9 @@ def _in_flight(rank: int, folder: str) -> None:
         go.set()
         assert (background.settle(), background.settle(), background.step) == (3, 0, 0)
         assert lineage.latest(root) == root / "step_000003"
+    assert (root / "step_000003" / lineage.RUN_STATE).stat().st_mtime <= exported, (
+        "an export meanwhile is of this branch"
+    )
     again = Trainer({"data": 2}, True, 2, torch.bfloat16, copies=True)
     again.load(root / "step_000003")
     found = again.weights() | again.kept()

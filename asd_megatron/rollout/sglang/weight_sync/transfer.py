@@ -217,7 +217,9 @@ class Transfer:
     def share(self, value: T | None, error: Exception | None = None, src: int = 0) -> T:
         users = isinstance(error, UserError)
         message = None if error is None else str(error) if users else f"{type(error).__name__}: {error}"
-        found, message, users = broadcast_object((value, message, users), src, self._settings.host)
+        failures = error.failures if isinstance(error, TransferIncomplete) else None
+        told = (value, message, users, failures)
+        found, message, users, failures = broadcast_object(told, src, self._settings.host)
         if message is None:
             return found  # type: ignore[return-value]
         self._stopped = True
@@ -227,6 +229,8 @@ class Transfer:
             raise Stopped(message)
         if error is not None:
             raise error
+        if failures is not None:  # of servers, which are sent everything again
+            raise TransferIncomplete(failures)
         raise UserError(message) if users else RuntimeError(f"global rank {src} could not send its weights: {message}")
 
     def collect(self, value: T) -> list[T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,12 @@ def test_what_a_delta_cannot_follow_is_refused(load: Callable[[Tensor], object])
         load(ChangedElements.full(changes))
     with pytest.raises(ValueError, match="bytes of an unknown form"):
         Changes.read(changes.encoded_name, changes.payload[:-1])
+
+
+def test_a_server_without_the_function_that_is_replaced_says_nothing() -> None:
+    answer = SimpleNamespace(internal_state={})  # there is no SGLang here at all
+    plugin.announce(answer)
+    assert answer.internal_state == {}
 
 
 class Servers:

@@ -21,7 +21,8 @@ from asd_megatron.errors import UserError
 from asd_megatron.models.export import Block, Step
 from asd_megatron.rollout.sglang.weight_sync import distributed, update_group
 from asd_megatron.rollout.sglang.weight_sync.checksums import ServerChecksums, server_pieces
-from asd_megatron.rollout.sglang.weight_sync.transfer import Sending
+from asd_megatron.rollout.sglang.weight_sync.protocol import TransferIncomplete
+from asd_megatron.rollout.sglang.weight_sync.transfer import Sending, Stopped
 from tests.distributed.harness import run_ranks
 from tests.models.tiny import tiny_qwen3, tiny_qwen3_moe
 from tests.rollout.sglang.weight_sync.layouts import Trainer
@@ -124,6 +125,10 @@ def _failing(rank: int, folder: str) -> None:
     else:
         assert trainer.send(far, "0a0a0a0a-2") is None
     trainer.send([], "0a0a0a0a-3")  # nobody is left
+    lost = TransferIncomplete({"http://127.0.0.1:1": "it did not join"})
+    transfer = trainer.sending.transfer(trainer.weights)
+    with pytest.raises(TransferIncomplete if rank == 0 else Stopped):  # its server failed, not the run
+        transfer.share(None, lost if rank == 1 else None, 1)
     assert sum(len(step.blocks) for step in trainer.weights.steps(2**30)) > 0, "the ranks are in step"
 
 

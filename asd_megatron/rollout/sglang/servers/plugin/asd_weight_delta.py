@@ -218,9 +218,11 @@ def _decoded(name: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 
 def announce(answer: Any, *_: Any, **__: Any) -> None:
-    """After a scheduler has described itself: say which format it takes, if SGLang has put `load` in its place."""
-    if hasattr(pkgutil.resolve_name(LOADER), "__wrapped__"):
-        answer.internal_state[MARK] = FORMAT
+    """After a scheduler has described itself: say which format it takes, if SGLang has put `load` in its place. An
+    error here would end the server, also one that is never sent a delta."""
+    with suppress(ImportError, AttributeError):  # an SGLang without that function
+        if hasattr(pkgutil.resolve_name(LOADER), "__wrapped__"):
+            answer.internal_state[MARK] = FORMAT
 
 
 def register() -> None:
