@@ -14,6 +14,7 @@ rendered before the last group comes, as they are in a run whose generation take
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -151,6 +152,7 @@ def rank(number: int, options: argparse.Namespace, port: int, folder: str) -> No
         tokens_per_microbatch=options.tokens + 16_384,
     )
     divide(hard_batch(1) if number == 0 else [])  # what is loaded and allocated once
+    gc.freeze()  # as a session does
     process_groups.host.barrier().wait()
     examples: list[Example] = []
     with PeakMemory() as memory:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ELLIPSIS = " ... "
 THINK_BLOCK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-CHARACTERS = 5  # of a token, more than most have
+CHARACTERS = 3  # of a token at first; a text with longer ones is tokenised a second time, a little further
 AT_A_CUT = 32  # tokens beside a cut in the text, which may be others than those of the complete text
 MATH_CLOSE = re.compile(r"\s*(?:\$\$?|\\\)|\\\])")
 
@@ -89,7 +89,7 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int) -> list
         found = encode_spans(tokenizer, text[:size])
         if size >= len(text) or len(found) >= n + AT_A_CUT:
             return found[:n]
-        size *= 2
+        size = _more(size, n, len(found))
 
 
 def _last_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int) -> list[tuple[int, int]]:
@@ -100,4 +100,9 @@ def _last_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int) -> list[
         found = encode_spans(tokenizer, text[start:])
         if not start or len(found) >= n + AT_A_CUT:
             return [(start + a, start + e) for a, e in found[-n:]]
-        size *= 2
+        size = _more(size, n, len(found))
+
+
+def _more(size: int, wanted: int, found: int) -> int:
+    """Characters that should hold the wanted tokens, after `size` of them held only `found`."""
+    return size + 1 + int(size * (1.1 * (wanted + AT_A_CUT) / max(found, 1) - 1))

