@@ -83,11 +83,12 @@ def save(
 
     def begin() -> str:
         text = content.text(step)
-        with saving(folder, step):
+        with saving(folder, step), ExitStack() as opened:
             remove_partial(folder)
-            aside = written.enter_context(atomic_folder(folder / lineage.name(step), replace=True))
+            aside = opened.enter_context(atomic_folder(folder / lineage.name(step), replace=True))
             # Now, not with the rest: an export of the step that is older than this file is another branch's.
             (aside / RUN_STATE).write_text(text, encoding="utf-8")
+            written.push(opened.pop_all())
             return str(aside)
 
     aside = on_rank_zero(begin, host)

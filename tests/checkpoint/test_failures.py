@@ -45,7 +45,13 @@ def _full_disk(space: int) -> Iterator[None]:
 
     plain = Path.open
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "open", lambda p, mode="r": Stream(p, mode) if p.suffix == ".distcp" else plain(p, mode))
+        patch.setattr(
+            Path,
+            "open",
+            lambda p, mode="r", *how, **more: (
+                Stream(p, mode) if p.suffix == ".distcp" else plain(p, mode, *how, **more)
+            ),
+        )
         yield
 
 
