@@ -44,14 +44,12 @@ def _full_disk(space: int) -> Iterator[None]:
             return super().write(data)
 
     plain = Path.open
+
+    def opened(path: Path, mode: str = "r", *how: Any, **more: Any) -> Any:
+        return Stream(path, mode) if path.suffix == ".distcp" else plain(path, mode, *how, **more)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Path,
-            "open",
-            lambda p, mode="r", *how, **more: (
-                Stream(p, mode) if p.suffix == ".distcp" else plain(p, mode, *how, **more)
-            ),
-        )
+        patch.setattr(Path, "open", opened)
         yield
 
 
