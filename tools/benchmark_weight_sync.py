@@ -102,9 +102,9 @@ class HttpReceiver:
 
 def dense_config(megabytes: float) -> dict[str, Any]:
     """A float32 Qwen3 of about that size."""
-    vocabulary, layers, hidden = 2048, 2 if megabytes < 10 else 8, 32
+    vocabulary, layers, hidden = 2048, 2 if megabytes < 10 else 8, 64
     while 4 * (2 * vocabulary * hidden + layers * 12 * hidden * hidden) < megabytes * 1e6:
-        hidden += 32  # 12 h^2 a layer: q and o (2), k and v (1), gate, up and down (9)
+        hidden += 64  # 12 h^2 a layer: q and o (2), k and v (1), gate, up and down (9); two key heads are a shard
     return _config("qwen3", hidden, layers, vocab_size=vocabulary, intermediate_size=3 * hidden)
 
 
@@ -270,7 +270,7 @@ def measure(
     size = _size(model)
     plain = plain_broadcast(size, bucket_bytes, arguments.repeats)
     yield Row(name, "", "plain broadcast", round(size / 1e6, 1), round(plain, 4), 1.0)
-    server = {"skip-tokenizer-init": True, "load-format": "dummy"}
+    server = {"skip-tokenizer-init": True, "load-format": "dummy", "mem-fraction-static": 0.3}
     options = ServerOptions(python=Path(arguments.python), model=model, api_key=KEY, admin_key=KEY, arguments=server)
     with ServerPool([options] * SERVERS, folder / "logs", start_timeout=300) as pool:
         for layout in layouts:
