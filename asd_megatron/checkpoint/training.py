@@ -33,7 +33,7 @@ from asd_megatron.checkpoint.lineage import RUN_STATE
 from asd_megatron.checkpoint.parts import Box, Part, Sharded, boxes, local, own
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.checkpoint.shards import Written, saving, write_common, write_metadata, write_shard
-from asd_megatron.distributed.objects import first_message, gather_objects, on_rank_zero
+from asd_megatron.distributed.objects import Told, first_message, gather_objects, on_rank_zero
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, remove_partial
 from asd_megatron.models import te
@@ -127,17 +127,16 @@ class _Write:
                     mine = write_shard(self.aside, self.rank, parts)
             except Exception as e:
                 error = e
-            everyone = gather_objects((mine, error if error is None else _told(error)), 0, group)
+            everyone = gather_objects((mine, None if error is None else Told.of(error)), 0, group)
             try:
                 on_rank_zero(lambda: self._complete(everyone or []), group)
             except Exception as shared:
                 raise shared from error
 
-    def _complete(self, everyone: Sequence[tuple[list[Written], tuple[bool, str] | None]]) -> None:
+    def _complete(self, everyone: Sequence[tuple[list[Written], Told | None]]) -> None:
         for rank, (_, failure) in enumerate(everyone):
             if failure is not None:
-                users, message = failure
-                raise UserError(message) if users else RuntimeError(f"global rank {rank} failed: {message}")
+                raise failure.error(f"global rank {rank} failed")
         with saving(self.folder, self.step):
             write_metadata(self.aside, [one for found, _ in everyone for one in found])
             write_common(self.aside, self.common)
@@ -145,12 +144,6 @@ class _Write:
             previous = lineage.latest_step(self.folder)
             lineage.write_latest(self.folder, lineage.name(self.step))
         lineage.prune(self.folder, self.step, previous, self.keep)
-
-
-def _told(error: Exception) -> tuple[bool, str]:
-    """An error for global rank 0: whether it is a UserError, and its text."""
-    users = isinstance(error, UserError)
-    return users, str(error) if users else f"{type(error).__name__}: {error}"
 
 
 def load(

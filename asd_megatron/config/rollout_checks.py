@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from asd_megatron.config.refusals import changed
 from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.distributed.addresses import is_loopback
+from asd_megatron.distributed.launch import visible_devices
 
 if TYPE_CHECKING:
     from asd_megatron.config.recipe import Recipe
@@ -74,10 +75,7 @@ def device_findings(rollout: RolloutSection, environment: Mapping[str, str] = os
 def trainer_devices(environment: Mapping[str, str]) -> list[str]:
     """The devices of the trainer's ranks on this machine, as CUDA_VISIBLE_DEVICES names them."""
     ranks = int(environment.get("LOCAL_WORLD_SIZE") or 1)
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [str(index) for index in range(ranks)]
-    return [name.strip() for name in visible.split(",")][:ranks]
+    return visible_devices(environment, ranks)[:ranks]
 
 
 def _shared_devices(rollout: RolloutSection, trainers: list[str]) -> Iterator[str]:

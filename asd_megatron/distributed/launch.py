@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
 
 def torchrun_command(ranks: int, module: str, arguments: Sequence[str]) -> list[str]:
@@ -16,6 +16,14 @@ def torchrun_options(ranks: int) -> list[str]:
     """torchrun's options for `ranks` local processes that meet on a free port of this machine."""
     # Without --local-addr the ranks meet at the machine's name, which need not resolve.
     return ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
+
+
+def visible_devices(environment: Mapping[str, str], count: int) -> list[str]:
+    """The GPUs of a process by the names that CUDA_VISIBLE_DEVICES gives them; without it the numbers of `count`."""
+    names = environment.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return [str(index) for index in range(count)]
+    return [name.strip() for name in names.split(",")]
 
 
 def cores() -> int:

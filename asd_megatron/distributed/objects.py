@@ -12,7 +12,7 @@ import itertools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -97,21 +97,36 @@ def _starts(sizes: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(padded)]
 
 
+class Told(NamedTuple):
+    """An error as other ranks hear of it: whether it is a UserError, and its text."""
+
+    users: bool
+    message: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Told:
+        users = isinstance(error, UserError)
+        return cls(users, str(error) if users else f"{type(error).__name__}: {error}")
+
+    def error(self, where: str) -> Exception:
+        """To raise on another rank: a UserError as such, any other as a RuntimeError that says `where` it was."""
+        return UserError(self.message) if self.users else RuntimeError(f"{where}: {self.message}")
+
+
 def share_outcome(result: T | None, error: Exception | None, group: dist.ProcessGroup) -> T:
     """Group rank 0's `result`, or its `error`, on every rank. Collective; the other ranks' arguments are not read.
 
     A UserError is raised as a UserError on every rank, so that all of them handle it alike. Any other error is raised
     unchanged on rank 0, and elsewhere as a RuntimeError that quotes it.
     """
-    users = isinstance(error, UserError)
-    message = None if error is None else str(error) if users else f"{type(error).__name__}: {error}"
+    told = None if error is None else Told.of(error)
     if group.rank() != 0:
         error = None
-    result, message, users = broadcast_object((result, message, users), 0, group)
+    result, told = broadcast_object((result, told), 0, group)
     if error is not None:
         raise error
-    if message is not None:
-        raise UserError(message) if users else RuntimeError(f"global rank 0 failed: {message}")
+    if told is not None:
+        raise told.error("global rank 0 failed")
     return result  # type: ignore[return-value]
 
 
@@ -126,6 +141,13 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup) -> T:
         except Exception as e:
             error = e
     return share_outcome(result, error, group)
+
+
+def only_rank_zero(action: Callable[[], T], group: dist.ProcessGroup) -> T | None:
+    """As `on_rank_zero`, but the result stays on group rank 0; the others get None. Collective."""
+    kept: list[T] = []
+    on_rank_zero(lambda: kept.append(action()), group)
+    return kept[0] if kept else None
 
 
 def first_message(message: str | None, group: dist.ProcessGroup) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.distributed.addresses import is_loopback
 from asd_megatron.distributed.device import gpu_of_rank
+from asd_megatron.distributed.launch import visible_devices
 from asd_megatron.distributed.objects import broadcast_object
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.versions import Versions, check_environment, ipc_arguments
@@ -41,16 +42,12 @@ class Place:
 
     @classmethod
     def of_this_rank(cls) -> Place:
-        device = visible_devices()[gpu_of_rank(os.environ)] if torch.cuda.is_available() else ""
+        device = _visible_devices()[gpu_of_rank(os.environ)] if torch.cuda.is_available() else ""
         return cls(socket.gethostname(), device)
 
 
-def visible_devices() -> list[str]:
-    """The names of this process's CUDA devices."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if names is None:
-        return [str(index) for index in range(torch.cuda.device_count())]
-    return [name.strip() for name in names.split(",")]
+def _visible_devices() -> list[str]:
+    return visible_devices(os.environ, torch.cuda.device_count())
 
 
 def hosts_of_servers(
@@ -68,7 +65,7 @@ def hosts_of_servers(
     ranks = {place.device: rank for rank, place in enumerate(places) if place.machine == places[0].machine}
     found = {}
     for url, names in zip(urls, devices, strict=True):
-        own = visible_devices() if names is None else [name.strip() for name in names.split(",")]
+        own = _visible_devices() if names is None else [name.strip() for name in names.split(",")]
         if all(name in ranks for name in own[:tensor_parallel]):
             found[url] = tuple(ranks[name] for name in own[:tensor_parallel])
     return found

@@ -22,7 +22,7 @@ from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed import device
-from asd_megatron.distributed.objects import first_message, meet, on_rank_zero
+from asd_megatron.distributed.objects import first_message, meet, on_rank_zero, only_rank_zero
 from asd_megatron.errors import NotFinite, UserError, plural
 from asd_megatron.files import write_json
 from asd_megatron.models import te
@@ -235,9 +235,7 @@ class Session:
     def only_root(self, action: Callable[[], T]) -> T | None:
         """Run `action` on global rank 0; its result stays there, other ranks get None. Its UserError is raised on every
         rank. Collective."""
-        kept: list[T] = []
-        self.on_root(lambda: kept.append(action()))
-        return kept[0] if kept else None
+        return only_rank_zero(action, self.process_groups.host)
 
     # ---------------------------------------------------------------- steps
 

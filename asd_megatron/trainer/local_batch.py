@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asd_megatron.distributed.layout import Layout, ProcessGroups
-from asd_megatron.distributed.objects import on_rank_zero
+from asd_megatron.distributed.objects import only_rank_zero
 from asd_megatron.models.flops import UPDATE
 from asd_megatron.records import ComputedPacks, Example, TokenTable, flat
 from asd_megatron.trainer.batch import Bin, Pack, PackLayout, TokenSequence, build_pack
@@ -89,23 +90,18 @@ class LocalBatch:
     ) -> LocalBatch:
         """This rank's part of the examples of global rank 0; those of other ranks are not read. As for `plan_shares`.
         Collective over all ranks."""
-        planned: list[Share] = []
-
-        def plan() -> None:
-            planned.extend(
-                plan_shares(
-                    examples,
-                    ranks=layout.data,
-                    updates=updates,
-                    layout=packs,
-                    tokens_per_microbatch=tokens_per_microbatch,
-                    mask_truncated=mask_truncated,
-                    student_forwards=student_forwards,
-                )
-            )
-
-        on_rank_zero(plan, process_groups.host)
-        return cls(scatter_shares(planned, layout, process_groups), packs)
+        plan = partial(
+            plan_shares,
+            examples,
+            ranks=layout.data,
+            updates=updates,
+            layout=packs,
+            tokens_per_microbatch=tokens_per_microbatch,
+            mask_truncated=mask_truncated,
+            student_forwards=student_forwards,
+        )
+        shares = only_rank_zero(plan, process_groups.host)
+        return cls(scatter_shares(shares, layout, process_groups), packs)
 
     @property
     def mini_batches(self) -> int:

@@ -27,8 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asd_megatron.distributed.objects import broadcast_object, gather_objects
-from asd_megatron.errors import UserError
+from asd_megatron.distributed.objects import Told, broadcast_object, gather_objects
 from asd_megatron.models.export import Block, Step
 from asd_megatron.rollout.sglang.weight_sync.buckets import Bucket, Contents, Slots, fill
 from asd_megatron.rollout.sglang.weight_sync.checksums import Digests, ServerChecksums
@@ -215,23 +214,21 @@ class Transfer:
             yield Parcel(step.sender, contents, bucket)
 
     def share(self, value: T | None, error: Exception | None = None, src: int = 0) -> T:
-        users = isinstance(error, UserError)
-        message = None if error is None else str(error) if users else f"{type(error).__name__}: {error}"
+        told = None if error is None else Told.of(error)
         failures = error.failures if isinstance(error, TransferIncomplete) else None
-        told = (value, message, users, failures)
-        found, message, users, failures = broadcast_object(told, src, self._settings.host)
-        if message is None:
+        found, told, failures = broadcast_object((value, told, failures), src, self._settings.host)
+        if told is None:
             return found  # type: ignore[return-value]
         self._stopped = True
         if self.rank != 0:
             if error is not None:
                 log.error("weights could not be sent", exc_info=error)
-            raise Stopped(message)
+            raise Stopped(told.message)
         if error is not None:
             raise error
         if failures is not None:  # of servers, which are sent everything again
             raise TransferIncomplete(failures)
-        raise UserError(message) if users else RuntimeError(f"global rank {src} could not send its weights: {message}")
+        raise told.error(f"global rank {src} could not send its weights")
 
     def collect(self, value: T) -> list[T]:
         return gather_objects(value, 0, self._settings.host) or []
