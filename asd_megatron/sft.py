@@ -1,4 +1,4 @@
-"""The supervised stage: `torchrun --nproc-per-node N -m asd_megatron.sft RECIPE [MORE.yaml ...] [--section.key value ...]`.
+"""The supervised stage: `torchrun --nproc-per-node N -m asd_megatron.sft RECIPE [FILES] [--section.key value ...]`.
 
 Weighted cross-entropy on given responses, through the same model, head, packs, schedules and checkpoints as the RL
 stage.

@@ -1,4 +1,4 @@
-"""AntiSD training: `torchrun --nproc-per-node N -m asd_megatron.train RECIPE [MORE.yaml ...] [--section.key value ...]`.
+"""AntiSD training: `torchrun --nproc-per-node N -m asd_megatron.train RECIPE [FILES] [--section.key value ...]`.
 
 The loop below is Algorithm 1; `run/rl.py` holds what its lines do.
 """

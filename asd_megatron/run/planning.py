@@ -83,8 +83,8 @@ def _layout(recipe: Recipe, ranks: int) -> Layout:
     needed = p.model_parallel * max(data, 1)
     if needed > ranks:
         raise UserError(
-            f"the layout needs {needed} GPUs for the trainer and {max(ranks, 0)} are left beside the servers'; plan with"
-            f" --gpus {needed_gpus(recipe)} or more, or make the parallelism section smaller"
+            f"the layout needs {needed} GPUs for the trainer, and beside the servers' there are {max(ranks, 0)}: plan"
+            f" with --gpus {needed_gpus(recipe)} or more, or make the parallelism section smaller"
         )
     return Layout(
         tensor=p.tensor,
