@@ -40,7 +40,7 @@ class Workload:
         updates: optimizer steps of a batch. epochs: passes over the batch, of forward and backward.
         recomputed_head: forward passes of the head in the backward pass, beside the first (0, or 1: "two_phase").
         exact: whether the teacher's hidden states are kept from scoring to update (`estimator: full_vocabulary`).
-        steps: of the complete run.
+        steps: of the complete run. checkpoint_every: steps from one checkpoint to the next; 0: none.
     """
 
     problems: int
@@ -56,6 +56,7 @@ class Workload:
     recomputed_head: int = 0
     exact: bool = False
     steps: int = 200
+    checkpoint_every: int = 20
 
     @property
     def rollouts(self) -> int:
