@@ -1,7 +1,7 @@
 """Stand-in until the memory model is merged."""
 from __future__ import annotations
 
-from asd_megatron.planner.parameters import local_parameters
+from asd_megatron.planner.parameters import stage_parameters
 from asd_megatron.planner.setting import BYTES, Setting
 
 
@@ -18,7 +18,8 @@ def kv_tokens(setting: Setting) -> int:
 
 def margin_gib(setting: Setting) -> float:
     t = setting.training
-    dense, experts = local_parameters(setting.shape, t.layout)
+    held = max(stage_parameters(setting.shape, t.layout), key=lambda p: p.total)
+    dense, experts = held.dense, held.experts
     dp = t.layout.data * t.layout.context if t.distributed_optimizer else 1
     edp = t.layout.stage_size // t.layout.expert if t.distributed_optimizer else 1
     state = {"float32": 12.0, "bfloat16": 6.0}[t.moments] if t.offload == "none" else 0

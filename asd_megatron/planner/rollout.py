@@ -32,6 +32,8 @@ KERNELS = 10
 """Kernels of a layer in a decode step."""
 GRAPH_LAUNCH = 0.5
 """Seconds from one kernel to the next inside a CUDA graph, over `Accelerator.launch`."""
+ALL_REDUCE_HOPS = 2
+"""Messages, one after another, of an all-reduce of little data: every rank reads from all others at once."""
 SCHEDULE_SECONDS = 2e-4
 """Of a server for each decode step, beside the model: sampling and what its overlap scheduler does not hide."""
 EMBEDDED_OPERATORS = 100
@@ -114,6 +116,7 @@ def _engine(setting: Setting, ranks: int, group: Group, *, fp8: bool, launches: 
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = shape.layers * shape.hidden * (2 * queries + 2 * keys * max(1.0, ranks / shape.kv_heads))
     head = shape.hidden * shape.vocab
+    hop = setting.gpu.node_latency if group.nodes == 1 else setting.gpu.network_latency
     if shape.experts is None:
         dense, experts, active, count, per_token = 3 * shape.layers * shape.hidden * shape.ffn, 0, 0, 0, 0
     else:
@@ -132,7 +135,7 @@ def _engine(setting: Setting, ranks: int, group: Group, *, fp8: bool, launches: 
         pair_flops=4.0 * queries / ranks,
         # Two all-reduces a layer.
         exchange=2 * shape.layers * all_reduce(setting.gpu, group, shape.hidden * width, times=0),
-        latency=2 * shape.layers * all_reduce(setting.gpu, group, 0),
+        latency=2 * shape.layers * ALL_REDUCE_HOPS * hop if ranks > 1 else 0.0,
         launches=launches,
     )
 
