@@ -167,12 +167,16 @@ def _attention_core(setting: Setting, load: Load, rates: Rates) -> Cost:
 
 
 def _attention_bytes(setting: Setting, load: Load, rates: Rates) -> float:
-    """Of one norm and residual (5 H), rotation of queries and keys, and their norms."""
+    """Of one norm and residual (5 H), rotation of queries and keys, and their norms. Under context parallelism each
+    block of keys but the first has an output that is added to the one before in float32: a read of both, a write."""
     shape, layout = setting.shape, setting.training.layout
     tokens = load.tokens / layout.context
     rotated = (shape.heads + shape.kv_heads) * shape.head_dim / layout.tensor
     numbers = 5.0 * shape.hidden / _token_parts(setting) + rotated * (2 if shape.qk_norm == "none" else 4)
-    return tokens * numbers * rates.width * _passes(setting)
+    added = 0.0
+    if setting.training.layers == "te":
+        added = (layout.context - 1) * tokens * shape.heads * shape.head_dim / layout.tensor * (8.0 + rates.width)
+    return tokens * numbers * rates.width * _passes(setting) + added
 
 
 def _mlp_bytes(setting: Setting, load: Load, rates: Rates) -> float:

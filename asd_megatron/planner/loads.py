@@ -70,8 +70,8 @@ class Batch:
         work = self.workload
         self.flops = flops_model(self.shape)
         all_lengths = lengths.quantiles(work.responses, work.rollouts)
-        # Every updates-th response from the longest on stands for a mini-batch: all have about the same work.
-        chosen = all_lengths[::-1][:: work.updates]
+        # Every n-th response from the longest on stands for one of n mini-batches: all have about the same work.
+        chosen = all_lengths[::-1][:: work.mini_batches]
         self._student = [self._sequence(work.prompt, n) for n in chosen]
         self._teacher = [self._sequence(work.prompt + work.privileged, n) for n in chosen]
 
@@ -87,14 +87,14 @@ class Batch:
         work = self.workload
         student = work.student + work.reference + UPDATE * work.epochs
         own = sum(s.cost for s in self._student) * student + sum(s.cost for s in self._teacher) * work.teacher
-        return float(own) * work.updates
+        return float(own) * work.mini_batches
 
     def tokens(self) -> float:
         """Of all passes of a step."""
         work = self.workload
         student = work.student + work.reference + work.epochs
         own = sum(s.tokens for s in self._student) * student + sum(s.tokens for s in self._teacher) * work.teacher
-        return float(own) * work.updates
+        return float(own) * work.mini_batches
 
     def generated(self) -> float:
         """Response tokens of a step."""

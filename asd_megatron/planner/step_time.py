@@ -134,16 +134,15 @@ def training_phases(setting: Setting, batch: Batch) -> tuple[Phase, ...]:
     """The trainer's own, from the teacher's scoring pass to the checkpoint. They do not depend on the servers."""
     work = setting.workload
     student, teacher = batch.spread(setting.training)
-    steps = work.updates * work.epochs
-    scored = pass_time(setting, student, update=False) * work.updates if work.student or work.reference else Part()
+    scored = pass_time(setting, student, update=False) * work.mini_batches if work.student or work.reference else Part()
     copies = setting.training.copies
     swap = transfers.exchange_copy(setting) if copies else Part()
     parts = {
-        "teacher": pass_time(setting, teacher, update=False) * (work.updates * work.teacher) if work.teacher else Part(),
+        "teacher": pass_time(setting, teacher, update=False) * (work.mini_batches * work.teacher) if work.teacher else Part(),
         "student": scored * work.student,
         "reference": (scored + swap) * work.reference,
-        "update": pass_time(setting, student, update=True) * steps,
-        "optimizer": optimizer(setting, student) * steps,
+        "update": pass_time(setting, student, update=True) * work.updates,
+        "optimizer": optimizer(setting, student) * work.updates,
         "checkpoint": transfers.checkpoint(setting),
     }
     if work.teacher and copies > work.reference:

@@ -159,6 +159,7 @@ def _workload(recipe: Recipe, plan: PassPlan, expected: Expected) -> Workload:
         recomputed_head=int(plan.head == "two_phase"),
         exact=plan.head == "exact",
         steps=recipe.run.steps,
+        checkpoint_every=recipe.checkpoint.every,
     )
 
 
