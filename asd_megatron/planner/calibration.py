@@ -37,14 +37,19 @@ class Measured:
     launch: float
 
 
-def calibrate(dtype: Dtype = "bfloat16", group: dist.ProcessGroup | None = None) -> Accelerator:
+Clock = Callable[[], float]
+
+
+def calibrate(
+    dtype: Dtype = "bfloat16", group: dist.ProcessGroup | None = None, clock: Clock = time.perf_counter
+) -> Accelerator:
     """This machine as an accelerator that reaches what is measured here.
 
     A GPU that the planner knows keeps its peak rates and prices, with the measured fractions of them; for any other
     device the measured rates are the peaks. `group`: ranks of this machine that measure at the same time, and also the
-    link between them. Collective over it.
+    link between them. Collective over it. `clock`: `time.process_time` on a CPU that others use too.
     """
-    measured = measure(dtype)
+    measured = measure(dtype, clock)
     known = _known_gpu()
     if known is None:
         found = _accelerator(measured)
@@ -57,39 +62,41 @@ def calibrate(dtype: Dtype = "bfloat16", group: dist.ProcessGroup | None = None)
         )
     if group is None or group.size() == 1:
         return found
-    rate, latency = measure_link(group)
+    rate, latency = measure_link(group, clock)
     return replace(found, node_link=rate / found.efficiency.link, node_latency=latency)
 
 
-def measure(dtype: Dtype) -> Measured:
+def measure(dtype: Dtype, clock: Clock = time.perf_counter) -> Measured:
     """Rates of this rank's device."""
+
+    def seconds(work: Callable[[], object]) -> float:
+        return best_seconds(work, clock)
+
     place, torch_dtype = device.device(), getattr(torch, dtype)
     kind = place.type
     size = STREAMED[kind]
     source = torch.ones(size // BYTES[dtype], dtype=torch_dtype, device=place)
     target = torch.empty_like(source)
-    memory = 2 * size / best_seconds(lambda: target.copy_(source))
+    memory = 2 * size / seconds(lambda: target.copy_(source))
     del source, target
 
     n = SIZES[kind]
     a, b = (torch.randn(n, n, device=place).to(torch_dtype) for _ in range(2))
     # A product's own bytes are counted beside its FLOPs by the planner, so they are taken out here.
-    spent = best_seconds(lambda: torch.mm(a, b)) - 3 * n * n * BYTES[dtype] / memory
+    spent = seconds(lambda: torch.mm(a, b)) - 3 * n * n * BYTES[dtype] / memory
     products = 2.0 * n**3 / spent
 
     tokens = TOKENS[kind]
-    query, key, value = (
-        torch.randn(1, HEADS, tokens, HEAD_DIM, device=place).to(torch_dtype) for _ in range(3)
-    )
+    query, key, value = (torch.randn(1, HEADS, tokens, HEAD_DIM, device=place).to(torch_dtype) for _ in range(3))
     flops = 4.0 * HEADS * HEAD_DIM * tokens * (tokens + 1) / 2
-    attention = flops / best_seconds(lambda: scaled_dot_product(query, key, value, HEAD_DIM**-0.5))
+    attention = flops / seconds(lambda: scaled_dot_product(query, key, value, HEAD_DIM**-0.5))
 
     few = torch.ones(16, dtype=torch_dtype, device=place)
-    launch = best_seconds(lambda: [few.mul(2.0) for _ in range(100)]) / 100
+    launch = seconds(lambda: [few.mul(2.0) for _ in range(100)]) / 100
     return Measured(products, attention, memory, launch)
 
 
-def measure_link(group: dist.ProcessGroup) -> tuple[float, float]:
+def measure_link(group: dist.ProcessGroup, clock: Clock = time.perf_counter) -> tuple[float, float]:
     """(bytes/s of a rank, seconds of a collective of few bytes) of all-gathers over the group, as
     `communication.all_gather` counts them. Collective."""
     place, n = device.device(), group.size()
@@ -97,24 +104,24 @@ def measure_link(group: dist.ProcessGroup) -> tuple[float, float]:
     def gather(size: int) -> float:
         own = torch.zeros(size // n, dtype=torch.uint8, device=place)
         complete = torch.empty(size // n * n, dtype=torch.uint8, device=place)
-        return best_seconds(lambda: dist.all_gather_into_tensor(complete, own, group=group), repeats=20)
+        return best_seconds(lambda: dist.all_gather_into_tensor(complete, own, group=group), clock, repeats=20)
 
     few, size = gather(64 * n), LINK_BYTES[place.type]
     seconds = max(gather(size) - few, 1e-9)
     return size * (n - 1) / n / seconds, few / math.ceil(math.log2(n))
 
 
-def best_seconds(work: Callable[[], object], *, repeats: int | None = None) -> float:
+def best_seconds(work: Callable[[], object], clock: Clock = time.perf_counter, *, repeats: int | None = None) -> float:
     """The shortest of some runs of `work`: `repeats`, for collectives of which all ranks run equally many, or as many as
     fit into `SECONDS`. The first one, which allocates, does not count."""
     work()
     _wait()
-    best, end, done = math.inf, time.perf_counter() + SECONDS, 0
-    while done < (repeats or 3) or (repeats is None and time.perf_counter() < end):
-        started = time.perf_counter()
+    best, end, done = math.inf, clock() + SECONDS, 0
+    while done < (repeats or 3) or (repeats is None and clock() < end):
+        started = clock()
         work()
         _wait()
-        best, done = min(best, time.perf_counter() - started), done + 1
+        best, done = min(best, clock() - started), done + 1
     return best
 
 

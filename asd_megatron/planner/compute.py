@@ -54,9 +54,7 @@ class Cost:
     communication: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.compute + other.compute, self.memory + other.memory, self.communication + other.communication
-        )
+        return Cost(self.compute + other.compute, self.memory + other.memory, self.communication + other.communication)
 
     def __mul__(self, factor: float) -> Cost:
         return Cost(self.compute * factor, self.memory * factor, self.communication * factor)

@@ -1,4 +1,5 @@
 """Stand-in until the memory model is merged."""
+
 from __future__ import annotations
 
 from asd_megatron.planner.parameters import stage_parameters

@@ -79,7 +79,9 @@ class Search:
         for split in apart:
             look(split)
         for _ in range(REFINEMENTS if self.gpus > self.template.gpu.per_node else 0):
-            best = min((s for s in found if s != self.gpus and found[s]), key=lambda s: _least(found[s], times), default=0)
+            best = min(
+                (s for s in found if s != self.gpus and found[s]), key=lambda s: _least(found[s], times), default=0
+            )
             for split in between(self.template.gpu, [s for s in found if s != self.gpus], best) if best else []:
                 look(split)
         order = sorted(times, key=lambda setting: times[setting].total)
@@ -179,7 +181,11 @@ class Search:
     def _possible(self, layout: Layout, serving: Serving) -> bool:
         """Whether the layout fits with everything that saves memory."""
         training = replace(
-            self.template.training, layout=layout, recompute=Recompute("full"), pack=PACKS[0], distributed_optimizer=True
+            self.template.training,
+            layout=layout,
+            recompute=Recompute("full"),
+            pack=PACKS[0],
+            distributed_optimizer=True,
         )
         self.checked += 1
         return fits(replace(self.template, training=optimizer_choices(training)[-1], serving=serving))

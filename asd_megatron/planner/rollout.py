@@ -188,11 +188,10 @@ def generation(setting: Setting) -> Generation:
     )
 
 
-def generate(
-    engine: Engine, responses: Sequence[int], slots: int, prompt: float, late: int = 0
-) -> tuple[Cost, float]:
+def generate(engine: Engine, responses: Sequence[int], slots: int, prompt: float, late: int = 0) -> tuple[Cost, float]:
     """(seconds, those of the tail) in which a server generates responses of these lengths, at most `slots` at a time.
-    late: tokens from which on a response belongs to the longest tenth of the step's.
+    The tail begins after `late` tokens, those of a response that belongs to the longest tenth of the step's; where
+    responses waited for a place, not before a tenth of this server's are left.
 
     A clock counts decode steps. Two slots, lengths 4 2 3: steps 1-2 have a batch of two, 3-4 too (the third response
     takes the place of the second), step 5 one:
@@ -205,6 +204,7 @@ def generate(
     waiting = [responses[i] for i in reversed(arriving)]
     ends: list[tuple[int, int]] = []  # (step at which a response ends, at which it began)
     clock, begun = 0, 0  # `begun`: sum of the beginnings of those in flight
+    few = TAIL * len(responses) if slots < len(responses) else math.inf
     seconds, tail, left = Cost(), 0.0, len(responses)
     while waiting or ends:
         while waiting and len(ends) < slots:
@@ -215,7 +215,7 @@ def generate(
         context = prompt + clock + steps / 2 - begun / batch
         spent = engine.step(batch, context) * steps
         seconds += spent
-        if not waiting and clock >= late and left <= max(TAIL * len(responses), 1):
+        if not waiting and clock >= late and left <= few:
             tail += spent.seconds
         clock += steps
         while ends and ends[0][0] == clock:

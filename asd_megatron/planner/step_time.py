@@ -138,7 +138,9 @@ def training_phases(setting: Setting, batch: Batch) -> tuple[Phase, ...]:
     copies = setting.training.copies
     swap = transfers.exchange_copy(setting) if copies else Part()
     parts = {
-        "teacher": pass_time(setting, teacher, update=False) * (work.mini_batches * work.teacher) if work.teacher else Part(),
+        "teacher": pass_time(setting, teacher, update=False) * (work.mini_batches * work.teacher)
+        if work.teacher
+        else Part(),
         "student": scored * work.student,
         "reference": (scored + swap) * work.reference,
         "update": pass_time(setting, student, update=True) * work.updates,

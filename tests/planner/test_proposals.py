@@ -52,7 +52,10 @@ def _everything(template: Setting, gpus: int) -> list[Setting]:
                 for kind in proposals.RECOMPUTE:
                     for pack in proposals.PACKS:
                         training = replace(
-                            template.training, layout=layout, recompute=Recompute(kind), pack=pack  # type: ignore[arg-type]
+                            template.training,
+                            layout=layout,
+                            recompute=Recompute(kind),
+                            pack=pack,  # type: ignore[arg-type]
                         )
                         for choice in optimizer_choices(training):
                             s = replace(template, training=choice, serving=serving)

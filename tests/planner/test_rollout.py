@@ -33,7 +33,7 @@ def test_moments_and_the_longest_are_those_of_draws(of: Lengths) -> None:
     assert lengths.mean(of) == pytest.approx(found.mean(), rel=0.01)
     assert lengths.mean_in_flight(of) == pytest.approx((found**2).mean() / (2 * found.mean()), rel=0.01)
     assert lengths.expected_longest(of, 32) == pytest.approx(found.max(1).mean(), rel=0.01)
-    assert np.mean(lengths.quantiles(of, 256)) == pytest.approx(found.mean(), rel=0.01)
+    assert np.mean(lengths.quantiles(of, 256)) == pytest.approx(found.mean(), rel=0.02)
 
 
 def test_equal_lengths_have_no_tail() -> None:

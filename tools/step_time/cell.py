@@ -26,7 +26,7 @@ from asd_megatron.distributed.layout import Layout
 from asd_megatron.files import write_json
 from asd_megatron.models.gpt import Recompute
 from asd_megatron.planner import lengths
-from asd_megatron.planner.calibration import calibrate
+from asd_megatron.planner.calibration import Clock, calibrate
 from asd_megatron.planner.hardware import Accelerator
 from asd_megatron.planner.loads import Batch
 from asd_megatron.planner.setting import Lengths, Serving, Setting, Training, Workload
@@ -77,16 +77,20 @@ def examples() -> list[Example]:
     return found
 
 
-def measure(trained: Trained) -> dict[str, float]:
-    """Seconds of one step on all ranks: the teacher's pass, and the update with its optimizer step."""
-    spent: dict[str, float] = {}
+def measure(trained: Trained, clock: Clock) -> dict[str, float]:
+    """Seconds of one step, of the rank that takes longest: the teacher's pass, and the update with its optimizer
+    step."""
+    marks = []
     score = passes.score_teacher
 
+    def mark() -> None:
+        dist.barrier()
+        marks.append(clock())
+
     def timed(*args: Any, **kwargs: Any) -> Any:
-        started = _now()
+        mark()
         result = score(*args, **kwargs)
-        spent["teacher"] = _now() - started
-        spent["began"] = _now()
+        mark()
         return result
 
     passes.score_teacher = timed
@@ -94,17 +98,14 @@ def measure(trained: Trained) -> dict[str, float]:
         run_step(trained, examples(), Gate(0.5, warmup_steps=0, h_warm=1e-3), name="antisd")
     finally:
         passes.score_teacher = score
-    spent["update"] = _now() - spent.pop("began")
-    return spent
+    mark()
+    spent = torch.tensor([marks[1] - marks[0], marks[2] - marks[1]], dtype=torch.float64)
+    dist.all_reduce(spent, dist.ReduceOp.MAX)
+    return dict(zip(("teacher", "update"), spent.tolist(), strict=True))
 
 
-def _now() -> float:
-    dist.barrier()
-    return time.perf_counter()
-
-
-def predict(trained: Trained, cell: ParityCell, gpu: Accelerator) -> dict[str, float]:
-    """The planner's seconds of the same phases."""
+def predict(trained: Trained, cell: ParityCell, gpu: Accelerator, *, waiting: bool) -> dict[str, float]:
+    """The planner's seconds of the same phases; without `waiting` those that a rank works."""
     training = Training(
         layout=cell.layout,
         dtype="float32",
@@ -114,7 +115,8 @@ def predict(trained: Trained, cell: ParityCell, gpu: Accelerator) -> dict[str, f
         distributed_optimizer=cell.distributed_optimizer,
     )
     setting = Setting(trained.port.shape, training, Serving(engine="embedded"), WORK, gpu)
-    found = {phase.name: phase.seconds for phase in training_phases(setting, Batch(setting.shape, WORK))}
+    phases = training_phases(setting, Batch(setting.shape, WORK))
+    found = {phase.name: phase.seconds - (0.0 if waiting else phase.part.idle) for phase in phases}
     return {"teacher": found["teacher"], "update": found["update"] + found["optimizer"]}
 
 
@@ -137,13 +139,15 @@ def main(folder: str, spec: str, out: str) -> None:
     )
     trained = build(Path(folder), cell)
     world = trained.process_groups.world
-    measure(trained)  # allocates, and plans what later steps reuse
+    wall = wanted["clock"] == "wall"
+    clock = time.perf_counter if wall else time.process_time
+    measure(trained, clock)  # allocates, and plans what later steps reuse
     accelerators, times = [], []
     for _ in range(REPEATS):
-        accelerators.append(calibrate("float32", world))
-        times.append(measure(trained))
+        accelerators.append(calibrate("float32", world, clock))
+        times.append(measure(trained, clock))
     fastest = max(accelerators, key=lambda gpu: gpu.float32)
-    predicted = least([predict(trained, cell, gpu) for gpu in accelerators])
+    predicted = least([predict(trained, cell, gpu, waiting=wall) for gpu in accelerators])
     if dist.get_rank() == 0:
         rates = {
             "gflops": fastest.float32 / 1e9,
