@@ -2,9 +2,9 @@
 
     python tools/plot_plan.py [--gpu h100] [--gpus 8 16 ... 1024] [--overlap] [--png FILE] [--json FILE]
 
-The workload is that of the paper's Table 5: 32 problems x 8 rollouts, at most 32K tokens, one update a step. Of response
-lengths the paper says nothing: they are log-normal with median 6,000 and spread 1, as in docs/scaling.md. At each size
-the best proposal counts, of any layout and split between trainer and servers.
+The workload is that of the paper's Table 5: 32 problems x 8 rollouts, at most 32K tokens, one update a step. Of
+response lengths the paper says nothing: they are log-normal with median 6,000 and spread 1, as in docs/scaling.md. At
+each size the best proposal counts, of any layout and split between trainer and servers.
 """
 
 from __future__ import annotations

@@ -68,32 +68,28 @@ def calibrate(
 
 def measure(dtype: Dtype, clock: Clock = time.perf_counter) -> Measured:
     """Rates of this rank's device."""
-
-    def seconds(work: Callable[[], object]) -> float:
-        return best_seconds(work, clock)
-
     place, torch_dtype = device.device(), getattr(torch, dtype)
-    kind = place.type
-    size = STREAMED[kind]
-    source = torch.ones(size // BYTES[dtype], dtype=torch_dtype, device=place)
-    target = torch.empty_like(source)
-    memory = 2 * size / seconds(lambda: target.copy_(source))
-    del source, target
-
-    n = SIZES[kind]
+    memory = _memory_rate(torch_dtype, clock)
+    n, tokens = SIZES[place.type], TOKENS[place.type]
     a, b = (torch.randn(n, n, device=place).to(torch_dtype) for _ in range(2))
     # A product's own bytes are counted beside its FLOPs by the planner, so they are taken out here.
-    spent = seconds(lambda: torch.mm(a, b)) - 3 * n * n * BYTES[dtype] / memory
-    products = 2.0 * n**3 / spent
+    spent = best_seconds(lambda: torch.mm(a, b), clock) - 3 * n * n * BYTES[dtype] / memory
 
-    tokens = TOKENS[kind]
     query, key, value = (torch.randn(1, HEADS, tokens, HEAD_DIM, device=place).to(torch_dtype) for _ in range(3))
     flops = 4.0 * HEADS * HEAD_DIM * tokens * (tokens + 1) / 2
-    attention = flops / seconds(lambda: scaled_dot_product(query, key, value, HEAD_DIM**-0.5))
+    attended = best_seconds(lambda: scaled_dot_product(query, key, value, HEAD_DIM**-0.5), clock)
 
     few = torch.ones(16, dtype=torch_dtype, device=place)
-    launch = seconds(lambda: [few.mul(2.0) for _ in range(100)]) / 100
-    return Measured(products, attention, memory, launch)
+    launched = best_seconds(lambda: [few.mul(2.0) for _ in range(100)], clock)
+    return Measured(2.0 * n**3 / spent, flops / attended, memory, launched / 100)
+
+
+def _memory_rate(dtype: torch.dtype, clock: Clock) -> float:
+    """Bytes/s of copying more than a cache holds, reads and writes together."""
+    place = device.device()
+    source = torch.ones(STREAMED[place.type] // dtype.itemsize, dtype=dtype, device=place)
+    target = torch.empty_like(source)
+    return 2 * STREAMED[place.type] / best_seconds(lambda: target.copy_(source), clock)
 
 
 def measure_link(group: dist.ProcessGroup, clock: Clock = time.perf_counter) -> tuple[float, float]:
@@ -112,8 +108,8 @@ def measure_link(group: dist.ProcessGroup, clock: Clock = time.perf_counter) -> 
 
 
 def best_seconds(work: Callable[[], object], clock: Clock = time.perf_counter, *, repeats: int | None = None) -> float:
-    """The shortest of some runs of `work`: `repeats`, for collectives of which all ranks run equally many, or as many as
-    fit into `SECONDS`. The first one, which allocates, does not count."""
+    """The shortest of some runs of `work`: of `repeats`, as many on all ranks, for collectives; else of what fits into
+    `SECONDS`. The first one, which allocates, does not count."""
     work()
     _wait()
     best, end, done = math.inf, clock() + SECONDS, 0

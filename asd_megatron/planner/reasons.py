@@ -10,10 +10,8 @@ from asd_megatron.planner.memory import fits
 from asd_megatron.planner.setting import Setting
 from asd_megatron.planner.step_time import StepTime
 
-IMBALANCE = 1.1
-BUBBLE = 0.1
-TAIL = 0.25
-EXCHANGE = 0.2
+BUBBLE, EXCHANGE, TAIL = 0.1, 0.2, 0.25
+"""Fractions of a phase from which on waiting, communication, and the longest responses are named as its bound."""
 
 
 def reasons(setting: Setting, time: StepTime, fastest: StepTime, batch: Batch) -> tuple[str, ...]:
@@ -32,15 +30,16 @@ def bound(setting: Setting, time: StepTime, batch: Batch) -> str:
     if name == "rollout":
         return f"{text}: {_generation(setting, time)}"
     phase = next(phase for phase in time.phases if phase.name == name)
-    if phase.name in ("teacher", "student", "reference", "update"):
+    if name not in ("teacher", "student", "reference", "update"):
+        return text
+    idle, exchanged = phase.part.idle / phase.seconds, phase.part.communication / phase.seconds
+    if idle > BUBBLE:
         student, teacher = batch.spread(setting.training)
         load = teacher if name == "teacher" else student
-        if phase.part.idle > BUBBLE * phase.seconds:
-            return f"{text}: {_waiting(setting, load.busiest.tokens / max(load.mean.tokens, 1.0), phase.part.idle / phase.seconds)}"
-        if phase.part.communication > EXCHANGE * phase.seconds:
-            return f"{text}: {phase.part.communication / phase.seconds:.0%} of it exchanges between ranks"
-        return f"{text}, bound by matrix products and memory: more data-parallel ranks shorten it"
-    return text
+        return f"{text}: {_waiting(setting, load.busiest.tokens / max(load.mean.tokens, 1.0), idle)}"
+    if exchanged > EXCHANGE:
+        return f"{text}: {exchanged:.0%} of it exchanges between ranks"
+    return f"{text}, bound by matrix products and memory: more data-parallel ranks shorten it"
 
 
 def _generation(setting: Setting, time: StepTime) -> str:

@@ -64,7 +64,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Seconds of the step. With overlap the longer of generation and training counts; the weight sync stops both."""
+        """Seconds of the step. With overlap the longer of generation and training counts, beside the weight sync."""
         servers = self.seconds(*SERVERS)
         if not self.overlap:
             return servers + self.training

@@ -151,8 +151,8 @@ def test_more_work_is_never_faster() -> None:
 
 
 def test_mfu_is_that_of_the_telemetry_page() -> None:
-    """The page's example: 256 sequences of 8,192 tokens, 6,144 of them the response, 8 H100, a teacher's pass of the same
-    size: 1.446e17 FLOPs."""
+    """The page's example: 256 sequences of 8,192 tokens, 6,144 of them the response, and a teacher's pass of the same
+    size, on 8 H100: 1.446e17 FLOPs."""
     work = replace(WORK, prompt=2048, responses=Lengths(6144, 32768, 0.0), privileged=0)
     time = step_time(setting(work=work))
     assert time.model_flops == pytest.approx(1.446e17, rel=1e-3)
