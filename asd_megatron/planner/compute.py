@@ -25,8 +25,6 @@ from asd_megatron.trainer.pass_plan import FP8_SPEEDUP
 
 FLASH_BACKWARD = 2.5
 """Of attention's backward pass in forwards: five products for two, as scores are computed again (Dao 2023)."""
-EXPERT_LOAD = 1.2
-"""Rows of the rank whose experts get the most over the mean, an assumption; `moe/*` metrics report it for a run."""
 UNFUSED = 3.0
 """Bytes that PyTorch's operators move, one after another, over those of fused kernels: counted for RMSNorm (8 passes
 over its input, not 2), rotation (10, not 4) and SwiGLU (8, not 3)."""
@@ -142,7 +140,7 @@ def mlp_products(setting: Setting, load: Load) -> list[Product]:
         return [(tokens, shape.hidden, 2 * ffn, load.packs), (tokens, ffn, shape.hidden, load.packs)]
     experts = shape.experts
     own = tokens / _token_parts(setting)
-    rows = own * experts.per_token * (EXPERT_LOAD if layout.expert > 1 else 1.0)
+    rows = own * experts.per_token * (setting.training.expert_load if layout.expert > 1 else 1.0)
     weights = load.packs * experts.count / layout.expert  # matrices that are read, each with few rows
     return [
         (own, shape.hidden, experts.count, load.packs),

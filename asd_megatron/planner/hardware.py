@@ -46,6 +46,7 @@ class Accelerator:
         network: bytes/s of one GPU to other nodes, one direction.
         host_link: bytes/s between a GPU and the host's memory, one direction.
         per_node: GPUs of a node.
+        cpu: whether it is a CPU, whose memory is the host's.
         dollars_per_hour: a GPU's price for the cost of a step: a list price to be replaced (`--price`).
         efficiency: what programs reach of these.
         float32: FLOP/s of float32 products, not rounded to TF32.
@@ -62,6 +63,7 @@ class Accelerator:
     network: float
     host_link: float
     per_node: int = 8
+    cpu: bool = False
     dollars_per_hour: float = 0.0
     efficiency: Efficiency = field(default_factory=Efficiency)
     float32: float = 67e12

@@ -82,7 +82,8 @@ def between(gpu: Accelerator, tried: list[int], best: int) -> list[int]:
     """Splits half-way from the best one to its neighbours among those that were tried."""
     order = sorted(tried)
     place = order.index(best)
-    step, found = gpu.per_node, []
+    step = gpu.per_node
+    found: list[int] = []
     for neighbour in (*order[max(place - 1, 0) : place], *order[place + 1 : place + 2]):
         middle = best + round((neighbour - best) / 2 / step) * step
         if middle not in (*tried, *found):

@@ -11,23 +11,24 @@ float32 moments on the GPU do not fit. Overlap of generation and training change
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
 from asd_megatron.models.gpt import Recompute
 from asd_megatron.planner.layouts import between, layouts, server_sizes, splits
 from asd_megatron.planner.loads import Batch
-from asd_megatron.planner.memory import fits, kv_tokens, lacks
+from asd_megatron.planner.memory import fits, holds_a_response
 from asd_megatron.planner.reasons import reasons
-from asd_megatron.planner.rollout import Generation, generation
+from asd_megatron.planner.rollout import Generation, generation, places
 from asd_megatron.planner.setting import Serving, Setting, Training
+from asd_megatron.planner.shortage import lacks
 from asd_megatron.planner.step_time import Phase, StepTime, assembled, training_phases
 
 PACKS = (8192, 16384, 32768, 65536)
-RECOMPUTE = ("none", "mlp", "full")
-KEPT = 4  # trainers of a split, and servers, that are combined
+RECOMPUTE: tuple[Literal["none", "mlp", "full"], ...] = ("none", "mlp", "full")
+KEPT = 4  # trainers of a split that are combined with servers
 REFINEMENTS = 3
-GRADIENT_BYTES = 4.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Search:
     timed: int = 0
     checked: int = 0
     batch: Batch = field(init=False)
-    _generations: dict[tuple[int, int], Generation] = field(init=False, default_factory=dict)
+    _generations: dict[tuple[int, ...], Generation] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.batch = Batch(self.template.shape, self.template.workload)
@@ -96,44 +97,44 @@ class Search:
     # ---------------------------------------------------------------- one split
 
     def _split(self, ranks: int) -> dict[Setting, StepTime]:
-        """Settings with `ranks` GPUs for the trainer."""
+        """Settings with `ranks` GPUs for the trainer, each with the fastest servers that fit beside it."""
+        found: dict[Setting, StepTime] = {}
         servings = self._servings(ranks)
         if not servings:
-            return {}
-        serving = servings[0][0]
-        found: dict[Setting, StepTime] = {}
-        for trainer in self._trainers(ranks, serving):
-            for serving, generated in servings:
-                setting = replace(self.template, training=trainer.training, serving=serving)
-                if serving is servings[0][0] or fits(setting):
-                    found[setting] = assembled(setting, self.batch, trainer.phases, generated)
-                    break  # the fastest servers that fit beside this trainer
+            return found
+        for trainer in self._trainers(ranks, servings[-1]):
+            beside = [replace(self.template, training=trainer.training, serving=serving) for serving in servings]
+            times = [
+                (setting, assembled(setting, self.batch, trainer.phases, self._generation(setting)))
+                for setting in beside
+                if self._fits(setting)
+            ]
+            if times:
+                setting, time = min(times, key=lambda pair: pair[1].total)
+                found[setting] = time
         return found
 
-    def _servings(self, ranks: int) -> list[tuple[Serving, Generation]]:
-        """Servers on the other GPUs, or colocated on all; the fastest first."""
+    def _servings(self, ranks: int) -> list[Serving]:
+        """Servers on the other GPUs, or colocated on all, that hold a response of full length; the largest last."""
         given = self.template.serving
         if given.engine == "embedded":
-            setting = replace(self.template, training=replace(self.template.training, layout=Layout(data=ranks)))
-            return [(given, generation(setting))]
-        colocated = ranks == self.gpus
-        if colocated:
+            return [given]
+        if ranks == self.gpus:
             given = replace(given, colocated=True, offload_optimizer=True, transport="cuda_ipc")
-        else:
-            transport = "distributed" if given.transport == "cuda_ipc" else given.transport
-            given = replace(given, colocated=False, offload_optimizer=False, transport=transport)
-        found = []
-        longest = self.template.workload.prompt + self.template.workload.responses.most
-        gpus = ranks if colocated else self.gpus - ranks
-        for serving in server_sizes(self.template.shape, self.template.gpu, given, gpus):
-            setting = replace(self.template, serving=serving)
-            if kv_tokens(setting) < longest:  # not one response of full length
-                continue
-            key = (serving.servers, serving.tensor_parallel)
-            if key not in self._generations:
-                self._generations[key] = generation(setting)
-            found.append((serving, self._generations[key]))
-        return sorted(found, key=lambda pair: pair[1].seconds)[:KEPT]
+            return list(server_sizes(self.template.shape, self.template.gpu, given, ranks))
+        transport = "distributed" if given.transport == "cuda_ipc" else given.transport
+        given = replace(given, colocated=False, offload_optimizer=False, transport=transport)
+        sizes = server_sizes(self.template.shape, self.template.gpu, given, self.gpus - ranks)
+        return [serving for serving in sizes if holds_a_response(replace(self.template, serving=serving))]
+
+    def _generation(self, setting: Setting) -> Generation:
+        most = places(setting)
+        data = setting.training.layout.data if setting.serving.engine == "embedded" else 0
+        tensor = setting.training.layout.tensor if setting.serving.engine == "embedded" else 0
+        key = (setting.serving.servers, setting.serving.tensor_parallel, most, data, tensor)
+        if key not in self._generations:
+            self._generations[key] = generation(setting, most)
+        return self._generations[key]
 
     def _trainers(self, ranks: int, serving: Serving) -> list[Trainer]:
         """The fastest trainers of different layouts that fit beside the servers, the fastest first."""
@@ -143,8 +144,8 @@ class Search:
             if not self._possible(layout, serving):
                 continue
             for pack in PACKS:
-                trainer = self._time(layout, "none", pack, serving)
-                bounds.append((trainer.seconds, number, layout, pack))
+                bound = self._time(layout, "none", pack, serving).seconds
+                bounds.append((bound, number, layout, pack))
         best: dict[Layout, Trainer] = {}
         for bound, _, layout, pack in sorted(bounds, key=lambda item: item[:2]):
             slowest = sorted(trainer.seconds for trainer in best.values())[KEPT - 1 : KEPT]
@@ -155,22 +156,26 @@ class Search:
                 best[layout] = trainer
         return sorted(best.values(), key=lambda trainer: trainer.seconds)[:KEPT]
 
+    def _fits(self, setting: Setting) -> bool:
+        self.checked += 1
+        return fits(setting)
+
     def _fitting(self, layout: Layout, pack: int, serving: Serving) -> Trainer | None:
         """With the least recomputation, and then the least changed optimizer, that fits."""
         for kind in RECOMPUTE:
             trainer = self._time(layout, kind, pack, serving)
             for training in optimizer_choices(trainer.training):
                 setting = replace(self.template, training=training, serving=serving)
-                self.checked += 1
-                if fits(setting):
+                if self._fits(setting):
                     if training is trainer.training:
                         return trainer
                     return self._trainer(setting)
         return None
 
-    def _time(self, layout: Layout, recompute: str, pack: int, serving: Serving) -> Trainer:
-        kind = Recompute(recompute)  # type: ignore[arg-type]
-        training = replace(self.template.training, layout=layout, recompute=kind, pack=pack)
+    def _time(
+        self, layout: Layout, kind: Literal["none", "mlp", "full"], pack: int, serving: Serving
+    ) -> Trainer:
+        training = replace(self.template.training, layout=layout, recompute=Recompute(kind), pack=pack)
         return self._trainer(replace(self.template, training=training, serving=serving))
 
     def _trainer(self, setting: Setting) -> Trainer:
@@ -187,8 +192,7 @@ class Search:
             pack=PACKS[0],
             distributed_optimizer=True,
         )
-        self.checked += 1
-        return fits(replace(self.template, training=optimizer_choices(training)[-1], serving=serving))
+        return self._fits(replace(self.template, training=optimizer_choices(training)[-1], serving=serving))
 
     def _nothing_fits(self) -> str:
         shape, gpu = self.template.shape, self.template.gpu

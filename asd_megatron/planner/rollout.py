@@ -162,16 +162,25 @@ class Generation:
         return self.cost.seconds
 
 
-def generation(setting: Setting) -> Generation:
-    """Of the slowest server: the one with the longest response. Problems go to the servers evenly, each problem's
-    samples to one of them, where they share its prompt."""
+def places(setting: Setting) -> int:
+    """Responses in flight on one server at most: as many as are sent, and as have their mean context in its cache. (A
+    full cache makes SGLang retract requests, which costs about what waiting costs.)"""
     work, serving = setting.workload, setting.serving
     if serving.engine == "embedded":
-        engine, servers, most = embedded_engine(setting), setting.training.layout.data, serving.requests
+        return serving.requests
+    context = work.prompt + lengths.mean_in_flight(work.responses)
+    return max(min(serving.requests, int(kv_tokens(setting) / context)), 1)
+
+
+def generation(setting: Setting, most: int | None = None) -> Generation:
+    """Of the slowest server: the one with the longest response. Problems go to the servers evenly, each problem's
+    samples to one of them, where they share its prompt. most: `places(setting)` by default."""
+    work, serving = setting.workload, setting.serving
+    most = places(setting) if most is None else most
+    if serving.engine == "embedded":
+        engine, servers = embedded_engine(setting), setting.training.layout.data
     else:
         engine, servers = sglang_engine(setting), serving.servers
-        context = work.prompt + lengths.mean_in_flight(work.responses)
-        most = min(serving.requests, int(kv_tokens(setting) / context))
     all_lengths = lengths.quantiles(work.responses, work.rollouts)
     own = all_lengths[::-1][::servers]  # every server has its part of all quantiles
     slots = max(min(most, len(own)), 1)

@@ -8,6 +8,7 @@ from typing import Literal
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.models.family import ModelShape
 from asd_megatron.models.gpt import NO_RECOMPUTE, Recompute
+from asd_megatron.models.layers import CoreAttention
 from asd_megatron.planner.hardware import Accelerator
 
 Dtype = Literal["bfloat16", "float32"]
@@ -75,9 +76,12 @@ class Training:
     Attributes:
         layout: sizes of every kind of parallelism; layout.world_size is the trainer's number of GPUs.
         layers: implementation, `te` or `local`; they save different activations.
+        attention: the layers' own, or FlexAttention (`models.compat.resolve_attention`).
         pack: tokens of a micro-batch at most (a longer sequence has its own).
         distributed_optimizer, overlap_grad_reduce, moments, offload: as the recipe's keys.
         copies: copies of the weights in host memory (initial weights, moving average).
+        average: whether one of them is the moving average, which is float32.
+        expert_load: choices of the busiest expert-parallel rank's experts over the mean, of a micro-batch.
         fp8: whether linear layers of the update compute in FP8; fp8_scores: of scoring passes too; fp8_parameters.
         async_save: whether checkpoints are written from a copy in host memory.
         teacher_states: where the teacher's hidden states wait with `Workload.exact`.
@@ -86,6 +90,7 @@ class Training:
     layout: Layout
     dtype: Dtype = "bfloat16"
     layers: Literal["te", "local"] = "te"
+    attention: CoreAttention = "own"
     recompute: Recompute = NO_RECOMPUTE
     pack: int = 16384
     distributed_optimizer: bool = True
@@ -93,6 +98,8 @@ class Training:
     moments: Literal["float32", "bfloat16"] = "float32"
     offload: Literal["none", "host"] = "none"
     copies: int = 0
+    average: bool = False
+    expert_load: float = 1.25
     fp8: bool = False
     fp8_scores: bool = False
     fp8_parameters: bool = False

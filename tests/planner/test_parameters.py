@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.published import config_of
 from asd_megatron.planner.parameters import stage_parameters
+from tests.planner import counted
 
 LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "Qwen3-4B": [{}, {"tensor": 4, "pipeline": 2, "data": 2}, {"pipeline": 2, "virtual_pipeline": 3}],
@@ -32,12 +30,8 @@ def test_counts_are_those_of_the_models_built_at_true_size() -> None:
         for sizes in layouts
         for stage in range(sizes.get("pipeline", 1))
     ]
-    program = [sys.executable, "-m", "tests.planner.build_on_meta"]
-    lines = "\n".join(map(json.dumps, cases))
-    found = subprocess.run(program, input=lines, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 0, found.stderr
-    for (model, sizes, stage), line in zip(cases, found.stdout.splitlines(), strict=True):
+    for (model, sizes, stage), built in zip(cases, counted.call("parameters", cases), strict=True):
         config = config_of(model)
         assert config is not None
-        counted = vars(stage_parameters(shape_of(config)[1], Layout(**sizes))[stage])
-        assert {kind: n for kind, n in counted.items() if n} == json.loads(line), (model, sizes, stage)
+        found = vars(stage_parameters(shape_of(config)[1], Layout(**sizes))[stage])
+        assert {kind: n for kind, n in found.items() if n} == built, (model, sizes, stage)

@@ -47,7 +47,7 @@ def _everything(template: Setting, gpus: int) -> list[Setting]:
     fit, as in the search."""
     search, found = Search(template, gpus), []
     for ranks in (*splits(template.gpu, gpus), gpus):
-        for serving, _ in search._servings(ranks):
+        for serving in search._servings(ranks):
             for layout in layouts(template.shape, template.gpu, ranks, template.workload.rollouts):
                 for kind in proposals.RECOMPUTE:
                     for pack in proposals.PACKS:

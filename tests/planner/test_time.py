@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -68,8 +69,8 @@ def test_every_rank_computes_its_part() -> None:
         load = load_of(one, 8192, 8000)
         factor = layer_forward(divided, load, rates).compute / layer_forward(one, load, rates).compute
         parts = layout.tensor * layout.context
-        # The fullest expert-parallel rank has 1.2 times the mean's rows.
-        assert 1.0 <= factor * parts < (1.2 if layout.expert > 1 else 1.0 + 1e-9)
+        # The fullest expert-parallel rank has 1.25 times the mean's rows.
+        assert 1.0 <= factor * parts < (1.25 if layout.expert > 1 else 1.0 + 1e-9)
 
 
 def test_small_products_are_less_efficient() -> None:
@@ -136,10 +137,12 @@ def test_a_faster_machine_is_never_slower(name: str) -> None:
     case = CASES[name]
     before = step_time(case)
     for rate in ("bfloat16", "memory_rate", "node_link", "network", "host_link"):
-        faster = replace(case, gpu=replace(case.gpu, **{rate: 2 * getattr(case.gpu, rate)}))
+        double: Any = {rate: 2 * getattr(case.gpu, rate)}
+        faster = replace(case, gpu=replace(case.gpu, **double))
         assert step_time(faster).total <= before.total * (1 + 1e-12), rate
     for latency in ("launch", "node_latency", "network_latency"):
-        faster = replace(case, gpu=replace(case.gpu, **{latency: 0.0}))
+        none: Any = {latency: 0.0}
+        faster = replace(case, gpu=replace(case.gpu, **none))
         assert step_time(faster).total <= before.total * (1 + 1e-12), latency
 
 
