@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from asd_megatron.cli.guard import importing
@@ -34,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean [256]")
     parser.add_argument("--spread", type=float, default=0.8, help="of the logarithm of response lengths [%(default)s]")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of one GPU for an hour [a list price]")
-    parser.add_argument("--proposals", type=int, default=5, metavar="N", help="layouts to propose [%(default)s]; 0: none")
+    parser.add_argument(
+        "--proposals", type=int, default=5, metavar="N", help="layouts to propose [%(default)s]; 0: none"
+    )
     parser.add_argument("--calibrate", action="store_true", help="with rates measured on this machine, in some seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     return parser
@@ -45,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
     options, given = split_options(argv)
     recipe = load_recipe(given[0], given[1:])
     with importing("interrupted"):
-        from asd_megatron.run import planning
         from asd_megatron.planner.report import plan_json, plan_text
+        from asd_megatron.run import planning
     gpu = planning.hardware(options.gpu, calibrate=options.calibrate, price=options.price)
     expected = planning.Expected(options.prompt_tokens, options.response_tokens, options.spread)
     gpus = options.gpus or (options.nodes or 0) * gpu.per_node or None

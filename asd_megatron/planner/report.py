@@ -9,9 +9,10 @@ from typing import Any
 from asd_megatron.errors import plural
 from asd_megatron.models.gpt import Recompute
 from asd_megatron.planner.hardware import GIB
-from asd_megatron.planner.memory import StageMemory, fits, kv_tokens, lacks, rank_memory
+from asd_megatron.planner.memory import StageMemory, kv_tokens, rank_memory
 from asd_megatron.planner.proposals import Proposal
 from asd_megatron.planner.setting import Setting
+from asd_megatron.planner.shortage import lacks
 from asd_megatron.planner.step_time import StepTime, step_time
 
 Row = tuple[str, ...]
@@ -49,8 +50,7 @@ class Plan:
 
 def plan(title: str, setting: Setting) -> Plan:
     """The plan of one setting, without proposals. Raises UserError for a layout that cannot shard the model."""
-    lacking = () if fits(setting) else lacks(setting)
-    return Plan(title, setting, rank_memory(setting), step_time(setting), lacking)
+    return Plan(title, setting, rank_memory(setting), step_time(setting), lacks(setting))
 
 
 # ---------------------------------------------------------------- text
@@ -167,7 +167,15 @@ def _proposals(proposals: Sequence[Proposal]) -> str:
             servers += ", colocated"
         gpus = str(setting.training.layout.world_size) + (f" + {s.gpus}" if s.gpus else "")
         rows.append(
-            (f"{number}.", f"{time.total:,.0f}", f"{time.gpu_hours:.2f}", gpus, sizes(setting), servers, details(setting))
+            (
+                f"{number}.",
+                f"{time.total:,.0f}",
+                f"{time.gpu_hours:.2f}",
+                gpus,
+                sizes(setting),
+                servers,
+                details(setting),
+            )
         )
     reasons = [
         f"{number}. {'; '.join(proposal.reasons)}" for number, proposal in enumerate(proposals, 1) if proposal.reasons
@@ -183,7 +191,9 @@ def _table(rows: Sequence[Row], align: str) -> str:
     """Columns as wide as their longest cell, two spaces between; `align`: `<` or `>` for each, the rest `<`."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     sides = align.ljust(len(widths), "<")
-    lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows)
+    lines = (
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -15,9 +15,9 @@ from asd_megatron.models import published
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.gpt import Recompute
 from asd_megatron.planner.hardware import Accelerator, accelerator
+from asd_megatron.planner.parameters import model_parameters
 from asd_megatron.planner.proposals import propose
 from asd_megatron.planner.report import Plan, plan
-from asd_megatron.planner.serving import model_parameters
 from asd_megatron.planner.setting import Dtype, Lengths, Serving, Setting, Training, Workload
 from asd_megatron.run.build import make_plan
 from asd_megatron.run.copies import needed_copies
@@ -183,9 +183,7 @@ def hardware(name: str, *, calibrate: bool = False, price: float | None = None) 
     return found if price is None else replace(found, dollars_per_hour=price)
 
 
-def plan_recipe(
-    recipe: Recipe, gpu: Accelerator, gpus: int | None, expected: Expected, *, proposals: int = 5
-) -> Plan:
+def plan_recipe(recipe: Recipe, gpu: Accelerator, gpus: int | None, expected: Expected, *, proposals: int = 5) -> Plan:
     """The plan of a recipe on `gpus` GPUs (None: the fewest that it needs, and complete model copies on the rest of a
     node where `parallelism.data` is null), with other settings that fit them. Raises UserError for a recipe that
     cannot be planned."""
