@@ -121,8 +121,9 @@ class ExampleBuilder:
         return [example for example, _ in made]
 
     def close(self) -> None:
-        """End the workers; what is prepared is lost."""
-        self._workers.shutdown(cancel_futures=True)
+        """End the workers, each after the prompt that it is at, which is not waited for: it may be the one that did not
+        end in time. What is prepared is lost."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, group: Group, step: int) -> _Begun:
         """Let the workers render the privileged prompts of the group's examples."""
