@@ -99,7 +99,8 @@ class ExampleBuilder:
 
     def prepare(self, group: Group, step: int) -> None:
         """Begin with the examples of a complete group that `build` will probably be given for `step`, in the
-        background."""
+        background. What was prepared of the same problem before is dropped."""
+        self._drop(group.problem.prompt_id)
         self._prepared[group.problem.prompt_id] = self._begin(group, step)
 
     def build(self, groups: Sequence[Group], step: int) -> list[Example]:
@@ -113,12 +114,15 @@ class ExampleBuilder:
                 chosen.append(self._begin(group, step))
         for name, begun in list(self._prepared.items()):
             if begun.step <= step:  # over-sampled: not in the step
-                del self._prepared[name]
-                for job in begun.jobs:
-                    job.cancel()
+                self._drop(name)
         made = [_result(begun.group, job) for begun in chosen for job in begun.jobs]
         self.counters.update(outcome for _, outcome in made if outcome is not None)
         return [example for example, _ in made]
+
+    def _drop(self, prompt_id: str) -> None:
+        begun = self._prepared.pop(prompt_id, None)
+        for job in () if begun is None else begun.jobs:
+            job.cancel()
 
     def close(self) -> None:
         """End the workers, each after the prompt that it is at, which is not waited for: it may be the one that did not
