@@ -1,8 +1,8 @@
 """How long a weight update of two SGLang servers on this machine takes, and a plain gloo broadcast of the same bytes.
 
 Models with random weights (CPU, float32): Qwen3 of some sizes sent by one rank; one of them from two ranks in each
-layout; a Qwen3-MoE with as many tensors as Qwen3-30B-A3B (48 layers of 128 experts), all of them small. Starts two
-servers for each model and needs nothing but the SGLang environment.
+layout of dense models; a Qwen3-MoE with as many tensors as Qwen3-30B-A3B (48 layers of 128 experts), all of them small,
+in each layout of models with experts. Starts two servers for each model and needs nothing but the SGLang environment.
 """
 
 from __future__ import annotations
@@ -54,13 +54,19 @@ FILLED = {
 }
 BOTH = [f"{kind}{how}" for kind in ("gathered", "distributed", "shared memory") for how in ("", ", verified")]
 METHODS = [*BOTH, "disk", "disk, verified"]
-LAYOUTS = {
+DENSE = {
     "one rank": Layout(),
     "tensor 2": Layout(tensor=2),
     "pipeline 2": Layout(pipeline=2),
     "data 2": Layout(data=2),
+}
+SPARSE = {  # a model with experts needs sequence parallelism beside tensor parallelism
+    "one rank": Layout(),
+    "tensor 2 expert 2": Layout(tensor=2, expert=2, sequence_parallel=True),
+    "pipeline 2": Layout(pipeline=2),
     "data 2 expert 2": Layout(data=2, expert=2),
 }
+LAYOUTS = DENSE | SPARSE
 
 
 @dataclass(frozen=True)
@@ -347,10 +353,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = [
         (f"Qwen3 {megabytes:g} MB", dense_config(megabytes), ["one rank"], alone) for megabytes in arguments.megabytes
     ]
-    dense = [name for name in arguments.layouts if not LAYOUTS[name].expert > 1]
-    if dense:
+    if dense := [name for name in arguments.layouts if name in DENSE]:
         models.append(("Qwen3 in layouts", dense_config(arguments.layout_megabytes), dense, both))
-    if sparse := [name for name in arguments.layouts if name != "data 2"]:
+    if sparse := [name for name in arguments.layouts if name in SPARSE]:
         models.append(("48 x 128 experts", experts_config(), sparse, [*FILLED, *both]))
     rows: list[Row] = []
     print("| model | layout | method | MB | seconds | ratio |\n|---|---|---|---|---|---|")

@@ -80,7 +80,8 @@ def sending(
         return None
     deltas = Deltas(rollout.weight_sync_full_every) if rollout.weight_sync_full_every > 1 else None
     if isinstance(transport, DeltaTransport):
-        transport, deltas = transport.transport, transport.deltas
+        deltas = transport.deltas
+        transport = transport.transport
     root = broadcast_object(socket.gethostname(), 0, session.process_groups.host)
     if transport is None:
         here = socket.gethostname() == root
