@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processor_seconds import processor_seconds
 
 from asd_megatron.checkpoint.huggingface import read_config
 from asd_megatron.distributed.layout import Layout, init
@@ -71,7 +72,8 @@ LAYOUTS = DENSE | SPARSE
 
 @dataclass(frozen=True)
 class Row:
-    """One method of sending a model to both servers: the best of the repetitions. `ratio`: to the plain broadcast."""
+    """One method of sending a model to both servers: the best of the repetitions. `ratio`: to the plain broadcast;
+    `processor_seconds`: of the trainer's ranks and the servers together."""
 
     model: str
     layout: str
@@ -79,6 +81,7 @@ class Row:
     megabytes: float
     seconds: float
     ratio: float
+    processor_seconds: float
 
 
 @dataclass(frozen=True)
@@ -160,12 +163,15 @@ def _trainer(rank: int, port: int, work: Work) -> None:
         send, close = _method(method, model, groups, config, receivers, work)
         times = []
         for number in range(work.repeats + 1):
+            used = processor_seconds(os.getppid()) if rank == 0 else 0.0
             dist.barrier()
             start = time.perf_counter()
             send(f"00000000-{number}")
-            times.append(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            dist.barrier()
+            times.append((seconds, processor_seconds(os.getppid()) - used if rank == 0 else 0.0))
         close()
-        found[method] = min(times[1:])
+        found[method] = [min(column) for column in zip(*times[1:], strict=True)]
     if rank == 0:
         write_json(work.folder / "seconds.json", found)
     dist.barrier()
@@ -239,8 +245,8 @@ def _receive(rank: int, port: int, sizes: list[int], rounds: int) -> None:
     dist.destroy_process_group()
 
 
-def plain_broadcast(size: int, bucket_bytes: int, repeats: int) -> float:
-    """Seconds for as many bytes in buckets to as many processes, which do nothing with them."""
+def plain_broadcast(size: int, bucket_bytes: int, repeats: int) -> tuple[float, float]:
+    """(seconds, processor seconds) for as many bytes in buckets to as many processes, which do nothing with them."""
     sizes = [bucket_bytes] * (size // bucket_bytes) + ([size % bucket_bytes] if size % bucket_bytes else [])
     buckets = [torch.zeros(part, dtype=torch.uint8) for part in sizes]
     store = dist.TCPStore("127.0.0.1", 0, SERVERS + 1, True, wait_for_workers=False)
@@ -248,14 +254,14 @@ def plain_broadcast(size: int, bucket_bytes: int, repeats: int) -> float:
     dist.init_process_group("gloo", store=store, rank=0, world_size=SERVERS + 1)
     times = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        used, start = processor_seconds(os.getpid()), time.perf_counter()
         for bucket in buckets:
             dist.broadcast(bucket, 0)
         dist.barrier()
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start, processor_seconds(os.getpid()) - used))
     dist.destroy_process_group()
     peers.join()
-    return min(times[1:])
+    return min(seconds for seconds, _ in times[1:]), min(used for _, used in times[1:])
 
 
 # ---------------------------------------------------------------- tables
@@ -274,8 +280,13 @@ def measure(
     model.mkdir()
     write_json(model / "config.json", config)
     size = _size(model)
-    plain = plain_broadcast(size, bucket_bytes, arguments.repeats)
-    yield Row(name, "", "plain broadcast", round(size / 1e6, 1), round(plain, 4), 1.0)
+    plain, used = plain_broadcast(size, bucket_bytes, arguments.repeats)
+
+    def row(layout: str, method: str, seconds: float, used: float) -> Row:
+        megabytes, ratio = round(size / 1e6, 1), round(seconds / plain, 2)
+        return Row(name, layout, method, megabytes, round(seconds, 4), ratio, round(used, 2))
+
+    yield row("", "plain broadcast", plain, used)
     server = {"skip-tokenizer-init": True, "load-format": "dummy", "mem-fraction-static": 0.3}
     options = ServerOptions(python=Path(arguments.python), model=model, api_key=KEY, admin_key=KEY, arguments=server)
     with ServerPool([options] * SERVERS, folder / "logs", start_timeout=300) as pool:
@@ -284,24 +295,15 @@ def measure(
                 model, LAYOUTS[layout], tuple(methods), tuple(pool.urls), bucket_bytes, arguments.repeats, folder
             )
             _train(work)
-            for method, seconds in json.loads((folder / "seconds.json").read_text()).items():
-                yield Row(
-                    name,
-                    layout,
-                    FILLED.get(method, method),
-                    round(size / 1e6, 1),
-                    round(seconds, 4),
-                    round(seconds / plain, 2),
-                )
+            for method, measured in json.loads((folder / "seconds.json").read_text()).items():
+                yield row(layout, FILLED.get(method, method), *measured)
         checked = []
         for _ in range(arguments.repeats):
-            start = time.perf_counter()
+            used, start = processor_seconds(os.getpid()), time.perf_counter()
             for url in pool.urls:
                 HttpReceiver(url).call("/weights_checker", {"action": "checksum"}, 120)
-            checked.append(time.perf_counter() - start)
-        seconds = min(checked)
-        yield Row(name, "", "checksums of both servers, one by one", round(size / 1e6, 1), round(seconds, 4),
-                  round(seconds / plain, 2))  # fmt: skip
+            checked.append((time.perf_counter() - start, processor_seconds(os.getpid()) - used))
+        yield row("", "checksums of both servers, one by one", *min(checked))
 
 
 def _size(model: Path) -> int:
@@ -358,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sparse := [name for name in arguments.layouts if name in SPARSE]:
         models.append(("48 x 128 experts", experts_config(), sparse, [*FILLED, *both]))
     rows: list[Row] = []
-    print("| model | layout | method | MB | seconds | ratio |\n|---|---|---|---|---|---|")
+    print("| model | layout | method | MB | seconds | ratio | processor seconds |\n|---|---|---|---|---|---|---|")
     try:
         for name, config, layouts, methods in models:
             with tempfile.TemporaryDirectory(prefix="weight-sync-") as folder:
