@@ -68,6 +68,7 @@ SPARSE = {  # a model with experts needs sequence parallelism beside tensor para
     "data 2 expert 2": Layout(data=2, expert=2),
 }
 LAYOUTS = DENSE | SPARSE
+MODELS = ["sizes", "layouts", "experts"]
 
 
 @dataclass(frozen=True)
@@ -337,6 +338,7 @@ def _free_port() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=MODELS, help="models (default: all)")
     parser.add_argument(
         "--megabytes", type=float, nargs="*", default=[1, 50, 300, 2000], help="sizes (default: 1 50 300 2000)"
     )
@@ -352,12 +354,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     both = [name for name in arguments.methods if name in BOTH]
     alone = [name for name in arguments.methods if not name.startswith("gathered")]
-    models = [
-        (f"Qwen3 {megabytes:g} MB", dense_config(megabytes), ["one rank"], alone) for megabytes in arguments.megabytes
-    ]
-    if dense := [name for name in arguments.layouts if name in DENSE]:
+    dense = [name for name in arguments.layouts if name in DENSE]
+    sparse = [name for name in arguments.layouts if name in SPARSE]
+    models = []
+    if "sizes" in arguments.models:
+        models += [(f"Qwen3 {size:g} MB", dense_config(size), ["one rank"], alone) for size in arguments.megabytes]
+    if "layouts" in arguments.models and dense:
         models.append(("Qwen3 in layouts", dense_config(arguments.layout_megabytes), dense, both))
-    if sparse := [name for name in arguments.layouts if name in SPARSE]:
+    if "experts" in arguments.models and sparse:
         models.append(("48 x 128 experts", experts_config(), sparse, [*FILLED, *both]))
     rows: list[Row] = []
     print("| model | layout | method | MB | seconds | ratio | processor seconds |\n|---|---|---|---|---|---|---|")

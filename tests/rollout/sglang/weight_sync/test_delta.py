@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport, sync
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
 from tests.rollout.sglang.sglang_world import SGLangWorld
 from tests.rollout.sglang.weight_sync.world import FakeReceiver, HttpReceiver, Named, partly_changed, tensors
+from tools.processor_seconds import processor_seconds
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 BYTES = torch.uint8
@@ -247,6 +249,18 @@ def test_tensors_on_a_gpu_are_compared_there_with_pinned_memory() -> None:
     assert 0.015 < transport.deltas.changed < 0.025
     assert all(piece.is_pinned() for pieces in transport.deltas._kept._pieces.values() for piece in pieces)
     assert all(tensor.is_cuda for tensor in servers.weights["a"].values())
+
+
+@pytest.mark.sglang
+def test_a_paused_server_sleeps_until_it_is_asked(sglang_pair: SGLangWorld) -> None:
+    for server in range(2):
+        assert sglang_pair.admin(server, "/pause_generation", {"mode": "retract"})[0] == 200
+    start, used = time.monotonic(), sum(map(processor_seconds, sglang_pair.pids))
+    time.sleep(1.0)
+    used = sum(map(processor_seconds, sglang_pair.pids)) - used
+    assert used < 0.2 * (time.monotonic() - start), "SGLang's loop alone would use a core of each"
+    for server in range(2):
+        assert sglang_pair.admin(server, "/continue_generation")[0] == 200
 
 
 @pytest.mark.sglang
