@@ -67,7 +67,8 @@ def save(
     it is written aside and renamed. Host memory: one tensor of a rank's part at a time.
 
     background: writes it while training goes on, and names it once it is complete; the state may change as soon as
-    `save` returns. Host memory: this rank's part. Nothing else may be in flight there.
+    `save` returns. Host memory: this rank's part; where a rank lacks it, all write at once after a warning. Nothing
+    else may be in flight there.
 
     An error on any rank is raised on all, a UserError where the operating system refused, here or by `background`;
     older checkpoints and `latest` then stay as they were.
@@ -97,10 +98,8 @@ def save(
         "scheduler": {"num_steps": scheduler.num_steps},
     }
     write = _Write(folder, step, Path(aside), written, common, keep, host.rank())
-    if background is None:
+    if background is None or not background.start(step, write, parts):
         write(parts, host)
-    else:
-        background.start(step, write, parts)
     return folder / lineage.name(step)
 
 

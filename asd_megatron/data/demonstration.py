@@ -89,8 +89,8 @@ def shorten(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> Shorte
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> tuple[list[Span], list[Span]]:
-    """The first and the last tokens of `text`, at least as many as `shorten` shows. Of a text of at most `limit` tokens,
-    and of any that is not much longer, all of them, as one list twice."""
+    """The first and the last tokens of `text`, at least as many as `shorten` shows. Of a text of at most `limit`
+    tokens, and of any that is not much longer, all of them, as one list twice."""
     if len(text) > 2 * CHARACTERS * limit:
         head = limit // 4 + 2 * AT_A_CUT
         first = _first_tokens(tokenizer, text, head)
