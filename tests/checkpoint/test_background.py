@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ import torch
 from asd_megatron.checkpoint import background, lineage, shards, training
 from asd_megatron.checkpoint.background import Background
 from asd_megatron.errors import UserError
+from asd_megatron.run.folder import CHECKPOINTS
+from asd_megatron.run.saving import Saver
 from tests.checkpoint.trainer import RUN_STATE, Trainer
 from tests.distributed.harness import RankError, run_ranks
 
@@ -130,21 +133,25 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
 
 def _without_memory(rank: int, folder: str) -> list[str]:
     """What this rank logs while rank 1 gets no host memory for a save, then for no other."""
-    root, lines = Path(folder), logging.handlers.BufferingHandler(100)
+    lines = logging.handlers.BufferingHandler(100)
     logging.getLogger("asd_megatron").addHandler(lines)
     trainer = Trainer({"data": 2}, True, seed=1)
-    host = Background(trainer.port.process_groups)
+    kept: Any = SimpleNamespace(megatron=trainer.optimizer, scheduler=trainer.scheduler)
+    settings = SimpleNamespace(async_save=True, keep=3)
+    recipe: Any = SimpleNamespace(run=SimpleNamespace(path=Path(folder)), checkpoint=settings)
+    saver = Saver(recipe, "rl", trainer.port, kept, None, None, newest=0)
+    root = Path(folder) / CHECKPOINTS
     for step, alignment in ((1, 64), (2, 1 << 50), (3, 64)):
         trainer.steps(range(step, step + 1))
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
                 patch.setattr(background, "ALIGNMENT", alignment)
-            _begin(trainer, root, step, host)
-        lacking = step == 2
-        assert host.step == (0 if lacking else step)
-        assert not lacking or lineage.latest(root) == root / "step_000002"
-        assert host.settle() == (0 if lacking else step)
-    host.close()
+            saver.save(step, RUN_STATE)
+        assert saver.newest == (2 if step == 2 else step - 1)
+        assert step != 2 or lineage.latest(root) == root / "step_000002"
+        saver.settle()
+        assert saver.newest == step
+    saver.close(lambda line: None)
     trainer.steps(range(4, 5))
     again = Trainer({"data": 2}, True, seed=2)
     again.load(root / "step_000002")
