@@ -34,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean [256]")
     parser.add_argument("--spread", type=float, default=0.8, help="of the logarithm of response lengths [%(default)s]")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of one GPU for an hour [a list price]")
-    parser.add_argument("--proposals", type=int, default=5, metavar="N", help="layouts to propose [%(default)s]; 0: none")
+    parser.add_argument(
+        "--proposals", type=int, default=5, metavar="N", help="layouts to propose [%(default)s]; 0: none"
+    )
     parser.add_argument("--calibrate", action="store_true", help="with rates measured on this machine, in some seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     return parser

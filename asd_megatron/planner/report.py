@@ -167,7 +167,15 @@ def _proposals(proposals: Sequence[Proposal]) -> str:
             servers += ", colocated"
         gpus = str(setting.training.layout.world_size) + (f" + {s.gpus}" if s.gpus else "")
         rows.append(
-            (f"{number}.", f"{time.total:,.0f}", f"{time.gpu_hours:.2f}", gpus, sizes(setting), servers, details(setting))
+            (
+                f"{number}.",
+                f"{time.total:,.0f}",
+                f"{time.gpu_hours:.2f}",
+                gpus,
+                sizes(setting),
+                servers,
+                details(setting),
+            )
         )
     reasons = [
         f"{number}. {'; '.join(proposal.reasons)}" for number, proposal in enumerate(proposals, 1) if proposal.reasons
@@ -183,7 +191,9 @@ def _table(rows: Sequence[Row], align: str) -> str:
     """Columns as wide as their longest cell, two spaces between; `align`: `<` or `>` for each, the rest `<`."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     sides = align.ljust(len(widths), "<")
-    lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows)
+    lines = (
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 

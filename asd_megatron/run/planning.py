@@ -183,9 +183,7 @@ def hardware(name: str, *, calibrate: bool = False, price: float | None = None) 
     return found if price is None else replace(found, dollars_per_hour=price)
 
 
-def plan_recipe(
-    recipe: Recipe, gpu: Accelerator, gpus: int | None, expected: Expected, *, proposals: int = 5
-) -> Plan:
+def plan_recipe(recipe: Recipe, gpu: Accelerator, gpus: int | None, expected: Expected, *, proposals: int = 5) -> Plan:
     """The plan of a recipe on `gpus` GPUs (None: the fewest that it needs, and complete model copies on the rest of a
     node where `parallelism.data` is null), with other settings that fit them. Raises UserError for a recipe that
     cannot be planned."""
