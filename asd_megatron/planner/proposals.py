@@ -172,9 +172,7 @@ class Search:
                     return self._trainer(setting)
         return None
 
-    def _time(
-        self, layout: Layout, kind: Literal["none", "mlp", "full"], pack: int, serving: Serving
-    ) -> Trainer:
+    def _time(self, layout: Layout, kind: Literal["none", "mlp", "full"], pack: int, serving: Serving) -> Trainer:
         training = replace(self.template.training, layout=layout, recompute=Recompute(kind), pack=pack)
         return self._trainer(replace(self.template, training=training, serving=serving))
 
