@@ -176,10 +176,10 @@ def resident(name: str) -> float:
 
 def _examples(cell: Cell) -> list[_Example]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, cell.config["vocab_size"], (cell.setting.workload.rollouts, PROMPT + RESPONSE), generator=generator)
-    return [
-        _Example(tuple(row[:PROMPT]), tuple(row[PROMPT:]), (1.0,) * RESPONSE) for row in ids.tolist()
-    ]
+    ids = torch.randint(
+        2, cell.config["vocab_size"], (cell.setting.workload.rollouts, PROMPT + RESPONSE), generator=generator
+    )
+    return [_Example(tuple(row[:PROMPT]), tuple(row[PROMPT:]), (1.0,) * RESPONSE) for row in ids.tolist()]
 
 
 def measure(rank: int, world: int, port: int, cell: Cell, result: Any) -> None:
@@ -260,25 +260,28 @@ def measured(cell: Cell) -> list[Row]:
         return [result[rank] for rank in range(world)]
 
 
-def cells() -> Iterator[Cell]:
+def cells(sequences: int) -> Iterator[Cell]:
     for model in MODELS:
         for dtype in ("float32", "bfloat16"):
             for layout in LAYOUTS:
                 if layout != "EP 2" or model == "Qwen3-MoE":
-                    yield Cell(model, layout, dtype)  # type: ignore[arg-type]
+                    yield Cell(model, layout, dtype, sequences=sequences)  # type: ignore[arg-type]
     for model, kind in (("Qwen3", "mlp"), ("Qwen3", "full"), ("Olmo 3", "full"), ("Qwen3-MoE", "full")):
-        yield Cell(model, "1 rank", "bfloat16", kind)  # type: ignore[arg-type]
+        yield Cell(model, "1 rank", "bfloat16", kind, sequences)  # type: ignore[arg-type]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="REGEX", help="cells whose 'model, layout, dtype, recompute' match")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="cells whose 'model, layout, dtype, recompute' match"
+    )
+    parser.add_argument("--sequences", type=int, default=3, help=f"of a pack, {PROMPT + RESPONSE} tokens each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     print("| model | layout | dtype | recompute | rank | weights | predicted | measured | error |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for cell in cells():
+    for cell in cells(options.sequences):
         if not re.search(options.only, ", ".join((cell.model, cell.layout, cell.dtype, cell.recompute))):
             continue
         for row in measured(cell):

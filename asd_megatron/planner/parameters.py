@@ -64,9 +64,7 @@ def layer_parameters(shape: ModelShape, layout: Layout) -> Parameters:
     else:
         router = shape.experts.count * shape.hidden
         experts = shape.experts.count // layout.expert * 3 * shape.hidden * shape.experts.ffn
-    return Parameters(
-        attention=attention // layout.tensor, mlp=mlp, router=router, experts=experts, norms=norms
-    )
+    return Parameters(attention=attention // layout.tensor, mlp=mlp, router=router, experts=experts, norms=norms)
 
 
 def stage_parameters(shape: ModelShape, layout: Layout) -> tuple[Parameters, ...]:
