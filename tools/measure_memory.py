@@ -1,10 +1,10 @@
 """Memory of an update on this machine's CPUs, predicted by the planner and measured, rank by rank.
 
 Each cell trains a model with random weights in one layout: two supervised updates by the trainer's own code (local
-layers, gloo), a short one, which makes the optimizer's state, and the measured one. A rank's peak is the high-water mark
-of its resident memory (VmHWM, reset by /proc/self/clear_refs) minus what is resident before the model is built. The
-system's allocator is told to give freed tensors back to the kernel at once (MALLOC_MMAP_THRESHOLD_), so resident memory
-is that of live tensors, and of what libraries take.
+layers, gloo), a short one, which makes the optimizer's state, and the measured one. A rank's peak is the high-water
+mark of its resident memory (VmHWM, reset by /proc/self/clear_refs) minus what is resident before the model is built.
+The C library is told to give freed tensors back to the kernel at once (MALLOC_MMAP_THRESHOLD_), so resident memory is
+that of live tensors, and of what libraries take.
 """
 
 from __future__ import annotations
@@ -20,14 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ALLOCATOR = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_TOP_PAD_": "0",
-}
-os.environ.update(ALLOCATOR)  # read by the C library of the ranks, when they start
-
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -41,6 +33,12 @@ from asd_megatron.planner.memory import rank_memory
 from asd_megatron.planner.setting import Dtype, Lengths, Serving, Setting, Training, Workload
 
 MB = 1e6
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+}
 PROMPT, RESPONSE = 32, 480
 
 SIZES: dict[str, Any] = {
@@ -254,6 +252,7 @@ def measured(cell: Cell) -> list[Row]:
     world = LAYOUTS[cell.layout].world_size
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the ranks connect to it
+    os.environ.update(ALLOCATOR)  # read by the C library of the ranks, when they start
     with mp.Manager() as manager:
         result = manager.dict()
         mp.spawn(measure, (world, store.port, cell, result), nprocs=world)
