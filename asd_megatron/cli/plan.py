@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from asd_megatron.cli.guard import importing
@@ -47,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
     options, given = split_options(argv)
     recipe = load_recipe(given[0], given[1:])
     with importing("interrupted"):
-        from asd_megatron.run import planning
         from asd_megatron.planner.report import plan_json, plan_text
+        from asd_megatron.run import planning
     gpu = planning.hardware(options.gpu, calibrate=options.calibrate, price=options.price)
     expected = planning.Expected(options.prompt_tokens, options.response_tokens, options.spread)
     gpus = options.gpus or (options.nodes or 0) * gpu.per_node or None

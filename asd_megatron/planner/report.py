@@ -9,9 +9,10 @@ from typing import Any
 from asd_megatron.errors import plural
 from asd_megatron.models.gpt import Recompute
 from asd_megatron.planner.hardware import GIB
-from asd_megatron.planner.memory import StageMemory, fits, kv_tokens, lacks, rank_memory
+from asd_megatron.planner.memory import StageMemory, kv_tokens, rank_memory
 from asd_megatron.planner.proposals import Proposal
 from asd_megatron.planner.setting import Setting
+from asd_megatron.planner.shortage import lacks
 from asd_megatron.planner.step_time import StepTime, step_time
 
 Row = tuple[str, ...]
@@ -49,8 +50,7 @@ class Plan:
 
 def plan(title: str, setting: Setting) -> Plan:
     """The plan of one setting, without proposals. Raises UserError for a layout that cannot shard the model."""
-    lacking = () if fits(setting) else lacks(setting)
-    return Plan(title, setting, rank_memory(setting), step_time(setting), lacking)
+    return Plan(title, setting, rank_memory(setting), step_time(setting), lacks(setting))
 
 
 # ---------------------------------------------------------------- text

@@ -15,9 +15,9 @@ from asd_megatron.models import published
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.gpt import Recompute
 from asd_megatron.planner.hardware import Accelerator, accelerator
+from asd_megatron.planner.parameters import model_parameters
 from asd_megatron.planner.proposals import propose
 from asd_megatron.planner.report import Plan, plan
-from asd_megatron.planner.serving import model_parameters
 from asd_megatron.planner.setting import Dtype, Lengths, Serving, Setting, Training, Workload
 from asd_megatron.run.build import make_plan
 from asd_megatron.run.copies import needed_copies
