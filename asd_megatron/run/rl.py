@@ -21,14 +21,12 @@ from asd_megatron.run.build import (
     embedded_engine,
     example_builder,
     make_collector,
-    make_plan,
     make_renderer,
-    make_strength,
-    never_acts,
     problem_sets,
     rollout_engine,
 )
 from asd_megatron.run.evaluation import HeldOut, Weights
+from asd_megatron.run.method import make_plan, make_strength, never_acts
 from asd_megatron.run.mismatch import uncorrected
 from asd_megatron.run.report import announce_training
 from asd_megatron.run.reports import StepOutcome, StepReports

@@ -21,7 +21,7 @@ from asd_megatron.checkpoint.huggingface import read_config, write_folder
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
-from asd_megatron.distributed import device
+from asd_megatron.distributed import device, machine
 from asd_megatron.distributed.objects import first_message, meet, on_rank_zero, only_rank_zero
 from asd_megatron.errors import NotFinite, UserError, plural
 from asd_megatron.files import write_json
@@ -42,6 +42,7 @@ from asd_megatron.run.copies import check_missing, weight_copies
 from asd_megatron.run.folder import Start, writing
 from asd_megatron.run.interruption import Interruption
 from asd_megatron.run.model import build_optimizer, build_port, shares_prefixes, updates_per_step
+from asd_megatron.run.planning import memory_notes
 from asd_megatron.run.preview import finished_text
 from asd_megatron.run.ranks import join_ranks
 from asd_megatron.run.saving import Saver
@@ -111,6 +112,7 @@ class Session:
         self.start: Start = self.on_root(lambda: folders.claim(recipe, self.stage, closing))
         if self.start.kind == "finished":
             raise RunFinished(finished_text(recipe, self.start.changes))
+        self._notes = self.on_root(lambda: memory_notes(recipe, self.layout, self.hf_config, machine.gpu_memory()))
         self.port = build_port(recipe, self.hf_config, self.source, self.process_groups, self.layout)
         self.copies = weight_copies(recipe, self.port)  # of model.path's weights, before a checkpoint is loaded
         self.optimizer = build_optimizer(recipe, self.port)
@@ -124,7 +126,6 @@ class Session:
             alignment=self.port.precision.alignment,
             flops=flops_model(self.port.shape),
         )
-        self._note: str | None = None  # about the checkpoint's copies of weights, for the console
         self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)
         self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
         self._overdue = False  # a due checkpoint could not be written: it is written after the next applied update
@@ -169,7 +170,8 @@ class Session:
         state. Collective."""
         path = Path(checkpoint)
         if self.copies is not None:
-            self._note = self.on_root(lambda: check_missing(self.recipe, path, RunStateFile.read(path).copies))
+            note = self.on_root(lambda: check_missing(self.recipe, path, RunStateFile.read(path).copies))
+            self._notes += [note] if note else []
         state = training.load(path, self.port, self.optimizer.megatron, self.optimizer.scheduler, self.copies)
         step = int(state["step"])
         if state["stage"] != self.stage:
@@ -202,8 +204,7 @@ class Session:
                 f"the run has returned to checkpoint.resume {self.start.returned_to} before: it continues after step"
                 f" {done}"
             )
-        if self._note is not None:
-            lines.append(self._note)
+        lines += self._notes
         if changes:
             lines.append(f"settings changed after step {done}: {'; '.join(map(str, changes))}")
         if 0 < done < self.recipe.run.steps and any(change.key in SCHEDULE_KEYS for change in changes):
