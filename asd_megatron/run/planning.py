@@ -121,7 +121,7 @@ def _layout(recipe: Recipe, ranks: int) -> Layout:
     fewest = needed_gpus(recipe) - serving.gpus
     if ranks < fewest:
         raise UserError(
-            f"the recipe needs {fewest} GPUs for the trainer (and colocated servers), and has {max(ranks, 0)}: plan with"
+            f"the recipe needs {fewest} GPUs for trainer and colocated servers, and has {max(ranks, 0)}: plan with"
             f" --gpus {needed_gpus(recipe)} or more, or make parallelism or the servers smaller"
         )
     data = p.data or ranks // p.model_parallel
