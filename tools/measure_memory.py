@@ -176,10 +176,10 @@ def resident(name: str) -> float:
 
 def _examples(cell: Cell) -> list[_Example]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, cell.config["vocab_size"], (cell.setting.workload.rollouts, PROMPT + RESPONSE), generator=generator)
-    return [
-        _Example(tuple(row[:PROMPT]), tuple(row[PROMPT:]), (1.0,) * RESPONSE) for row in ids.tolist()
-    ]
+    ids = torch.randint(
+        2, cell.config["vocab_size"], (cell.setting.workload.rollouts, PROMPT + RESPONSE), generator=generator
+    )
+    return [_Example(tuple(row[:PROMPT]), tuple(row[PROMPT:]), (1.0,) * RESPONSE) for row in ids.tolist()]
 
 
 def measure(rank: int, world: int, port: int, cell: Cell, result: Any) -> None:
@@ -272,7 +272,9 @@ def cells() -> Iterator[Cell]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="REGEX", help="cells whose 'model, layout, dtype, recompute' match")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="cells whose 'model, layout, dtype, recompute' match"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
