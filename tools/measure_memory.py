@@ -1,10 +1,10 @@
 """Memory of an update on this machine's CPUs, predicted by the planner and measured, rank by rank.
 
 Each cell trains a model with random weights in one layout: two supervised updates by the trainer's own code (local
-layers, gloo), a short one, which makes the optimizer's state, and the measured one. A rank's peak is the high-water mark
-of its resident memory (VmHWM, reset by /proc/self/clear_refs) minus what is resident before the model is built. The
-system's allocator is told to give freed tensors back to the kernel at once (MALLOC_MMAP_THRESHOLD_), so resident memory
-is that of live tensors, and of what libraries take.
+layers, gloo), a short one, which makes the optimizer's state, and the measured one. A rank's peak is the high-water
+mark of its resident memory (VmHWM, reset by /proc/self/clear_refs) minus what is resident before the model is built.
+The C library is told to give freed tensors back to the kernel at once (MALLOC_MMAP_THRESHOLD_), so resident memory is
+that of live tensors, and of what libraries take.
 """
 
 from __future__ import annotations
@@ -20,14 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ALLOCATOR = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_TOP_PAD_": "0",
-}
-os.environ.update(ALLOCATOR)  # read by the C library of the ranks, when they start
-
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -41,6 +33,12 @@ from asd_megatron.planner.memory import rank_memory
 from asd_megatron.planner.setting import Dtype, Lengths, Serving, Setting, Training, Workload
 
 MB = 1e6
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+}
 PROMPT, RESPONSE = 32, 480
 
 SIZES: dict[str, Any] = {
@@ -254,20 +252,21 @@ def measured(cell: Cell) -> list[Row]:
     world = LAYOUTS[cell.layout].world_size
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the ranks connect to it
+    os.environ.update(ALLOCATOR)  # read by the C library of the ranks, when they start
     with mp.Manager() as manager:
         result = manager.dict()
         mp.spawn(measure, (world, store.port, cell, result), nprocs=world)
         return [result[rank] for rank in range(world)]
 
 
-def cells() -> Iterator[Cell]:
+def cells(sequences: int) -> Iterator[Cell]:
     for model in MODELS:
         for dtype in ("float32", "bfloat16"):
             for layout in LAYOUTS:
                 if layout != "EP 2" or model == "Qwen3-MoE":
-                    yield Cell(model, layout, dtype)  # type: ignore[arg-type]
+                    yield Cell(model, layout, dtype, sequences=sequences)  # type: ignore[arg-type]
     for model, kind in (("Qwen3", "mlp"), ("Qwen3", "full"), ("Olmo 3", "full"), ("Qwen3-MoE", "full")):
-        yield Cell(model, "1 rank", "bfloat16", kind)  # type: ignore[arg-type]
+        yield Cell(model, "1 rank", "bfloat16", kind, sequences)  # type: ignore[arg-type]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -275,12 +274,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", default="", metavar="REGEX", help="cells whose 'model, layout, dtype, recompute' match"
     )
+    parser.add_argument("--sequences", type=int, default=3, help=f"of a pack, {PROMPT + RESPONSE} tokens each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     print("| model | layout | dtype | recompute | rank | weights | predicted | measured | error |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for cell in cells():
+    for cell in cells(options.sequences):
         if not re.search(options.only, ", ".join((cell.model, cell.layout, cell.dtype, cell.recompute))):
             continue
         for row in measured(cell):

@@ -1,8 +1,8 @@
 """Memory of every rank in every phase of a step, item by item: what is there when the phase needs most.
 
 A `Phase` is a sum of items at one moment, so a phase whose parts peak at different moments has those of the worst one.
-All ranks of a pipeline stage need the same but for their luck with experts (`Training.expert_load`) and with the longest
-sequence, which any of them may get.
+The ranks of a pipeline stage need the same, but for how many choices their experts get (`Training.expert_load`) and
+which of them has the longest sequence.
 """
 
 from __future__ import annotations
@@ -316,6 +316,9 @@ class _Rank:
             where: Where = self.training.teacher_states
             note = f"{_number(tokens / self.layout.context)} rows x {width} x {self.states.element} B"
             yield Item("teacher's hidden states", held, note, where)
+            if self.work.updates > 1 or self.training.copies:
+                head = self._head(self.activations)
+                yield Item("teacher's head", head.weight, f"{head.vocabulary:,} rows of the scoring weights")
 
     def _head(self, activations: Activations) -> Head:
         return Head(activations, activations.tokens, exact=self.work.exact)
