@@ -11,7 +11,7 @@ from asd_megatron.models.family import ModelShape
 from asd_megatron.planner.hardware import Accelerator
 from asd_megatron.planner.setting import Serving
 
-MOST_STAGES = 16
+MOST_STAGES = 8
 MOST_CONTEXT = 16
 SPLITS = 6
 """Splits of the nodes between trainer and servers that are tried at first; more follow around the best."""
