@@ -56,8 +56,8 @@ def layouts(shape: ModelShape, gpu: Accelerator, ranks: int, rollouts: int) -> I
 
 
 def _expert_sizes(shape: ModelShape, gpu: Accelerator, stage: int, layers: int) -> list[int]:
-    """Of a stage with so many ranks and layers: those within a node, and beyond it the smallest, if weights and gradients
-    (2 + 4 bytes a parameter) fit."""
+    """Of a stage with so many ranks and layers: those within a node, and beyond it the smallest, if a rank's weights
+    and gradients (2 + 4 bytes a parameter) fit."""
     experts = shape.experts
     if experts is None:
         return [1]
