@@ -370,12 +370,18 @@ class _Rank:
             widened = FLOAT if self.on_cpu and self.states.element < FLOAT else 0
             embedding = rows * (self.states.element + widened) + activations.hidden
             yield others, "gradient of the embedding", embedding + tied
-        if self.on_cpu and self.training.distributed_optimizer and max(self.states.replicas) > 1:
-            reduced = FLOAT * max(self.parameters.dense, self.parameters.experts)
-            yield 0.0, "gradients being reduced", reduced  # gloo copies what it scatters
+        if self.on_cpu and self.training.distributed_optimizer:
+            yield 0.0, "gradients being reduced", FLOAT * self._largest_buffer  # gloo copies what it scatters
+
+    @property
+    def _largest_buffer(self) -> int:
+        """Parameters of the larger of Megatron's two buffers: of the experts, and of everything else."""
+        return max(self.parameters.dense, self.parameters.experts)
 
     def _step(self) -> Iterator[Item]:
         yield from self._batch()
+        if self.on_cpu and self.training.distributed_optimizer:
+            yield Item("weights being gathered", self.states.element * self._largest_buffer, "gloo's copy of a buffer")
         if self.training.moments == "bfloat16" and self.training.offload == "none":
             numbers = min(self.states.shard, SLICE_NUMEL)
             note = "float32 copies, by Transformer Engine before 2.13"
