@@ -37,11 +37,11 @@ class Workload:
         prompt: of the student's prompt.
         responses: lengths of responses.
         privileged: of the teacher's prompt beyond the student's: demonstration and feedback.
-        teacher, student, reference: forward passes of scoring, each 0 or 1 (`PassPlan`).
-        updates: optimizer steps of a batch. epochs: passes over the batch, of forward and backward.
+        teacher, student, reference: forward passes of scoring over the batch (`PassPlan`).
+        updates: optimizer steps of a batch, of all epochs. epochs: passes over the batch, of forward and backward.
         recomputed_head: forward passes of the head in the backward pass, beside the first (0, or 1: "two_phase").
         exact: whether the teacher's hidden states are kept from scoring to update (`estimator: full_vocabulary`).
-        steps: of the complete run.
+        steps: of the complete run. checkpoint_every: steps from one checkpoint to the next; 0: none.
     """
 
     problems: int
@@ -57,10 +57,16 @@ class Workload:
     recomputed_head: int = 0
     exact: bool = False
     steps: int = 200
+    checkpoint_every: int = 20
 
     @property
     def rollouts(self) -> int:
         return self.problems * self.samples
+
+    @property
+    def mini_batches(self) -> int:
+        """Parts of the batch, each with an optimizer step in every epoch."""
+        return max(self.updates // self.epochs, 1)
 
 
 @dataclass(frozen=True)
