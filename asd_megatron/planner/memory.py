@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from asd_megatron.models.parameters import padded_vocabulary
-from asd_megatron.planner import serving
+from asd_megatron.planner import lengths, serving
 from asd_megatron.planner.activations import FLOAT, Activations, in_flight, stage_saved, worst_expert_load
 from asd_megatron.planner.hardware import GIB
 from asd_megatron.planner.head import Head
@@ -112,15 +112,9 @@ def micro_batches(setting: Setting) -> int:
     """Packs of a data-parallel rank in an update, by the mean length; at least one for each pipeline stage, complete
     rounds of them with virtual stages."""
     work, layout = setting.workload, setting.training.layout
-    tokens = work.rollouts / (work.updates * layout.data) * (work.prompt + mean_response(setting))
+    tokens = work.rollouts / (work.updates * layout.data) * (work.prompt + lengths.mean(work.responses))
     packs = max(math.ceil(tokens / setting.training.pack), layout.pipeline)
     return -(-packs // layout.pipeline) * layout.pipeline if layout.virtual_pipeline else packs
-
-
-def mean_response(setting: Setting) -> float:
-    """Tokens of a response: the mean of a log-normal length, cut off."""
-    lengths = setting.workload.responses
-    return min(lengths.median * math.exp(lengths.spread**2 / 2), lengths.most)
 
 
 def _number(count: float) -> str:
@@ -151,7 +145,7 @@ class _Rank:
     @property
     def _responses(self) -> float:
         """Response tokens of this data-parallel rank's part of a batch."""
-        return self.work.rollouts / self.layout.data * mean_response(self.setting)
+        return self.work.rollouts / self.layout.data * lengths.mean(self.work.responses)
 
     def phases(self) -> Iterator[Phase]:
         yield Phase("start", (*self._fixed(), *self._start()))
