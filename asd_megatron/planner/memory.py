@@ -201,14 +201,20 @@ class _Rank:
         states, training = self.states, self.training
         yield from self._weights()
         yield Item("gradients", states.gradients, f"4 B x {_number(self.parameters.total)} parameters, float32")
-        over = "/".join(map(str, dict.fromkeys(states.replicas)))
-        shard = f"{_number(states.shard)} parameters" + (
-            f" (over {over} ranks)" if training.distributed_optimizer else ""
-        )
+        shard = f"{_number(states.shard)} parameters{self._sharded()}"
         if states.masters:
             yield Item("master weights", states.masters, f"{states.masters / states.shard:.0f} B x {shard}")
         if states.moments:
             yield Item("moments", states.moments, f"{states.moments / states.shard:.0f} B x {shard}")
+
+    def _sharded(self) -> str:
+        """Over how many ranks the optimizer is sharded, for a note."""
+        if not self.training.distributed_optimizer:
+            return ""
+        dense, experts = self.states.replicas
+        if not self.parameters.experts:
+            return f" (over {dense} ranks)" if dense > 1 else ""
+        return f" (dense over {dense}, experts over {experts})"
 
     def _beside_training(self) -> Iterator[Item]:
         """In every phase but generation."""
