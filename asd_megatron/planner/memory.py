@@ -198,7 +198,7 @@ class _Rank:
 
     def _held(self) -> Iterator[Item]:
         """Weights, gradients and the optimizer's state."""
-        states, training = self.states, self.training
+        states = self.states
         yield from self._weights()
         yield Item("gradients", states.gradients, f"4 B x {_number(self.parameters.total)} parameters, float32")
         shard = f"{_number(states.shard)} parameters{self._sharded()}"
