@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from asd_megatron.checkpoint.huggingface import read_config
 from asd_megatron.config import Recipe
 from asd_megatron.distributed.layout import Layout
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, plural
 from asd_megatron.models import published
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.gpt import Recompute
-from asd_megatron.planner.hardware import Accelerator
+from asd_megatron.planner.hardware import Accelerator, accelerator
+from asd_megatron.planner.parameters import model_parameters
+from asd_megatron.planner.proposals import propose
+from asd_megatron.planner.report import Plan, plan
 from asd_megatron.planner.setting import Dtype, Lengths, Serving, Setting, Training, Workload
 from asd_megatron.run.build import make_plan
 from asd_megatron.run.copies import needed_copies
@@ -100,17 +103,22 @@ def _layout(recipe: Recipe, ranks: int) -> Layout:
 def _training(recipe: Recipe, layout: Layout, plan: PassPlan) -> Training:
     dtype: Dtype = "float32" if recipe.model.dtype == "float32" else "bfloat16"
     layers: Literal["te", "local"] = "local" if recipe.model.layers == "local" or dtype == "float32" else "te"
+    # As `models.compat.resolve_attention` decides on a GPU.
+    shares = recipe.batching.share_prefixes is not False and layout.context == 1 and dtype == "bfloat16"
+    copies = needed_copies(recipe)
     return Training(
         layout=layout,
         dtype=dtype,
         layers=layers,
+        attention="flex" if shares else "own",
         recompute=Recompute(recipe.model.recompute, recipe.model.recompute_layers),
         pack=recipe.batching.tokens_per_microbatch,
         distributed_optimizer=recipe.parallelism.distributed_optimizer,
         overlap_grad_reduce=recipe.parallelism.overlap_grad_reduce,
         moments=recipe.optimizer.moments,
         offload=recipe.optimizer.offload,
-        copies=len(needed_copies(recipe)),
+        copies=len(copies),
+        average="ema" in copies,
         fp8=plan.fp8 != "none",
         fp8_scores=plan.fp8 == "all",
         fp8_parameters=recipe.precision.fp8_parameters,
@@ -166,3 +174,47 @@ def _workload(recipe: Recipe, plan: PassPlan, expected: Expected) -> Workload:
 def folder_is_there(recipe: Recipe) -> bool:
     """Whether the plan is of the folder itself, and not of a published config with its name."""
     return Path(model_folder(recipe.model.path)).is_dir()
+
+
+def hardware(name: str, *, calibrate: bool = False, price: float | None = None) -> Accelerator:
+    """The GPU of a plan, by name; with `calibrate` this machine with the rates that it reaches. `price`: dollars an
+    hour."""
+    if calibrate:
+        from asd_megatron.planner.calibration import calibrate as measured
+
+        found = measured()
+    else:
+        found = accelerator(name)
+    return found if price is None else replace(found, dollars_per_hour=price)
+
+
+def plan_recipe(recipe: Recipe, gpu: Accelerator, gpus: int | None, expected: Expected, *, proposals: int = 5) -> Plan:
+    """The plan of a recipe on `gpus` GPUs (None: the fewest that it needs, and complete model copies on the rest of a
+    node where `parallelism.data` is null), with other settings that fit them. Raises UserError for a recipe that
+    cannot be planned."""
+    count = gpus or default_gpus(recipe, gpu)
+    config = model_config(recipe)
+    setting = setting_of(recipe, gpu, count, expected, config)
+    where = "" if folder_is_there(recipe) else " (published config.json)"
+    nodes = -(-count // gpu.per_node)
+    title = (
+        f"{Path(recipe.model.path).name}{where}, {model_parameters(setting.shape) / 1e9:.1f} billion parameters, on"
+        f" {count} x {gpu.name} ({plural(nodes, 'node')});"
+        f" {setting.workload.rollouts} responses a step, median {setting.workload.responses.median:,.0f} of at most"
+        f" {setting.workload.responses.most:,} tokens"
+    )
+    found = plan(title, setting)
+    if not proposals:
+        return found
+    try:
+        return replace(found, proposals=tuple(propose(setting, count, proposals)))
+    except UserError as error:
+        return replace(found, unproposed=str(error))
+
+
+def default_gpus(recipe: Recipe, gpu: Accelerator) -> int:
+    """GPUs of a recipe that does not say how many: complete nodes where data parallelism fills what is left."""
+    needed = needed_gpus(recipe)
+    if recipe.parallelism.data is not None or needed == 1:
+        return needed
+    return -(-needed // gpu.per_node) * gpu.per_node
