@@ -139,17 +139,22 @@ def _layout(recipe: Recipe, ranks: int) -> Layout:
 def _training(recipe: Recipe, layout: Layout, plan: PassPlan) -> Training:
     dtype: Dtype = "float32" if recipe.model.dtype == "float32" else "bfloat16"
     layers: Literal["te", "local"] = "local" if recipe.model.layers == "local" or dtype == "float32" else "te"
+    # As `models.compat.resolve_attention` decides on a GPU.
+    shares = recipe.batching.share_prefixes is not False and layout.context == 1 and dtype == "bfloat16"
+    copies = needed_copies(recipe)
     return Training(
         layout=layout,
         dtype=dtype,
         layers=layers,
+        attention="flex" if shares else "own",
         recompute=Recompute(recipe.model.recompute, recipe.model.recompute_layers),
         pack=recipe.batching.tokens_per_microbatch,
         distributed_optimizer=recipe.parallelism.distributed_optimizer,
         overlap_grad_reduce=recipe.parallelism.overlap_grad_reduce,
         moments=recipe.optimizer.moments,
         offload=recipe.optimizer.offload,
-        copies=len(needed_copies(recipe)),
+        copies=len(copies),
+        average="ema" in copies,
         fp8=plan.fp8 != "none",
         fp8_scores=plan.fp8 == "all",
         fp8_parameters=recipe.precision.fp8_parameters,
