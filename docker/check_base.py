@@ -1,8 +1,8 @@
 """Whether an installation on top of a base image left the base's torch, Triton and Transformer Engine as they were.
 
-    check_base.py snapshot FILE                  before it, on the base's Python: versions, places and hashes of files
-    check_base.py constraints FILE PINS          constraints for pip: what the base has, then those of PINS for the rest
-    check_base.py compare FILE [REQUIREMENTS]    after it, on the new environment's Python: error unless all is unchanged
+    check_base.py snapshot FILE                 before it, on the base's Python: versions, places and hashes of files
+    check_base.py constraints FILE PINS         constraints for pip: what the base has, then those of PINS for the rest
+    check_base.py compare FILE [REQUIREMENTS]   after it, on the new Python: an error unless all is unchanged
 
 With REQUIREMENTS, the pins of the SGLang servers, NCCL has to be theirs (`nvidia-nccl-cu13==2.30.7`): both sides of a
 weight sync are in one communicator. Standard library only, because it runs before anything is installed.
@@ -25,7 +25,7 @@ NEVER_INSTALLED = re.compile(
     r"torch(-.*|vision|audio|ao|data|text)?|triton|pytorch-triton.*|transformer-engine.*|flash-attn.*|apex"
     r"|nvidia-(?!ml-py$).*|cuda-.*"
 )
-"""Normalised names of what is compiled for the base's CUDA: only the base may have it. (NVML's binding is plain Python.)"""
+"""Normalised names of what is compiled for the base's CUDA: only the base may bring it. (NVML's binding is not.)"""
 KEPT = re.compile(NEVER_INSTALLED.pattern + r"|nvidia-ml-py|numpy|setuptools|packaging|protobuf|grpcio|onnx")
 """What stays in the base's version if the base has it: compiled packages of the base link against these, too."""
 MODULES = ("torch", "triton", "transformer_engine.pytorch", "apex")

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 NCCL = "2.30.7"
 Package = tuple[str, Mapping[str, str]]
 TORCH = f"class cuda:\n    class nccl:\n        version = staticmethod(lambda: {tuple(map(int, NCCL.split('.')))})\n"
-BASE: dict[str, Package] = {  # distribution -> (version, {file: text}); `.nv26.7.` is how the containers' torch is called in its metadata
+# Distribution -> (version, {file: text}). The containers' torch is `.nv26.07` to itself, `.nv26.7.N` in its metadata.
+BASE: dict[str, Package] = {
     "torch": ("2.13.0a0+9186a08b2c.nv26.7.1", {"torch/__init__.py": TORCH, "torch/lib/libtorch.so": "library"}),
     "triton": ("3.7.1+nv26.7", {"triton/__init__.py": "", "triton/language.py": "base = True\n"}),
     "transformer_engine": (
@@ -70,9 +71,9 @@ def repacked(folder: Path, name: str) -> Path:
     return target
 
 
-def base_python(folder: Path, python: str = getattr(sys, "_base_executable", sys.executable), **changed: Package) -> Path:
+def base_python(folder: Path, python: str = sys._base_executable, **changed: Package) -> Path:  # type: ignore[attr-defined]
     """A copy of `python` with its own empty site-packages, filled with pip, setuptools, packaging and `BASE`."""
-    version, stdlib = _ask(python, "'.'.join(map(str, sys.version_info[:2])) + ' ' + sysconfig.get_path('stdlib')").split()
+    version, stdlib = _ask(python, "sysconfig.get_python_version(), sysconfig.get_path('stdlib')").split()
     library = folder / "lib" / f"python{version}"
     library.mkdir(parents=True)
     for entry in Path(stdlib).iterdir():
@@ -91,7 +92,7 @@ def base_python(folder: Path, python: str = getattr(sys, "_base_executable", sys
 
 
 def _ask(python: str, expression: str) -> str:
-    program = f"import sys, sysconfig; print({expression})"
+    program = f"import sys, sysconfig; print(*[{expression}])"
     return subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -82,7 +82,8 @@ def test_the_base_stays_and_the_rest_is_as_pinned(image: Image) -> None:
     versions = pins()
     assert added.pop("asd_megatron")
     assert added == {name: versions[name] for name in lines if name[:1] not in ("", "#") and name != "numpy"}
-    program = "import importlib.metadata as m, torch; print(torch.__file__, *map(m.version, ('torch', 'numpy', 'tqdm')))"
+    program = "from importlib import metadata as m; import torch as t; print(t.__file__, *map(m.version, NAMES))"
+    program = program.replace("NAMES", "['torch', 'numpy', 'tqdm']")
     file, *now = run(image.python, "-c", program).stdout.split()
     assert Path(file).is_relative_to(image.base.parents[1])
     assert now == [TORCH, BASE["numpy"][0], versions["tqdm"]]  # an older tqdm of the base is hidden
