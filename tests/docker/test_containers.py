@@ -18,6 +18,7 @@ import yaml
 
 from asd_megatron import __version__
 from asd_megatron.config.loading import load_recipe
+from asd_megatron.models.te import TESTED
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -167,6 +168,19 @@ def test_images_hold_no_secret_and_run_as_a_user(name: str) -> None:
     assert [line for line in lines if line.startswith("USER ")][-1] == "USER 10001:10001"
     assert not re.search("API_KEY|ADMIN_KEY|TOKEN|PASSWORD", "\n".join(lines))
     assert name == "colocated" or re.search(r":\d[\w.-]+(@sha256:[0-9a-f]{64})?$", bases[0])  # no moving tag
+
+
+def test_what_the_base_is_said_to_have_fits() -> None:
+    """By the comment beside its tag: a tested Transformer Engine, the servers' NCCL, the tests' release of torch."""
+    text = (DOCKER / "trainer.Dockerfile").read_text().partition("26.08 has")[0]
+    release = re.search(r"Transformer Engine (\d+)\.(\d+)", text)
+    nccl, torch = re.search(r"NCCL ([\d.]+)", text), re.search(r"torch (\d+\.\d+)\.", text)
+    assert release is not None and nccl is not None and torch is not None
+    oldest, newest = TESTED[(0, 19)]
+    assert oldest <= (int(release[1]), int(release[2])) <= newest
+    servers = (ROOT / "tools" / "sglang_env" / "requirements-gpu.txt").read_text()
+    assert f"nvidia-nccl-cu13=={nccl[1]}\n" in servers
+    assert f"\ntorch=={torch[1]}." in (ROOT / "constraints.txt").read_text()
 
 
 def test_keys_reach_the_command_and_nothing_else(tmp_path: Path) -> None:
