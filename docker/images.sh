@@ -28,8 +28,10 @@ find_engine() {
 
 build() {
     local file=docker/${1#asd-megatron-}.Dockerfile
+    local format=()
+    [[ ${engine##*/} == podman ]] && format=(--format docker) # of OCI's format SHELL and HEALTHCHECK are no part
     echo "building $1:$version of $file"
-    "$engine" build -f "$file" -t "$1:$version" -t "$1:latest" --build-arg "VERSION=$version" \
+    DOCKER_BUILDKIT=1 "$engine" build "${format[@]}" -f "$file" -t "$1:$version" -t "$1:latest" --build-arg "VERSION=$version" \
         --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" .
 }
 
@@ -83,7 +85,7 @@ gpus=()
 if [[ $verb == check ]]; then
     if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
         gpus=(--gpus all)
-        [[ $engine == podman ]] && gpus=(--device nvidia.com/gpu=all)
+        [[ ${engine##*/} == podman ]] && gpus=(--device nvidia.com/gpu=all)
     else
         echo "no GPU: what needs one is not checked"
     fi

@@ -29,4 +29,7 @@ mkdir -p "$folder"
 "$base" docker/check_base.py constraints "$folder/base.json" constraints.txt >"$folder/constraints.txt"
 "$python" -m pip install --quiet -c "$folder/constraints.txt" -r tools/gpu/requirements.txt
 "$python" -m pip install --quiet --no-deps -e .
+# The base's torchrun would start the base's Python.
+printf '#!/bin/sh\nexec "%s" -m torch.distributed.run "$@"\n' "$python" >"$folder/bin/torchrun"
+chmod +x "$folder/bin/torchrun"
 "$python" docker/check_base.py compare "$folder/base.json" "${servers[@]}"

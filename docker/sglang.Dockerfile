@@ -31,6 +31,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # HOME: compiled kernels are cached below it. USER and LOGNAME: a user of the host has no entry here.
 ENV PATH=/opt/sglang/bin:${PATH} \
     PYTHONUNBUFFERED=1 \
+    PYTHONNOUSERSITE=1 \
     USER=asd \
     LOGNAME=asd \
     HOME=/cache \

@@ -27,6 +27,7 @@ ENV PATH=/opt/asd_megatron/environment/bin:${PATH} \
     VIRTUAL_ENV=/opt/asd_megatron/environment \
     PIP_CONSTRAINT=/opt/asd_megatron/environment/constraints.txt \
     PYTHONUNBUFFERED=1 \
+    PYTHONNOUSERSITE=1 \
     USER=asd \
     LOGNAME=asd \
     HOME=/cache \

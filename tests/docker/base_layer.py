@@ -20,10 +20,14 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 NCCL = "2.30.7"
 Package = tuple[str, Mapping[str, str]]
+RUN = "import sys\nprint(sys.prefix, sys.argv[1:])\n"
 TORCH = f"class cuda:\n    class nccl:\n        version = staticmethod(lambda: {tuple(map(int, NCCL.split('.')))})\n"
 # Distribution -> (version, {file: text}). The containers' torch is `.nv26.07` to itself, `.nv26.7.N` in its metadata.
 BASE: dict[str, Package] = {
-    "torch": ("2.13.0a0+9186a08b2c.nv26.7.1", {"torch/__init__.py": TORCH, "torch/lib/libtorch.so": "library"}),
+    "torch": (
+        "2.13.0a0+9186a08b2c.nv26.7.1",
+        {"torch/__init__.py": TORCH, "torch/lib/libtorch.so": "library", "torch/distributed/run.py": RUN},
+    ),
     "triton": ("3.7.1+nv26.7", {"triton/__init__.py": "", "triton/language.py": "base = True\n"}),
     "transformer_engine": (
         "2.17.0+abc",

@@ -102,10 +102,11 @@ def test_constraints_for_further_packages(image: Image) -> None:
     assert done.returncode != 0 and f"torch=={TORCH}" in done.stdout + done.stderr
 
 
-def test_the_command_starts(image: Image) -> None:
-    """`--help` imports nothing but our package."""
+def test_commands_start_on_the_environments_python(image: Image) -> None:
+    """`asd-megatron --help` imports nothing but our package."""
     done = run(image.environment / "bin" / "asd-megatron", "--help")
     assert done.returncode == 0 and "train a model with AntiSD" in done.stdout
+    assert run(image.environment / "bin" / "torchrun", "-m", "x").stdout == f"{image.environment} ['-m', 'x']\n"
 
 
 @contextmanager
