@@ -19,6 +19,7 @@ import yaml
 from asd_megatron import __version__
 from asd_megatron.config.loading import load_recipe
 from asd_megatron.models.te import TESTED
+from tests.docker.test_install import COPIED
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -61,7 +62,14 @@ def test_keys_come_from_a_file_alone() -> None:
         assert service.get("secrets", []) == (["keys"] if name in ON_GPUS else [])
         assert not [key for key in service.get("environment", {}) if key.endswith("_KEY")]
     assert SERVICES["trainer"]["environment"]["ASD_MEGATRON_KEYS_FILE"] == "/run/secrets/keys"
-    assert "**/*.env" in (ROOT / ".dockerignore").read_text().splitlines()
+
+
+def test_what_is_sent_to_the_engine() -> None:
+    """All that an installation needs, and of the rest nothing: no keys, runs or models of this machine."""
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    allowed = {line[1:] for line in lines if line.startswith("!")}
+    assert lines[0] == "*" and lines.index("**/*.env") > lines.index("!docker")
+    assert allowed == {*COPIED, "examples", "tests"}
 
 
 def test_servers_are_reached_on_loopback_alone() -> None:
