@@ -7,7 +7,7 @@ FROM ${TRAINER_IMAGE}
 
 USER 0:0
 RUN --mount=type=cache,target=/root/.cache/pip \
-    PIP_CONSTRAINT='' SGLANG_BASE_PYTHON=/usr/bin/python3 \
+    HOME=/root PIP_CONSTRAINT='' SGLANG_BASE_PYTHON=/usr/bin/python3 \
     /opt/asd_megatron/source/tools/sglang_env/create.sh gpu /opt/sglang \
     && ln -s /opt/sglang /work/.venv-sglang
 

@@ -28,10 +28,11 @@ find_engine() {
 
 build() {
     local file=docker/${1#asd-megatron-}.Dockerfile
-    local format=()
-    [[ ${engine##*/} == podman ]] && format=(--format docker) # of OCI's format SHELL and HEALTHCHECK are no part
+    local options=()
+    [[ ${engine##*/} == podman ]] && options+=(--format docker) # SHELL and HEALTHCHECK are no part of OCI's format
+    [[ $1 == asd-megatron-colocated ]] && options+=(--build-arg "TRAINER_IMAGE=asd-megatron-trainer:$version")
     echo "building $1:$version of $file"
-    DOCKER_BUILDKIT=1 "$engine" build "${format[@]}" -f "$file" -t "$1:$version" -t "$1:latest" --build-arg "VERSION=$version" \
+    DOCKER_BUILDKIT=1 "$engine" build "${options[@]}" -f "$file" -t "$1:$version" -t "$1:latest" --build-arg "VERSION=$version" \
         --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" .
 }
 

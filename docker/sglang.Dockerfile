@@ -25,7 +25,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # Of the package `serve` needs only what SGLang has installed already.
 COPY . /opt/asd_megatron/source
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/sglang/bin/python -m pip install --no-deps --editable /opt/asd_megatron/source \
+    chmod -R go+rX /opt/asd_megatron/source \
+    && /opt/sglang/bin/python -m pip install --no-deps --editable /opt/asd_megatron/source \
     && /opt/sglang/bin/asd-megatron serve --help >/dev/null
 
 # HOME: compiled kernels are cached below it. USER and LOGNAME: a user of the host has no entry here.

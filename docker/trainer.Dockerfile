@@ -19,7 +19,8 @@ RUN groupadd --gid 10001 asd \
 
 COPY . /opt/asd_megatron/source
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/asd_megatron/source/docker/install.sh --same-nccl /opt/asd_megatron/environment
+    chmod -R go+rX /opt/asd_megatron/source \
+    && /opt/asd_megatron/source/docker/install.sh --same-nccl /opt/asd_megatron/environment
 
 # Packages that are installed later have to fit the base, too. HOME: compiled kernels are cached below it. USER and
 # LOGNAME: torch asks for the user's name, and a container that runs as a user of the host has no entry for it.

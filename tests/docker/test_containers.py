@@ -136,9 +136,13 @@ def test_images_are_those_that_compose_starts(tmp_path: Path) -> None:
     assert status == 0, said
     built = {}
     for line in asked:
-        found = re.match(rf"build -f (\S+) -t (\S+):{__version__} -t \2:latest .*VERSION={__version__} .* \.$", line)
+        found = re.fullmatch(
+            rf"build (?:--build-arg \S+ )?-f (\S+) -t (\S+):{__version__} -t \2:latest .*VERSION={__version__} .* \.",
+            line,
+        )
         assert found is not None, line
         built[found[2]] = ROOT / found[1]
+    assert f"TRAINER_IMAGE=asd-megatron-trainer:{__version__}" in asked[-1]
     assert list(built) == ["asd-megatron-trainer", "asd-megatron-sglang", "asd-megatron-colocated"]
     assert all(file.is_file() for file in built.values())
     assert {service["image"].partition(":")[0] for service in SERVICES.values()} <= set(built)
