@@ -136,10 +136,8 @@ def test_images_are_those_that_compose_starts(tmp_path: Path) -> None:
     assert status == 0, said
     built = {}
     for line in asked:
-        found = re.fullmatch(
-            rf"build (?:--build-arg \S+ )?-f (\S+) -t (\S+):{__version__} -t \2:latest .*VERSION={__version__} .* \.",
-            line,
-        )
+        tags = rf"-t (\S+):{__version__} -t \2:latest"
+        found = re.fullmatch(rf"build (?:--build-arg \S+ )?-f (\S+) {tags} .*VERSION={__version__} .* \.", line)
         assert found is not None, line
         built[found[2]] = ROOT / found[1]
     assert f"TRAINER_IMAGE=asd-megatron-trainer:{__version__}" in asked[-1]
