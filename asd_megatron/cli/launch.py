@@ -23,6 +23,7 @@ from asd_megatron.config import AnyRecipe, Kind, check_devices, check_model, loa
 from asd_megatron.config.overrides import check_flag
 from asd_megatron.distributed.launch import set_defaults, torchrun_options
 from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launcher
+from asd_megatron.distributed.stop_signals import forwarded, session_leaders
 from asd_megatron.errors import UserError
 from asd_megatron.files import utc_now
 
@@ -166,8 +167,11 @@ def _counts_of_processes(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
-    """Run `python -m MODULE ARGV` as local ranks under torch's elastic launcher, which forwards signals to them. They
-    end when this process dies."""
+    """Run `python -m MODULE ARGV` as local ranks under torch's elastic launcher. They end when this process dies.
+
+    SIGUSR1 and SIGTERM ask the ranks to stop, and this process waits for them. After the other signals that torch
+    handles it ends them, within 30 seconds.
+    """
     if ranks == 1:
         _become_single_rank(module, argv)
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -175,13 +179,16 @@ def run_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
     from torch.distributed.run import parse_args, run
 
     os.environ[LAUNCHER] = str(os.getpid())
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup; torch would handle it all the same
-        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
+    handled = "SIGINT,SIGQUIT"
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # not nohup, where torch would handle it all the same
+        handled += ",SIGHUP"
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", handled)
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed") and not os.environ.get("LOGLEVEL"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # its table of a failed rank: the rank has reported
     try:
-        run(parse_args([*torchrun_options(ranks), "-m", module, *argv]))
+        with forwarded(lambda: session_leaders(os.getpid())):
+            run(parse_args([*torchrun_options(ranks), "-m", module, *argv]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode
