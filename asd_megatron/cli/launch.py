@@ -179,16 +179,17 @@ def run_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
     from torch.distributed.run import parse_args, run
 
     os.environ[LAUNCHER] = str(os.getpid())
-    handled = "SIGINT,SIGQUIT"
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # not nohup, where torch would handle it all the same
-        handled += ",SIGHUP"
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", handled)
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed") and not os.environ.get("LOGLEVEL"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # its table of a failed rank: the rank has reported
+    arguments = parse_args([*torchrun_options(ranks), "-m", module, *argv])
+    handled = "SIGINT,SIGQUIT"
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # not nohup, where torch would handle it all the same
+        handled += ",SIGHUP"
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = arguments.signals_to_handle = handled  # older and newer torch
     try:
         with forwarded(lambda: session_leaders(os.getpid())):
-            run(parse_args([*torchrun_options(ranks), "-m", module, *argv]))
+            run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode

@@ -366,7 +366,8 @@ class Session:
         """Record and say that the run has stopped on request, and what continues it. Collective."""
         step = self.first_step - 1 if request.step is None else request.step
         newest = folders.checkpoint_folder(self.folder, self._saver.newest) if self._saver.newest else None
-        self.on_root(lambda: self.say(conclude(self.recipe, request, step, newest)))
+        learned = step - (self.first_step - 1)
+        self.on_root(lambda: self.say(conclude(self.recipe, request, step, learned, newest)))
 
     def not_finite(self) -> str | None:
         """Which weight is not finite, on every rank; None if all are finite. Collective."""

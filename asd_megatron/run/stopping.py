@@ -126,14 +126,14 @@ def deadline(limit: float | Literal["slurm"] | None, environment: Mapping[str, s
     return None if limit is None else now + 3600 * limit
 
 
-def conclude(recipe: AnyRecipe, request: StopRequested, step: int, newest: Path | None) -> str:
-    """Record in the run folder that the run has stopped after `step`; returns the line that says so. newest: its newest
-    checkpoint."""
+def conclude(recipe: AnyRecipe, request: StopRequested, step: int, learned: int, newest: Path | None) -> str:
+    """Record in the run folder that the run has stopped after `step`; returns the line that says so. learned: steps
+    since this start. newest: the run's newest checkpoint."""
     folder = recipe.run.path
     with folders.writing(folder):
         (folder / folders.STOP_FILE).unlink(missing_ok=True)
         checkpoint = None if newest is None else str(newest)
-        folders.record(folder, "stop", step, cause=request.cause, checkpoint=checkpoint)
+        folders.record(folder, "stop", step, cause=request.cause, learned=learned, checkpoint=checkpoint)
     kept = request.outcome or ("nothing was learned yet" if newest is None else f"state saved in {newest}")
     again = continuing(recipe, own_command())
     return f"stopped at step {step} {CAUSES[request.cause]}: {kept}; continue with: {again}"
