@@ -72,8 +72,14 @@ def main(argv: Sequence[str]) -> int:
 def make_job(given: argparse.Namespace, overrides: tuple[str, ...], command: str) -> Job:
     """The job of the checked recipe. Raises UserError for a layout, nodes or options that cannot work."""
     kind: Kind = "sft" if given.sft else "train"
-    recipe = load_recipe(given.recipe, overrides, kind)
+    placed_here = ("--rollout.server_devices", "[]") if given.server_nodes and kind == "train" else ()
+    recipe = load_recipe(given.recipe, (*overrides, *placed_here), kind)
     _check_numbers(given)
+    if recipe.checkpoint.resume == "never":
+        raise UserError(
+            "checkpoint.resume never: a job that is queued again would begin at step 1: leave it out (auto), or set"
+            " run.overwrite true to replace what the run folder holds"
+        )
     spans = 1
     if given.server_nodes:
         rollout = _checked_servers(given, recipe, {key for key, _ in split_overrides(overrides)})

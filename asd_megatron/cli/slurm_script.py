@@ -58,7 +58,7 @@ def _header(job: Job) -> str:
     gpus = [f"--gpus-per-node={job.gpus}"] if job.gpus else []
     lines = [
         f"--job-name={job.run_name}",
-        f"--nodes={job.trainer_nodes + job.server_nodes}",
+        f"--nodes={_nodes(job)}",
         "--ntasks-per-node=1",
         *gpus,
         *job.options,
@@ -80,14 +80,17 @@ def _environment(job: Job) -> str:
     else:
         name = shlex.quote(job.interface)
         network = f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}\n"
+    torchrun = (
+        "# torchrun leaves SIGTERM to the ranks, which save their state (older and newer torch).\n"
+        "export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT,SIGQUIT PET_SIGNALS_TO_HANDLE=SIGINT,SIGQUIT\n"
+    )
     return (
         "set -euo pipefail\n"
         f"run_folder={shlex.quote(job.run_folder)}\n"
         f"{network}"
         "# export NCCL_IB_HCA=mlx5 NCCL_DEBUG=WARN\n"
         'export ASD_MEGATRON_COMMAND="scontrol requeue $SLURM_JOB_ID"  # what the closing line says continues the run\n'
-        "# torchrun leaves SIGTERM to the ranks, which save their state (older and newer torch).\n"
-        "export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT,SIGQUIT PET_SIGNALS_TO_HANDLE=SIGINT,SIGQUIT\n"
+        f"{torchrun if _nodes(job) > 1 else ''}"
         "# Older releases of Slurm do not set it; `run.time_limit slurm` reads it.\n"
         'if [ -z "${SLURM_JOB_END_TIME:-}" ]; then\n'
         '  SLURM_JOB_END_TIME=$(date --date="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s) || true\n'
@@ -98,7 +101,7 @@ def _environment(job: Job) -> str:
 
 def _hosts(job: Job) -> str:
     """What the script has to know of the job's nodes; empty on a single one."""
-    if job.trainer_nodes + job.server_nodes == 1:
+    if _nodes(job) == 1:
         return ""
     text = (
         'mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")\n'
@@ -130,7 +133,7 @@ def _training(job: Job) -> str:
         lines.append(f'--container-mounts="$PWD:$PWD"{mounts} --container-workdir="$PWD"')
     # Slurm signals every process of the step. torchrun ignores what it inherits as ignored; the ranks handle it.
     lines.append("""bash -c 'trap "" USR1 TERM; exec "$@"' bash""")
-    if job.trainer_nodes + job.server_nodes > 1:
+    if _nodes(job) > 1:
         lines.append(_words([job.python, "-m", "torch.distributed.run"]))
         lines.append(_words([f"--nnodes={job.trainer_nodes}", f"--nproc-per-node={job.ranks_per_node}"]))
         lines.append(
@@ -194,6 +197,10 @@ def server_overrides(gpus: int, tensor_parallel: int, server_nodes: int) -> tupl
         *("--rollout.servers", str(servers), "--rollout.server_devices", names),
         *("--rollout.server_launcher", launcher),
     ), spans
+
+
+def _nodes(job: Job) -> int:
+    return job.trainer_nodes + job.server_nodes
 
 
 def _words(words: Sequence[str]) -> str:
