@@ -122,9 +122,7 @@ def test_servers_are_dealt_to_nodes_of_their_own(tmp_path: Path, capsys: pytest.
 
 
 def test_submitting(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sbatch").write_text(
-        f"#!/bin/bash\n{STAND_INS['sbatch']} >&1\n".replace("> submitted", f"> {tmp_path}/s")
-    )
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\n{STAND_INS['sbatch']}\n".replace("submitted", f"{tmp_path}/s"))
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert main(["launch", "--slurm", *PLAIN, "--submit"]) == 0
@@ -154,7 +152,7 @@ SERVED = ["examples/gpu/qwen3_math_sglang.yaml"]
         ([*SERVED, "--server-nodes", "1", "--container", "i"], "asd-megatron serve"),
         ([*PLAIN, "--time", "soon"], "--time 'soon'"),
         ([*PLAIN, "--partition", "a b"], "cannot be a line of #SBATCH"),
-        ([*PLAIN, "--partition", "a\n#SBATCH --uid=0"], "cannot be a line of #SBATCH"),
+        ([*PLAIN, "--partition", "a\n#SBATCH --uid=0"], "control characters"),
         ([*PLAIN, "--model.path", "a\nb"], "control characters"),
         ([*PLAIN, "--checkpoint.resume", "never"], "checkpoint.resume never"),
     ],
