@@ -9,14 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asd_megatron import sft
 from asd_megatron.distributed.stop_signals import session_leaders
+from asd_megatron.observe.writer import read_metrics
+from asd_megatron.records import Group
+from asd_megatron.rollout.collector import Collector
 from asd_megatron.run.folder import read_history
 from asd_megatron.run.session import Session
+from asd_megatron.run.stopping import StopRequested
 from tests.e2e.test_sft import recipe as supervised_recipe
 from tests.e2e.test_sft import taught
 from tests.e2e.world import ROOT, World, call, metrics, steps
@@ -48,10 +53,14 @@ def send(session: Session) -> None:
         pass
 
 
+@pytest.fixture(scope="module")
+def straight(world: World) -> Path:
+    return world.train("uninterrupted", **SETTINGS)
+
+
 def test_it_resumes_as_if_nothing_had_happened(
-    world: World, ask: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: World, straight: Path, ask: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    straight = world.train("uninterrupted", **SETTINGS)
     monkeypatch.setenv("ASD_MEGATRON_COMMAND", "asd-megatron train r.yaml")
     ask(2, lambda session: (session.folder / "stop").touch())  # metrics are written in the background: step 2 or 3
     stopped = world.train("asked", **SETTINGS)
@@ -64,6 +73,39 @@ def test_it_resumes_as_if_nothing_had_happened(
     monkeypatch.undo()
     assert world.train("asked", **SETTINGS) == stopped
     assert metrics(stopped) == metrics(straight) and json.loads((stopped / "summary.json").read_text())["completed"]
+
+
+def test_a_step_in_flight_is_abandoned(world: World, straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the engine of SGLang servers does while it waits for rollouts."""
+    collect = Collector.next
+
+    def next_groups(collector: Collector, step: int) -> list[Group]:
+        if step == 3:
+            raise StopRequested("SIGUSR1")
+        return collect(collector, step)
+
+    monkeypatch.setattr(Collector, "next", next_groups)
+    folder = world.train("waiting", **SETTINGS)
+    assert steps(folder) == [1, 2] and (folder / "checkpoints" / "step_000002").is_dir()
+    monkeypatch.undo()
+    world.train("waiting", **SETTINGS)
+    assert metrics(folder) == metrics(straight)
+
+
+def test_an_evaluation_in_flight_is_given_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the step that it belongs to, which is complete."""
+    evaluate = Collector.evaluate
+
+    def evaluation(collector: Collector, *arguments: Any, step: int, **options: Any) -> Any:
+        if step == 2:
+            raise StopRequested("time_limit")
+        return evaluate(collector, *arguments, step=step, **options)
+
+    monkeypatch.setattr(Collector, "evaluate", evaluation)
+    settings = {**SETTINGS, "data": {"test": str(world.problems)}, "evaluation": {"every": 2, "problems": 2}}
+    folder = world.train("evaluating", **settings)
+    assert steps(folder) == [0, 1, 2] and "evaluation/accuracy" not in read_metrics(folder)[-1]
+    assert (folder / "checkpoints" / "step_000002").is_dir() and read_history(folder)[-1]["learned"] == 2
 
 
 def test_weights_that_are_not_worth_saving(
