@@ -151,7 +151,7 @@ class Runner:
             return None
         if late:
             _end([running.process])
-        status: Status = "failed" if code else "interrupted" if _asked_to_stop(running.cell) else "finished"
+        status: Status = "failed" if code != 0 else "interrupted" if _was_stopped(running.cell) else "finished"
         tail = () if code == 0 else log_tail(running.cell.folder)
         if late:
             tail = (*tail, f"ended by the study after {self.timeout:g} s (timeout)")
@@ -181,9 +181,10 @@ class Runner:
         write_record(running.cell.folder, record)
 
 
-def _asked_to_stop(cell: Cell) -> bool:
-    """Whether the cell's run ended with status 0 before its last step: `asd-megatron stop`, SIGTERM, its time limit."""
-    return (cell.run_folder / "recipe.yaml").is_file() and not (cell.run_folder / "summary.json").is_file()
+def _was_stopped(cell: Cell) -> bool:
+    """Whether the cell's run has ended before its last step because it was asked to (a signal, its time limit)."""
+    history = cell.run_folder / "history.jsonl"
+    return history.is_file() and '"event": "stop"' in history.read_text(encoding="utf-8").splitlines()[-1]
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
