@@ -23,7 +23,7 @@ from asd_megatron.config import AnyRecipe, Kind, check_devices, check_model, loa
 from asd_megatron.config.overrides import check_flag
 from asd_megatron.distributed.launch import set_defaults, torchrun_options
 from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launcher
-from asd_megatron.distributed.stop_signals import forwarded, session_leaders
+from asd_megatron.distributed.stop_signals import forwarded, ranks_of
 from asd_megatron.errors import UserError
 from asd_megatron.files import utc_now
 
@@ -188,7 +188,7 @@ def run_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
         handled += ",SIGHUP"
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = arguments.signals_to_handle = handled  # older and newer torch
     try:
-        with forwarded(lambda: session_leaders(os.getpid())):
+        with forwarded(lambda: ranks_of(os.getpid())):
             run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

@@ -75,16 +75,18 @@ def _neighbour_has_ended() -> bool:
     """Whether fewer processes run under this rank's torchrun than it started."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
-    return len(session_leaders(os.getppid())) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = ranks_of(os.getppid())
+    return os.getpid() in ranks and len(ranks) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def session_leaders(parent: int) -> list[int]:
-    """The children of process `parent` that lead a session of their own, as torchrun's ranks do; [] without /proc."""
+def ranks_of(launcher: int) -> list[int]:
+    """The processes that `launcher` has started as ranks and that still run; [] without /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            state, parent_id, _, session = (path / "stat").read_bytes().rpartition(b")")[2].split()[:4]
-            if int(parent_id) == parent and session.decode() == path.name and state not in (b"Z", b"X"):
+            state, parent = (path / "stat").read_bytes().rpartition(b")")[2].split()[:2]
+            runs = int(parent) == launcher and state not in (b"Z", b"X")
+            if runs and any(word.startswith(b"LOCAL_RANK=") for word in (path / "environ").read_bytes().split(b"\0")):
                 found.append(int(path.name))
     return found
 

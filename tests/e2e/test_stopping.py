@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from asd_megatron import sft
-from asd_megatron.distributed.stop_signals import session_leaders
+from asd_megatron.distributed.stop_signals import ranks_of
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import Group
 from asd_megatron.rollout.collector import Collector
@@ -151,7 +151,7 @@ def test_torchrun_whose_ranks_and_agent_all_get_the_signal(world: World) -> None
             while not (folder / "metrics.jsonl").exists() or len(steps(folder)) < 2:
                 assert process.poll() is None
                 time.sleep(0.1)
-            for target in (process.pid, *session_leaders(process.pid)):
+            for target in (process.pid, *ranks_of(process.pid)):
                 os.kill(target, signal.SIGUSR1)
             _, err = process.communicate(timeout=120)
         finally:
