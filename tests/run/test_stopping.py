@@ -67,6 +67,27 @@ with stop_signals.StopSignals() as signals:
         assert process.wait(20) == 128 + signal.SIGUSR1
 
 
+def test_a_rank_whose_neighbour_has_ended_ends_at_once() -> None:
+    """torchrun ends the ranks that are left of a failed job by SIGTERM; they may wait for the one that failed."""
+    program = """
+import ctypes, os
+from asd_megatron.distributed import stop_signals
+with stop_signals.StopSignals() as signals:
+    print("ready", flush=True)
+    while True: ctypes.CDLL(None).pause()
+"""
+    variables = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    neighbour = subprocess.Popen(["sleep", "60"], env=os.environ | variables | {"LOCAL_RANK": "1"})
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        assert set(stop_signals.ranks_of(os.getpid())) >= {neighbour.pid, process.pid}
+        neighbour.kill()
+        neighbour.wait()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+
+
 def _agree(rank: int, folder: str) -> list[object]:
     stop_signals.REPEAT_SECONDS = 60.0
     asked = recipe(Path(folder), "--run.time_limit", "1")
