@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from asd_megatron.errors import UserError, did_you_mean
-from asd_megatron.observe.flops import peak_flops
+from asd_megatron.observe.flops import TERA, peak_flops
 
 GB = 1e9
 GIB = 1 << 30
@@ -46,8 +46,12 @@ class Accelerator:
         network: bytes/s of one GPU to other nodes, one direction.
         host_link: bytes/s between a GPU and the host's memory, one direction.
         per_node: GPUs of a node.
+        cpu: whether it is a CPU, whose memory is the host's.
         dollars_per_hour: a GPU's price for the cost of a step: a list price to be replaced (`--price`).
         efficiency: what programs reach of these.
+        float32: FLOP/s of float32 products, not rounded to TF32.
+        launch: seconds from one operator to the next, beyond what it reads and computes.
+        node_latency, network_latency: seconds of a message between two GPUs of a node, of two nodes.
     """
 
     name: str
@@ -59,8 +63,13 @@ class Accelerator:
     network: float
     host_link: float
     per_node: int = 8
+    cpu: bool = False
     dollars_per_hour: float = 0.0
     efficiency: Efficiency = field(default_factory=Efficiency)
+    float32: float = 67e12
+    launch: float = 3e-6
+    node_latency: float = 5e-6
+    network_latency: float = 15e-6
 
     @property
     def memory_bytes(self) -> float:
@@ -76,9 +85,17 @@ class Accelerator:
 
 
 def _gpu(
-    name: str, device: str, memory_gib: float, memory_rate: float, node_link: float, price: float, network: float = 50.0
+    name: str,
+    device: str,
+    memory_gib: float,
+    memory_rate: float,
+    node_link: float,
+    price: float,
+    network: float = 50.0,
+    float32: float = 67.0,
 ) -> Accelerator:
-    """A GPU whose peak rates `observe.flops` knows by its device name. Rates in GB/s, one direction."""
+    """A GPU whose peak rates `observe.flops` knows by its device name. Rates in GB/s, one direction; float32 in
+    TFLOP/s."""
     bfloat16 = peak_flops(device, "bfloat16")
     assert bfloat16 is not None, device
     return Accelerator(
@@ -91,6 +108,7 @@ def _gpu(
         network=network * GB,
         host_link=(25.0 if bfloat16 < 500e12 else 50.0) * GB,
         dollars_per_hour=price,
+        float32=float32 * TERA,
     )
 
 
@@ -99,12 +117,12 @@ def _gpu(
 ACCELERATORS: dict[str, Accelerator] = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 39.4, 1555.0, 300.0, 1.3, network=25.0),
-        _gpu("a100", "NVIDIA A100-SXM4-80GB", 79.2, 2039.0, 300.0, 1.8, network=25.0),
+        _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 39.4, 1555.0, 300.0, 1.3, network=25.0, float32=19.5),
+        _gpu("a100", "NVIDIA A100-SXM4-80GB", 79.2, 2039.0, 300.0, 1.8, network=25.0, float32=19.5),
         _gpu("h100", "NVIDIA H100 80GB HBM3", 79.6, 3350.0, 450.0, 2.5),
         _gpu("h200", "NVIDIA H200", 139.8, 4800.0, 450.0, 3.0),
-        _gpu("h20", "NVIDIA H20", 95.1, 4000.0, 450.0, 1.5),
-        _gpu("b200", "NVIDIA B200", 178.4, 8000.0, 900.0, 4.5),
+        _gpu("h20", "NVIDIA H20", 95.1, 4000.0, 450.0, 1.5, float32=44.0),
+        _gpu("b200", "NVIDIA B200", 178.4, 8000.0, 900.0, 4.5, float32=75.0),
     )
 }
 

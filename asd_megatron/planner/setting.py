@@ -8,6 +8,7 @@ from typing import Literal
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.models.family import ModelShape
 from asd_megatron.models.gpt import NO_RECOMPUTE, Recompute
+from asd_megatron.models.layers import CoreAttention
 from asd_megatron.planner.hardware import Accelerator
 
 Dtype = Literal["bfloat16", "float32"]
@@ -36,11 +37,11 @@ class Workload:
         prompt: of the student's prompt.
         responses: lengths of responses.
         privileged: of the teacher's prompt beyond the student's: demonstration and feedback.
-        teacher, student, reference: forward passes of scoring, each 0 or 1 (`PassPlan`).
-        updates: optimizer steps of a batch. epochs: passes over the batch, of forward and backward.
+        teacher, student, reference: forward passes of scoring over the batch (`PassPlan`).
+        updates: optimizer steps of a batch, of all epochs. epochs: passes over the batch, of forward and backward.
         recomputed_head: forward passes of the head in the backward pass, beside the first (0, or 1: "two_phase").
         exact: whether the teacher's hidden states are kept from scoring to update (`estimator: full_vocabulary`).
-        steps: of the complete run.
+        steps: of the complete run. checkpoint_every: steps from one checkpoint to the next; 0: none.
     """
 
     problems: int
@@ -56,10 +57,16 @@ class Workload:
     recomputed_head: int = 0
     exact: bool = False
     steps: int = 200
+    checkpoint_every: int = 20
 
     @property
     def rollouts(self) -> int:
         return self.problems * self.samples
+
+    @property
+    def mini_batches(self) -> int:
+        """Parts of the batch, each with an optimizer step in every epoch."""
+        return max(self.updates // self.epochs, 1)
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,12 @@ class Training:
     Attributes:
         layout: sizes of every kind of parallelism; layout.world_size is the trainer's number of GPUs.
         layers: implementation, `te` or `local`; they save different activations.
+        attention: the layers' own, or FlexAttention (`models.compat.resolve_attention`).
         pack: tokens of a micro-batch at most (a longer sequence has its own).
         distributed_optimizer, overlap_grad_reduce, moments, offload: as the recipe's keys.
         copies: copies of the weights in host memory (initial weights, moving average).
+        average: whether one of them is the moving average, which is float32.
+        expert_load: choices of the busiest expert-parallel rank's experts over the mean, of a micro-batch.
         fp8: whether linear layers of the update compute in FP8; fp8_scores: of scoring passes too; fp8_parameters.
         async_save: whether checkpoints are written from a copy in host memory.
         teacher_states: where the teacher's hidden states wait with `Workload.exact`.
@@ -80,6 +90,7 @@ class Training:
     layout: Layout
     dtype: Dtype = "bfloat16"
     layers: Literal["te", "local"] = "te"
+    attention: CoreAttention = "own"
     recompute: Recompute = NO_RECOMPUTE
     pack: int = 16384
     distributed_optimizer: bool = True
@@ -87,6 +98,8 @@ class Training:
     moments: Literal["float32", "bfloat16"] = "float32"
     offload: Literal["none", "host"] = "none"
     copies: int = 0
+    average: bool = False
+    expert_load: float = 1.25
     fp8: bool = False
     fp8_scores: bool = False
     fp8_parameters: bool = False
