@@ -79,7 +79,7 @@ def _checked_placement(recipe: AnyRecipe) -> Placement:
     """Where the ranks run. Raises UserError for a machine and a model that the recipe does not fit."""
     gpus = _gpus()
     check_devices(recipe, cuda=gpus > 0, transformer_engine=importlib.util.find_spec("transformer_engine") is not None)
-    _check_model(recipe)
+    check_model_folder(recipe)
     return place(recipe, gpus, os.environ)
 
 
@@ -126,7 +126,8 @@ def _gpus() -> int:
     return machine.gpus()
 
 
-def _check_model(recipe: AnyRecipe) -> None:
+def check_model_folder(recipe: AnyRecipe) -> None:
+    """Raise UserError for a model that is not supported, or that the recipe's layout does not divide."""
     from asd_megatron.checkpoint.huggingface import read_config  # torch and more: not for --help
     from asd_megatron.models.families import shape_of
     from asd_megatron.run.sources import model_folder

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from asd_megatron.cli.launch import check_model_folder
 from asd_megatron.cli.slurm_script import Job, script, server_overrides
 from asd_megatron.config import AnyRecipe, Kind, Recipe, check_world, load_recipe
 from asd_megatron.config.overrides import split_overrides
@@ -22,7 +23,7 @@ SERVER_KEYS = ("rollout.servers", "rollout.server_devices", "rollout.server_host
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="asd-megatron launch",
-        usage="asd-megatron launch --slurm RECIPE [--nodes N] [--option value ...] [--section.key value ...]",
+        usage="asd-megatron launch --slurm RECIPE [MORE.yaml ...] [--option value ...] [--section.key value ...]",
         description=(
             "Print the sbatch script that trains a recipe under Slurm, after the recipe and its layout have been"
             " checked; with --submit, submit it. The job saves its state before its time limit and is queued again"
@@ -32,7 +33,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--slurm", action="store_true", required=True, help="the scheduler")
-    add("recipe", metavar="RECIPE", help="a YAML file (docs/recipes.md)")
+    add(
+        "recipe",
+        metavar="RECIPE",
+        nargs="+",
+        help="a YAML file (docs/recipes.md); keys of further ones replace its keys",
+    )
     add("--sft", action="store_true", help="RECIPE is one of `asd-megatron sft`")
     add("--nodes", type=int, default=1, metavar="N", help="nodes of the trainer [%(default)s]")
     add("--gpus-per-node", type=int, default=8, metavar="G", help="of every node; 0: train on CPUs [%(default)s]")
@@ -73,8 +79,9 @@ def make_job(given: argparse.Namespace, overrides: tuple[str, ...], command: str
     """The job of the checked recipe. Raises UserError for a layout, nodes or options that cannot work."""
     kind: Kind = "sft" if given.sft else "train"
     placed_here = ("--rollout.server_devices", "[]") if given.server_nodes and kind == "train" else ()
-    recipe = load_recipe(given.recipe, (*overrides, *placed_here), kind)
+    recipe = load_recipe(given.recipe[0], (*given.recipe[1:], *overrides, *placed_here), kind)
     _check_numbers(given)
+    _check_model(recipe)
     if recipe.checkpoint.resume == "never":
         raise UserError(
             "checkpoint.resume never: a job that is queued again would begin at step 1: leave it out (auto), or set"
@@ -93,7 +100,7 @@ def make_job(given: argparse.Namespace, overrides: tuple[str, ...], command: str
         command=command,
         verb=kind,
         module=f"asd_megatron.{kind}",
-        recipe=given.recipe,
+        recipes=tuple(given.recipe),
         overrides=_joined(overrides),
         run_folder=str(recipe.run.path),
         run_name=recipe.run.name,
@@ -173,6 +180,19 @@ def _with_own_servers(recipe: AnyRecipe) -> RolloutSection | None:
     rollout = recipe.rollout
     starts = rollout.engine == "sglang" and not rollout.server_urls and rollout.placement == "disaggregated"
     return rollout if starts else None
+
+
+def _check_model(recipe: AnyRecipe) -> None:
+    """Refuse what the model refuses, where its folder is here; a node or a container may have it elsewhere."""
+    from asd_megatron.run.sources import model_folder  # takes seconds, which a wrong option should not
+
+    if (model_folder(recipe.model.path) / "config.json").is_file():
+        check_model_folder(recipe)
+    else:
+        print(
+            f"warning: model.path {recipe.model.path} is not here, so that it is not checked against the layout",
+            file=sys.stderr,
+        )
 
 
 def _check_numbers(given: argparse.Namespace) -> None:

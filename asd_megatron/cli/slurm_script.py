@@ -21,7 +21,7 @@ REPEATABLE = ("SIGUSR1", "time_limit")
 class Job:
     """A Slurm job that trains.
 
-    module, recipe, overrides: what each rank runs. trainer_nodes x ranks_per_node ranks; one node is left to
+    module, recipes, overrides: what each rank runs. trainer_nodes x ranks_per_node ranks; one node is left to
     `asd-megatron train` (`verb`), which places ranks and servers on its GPUs. server_nodes: nodes of the same job for
     SGLang servers, `hosts_per_server` for each. gpus: of every node, 0 for a job without. options: lines `#SBATCH
     --NAME=VALUE` of the site, in order. interface: of the cluster's network, None: NCCL's and gloo's own choice.
@@ -30,7 +30,7 @@ class Job:
     command: str
     verb: str
     module: str
-    recipe: str
+    recipes: tuple[str, ...]
     overrides: tuple[str, ...]
     run_folder: str
     run_name: str
@@ -141,9 +141,9 @@ def _training(job: Job) -> str:
             ' --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"'
         )
         lines.append(f"--rdzv-conf=join_timeout={JOIN_SECONDS},read_timeout={READ_SECONDS}")
-        lines.append(_words(["-m", job.module, job.recipe]))
+        lines.append(_words(["-m", job.module, *job.recipes]))
     else:
-        lines.append(_words([job.python, "-m", "asd_megatron.cli.main", job.verb, job.recipe]))
+        lines.append(_words([job.python, "-m", "asd_megatron.cli.main", job.verb, *job.recipes]))
     if job.overrides:
         lines += [_words(pair) for pair in _pairs(job.overrides)]
     if job.server_nodes:

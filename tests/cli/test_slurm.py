@@ -66,7 +66,9 @@ def test_every_value_reaches_the_rank_as_it_was_given(tmp_path: Path, capsys: py
     nasty = """it's "$(touch broken)" `touch broken` \\ {prompt} $HOME; & *"""
     given = ["--run.name", "r", "--data.format", "raw", "--data.raw_prompt", nasty, f"--model.path={nasty}"]
     mounts = ["--container", "my image", "--container-mounts", "/a b:/c"]
-    text = printed(capsys, *PLAIN, "--nodes", "4", *mounts, *given)
+    more = tmp_path / "a b.yaml"
+    more.write_text("run: {steps: 7}")
+    text = printed(capsys, PLAIN[0], str(more), *PLAIN[1:], "--nodes", "4", *mounts, *given)
     arguments = run_script(tmp_path, text)
     assert (
         "--container-image=my image" in arguments and f"--container-mounts={tmp_path}:{tmp_path},/a b:/c" in arguments
@@ -74,6 +76,7 @@ def test_every_value_reaches_the_rank_as_it_was_given(tmp_path: Path, capsys: py
     assert arguments[:2] == ["--nodes=4", "--ntasks=4"] and "--rdzv-endpoint=10.0.0.1:29500" in arguments
     program = arguments[arguments.index("asd_megatron.train") + 1 :]
     recipe = load_recipe(program[0], program[1:])
+    assert recipe.run.steps == 7
     assert (recipe.data.raw_prompt, recipe.model.path, recipe.run.time_limit) == (nasty, nasty, "slurm")
     assert not (tmp_path / "broken").exists()
     environment = dict(line.split("=", 1) for line in (tmp_path / "srun.environment").read_text().splitlines())
@@ -150,6 +153,7 @@ SERVED = ["examples/gpu/qwen3_math_sglang.yaml"]
         ([*SERVED, "--server-nodes", "1", "--rollout.server_tensor_parallel", "3"], "does not divide the 8 GPUs"),
         ([*SERVED, "--server-nodes", "3", "--rollout.server_tensor_parallel", "16"], "even number of --server-nodes"),
         ([*SERVED, "--server-nodes", "1", "--container", "i"], "asd-megatron serve"),
+        (["examples/puzzle/quickstart.yaml", "--parallelism.tensor", "3"], "parallelism.tensor 3"),
         ([*PLAIN, "--time", "soon"], "--time 'soon'"),
         ([*PLAIN, "--partition", "a b"], "cannot be a line of #SBATCH"),
         ([*PLAIN, "--partition", "a\n#SBATCH --uid=0"], "control characters"),
