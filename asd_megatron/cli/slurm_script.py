@@ -132,7 +132,11 @@ def _training(job: Job) -> str:
         mounts = "" if job.container_mounts is None else f",{shlex.quote(job.container_mounts)}"
         lines.append(f'--container-mounts="$PWD:$PWD"{mounts} --container-workdir="$PWD"')
     # Slurm signals every process of the step. torchrun ignores what it inherits as ignored; the ranks handle it.
-    lines.append("""bash -c 'trap "" USR1 TERM; exec "$@"' bash""")
+    prepared = 'trap "" USR1 TERM'
+    if _nodes(job) > 1:  # a node need not know itself by the address under which the others reach it
+        limits = f"join_timeout={JOIN_SECONDS},read_timeout={READ_SECONDS}"
+        prepared += f"; export PET_RDZV_CONF={limits},is_host=$((SLURM_NODEID == 0))"
+    lines.append(f"""bash -c '{prepared}; exec "$@"' bash""")
     if _nodes(job) > 1:
         lines.append(_words([job.python, "-m", "torch.distributed.run"]))
         lines.append(_words([f"--nnodes={job.trainer_nodes}", f"--nproc-per-node={job.ranks_per_node}"]))
@@ -140,7 +144,6 @@ def _training(job: Job) -> str:
             f'--rdzv-backend=c10d --rdzv-endpoint="$head:{RENDEZVOUS_PORT}"'
             ' --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"'
         )
-        lines.append(f"--rdzv-conf=join_timeout={JOIN_SECONDS},read_timeout={READ_SECONDS}")
         lines.append(_words(["-m", job.module, *job.recipes]))
     else:
         lines.append(_words([job.python, "-m", "asd_megatron.cli.main", job.verb, *job.recipes]))
