@@ -23,6 +23,7 @@ from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed import device
 from asd_megatron.distributed.objects import first_message, meet, on_rank_zero, only_rank_zero
+from asd_megatron.distributed.stop_signals import StopSignals
 from asd_megatron.errors import NotFinite, UserError, plural
 from asd_megatron.files import write_json
 from asd_megatron.models import te
@@ -64,7 +65,12 @@ def run_session(recipe: AnyRecipe, program: Callable[[Session], None]) -> int:
     (`stopping`), and of one that is complete already, which is not run again. An interruption says what was kept."""
     interruption = Interruption(recipe)
     try:
-        with interruption.told(), open_session(recipe) as session, interruption.claimed():
+        with (
+            StopSignals() as signals,
+            interruption.told(),
+            open_session(recipe, signals) as session,
+            interruption.claimed(),
+        ):
             try:
                 program(session)
             except StopRequested as request:
@@ -76,11 +82,12 @@ def run_session(recipe: AnyRecipe, program: Callable[[Session], None]) -> int:
 
 
 @contextmanager
-def open_session(recipe: AnyRecipe) -> Iterator[Session]:
-    """Join the other ranks and open the recipe's session. On leaving, whatever was opened is closed, last first, and
-    the ranks part; another session may follow in the same process. Raises RunFinished when there is nothing to do."""
+def open_session(recipe: AnyRecipe, signals: StopSignals | None = None) -> Iterator[Session]:
+    """Join the other ranks and open the recipe's session, which stops at one of `signals`. On leaving, whatever was
+    opened is closed, last first, and the ranks part; another session may follow in the same process. Raises RunFinished
+    when there is nothing to do."""
     with ExitStack() as closing:
-        yield Session(recipe, closing)
+        yield Session(recipe, closing, signals)
 
 
 class Session:
@@ -96,10 +103,10 @@ class Session:
     `resumed` the run state of that checkpoint, None for a fresh run.
     """
 
-    def __init__(self, recipe: AnyRecipe, closing: ExitStack) -> None:
+    def __init__(self, recipe: AnyRecipe, closing: ExitStack, signals: StopSignals | None = None) -> None:
         self.recipe, self.closing = recipe, closing
         self.layout, self.process_groups = join_ranks(recipe, closing)
-        self.stopping = Stopping(recipe, self.process_groups.host, closing, lambda: self._saver.seconds)
+        self.stopping = Stopping(recipe, self.process_groups.host, signals, lambda: self._saver.seconds)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         log.setLevel(recipe.logging.level.upper() if self.is_root else "ERROR")
 

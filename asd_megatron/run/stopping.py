@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -51,16 +51,20 @@ class StopRequested(BaseException):
 
 
 class Stopping:
-    """The requests to stop one run, as every rank sees them. Signals are received until `closing` closes.
+    """The requests to stop one run, as every rank sees them.
 
-    save_seconds: of the longest checkpoint so far; asked for on global rank 0 alone.
+    signals: those that this rank receives; None: none. save_seconds: of the longest checkpoint so far; asked for on
+    global rank 0 alone.
     """
 
     def __init__(
-        self, recipe: AnyRecipe, host: dist.ProcessGroup, closing: ExitStack, save_seconds: Callable[[], float]
+        self,
+        recipe: AnyRecipe,
+        host: dist.ProcessGroup,
+        signals: StopSignals | None,
+        save_seconds: Callable[[], float],
     ) -> None:
-        self._host, self._save_seconds = host, save_seconds
-        self._signals = closing.enter_context(StopSignals())
+        self._host, self._signals, self._save_seconds = host, signals, save_seconds
         self._file = recipe.run.path / folders.STOP_FILE
         self._deadline = deadline(recipe.run.time_limit, os.environ, time.time())
         self._longest = 0.0  # seconds of a step
@@ -68,8 +72,10 @@ class Stopping:
         self._finishing = False
 
     def begin(self) -> None:
-        """The next step begins now: what came before it was none."""
+        """The first step begins now: what came before it was none. Raises StopRequested on every rank when the run is
+        asked to stop already. Collective."""
         self._last = time.monotonic()
+        self.while_waiting()
 
     def after_step(self) -> Cause | None:
         """Why the run stops after the step that has just ended; None: it continues. Collective: one all-reduce of a
@@ -105,7 +111,7 @@ class Stopping:
 
     def _own(self, ahead: float) -> Cause | None:
         """This rank's request. Global rank 0 alone looks at the file and the clock."""
-        if self._signals.received is not None:
+        if self._signals is not None and self._signals.received is not None:
             return "SIGUSR1" if self._signals.received == "SIGUSR1" else "SIGTERM"
         if self._host.rank() != 0:
             return None

@@ -49,8 +49,9 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[[Se
 
 def send(session: Session) -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
-    while session.stopping._signals.received is None:
-        pass
+    signals = session.stopping._signals
+    while signals is not None and signals.received is None:
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,15 @@ def test_an_evaluation_in_flight_is_given_up(world: World, monkeypatch: pytest.M
     folder = world.train("evaluating", **settings)
     assert steps(folder) == [0, 1, 2] and "evaluation/accuracy" not in read_metrics(folder)[-1]
     assert (folder / "checkpoints" / "step_000002").is_dir() and read_history(folder)[-1]["learned"] == 2
+
+
+def test_a_request_before_the_first_step(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Session, "begin", lambda session, begin=Session.begin: (begin(session), send(session)))
+    folder = world.train("early", **SETTINGS)
+    assert steps(folder) == [] and read_history(folder)[-1]["learned"] == 0
+    assert "stopped at step 0 after SIGUSR1: nothing was learned yet; continue with" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_worth_saving(

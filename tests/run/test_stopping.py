@@ -93,7 +93,8 @@ def _agree(rank: int, folder: str) -> list[object]:
     asked = recipe(Path(folder), "--run.time_limit", "1")
     said: list[object] = []
     with ExitStack() as closing:
-        stopping = Stopping(asked, one_process_groups().host, closing, lambda: 0.0)
+        signals = closing.enter_context(StopSignals())
+        stopping = Stopping(asked, one_process_groups().host, signals, lambda: 0.0)
         said.append(stopping.after_step())
         if rank == 0:
             (Path(folder) / "stop").touch()
@@ -108,7 +109,7 @@ def _agree(rank: int, folder: str) -> list[object]:
         stopping.while_waiting()  # the step in flight has time left
         if rank == 1:  # the others have received nothing
             os.kill(os.getpid(), signal.SIGUSR1)
-            wait_for(stopping._signals)
+            wait_for(signals)
         with stopping.finishing():
             stopping.while_waiting()
         try:
