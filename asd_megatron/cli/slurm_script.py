@@ -61,11 +61,11 @@ def _header(job: Job) -> str:
         f"--nodes={_nodes(job)}",
         "--ntasks-per-node=1",
         *gpus,
-        *job.options,
         "--output=%x-%j.out",
         "--open-mode=append",  # a job that is queued again continues its log
         "--requeue",
         f"--signal=USR1@{SIGNAL_SECONDS}",  # without B: to the processes of the steps, the ranks among them
+        *job.options,  # the last of several counts
     ]
     for line in lines:
         if not line.isprintable() or any(character.isspace() for character in line):
