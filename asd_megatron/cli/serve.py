@@ -135,9 +135,8 @@ def server_options(given: argparse.Namespace, arguments: Mapping[str, object], i
 
 
 def keys(environment: Mapping[str, str], folder: Path, file: Path | None = None) -> tuple[Keys, Path | None]:
-    """The keys, and the file that holds them: those of `file`, else of the environment, without a file, else new ones in
-    a file of `folder` that its owner alone can read. Raises UserError if one is missing, or both are the same.
-    """
+    """The keys, and the file that holds them: those of `file`; else of the environment, without a file; else new ones
+    in a file of `folder` that its owner alone can read. Raises UserError if one is missing, or both are the same."""
     if file is not None:
         return Keys.read(file), file.absolute()
     given = Keys.of_environment(environment)

@@ -198,12 +198,11 @@ def _weight_sync(rollout: RolloutSection) -> Iterator[str]:
             "rollout.weight_sync cuda_ipc shares the memory of one device: set rollout.placement colocated, or"
             " rollout.weight_sync distributed"
         )
-    if rollout.weight_sync == "distributed":
-        if rollout.weight_sync_address in ("0.0.0.0", "::"):
-            yield (
-                f"rollout.weight_sync_address {rollout.weight_sync_address} would let anybody join the weight update:"
-                " name the address of one interface"
-            )
+    if rollout.weight_sync == "distributed" and rollout.weight_sync_address in ("0.0.0.0", "::"):
+        yield (
+            f"rollout.weight_sync_address {rollout.weight_sync_address} would let anybody join the weight update:"
+            " name the address of one interface"
+        )
     if not rollout.verify_weights and rollout.verify_tolerance is not None:
         yield (
             "rollout.verify_tolerance is read only with rollout.verify_weights true: set that, or leave the tolerance"

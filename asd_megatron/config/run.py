@@ -36,6 +36,14 @@ class RunSection(Section):
         ),
     )
 
+    lost_rank_timeout: float = Field(
+        300.0,
+        ge=5,
+        description=(
+            "Several ranks: seconds without a sign of life of one of them, whose process hangs or whose node or network"
+            " is lost, after which the run ends with an error that names it."
+        ),
+    )
     profile_steps: StepList | None = Field(
         None,
         description=(
