@@ -21,8 +21,8 @@ from asd_megatron.run.sending import (
     hosts_of_servers,
     loaded_nccl,
     root_transport,
-    server_names,
     sending,
+    server_names,
 )
 from tests.config.test_checks import make
 

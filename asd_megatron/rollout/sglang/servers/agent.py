@@ -37,6 +37,7 @@ LEASE_LOST = 3  # exit status
 
 def main() -> int:
     """Do the task of the file that is named; returns the exit status."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to every process; it asks the trainer to stop
     with open(sys.argv[1]) as file:
         task = json.load(file)
     if task["task"] == "survey":

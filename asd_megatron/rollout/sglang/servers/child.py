@@ -76,7 +76,7 @@ def start_watcher(parent: int, leased: str = "") -> None:
         return
     if os.fork():
         os._exit(0)
-    for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(ending, signal.SIG_IGN)  # the server handles these itself, and the watcher outlives it
     os.close(0)
     watch(server, parent, leased)
@@ -113,6 +113,7 @@ def hide_keys(keys: "list[str]") -> None:
 def main() -> None:
     """Start the watcher, then become the server, or the command that starts it on another node."""
     parent, module, *arguments = sys.argv[1:]
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to every process; it asks the trainer to stop
     if module == LEASED:
         folder, *command = arguments
         start_watcher(int(parent), folder)
