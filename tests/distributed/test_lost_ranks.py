@@ -91,7 +91,7 @@ def _store_ends(rank: int, store_port: int) -> list[str]:
 
 
 def test_a_store_that_is_gone_is_rank_0s_loss() -> None:
-    """The store is in another process, which is stopped once the ranks use it: connections stay, and nothing answers."""
+    """The store is in another process, which is stopped once in use: connections stay, and nothing answers."""
     program = (
         "import time, torch.distributed as d\n"
         "s = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
