@@ -20,7 +20,7 @@ export PYTHONUNBUFFERED := 1
 .PHONY: help install sglang sglang-demo gpu-checks quickstart smollm2 test test-sglang test-netns test-py312 lint docs clean
 
 help:
-	@echo "make quickstart   watch a tiny model learn to search with AntiSD (2 CPU cores, about 10 minutes)"
+	@echo "make quickstart   watch a tiny model learn to search with AntiSD (2 CPU cores, some minutes)"
 	@echo "make sglang-demo  the same with two real SGLang servers making the rollouts (2 CPU cores, some minutes)"
 	@echo "make smollm2      the pretrained SmolLM2-135M-Instruct learns word problems in 14 AntiSD steps (CPU)"
 	@echo "make test         linter, types, generated pages, all tests that need no SGLang server (about 6 minutes)"

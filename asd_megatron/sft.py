@@ -1,4 +1,4 @@
-"""The supervised stage: `torchrun --nproc-per-node N -m asd_megatron.sft RECIPE [--section.key value ...]`.
+"""The supervised stage: `torchrun --nproc-per-node N -m asd_megatron.sft RECIPE [FILES] [--section.key value ...]`.
 
 Weighted cross-entropy on given responses, through the same model, head, packs, schedules and checkpoints as the RL
 stage.
@@ -152,7 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> int:
         if not arguments or arguments[0].startswith("-"):
-            raise UserError("give a recipe first: python -m asd_megatron.sft RECIPE [--section.key value ...]")
+            raise UserError(
+                "give a recipe first: python -m asd_megatron.sft RECIPE [MORE.yaml ...] [--section.key value ...]"
+            )
         recipe = load_recipe(arguments[0], arguments[1:], kind="sft")
 
         def run(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""AntiSD training: `torchrun --nproc-per-node N -m asd_megatron.train RECIPE [--section.key value ...]`.
+"""AntiSD training: `torchrun --nproc-per-node N -m asd_megatron.train RECIPE [FILES] [--section.key value ...]`.
 
 The loop below is Algorithm 1; `run/rl.py` holds what its lines do.
 """
@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> int:
         if not arguments or arguments[0].startswith("-"):
-            raise UserError("give a recipe first: python -m asd_megatron.train RECIPE [--section.key value ...]")
+            raise UserError(
+                "give a recipe first: python -m asd_megatron.train RECIPE [MORE.yaml ...] [--section.key value ...]"
+            )
         recipe = load_recipe(arguments[0], arguments[1:])
 
         def run(session: Session) -> None:

@@ -52,7 +52,8 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
         check_flag(words[0])
     if not words or words[0].startswith("-"):
         raise UserError(
-            f"asd-megatron {kind} takes a recipe first: asd-megatron {kind} RECIPE [--section.key value ...]"
+            f"asd-megatron {kind} takes a recipe first: asd-megatron {kind} RECIPE [MORE.yaml ...]"
+            " [--section.key value ...]"
         )
     refuse_other_launchers(kind, module, os.environ)
     end_with_launcher(os.environ)
@@ -98,18 +99,20 @@ def _run_and_tell(recipe: AnyRecipe, module: str, words: Sequence[str], ranks: i
 def _parser(kind: Kind, module: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"asd-megatron {kind}",
-        usage=f"asd-megatron {kind} RECIPE [{DRY_RUN}] [--section.key value ...]",
+        usage=f"asd-megatron {kind} RECIPE [MORE.yaml ...] [{DRY_RUN}] [--section.key value ...]",
         description=(
             "Run a recipe on this machine: on all GPUs that the layout can use and no SGLang server has, or with as "
             "many ranks as the layout needs on the CPU. The ranks end when this command does. On several machines: "
-            f"torchrun ... -m {module} RECIPE [--section.key value ...]. The environment variable LOGLEVEL=INFO shows "
+            f"torchrun ... -m {module} RECIPE [--section.key value ...]. LOGLEVEL=INFO in the environment shows "
             "torchrun's own messages and the traceback of every rank that fails."
         ),
         epilog="keys, with type and [default]:\n\n" + render_help(kind),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file (docs/recipes.md)")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file (docs/recipes.md); keys of further ones replace its keys"
+    )
     parser.add_argument(
         DRY_RUN, action="store_true", help="check recipe, data, reward and model, show what would run, start nothing"
     )

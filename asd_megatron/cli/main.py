@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "serve": ("asd_megatron.cli.serve", "start SGLang servers of a model and keep them running"),
     "quickstart": ("asd_megatron.cli.quickstart", "train the built-in puzzle and print what changed"),
     "study": ("asd_megatron.cli.study", "run many recipes and seeds, resumable, and compare them in one table"),
+    "plan": ("asd_megatron.cli.plan", "memory, time and layouts of a recipe on GPUs that are not here"),
     "convert": ("asd_megatron.cli.convert", "checkpoints to Hugging Face folders and back; inspect and verify them"),
     "parity": ("asd_megatron.cli.parity", "check that an update is the same in every parallel layout"),
     "models-table": ("asd_megatron.cli.models_table", "compare every model family, in every layout, with transformers"),

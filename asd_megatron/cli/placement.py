@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from asd_megatron.config import AnyRecipe, Recipe
+from asd_megatron.config import AnyRecipe, Recipe, check_world
 from asd_megatron.errors import UserError, plural
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -31,10 +31,11 @@ def place(recipe: AnyRecipe, gpus: int, environment: Mapping[str, str]) -> Place
     """Ranks for a machine with `gpus` GPUs that CUDA_VISIBLE_DEVICES allows.
 
     With GPUs and `parallelism.data` null, data parallelism fills those that no SGLang server takes; without GPUs it is
-    1. For instance 8 GPUs, tensor 2, servers on "6,7": GPUs 0 to 5 hold 6 ranks, tensor 2 x data 3. Raises UserError
-    when there are too few GPUs.
+    as small as the experts allow. For instance 8 GPUs, tensor 2, servers on "6,7": GPUs 0 to 5 hold 6 ranks, tensor 2 x
+    data 3. Raises UserError when there are too few GPUs, or the layout is impossible.
     """
     layout = recipe.parallelism
+    check_world(recipe, layout.ranks)
     if gpus == 0:
         return Placement(layout.ranks)
     visible = _visible(gpus, environment)
@@ -47,7 +48,7 @@ def place(recipe: AnyRecipe, gpus: int, environment: Mapping[str, str]) -> Place
             f"the recipe's layout needs {plural(needed, 'rank')} and this machine has {plural(len(visible), 'GPU')}"
             f"{taken}: make the parallelism section smaller, or use torchrun on several machines"
         )
-    ranks = needed if layout.data is not None else len(free) // layout.model_parallel * layout.model_parallel
+    ranks = needed if layout.data is not None else len(free) // needed * needed
     return Placement(ranks, tuple(free[:ranks]), servers, tuple(free[ranks:]))
 
 
@@ -79,7 +80,7 @@ def placement_text(recipe: AnyRecipe, placement: Placement) -> str:
     if placement.servers:
         text += f"; SGLang servers on {_gpus(placement.servers)}"
     if placement.unused:
-        why = "parallelism.data" if p.data is not None else f"model copies take {plural(p.model_parallel, 'GPU')} each"
+        why = "parallelism.data" if p.data is not None else f"the layout takes multiples of {plural(p.ranks, 'GPU')}"
         text += f"; {_gpus(placement.unused)} unused ({why})"
     return text
 

@@ -1,4 +1,4 @@
-"""`asd-megatron sft RECIPE [--section.key value ...]`."""
+"""`asd-megatron sft RECIPE [MORE.yaml ...] [--section.key value ...]`."""
 
 from __future__ import annotations
 

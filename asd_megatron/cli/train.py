@@ -1,4 +1,4 @@
-"""`asd-megatron train RECIPE [--section.key value ...]`."""
+"""`asd-megatron train RECIPE [MORE.yaml ...] [--section.key value ...]`."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ def check_world(recipe: AnyRecipe, world_size: int) -> int:
     if stage % p.expert:
         raise UserError(
             f"parallelism.expert {p.expert} does not divide the {plural(stage, 'rank')} of a pipeline stage (tensor"
-            f" {p.tensor} x context {p.context} x data {data}): lower it, or start more ranks"
+            f" {p.tensor} x context {p.context} x data {data}): lower it, or start more ranks (parallelism.data)"
         )
     if p.data is not None and p.data != data:
         raise UserError(

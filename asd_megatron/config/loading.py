@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -56,11 +57,35 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: Kind = "t
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: Kind = "train") -> AnyRecipe:
     """Read a YAML recipe, put the overrides in and check it. Paths in it are relative to the current directory.
 
+    `overrides` may begin with further YAML files, of the same form: their keys replace the recipe's, later files win,
+    then come `--section.key value`.
+
     Raises UserError for what `read_yaml` and `make_recipe` refuse.
     """
+    files = list(takewhile(lambda argument: argument.endswith((".yaml", ".yml")), overrides))
+    merged = _sections(path)
+    for file in files:
+        merged = _merged(merged, _sections(file))
+    return make_recipe(merged, overrides[len(files) :], kind, " + ".join([f"recipe {path}", *files]))
+
+
+def _sections(path: str | Path) -> dict[str, Any]:
+    """A recipe's YAML file: section -> its value."""
     values = read_yaml(Path(path), "recipe")
     if values is None:
-        values = {}
+        return {}
     if not isinstance(values, dict):
         raise UserError(f"recipe {path}: expected sections such as `model:`, found {type(values).__name__}")
-    return make_recipe({str(name): section for name, section in values.items()}, overrides, kind, f"recipe {path}")
+    return {str(name): section for name, section in values.items()}
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the keys of `changes` in their place. A section without keys changes nothing."""
+    merged = dict(values)
+    for name, section in changes.items():
+        before = merged.get(name)
+        if isinstance(before, dict) and isinstance(section, dict):
+            merged[name] = before | section
+        elif section is not None or name not in merged:
+            merged[name] = section
+    return merged

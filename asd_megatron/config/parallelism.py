@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field
 
 from asd_megatron.config.base import Section
@@ -23,7 +25,7 @@ class ParallelismSection(Section):
         ge=1,
         description=(
             "Data-parallel size; null: ranks divided by the other sizes. `asd-megatron train` then uses all GPUs that "
-            "no SGLang server has, or one data-parallel rank on a machine without GPUs."
+            "no SGLang server has, or as few ranks as the other sizes allow on a machine without GPUs."
         ),
     )
     expert: int = Field(
@@ -49,5 +51,7 @@ class ParallelismSection(Section):
 
     @property
     def ranks(self) -> int:
-        """Ranks that the layout needs: the model-parallel size times `data` (or one)."""
-        return self.model_parallel * (self.data or 1)
+        """Ranks that the layout needs: the model-parallel size times `data`, or without it the fewest data-parallel
+        ranks with which `expert` divides the ranks of a stage: tensor 2 and expert 8 need data 4."""
+        stage = self.tensor * self.context
+        return self.model_parallel * (self.data or self.expert // math.gcd(self.expert, stage))

@@ -193,7 +193,8 @@ class RolloutSection(Section):
         description=(
             "`weight_sync: distributed`, bfloat16: every n-th weight update is complete, the others send only the"
             " elements that have changed since the last one, with the same result bit for bit (docs/weight_sync.md,"
-            " Deltas). For slow networks. 1: every update is complete. Takes host memory of the model's size on rank 0."
+            " Deltas). For slow networks. 1: every update is complete. Takes host memory on the first rank of every"
+            " pipeline stage, of the size of that stage's weights."
         ),
     )
     routing_replay: Literal["none", "engine", "scoring"] = Field(

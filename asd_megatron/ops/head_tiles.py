@@ -48,10 +48,15 @@ def checked(
 
 
 def default_block(weight: Tensor) -> int:
+    """Rows of a tile for a head's `weight`. Equal on all ranks, because their weights have equally many rows."""
+    return tile_rows(weight.shape[0], on_gpu=weight.is_cuda)
+
+
+def tile_rows(vocabulary: int, *, on_gpu: bool) -> int:
     """Rows of a tile: 512 MiB of float32 on a GPU, 32 MiB elsewhere, but at least 256, below which packing the weight
-    for each tile's products takes noticeable time. Equal on all ranks, because their weights have equally many rows."""
-    elements = 1 << 27 if weight.is_cuda else 1 << 23
-    return max(256, elements // max(weight.shape[0], 1) // 64 * 64)
+    for each tile's products takes noticeable time. vocabulary: rows of the weight."""
+    elements = 1 << 27 if on_gpu else 1 << 23
+    return max(256, elements // max(vocabulary, 1) // 64 * 64)
 
 
 def default_pair_block(weight: Tensor, shard: VocabShard) -> int:

@@ -206,7 +206,7 @@ class Collector:
         self._stop_tail(draw)
         if self._plan.overlap and step != self._plan.last_step:
             self._load()
-            self._draw = self._begin(step + 1)
+            self._draw = self._begin(step + 1, updates=1)
         else:
             self.release()
         return draw.first_groups()
@@ -256,9 +256,11 @@ class Collector:
         self._engine.release()
         self._released = True
 
-    def _begin(self, step: int) -> Draw:
-        """Request a step's groups: first those that the last step left over, then new problems."""
+    def _begin(self, step: int, updates: int = 0) -> Draw:
+        """Request a step's groups: first those that the last step left over, then new problems. `updates`: of the
+        weights, before the step trains on them."""
         asked = math.ceil(self._wanted * self._plan.oversampling)
+        self._restart_stale_spare(updates)
         spare, self._spare = self._spare, []
         carried, self._carried = self._carried, []
         restarted, self._restart = self._restart, []
@@ -271,8 +273,23 @@ class Collector:
         draw.missing -= set(range(len(spare)))
         draw.found = dict(enumerate(self._spare_groups))
         self._spare_groups = []
+        for group in draw.found.values():
+            self._on_group(group, step)
         self._engine.submit(new, self._params, step)
         return draw
+
+    def _restart_stale_spare(self, updates: int) -> None:
+        """Discard spare groups that will be too stale for the next step, after so many `updates`: they are
+        resampled."""
+        if self._plan.max_staleness is None or not self._spare:
+            return
+        fresh = [i for i, group in enumerate(self._spare_groups) if not self._is_stale(group, updates)]
+        fresh = broadcast_object(fresh if self._is_root else None, 0, self._process_groups.host)
+        self._restart += [prompt for i, prompt in enumerate(self._spare) if i not in fresh]
+        self.counts.stale_groups += len(self._spare) - len(fresh)
+        self._spare = [self._spare[i] for i in fresh]
+        if self._is_root:
+            self._spare_groups = [self._spare_groups[i] for i in fresh]
 
     def _finish(self, draw: Draw) -> int:
         """Collect until the draw has enough groups, resampling those that were given up; returns how many it lacks in
@@ -361,8 +378,9 @@ class Collector:
                 self._on_group(rewarded, draw.step)
         self.timings.reward += time.perf_counter() - started
 
-    def _is_stale(self, group: Group) -> bool:
+    def _is_stale(self, group: Group, updates: int = 0) -> bool:
+        """Whether it is too stale to train on, after so many `updates` of the present weights."""
         if self._plan.max_staleness is None:
             return False
         oldest = min(rollout.weight_version for rollout in group.rollouts)
-        return oldest < self._weights.version - self._plan.max_staleness
+        return oldest < self._weights.version + updates - self._plan.max_staleness

@@ -56,7 +56,7 @@ class Saver:
             copies=self._copies,
             background=self._background,
         )
-        if self._background is None:
+        if self._background is None or not self._background.step:
             self.newest = step
 
     def settle(self, *, wait: bool = True) -> None:

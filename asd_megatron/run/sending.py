@@ -21,7 +21,7 @@ from asd_megatron.distributed.objects import broadcast_object
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.versions import Versions, ipc_arguments
 from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import REBUILD_ARGUMENTS, CudaIpcTransport
-from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
+from asd_megatron.rollout.sglang.weight_sync.delta import Deltas, DeltaTransport
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
@@ -77,8 +77,12 @@ def sending(
 ) -> Sending | None:
     """How this rank sends its weights; None where global rank 0 sends all of them. `transport`: global rank 0's.
     Collective."""
-    if rollout.weight_sync == "disk" or rollout.weight_sync_full_every > 1:
+    if rollout.weight_sync == "disk":
         return None
+    deltas = Deltas(rollout.weight_sync_full_every) if rollout.weight_sync_full_every > 1 else None
+    if isinstance(transport, DeltaTransport):
+        deltas = transport.deltas
+        transport = transport.transport
     root = broadcast_object(socket.gethostname(), 0, session.process_groups.host)
     if transport is None:
         here = socket.gethostname() == root
@@ -98,6 +102,7 @@ def sending(
         session.port.device,
         rollout.weight_sync_bucket_mib * MIB,
         rollout.quantization != "none",
+        deltas,
         verifier,
     )
 
@@ -144,7 +149,7 @@ def root_transport(
             " of float32 weights (model.dtype auto is that without GPUs), so there is nothing to leave out: set it to"
             " 1, or model.dtype bfloat16"
         )
-    return DeltaTransport(transport, rollout.weight_sync_full_every)
+    return DeltaTransport(transport, Deltas(rollout.weight_sync_full_every))
 
 
 def _cuda_ipc(

@@ -41,7 +41,7 @@ class TeacherPrompts(Protocol):
     ) -> TeacherPrompt: ...
 
 
-class _Begun(NamedTuple):
+class _Pending(NamedTuple):
     """A group whose examples are in flight: for each rollout the example and the `outcome` of its prompt."""
 
     step: int
@@ -94,37 +94,42 @@ class ExampleBuilder:
         self.use_group, self.use_reference = use_group, use_reference
         self.when_no_solution, self.feedback_kind, self.tests_of = when_no_solution, feedback_kind, tests_of
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="examples")
-        self._prepared: dict[str, _Begun] = {}  # by prompt id
+        self._prepared: dict[str, _Pending] = {}  # by prompt id
         self.counters: Counter[str] = Counter()
 
     def prepare(self, group: Group, step: int) -> None:
         """Begin with the examples of a complete group that `build` will probably be given for `step`, in the
-        background."""
+        background. What was prepared of the same problem before is dropped."""
+        self._drop(group.problem.prompt_id)
         self._prepared[group.problem.prompt_id] = self._begin(group, step)
 
     def build(self, groups: Sequence[Group], step: int) -> list[Example]:
         """The step's examples, group after group. Whether they were prepared changes nothing but the time."""
         chosen = []
         for group in groups:
-            begun = self._prepared.get(group.problem.prompt_id)
-            if begun is not None and begun.group is group and begun.step == step:
+            pending = self._prepared.get(group.problem.prompt_id)
+            if pending is not None and pending.group is group and pending.step == step:
                 chosen.append(self._prepared.pop(group.problem.prompt_id))
             else:
                 chosen.append(self._begin(group, step))
-        for name, begun in list(self._prepared.items()):
-            if begun.step <= step:  # over-sampled: not in the step
-                del self._prepared[name]
-                for job in begun.jobs:
-                    job.cancel()
-        made = [_result(begun.group, job) for begun in chosen for job in begun.jobs]
+        for name, pending in list(self._prepared.items()):
+            if pending.step <= step:  # over-sampled: not in the step
+                self._drop(name)
+        made = [_result(pending.group, job) for pending in chosen for job in pending.jobs]
         self.counters.update(outcome for _, outcome in made if outcome is not None)
         return [example for example, _ in made]
 
-    def close(self) -> None:
-        """End the workers; what is prepared is lost."""
-        self._workers.shutdown(cancel_futures=True)
+    def _drop(self, prompt_id: str) -> None:
+        pending = self._prepared.pop(prompt_id, None)
+        for job in () if pending is None else pending.jobs:
+            job.cancel()
 
-    def _begin(self, group: Group, step: int) -> _Begun:
+    def close(self) -> None:
+        """End the workers, each after the prompt that it is at, which is not waited for: it may be the one that did not
+        end in time. What is prepared is lost."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, group: Group, step: int) -> _Pending:
         """Let the workers render the privileged prompts of the group's examples."""
         if len(group.rewards) == 1:  # in recipes whose loss has no group advantage; others are refused
             advantages = [0.0]
@@ -147,7 +152,7 @@ class ExampleBuilder:
             self._workers.submit(self._example, group, i, advantages[i], chosen)
             for i, chosen in enumerate(demonstrations)
         ]
-        return _Begun(step, group, jobs)
+        return _Pending(step, group, jobs)
 
     def _example(self, group: Group, index: int, advantage: float, chosen: Demonstration) -> tuple[Example, str | None]:
         """The example of one rollout, and the `outcome` of its privileged prompt."""

@@ -36,7 +36,7 @@ class ComputedTokens:
     sequences: int = 0  # without padding, as if no prefix were shared
 
     def add(self, packs: Sequence[Pack]) -> None:
-        self.total += sum(int(p.tokens.cu_seqlens[-1]) for p in packs)
+        self.total += sum(p.tokens.host_boundaries()[-1] for p in packs)
         self.real += sum(p.real_tokens for p in packs)
         self.sequences += sum(p.sequence_tokens for p in packs)
 

@@ -17,6 +17,10 @@ TEACHER_COPIES: dict[CopyName, str] = {
     "initial": "under a copy of the initial weights",
     "ema": "under the moving average of the weights",
 }
+REFERENCE_REASON = (
+    "reference scoring pass: the KL penalty needs the sampled tokens' log-probs under the initial weights, exchanged in"
+    " place with the live ones (1 forward)"
+)
 
 Head = Literal["fused", "two_phase", "exact"]
 Fp8 = Literal["none", "update", "all"]
@@ -116,7 +120,10 @@ def plan_passes(
     bfloat16_student = fp8 == "update" and bool(read)
     student, old = bool(causes) or bfloat16_student, bfloat16_student and updates > 1
     head, head_reason = _head(steps, normalization, importance_level, exact=exact, student=student, copy=copy)
-
+    passes = int(student) + old + teacher + kl_penalty
+    update_cost = (1 + BACKWARD_COST) * epochs
+    in_bfloat16 = {"none": update_cost + passes, "update": teacher + kl_penalty + bfloat16_student, "all": 0}[fp8]
+    cost = in_bfloat16 + (update_cost + passes - in_bfloat16) / FP8_SPEEDUP
     reasons = [_teacher_reason(c, exact=exact, log_pmi=log_pmi, perplexity=perplexity)]
     if copy is not None:
         reasons.append(f"the teacher is scored {TEACHER_COPIES[copy]}: exchanged in place with the live ones, and back")
@@ -125,28 +132,16 @@ def plan_passes(
         reasons.append(_old_reason(updates, epochs))
     reasons.append(head_reason)
     if kl_penalty:
-        reasons.append(
-            "reference scoring pass: the KL penalty needs the sampled tokens' log-probs under the initial weights,"
-            " exchanged in place with the live ones (1 forward)"
-        )
-    update_cost = (1 + BACKWARD_COST) * epochs
-    without_fp8 = update_cost + bool(causes) + teacher + kl_penalty
-    forwards = update_cost + student + old + teacher + kl_penalty
-    in_bfloat16 = {"none": forwards, "update": teacher + kl_penalty + bfloat16_student, "all": 0}[fp8]
-    cost = in_bfloat16 + (forwards - in_bfloat16) / FP8_SPEEDUP
-    over = f" over {epochs} epochs" if epochs > 1 else ""
-    reasons.append(f"{plural(steps, 'update')}{over}: {update_cost} forwards' worth; {forwards} a step in all")
+        reasons.append(REFERENCE_REASON)
+    reasons.append(_update_reason(steps, epochs, update_cost, passes))
     if fp8 != "none":
-        reasons.append(
-            f"worth {cost:.1f} bfloat16 forwards, if a pass in FP8 is {FP8_SPEEDUP} times as fast (an assumption):"
-            f" {without_fp8:.1f} without FP8, {without_fp8 / FP8_SPEEDUP:.1f} with every pass in FP8"
-        )
+        reasons.append(_fp8_reason(cost, update_cost + bool(causes) + teacher + kl_penalty))
     return PassPlan(
         student_scoring=student,
         teacher_scoring=teacher,
         head=head,
         updates=steps,
-        forwards_per_step=forwards,
+        forwards_per_step=update_cost + passes,
         cost=cost,
         reasons=tuple(reasons),
         teacher_copy=copy,
@@ -243,3 +238,17 @@ def _head(
             f"two-phase head (8 T H V): {' and '.join(over_rollouts)} {need} a rollout's log-probs before its loss"
         )
     return "fused", "fused head (6 T H V): every token's weight depends on that token alone"
+
+
+def _update_reason(steps: int, epochs: int, cost: int, passes: int) -> str:
+    """What the updates cost in forwards, and with the scoring `passes` the step."""
+    over = f" over {epochs} epochs" if epochs > 1 else ""
+    return f"{plural(steps, 'update')}{over}: {cost} forwards' worth; {cost + passes} a step in all"
+
+
+def _fp8_reason(cost: float, without_fp8: int) -> str:
+    """What FP8 saves. without_fp8: the step's forwards if every pass computed in bfloat16."""
+    return (
+        f"worth {cost:.1f} bfloat16 forwards, if a pass in FP8 is {FP8_SPEEDUP} times as fast (an assumption):"
+        f" {without_fp8:.1f} without FP8, {without_fp8 / FP8_SPEEDUP:.1f} with every pass in FP8"
+    )

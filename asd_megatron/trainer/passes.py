@@ -16,11 +16,11 @@ from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.weight_copies import CopyName, WeightCopies
 from asd_megatron.ops.quantile import lower_median
-from asd_megatron.trainer.batch import Pack
 from asd_megatron.trainer.columns import Scores, TokenInputs
 from asd_megatron.trainer.expert_routing import StudentRouting
 from asd_megatron.trainer.local_batch import LocalBatch
 from asd_megatron.trainer.pass_plan import PassPlan
+from asd_megatron.trainer.schedule import Routing
 from asd_megatron.trainer.scorer import score
 from asd_megatron.trainer.teacher_states import TeacherStates
 from asd_megatron.trainer.token_method import Method
@@ -61,15 +61,24 @@ def score_reference(
     pass."""
     if not plan.reference_scoring:
         return None
-    packs, tokens = _student_packs(batch, fp8=plan.fp8 == "all"), batch.table.tokens
     with in_place(copies, "initial"):
-        return score(port, process_groups, packs, tokens, temperature=temperature)
+        return _score_student(port, process_groups, batch, temperature=temperature, fp8=plan.fp8 == "all")
 
 
-def _student_packs(batch: LocalBatch, *, fp8: bool) -> list[Pack]:
-    """The packs of a scoring pass. Scores in FP8, which log-probs of the update are compared with, are made in the
-    updates' own packs: with one scale for all tokens of a pack, others would round differently."""
-    return batch.update_packs() if fp8 else batch.student_packs()
+def _score_student(
+    port: ModelPort,
+    process_groups: ProcessGroups,
+    batch: LocalBatch,
+    *,
+    temperature: float,
+    routing: Routing | None = None,
+    fp8: bool,
+) -> Scores:
+    """Score the student sequences under the live weights. Scores in FP8, which log-probs of the update are compared
+    with, are made in the updates' own packs: with one scale for all tokens of a pack, others would round
+    differently."""
+    packs = batch.update_packs() if fp8 else batch.student_packs()
+    return score(port, process_groups, packs, batch.table.tokens, temperature=temperature, routing=routing, fp8=fp8)
 
 
 def in_place(copies: WeightCopies | None, name: CopyName | None) -> AbstractContextManager[None]:
@@ -96,9 +105,8 @@ def score_student(
     if not plan.student_scoring:
         return None
     fp8 = plan.fp8 != "none" and not plan.bfloat16_student
-    packs, tokens = _student_packs(batch, fp8=fp8), batch.table.tokens
     pack_routing = None if routing is None else routing.scoring
-    scores = score(port, process_groups, packs, tokens, temperature=temperature, routing=pack_routing, fp8=fp8)
+    scores = _score_student(port, process_groups, batch, temperature=temperature, routing=pack_routing, fp8=fp8)
     if routing is not None:
         routing.share()
     return scores
@@ -117,9 +125,8 @@ def score_old(
     no such pass. `routing`: of a model with experts, after the student's scoring pass."""
     if not plan.old_scoring:
         return None
-    packs, tokens = _student_packs(batch, fp8=True), batch.table.tokens
     pack_routing = None if routing is None else routing.replayed
-    return score(port, process_groups, packs, tokens, temperature=temperature, routing=pack_routing, fp8=True).logprobs
+    return _score_student(port, process_groups, batch, temperature=temperature, routing=pack_routing, fp8=True).logprobs
 
 
 def gate_entropy(

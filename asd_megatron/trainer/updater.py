@@ -3,8 +3,10 @@ line 11)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,7 @@ from asd_megatron.trainer.batch import Pack
 from asd_megatron.trainer.columns import Divergences, LossInputs, Scores, TokenInputs, UpdateColumns
 from asd_megatron.trainer.expert_routing import StudentRouting
 from asd_megatron.trainer.local_batch import LocalBatch
-from asd_megatron.trainer.optimizer import Optimizer
+from asd_megatron.trainer.optimizer import Optimizer, StepResult
 from asd_megatron.trainer.pass_plan import Head, PassPlan
 from asd_megatron.trainer.sft import sum_over_ranks
 from asd_megatron.trainer.teacher_states import TeacherStates
@@ -86,6 +88,8 @@ def update(
     Raises ValueError when several updates of the batch have no scoring pass of the student before them, for a KL
     penalty without `reference`, and without `old` where the plan has that pass.
     """
+    if batch.mini_batches * epochs > 1 and student is None:
+        raise ValueError("several updates of one batch need a scoring pass of the student first (see pass_plan)")
     if method.kl is not None and reference is None:
         raise ValueError("a KL penalty needs a scoring pass under the initial weights first (see pass_plan)")
     if plan.old_scoring and old is None:
@@ -96,8 +100,6 @@ def update(
         if plan.bfloat16_student:  # without the pass they are written in the first epoch
             frozen = replace(frozen, old=torch.zeros_like(inputs.weight) if old is None else old)
         tokens = replace(tokens, frozen=frozen)
-    elif batch.mini_batches > 1 or epochs > 1:
-        raise ValueError("several updates of one batch need a scoring pass of the student first (see pass_plan)")
     out, values = UpdateColumns.zeros(
         batch.table.tokens,
         port.device,
@@ -106,31 +108,57 @@ def update(
         old=plan.bfloat16_student,
     )
     loss = _PackLoss(port, process_groups, tokens, out, method, temperature, batch.table.rollouts, plan.head, states)
-    losses, norms, applied, loads = [], [], [], []
+    steps: list[_Step] = []
     for epoch in range(epochs):
         loss.own_is_old = epoch == 0 and plan.bfloat16_student and not plan.old_scoring
         packs = [batch.student_packs(m) for m in range(batch.mini_batches)]
         if states is not None and epoch == 0:
             states.bring([pack for mini_batch in packs for pack in mini_batch])
         for number, mini_batch in enumerate(packs):
-            optimizer.zero_grad()
-            pack_routing, responses = None, 0
-            if routing is not None and balance is not None:
-                balance.start()
-                responses = batch.response_tokens(number)
-                pack_routing = partial(routing.update, balance=balance, responses=responses)
-            parts = schedule.forward_backward(port, mini_batch, loss, pack_routing)
-            if balance is not None:
-                loads.append(balance.finish(responses, process_groups.world))
-            losses.append(sum_over_ranks(parts, process_groups, port.device))
-            result = optimizer.step(loss=losses[-1])
-            norms.append(result.grad_norm)
-            applied.append(result.applied)
-            if result.applied and copies is not None:
+            responses = batch.response_tokens(number)
+            steps.append(_step(port, process_groups, optimizer, mini_batch, loss, responses, routing, balance))
+            if steps[-1].result.applied and copies is not None:
                 copies.follow()
     share_columns(values, cp=process_groups.cp, pp=process_groups.pp)
-    load = combined(loads) if loads else None
-    return UpdateStats(tuple(losses), tuple(norms), tuple(applied), out, load)
+    loads = [step.load for step in steps if step.load is not None]
+    return UpdateStats(
+        losses=tuple(step.loss for step in steps),
+        grad_norms=tuple(step.result.grad_norm for step in steps),
+        applied=tuple(step.result.applied for step in steps),
+        columns=out,
+        load=combined(loads) if loads else None,
+    )
+
+
+class _Step(NamedTuple):
+    """One optimizer step: the loss of its mini-batch over all ranks; `load` of a model with experts."""
+
+    loss: float
+    result: StepResult
+    load: LoadReport | None
+
+
+def _step(
+    port: ModelPort,
+    process_groups: ProcessGroups,
+    optimizer: Optimizer,
+    packs: Sequence[Pack],
+    loss: _PackLoss,
+    responses: int,
+    routing: StudentRouting | None,
+    balance: LoadBalance | None,
+) -> _Step:
+    """Forward and backward of a mini-batch's packs, then the optimizer step. `responses`: the mini-batch's response
+    tokens over all ranks. Collective over all ranks."""
+    optimizer.zero_grad()
+    pack_routing = None
+    if routing is not None and balance is not None:
+        balance.start()
+        pack_routing = partial(routing.update, balance=balance, responses=responses)
+    parts = schedule.forward_backward(port, packs, loss, pack_routing)
+    load = None if balance is None else balance.finish(responses, process_groups.world)
+    total = sum_over_ranks(parts, process_groups, port.device)
+    return _Step(total, optimizer.step(loss=total), load)
 
 
 @dataclass

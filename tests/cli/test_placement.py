@@ -11,6 +11,7 @@ from asd_megatron.errors import UserError
 SGLANG = ["--rollout.engine", "sglang", "--rollout.servers", "2", "--rollout.server_tensor_parallel", "2"]
 SERVERS = [*SGLANG, "--rollout.server_devices", '["4,5", "6,7"]']
 TP2 = ["--parallelism.tensor", "2"]
+EP4 = ["--parallelism.expert", "4"]
 
 
 def recipe(*overrides: str) -> AnyRecipe:
@@ -30,6 +31,8 @@ def recipe(*overrides: str) -> AnyRecipe:
         (["--parallelism.data", "2"], 4, "7,6,5,4", 2, "76"),
         (TP2, 0, None, 2, ""),
         ([*TP2, "--parallelism.data", "3"], 0, None, 6, ""),
+        ([*TP2, *EP4], 0, None, 4, ""),  # the experts of a layer need two data-parallel ranks
+        ([*TP2, *EP4], 7, None, 4, "0123"),
     ],
 )
 def test_data_parallelism_fills_the_gpus_that_no_server_has(
@@ -49,10 +52,12 @@ def test_data_parallelism_fills_the_gpus_that_no_server_has(
     ("overrides", "gpus", "words"),
     [
         (["--parallelism.tensor", "4"], 2, ["needs 4 ranks", "2 GPUs", "parallelism"]),
+        ([*TP2, *EP4], 2, ["needs 4 ranks", "2 GPUs"]),
+        ([*EP4, "--parallelism.data", "6"], 8, ["expert 4 does not divide the 6 ranks", "parallelism.data"]),
         (["--parallelism.data", "5", *SERVERS], 8, ["needs 5 ranks", "8 GPUs", "4 of them in rollout.server_devices"]),
     ],
 )
-def test_too_few_gpus(overrides: list[str], gpus: int, words: list[str]) -> None:
+def test_what_does_not_fit(overrides: list[str], gpus: int, words: list[str]) -> None:
     with pytest.raises(UserError) as error:
         place(recipe(*overrides), gpus, {})
     assert all(word in str(error.value) for word in words)

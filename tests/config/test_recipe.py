@@ -329,3 +329,20 @@ def test_every_key_is_described() -> None:
             field = section_schema(schema, section).model_fields[key]
             assert field.description and field.description.endswith("."), dotted
             assert type_in_words(field), dotted
+
+
+def test_further_files_change_the_recipe_and_overrides_come_last(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "model: {path: m, recompute: full}\ndata: {train: t}\nrun: {steps: 7}\n")
+    layout, condition = tmp_path / "layout.yaml", tmp_path / "grpo.yml"
+    layout.write_text("parallelism: {tensor: 2}\nrun: {steps: 8}\nmodel:\n")
+    condition.write_text("algorithm: {name: grpo}\nrun: {steps: 9}\n")
+    loaded = load_recipe(recipe, [str(layout), str(condition), "--parallelism.tensor", "4"])
+    assert loaded.model.path == "m"
+    assert loaded.model.recompute == "full"
+    assert (loaded.run.steps, loaded.parallelism.tensor, loaded.algorithm.name) == (9, 4, "grpo")
+
+    condition.write_text("algorithm: {nmae: grpo}\n")
+    with pytest.raises(UserError, match=r"grpo\.yml.*nmae"):
+        load_recipe(recipe, [str(condition)])
+    with pytest.raises(UserError, match=str(tmp_path / "absent.yaml")):
+        load_recipe(recipe, [str(tmp_path / "absent.yaml")])

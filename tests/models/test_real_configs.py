@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from asd_megatron.checks.reference import reference
 from asd_megatron.models.families import Family, ModelShape, shape_of
 from asd_megatron.models.hf_config import warn_once
+from asd_megatron.models.published import FOLDER as PUBLISHED
 from asd_megatron.models.rope import Llama3Scaling, Scaling, YarnScaling
 from asd_megatron.models.weights import Shapes
 from tests.distributed.harness import run_ranks
 from tests.models.oracle import pack
 from tests.models.test_rope import assert_same_rope
 
-FOLDER = Path(__file__).parent / "configs"
+FOLDER = PUBLISHED
 YARN = YarnScaling(8.0, 8192, 1.2079441541679836)
 LLAMA3 = Llama3Scaling(32.0, 1.0, 4.0, 8192)
 

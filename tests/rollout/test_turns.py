@@ -82,6 +82,7 @@ class Loop:
 
     def __init__(self, process_groups: Any, engine: Engine, plan: Plan) -> None:
         self.engine, self.weights = engine, Versioned(0)
+        self._told: dict[int, str] = {}
         self.collector = Collector(
             engine,  # type: ignore[arg-type]
             self.weights,
@@ -94,7 +95,16 @@ class Loop:
             seed=0,
             timeout=60.0,
             plan=plan,
+            on_group=self._tell,
         )
+
+    def _tell(self, group: Group, step: int) -> None:
+        self._told[step] = self._told.get(step, "") + group.problem.prompt_id
+
+    @property
+    def told(self) -> list[str]:
+        """Which groups each step may train on, as the collector's listener was told."""
+        return [f"{names}@{step}" for step, names in self._told.items()]
 
     def step(self, step: int) -> str:
         """The problems trained on, each with the version that made it."""
@@ -166,8 +176,14 @@ def test_groups_finished_beyond_the_need_are_kept_or_cut(process_groups: Any) ->
     assert loop.step(1) == "a0 b0 c0" and engine.said() == "v0 abcde@1 release"
     assert loop.step(2) == "d0 e0 f1", "d and e were finished and rewarded in step 1"
     assert engine.said() == "resume v1 fgh@2 release"
+    assert loop.told == ["abcde@1", "defgh@2"]
     loop = Loop(process_groups, engine := Burst(), Plan(oversampling=1.5))
     assert loop.step(1) == "a0 b0 c0" and loop.step(2) == "f1 g1 h1" and loop.collector.counts.cut_groups == 4
+    plan = Plan(overlap=True, oversampling=1.5, carry=True, max_staleness=1, last_step=3)
+    # begun while the step before trains, g and h of step 2 would be two versions old in step 3: sampled again
+    loop = Loop(process_groups, engine := Burst(), plan)
+    assert [loop.step(step) for step in (1, 2, 3)] == ["a0 b0 c0", "d0 e0 f0", "g1 h1 k1"]
+    assert loop.collector.counts.stale_groups == 2 and loop.told == ["abcde@1", "defgh@2", "ghklm@3"]
 
 
 def test_stale_groups_are_discarded_and_resampled(process_groups: Any) -> None:

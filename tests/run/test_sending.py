@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.versions import Versions
 from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
@@ -51,10 +52,12 @@ def test_senders_on_other_machines_listen_where_the_servers_reach_them(monkeypat
 
 
 def test_deltas_need_bfloat16() -> None:
-    session: Any = SimpleNamespace(port=SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu")))
+    port, host = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu")), SimpleNamespace(size=lambda: 1)
+    session: Any = SimpleNamespace(port=port, process_groups=SimpleNamespace(host=host), layout=Layout())
     rollout = make("rollout.engine=sglang rollout.weight_sync_full_every=10").rollout
     assert isinstance(transport := root_transport(session, rollout, {}, None), DeltaTransport)
-    assert sending(session, rollout, None, transport) is None, "global rank 0 has all weights, to compare them"
+    sent = sending(session, rollout, None, transport)
+    assert sent is not None and sent.transport is transport.transport and sent.deltas is transport.deltas
     assert "deltas, all weights every 10 updates, verified" in report._servers(rollout)["weight updates"]
     assert isinstance(root_transport(session, make("rollout.engine=sglang").rollout, {}, None), DistributedTransport)
     session.port.dtype = torch.float32

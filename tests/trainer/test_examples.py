@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.distributed import layout as layouts
+from asd_megatron.errors import UserError
 from asd_megatron.puzzle.task import PuzzleStream
 from asd_megatron.records import DemonstrationSource, Example, FinishReason, Group, Problem, Rollout
 from asd_megatron.reward.base import tests_of as count_tests
 from asd_megatron.run.sources import WARM_START, model_folder
+from asd_megatron.trainer import examples as examples_module
 from asd_megatron.trainer.examples import ExampleBuilder
 from tests.data.tokenizers import byte_tokenizer
 from tests.reference.dense import DenseRecipe
@@ -99,6 +102,25 @@ def test_only_the_examples_of_a_step_are_counted() -> None:
     assert hopeless.counters == {"teacher_too_long": 3}
     hopeless.build(groups[1:], 2)
     assert hopeless.counters == {"teacher_too_long": 6}
+
+
+def test_a_prompt_that_never_ends_holds_up_neither_the_error_nor_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    released, ended = threading.Event(), threading.Event()
+
+    class Stuck:
+        def teacher(self, *_: Any) -> Any:
+            released.wait(60)
+            ended.set()
+
+    monkeypatch.setattr(examples_module, "RENDER_SECONDS", 0.1)
+    stuck = ExampleBuilder(Stuck(), TeacherLimits(), seed=1)
+    try:
+        with pytest.raises(UserError, match=r"problem p were not rendered .*chat template"):
+            stuck.build([group([1.0, 0.0])], 1)
+        stuck.close()
+        assert not ended.is_set()
+    finally:
+        released.set()
 
 
 @pytest.mark.parametrize(

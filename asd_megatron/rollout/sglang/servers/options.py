@@ -54,7 +54,12 @@ reorders the experts' weights, so that they could not be verified, and chooses e
 NCCL_DEFAULTS = {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "2"}
 """NCCL's own defaults; 2: where the device supports it. SGLang sets both to 0 where they are unset."""
 TRANSPORT_PREFIXES = ("NCCL_", "GLOO_")
-CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0"}
+CPU_ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "SGLANG_CPU_OMP_THREADS_BIND": "0",
+    "THP_MEM_ALLOC_ENABLE": "1",  # PyTorch: huge pages, so that received weights cost few page faults
+}
 PLUGIN = Path(__file__).with_name("plugin")
 """On the import path of every server: the plugin of SGLang there is loaded by each of its processes."""
 TRAINER_VARIABLES = re.compile(  # of the trainer's ranks and Python environment, not passed on

@@ -1,0 +1,232 @@
+"""The fastest settings that fit: layouts, recomputation, packs and servers searched for a number of GPUs.
+
+The trainer's phases and the generation depend on different parts of a setting, so both are searched on their own for
+every split of the GPUs and then combined. Layouts are taken in the order of a bound, their time without recomputation,
+and the search of a split ends when the bound exceeds the times that were found: what it leaves out is slower.
+
+What changes numbers is not chosen for speed: moments in bfloat16, and an optimizer in host memory, are proposed where
+float32 moments on the GPU do not fit. Overlap of generation and training changes what is trained, and stays as given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from asd_megatron.distributed.layout import Layout
+from asd_megatron.errors import UserError
+from asd_megatron.models.gpt import Recompute
+from asd_megatron.planner.layouts import between, layouts, server_sizes, splits
+from asd_megatron.planner.loads import Batch
+from asd_megatron.planner.memory import fits, holds_a_response
+from asd_megatron.planner.reasons import reasons
+from asd_megatron.planner.rollout import Generation, generation, places
+from asd_megatron.planner.setting import Serving, Setting, Training
+from asd_megatron.planner.shortage import lacks
+from asd_megatron.planner.step_time import Phase, StepTime, assembled, training_phases
+
+PACKS = (8192, 16384, 32768, 65536)
+RECOMPUTE: tuple[Literal["none", "mlp", "full"], ...] = ("none", "mlp", "full")
+KEPT = 4  # trainers of a split that are combined with servers
+REFINEMENTS = 3
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A setting that fits, its time, and in sentences why it is as it is."""
+
+    setting: Setting
+    time: StepTime
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    training: Training
+    phases: tuple[Phase, ...]
+    seconds: float
+
+
+@dataclass
+class Search:
+    """Of one model and workload on `gpus` GPUs. `timed`, `checked`: trainers whose time, and whose memory was worked
+    out, for the reader who asks how much a search looks at."""
+
+    template: Setting
+    gpus: int
+    timed: int = 0
+    checked: int = 0
+    batch: Batch = field(init=False)
+    _generations: dict[tuple[int, ...], Generation] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.batch = Batch(self.template.shape, self.template.workload)
+
+    def run(self, top: int) -> list[Proposal]:
+        """The `top` fastest settings with different layouts or splits. Raises UserError when nothing fits."""
+        found: dict[int, list[Setting]] = {}
+        times: dict[Setting, StepTime] = {}
+
+        def look(split: int) -> None:
+            if split not in found:
+                candidates = self._split(split)
+                times.update(candidates)
+                found[split] = list(candidates)
+
+        embedded = self.template.serving.engine == "embedded"
+        if embedded or not self.template.serving.overlap:
+            look(self.gpus)  # all GPUs are the trainer's: colocated servers, or the embedded engine
+        apart = [] if embedded else splits(self.template.gpu, self.gpus)
+        for split in apart:
+            look(split)
+        for _ in range(REFINEMENTS if self.gpus > self.template.gpu.per_node else 0):
+            best = min(
+                (s for s in found if s != self.gpus and found[s]), key=lambda s: _least(found[s], times), default=0
+            )
+            for split in between(self.template.gpu, [s for s in found if s != self.gpus], best) if best else []:
+                look(split)
+        order = sorted(times, key=lambda setting: times[setting].total)
+        if not order:
+            raise UserError(self._nothing_fits())
+        fastest = times[order[0]]
+        return [
+            Proposal(setting, times[setting], reasons(setting, times[setting], fastest, self.batch))
+            for setting in order[:top]
+        ]
+
+    # ---------------------------------------------------------------- one split
+
+    def _split(self, ranks: int) -> dict[Setting, StepTime]:
+        """Settings with `ranks` GPUs for the trainer, each with the fastest servers that fit beside it."""
+        found: dict[Setting, StepTime] = {}
+        servings = self._servings(ranks)
+        if not servings:
+            return found
+        for trainer in self._trainers(ranks, servings[-1]):
+            beside = [replace(self.template, training=trainer.training, serving=serving) for serving in servings]
+            times = [
+                (setting, assembled(setting, self.batch, trainer.phases, self._generation(setting)))
+                for setting in beside
+                if self._fits(setting)
+            ]
+            if times:
+                setting, time = min(times, key=lambda pair: pair[1].total)
+                found[setting] = time
+        return found
+
+    def _servings(self, ranks: int) -> list[Serving]:
+        """Servers on the other GPUs, or colocated on all, that hold a response of full length; the largest last."""
+        given = self.template.serving
+        if given.engine == "embedded":
+            return [given]
+        if ranks == self.gpus:
+            given = replace(given, colocated=True, offload_optimizer=True, transport="cuda_ipc")
+            return list(server_sizes(self.template.shape, self.template.gpu, given, ranks))
+        transport = "distributed" if given.transport == "cuda_ipc" else given.transport
+        given = replace(given, colocated=False, offload_optimizer=False, transport=transport)
+        sizes = server_sizes(self.template.shape, self.template.gpu, given, self.gpus - ranks)
+        return [serving for serving in sizes if holds_a_response(replace(self.template, serving=serving))]
+
+    def _generation(self, setting: Setting) -> Generation:
+        most = places(setting)
+        data = setting.training.layout.data if setting.serving.engine == "embedded" else 0
+        tensor = setting.training.layout.tensor if setting.serving.engine == "embedded" else 0
+        key = (setting.serving.servers, setting.serving.tensor_parallel, most, data, tensor)
+        if key not in self._generations:
+            self._generations[key] = generation(setting, most)
+        return self._generations[key]
+
+    def _trainers(self, ranks: int, serving: Serving) -> list[Trainer]:
+        """The fastest trainers of different layouts that fit beside the servers, the fastest first."""
+        template = self.template
+        bounds: list[tuple[float, int, Layout, int]] = []
+        for number, layout in enumerate(layouts(template.shape, template.gpu, ranks, template.workload.rollouts)):
+            if not self._possible(layout, serving):
+                continue
+            for pack in PACKS:
+                bound = self._time(layout, "none", pack, serving).seconds
+                bounds.append((bound, number, layout, pack))
+        best: dict[Layout, Trainer] = {}
+        for bound, _, layout, pack in sorted(bounds, key=lambda item: item[:2]):
+            slowest = sorted(trainer.seconds for trainer in best.values())[KEPT - 1 : KEPT]
+            if slowest and bound >= slowest[0]:
+                break
+            trainer = self._fitting(layout, pack, serving)
+            if trainer and (layout not in best or trainer.seconds < best[layout].seconds):
+                best[layout] = trainer
+        return sorted(best.values(), key=lambda trainer: trainer.seconds)[:KEPT]
+
+    def _fits(self, setting: Setting) -> bool:
+        self.checked += 1
+        return fits(setting)
+
+    def _fitting(self, layout: Layout, pack: int, serving: Serving) -> Trainer | None:
+        """With the least recomputation, and then the least changed optimizer, that fits."""
+        for kind in RECOMPUTE:
+            trainer = self._time(layout, kind, pack, serving)
+            for training in optimizer_choices(trainer.training):
+                setting = replace(self.template, training=training, serving=serving)
+                if self._fits(setting):
+                    if training is trainer.training:
+                        return trainer
+                    return self._trainer(setting)
+        return None
+
+    def _time(self, layout: Layout, kind: Literal["none", "mlp", "full"], pack: int, serving: Serving) -> Trainer:
+        training = replace(self.template.training, layout=layout, recompute=Recompute(kind), pack=pack)
+        return self._trainer(replace(self.template, training=training, serving=serving))
+
+    def _trainer(self, setting: Setting) -> Trainer:
+        self.timed += 1
+        phases = training_phases(setting, self.batch)
+        return Trainer(setting.training, phases, sum(phase.seconds for phase in phases))
+
+    def _possible(self, layout: Layout, serving: Serving) -> bool:
+        """Whether the layout fits with everything that saves memory."""
+        training = replace(
+            self.template.training,
+            layout=layout,
+            recompute=Recompute("full"),
+            pack=PACKS[0],
+            distributed_optimizer=True,
+        )
+        return self._fits(replace(self.template, training=optimizer_choices(training)[-1], serving=serving))
+
+    def _nothing_fits(self) -> str:
+        shape, gpu = self.template.shape, self.template.gpu
+        largest = max(
+            layouts(shape, gpu, self.gpus, self.template.workload.rollouts),
+            key=lambda layout: (layout.tensor * layout.pipeline * layout.expert, layout.context),
+            default=None,
+        )
+        text = f"no layout of {self.gpus} x {gpu.name} holds this model, its optimizer and a pack of {PACKS[0]} tokens"
+        if largest is not None:
+            training = replace(self.template.training, layout=largest, recompute=Recompute("full"), pack=PACKS[0])
+            missing = lacks(replace(self.template, training=optimizer_choices(training)[-1]))
+            text += "".join(f"; {sentence}" for sentence in missing[:1])
+        return text + ": plan with more GPUs, or with larger ones"
+
+
+def optimizer_choices(training: Training) -> list[Training]:
+    """The template's own optimizer, then those that need less memory. They need Transformer Engine, bfloat16 and a
+    distributed optimizer."""
+    choices = [training]
+    if training.layers == "te" and training.dtype == "bfloat16" and training.distributed_optimizer:
+        if training.moments == "float32" and training.offload == "none":
+            choices.append(replace(training, moments="bfloat16"))
+        if training.offload == "none":
+            choices.append(replace(training, moments="float32", offload="host"))
+    return choices
+
+
+def _least(settings: list[Setting], times: dict[Setting, StepTime]) -> float:
+    return min(times[setting].total for setting in settings)
+
+
+def propose(setting: Setting, gpus: int | None = None, top: int = 5) -> list[Proposal]:
+    """The fastest settings of `gpus` GPUs (None: as many as the setting has), the fastest first.
+
+    Of `setting` counts what is not searched: model, workload, GPU, dtype, layer implementation, FP8, copies, the
+    engine and its limits, overlap. Raises UserError when nothing fits.
+    """
+    return Search(setting, setting.gpus if gpus is None else gpus).run(top)
