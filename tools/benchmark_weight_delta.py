@@ -32,7 +32,7 @@ from asd_megatron.rollout.sglang.servers.options import ServerOptions
 from asd_megatron.rollout.sglang.servers.plugin.asd_weight_delta import integers
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.weight_sync.checksums import server_pieces
-from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
+from asd_megatron.rollout.sglang.weight_sync.delta import Deltas, DeltaTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport, synchronise
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
@@ -126,7 +126,8 @@ def measure(steps: list[Weights], config: Path, python: Path, repeats: int, logs
             verifier = WeightVerifier(described, dtype=torch.bfloat16, device="cpu") if verified else None
             for kind in ("complete", "delta"):
                 complete = DistributedTransport(CPU)
-                deltas = DeltaTransport(complete, sys.maxsize) if kind == "delta" else None
+                deltas = Deltas(sys.maxsize) if kind == "delta" else None
+                transport = complete if deltas is None else DeltaTransport(complete, deltas)
                 done: list[tuple[int, SyncReport]] = []
                 held = ""
                 for number, step in enumerate(order):
@@ -134,7 +135,7 @@ def measure(steps: list[Weights], config: Path, python: Path, repeats: int, logs
                         deltas.expect({receiver.url: held for receiver in receivers})
                     held = f"{verified:08x}-{kind}-{number}"
                     tensors = steps[step].items()
-                    report = synchronise(deltas or complete, receivers, tensors, held, verifier=verifier)
+                    report = synchronise(transport, receivers, tensors, held, verifier=verifier)
                     if report.failures:
                         raise UserError(f"the weights did not arrive: {report.failures}")
                     done.append((report.bytes if deltas is None else deltas.sent_bytes, report))

@@ -1,8 +1,8 @@
 """How long a weight update of two SGLang servers on this machine takes, and a plain gloo broadcast of the same bytes.
 
 Models with random weights (CPU, float32): Qwen3 of some sizes sent by one rank; one of them from two ranks in each
-layout; a Qwen3-MoE with as many tensors as Qwen3-30B-A3B (48 layers of 128 experts), all of them small. Starts two
-servers for each model and needs nothing but the SGLang environment.
+layout of dense models; a Qwen3-MoE with as many tensors as Qwen3-30B-A3B (48 layers of 128 experts), all of them small,
+in each layout of models with experts. Starts two servers for each model and needs nothing but the SGLang environment.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processor_seconds import processor_seconds
 
 from asd_megatron.checkpoint.huggingface import read_config
 from asd_megatron.distributed.layout import Layout, init
@@ -54,18 +55,26 @@ FILLED = {
 }
 BOTH = [f"{kind}{how}" for kind in ("gathered", "distributed", "shared memory") for how in ("", ", verified")]
 METHODS = [*BOTH, "disk", "disk, verified"]
-LAYOUTS = {
+DENSE = {
     "one rank": Layout(),
     "tensor 2": Layout(tensor=2),
     "pipeline 2": Layout(pipeline=2),
     "data 2": Layout(data=2),
+}
+SPARSE = {  # a model with experts needs sequence parallelism beside tensor parallelism
+    "one rank": Layout(),
+    "tensor 2 expert 2": Layout(tensor=2, expert=2, sequence_parallel=True),
+    "pipeline 2": Layout(pipeline=2),
     "data 2 expert 2": Layout(data=2, expert=2),
 }
+LAYOUTS = DENSE | SPARSE
+MODELS = ["sizes", "layouts", "experts"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method of sending a model to both servers: the best of the repetitions. `ratio`: to the plain broadcast."""
+    """One method of sending a model to both servers: the best of the repetitions. `ratio`: to the plain broadcast;
+    `processor_seconds`: of the trainer's ranks and the servers together."""
 
     model: str
     layout: str
@@ -73,6 +82,7 @@ class Row:
     megabytes: float
     seconds: float
     ratio: float
+    processor_seconds: float
 
 
 @dataclass(frozen=True)
@@ -154,12 +164,15 @@ def _trainer(rank: int, port: int, work: Work) -> None:
         send, close = _method(method, model, groups, config, receivers, work)
         times = []
         for number in range(work.repeats + 1):
+            used = processor_seconds(os.getppid()) if rank == 0 else 0.0
             dist.barrier()
             start = time.perf_counter()
             send(f"00000000-{number}")
-            times.append(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            dist.barrier()
+            times.append((seconds, processor_seconds(os.getppid()) - used if rank == 0 else 0.0))
         close()
-        found[method] = min(times[1:])
+        found[method] = [min(column) for column in zip(*times[1:], strict=True)]
     if rank == 0:
         write_json(work.folder / "seconds.json", found)
     dist.barrier()
@@ -233,8 +246,8 @@ def _receive(rank: int, port: int, sizes: list[int], rounds: int) -> None:
     dist.destroy_process_group()
 
 
-def plain_broadcast(size: int, bucket_bytes: int, repeats: int) -> float:
-    """Seconds for as many bytes in buckets to as many processes, which do nothing with them."""
+def plain_broadcast(size: int, bucket_bytes: int, repeats: int) -> tuple[float, float]:
+    """(seconds, processor seconds) for as many bytes in buckets to as many processes, which do nothing with them."""
     sizes = [bucket_bytes] * (size // bucket_bytes) + ([size % bucket_bytes] if size % bucket_bytes else [])
     buckets = [torch.zeros(part, dtype=torch.uint8) for part in sizes]
     store = dist.TCPStore("127.0.0.1", 0, SERVERS + 1, True, wait_for_workers=False)
@@ -242,14 +255,14 @@ def plain_broadcast(size: int, bucket_bytes: int, repeats: int) -> float:
     dist.init_process_group("gloo", store=store, rank=0, world_size=SERVERS + 1)
     times = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        used, start = processor_seconds(os.getpid()), time.perf_counter()
         for bucket in buckets:
             dist.broadcast(bucket, 0)
         dist.barrier()
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start, processor_seconds(os.getpid()) - used))
     dist.destroy_process_group()
     peers.join()
-    return min(times[1:])
+    return min(seconds for seconds, _ in times[1:]), min(used for _, used in times[1:])
 
 
 # ---------------------------------------------------------------- tables
@@ -268,8 +281,13 @@ def measure(
     model.mkdir()
     write_json(model / "config.json", config)
     size = _size(model)
-    plain = plain_broadcast(size, bucket_bytes, arguments.repeats)
-    yield Row(name, "", "plain broadcast", round(size / 1e6, 1), round(plain, 4), 1.0)
+    plain, used = plain_broadcast(size, bucket_bytes, arguments.repeats)
+
+    def row(layout: str, method: str, seconds: float, used: float) -> Row:
+        megabytes, ratio = round(size / 1e6, 1), round(seconds / plain, 2)
+        return Row(name, layout, method, megabytes, round(seconds, 4), ratio, round(used, 2))
+
+    yield row("", "plain broadcast", plain, used)
     server = {"skip-tokenizer-init": True, "load-format": "dummy", "mem-fraction-static": 0.3}
     options = ServerOptions(python=Path(arguments.python), model=model, api_key=KEY, admin_key=KEY, arguments=server)
     with ServerPool([options] * SERVERS, folder / "logs", start_timeout=300) as pool:
@@ -278,24 +296,15 @@ def measure(
                 model, LAYOUTS[layout], tuple(methods), tuple(pool.urls), bucket_bytes, arguments.repeats, folder
             )
             _train(work)
-            for method, seconds in json.loads((folder / "seconds.json").read_text()).items():
-                yield Row(
-                    name,
-                    layout,
-                    FILLED.get(method, method),
-                    round(size / 1e6, 1),
-                    round(seconds, 4),
-                    round(seconds / plain, 2),
-                )
+            for method, measured in json.loads((folder / "seconds.json").read_text()).items():
+                yield row(layout, FILLED.get(method, method), *measured)
         checked = []
         for _ in range(arguments.repeats):
-            start = time.perf_counter()
+            used, start = processor_seconds(os.getpid()), time.perf_counter()
             for url in pool.urls:
                 HttpReceiver(url).call("/weights_checker", {"action": "checksum"}, 120)
-            checked.append(time.perf_counter() - start)
-        seconds = min(checked)
-        yield Row(name, "", "checksums of both servers, one by one", round(size / 1e6, 1), round(seconds, 4),
-                  round(seconds / plain, 2))  # fmt: skip
+            checked.append((time.perf_counter() - start, processor_seconds(os.getpid()) - used))
+        yield row("", "checksums of both servers, one by one", *min(checked))
 
 
 def _size(model: Path) -> int:
@@ -329,6 +338,7 @@ def _free_port() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=MODELS, help="models (default: all)")
     parser.add_argument(
         "--megabytes", type=float, nargs="*", default=[1, 50, 300, 2000], help="sizes (default: 1 50 300 2000)"
     )
@@ -344,16 +354,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     both = [name for name in arguments.methods if name in BOTH]
     alone = [name for name in arguments.methods if not name.startswith("gathered")]
-    models = [
-        (f"Qwen3 {megabytes:g} MB", dense_config(megabytes), ["one rank"], alone) for megabytes in arguments.megabytes
-    ]
-    dense = [name for name in arguments.layouts if not LAYOUTS[name].expert > 1]
-    if dense:
+    dense = [name for name in arguments.layouts if name in DENSE]
+    sparse = [name for name in arguments.layouts if name in SPARSE]
+    models = []
+    if "sizes" in arguments.models:
+        models += [(f"Qwen3 {size:g} MB", dense_config(size), ["one rank"], alone) for size in arguments.megabytes]
+    if "layouts" in arguments.models and dense:
         models.append(("Qwen3 in layouts", dense_config(arguments.layout_megabytes), dense, both))
-    if sparse := [name for name in arguments.layouts if name != "data 2"]:
+    if "experts" in arguments.models and sparse:
         models.append(("48 x 128 experts", experts_config(), sparse, [*FILLED, *both]))
     rows: list[Row] = []
-    print("| model | layout | method | MB | seconds | ratio |\n|---|---|---|---|---|---|")
+    print("| model | layout | method | MB | seconds | ratio | processor seconds |\n|---|---|---|---|---|---|---|")
     try:
         for name, config, layouts, methods in models:
             with tempfile.TemporaryDirectory(prefix="weight-sync-") as folder:

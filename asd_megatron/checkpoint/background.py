@@ -16,7 +16,7 @@ from torch import Tensor
 
 from asd_megatron.checkpoint.parts import Part
 from asd_megatron.distributed.layout import ProcessGroups
-from asd_megatron.distributed.objects import on_rank_zero
+from asd_megatron.distributed.objects import first_message, on_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +45,37 @@ class Background:
         self.step = 0
         """Of the checkpoint in flight: begun, with an outcome that `settle` has not told yet. 0: none."""
 
-    def start(
-        self, step: int, write: Callable[[Iterable[Part], dist.ProcessGroup], None], parts: Iterable[Part]
-    ) -> None:
-        """Copy the parts to host memory and begin to `write` them. Nothing may be in flight."""
-        held = list(self._hold(list(parts)))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    def start(self, step: int, write: Callable[[Iterable[Part], dist.ProcessGroup], None], parts: list[Part]) -> bool:
+        """Copy the parts to host memory and begin to `write` them. Nothing may be in flight.
+
+        False, on every rank and with a warning, if one of them cannot: `write` is then not called, and the memory of
+        all is free again. Collective over all ranks.
+        """
+        held: list[Part] = []
+        failure: str | None = None
+        try:
+            held += self._hold(parts)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            size = sum(part.bytes for part in parts) / 1e9
+            failure = f"rank {self._host.rank()} cannot copy its {size:.1f} GB to host memory ({reason:.300})"
+        failure = first_message(failure, self._host)
+        if failure is not None:
+            if self._host.rank() == 0:
+                log.warning(
+                    "the checkpoint of step %d is written while training waits, because %s: free host memory,"
+                    " or set checkpoint.async_save to false",
+                    step,
+                    failure,
+                )
+            self._free()
+            return False
         self.step = step
         self._thread = threading.Thread(target=self._run, args=(partial(write, held, self._group),), daemon=True)
         self._thread.start()
+        return True
 
     def settle(self, *, wait: bool = True) -> int:
         """The step of the checkpoint in flight if it is complete, the same on every rank; 0 if it is not, or nothing
@@ -78,7 +99,7 @@ class Background:
             if self._error is not None:
                 log.warning("the checkpoint of step %d is not complete: %s", self.step, self._error)
         dist.destroy_process_group(self._group)
-        _release(self._memory)
+        self._free()
 
     def _run(self, write: Callable[[], None]) -> None:
         try:
@@ -90,7 +111,7 @@ class Background:
         """The parts with copies of their numbers in host memory."""
         needed = sum(_aligned(part.bytes) for part in parts)
         if self._memory.numel() < needed:
-            _release(self._memory)
+            self._free()
             self._memory = _host_memory(needed)
         start = 0
         for part in parts:
@@ -98,6 +119,14 @@ class Background:
             held.copy_(part.values(), non_blocking=True)
             start += _aligned(part.bytes)
             yield replace(part, values=partial(_same, held))
+
+    def _free(self) -> None:
+        if self._memory.is_pinned():
+            with suppress(RuntimeError):  # after an error copies to it may still be under way
+                torch.cuda.synchronize()
+            # Addresses that stay registered cannot be registered again.
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -118,9 +147,3 @@ def _host_memory(size: int) -> Tensor:
             with suppress(RuntimeError):  # CUDA reports the refusal once more, as the error of the next kernel
                 torch.ones((), device="cuda").neg()
     return memory
-
-
-def _release(memory: Tensor) -> None:
-    """Before memory of `_host_memory` is freed: addresses that stay registered cannot be registered again."""
-    if memory.is_pinned():
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

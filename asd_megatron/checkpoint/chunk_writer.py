@@ -27,10 +27,13 @@ def write_tensor(values: Tensor, file: IO[bytes]) -> None:
     """Write a contiguous tensor of a dtype of `STORAGES` that is in host memory at the end of `file`."""
     numbers = values.detach().reshape(-1).view(torch.uint8).numpy()
     with zipfile.ZipFile(cast(IO[bytes], _End(file)), "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(f"{_NAME}/data.pkl", _pickled(values))
-        archive.writestr(f"{_NAME}/byteorder", sys.byteorder)
-        archive.writestr(f"{_NAME}/data/0", numbers.data)
-        archive.writestr(f"{_NAME}/version", "3\n")
+        for name, data in (
+            ("data.pkl", _pickled(values)),
+            ("byteorder", sys.byteorder),
+            ("data/0", numbers.data),
+            ("version", "3\n"),
+        ):
+            archive.writestr(zipfile.ZipInfo(f"{_NAME}/{name}"), data)  # without a date: equal tensors are equal bytes
 
 
 class _End:

@@ -40,9 +40,12 @@ def saving(folder: Path, step: int) -> Iterator[None]:
         refusal = refused_write(error, folder)
         if refusal is None:
             raise
+        remedy = "free space there (or raise a limit: quota, ulimit -f)"
+        if isinstance(refusal, FileNotFoundError):
+            remedy = "let nothing else remove files there"
         raise UserError(
-            f"the checkpoint of step {step} cannot be saved in {folder} ({system_reason(refusal)}): free space there"
-            " (or raise a limit: quota, ulimit -f), or choose another run.folder"
+            f"the checkpoint of step {step} cannot be saved in {folder} ({system_reason(refusal)}): {remedy},"
+            " or choose another run.folder"
         ) from error
 
 
@@ -133,6 +136,17 @@ def write_metadata(folder: Path, written: Sequence[Written]) -> None:
         for part, chunk in zip(parts, chunks, strict=True):
             where[MetadataIndex(key, chunk.offsets)] = _StorageInfo(part.file, part.start, part.length)
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata(described, storage_data=where)))
+
+
+def check_files(folder: Path, written: Sequence[Written]) -> None:
+    """OSError unless the ranks' files are as they were written: somebody may have cleared the folder meanwhile."""
+    sizes: dict[str, int] = {}
+    for found in written:
+        sizes[found.file] = max(sizes.get(found.file, 0), found.start + found.length)
+    for name, size in sizes.items():
+        there = (folder / name).stat().st_size
+        if there != size:
+            raise OSError(f"{name} has {there} bytes there, and {size} were written")
 
 
 def write_common(folder: Path, content: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from asd_megatron.checkpoint.distcp import DistributedCheckpoint
 from asd_megatron.checkpoint.lineage import RUN_STATE
 from asd_megatron.checkpoint.parts import Box, Part, Sharded, boxes, local, own
 from asd_megatron.checkpoint.run_state import RunStateFile
-from asd_megatron.checkpoint.shards import Written, saving, write_common, write_metadata, write_shard
+from asd_megatron.checkpoint.shards import Written, check_files, saving, write_common, write_metadata, write_shard
 from asd_megatron.distributed.objects import Told, first_message, gather_objects, on_rank_zero
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, remove_partial
@@ -67,7 +67,8 @@ def save(
     it is written aside and renamed. Host memory: one tensor of a rank's part at a time.
 
     background: writes it while training goes on, and names it once it is complete; the state may change as soon as
-    `save` returns. Host memory: this rank's part. Nothing else may be in flight there.
+    `save` returns. Host memory: this rank's part; where a rank lacks it, all write at once after a warning. Nothing
+    else may be in flight there.
 
     An error on any rank is raised on all, a UserError where the operating system refused, here or by `background`;
     older checkpoints and `latest` then stay as they were.
@@ -97,10 +98,8 @@ def save(
         "scheduler": {"num_steps": scheduler.num_steps},
     }
     write = _Write(folder, step, Path(aside), written, common, keep, host.rank())
-    if background is None:
+    if background is None or not background.start(step, write, parts):
         write(parts, host)
-    else:
-        background.start(step, write, parts)
     return folder / lineage.name(step)
 
 
@@ -137,9 +136,12 @@ class _Write:
         for rank, (_, failure) in enumerate(everyone):
             if failure is not None:
                 raise failure.error(f"global rank {rank} failed")
+        written = [one for found, _ in everyone for one in found]
         with saving(self.folder, self.step):
-            write_metadata(self.aside, [one for found, _ in everyone for one in found])
+            write_metadata(self.aside, written)
             write_common(self.aside, self.common)
+            check_files(self.aside, written)
+            (self.aside / RUN_STATE).stat()
             self.written.close()
             previous = lineage.latest_step(self.folder)
             lineage.write_latest(self.folder, lineage.name(self.step))

@@ -45,7 +45,7 @@ class CheckpointSection(Section):
             "Write training checkpoints while training goes on: each rank copies its part to host memory (pinned on"
             " GPUs) and a thread writes it; `latest` names the checkpoint once every rank's part is written. One is in"
             " flight at a time, and the end of the run waits for it. Takes host memory for a rank's part, until the run"
-            " ends."
+            " ends; where a rank lacks it, the checkpoint is written while training waits, with a warning."
         ),
     )
     resume: Text = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from asd_megatron.data.answers import last_boxed
 from asd_megatron.data.tokenizer import encode, encode_spans
@@ -12,10 +12,14 @@ from asd_megatron.data.tokenizer import encode, encode_spans
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Span: TypeAlias = tuple[int, int]
+"""Where a token begins and ends in a text."""
+
 ELLIPSIS = " ... "
 THINK_BLOCK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 CHARACTERS = 3  # of a token at first; a text with longer ones is tokenised a second time, a little further
 AT_A_CUT = 32  # tokens beside a cut in the text, which may be others than those of the complete text
+RUN = 8  # tokens in a row that are the same as in another text's
 MATH_CLOSE = re.compile(r"\s*(?:\$\$?|\\\)|\\\])")
 
 
@@ -64,25 +68,43 @@ def shorten(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> Shorte
     """`text` in at most `limit` tokens: as it is if it fits, else its head (one quarter), an ellipsis and its tail.
 
     Cut at token boundaries of the text itself; a limit too small for the ellipsis gives an empty text. Of a long text
-    only the parts that are shown are tokenised.
+    only the parts that are shown are tokenised, once.
     """
-    first = _first_tokens(tokenizer, text, limit + 1)
-    if len(first) <= limit:
+    first, last = _ends(tokenizer, text, limit)
+    if first is last and len(first) <= limit:
         return Shortened(text, len(first))
     budget = limit - count(tokenizer, ELLIPSIS)
     while budget >= 2:
-        head = budget // 4
-        left = text[: first[head - 1][1]].rstrip() if head else ""
-        start = _last_tokens(tokenizer, text, budget - head)[0][0]
-        shortened = (left + ELLIPSIS + text[start:].lstrip()).strip()
-        tokens = count(tokenizer, shortened)
+        head, tail = first[: budget // 4], last[-(budget - budget // 4) :]
+        left = text[: head[-1][1]].rstrip() if head else ""
+        right = text[tail[0][0] :].lstrip()
+        shortened = (left + ELLIPSIS + right).strip()
+        tokens = _joined(tokenizer, text, head, tail)
+        if tokens is None or len(shortened) < len(left + ELLIPSIS + right):
+            tokens = count(tokenizer, shortened)
         if tokens <= limit:
             return Shortened(shortened, tokens)
         budget -= tokens - limit  # tokens may split differently at the cuts
     return Shortened("", 0)
 
 
-def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int) -> list[tuple[int, int]]:
+def _ends(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> tuple[list[Span], list[Span]]:
+    """The first and the last tokens of `text`, at least as many as `shorten` shows. Of a text of at most `limit`
+    tokens, and of any that is not much longer, all of them, as one list twice."""
+    if len(text) > 2 * CHARACTERS * limit:
+        head = limit // 4 + 2 * AT_A_CUT
+        first = _first_tokens(tokenizer, text, head)
+        if len(first) == head:
+            tail = limit - limit // 4 + 2 * AT_A_CUT
+            last = _last_tokens(tokenizer, text, tail, first[-1][1] / head)
+            # Apart from each other they are more than `limit` tokens, those that a cut may have made not counted.
+            if len(last) == tail and first[-1][1] <= last[0][0]:
+                return first, last
+    spans = encode_spans(tokenizer, text)
+    return spans, spans
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int) -> list[Span]:
     """Where the first `n` tokens of `text` begin and end; fewer if it has fewer."""
     size = CHARACTERS * n
     while True:
@@ -92,9 +114,9 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int) -> list
         size = _more(size, n, len(found))
 
 
-def _last_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int) -> list[tuple[int, int]]:
-    """Where the last `n` tokens of `text` begin and end; fewer if it has fewer."""
-    size = CHARACTERS * n
+def _last_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int, characters: float) -> list[Span]:
+    """Where the last `n` tokens of `text` begin and end; fewer if it has fewer. characters: of a token, about."""
+    size = int(1.1 * characters * (n + AT_A_CUT))
     while True:
         start = max(0, len(text) - size)
         found = encode_spans(tokenizer, text[start:])
@@ -106,3 +128,31 @@ def _last_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int) -> list[
 def _more(size: int, wanted: int, found: int) -> int:
     """Characters that should hold the wanted tokens, after `size` of them held only `found`."""
     return size + 1 + int(size * (1.1 * (wanted + AT_A_CUT) / max(found, 1) - 1))
+
+
+def _joined(tokenizer: PreTrainedTokenizerBase, text: str, head: list[Span], tail: list[Span]) -> int | None:
+    """How many tokens the text of `head`, an ellipsis and the text of `tail` have; None if that cannot be told from
+    those beside the ellipsis.
+
+    Only 2 * AT_A_CUT tokens on either side are tokenised again. Where a few of them (=) are as they were, so are all
+    that are further away:
+
+        head   a a a a a a a = = a a a      tail   b b b = = b b b b b b b
+        again          a a a = = a . . ... . b b b = = b b
+    """
+    if min(len(head), len(tail)) < 4 * AT_A_CUT:
+        return None
+    begin, end = head[-2 * AT_A_CUT][0], tail[2 * AT_A_CUT][0]
+    left, right = text[begin : head[-1][1]].rstrip(), text[tail[0][0] : end].lstrip()
+    again = encode_spans(tokenizer, left + ELLIPSIS + right)
+    shift = len(left + ELLIPSIS + right) - end  # of characters of the tail
+    before = _place([(a - begin, e - begin) for a, e in head[-AT_A_CUT - RUN : -AT_A_CUT]], again)
+    after = _place([(a + shift, e + shift) for a, e in tail[AT_A_CUT : AT_A_CUT + RUN]], again)
+    if before is None or after is None:
+        return None
+    return len(head) - AT_A_CUT - RUN + (after - before) + len(tail) - AT_A_CUT
+
+
+def _place(run: list[Span], spans: list[Span]) -> int | None:
+    """Where `run` begins in `spans`."""
+    return next((i for i in range(len(spans) - len(run) + 1) if spans[i : i + len(run)] == run), None)

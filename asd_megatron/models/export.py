@@ -60,6 +60,11 @@ class Block:
     shape: torch.Size
     sources: tuple[Tensor, ...]
 
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Block:
+        """A tensor by itself."""
+        return cls((name,), tensor.shape, (tensor,))
+
     @property
     def dtype(self) -> torch.dtype:
         return self.sources[0].dtype
@@ -289,7 +294,7 @@ class FullTensors:
             for _, shards in received:
                 full = rule.operation.unshard(shards, self.shapes)
                 for name, tensor in zip(rule.names(layer), full, strict=True):
-                    yield Block((name,), tensor.shape, (tensor,))
+                    yield Block.of(name, tensor)
 
     def _received(self, transfer: _Transfer) -> Iterator[tuple[Part, list[Tensor]]]:
         """Each part's shards: views of what was gathered, or the live parameter."""

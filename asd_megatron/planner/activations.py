@@ -120,36 +120,41 @@ class Activations:
         """Of the attention half: its norm, projections, norms of heads, core attention."""
         b, t, heads = self.element, self.training.layout.tensor, self.shape.heads + self.shape.kv_heads
         q, k = self._queries, self._keys
-        token = 0.0
-        if self.training.layers == "te":
-            if self.shape.qk_norm == "head":
-                token += b * (q + k) + FLOAT * heads / t
-            core = b * (2 * q + 2 * k) + FLOAT * self.shape.heads / t
-            if self.training.attention == "flex":  # values are a view of the complete projection, which stays
-                core += b * (q + k)
-            if self.training.fp8:  # the projection's input is one more tensor
-                core += q
-        else:
-            if self.shape.qk_norm == "head":
-                token += (FLOAT + b) * (q + k) + FLOAT * heads / t
-                if b == FLOAT:  # keys are a view of the complete projection, which stays; of one key head queries too
-                    token += b * (q + k if self.shape.kv_heads > t else k)
-            token += 4 * b * self.shape.head_dim  # cosines and sines, of queries and of keys
-            core = self._local_core(window) + b * q
+        token = self._core(window)
         if self.shape.qk_norm == "projection":  # ours with both kinds of layers
             token += (FLOAT + b) * (q + k) + 2 * FLOAT
-        return self._norm_and_input() + self.tokens * (token + core)
+        elif self.shape.qk_norm == "head" and self.training.layers == "te":
+            token += b * (q + k) + FLOAT * heads / t
+        elif self.shape.qk_norm == "head":
+            token += (FLOAT + b) * (q + k) + FLOAT * heads / t
+            if b == FLOAT:  # keys are a view of the complete projection, which stays; of one key head queries too
+                token += b * (q + k if self.shape.kv_heads > t else k)
+        if self.training.layers == "local":
+            token += 4 * b * self.shape.head_dim  # cosines and sines, of queries and of keys
+        return self._norm_and_input() + self.tokens * token
+
+    def _core(self, window: int | None) -> float:
+        """Of the core attention and the projection after it, a token."""
+        b, q, k = self.element, self._queries, self._keys
+        heads = self.shape.heads / self.training.layout.tensor
+        if self.training.layers == "local" and self.training.attention == "own":
+            return self._local_core(window) + b * q
+        token = b * (2 * q + 2 * k) + FLOAT * heads
+        if self.training.attention == "flex":  # values are a view of the complete projection, which stays
+            token += b * (q + k)
+        return token + (q if self.training.fp8 else 0)  # the projection's input is one more tensor then
 
     def _local_core(self, window: int | None) -> float:
         """Of PyTorch's attention, a token: operands, result, log of the sums, places in the pack, and the mask of a
-        window (of every token as many numbers as its sequence has tokens)."""
-        b, q, k = self.element, self._queries, self._keys
+        window (of every token as many numbers as its sequence has tokens). Context parallelism has the keys of all
+        ranks, and a mask."""
+        b, q, k, context = self.element, self._queries, self._keys, self.training.layout.context
         a = 2 * b if self.on_cpu else b
-        repeated = k if self.on_cpu else q
-        windowed = window is not None and window < self.longest
+        repeated = (k if self.on_cpu else q) * context
+        masked = context > 1 or window is not None and window < self.longest
         sums = a if self.on_cpu else FLOAT
         heads = self.shape.heads / self.training.layout.tensor
-        return a * (2 * q + 2 * repeated) + sums * heads + INDEX + (a * self.longest if windowed else 0)
+        return a * (2 * q + 2 * repeated) + sums * heads + INDEX + (a * self.longest if masked else 0)
 
     def _norm_and_input(self) -> float:
         """Of a half's norm and the input of its first product."""
@@ -231,8 +236,7 @@ class Activations:
         with the inputs of their products."""
         b = self.element
         q, k = self._queries, self._keys
-        core = self._local_core(None) if self.training.layers == "local" else 0
-        attention = self.tokens * (b * (2 * q + 2 * k) + core)
+        attention = self.tokens * (b * (2 * q + 2 * k) + self._core(None))
         if self.shape.experts is not None:
             wide = self.routed * b * (2 * self.shape.hidden + 3 * self.shape.experts.ffn)
         else:

@@ -1,5 +1,5 @@
-"""What does not fit a rank's memory, and which keys of the recipe would change that: every change that is named has been
-worked out."""
+"""What does not fit a rank's memory, and which keys of the recipe would change that: every change that is named has
+been worked out."""
 
 from __future__ import annotations
 

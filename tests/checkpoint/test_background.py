@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import errno
+import logging.handlers
 import os
+import re
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from asd_megatron.checkpoint import lineage, shards, training
+from asd_megatron.checkpoint import background, lineage, shards, training
 from asd_megatron.checkpoint.background import Background
 from asd_megatron.errors import UserError
+from asd_megatron.run.folder import CHECKPOINTS
+from asd_megatron.run.saving import Saver
 from tests.checkpoint.trainer import RUN_STATE, Trainer
 from tests.distributed.harness import RankError, run_ranks
 
@@ -124,3 +129,43 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
     assert len(left) == 3 and left[0].startswith(".step_000004.") and left[1:] == ["latest", "step_000002"]
     assert any(path.stat().st_size > 0 for path in (tmp_path / left[0]).glob("*.distcp"))
     run_ranks(_resumed, 2, str(tmp_path))
+
+
+def _without_memory(rank: int, folder: str) -> list[str]:
+    """What this rank logs while rank 1 gets no host memory for a save, then for no other."""
+    lines = logging.handlers.BufferingHandler(100)
+    logging.getLogger("asd_megatron").addHandler(lines)
+    trainer = Trainer({"data": 2}, True, seed=1)
+    kept: Any = SimpleNamespace(megatron=trainer.optimizer, scheduler=trainer.scheduler)
+    settings = SimpleNamespace(async_save=True, keep=3)
+    recipe: Any = SimpleNamespace(run=SimpleNamespace(path=Path(folder)), checkpoint=settings)
+    saver = Saver(recipe, "rl", trainer.port, kept, None, None, newest=0)
+    root = Path(folder) / CHECKPOINTS
+    for step, alignment in ((1, 64), (2, 1 << 50), (3, 64)):
+        trainer.steps(range(step, step + 1))
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(background, "ALIGNMENT", alignment)
+            saver.save(step, RUN_STATE)
+        assert saver.newest == (2 if step == 2 else step - 1)
+        assert step != 2 or lineage.latest(root) == root / "step_000002"
+        saver.settle()
+        assert saver.newest == step
+    saver.close(lambda line: None)
+    trainer.steps(range(4, 5))
+    again = Trainer({"data": 2}, True, seed=2)
+    again.load(root / "step_000002")
+    again.steps(range(3, 5))
+    found = again.weights()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in trainer.weights().items())
+    return [record.getMessage() for record in lines.buffer]
+
+
+def test_ranks_write_in_the_foreground_where_one_lacks_host_memory(tmp_path: Path) -> None:
+    (line,), others = run_ranks(_without_memory, 2, str(tmp_path))
+    assert re.match(
+        r"the checkpoint of step 2 is written while training waits, because rank 1 cannot copy its \d\.\d GB to host "
+        r"memory \(RuntimeError: .*can't allocate memory.*\): free host memory, or set checkpoint.async_save to false",
+        line,
+    )
+    assert others == []

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from asd_megatron.checkpoint import lineage
+from asd_megatron.checkpoint import lineage, training
 from asd_megatron.errors import UserError
 from tests.checkpoint.trainer import Trainer
 from tests.distributed.harness import run_ranks
@@ -53,6 +53,20 @@ def _full_disk(space: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _damaged(name: str, length: int | None) -> Iterator[None]:
+    """When all files of a checkpoint are written, another program cuts that one to `length` bytes; None: removes it."""
+    write = training.write_common
+
+    def written(folder: Path, content: Any) -> None:
+        write(folder, content)
+        os.remove(folder / name) if length is None else os.truncate(folder / name, length)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "write_common", written)
+        yield
+
+
 def _failures(rank: int, folder: str) -> None:
     root = Path(folder) / "checkpoints"
     trainer = Trainer({"tensor": 2}, True, seed=1)
@@ -75,6 +89,16 @@ def _failures(rank: int, folder: str) -> None:
             assert "(No space left on device)" in str(caught.value) and "\n" not in str(caught.value)
             if rank == 0:
                 assert sorted(os.listdir(root)) == before
+    for name, length, reason in (
+        ("__1_0.distcp", None, "No such file"),
+        ("run_state.json", None, "No such file"),
+        ("__0_0.distcp", 100, "__0_0.distcp has 100 bytes there, and"),
+    ):
+        with _damaged(name, length), pytest.raises(UserError, match=f"step 2 cannot be saved in .*{reason}"):
+            trainer.save(root, 2)
+        if rank == 0:
+            assert sorted(os.listdir(root)) == before
+            assert lineage.latest(root) == root / "step_000001"
     blocked = Path(folder) / "blocked"
     if rank == 0:
         blocked.write_text("")

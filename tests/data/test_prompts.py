@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import resource
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from asd_megatron.data.prompts import PromptRenderer, TeacherLimits, TeacherProm
 from asd_megatron.data.tokenizer import encode_spans
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
-from tests.data.tokenizers import byte_tokenizer
+from tests.data.tokenizers import byte_tokenizer, word_tokenizer
 
 TOKENIZER = byte_tokenizer()
 PROBLEM = Problem("p1", "4", prompt="2 + 2?", solution="2 + 2 = 4")
@@ -181,6 +182,45 @@ def test_shorten_holds_its_limit_at_cuts_inside_characters() -> None:
         assert count(TOKENIZER, short) == tokens <= limit and "\ufffd" not in short
         head, _, tail = short.partition(ELLIPSIS)
         assert text.startswith(head) and text.endswith(tail)
+
+
+def _shorten_densely(tokenizer: Any, text: str, limit: int) -> tuple[str, int]:
+    """`shorten` by the tokens of the complete text, and of the complete result."""
+    spans = encode_spans(tokenizer, text)
+    if len(spans) <= limit:
+        return text, len(spans)
+    budget = limit - count(tokenizer, ELLIPSIS)
+    while budget >= 2:
+        head = budget // 4
+        left = text[: spans[head - 1][1]].rstrip() if head else ""
+        short = (left + ELLIPSIS + text[spans[head - budget][0] :].lstrip()).strip()
+        tokens = count(tokenizer, short)
+        if tokens <= limit:
+            return short, tokens
+        budget -= tokens - limit
+    return "", 0
+
+
+def test_shorten_is_exact_on_many_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it tokenises no more than the ends of a text, and around the ellipsis a second time."""
+    rng = random.Random(0)
+    alphabets = ["abcdefgh", "0123456789 .,+-=", "é漢 字🙂a\u0301", " \n\t{x}", "一丁七万丈三上下不与，。\n"]
+    words = ["".join(rng.choices("abcdeionrst", k=rng.randint(1, 9))) for _ in range(300)]
+
+    def piece(size: int) -> str:
+        if rng.random() < 0.5:
+            return " ".join(rng.choices(words, k=size // 6))
+        return "".join(rng.choices(rng.choice(alphabets), k=size))
+
+    tokenizer = word_tokenizer([piece(2000) for _ in range(30)])
+    recount, recounted = demonstration.count, []
+    monkeypatch.setattr(demonstration, "count", lambda t, part: recounted.append(part) or recount(t, part))
+    for _ in range(60):
+        recounted.clear()
+        text = "".join(piece(rng.randint(20, 400)) for _ in range(rng.randint(1, 60))).strip()
+        limit = rng.choice([rng.randint(1, 200), rng.randint(600, 1500)])
+        assert shorten(tokenizer, text, limit) == _shorten_densely(tokenizer, text, limit)
+        assert limit < 600 or set(recounted) <= {ELLIPSIS}
 
 
 def test_max_solution_tokens() -> None:

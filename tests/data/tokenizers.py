@@ -1,8 +1,10 @@
-"""A tokenizer for tests: one token a UTF-8 byte; chat markers are special tokens, `<think>` is an ordinary one."""
+"""Tokenizers for tests: one token a UTF-8 byte, where chat markers are special tokens and `<think>` is an ordinary one;
+and one of words and their parts."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,20 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def word_tokenizer(texts: Sequence[str]) -> Any:
+    """A byte-level BPE with GPT-2's pattern of words that is trained on the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, show_progress=False, initial_alphabet=alphabet)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def tokenizer_folder(folder: Path, eos_token_id: Any = None) -> Path:

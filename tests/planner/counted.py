@@ -101,9 +101,8 @@ def _saved(config: dict[str, Any], chosen: Layout, dtype: str, kind: Any, tokens
                 seen[storage.data_ptr()] = storage
             return tensor
 
-        pack = PackedTokens(
-            torch.arange(tokens), torch.arange(tokens), torch.tensor([0, tokens], dtype=torch.int32), tokens
-        )
+        own_tokens = torch.arange(tokens // chosen.context)
+        pack = PackedTokens(own_tokens, own_tokens, torch.tensor([0, tokens], dtype=torch.int32), tokens)
         routing, experts = None, port.shape.experts
         if experts is not None:
             balance = LoadBalance(port.shape.layers, experts.count, 0.001, port.device)

@@ -23,6 +23,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Dtype, Literal["none", "m
     "dense TP 2 with SP": (models.dense(), SPLIT, "bfloat16", "none"),
     "dense TP 2 with SP, mlp": (models.dense(), SPLIT, "bfloat16", "mlp"),
     "dense TP 2": (models.dense(), {"tensor": 2}, "float32", "none"),
+    "dense CP 2": (models.dense(), {"context": 2}, "bfloat16", "none"),
     "no norm of queries and keys": (models.plain(), {}, "bfloat16", "none"),
     "post norm": (models.post_norm(), {}, "bfloat16", "none"),
     "windows": (models.post_norm(layer_types=["sliding_attention"] * 2), {}, "bfloat16", "none"),
@@ -40,7 +41,7 @@ def test_local_layers_save_what_the_formulas_say() -> None:
     for name, (config, sizes, dtype, kind, _), real in zip(CASES, cases, counted.call("saved", cases), strict=True):
         training = Training(Layout(**sizes), dtype=dtype, layers="local")
         shape = shape_of(config)[1]
-        activations = Activations(shape, training, TOKENS, TOKENS, on_cpu=True)
+        activations = Activations(shape, training, TOKENS // training.layout.context, TOKENS, on_cpu=True)
         found = activations.saved(Recompute(kind), shape.attention[0].window)
         if found != pytest.approx(real, rel=0.005):
             wrong[name] = (found / TOKENS, real / TOKENS)

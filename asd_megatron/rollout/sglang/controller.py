@@ -78,7 +78,7 @@ class Controller:
         closing: ExitStack,
     ) -> None:
         self._fleet, self._transport, self._assembler, self._labels = fleet, transport, assembler, labels
-        self._delta = transport if isinstance(transport, DeltaTransport) else None
+        self._delta = transport.deltas if isinstance(transport, DeltaTransport) else None
         self._model = model
         self._pool = pool
         self._verifier, self._tolerance, self._probe_ids = verifier, tolerance, probe_ids

@@ -16,7 +16,7 @@ from asd_megatron.rollout.sglang.client.fleet import Fleet
 from asd_megatron.rollout.sglang.controller import Controller, ServedModel
 from asd_megatron.rollout.sglang.engine import SGLangEngine
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
-from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
+from asd_megatron.rollout.sglang.weight_sync.delta import Deltas, DeltaTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import Receiver
 from tests.rollout.sglang.fake_sglang import ADMIN_KEY, API_KEY, FakeSGLang
 from tests.rollout.toy import ToyTokenizer
@@ -131,8 +131,8 @@ class World:
         }
         assembler = Assembler(ToyTokenizer(), 5, self.labels)
         full_every = over.pop("full_every", 1)
-        self.deltas = DeltaTransport(self.transport, full_every)
-        transport = self.deltas if full_every > 1 else self.transport
+        self.deltas = Deltas(full_every)
+        transport = DeltaTransport(self.transport, self.deltas) if full_every > 1 else self.transport
         self.controller = Controller(
             self.fleet, transport, assembler, self.labels, closing=ExitStack(), **{**settings, **over}
         )

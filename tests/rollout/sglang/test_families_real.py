@@ -17,7 +17,7 @@ from torch import Tensor
 from asd_megatron.rollout.sglang.client.api import Generation, SGLangServer, new_session
 from asd_megatron.rollout.sglang.client.routing import SERVER_ARGUMENT, Routing
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
-from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
+from asd_megatron.rollout.sglang.weight_sync.delta import Deltas, DeltaTransport
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, Receiver, VerificationError
@@ -93,11 +93,11 @@ def test_new_weights_are_verified_and_computed_with(
         )
         assert report.failures == {} and report.checked > 0
         assert report.probes[server.url].maximum < TOLERANCE
-    deltas, sent = DeltaTransport(transport, full_every=2), tensors(folder, 1)
+    deltas, sent = Deltas(full_every=2), tensors(folder, 1)
     for number in (3, 4):
         verifier = WeightVerifier(json.loads((folder / "config.json").read_text()), dtype=torch.float32, device="cpu")
         deltas.expect({server.url: server.label()})
-        report = synchronise(deltas, [server], sent, f"0a0a0a0a-{number}", verifier=verifier)
+        report = synchronise(DeltaTransport(transport, deltas), [server], sent, f"0a0a0a0a-{number}", verifier=verifier)
         assert report.failures == {} and report.checked > 0 and deltas.full is (number == 3)
         sent = partly_changed(sent, number)
     transport.close()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import REBUILD_ARGUMENTS, CudaIpcTransport
-from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
+from asd_megatron.rollout.sglang.weight_sync.delta import Deltas, DeltaTransport
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, Receiver, Transport, VerificationError
@@ -103,12 +103,18 @@ def test_every_transport_brings_weights_that_are_verified(
         difference = report.probes[served.receiver.url]
         assert 0.02 < difference.mean < QUANTIZED_TOLERANCE, "FP8 was computed with, and no more than that is wrong"
         assert report.bytes < 0.7 * sum(t.numel() * t.element_size() for _, t in served.weights(seed))
-    deltas, sent = DeltaTransport(transports[0], full_every=2), served.weights(1)
+    deltas, sent = Deltas(full_every=2), served.weights(1)
     verifier = served.verifier(1)
     verifier.probe = None
     for number in (5, 6):
         deltas.expect({served.receiver.url: served.receiver.label()})
-        report = synchronise(deltas, [served.receiver], quantized(sent), f"0a0a0a0a-{number}", verifier=verifier)
+        report = synchronise(
+            DeltaTransport(transports[0], deltas),
+            [served.receiver],
+            quantized(sent),
+            f"0a0a0a0a-{number}",
+            verifier=verifier,
+        )
         assert report.failures == {} and report.checked > 0 and deltas.full is (number == 5)
         sent = partly_changed(sent, number)
     assert deltas.sent_bytes < 0.4 * report.bytes

@@ -87,26 +87,21 @@ def fill(blocks: Sequence[Block], slots: Slots, device: torch.device) -> tuple[B
 
 
 def pack(tensors: NamedTensors, bucket_bytes: int, device: torch.device | None = None) -> Iterator[Bucket]:
-    """Buckets of at most `bucket_bytes` on `device` (None: the tensors'); a larger tensor is a bucket of its own. Two
-    buckets are valid at a time (`Slots`)."""
+    """Buckets of at most `bucket_bytes` on `device` (None: the tensors'), `fill`ed with consecutive tensors; a larger
+    tensor is a bucket of its own. Two buckets are valid at a time (`Slots`)."""
     slots = Slots(bucket_bytes)
-    bucket: Bucket | None = None
+    for blocks in _batches(tensors, bucket_bytes):
+        yield fill(blocks, slots, device or blocks[0].sources[0].device)[0]
+
+
+def _batches(tensors: NamedTensors, bucket_bytes: int) -> Iterator[list[Block]]:
+    blocks: list[Block] = []
     used = 0
     for name, tensor in tensors:
-        size, item = tensor.numel() * tensor.element_size(), tensor.element_size()
-        if bucket is not None and (used + size > bucket_bytes or used % item):  # a view needs an aligned start
-            yield _cut(bucket, used)
-            bucket = None
-        if bucket is None:
-            bucket, used = Bucket(slots.take(size, device or tensor.device)), 0
-        target = bucket.data[used : used + size].view(tensor.dtype).view(tensor.shape)
-        target.copy_(tensor.detach())
-        bucket.contents.add([name], tensor.dtype, tensor.shape)
-        used += size
-    if bucket is not None:
-        yield _cut(bucket, used)
-
-
-def _cut(bucket: Bucket, used: int) -> Bucket:
-    bucket.data = bucket.data[:used]
-    return bucket
+        if blocks and used + tensor.nbytes > bucket_bytes:
+            yield blocks
+            blocks, used = [], 0
+        blocks.append(Block.of(name, tensor))
+        used += tensor.nbytes
+    if blocks:
+        yield blocks

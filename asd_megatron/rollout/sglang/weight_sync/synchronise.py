@@ -109,7 +109,7 @@ def synchronise(
     )
     amount: _Amount | Sent
     if isinstance(weights, Transfer):
-        servers.drop(weights.take_part(servers.good))
+        servers.drop(weights.take_part(servers.good, label))
         amount = weights.sent
     else:
         amount = _Amount()

@@ -4,7 +4,7 @@ Each pipeline stage's first rank sends that stage's tensors (a sender). All rank
 same order; what they have to know of each other travels over the host group:
 
     global rank 0                      a sender                            every other rank
-    say which servers                  hear it                             hear it
+    say which servers, all or a delta  hear it                             hear it
     hear what the bucket holds         fill and hash the bucket, say it    hear it (and take part in its gathers)
     say how the last bucket went       hear it                             hear it
     requests to the servers            the data, as the transport has it
@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ from asd_megatron.distributed.objects import Told, broadcast_object, gather_obje
 from asd_megatron.models.export import Block, Step
 from asd_megatron.rollout.sglang.weight_sync.buckets import Bucket, Contents, Slots, fill
 from asd_megatron.rollout.sglang.weight_sync.checksums import Digests, ServerChecksums
+from asd_megatron.rollout.sglang.weight_sync.delta import Carried, Deltas
 from asd_megatron.rollout.sglang.weight_sync.protocol import Receiver, TransferIncomplete
 from asd_megatron.rollout.sglang.weight_sync.quantize import quantized
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
@@ -106,11 +108,12 @@ class OneRank:
 
 @dataclass(frozen=True)
 class Sent:
-    """What one rank has sent."""
+    """What one rank has sent: bytes and tensors of the model, and what a delta has made of them."""
 
     bytes: int = 0
     tensors: int = 0
     digests: Digests = field(default_factory=dict)
+    carried: Carried = Carried()
     failure: Exception | None = None
 
 
@@ -141,7 +144,8 @@ class Sending:
     """How the trainer's ranks send weights; each has one.
 
     host: all ranks on gloo. senders: the global ranks on which steps have tensors. device: where buckets are filled.
-    quantize: matrices are sent in block-wise FP8. verifier: of the servers' checksums, on every rank.
+    quantize: matrices are sent in block-wise FP8. deltas: what has changed since the last update, on every rank; None:
+    every update is complete. verifier: of the servers' checksums, on every rank.
     """
 
     transport: CollectiveTransport
@@ -150,6 +154,7 @@ class Sending:
     device: torch.device
     bucket_bytes: int
     quantize: bool = False
+    deltas: Deltas | None = None
     verifier: WeightVerifier | None = None
 
     def transfer(self, weights: StepSource) -> Transfer:
@@ -160,7 +165,7 @@ class Transfer:
     """`Parcels` of the weights' steps (`ModelPort.export_steps`), which every rank goes through.
 
     On the CPU a bucket is hashed by a thread while it is in flight; a bucket's memory is used again only when its hash
-    is complete.
+    is complete. Of a delta the full tensors are hashed, while they are compared.
     """
 
     def __init__(self, settings: Sending, steps: Iterator[Step]) -> None:
@@ -174,12 +179,16 @@ class Transfer:
         self._begun = self._stopped = False
         self.sent = Sent()  # on global rank 0, once finished: by all ranks
 
-    def take_part(self, receivers: Sequence[Receiver] = ()) -> dict[str, str]:
-        """The complete transfer. Every rank calls it once, global rank 0 with the receivers. Returns there URL ->
-        reason for those whose transfer is incomplete, and raises what failed; the other ranks return {} in any
-        case."""
+    def take_part(self, receivers: Sequence[Receiver] = (), label: str = "") -> dict[str, str]:
+        """The complete transfer. Every rank calls it once, global rank 0 with the receivers and the weights' label.
+        Returns there URL -> reason for those whose transfer is incomplete, and raises what failed; the other ranks
+        return {} in any case."""
         self._begun = True
-        self.addressees = self.share(Addressees.of(receivers))
+        deltas, urls = self._settings.deltas, [receiver.url for receiver in receivers]
+        full = deltas is None or self.rank != 0 or deltas.decide(urls)
+        self.addressees, full = self.share((Addressees.of(receivers), full))
+        if deltas is not None:
+            deltas.begin(full)
         verifier = self._settings.verifier
         if verifier is not None:
             self._checksums = verifier.start(self.addressees.tensor_parallel)
@@ -188,8 +197,10 @@ class Transfer:
                 return {}
             failures = self._settings.transport.run(receivers, self)
             self._finish()
+            self._conclude(urls, failures, label)
             return failures
         except TransferIncomplete as error:
+            self._conclude(urls, error.failures, None)
             return error.failures
         except Stopped:
             return {}
@@ -211,6 +222,8 @@ class Transfer:
                 except Exception as failed:  # every rank waits to hear of the bucket
                     error = failed
             contents = self.share(None if bucket is None else bucket.contents, error, step.sender)
+            if not contents.names:  # nothing of the step has changed
+                continue
             yield Parcel(step.sender, contents, bucket)
 
     def share(self, value: T | None, error: Exception | None = None, src: int = 0) -> T:
@@ -240,7 +253,8 @@ class Transfer:
         try:
             self._wait_for_hashes(0)
             digests = {} if self._checksums is None else self._checksums.digests()
-            mine = Sent(mine.bytes, mine.tensors, digests)
+            carried = Carried() if self._settings.deltas is None else self._settings.deltas.carried
+            mine = Sent(mine.bytes, mine.tensors, digests, carried)
         except Exception as error:
             mine = Sent(failure=error)
         found = self.collect(mine)
@@ -248,7 +262,8 @@ class Transfer:
             return
         if (failure := next((sent.failure for sent in found if sent.failure), None)) is not None:
             raise failure
-        self.sent = Sent(sum(sent.bytes for sent in found), sum(sent.tensors for sent in found))
+        carried = sum((sent.carried for sent in found), Carried())
+        self.sent = Sent(sum(sent.bytes for sent in found), sum(sent.tensors for sent in found), carried=carried)
         if self._checksums is not None:
             for sent in found[1:]:
                 self._checksums.merge(sent.digests)
@@ -262,18 +277,38 @@ class Transfer:
             for _ in self._steps:
                 pass
 
+    def _conclude(self, urls: Sequence[str], failures: dict[str, str], label: str | None) -> None:
+        if self._settings.deltas is not None and self.rank == 0:
+            self._settings.deltas.conclude(urls, failures, label, self.sent.carried)
+
     def _fill(self, blocks: Sequence[Block]) -> Bucket:
         self._wait_for_hashes(1)  # two buckets ago the same memory was used
-        bucket, placed = fill(
-            _quantized(blocks) if self._settings.quantize else blocks, self._slots, self._settings.device
-        )
-        self.sent = Sent(self.sent.bytes + bucket.data.numel(), self.sent.tensors + len(bucket.contents.names))
-        if self._checksums is not None:
-            if self._hasher is None:
-                _hash(self._checksums, placed)
-            else:
-                self._hashing.append(self._hasher.submit(_hash, self._checksums, placed))
+        settings, deltas = self._settings, self._settings.deltas
+        if settings.quantize:
+            blocks = [Block.of(*item) for item in quantized(_tensors(blocks))]
+        names, size = sum(len(block.names) for block in blocks), sum(block.nbytes for block in blocks)
+        self.sent = Sent(self.sent.bytes + size, self.sent.tensors + names)
+        if deltas is None or deltas.full:
+            bucket, placed = fill(blocks, self._slots, settings.device)
+            self._hash(placed)
+            if deltas is not None:
+                for _ in deltas.encoded(_tensors(blocks)):
+                    pass  # kept, to compare the next update with them
+            return bucket
+        self._hash([(Block.of(name, tensor), tensor[None]) for name, tensor in _tensors(blocks)])
+        changed = [Block.of(*item) for item in deltas.encoded(_tensors(blocks))]
+        bucket, _ = fill(changed, self._slots, settings.device)
+        self._wait_for_hashes(0)  # the tensors are valid until the next step
         return bucket
+
+    def _hash(self, placed: Sequence[tuple[Block, Tensor]]) -> None:
+        """Hash tensors, in a thread on the CPU."""
+        if self._checksums is None:
+            return
+        if self._hasher is None:
+            _add(self._checksums, placed)
+        else:
+            self._hashing.append(self._hasher.submit(_add, self._checksums, placed))
 
     def _wait_for_hashes(self, but: int) -> None:
         """Until all buckets but the last `but` are hashed. Raises what hashing raised."""
@@ -281,11 +316,10 @@ class Transfer:
             self._hashing.popleft().result()
 
 
-def _hash(checksums: ServerChecksums, placed: Sequence[tuple[Block, Tensor]]) -> None:
+def _add(checksums: ServerChecksums, placed: Sequence[tuple[Block, Tensor]]) -> None:
     for block, tensors in placed:
         checksums.add(block.names, tensors)
 
 
-def _quantized(blocks: Sequence[Block]) -> list[Block]:
-    tensors = quantized(item for block in blocks for item in block.tensors())
-    return [Block((name,), tensor.shape, (tensor,)) for name, tensor in tensors]
+def _tensors(blocks: Sequence[Block]) -> Iterator[tuple[str, Tensor]]:
+    return chain.from_iterable(block.tensors() for block in blocks)

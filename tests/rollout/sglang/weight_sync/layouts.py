@@ -14,7 +14,6 @@ from asd_megatron.distributed.layout import Layout, init
 from asd_megatron.models.port import ModelPort
 from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import REBUILD_ARGUMENTS, CudaIpcTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
-from asd_megatron.rollout.sglang.weight_sync.protocol import Receiver
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport, synchronise
 from asd_megatron.rollout.sglang.weight_sync.transfer import Sending
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
@@ -43,8 +42,10 @@ class Trainer:
         settings: dict[str, Any] = {"bucket_bytes": 16_384, "verifier": self.verifier} | over
         self.sending = Sending(self.transport, self.groups.host, senders, CPU, **settings)
 
-    def send(self, receivers: Sequence[Receiver], label: str) -> SyncReport | None:
-        """The report, on rank 0. `receivers` counts there alone."""
+    def send(self, receivers: Sequence[Any], label: str) -> SyncReport | None:
+        """The report, on rank 0. `receivers` counts there alone; with deltas each has to know its `label`."""
+        if self.sending.deltas is not None:
+            self.sending.deltas.expect({receiver.url: receiver.label() for receiver in receivers})
         transfer = self.sending.transfer(self.weights)
         if self.groups.host.rank() == 0:
             return synchronise(self.transport, receivers, transfer, label, verifier=self.sending.verifier, timeout=20)

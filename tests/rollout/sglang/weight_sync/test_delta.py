@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
@@ -23,13 +24,14 @@ from asd_megatron.rollout.sglang.servers.plugin.asd_weight_delta import (
     integers,
 )
 from asd_megatron.rollout.sglang.weight_sync import delta
-from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport, SentWeights
+from asd_megatron.rollout.sglang.weight_sync.delta import Deltas, DeltaTransport, SentWeights
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, Receiver, VerificationError
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport, synchronise
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
 from tests.rollout.sglang.sglang_world import SGLangWorld
 from tests.rollout.sglang.weight_sync.world import FakeReceiver, HttpReceiver, Named, partly_changed, tensors
+from tools.processor_seconds import processor_seconds
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 BYTES = torch.uint8
@@ -180,12 +182,12 @@ class Servers:
     def update(self, transport: DeltaTransport, model: Named, label: str, urls: Sequence[str] = ()) -> bool:
         """Whether the update was complete. Every server that it reached has `model` afterwards, bit for bit."""
         receivers = [receiver for receiver in self.receivers if receiver.url in urls or not urls]
-        transport.expect(self.labels)
+        transport.deltas.expect(self.labels)
         failures = transport.send(receivers, iter(model), label)
         for receiver in receivers:
             if receiver.url not in failures:
                 assert all(same(self.weights[receiver.url][name], tensor) for name, tensor in model)
-        return transport.full
+        return transport.deltas.full
 
 
 def test_a_delta_is_sent_to_servers_that_have_its_base_and_all_weights_to_others() -> None:
@@ -195,7 +197,7 @@ def test_a_delta_is_sent_to_servers_that_have_its_base_and_all_weights_to_others
     for seed in range(20):
         models.append([*partly_changed(models[-1][:2], seed), base[2]])
     servers = Servers("a", "b")
-    transport = DeltaTransport(servers, full_every=4)
+    transport = DeltaTransport(servers, Deltas(full_every=4))
     steps = iter(enumerate(models))
 
     def update(*urls: str) -> bool:
@@ -204,8 +206,8 @@ def test_a_delta_is_sent_to_servers_that_have_its_base_and_all_weights_to_others
 
     assert [update() for _ in range(6)] == [True, False, False, False, True, False]  # every fourth is complete
     assert [name.rpartition(":")[2] for name in servers.names] == ["w0", "w1"], "w2 has not changed"
-    assert transport.sent_bytes < 0.15 * sum(tensor.nbytes for _, tensor in base)
-    assert 0.005 < transport.changed < 0.03
+    assert transport.deltas.sent_bytes < 0.15 * sum(tensor.nbytes for _, tensor in base)
+    assert 0.005 < transport.deltas.changed < 0.03
     servers.labels["b"] = "default"  # it was restarted
     assert update() and not update()
     assert not update("a") and update(), "b has an older version than a"
@@ -213,7 +215,7 @@ def test_a_delta_is_sent_to_servers_that_have_its_base_and_all_weights_to_others
     servers.failing = {"b": "broken"}
     assert not update()
     assert update() and not update(), "b was left incomplete"
-    transport.forget()
+    transport.deltas.forget()
     assert update() and not update()
     servers.failing = {"a": f"/update_weights_from_distributed: {UNKNOWN}: SGLang uses cat"}
     assert not update()
@@ -222,7 +224,7 @@ def test_a_delta_is_sent_to_servers_that_have_its_base_and_all_weights_to_others
 
 def test_a_tensor_that_has_changed_much_is_sent_as_it_is_and_an_interrupted_stream_is_no_base() -> None:
     servers, old = Servers("a"), [("w", torch.ones(8, 8).bfloat16()), ("v", torch.ones(8, 8).bfloat16())]
-    transport = DeltaTransport(servers, full_every=9)
+    transport = DeltaTransport(servers, Deltas(full_every=9))
     assert servers.update(transport, old, "L0")
     new = [("w", -old[0][1]), old[1]]
     assert not servers.update(transport, new, "L1") and servers.names == ["w"]
@@ -231,7 +233,7 @@ def test_a_tensor_that_has_changed_much_is_sent_as_it_is_and_an_interrupted_stre
         yield new[0]
         raise RuntimeError("the trainer failed")
 
-    transport.expect(servers.labels)
+    transport.deltas.expect(servers.labels)
     with pytest.raises(RuntimeError, match="the trainer failed"):
         transport.send(servers.receivers, broken(), "L2")
     assert servers.update(transport, new, "L2")
@@ -241,12 +243,24 @@ def test_a_tensor_that_has_changed_much_is_sent_as_it_is_and_an_interrupted_stre
 def test_tensors_on_a_gpu_are_compared_there_with_pinned_memory() -> None:
     servers, models = Servers("a"), [[("w", torch.randn(3000, 2000).bfloat16()), ("v", torch.randn(64).bfloat16())]]
     models += [partly_changed(models[0], 1), models[0]]
-    transport = DeltaTransport(servers, full_every=9)
+    transport = DeltaTransport(servers, Deltas(full_every=9))
     moved = [[(name, tensor.cuda()) for name, tensor in model] for model in models]
     assert [servers.update(transport, model, f"L{i}") for i, model in enumerate(moved)] == [True, False, False]
-    assert 0.015 < transport.changed < 0.025
-    assert all(piece.is_pinned() for pieces in transport._kept._pieces.values() for piece in pieces)
+    assert 0.015 < transport.deltas.changed < 0.025
+    assert all(piece.is_pinned() for pieces in transport.deltas._kept._pieces.values() for piece in pieces)
     assert all(tensor.is_cuda for tensor in servers.weights["a"].values())
+
+
+@pytest.mark.sglang
+def test_a_paused_server_sleeps_until_it_is_asked(sglang_pair: SGLangWorld) -> None:
+    for server in range(2):
+        assert sglang_pair.admin(server, "/pause_generation", {"mode": "retract"})[0] == 200
+    start, used = time.monotonic(), sum(map(processor_seconds, sglang_pair.pids))
+    time.sleep(1.0)
+    used = sum(map(processor_seconds, sglang_pair.pids)) - used
+    assert used < 0.2 * (time.monotonic() - start), "SGLang's loop alone would use a core of each"
+    for server in range(2):
+        assert sglang_pair.admin(server, "/continue_generation")[0] == 200
 
 
 @pytest.mark.sglang
@@ -257,31 +271,31 @@ def test_real_servers_take_deltas_and_are_sent_everything_when_they_lack_the_bas
         assert [state.get(MARK) for state in states] == [FORMAT]
     config = json.loads((sglang_pair.folder / "config.json").read_text())
     inner = DistributedTransport(torch.device("cpu"), bucket_bytes=16_384, timeout=20)
-    transport = DeltaTransport(inner, full_every=4)
+    transport = DeltaTransport(inner, Deltas(full_every=4))
     models = [tensors(sglang_pair.folder, 1)]
 
     def update() -> SyncReport:
         number = len(models)
         models.append(partly_changed(models[-1], number))
-        transport.expect({server.url: server.label() for server in servers})
+        transport.deltas.expect({server.url: server.label() for server in servers})
         verifier = WeightVerifier(config, dtype=torch.float32, device="cpu")
         return synchronise(transport, servers, models[-1], f"0a0a0a0a-{number}", verifier=verifier)
 
     kinds = []
     for _ in range(5):
         report = update()
-        kinds.append(transport.full)
+        kinds.append(transport.deltas.full)
         assert report.failures == {} and report.checked == 2 * 35
-        assert transport.full or transport.sent_bytes < 0.2 * report.bytes
+        assert transport.deltas.full or transport.deltas.sent_bytes < 0.2 * report.bytes
     assert kinds == [True, False, False, False, True]
     sglang_pair.restore()  # one that was restarted has the folder's weights under the label "default" too
-    assert update().failures == {} and transport.full
+    assert update().failures == {} and transport.deltas.full
     wrong = models[-1][0][1]
     wrong[3, 3] += 1  # behind the verifier's back: what is kept is no longer what was sent
-    transport._kept.keep(models[-1][0][0], wrong)
+    transport.deltas._kept.keep(models[-1][0][0], wrong)
     with pytest.raises(VerificationError, match=r"embed_tokens\.weight differs"):
         update()
-    transport.forget()
+    transport.deltas.forget()
     models[-1] = models[0]
-    assert update().failures == {} and transport.full
+    assert update().failures == {} and transport.deltas.full
     inner.close()

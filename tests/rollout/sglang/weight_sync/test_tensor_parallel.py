@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
-from asd_megatron.rollout.sglang.weight_sync.delta import DeltaTransport
+from asd_megatron.rollout.sglang.weight_sync.delta import Deltas, DeltaTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.synchronise import synchronise
 from asd_megatron.rollout.sglang.weight_sync.verification import Probe, WeightVerifier
@@ -45,11 +45,13 @@ def test_both_ranks_have_what_was_sent(server: HttpReceiver, folder: Path) -> No
             assert report.checked == 2 * (4 * 6 + 2)  # of two ranks: six tensors of four layers, embedding, norm
             assert not report.probes[server.url].exceeded
             assert server.label() == f"0a0b0c0d-{seed}"
-        deltas, sent = DeltaTransport(transport, full_every=2), tensors(folder, 3)
+        deltas, sent = Deltas(full_every=2), tensors(folder, 3)
         verifier = WeightVerifier(config, dtype=torch.float32, device="cpu")
         for number in (3, 4):
             deltas.expect({server.url: server.label()})
-            report = synchronise(deltas, [server], sent, f"0a0b0c0d-{number}", verifier=verifier)
+            report = synchronise(
+                DeltaTransport(transport, deltas), [server], sent, f"0a0b0c0d-{number}", verifier=verifier
+            )
             assert report.failures == {} and report.checked == 2 * (4 * 6 + 2)
             assert deltas.full is (number == 3) and (deltas.full or deltas.sent_bytes < 0.3 * report.bytes)
             sent = partly_changed(sent, number)

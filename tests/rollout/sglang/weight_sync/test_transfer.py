@@ -149,13 +149,11 @@ class Member(FakeReceiver):
         name = body.get("group_name", "")
         if path == "/init_weights_update_group":
             store = dist.TCPStore(body["master_address"], body["master_port"], None, False)
-            c10d, store = dist.distributed_c10d, dist.PrefixStore(name, store)
-            self.groups[name], _ = c10d._new_process_group_helper(
-                2, body["rank_offset"], [], "gloo", store, group_name=name, timeout=timedelta(seconds=30)
-            )
-            c10d._world.pg_group_ranks[self.groups[name]] = {0: 0, 1: 1}
+            # as torch nests the keys of a group; not registered, because a sender in this process has its own end
+            store = dist.PrefixStore("cpu/", dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store)))
+            self.groups[name] = dist.ProcessGroupGloo(store, body["rank_offset"], 2, timedelta(seconds=30))
         if path == "/destroy_weights_update_group":
-            dist.destroy_process_group(self.groups.pop(name))
+            del self.groups[name]
         if path == "/update_weights_from_distributed":
             if name not in self.groups:
                 return {"success": False, "message": "unknown group"}
@@ -163,11 +161,17 @@ class Member(FakeReceiver):
                 self.refuses -= 1
                 return {"success": False, "message": "refused on purpose"}
             if body["names"]:
-                (size,) = {torch.Size(shape).numel() for shape in body["shapes"]}
-                flat = torch.empty(len(body["names"]), size)
-                self.groups[name].broadcast([flat.view(torch.uint8)], dist.BroadcastOptions()).wait()
-                self.held |= dict(zip(body["names"], flat, strict=True))
+                kinds = [getattr(torch, dtype) for dtype in body["dtypes"]]
+                shapes = [torch.Size(shape) for shape in body["shapes"]]
+                sizes = [kind.itemsize * shape.numel() for kind, shape in zip(kinds, shapes, strict=True)]
+                flat = torch.empty(sum(sizes), dtype=torch.uint8)
+                self.groups[name].broadcast([flat], dist.BroadcastOptions()).wait()
+                each = zip(flat.split(sizes), kinds, shapes, strict=True)
+                self.load(list(zip(body["names"], (x.view(kind).view(shape) for x, kind, shape in each), strict=True)))
         return {}
+
+    def load(self, received: list[tuple[str, Tensor]]) -> None:
+        self.held |= dict(received)
 
 
 class FromRankOne:

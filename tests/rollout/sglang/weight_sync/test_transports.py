@@ -19,6 +19,7 @@ import torch
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.rollout.sglang.weight_sync import distributed, update_group
 from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import REBUILD_ARGUMENTS, CudaIpcTransport
+from asd_megatron.rollout.sglang.weight_sync.delta import Deltas
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
 from asd_megatron.rollout.sglang.weight_sync.distributed import DistributedTransport
 from asd_megatron.rollout.sglang.weight_sync.protocol import NamedTensors, Receiver, Transport, VerificationError
@@ -27,7 +28,7 @@ from asd_megatron.rollout.sglang.weight_sync.verification import Probe, WeightVe
 from tests.distributed.harness import run_ranks
 from tests.rollout.sglang.sglang_world import API_KEY, SGLangWorld
 from tests.rollout.sglang.weight_sync.layouts import Trainer
-from tests.rollout.sglang.weight_sync.world import PROBE_IDS, HttpReceiver, logprobs, tensors, watched
+from tests.rollout.sglang.weight_sync.world import PROBE_IDS, HttpReceiver, logprobs, partly_changed, tensors, watched
 
 pytestmark = pytest.mark.sglang
 CPU = torch.device("cpu")
@@ -111,11 +112,28 @@ def _every_rank(rank: int, folder: str, urls: list[str]) -> int:
                         group = trainer.transport._groups[layout.stage_size]
                         receivers[1].call("/destroy_weights_update_group", {"group_name": group.name}, 20)
             trainer.transport.close()
+        done += _deltas(Path(folder), layout, receivers)
     return done
 
 
+def _deltas(folder: Path, layout: Layout, receivers: list[HttpReceiver]) -> int:
+    """A complete update, two deltas of each stage, and a complete one again."""
+    deltas = Deltas(full_every=3)
+    trainer, model = Trainer(folder, layout, "distributed", deltas=deltas), tensors(folder, 3)
+    for number in range(4):
+        trainer.port.load(dict(model))
+        report = trainer.send(receivers, f"0e0e0e0e-{layout.data}{number}")
+        if report is not None:
+            assert report.failures == {} and report.checked == 2 * 35, "bit for bit"
+            assert deltas.full is (number in (0, 3))
+            assert deltas.full or deltas.sent_bytes < 0.2 * report.bytes
+        model = partly_changed(model, number)
+    trainer.transport.close()
+    return 4 * bool(receivers)
+
+
 def test_every_stage_sends_and_every_rank_shares_its_own_memory(sglang_pair: SGLangWorld) -> None:
-    assert run_ranks(_every_rank, 4, str(sglang_pair.folder), sglang_pair.urls, timeout=240)[0] == 8
+    assert run_ranks(_every_rank, 4, str(sglang_pair.folder), sglang_pair.urls, timeout=240)[0] == 16
 
 
 def test_an_element_changed_on_the_way_is_noticed_by_its_tensors_name(

@@ -1,4 +1,5 @@
-"""A plugin of SGLang (0.5.23): weight updates in which only the changed elements of a tensor travel.
+"""A plugin of SGLang (0.5.23): weight updates in which only the changed elements of a tensor travel, and a paused
+server that sleeps between their requests.
 
 Runs inside the server's own Python environment, in every process of a server, and needs torch alone: nothing of this
 package can be imported there. The trainer imports it for the format, which is the same on both sides:
@@ -38,6 +39,8 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 UNKNOWN = "weight delta cannot be loaded"
 """Begins the message of a server that loads the model in a way that `ChangedElements` does not follow."""
 LOADER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.load_weights_from_distributed"
+PAUSED = "sglang.srt.managers.scheduler.Scheduler._record_scheduler_state_for_paused_engine"
+"""What a paused scheduler calls between two looks for requests."""
 STATE = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state"
 
 
@@ -225,8 +228,16 @@ def announce(answer: Any, *_: Any, **__: Any) -> None:
             answer.internal_state[MARK] = FORMAT
 
 
+def sleep_while_paused(_: Any, scheduler: Any) -> None:
+    """After a look for requests of a paused scheduler: sleep until one comes, as an idle scheduler does with
+    `--sleep-on-idle`. SGLang's loop does not while it is paused, so that each server would use a core of the machine
+    during the whole weight update."""
+    scheduler.maybe_sleep_on_idle()
+
+
 def register() -> None:
     """The entry point: called by SGLang at the start of each of its processes."""
     hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
     hooks.HookRegistry.register(LOADER, load, hooks.HookType.AROUND)
+    hooks.HookRegistry.register(PAUSED, sleep_while_paused, hooks.HookType.AFTER)
     hooks.HookRegistry.register(STATE, announce, hooks.HookType.AFTER)
