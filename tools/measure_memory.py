@@ -2,9 +2,10 @@
 
 Each cell trains a model with random weights in one layout: two supervised updates by the trainer's own code (local
 layers, gloo), a short one, which makes the optimizer's state, and the measured one. A rank's peak is the high-water
-mark of its resident memory (VmHWM, reset by /proc/self/clear_refs) minus what is resident before the model is built.
-The C library is told to give freed tensors back to the kernel at once (MALLOC_MMAP_THRESHOLD_), so resident memory is
-that of live tensors, and of what libraries take.
+mark of its resident memory (VmHWM, reset by /proc/self/clear_refs) minus what is resident before the model is built,
+after an update of a tiny one, which has loaded all libraries. The C library is told to give freed tensors back to the
+kernel at once (MALLOC_MMAP_THRESHOLD_), so resident memory is that of live tensors, and of what libraries take;
+oneDNN's cache of compiled kernels, one for each number of tokens of an expert, is kept short.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_TOP_PAD_": "0",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
 }
 PROMPT, RESPONSE = 32, 480
 
@@ -55,6 +57,7 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
+TINY: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64}
 MODELS: dict[str, dict[str, Any]] = {
     "Qwen3": {**SIZES, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
     "Olmo 3": {
@@ -104,7 +107,7 @@ class Cell:
     layout: str
     dtype: Dtype
     recompute: Literal["none", "mlp", "full"] = "none"
-    sequences: int = 3
+    sequences: int = 2
 
     @property
     def config(self) -> dict[str, Any]:
@@ -112,8 +115,8 @@ class Cell:
 
     @property
     def packs(self) -> int:
-        """Of each data-parallel rank: a pipeline wants more than it has stages."""
-        return 3 if LAYOUTS[self.layout].pipeline > 1 else 1
+        """Of each data-parallel rank: as many as are in flight in a pipeline."""
+        return LAYOUTS[self.layout].pipeline
 
     @property
     def setting(self) -> Setting:
@@ -174,10 +177,41 @@ def resident(name: str) -> float:
 
 def _examples(cell: Cell) -> list[_Example]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(
-        2, cell.config["vocab_size"], (cell.setting.workload.rollouts, PROMPT + RESPONSE), generator=generator
-    )
+    ids = torch.randint(2, TINY["vocab_size"], (cell.setting.workload.rollouts, PROMPT + RESPONSE), generator=generator)
     return [_Example(tuple(row[:PROMPT]), tuple(row[PROMPT:]), (1.0,) * RESPONSE) for row in ids.tolist()]
+
+
+class _Trainer:
+    """A model with random weights and its optimizer on this rank."""
+
+    def __init__(self, cell: Cell, config: dict[str, Any], groups: Any) -> None:
+        from asd_megatron.models.port import ModelPort
+        from asd_megatron.trainer.batch import PackLayout
+        from asd_megatron.trainer.optimizer import Optimizer
+
+        layout, dtype = LAYOUTS[cell.layout], getattr(torch, cell.dtype)
+        recompute = Recompute(cell.recompute)
+        self.model = ModelPort.build(config, groups, layout, dtype=dtype, layers="local", recompute=recompute)
+        with torch.no_grad():
+            for _, parameter in self.model.named_weights():
+                parameter.normal_(std=0.02)
+        self.model.wrap_ddp(distributed_optimizer=True, overlap_grad_reduce=False)
+        self.optimizer = Optimizer(self.model, distributed=True, **OPTIMIZER)
+        self.groups, self.balance = groups, self.model.load_balance()
+        self.packs, self.pack = PackLayout.of(layout, groups, self.model.device), cell.setting.training.pack
+
+    @property
+    def weights(self) -> int:
+        return sum(parameter.nbytes for _, parameter in self.model.named_weights())
+
+    def update(self, examples: Sequence[_Example], length: int) -> None:
+        """One update on the first tokens of the responses."""
+        from asd_megatron.trainer.sft import supervised_update
+
+        shorter = [_Example(e.prompt_ids, e.response_ids[:length], e.loss_weights[:length]) for e in examples]
+        parts = (self.model, self.groups, self.optimizer, shorter)
+        stats = supervised_update(*parts, layout=self.packs, tokens_per_microbatch=self.pack, balance=self.balance)
+        assert stats.applied
 
 
 def measure(rank: int, world: int, port: int, cell: Cell, result: Any) -> None:
@@ -185,64 +219,25 @@ def measure(rank: int, world: int, port: int, cell: Cell, result: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     from asd_megatron.distributed import layout as layouts
-    from asd_megatron.models.port import ModelPort
-    from asd_megatron.trainer.batch import PackLayout
-    from asd_megatron.trainer.optimizer import Optimizer
-    from asd_megatron.trainer.sft import supervised_update
 
-    layout = LAYOUTS[cell.layout]
-    groups = layouts.init(layout)
-    import megatron.core.models.gpt
-    import megatron.core.optimizer  # noqa: F401 (imports are not the model's memory)
-
-    examples = _examples(cell)
-    dist.barrier()
-    gc.collect()
-    before = resident("VmRSS")
-    dtype = getattr(torch, cell.dtype)
-    model = ModelPort.build(
-        cell.config, groups, layout, dtype=dtype, layers="local", recompute=Recompute(cell.recompute)
-    )
+    groups = layouts.init(LAYOUTS[cell.layout])
     torch.manual_seed(rank)
-    with torch.no_grad():
-        for _, parameter in model.named_weights():
-            parameter.normal_(std=0.02)
-    weights = sum(parameter.nbytes for _, parameter in model.named_weights())
-    model.wrap_ddp(distributed_optimizer=True, overlap_grad_reduce=False)
-    optimizer = Optimizer(model, distributed=True, **OPTIMIZER)
-    packs = PackLayout.of(layout, groups, model.device)
-    balance = model.load_balance()
-
-    def update(length: int) -> None:
-        shorter = [_Example(e.prompt_ids, e.response_ids[:length], e.loss_weights[:length]) for e in examples]
-        stats = supervised_update(
-            model,
-            groups,
-            optimizer,
-            shorter,
-            layout=packs,
-            tokens_per_microbatch=cell.setting.training.pack,
-            balance=balance,
-        )
-        assert stats.applied
-
-    update(8)
+    examples = _examples(cell)
+    tiny = {key: size for key, size in TINY.items() if key in cell.config}
+    _Trainer(cell, {**cell.config, **tiny}, groups).update(examples, RESPONSE)
+    gc.collect()
+    dist.barrier()
+    before = resident("VmRSS")
+    trainer = _Trainer(cell, cell.config, groups)
+    trainer.update(examples, 8)
     gc.collect()
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes the present size
-    update(RESPONSE)
-    measured = resident("VmHWM") - before
-    stage = rank // layout.stage_size
-    result[rank] = Row(
-        cell.model,
-        cell.layout,
-        cell.dtype,
-        cell.recompute,
-        rank,
-        weights / MB,
-        cell.predicted(stage) / MB,
-        measured / MB,
-    )
+    trainer.update(examples, RESPONSE)
+    peak = resident("VmHWM") - before
+    predicted = cell.predicted(rank // LAYOUTS[cell.layout].stage_size)
+    sizes = (size / MB for size in (trainer.weights, predicted, peak))
+    result[rank] = Row(cell.model, cell.layout, cell.dtype, cell.recompute, rank, *sizes)
     dist.barrier()
     layouts.shutdown()
 
@@ -252,7 +247,7 @@ def measured(cell: Cell) -> list[Row]:
     world = LAYOUTS[cell.layout].world_size
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the ranks connect to it
-    os.environ.update(ALLOCATOR)  # read by the C library of the ranks, when they start
+    os.environ.update(ALLOCATOR)  # read by the libraries of the ranks, when they start
     with mp.Manager() as manager:
         result = manager.dict()
         mp.spawn(measure, (world, store.port, cell, result), nprocs=world)
@@ -274,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", default="", metavar="REGEX", help="cells whose 'model, layout, dtype, recompute' match"
     )
-    parser.add_argument("--sequences", type=int, default=3, help=f"of a pack, {PROMPT + RESPONSE} tokens each")
+    parser.add_argument("--sequences", type=int, default=2, help=f"of a pack, {PROMPT + RESPONSE} tokens each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args(arguments)
     rows: list[Row] = []

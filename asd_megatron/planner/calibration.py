@@ -156,5 +156,6 @@ def _accelerator(measured: Measured) -> Accelerator:
         host_link=measured.memory,
         float32=measured.products,
         launch=measured.launch,
+        cpu=not cuda,
         efficiency=Efficiency(matmul=1.0, attention=measured.attention / measured.products, memory=1.0, link=1.0),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from asd_megatron.models.parameters import padded_vocabulary
-from asd_megatron.planner import serving
+from asd_megatron.planner import lengths, serving
 from asd_megatron.planner.activations import FLOAT, Activations, in_flight, stage_saved, worst_expert_load
 from asd_megatron.planner.hardware import GIB
 from asd_megatron.planner.head import Head
@@ -112,15 +112,9 @@ def micro_batches(setting: Setting) -> int:
     """Packs of a data-parallel rank in an update, by the mean length; at least one for each pipeline stage, complete
     rounds of them with virtual stages."""
     work, layout = setting.workload, setting.training.layout
-    tokens = work.rollouts / (work.updates * layout.data) * (work.prompt + mean_response(setting))
+    tokens = work.rollouts / (work.updates * layout.data) * (work.prompt + lengths.mean(work.responses))
     packs = max(math.ceil(tokens / setting.training.pack), layout.pipeline)
     return -(-packs // layout.pipeline) * layout.pipeline if layout.virtual_pipeline else packs
-
-
-def mean_response(setting: Setting) -> float:
-    """Tokens of a response: the mean of a log-normal length, cut off."""
-    lengths = setting.workload.responses
-    return min(lengths.median * math.exp(lengths.spread**2 / 2), lengths.most)
 
 
 def _number(count: float) -> str:
@@ -151,7 +145,7 @@ class _Rank:
     @property
     def _responses(self) -> float:
         """Response tokens of this data-parallel rank's part of a batch."""
-        return self.work.rollouts / self.layout.data * mean_response(self.setting)
+        return self.work.rollouts / self.layout.data * lengths.mean(self.work.responses)
 
     def phases(self) -> Iterator[Phase]:
         yield Phase("start", (*self._fixed(), *self._start()))
@@ -204,17 +198,23 @@ class _Rank:
 
     def _held(self) -> Iterator[Item]:
         """Weights, gradients and the optimizer's state."""
-        states, training = self.states, self.training
+        states = self.states
         yield from self._weights()
         yield Item("gradients", states.gradients, f"4 B x {_number(self.parameters.total)} parameters, float32")
-        over = "/".join(map(str, dict.fromkeys(states.replicas)))
-        shard = f"{_number(states.shard)} parameters" + (
-            f" (over {over} ranks)" if training.distributed_optimizer else ""
-        )
+        shard = f"{_number(states.shard)} parameters{self._sharded()}"
         if states.masters:
             yield Item("master weights", states.masters, f"{states.masters / states.shard:.0f} B x {shard}")
         if states.moments:
             yield Item("moments", states.moments, f"{states.moments / states.shard:.0f} B x {shard}")
+
+    def _sharded(self) -> str:
+        """Over how many ranks the optimizer is sharded, for a note."""
+        if not self.training.distributed_optimizer:
+            return ""
+        dense, experts = self.states.replicas
+        if not self.parameters.experts:
+            return f" (over {dense} ranks)" if dense > 1 else ""
+        return f" (dense over {dense}, experts over {experts})"
 
     def _beside_training(self) -> Iterator[Item]:
         """In every phase but generation."""
@@ -370,12 +370,18 @@ class _Rank:
             widened = FLOAT if self.on_cpu and self.states.element < FLOAT else 0
             embedding = rows * (self.states.element + widened) + activations.hidden
             yield others, "gradient of the embedding", embedding + tied
-        if self.on_cpu and self.training.distributed_optimizer and max(self.states.replicas) > 1:
-            reduced = FLOAT * max(self.parameters.dense, self.parameters.experts)
-            yield 0.0, "gradients being reduced", reduced  # gloo copies what it scatters
+        if self.on_cpu and self.training.distributed_optimizer:
+            yield 0.0, "gradients being reduced", FLOAT * self._largest_buffer  # gloo copies what it scatters
+
+    @property
+    def _largest_buffer(self) -> int:
+        """Parameters of the larger of Megatron's two buffers: of the experts, and of everything else."""
+        return max(self.parameters.dense, self.parameters.experts)
 
     def _step(self) -> Iterator[Item]:
         yield from self._batch()
+        if self.on_cpu and self.training.distributed_optimizer:
+            yield Item("weights being gathered", self.states.element * self._largest_buffer, "gloo's copy of a buffer")
         if self.training.moments == "bfloat16" and self.training.offload == "none":
             numbers = min(self.states.shard, SLICE_NUMEL)
             note = "float32 copies, by Transformer Engine before 2.13"

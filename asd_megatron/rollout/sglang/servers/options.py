@@ -14,6 +14,7 @@ from typing import Any
 
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.models import check_served, has_experts, read_config
+from asd_megatron.rollout.sglang.servers.versions import without_other_torch
 
 MODULE = "sglang.launch_server"
 ROUTER_MODULE = "sglang_router.launch_router"
@@ -170,14 +171,14 @@ def pass_through(options: ServerOptions) -> dict[str, Any]:
 
 
 def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a server's process: `base` without those of the trainer's ranks and Python environment, with
-    `server_variables`."""
+    """The variables of a server's process: `base` without those of the trainer's ranks, Python environment and torch,
+    with `server_variables`."""
     return trainer_variables_removed(base) | server_variables(options, base)
 
 
 def trainer_variables_removed(base: Mapping[str, str]) -> dict[str, str]:
-    """`base` without the variables of the trainer's ranks and Python environment."""
-    return {name: value for name, value in base.items() if not TRAINER_VARIABLES.fullmatch(name)}
+    """`base` without the variables of the trainer's ranks, Python environment and torch."""
+    return {name: value for name, value in without_other_torch(base).items() if not TRAINER_VARIABLES.fullmatch(name)}
 
 
 def server_variables(
