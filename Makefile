@@ -19,7 +19,7 @@ SCRIPTS := .ci/run $(wildcard docker/*.sh tools/*.sh tools/*/*.sh)
 export NO_COLOR := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install sglang sglang-demo gpu-checks images image-check quickstart smollm2 test test-sglang test-netns test-slurm test-py312 lint docs clean
+.PHONY: help install sglang sglang-demo gpu-checks images image-check quickstart smollm2 test test-sglang test-slurm test-netns test-py312 lint docs clean
 
 help:
 	@echo "make quickstart   watch a tiny model learn to search with AntiSD (2 CPU cores, some minutes)"
@@ -27,8 +27,8 @@ help:
 	@echo "make smollm2      the pretrained SmolLM2-135M-Instruct learns word problems in 14 AntiSD steps (CPU)"
 	@echo "make test         linter, types, generated pages, all tests that need no SGLang server (about 6 minutes)"
 	@echo "make test-sglang  the tests with real SGLang servers on the CPU"
-	@echo "make test-netns   training over two nodes made of network namespaces (root, iproute2)"
 	@echo "make test-slurm   a shipped script on a real Slurm cluster on this machine (root, Debian)"
+	@echo "make test-netns   training over two nodes made of network namespaces (root, iproute2)"
 	@echo "make test-py312   the same on Python 3.12 with its own megatron-core release"
 	@echo "make gpu-checks   what only CUDA can run (docs/gpu_checks.md)"
 	@echo "make images       build the container images with docker or podman (docs/containers.md); make image-check runs them"

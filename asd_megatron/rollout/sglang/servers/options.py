@@ -171,14 +171,15 @@ def pass_through(options: ServerOptions) -> dict[str, Any]:
 
 
 def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a server's process: `base` without those of the trainer's ranks, Python environment and torch,
-    with `server_variables`."""
+    """The variables of a server's process: `base` without those of the trainer's ranks, Python environment and
+    torch, with `server_variables`."""
     return trainer_variables_removed(base) | server_variables(options, base)
 
 
 def trainer_variables_removed(base: Mapping[str, str]) -> dict[str, str]:
     """`base` without the variables of the trainer's ranks, Python environment and torch."""
-    return {name: value for name, value in without_other_torch(base).items() if not TRAINER_VARIABLES.fullmatch(name)}
+    kept = without_other_torch(base)
+    return {name: value for name, value in kept.items() if not TRAINER_VARIABLES.fullmatch(name)}
 
 
 def server_variables(
