@@ -11,9 +11,9 @@ from asd_megatron.models.family import ModelShape
 from asd_megatron.planner.hardware import Accelerator
 from asd_megatron.planner.setting import Serving
 
-MOST_STAGES = 16
+MOST_STAGES = 8
 MOST_CONTEXT = 16
-SPLITS = 8
+SPLITS = 6
 """Splits of the nodes between trainer and servers that are tried at first; more follow around the best."""
 
 
@@ -30,7 +30,7 @@ def layouts(shape: ModelShape, gpu: Accelerator, ranks: int, rollouts: int) -> I
     """All layouts of `ranks` GPUs that can shard the model and give every data-parallel rank a rollout.
 
     Tensor parallelism stays within a node and comes with sequence parallelism. Pipelines of two and more stages come
-    with one chunk a stage and with two. Experts are divided over powers of two.
+    with one chunk a stage and with two. Experts are divided within a node, or as far as weights and gradients demand.
     """
     shared = math.gcd(shape.heads, shape.kv_heads)
     if shape.experts is None:
@@ -43,7 +43,7 @@ def layouts(shape: ModelShape, gpu: Accelerator, ranks: int, rollouts: int) -> I
                     continue
                 chunks = [2] if pipeline > 1 and shape.layers % (2 * pipeline) == 0 else []
                 for virtual in (None, *chunks):
-                    for expert in _expert_sizes(shape, ranks // pipeline):
+                    for expert in _expert_sizes(shape, gpu, ranks // pipeline, shape.layers // pipeline):
                         yield Layout(
                             tensor=tensor,
                             pipeline=pipeline,
@@ -55,10 +55,16 @@ def layouts(shape: ModelShape, gpu: Accelerator, ranks: int, rollouts: int) -> I
                         )
 
 
-def _expert_sizes(shape: ModelShape, stage: int) -> list[int]:
-    if shape.experts is None:
+def _expert_sizes(shape: ModelShape, gpu: Accelerator, stage: int, layers: int) -> list[int]:
+    """Of a stage with so many ranks and layers: those within a node, and beyond it the smallest, if a rank's weights
+    and gradients (2 + 4 bytes a parameter) fit."""
+    experts = shape.experts
+    if experts is None:
         return [1]
-    return [n for n in powers(shape.experts.count) if shape.experts.count % n == 0 and stage % n == 0]
+    size = 6.0 * layers * experts.count * 3 * shape.hidden * experts.ffn
+    sizes = [n for n in powers(experts.count) if experts.count % n == 0 and stage % n == 0]
+    fitting = [n for n in sizes if size / n < gpu.memory_bytes]
+    return [n for n in fitting if n <= gpu.per_node] or fitting[:1]
 
 
 def server_sizes(shape: ModelShape, gpu: Accelerator, serving: Serving, gpus: int) -> Iterator[Serving]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.models.family import ModelShape
@@ -28,8 +28,8 @@ class Parameters:
     def __mul__(self, factor: int) -> Parameters:
         return Parameters(*(a * factor for a in self._values()))
 
-    def _values(self) -> list[int]:
-        return [getattr(self, field.name) for field in fields(self)]
+    def _values(self) -> tuple[int, ...]:
+        return (self.embedding, self.attention, self.mlp, self.router, self.experts, self.norms, self.head)
 
     @property
     def total(self) -> int:

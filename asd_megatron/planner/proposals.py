@@ -5,17 +5,19 @@ every split of the GPUs and then combined. Layouts are taken in the order of a b
 and the search of a split ends when the bound exceeds the times that were found: what it leaves out is slower.
 
 What changes numbers is not chosen for speed: moments in bfloat16, and an optimizer in host memory, are proposed where
-float32 moments on the GPU do not fit. Overlap of generation and training changes what is trained, and stays as given.
+no layout of a split fits with float32 moments on the GPU. Overlap of generation and training changes what is trained,
+and stays as given.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
-from asd_megatron.models.gpt import Recompute
+from asd_megatron.models.gpt import NO_RECOMPUTE, Recompute
 from asd_megatron.planner.layouts import between, layouts, server_sizes, splits
 from asd_megatron.planner.loads import Batch
 from asd_megatron.planner.memory import fits, holds_a_response
@@ -28,7 +30,7 @@ from asd_megatron.planner.step_time import Phase, StepTime, assembled, training_
 PACKS = (8192, 16384, 32768, 65536)
 RECOMPUTE: tuple[Literal["none", "mlp", "full"], ...] = ("none", "mlp", "full")
 KEPT = 4  # trainers of a split that are combined with servers
-REFINEMENTS = 3
+REFINEMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -137,60 +139,61 @@ class Search:
         return self._generations[key]
 
     def _trainers(self, ranks: int, serving: Serving) -> list[Trainer]:
-        """The fastest trainers of different layouts that fit beside the servers, the fastest first."""
-        template = self.template
-        bounds: list[tuple[float, int, Layout, int]] = []
-        for number, layout in enumerate(layouts(template.shape, template.gpu, ranks, template.workload.rollouts)):
-            if not self._possible(layout, serving):
-                continue
-            for pack in PACKS:
-                bound = self._time(layout, "none", pack, serving).seconds
-                bounds.append((bound, number, layout, pack))
+        """The fastest trainers of different layouts that fit beside the servers, the fastest first: with the template's
+        optimizer, or where no layout fits with it, with one that needs less memory."""
+        found = list(layouts(self.template.shape, self.template.gpu, ranks, self.template.workload.rollouts))
+        for optimizer in optimizer_choices(self.template.training):
+            best = self._fastest(found, optimizer, serving)
+            if best:
+                return best
+        return []
+
+    def _fastest(self, found: Sequence[Layout], optimizer: Training, serving: Serving) -> list[Trainer]:
+        bounds: list[tuple[float, int, Training]] = []
+        for layout in found:
+            unbounded = replace(optimizer, layout=layout, recompute=NO_RECOMPUTE)
+            for pack in self._packs(unbounded):
+                training = replace(unbounded, pack=pack)
+                bounds.append((self._trainer(training, serving).seconds, len(bounds), training))
         best: dict[Layout, Trainer] = {}
-        for bound, _, layout, pack in sorted(bounds, key=lambda item: item[:2]):
+        possible: dict[Layout, bool] = {}
+        for bound, _, training in sorted(bounds, key=lambda item: item[:2]):
             slowest = sorted(trainer.seconds for trainer in best.values())[KEPT - 1 : KEPT]
             if slowest and bound >= slowest[0]:
                 break
-            trainer = self._fitting(layout, pack, serving)
+            layout = training.layout
+            if layout not in possible:
+                frugal = replace(training, recompute=Recompute("full"), pack=PACKS[0])
+                possible[layout] = self._fits(replace(self.template, training=frugal, serving=serving))
+            trainer = self._recomputing(training, serving) if possible[layout] else None
             if trainer and (layout not in best or trainer.seconds < best[layout].seconds):
                 best[layout] = trainer
         return sorted(best.values(), key=lambda trainer: trainer.seconds)[:KEPT]
 
+    def _packs(self, training: Training) -> list[int]:
+        """Sizes of a pack that differ in the number of packs; of those that do not, the smallest."""
+        found: dict[tuple[float, float], int] = {}
+        for pack in PACKS:
+            student, teacher = self.batch.spread(replace(training, pack=pack))
+            found.setdefault((student.busiest.packs, teacher.busiest.packs), pack)
+        return list(found.values())
+
+    def _recomputing(self, training: Training, serving: Serving) -> Trainer | None:
+        """With the least recomputation that fits."""
+        for kind in RECOMPUTE:
+            chosen = replace(training, recompute=Recompute(kind))
+            if self._fits(replace(self.template, training=chosen, serving=serving)):
+                return self._trainer(chosen, serving)
+        return None
+
+    def _trainer(self, training: Training, serving: Serving) -> Trainer:
+        self.timed += 1
+        phases = training_phases(replace(self.template, training=training, serving=serving), self.batch)
+        return Trainer(training, phases, sum(phase.seconds for phase in phases))
+
     def _fits(self, setting: Setting) -> bool:
         self.checked += 1
         return fits(setting)
-
-    def _fitting(self, layout: Layout, pack: int, serving: Serving) -> Trainer | None:
-        """With the least recomputation, and then the least changed optimizer, that fits."""
-        for kind in RECOMPUTE:
-            trainer = self._time(layout, kind, pack, serving)
-            for training in optimizer_choices(trainer.training):
-                setting = replace(self.template, training=training, serving=serving)
-                if self._fits(setting):
-                    if training is trainer.training:
-                        return trainer
-                    return self._trainer(setting)
-        return None
-
-    def _time(self, layout: Layout, kind: Literal["none", "mlp", "full"], pack: int, serving: Serving) -> Trainer:
-        training = replace(self.template.training, layout=layout, recompute=Recompute(kind), pack=pack)
-        return self._trainer(replace(self.template, training=training, serving=serving))
-
-    def _trainer(self, setting: Setting) -> Trainer:
-        self.timed += 1
-        phases = training_phases(setting, self.batch)
-        return Trainer(setting.training, phases, sum(phase.seconds for phase in phases))
-
-    def _possible(self, layout: Layout, serving: Serving) -> bool:
-        """Whether the layout fits with everything that saves memory."""
-        training = replace(
-            self.template.training,
-            layout=layout,
-            recompute=Recompute("full"),
-            pack=PACKS[0],
-            distributed_optimizer=True,
-        )
-        return self._fits(replace(self.template, training=optimizer_choices(training)[-1], serving=serving))
 
     def _nothing_fits(self) -> str:
         shape, gpu = self.template.shape, self.template.gpu

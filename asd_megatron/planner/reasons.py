@@ -74,7 +74,7 @@ def _memory(setting: Setting) -> list[str]:
         because = "without it the activations do not fit" if not fits(less) else "it lets packs be larger"
         found.append(f"model.recompute {training.recompute.kind}: {because}")
     if training.offload == "host":
-        found.append("optimizer.offload host: its state does not fit on the GPUs")
+        found.append("optimizer.offload host: with its state on the GPUs no layout fits")
     elif training.moments == "bfloat16":
-        found.append("optimizer.moments bfloat16: with float32 moments the optimizer's state does not fit")
+        found.append("optimizer.moments bfloat16 (beta2 at most 0.99): with float32 moments no layout fits")
     return found

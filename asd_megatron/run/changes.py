@@ -36,6 +36,7 @@ SCHEDULE_KEYS = {
 FREE_KEYS = SCHEDULE_KEYS | {
     "run.dump_rollouts",
     "run.profile_steps",
+    "run.time_limit",
     "model.layers",
     "model.recompute",
     "model.recompute_layers",

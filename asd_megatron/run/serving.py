@@ -83,6 +83,7 @@ def sglang_engine(session: Session, renderer: PromptRenderer, problems: ProblemS
         probe=probe,
         max_positions=port.max_positions,
         end_ids=session.end_ids,
+        meeting=session.stopping.while_waiting,
     )
 
 

@@ -58,7 +58,7 @@ def start_watcher(parent: int) -> None:
         return
     if os.fork():
         os._exit(0)
-    for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(ending, signal.SIG_IGN)  # the server handles these itself, and the watcher outlives it
     os.close(0)
     watch(server, parent)
@@ -95,6 +95,7 @@ def hide_keys(keys: "list[str]") -> None:
 def main() -> None:
     """Start the watcher, then become the server."""
     parent, module, *arguments = sys.argv[1:]
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to every process; it asks the trainer to stop
     start_watcher(int(parent))
     secret = json.loads(sys.stdin.readline() or "[]")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

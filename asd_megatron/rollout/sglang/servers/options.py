@@ -14,6 +14,7 @@ from typing import Any
 
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.models import check_served, has_experts, read_config
+from asd_megatron.rollout.sglang.servers.versions import without_other_torch
 
 MODULE = "sglang.launch_server"
 ROUTER_MODULE = "sglang_router.launch_router"
@@ -154,9 +155,10 @@ def pass_through(options: ServerOptions) -> dict[str, Any]:
 
 
 def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a server's process: `base` without those of the trainer's ranks and Python environment, with
-    NCCL's settings of the trainer, our plugin of SGLang and no proxy for the server's own address."""
-    environment = {name: value for name, value in base.items() if not TRAINER_VARIABLES.fullmatch(name)}
+    """The variables of a server's process: `base` without those of the trainer's ranks, Python environment and torch,
+    with NCCL's settings of the trainer, our plugin of SGLang and no proxy for the server's own address."""
+    kept = without_other_torch(base)
+    environment = {name: value for name, value in kept.items() if not TRAINER_VARIABLES.fullmatch(name)}
     environment |= CPU_ENVIRONMENT if options.on_cpu else nccl_settings(base)
     environment |= dict.fromkeys(("no_proxy", "NO_PROXY"), _no_proxy(options.host, base))
     if options.devices is not None:
