@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 
 from asd_megatron.distributed.layout import Layout
-from asd_megatron.models.families import shape_of
 from asd_megatron.models.gpt import Recompute
-from asd_megatron.models.published import config_of
 from asd_megatron.planner.hardware import GIB, accelerator
 from asd_megatron.planner.memory import fits, kv_tokens, margin_gib, peak, rank_memory
-from asd_megatron.planner.setting import Lengths, Serving, Setting, Training, Workload
+from asd_megatron.planner.setting import Lengths, Serving, Setting, Workload
 from asd_megatron.planner.shortage import changes, lacks
+from tests.planner import settings
 
 QWEN, MOE = "Qwen3-8B", "Qwen3-30B-A3B"
 TP4 = Layout(tensor=4, data=2, sequence_parallel=True)
@@ -22,10 +21,7 @@ WORK = Workload(32, 8, prompt=384, responses=Lengths(6000, 16000), privileged=20
 
 
 def setting(model: str, layout: Layout, *, serving: Serving | None = None, **training: Any) -> Setting:
-    config = config_of(model)
-    assert config is not None
-    settings = Training(layout, **{"expert_load": 1.0, **training})
-    return Setting(shape_of(config)[1], settings, serving or Serving(), WORK, accelerator("h100"))
+    return settings.setting(model, layout, work=WORK, serving=serving or Serving(), expert_load=1.0, **training)
 
 
 def items(found: Setting, phase: Any, stage: int = 0, where: str = "device") -> dict[str, float]:
