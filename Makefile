@@ -19,7 +19,7 @@ SCRIPTS := .ci/run $(wildcard docker/*.sh tools/*.sh tools/*/*.sh)
 export NO_COLOR := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install sglang sglang-demo gpu-checks images image-check quickstart smollm2 test test-sglang test-slurm test-py312 lint docs clean
+.PHONY: help install sglang sglang-demo gpu-checks images image-check quickstart smollm2 test test-sglang test-slurm test-netns test-py312 lint docs clean
 
 help:
 	@echo "make quickstart   watch a tiny model learn to search with AntiSD (2 CPU cores, some minutes)"
@@ -28,6 +28,7 @@ help:
 	@echo "make test         linter, types, generated pages, all tests that need no SGLang server (about 6 minutes)"
 	@echo "make test-sglang  the tests with real SGLang servers on the CPU"
 	@echo "make test-slurm   a shipped script on a real Slurm cluster on this machine (root, Debian)"
+	@echo "make test-netns   training over two nodes made of network namespaces (root, iproute2)"
 	@echo "make test-py312   the same on Python 3.12 with its own megatron-core release"
 	@echo "make gpu-checks   what only CUDA can run (docs/gpu_checks.md)"
 	@echo "make images       build the container images with docker or podman (docs/containers.md); make image-check runs them"
@@ -82,10 +83,15 @@ smollm2: $(INSTALLED)
 
 test: lint
 	$(PY) -m asd_megatron.cli.main recipes --check docs/recipes.md
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not sglang and not slurm" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not sglang and not slurm and not netns" $(PYTEST_ARGS)
 
 test-sglang: $(INSTALLED) $(SGLANG_INSTALLED)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no -m "sglang and not slow and not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no -m "sglang and not slow and not gpu and not netns" $(PYTEST_ARGS)
+
+# Network namespaces: needs root.
+test-netns: $(INSTALLED)
+	@command -v ip >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends iproute2 >/dev/null; }
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --color=no -m "netns and not slow and not gpu" tests/cluster $(PYTEST_ARGS)
 
 # A real Slurm cluster of four nodes on this machine: needs root, and Debian's packages.
 test-slurm: $(INSTALLED)

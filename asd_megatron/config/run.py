@@ -44,6 +44,14 @@ class RunSection(Section):
             " (SLURM_JOB_END_TIME; no limit without it). null: none."
         ),
     )
+    lost_rank_timeout: float = Field(
+        300.0,
+        ge=5,
+        description=(
+            "Several ranks: seconds without a sign of life of one of them, whose process hangs or whose node or network"
+            " is lost, after which the run ends with an error that names it."
+        ),
+    )
     profile_steps: StepList | None = Field(
         None,
         description=(

@@ -38,7 +38,14 @@ def check_environment(python: Path) -> Versions:
 
     Reads package metadata only: a fraction of a second.
     """
-    found = _ask(python, _LIST_VERSIONS, METADATA_SECONDS)
+    return read_versions(str(python), _ask(python, LIST_VERSIONS, METADATA_SECONDS))
+
+
+def read_versions(python: str, found: Mapping[str, str | None] | None, said: str = "") -> Versions:
+    """The answer of `LIST_VERSIONS`, run by the interpreter that messages call `python`; None: it gave none, but `said`
+    this. Raises UserError as `check_environment`."""
+    if found is None:
+        raise UserError(f"{python} does not answer as a Python does ({said}): {HOW_TO_MAKE}")
     if found["sglang"] is None:
         raise UserError(f"SGLang is not installed in the environment of {python}: {HOW_TO_MAKE}")
     if too_old(found["sglang"]):
@@ -57,7 +64,7 @@ def ipc_arguments(python: Path) -> tuple[str, ...]:
     return tuple(_ask(python, _LIST_ARGUMENTS, IMPORT_SECONDS))
 
 
-_LIST_VERSIONS = """
+LIST_VERSIONS = """
 import importlib.metadata as m, json
 def found(*names):
     for name in names:
