@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="OPTION",
-        help="one more, such as --sbatch=--exclusive",
+        help="a further line, such as --sbatch=--exclusive; the last of several counts",
     )
     add("--interface", metavar="NAME", help="network interface for NCCL, gloo and weight sync, for instance ib0")
     add("--python", metavar="PATH", help="of the trainer's environment [this one; python3 with --container]")

@@ -124,6 +124,13 @@ def test_servers_are_dealt_to_nodes_of_their_own(tmp_path: Path, capsys: pytest.
     )
 
 
+def test_a_supervised_recipe_on_one_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--sft", "examples/puzzle/warm_start.yaml", "--gpus-per-node", "0", "--python", "python3")
+    arguments = run_script(tmp_path, text, run="runs/puzzle-warm-start")
+    program = ["python3", "-m", "asd_megatron.cli.main", "sft", "examples/puzzle/warm_start.yaml"]
+    assert arguments[-len(program) - 2 : -2] == program and "#SBATCH --gpus" not in text
+
+
 def test_submitting(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sbatch").write_text(f"#!/bin/bash\n{STAND_INS['sbatch']}\n".replace("submitted", f"{tmp_path}/s"))
     (tmp_path / "sbatch").chmod(0o755)
