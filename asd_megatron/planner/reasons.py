@@ -47,10 +47,10 @@ def _generation(setting: Setting, time: StepTime) -> str:
     if rollouts.limited:
         return f"a server's {rollouts.batch} places are fewer than its responses: more servers shorten it"
     if rollouts.tail > TAIL * rollouts.seconds:
+        larger = ", larger ones do" if serving.tensor_parallel < setting.gpu.per_node else ""
         return (
-            f"{rollouts.tail:.0f} of {rollouts.seconds:.0f} s are the longest tenth of the responses, the longest with"
-            f" {rollouts.longest:,} tokens: more servers do not shorten it"
-            + (", larger ones do" if serving.tensor_parallel < setting.gpu.per_node else "")
+            f"in {rollouts.tail:.0f} of {rollouts.seconds:.0f} s only the longest tenth of the responses, of up to"
+            f" {rollouts.longest:,} tokens, is still generated: more servers do not shorten that part{larger}"
         )
     return f"{rollouts.batch} responses at a time on each server: more servers shorten it"
 
