@@ -91,10 +91,7 @@ class Search:
         if not order:
             raise UserError(self._nothing_fits())
         fastest = times[order[0]]
-        return [
-            Proposal(setting, times[setting], reasons(setting, times[setting], fastest, self.batch))
-            for setting in order[:top]
-        ]
+        return [Proposal(setting, times[setting], reasons(setting, times[setting], fastest)) for setting in order[:top]]
 
     # ---------------------------------------------------------------- one split
 
