@@ -21,6 +21,7 @@ from asd_megatron.run.evaluation import HeldOut, Weights
 from asd_megatron.run.report import announce, evaluation_text
 from asd_megatron.run.session import Session, run_session
 from asd_megatron.run.sources import held_out_problems, supervised_source
+from asd_megatron.run.stopping import StopRequested
 from asd_megatron.trainer.guard import Guard
 from asd_megatron.trainer.sft import supervised_update
 
@@ -108,10 +109,13 @@ def train(run: SupervisedRun) -> None:
     if run.held_out is not None:
         run.held_out.evaluate_before_start()
     session.clock.take()
-    for step in session.telemetry.steps(session.steps()):
+    for step in session.training_steps():
         metrics = run.step(step)
         session.on_root(lambda: _report(session, step, metrics))  # noqa: B023 (called at once)
         session.checkpoint_if_due(step, run.state(step), run.guard)
+        cause = session.stop_cause(step)
+        if cause is not None:
+            raise session.stopped(StopRequested(cause), step, run.state(step), run.guard)
     first, last = (run.held_out.first, run.held_out.last) if run.held_out else (None, None)
     session.finish(
         {

@@ -28,6 +28,7 @@ def train(run: TrainingRun) -> None:
         stats = run.update(batch, teacher, student, lam, reference)  # s_t, u_t, phi, clipped policy gradient, optimizer
         run.observe(step, batch, teacher, stats, reference)
         run.checkpoint_if_due(step)
+        run.stop_if_requested(step)  # the same on all ranks: a signal, RUN/stop, the time limit
     run.finish()
 
 

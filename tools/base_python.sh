@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # For the scripts that create environments: `python=$(base_python VARIABLE)` is the interpreter that VARIABLE names,
 # else the first of this machine that is Python 3.11 or 3.12 and can make an environment. It says so if there is none.
 base_python() {

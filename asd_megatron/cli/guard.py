@@ -47,7 +47,8 @@ def as_rank(program: Callable[[], int]) -> int:
 
     SystemExit is an error here: it comes from code of the user's (a reward that calls `sys.exit(0)`). Among several
     ranks one reports, with its traceback unless the error is a UserError; the others repeat nothing and say in one line
-    what else they met, usually a collective that broke. With LOGLEVEL set every rank prints its traceback.
+    what else they met, usually a collective that broke. If that broke because a rank is lost, the message says which.
+    With LOGLEVEL set every rank prints its traceback.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -145,10 +146,13 @@ def _report(error: BaseException) -> None:
 def _report_among_ranks(error: BaseException) -> None:
     global _reported
     from asd_megatron.distributed.first_error import report_once  # imports torch
+    from asd_megatron.distributed.lost_ranks import lost_ranks
 
     if error is _reported:
         return
     _reported = error
+    if not os.environ.get("LOGLEVEL"):
+        error = lost_ranks(error) or error
     message = _one_line(error)
     first = report_once(message, lambda: _report(error))
     if first is None:

@@ -23,6 +23,7 @@ from asd_megatron.config import AnyRecipe, Kind, check_devices, check_model, loa
 from asd_megatron.config.overrides import check_flag
 from asd_megatron.distributed.launch import set_defaults, torchrun_options
 from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launcher
+from asd_megatron.distributed.stop_signals import forwarded, ranks_of
 from asd_megatron.errors import UserError
 from asd_megatron.files import utc_now
 
@@ -78,7 +79,7 @@ def _checked_placement(recipe: AnyRecipe) -> Placement:
     """Where the ranks run. Raises UserError for a machine and a model that the recipe does not fit."""
     gpus = _gpus()
     check_devices(recipe, cuda=gpus > 0, transformer_engine=importlib.util.find_spec("transformer_engine") is not None)
-    _check_model(recipe)
+    check_model_folder(recipe)
     return place(recipe, gpus, os.environ)
 
 
@@ -125,7 +126,8 @@ def _gpus() -> int:
     return machine.gpus()
 
 
-def _check_model(recipe: AnyRecipe) -> None:
+def check_model_folder(recipe: AnyRecipe) -> None:
+    """Raise UserError for a model that is not supported, or that the recipe's layout does not divide."""
     from asd_megatron.checkpoint.huggingface import read_config  # torch and more: not for --help
     from asd_megatron.models.families import shape_of
     from asd_megatron.run.sources import model_folder
@@ -169,8 +171,11 @@ def _counts_of_processes(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
-    """Run `python -m MODULE ARGV` as local ranks under torch's elastic launcher, which forwards signals to them. They
-    end when this process dies."""
+    """Run `python -m MODULE ARGV` as local ranks under torch's elastic launcher. They end when this process dies.
+
+    SIGUSR1 and SIGTERM ask the ranks to stop, and this process waits for them. After the other signals that torch
+    handles it ends them, within 30 seconds.
+    """
     if ranks == 1:
         _become_single_rank(module, argv)
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -178,13 +183,17 @@ def run_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
     from torch.distributed.run import parse_args, run
 
     os.environ[LAUNCHER] = str(os.getpid())
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup; torch would handle it all the same
-        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed") and not os.environ.get("LOGLEVEL"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # its table of a failed rank: the rank has reported
+    arguments = parse_args([*torchrun_options(ranks), "-m", module, *argv])
+    handled = "SIGINT,SIGQUIT"
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # not nohup, where torch would handle it all the same
+        handled += ",SIGHUP"
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = arguments.signals_to_handle = handled  # older and newer torch
     try:
-        run(parse_args([*torchrun_options(ranks), "-m", module, *argv]))
+        with forwarded(lambda: ranks_of(os.getpid())):
+            run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode

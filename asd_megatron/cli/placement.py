@@ -61,7 +61,7 @@ def _visible(gpus: int, environment: Mapping[str, str]) -> list[str]:
 def _server_devices(recipe: AnyRecipe) -> tuple[str, ...]:
     if not isinstance(recipe, Recipe) or recipe.rollout.engine != "sglang":
         return ()
-    if recipe.rollout.placement == "colocated":  # they are the trainer's as well
+    if recipe.rollout.placement == "colocated" or recipe.rollout.server_hosts:  # the trainer's as well, or elsewhere
         return ()
     return tuple(name.strip() for entry in recipe.rollout.server_devices for name in entry.split(","))
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     command = [sys.executable, "-m", "asd_megatron.cli.main", "train", str(recipe), *overrides]
     environment = os.environ | {LAUNCHER: str(os.getpid())}  # training ends with this process
     status = run(command, environment)
-    if status:
+    if status or not (folder / "summary.json").is_file():  # asked to stop before its end: the run has said so
         return status
     summary = summarize(folder)
     write_json(folder / "summary.json", summary)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
 import shlex
 import signal
 import time
@@ -16,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from asd_megatron.distributed.addresses import is_loopback, resolve
 from asd_megatron.errors import UserError, hub_hint, plural
-from asd_megatron.files import atomic_file
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from asd_megatron.rollout.sglang.servers.keys import Keys
 from asd_megatron.rollout.sglang.servers.options import ServerOptions, devices_of_servers, parse_arguments, pass_through
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.servers.versions import check_environment
@@ -46,7 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="the address of the one interface to listen on [127.0.0.1: this machine only]",
+        help="address or name of the one interface to listen on [127.0.0.1: this machine only]",
+    )
+    parser.add_argument(
+        "--keys",
+        type=Path,
+        metavar="FILE",
+        help="keys of an earlier start, the keys.env of its log folder, so that several nodes have the same"
+        " [those of the environment, else new ones]",
     )
     parser.add_argument("--port", type=int, default=0, help="of the first server, the others follow [0: free ports]")
     parser.add_argument("--dtype", default="auto", help="as SGLang names it [auto: the model's; float32 without GPUs]")
@@ -67,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
     given = _parser().parse_args(words[:split])
     arguments = parse_arguments(words[split + 1 :])
     check_model_and_environment(given.model, given.python)
-    api_key, admin_key, file = keys(os.environ, given.log_folder)
-    options = server_options(given, arguments, api_key, admin_key)
+    its_keys, file = keys(os.environ, given.log_folder, given.keys)
+    options = server_options(given, arguments, its_keys)
     for name in pass_through(options[0]):
         print(f"passed on to SGLang unchecked: --{name}")
     print(f"starting {plural(len(options), 'SGLang server')} of {given.model}, logs in {given.log_folder}", flush=True)
@@ -102,24 +109,23 @@ def check_model_and_environment(model: Path, python: Path) -> None:
         raise UserError(f"{error} with --python") from None
 
 
-def server_options(
-    given: argparse.Namespace, arguments: Mapping[str, object], api_key: str, admin_key: str
-) -> list[ServerOptions]:
+def server_options(given: argparse.Namespace, arguments: Mapping[str, object], its_keys: Keys) -> list[ServerOptions]:
     """Options of every server. Raises UserError for numbers that cannot be."""
     servers = len(given.devices) or 1 if given.servers is None else given.servers
     if servers < 1 or given.tensor_parallel < 1:
         raise UserError("--servers and --tensor-parallel are at least 1")
     devices = devices_of_servers(given.devices, servers, given.tensor_parallel)
+    host = listening_address(given.host)
     return [
         ServerOptions(
             python=given.python,
             model=given.model,
             tensor_parallel=given.tensor_parallel,
             devices=devices[index],
-            host=given.host,
+            host=host,
             port=given.port + index if given.port else 0,
-            api_key=api_key,
-            admin_key=admin_key,
+            api_key=its_keys.api,
+            admin_key=its_keys.admin,
             dtype=given.dtype,
             context_length=given.context_length,
             arguments=arguments,
@@ -128,30 +134,39 @@ def server_options(
     ]
 
 
-def keys(environment: Mapping[str, str], folder: Path) -> tuple[str, str, Path | None]:
-    """(generation key, administration key, file that holds them): those of the environment, without a file, else new
-    ones in a file of `folder` that its owner alone can read. Raises UserError if the environment has one without the
-    other, or the same twice.
-    """
-    given = [environment.get(name, "") for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE)]
-    if all(given):
-        if given[0] == given[1]:
-            raise UserError(f"{API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE} are the same: who generates could administer")
-        return given[0], given[1], None
-    if any(given):
+def keys(environment: Mapping[str, str], folder: Path, file: Path | None = None) -> tuple[Keys, Path | None]:
+    """The keys, and the file that holds them: those of `file`; else of the environment, without a file; else new ones
+    in a file of `folder` that its owner alone can read. Raises UserError if one is missing, or both are the same."""
+    if file is not None:
+        return Keys.read(file), file.absolute()
+    given = Keys.of_environment(environment)
+    if given.api and given.admin:
+        given.check("environment")
+        return given, None
+    if given.api or given.admin:
         raise UserError(f"set both {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE}, or none of them")
-    made = [secrets.token_urlsafe(32) for _ in range(2)]
     path = (folder / "keys.env").absolute()
-    with atomic_file(path) as partial:
-        partial.touch(mode=0o600)
-        partial.write_text(f"export {API_KEY_VARIABLE}={made[0]}\nexport {ADMIN_KEY_VARIABLE}={made[1]}\n")
-    return made[0], made[1], path
+    made = Keys.new()
+    made.write(path)
+    return made, path
+
+
+def listening_address(host: str) -> str:
+    """The address of `--host`, a name or an address. Raises UserError for a name that this machine gives to loopback:
+    no other node would reach the servers."""
+    address = resolve(host, "--host:")
+    if is_loopback(address) and not is_loopback(host):
+        raise UserError(
+            f"--host {host} is {address} on this machine, where no other node reaches it: give the address of the"
+            " cluster's interface (`ip address` shows it)"
+        )
+    return address
 
 
 def _keys_line(file: Path | None) -> str:
     if file is None:
         return f"keys: those of {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE}"
-    return f"keys: in {file} (before you start a run: . {shlex.quote(str(file))})"
+    return f"keys: in {file} (for a run: --rollout.server_keys {shlex.quote(str(file))})"
 
 
 def curl_line(url: str, model: Path, file: Path | None) -> str:

@@ -61,20 +61,54 @@ class RolloutSection(Section):
         ),
     )
 
-    servers: int = Field(1, ge=1, description="`sglang`: servers that the run starts on this machine.")
+    servers: int = Field(
+        1, ge=1, description="`sglang`: servers that the run starts, on this machine or on `server_hosts`."
+    )
     server_urls: TextList = Field(
         (),
         description=(
-            "`sglang`: use these running servers instead of starting any (`asd-megatron serve`). Keys: environment"
-            " variables ASD_MEGATRON_API_KEY and ASD_MEGATRON_ADMIN_KEY."
+            "`sglang`: use these running servers instead of starting any (`asd-megatron serve`). Keys: `server_keys`."
         ),
+    )
+    server_keys: Text | None = Field(
+        None,
+        description=(
+            "`server_urls`: the file of their keys, as `asd-megatron serve` writes it (`keys.env`), readable by you"
+            " alone; null: the environment variables ASD_MEGATRON_API_KEY and ASD_MEGATRON_ADMIN_KEY."
+        ),
+    )
+    server_hosts: TextList = Field(
+        (),
+        description=(
+            "`sglang`: other nodes on which the run starts its servers, by name or address: server k on host k modulo"
+            " their number (docs/cluster.md, Servers on other nodes). An entry `a+b` is one server whose tensor"
+            " parallelism spans both. Empty: this machine."
+        ),
+    )
+    server_launcher: Text | None = Field(
+        None,
+        description=(
+            "`server_hosts`: the command that starts another on a node, whose name replaces `{host}`, for instance `ssh"
+            " -o BatchMode=yes {host}`; null: inside a Slurm job `srun --overlap --nodes=1 --ntasks=1"
+            " --nodelist={host}`."
+        ),
+    )
+    server_port: int = Field(
+        0,
+        ge=0,
+        lt=65536,
+        description="`server_hosts`: servers take the first free ports of their host from this one on; 0: any.",
     )
     server_python: Text = Field(
         ".venv-sglang/bin/python",
         description="`sglang`: the Python of SGLang's own environment (`tools/sglang_env/create.sh`).",
     )
     server_devices: TextList = Field(
-        (), description='`sglang`: CUDA devices of each server that is started, for instance ["4,5", "6,7"].'
+        (),
+        description=(
+            '`sglang`: CUDA devices of each server that is started, for instance ["4,5", "6,7"]; for one on two hosts'
+            " those of each of them."
+        ),
     )
     server_tensor_parallel: int = Field(1, ge=1, description="`sglang`: tensor-parallel size of each server.")
     quantization: Literal["none", "fp8"] = Field(

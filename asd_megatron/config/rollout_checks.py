@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from asd_megatron.config.host_checks import host_findings, host_of_server, hosts_of, url_findings
 from asd_megatron.config.refusals import changed
 from asd_megatron.config.rollout import RolloutSection
-from asd_megatron.distributed.addresses import is_loopback
 from asd_megatron.distributed.launch import visible_devices
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def rollout_findings(recipe: Recipe) -> Iterator[str]:
             )
         return
     yield from _servers(rollout)
+    yield from host_findings(rollout)
+    yield from url_findings(rollout)
     yield from _weight_sync(rollout)
     yield from _deltas(recipe)
     yield from _quantization(recipe)
@@ -58,6 +60,14 @@ def device_findings(rollout: RolloutSection, environment: Mapping[str, str] = os
             "rollout.server_args device cpu: a trainer on CUDA devices sends its weights to servers on CUDA devices"
             " alone: leave it out"
         )
+    if rollout.server_hosts:
+        if not rollout.server_devices and rollout.servers > len(rollout.server_hosts):
+            yield (
+                f"rollout.server_devices is empty, so several of the {rollout.servers} servers would share the devices"
+                ' of a host: name theirs, one text a server ("0,1"), or set rollout.servers'
+                f" {len(rollout.server_hosts)}"
+            )
+        return
     if rollout.placement == "disaggregated" and not rollout.server_devices:
         yield (
             "rollout.server_devices is empty, so the servers would take the trainer's devices: name theirs, one text a"
@@ -147,16 +157,22 @@ def _server_devices(rollout: RolloutSection) -> Iterator[str]:
             f"rollout.server_devices names the devices of {len(rollout.server_devices)} servers and rollout.servers is"
             f" {rollout.servers}: give one text a server"
         )
+    hosts = [host_of_server(rollout.server_hosts or ("",), k) for k in range(len(rollout.server_devices))]
+    ranks = rollout.server_tensor_parallel // len(hosts_of(hosts[0]))
     for entry in rollout.server_devices:
-        if len(_devices(entry)) != rollout.server_tensor_parallel:
+        if len(_devices(entry)) != ranks:
             yield (
                 f"rollout.server_devices {entry!r}: a server with rollout.server_tensor_parallel"
-                f" {rollout.server_tensor_parallel} needs as many devices: change one of the two"
+                f" {rollout.server_tensor_parallel} needs {'as many' if len(hosts_of(hosts[0])) == 1 else ranks}"
+                " devices: change one of the two"
             )
-    names = [name for entry in rollout.server_devices for name in _devices(entry)]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    names = [
+        (host, name) for host, entry in zip(hosts, rollout.server_devices, strict=True) for name in _devices(entry)
+    ]
+    twice = next((where for where in names if names.count(where) > 1), None)
     if twice is not None:
-        yield f"rollout.server_devices names device {twice} twice: give every server devices of its own"
+        of = f" of {twice[0]}" if twice[0] else ""
+        yield f"rollout.server_devices names device {twice[1]}{of} twice: give every server devices of its own"
 
 
 def _weight_sync(rollout: RolloutSection) -> Iterator[str]:
@@ -182,18 +198,11 @@ def _weight_sync(rollout: RolloutSection) -> Iterator[str]:
             "rollout.weight_sync cuda_ipc shares the memory of one device: set rollout.placement colocated, or"
             " rollout.weight_sync distributed"
         )
-    if rollout.weight_sync == "distributed":
-        if rollout.weight_sync_address in ("0.0.0.0", "::"):
-            yield (
-                f"rollout.weight_sync_address {rollout.weight_sync_address} would let anybody join the weight update:"
-                " name the address of one interface"
-            )
-        far = [url for url in rollout.server_urls if not is_loopback(urlsplit(url).hostname or "")]
-        if far and is_loopback(rollout.weight_sync_address or ""):
-            yield (
-                f"rollout.weight_sync_address {rollout.weight_sync_address} cannot be reached from {far[0]}: name this"
-                " machine's address on the cluster's network"
-            )
+    if rollout.weight_sync == "distributed" and rollout.weight_sync_address in ("0.0.0.0", "::"):
+        yield (
+            f"rollout.weight_sync_address {rollout.weight_sync_address} would let anybody join the weight update:"
+            " name the address of one interface"
+        )
     if not rollout.verify_weights and rollout.verify_tolerance is not None:
         yield (
             "rollout.verify_tolerance is read only with rollout.verify_weights true: set that, or leave the tolerance"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import annotated_types as at
 from pydantic import BeforeValidator, Field, StringConstraints
@@ -36,6 +36,22 @@ class RunSection(Section):
         ),
     )
 
+    time_limit: Annotated[float, at.Gt(0)] | Literal["slurm"] | None = Field(
+        None,
+        description=(
+            "Hours after which the run has saved its state and ended; it stops after the last step that leaves time for"
+            " a further one as long as the longest so far, and for its checkpoint. `slurm`: the end of the Slurm job"
+            " (SLURM_JOB_END_TIME; no limit without it). null: none."
+        ),
+    )
+    lost_rank_timeout: float = Field(
+        300.0,
+        ge=5,
+        description=(
+            "Several ranks: seconds without a sign of life of one of them, whose process hangs or whose node or network"
+            " is lost, after which the run ends with an error that names it."
+        ),
+    )
     profile_steps: StepList | None = Field(
         None,
         description=(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from ipaddress import ip_address
+
+from asd_megatron.errors import UserError
 
 
 def is_loopback(host: str) -> bool:
@@ -11,3 +14,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def resolve(host: str, what: str) -> str:
+    """The address of `host`, a name or an address, as this machine resolves it. Raises UserError, which begins with
+    `what`, for a name that it does not know."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"{what} {host!r} cannot be resolved ({error}): give its name or address on this network"
+        ) from None

@@ -29,15 +29,14 @@ def report_once(message: str, report: Callable[[], None], environment: Mapping[s
     Where the ranks cannot be asked (no torchrun, and not joined yet) every rank reports, rank 0 first.
     """
     rank = int(environment.get("RANK", "0"))
-    store = _store(environment)
+    store = connect(environment)
     if store is None:
         if rank:
             time.sleep(HEAD_START)
         report()
         return None
-    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    claimed, reported = f"{CLAIMED}/{attempt}", f"{REPORTED}/{attempt}"
-    first_rank, first_message = _claim(store, claimed, rank, message)
+    reported = _key(REPORTED, environment)
+    first_rank, first_message = _claim(store, _key(CLAIMED, environment), rank, message)
     if first_rank == rank:
         report()
         with suppress(RuntimeError):
@@ -45,6 +44,19 @@ def report_once(message: str, report: Callable[[], None], environment: Mapping[s
         return None
     _wait(store, reported, REPORT_SECONDS)
     return first_message
+
+
+def claimed(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a rank has claimed to report its error; False where the ranks cannot be asked."""
+    store = connect(environment)
+    try:
+        return store is not None and store.check([_key(CLAIMED, environment)])
+    except RuntimeError:
+        return False
+
+
+def _key(name: str, environment: Mapping[str, str]) -> str:
+    return f"{name}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _claim(store: dist.Store, key: str, rank: int, message: str) -> tuple[int, str]:
@@ -67,8 +79,9 @@ def _wait(store: dist.Store, key: str, seconds: float) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def _store(environment: Mapping[str, str]) -> dist.Store | None:
-    """A connection of its own to the job's store: the process groups' may be blocked in a collective."""
+def connect(environment: Mapping[str, str]) -> dist.Store | None:
+    """A connection of its own to the job's store: the process groups' may be blocked in a collective. None: the ranks
+    have none, or it does not answer."""
     if not (dist.is_initialized() or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
         return None
     if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:

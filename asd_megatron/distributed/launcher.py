@@ -18,7 +18,7 @@ POLL_SECONDS = 0.5
 
 
 def end_with_launcher(environment: Mapping[str, str]) -> None:
-    """End this process within a second of its launcher's death, however that came about (SIGKILL, SIGUSR1).
+    """End this process within a second of its launcher's death, however that came about (SIGKILL, memory that ran out).
 
     The launcher is the process named by `ASD_MEGATRON_LAUNCHER`, else the parent of a process that torchrun started.
     Without either (`python -m asd_megatron.train` by hand, perhaps under nohup) nothing is watched.

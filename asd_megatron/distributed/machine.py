@@ -54,6 +54,13 @@ def gpu_of_rank(environment: Mapping[str, str]) -> int:
     )
 
 
+def gpu_memory() -> int | None:
+    """Bytes of this rank's GPU; None without one. Creates a CUDA context."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(gpu_of_rank(os.environ)).total_memory
+
+
 def has_cuda() -> bool:
     """Whether this process computes on a GPU. May initialize CUDA."""
     return torch.cuda.is_available()

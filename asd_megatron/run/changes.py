@@ -36,6 +36,8 @@ SCHEDULE_KEYS = {
 FREE_KEYS = SCHEDULE_KEYS | {
     "run.dump_rollouts",
     "run.profile_steps",
+    "run.time_limit",
+    "run.lost_rank_timeout",
     "model.layers",
     "model.recompute",
     "model.recompute_layers",

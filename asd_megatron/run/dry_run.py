@@ -18,16 +18,15 @@ from asd_megatron.models.family import ModelShape
 from asd_megatron.records import Problem
 from asd_megatron.reward.base import tests_of
 from asd_megatron.reward.factory import make_verifier
-from asd_megatron.run.build import (
-    first_problems,
+from asd_megatron.run.build import first_problems, make_renderer
+from asd_megatron.run.folder import Start
+from asd_megatron.run.method import (
     make_gate,
     make_method,
     make_perplexity,
     make_plan,
-    make_renderer,
     never_acts,
 )
-from asd_megatron.run.folder import Start
 from asd_megatron.run.mismatch import uncorrected
 from asd_megatron.run.preview import preview, start_text
 from asd_megatron.run.report import evaluation_text, method_rows, weights_rows

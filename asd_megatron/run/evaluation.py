@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -104,5 +105,9 @@ class HeldOut:
             self.session.on_root(lambda: self.session.write_metrics(0, found))
 
     def evaluate_if_due(self, step: int) -> dict[str, float]:
+        """`evaluate` when the recipe asks for it after `step`, else {}. Collective."""
         settings = self.session.recipe.evaluation
-        return self.evaluate(step) if self.session.is_due(step, settings.every, at_end=settings.at_end) else {}
+        if not self.session.is_due(step, settings.every, at_end=settings.at_end):
+            return {}
+        with self.session.stopping.finishing() if step == self.session.recipe.run.steps else nullcontext():
+            return self.evaluate(step)

@@ -32,6 +32,8 @@ from asd_megatron.observe.expert_load import EXPERT_LOAD_FILE
 from asd_megatron.run.changes import Change, changes, not_accepted
 
 LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "recipe.yaml", "summary.json"
+STOP_FILE = "stop"
+"""Asks the run to stop; removed when it stops and when it starts."""
 CHECKPOINTS, EXPORTS, PROFILE = "checkpoints", "hf", "profile"
 # What an attempt leaves beside recipe and history. Exports and checkpoints are not replaced with it.
 OF_AN_ATTEMPT = (
@@ -246,6 +248,11 @@ def _export_is_missing(recipe: AnyRecipe, newest: Path | None) -> bool:
     return not is_exported(recipe.run.path, last, newest)
 
 
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """RUN/checkpoints/step_NNNNNN."""
+    return folder / CHECKPOINTS / lineage.name(step)
+
+
 def export_folder(folder: Path, step: int) -> Path:
     """RUN/hf/step_NNNNNN."""
     return folder / EXPORTS / lineage.name(step)
@@ -329,6 +336,7 @@ def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
         if start.kind == "restart":
             for name in OF_AN_ATTEMPT:
                 _remove(folder / name)
+        (folder / STOP_FILE).unlink(missing_ok=True)
         for part in (".", CHECKPOINTS, EXPORTS, "rollouts", PROFILE):
             remove_partial(folder / part)
         if start.kind == "resume" and start.checkpoint is not None:
@@ -356,7 +364,7 @@ def _remove(path: Path) -> None:
 
 def record(folder: Path, event: str, step: int, **values: Any) -> None:
     """Append an event after `step` steps to RUN/history.jsonl: a start (its kind; `returned` if `checkpoint.resume`
-    named the run's own checkpoint), a `change` of a recipe key, the `end`."""
+    named the run's own checkpoint), a `change` of a recipe key, a `stop` on request, the `end`."""
     line = {"time_utc": utc_now(), "event": event, "step": step, **values}
     with (folder / HISTORY_FILE).open("ab+") as file:
         torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"

@@ -22,7 +22,7 @@ def interrupted_text(recipe: AnyRecipe, command: str, since: str) -> str:
     starts = [event for event in read_history(folder) if event.get("event") in (*BEGINNINGS, "resume")]
     if not starts or str(starts[-1].get("time_utc")) < since:
         return f"interrupted before the run began: {folder} is as it was; to start the run: {command}"
-    again = f"{command} --checkpoint.resume auto" if recipe.checkpoint.resume == "never" else command
+    again = continuing(recipe, command)
     newest = lineage.latest(folder / CHECKPOINTS)
     if newest is None:
         every = recipe.checkpoint.every
@@ -30,6 +30,16 @@ def interrupted_text(recipe: AnyRecipe, command: str, since: str) -> str:
         return f"interrupted: there is no checkpoint in {folder} yet ({when}); to start from step 1 again: {again}"
     step = lineage.step_of(newest.name)
     return f"interrupted: the checkpoint of step {step} is kept ({newest}); to continue from there: {again}"
+
+
+def continuing(recipe: AnyRecipe, command: str) -> str:
+    """The command that continues a run that was started by `command`."""
+    return f"{command} --checkpoint.resume auto" if recipe.checkpoint.resume == "never" else command
+
+
+def own_command() -> str:
+    """The command that the user started this run with, for messages."""
+    return os.environ.get(COMMAND, "the same command")
 
 
 class Interruption:
@@ -58,8 +68,7 @@ class Interruption:
                 yield
         finally:
             if self._tells:
-                command = os.environ.get(COMMAND, "the same command")
-                print_line(interrupted_text(self.recipe, command, self.since), sys.stderr)
+                print_line(interrupted_text(self.recipe, own_command(), self.since), sys.stderr)
 
     def _claim(self) -> None:
         if not self._claimed:

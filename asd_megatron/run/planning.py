@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from asd_megatron.checkpoint.huggingface import read_config
-from asd_megatron.config import Recipe
+from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError, plural
 from asd_megatron.models import published
 from asd_megatron.models.families import shape_of
+from asd_megatron.models.family import ModelShape
 from asd_megatron.models.gpt import Recompute
-from asd_megatron.planner.hardware import Accelerator, accelerator
+from asd_megatron.planner.hardware import GIB, Accelerator, accelerator
+from asd_megatron.planner.memory import StageMemory, rank_memory
 from asd_megatron.planner.parameters import model_parameters
 from asd_megatron.planner.proposals import propose
 from asd_megatron.planner.report import Plan, plan
 from asd_megatron.planner.setting import Dtype, Lengths, Serving, Setting, Training, Workload
-from asd_megatron.run.build import make_plan
+from asd_megatron.planner.shortage import lacks
 from asd_megatron.run.copies import needed_copies
+from asd_megatron.run.method import make_plan
 from asd_megatron.run.sources import model_folder
 from asd_megatron.trainer.pass_plan import PassPlan
 
@@ -28,6 +31,8 @@ FEEDBACK_TOKENS = 60
 """Of the privileged prompt's own wording and feedback, beside the demonstration: the paper's wording has about 50."""
 SERVER_MEMORY = 0.85
 """SGLang's own choice of mem-fraction-static on an 80 GB GPU is between 0.83 and 0.88."""
+HELD = ("weights", "gradients", "master weights", "moments")
+"""Items of a rank's memory whose sizes are known exactly."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class Expected:
     prompt: float | None = None
     response: float | None = None
     spread: float = 0.8
+
+
+UNKNOWN = Expected()
 
 
 def model_config(recipe: Recipe) -> Mapping[str, Any]:
@@ -61,34 +69,62 @@ def model_config(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def setting_of(
-    recipe: Recipe, gpu: Accelerator, gpus: int, expected: Expected, config: Mapping[str, Any] | None = None
+    recipe: Recipe, gpu: Accelerator, layout: Layout, shape: ModelShape, expected: Expected = UNKNOWN
 ) -> Setting:
-    """The recipe on `gpus` GPUs in all, servers' included. Raises UserError where its layout does not fit them.
+    """The recipe in a layout on GPUs of this kind. Dtype and layers that the recipe leaves to the machine (`auto`) are
+    those of a GPU: bfloat16, Transformer Engine."""
+    passes = make_plan(recipe)
+    return Setting(shape, _training(recipe, layout, passes), _serving(recipe), _workload(recipe, passes, expected), gpu)
 
-    Without `config`, that of `model.path`. Dtype and layers that the recipe leaves to the machine (`auto`) are those
-    of a GPU: bfloat16, Transformer Engine.
+
+def layout_of(recipe: Recipe, gpus: int) -> Layout:
+    """The trainer's layout on `gpus` GPUs in all, the servers' included. Raises UserError where it does not fit
+    them."""
+    return _layout(recipe, gpus - _serving(recipe).gpus)
+
+
+def memory_notes(recipe: AnyRecipe, layout: Layout, config: Mapping[str, Any], memory: float | None) -> list[str]:
+    """Compare what the recipe's ranks need with the `memory` (bytes) of this rank's GPU, before anything is built.
+
+    Returns a line for the console where the estimate exceeds it; none without a GPU, and for the supervised stage.
+    Raises UserError when weights, gradients and optimizer alone exceed it: their sizes are exact.
     """
-    serving = _serving(recipe)
-    _, shape = shape_of(model_config(recipe) if config is None else config)
-    plan = make_plan(recipe)
-    training = _training(recipe, _layout(recipe, gpus - serving.gpus), plan)
-    return Setting(shape, training, serving, _workload(recipe, plan, expected), gpu)
+    if memory is None or not isinstance(recipe, Recipe):
+        return []
+    gpu = replace(accelerator("h100"), name="GPU", memory_gib=memory / GIB)
+    setting = setting_of(recipe, gpu, layout, shape_of(config)[1])
+    held = max(_held(stage) for stage in rank_memory(setting))
+    advice = f"`asd-megatron plan RECIPE --gpus {setting.gpus}` shows the layouts that fit"
+    if held > memory:
+        raise UserError(
+            f"weights, gradients and optimizer take {held / GIB:.1f} GiB of a GPU with {memory / GIB:.1f}: raise"
+            " parallelism.tensor, parallelism.pipeline or parallelism.expert, set parallelism.distributed_optimizer"
+            f" true, optimizer.moments bfloat16 or optimizer.offload host; {advice}"
+        )
+    lacking = lacks(setting)
+    return [f"warning: the GPU's memory is too small by estimate: {lacking[0]}; {advice}"] if lacking else []
+
+
+def _held(stage: StageMemory) -> float:
+    return sum(item.bytes for item in stage.phase("update").items if item.where == "device" and item.name in HELD)
 
 
 def needed_gpus(recipe: Recipe) -> int:
     """The fewest GPUs that the recipe's layout and servers take."""
-    return recipe.parallelism.ranks + _serving(recipe).gpus
+    serving = _serving(recipe)
+    shared = serving.servers * serving.tensor_parallel if serving.colocated else 0
+    return max(recipe.parallelism.ranks, shared) + serving.gpus
 
 
 def _layout(recipe: Recipe, ranks: int) -> Layout:
-    p = recipe.parallelism
-    data = p.data or ranks // p.model_parallel
-    needed = p.model_parallel * max(data, 1)
-    if needed > ranks:
+    p, serving = recipe.parallelism, _serving(recipe)
+    fewest = needed_gpus(recipe) - serving.gpus
+    if ranks < fewest:
         raise UserError(
-            f"the layout needs {needed} GPUs for the trainer, and beside the servers' there are {max(ranks, 0)}: plan"
-            f" with --gpus {needed_gpus(recipe)} or more, or make the parallelism section smaller"
+            f"the recipe needs {fewest} GPUs for trainer and colocated servers, and has {max(ranks, 0)}: plan with"
+            f" --gpus {needed_gpus(recipe)} or more, or make parallelism or the servers smaller"
         )
+    data = p.data or ranks // p.model_parallel
     return Layout(
         tensor=p.tensor,
         pipeline=p.pipeline,
@@ -193,12 +229,12 @@ def plan_recipe(recipe: Recipe, gpu: Accelerator, gpus: int | None, expected: Ex
     node where `parallelism.data` is null), with other settings that fit them. Raises UserError for a recipe that
     cannot be planned."""
     count = gpus or default_gpus(recipe, gpu)
-    config = model_config(recipe)
-    setting = setting_of(recipe, gpu, count, expected, config)
+    _, shape = shape_of(model_config(recipe))
+    setting = setting_of(recipe, gpu, layout_of(recipe, count), shape, expected)
     where = "" if folder_is_there(recipe) else " (published config.json)"
     nodes = -(-count // gpu.per_node)
     title = (
-        f"{Path(recipe.model.path).name}{where}, {model_parameters(setting.shape) / 1e9:.1f} billion parameters, on"
+        f"{Path(recipe.model.path).name}{where}, {model_parameters(shape) / 1e9:.1f} billion parameters, on"
         f" {count} x {gpu.name} ({plural(nodes, 'node')});"
         f" {setting.workload.rollouts} responses a step, median {setting.workload.responses.median:,.0f} of at most"
         f" {setting.workload.responses.most:,} tokens"

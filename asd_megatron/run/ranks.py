@@ -9,6 +9,7 @@ from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_world
 from asd_megatron.distributed import device
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.distributed.lost_ranks import RankWatch
 
 HOST_SECONDS = 3600.0
 """Shortest time limit of a wait on the host group."""
@@ -25,8 +26,12 @@ def join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGr
     check_devices(recipe)
     shares_memory = isinstance(recipe, Recipe) and recipe.rollout.weight_sync == "cuda_ipc"
     device.use_expandable_segments(os.environ, allowed=not shares_memory)
+    watch = RankWatch(int(os.environ.get("RANK", "0")), world, recipe.run.lost_rank_timeout)
+    closing.callback(watch.stop)
     closing.push(layouts.leave)
-    return layout, layouts.init(layout, host_minutes=_longest_wait(recipe) / 60, dumps=recipe.run.path)
+    groups = layouts.init(layout, host_minutes=_longest_wait(recipe) / 60, dumps=recipe.run.path)
+    watch.start(groups.host)
+    return layout, groups
 
 
 def _longest_wait(recipe: AnyRecipe) -> float:

@@ -118,7 +118,8 @@ def _servers(rollout: RolloutSection) -> dict[str, str]:
         return {}
     where = ", ".join(rollout.server_urls)
     if not where:
-        where = f"{rollout.servers} started here, tensor parallelism {rollout.server_tensor_parallel}"
+        hosts = f"on {', '.join(rollout.server_hosts)}" if rollout.server_hosts else "here"
+        where = f"{rollout.servers} started {hosts}, tensor parallelism {rollout.server_tensor_parallel}"
     turns = "generating ahead" if rollout.overlap else "in turns with training"
     report = {
         "servers": f"{where}, {rollout.placement}, {turns}"

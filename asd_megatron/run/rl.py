@@ -21,20 +21,19 @@ from asd_megatron.run.build import (
     embedded_engine,
     example_builder,
     make_collector,
-    make_plan,
     make_renderer,
-    make_strength,
-    never_acts,
     problem_sets,
     rollout_engine,
 )
 from asd_megatron.run.evaluation import HeldOut, Weights
+from asd_megatron.run.method import make_plan, make_strength, never_acts
 from asd_megatron.run.mismatch import uncorrected
 from asd_megatron.run.report import announce_training
 from asd_megatron.run.reports import StepOutcome, StepReports
 from asd_megatron.run.scoring import Batch, ScoringPasses
 from asd_megatron.run.session import Session
 from asd_megatron.run.sources import own_metrics
+from asd_megatron.run.stopping import StopRequested
 from asd_megatron.trainer import token_method
 from asd_megatron.trainer.align import gather_table
 from asd_megatron.trainer.columns import Scores, table_columns
@@ -109,15 +108,15 @@ class TrainingRun:
             self.collector.release()
 
     def steps(self) -> Iterator[int]:
-        return self.session.telemetry.steps(self.session.steps())
+        return self.session.training_steps()
 
     def collect(self, step: int) -> list[Group]:
         """The step's rewarded groups on global rank 0, [] elsewhere. An engine that is unavailable raises RolloutError,
-        after the state has been saved."""
+        after the state has been saved; so does a request to stop."""
         try:
             with self.clock.span("rollout"), self.session.generating():
                 groups = self.collector.next(step)
-        except RolloutError as error:
+        except (RolloutError, StopRequested) as error:
             raise self._stopped(step - 1, error) from error
         self.clock.times |= asdict(self.collector.take_timings())
         return groups
@@ -242,31 +241,43 @@ class TrainingRun:
             )
 
         self.session.on_root(report)
-        if isinstance(failure, RolloutError):
+        if isinstance(failure, RolloutError | StopRequested):
             raise self._stopped(step, failure) from failure
         if failure is not None:
             raise failure
 
-    def _evaluation(self, step: int) -> tuple[dict[str, float], RolloutError | NotFinite | None]:
-        """Held-out metrics when they are due. An evaluation that failed returns its error, so that the step, which is
-        complete, is reported before the run ends."""
+    def _evaluation(self, step: int) -> tuple[dict[str, float], RolloutError | NotFinite | StopRequested | None]:
+        """Held-out metrics when they are due. An evaluation that failed, or that a request to stop has cut short,
+        returns its error, so that the step, which is complete, is reported before the run ends."""
         try:
             return {} if self.held_out is None else self.held_out.evaluate_if_due(step), None
-        except (RolloutError, NotFinite) as error:
+        except (RolloutError, NotFinite, StopRequested) as error:
             return {}, error
 
-    def _stopped(self, step: int, error: RolloutError) -> RolloutError:
-        """The error of a run that ends after `step` because its engine is unavailable; saves the state. Collective."""
+    def _stopped(self, step: int, error: RolloutError | StopRequested) -> RolloutError | StopRequested:
+        """The error of a run that ends after `step` because its engine is unavailable, or the request to stop there;
+        the state is saved. Collective."""
         if step < self.session.first_step:  # nothing has been learned since the start
             return error
         self.session.on_root(self.reports.finish)
-        return RolloutError(f"{error}. {self.session.save_before_stop(step, self._state(step), self.guard)}")
+        if isinstance(error, StopRequested):
+            return self.session.stopped(error, step, self._state(step), self.guard)
+        reason = self.session.save_before_stop(step, self._state(step), self.guard)
+        kept = "is saved: start the same command again to resume" if reason is None else f"is not saved: {reason}"
+        return RolloutError(f"{error}. The state after step {step} {kept}")
 
     def checkpoint_if_due(self, step: int) -> None:
         """The checkpoint and the export that are due after `step`, once its metrics are written."""
         if self.session.saves_after(step):
             self.session.on_root(self.reports.finish)
         self.session.checkpoint_if_due(step, self._state(step), self.guard)
+
+    def stop_if_requested(self, step: int) -> None:
+        """End the run after `step`, its state saved, when a signal, RUN/stop or the time limit asks for it: raises
+        StopRequested on every rank."""
+        cause = self.session.stop_cause(step)
+        if cause is not None:
+            raise self._stopped(step, StopRequested(cause))
 
     def finish(self) -> None:
         """RUN/summary.json and RUN/curves.png."""

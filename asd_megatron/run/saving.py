@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ class Saver:
     calls.
 
     newest: step of the run's newest complete checkpoint, 0 without one; the same on every rank. After a save it is
-    current once that is settled.
+    current once that is settled. seconds: the longest time that a checkpoint has taken from its beginning until it was
+    known to be complete.
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class Saver:
     ) -> None:
         """Collective over all ranks."""
         self.newest = newest
+        self.seconds = 0.0
+        self._begun = 0.0
         self._recipe, self._stage, self._port, self._optimizer = recipe, stage, port, optimizer
         self._copies, self._balance = copies, balance
         self._background = Background(port.process_groups) if recipe.checkpoint.async_save else None
@@ -44,6 +48,7 @@ class Saver:
         """Write the state after `step`; the newest `checkpoint.keep` checkpoints stay. Waits for one in flight.
         Collective."""
         self.settle()
+        self._begun = time.monotonic()
         load = {} if self._balance is None else {"expert_load": self._balance.fractions.tolist()}
         training.save(
             self._recipe.run.path / CHECKPOINTS,
@@ -57,13 +62,19 @@ class Saver:
             background=self._background,
         )
         if self._background is None or not self._background.step:
-            self.newest = step
+            self._complete(step)
 
     def settle(self, *, wait: bool = True) -> None:
         """Learn what became of the checkpoint in flight, if there is one; with `wait`, after its end. Raises its error,
         a UserError where the operating system refused. Collective."""
         if self._background is not None:
-            self.newest = self._background.settle(wait=wait) or self.newest
+            step = self._background.settle(wait=wait)
+            if step:
+                self._complete(step)
+
+    def _complete(self, step: int) -> None:
+        self.newest = step
+        self.seconds = max(self.seconds, time.monotonic() - self._begun)
 
     def newest_text(self) -> str:
         """Which checkpoint is the newest, for messages."""

@@ -12,13 +12,14 @@ from urllib.parse import urlsplit
 
 import torch
 
+from asd_megatron.config.host_checks import hosts_of
 from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.distributed.addresses import is_loopback
 from asd_megatron.distributed.device import gpu_of_rank
 from asd_megatron.distributed.launch import visible_devices
 from asd_megatron.distributed.objects import broadcast_object
 from asd_megatron.errors import UserError
-from asd_megatron.rollout.sglang.servers.versions import Versions, check_environment, ipc_arguments
+from asd_megatron.rollout.sglang.servers.versions import Versions, ipc_arguments
 from asd_megatron.rollout.sglang.weight_sync.cuda_ipc import REBUILD_ARGUMENTS, CudaIpcTransport
 from asd_megatron.rollout.sglang.weight_sync.delta import Deltas, DeltaTransport
 from asd_megatron.rollout.sglang.weight_sync.disk import DiskTransport
@@ -89,7 +90,7 @@ def sending(
             _cuda_ipc(session, rollout, {})
             if rollout.weight_sync == "cuda_ipc"
             else _distributed(
-                session, rollout, rollout.weight_sync_address if here else address_elsewhere(rollout.server_urls)
+                session, rollout, rollout.weight_sync_address if here else address_elsewhere(server_names(rollout))
             )
         )
     assert isinstance(transport, DistributedTransport | CudaIpcTransport)
@@ -106,16 +107,25 @@ def sending(
     )
 
 
-def address_elsewhere(server_urls: Sequence[str]) -> str | None:
-    """At which address servers reach a sender that is not on global rank 0's machine: that of the interface towards it,
-    where servers run that the run starts; None: found from the servers' URLs."""
-    if any(not is_loopback(urlsplit(url).hostname or "") for url in server_urls):
+def server_names(rollout: RolloutSection) -> list[str]:
+    """The hosts of the servers, as the recipe names them; []: global rank 0's machine."""
+    started = [name for entry in rollout.server_hosts for name in hosts_of(entry)]
+    return started or [urlsplit(url).hostname or "" for url in rollout.server_urls]
+
+
+def address_elsewhere(hosts: Sequence[str]) -> str | None:
+    """At which address servers on `hosts` reach a sender that is not on global rank 0's machine: that of the interface
+    towards it, if they run there; None: found from the servers' URLs."""
+    if any(not is_loopback(host) for host in hosts):
         return None
     return address_towards([f"http://{os.environ['MASTER_ADDR']}:{MASTER_PORT}"])
 
 
-def root_transport(session: Session, rollout: RolloutSection, hosts: Mapping[str, Sequence[int]]) -> Transport:
-    """Global rank 0's transport. Raises UserError for an environment that it does not work with."""
+def root_transport(
+    session: Session, rollout: RolloutSection, hosts: Mapping[str, Sequence[int]], servers: Versions | None
+) -> Transport:
+    """Global rank 0's transport. `servers`: versions in the environment of those that the run starts; None: it starts
+    none. Raises UserError for an environment that it does not work with."""
     if rollout.weight_sync == "disk":
         folder = Path(rollout.weight_sync_folder or session.folder / "weights")
         quantized = rollout.quantization != "none"
@@ -128,8 +138,8 @@ def root_transport(session: Session, rollout: RolloutSection, hosts: Mapping[str
                 " rollout.weight_sync disk"
             )
         return _cuda_ipc(session, rollout, hosts, ipc_arguments(Path(rollout.server_python)))
-    if not rollout.server_urls and torch.cuda.is_available():
-        check_nccl(loaded_nccl(), check_environment(Path(rollout.server_python)))
+    if servers is not None and torch.cuda.is_available():
+        check_nccl(loaded_nccl(), servers)
     transport = _distributed(session, rollout, rollout.weight_sync_address)
     if rollout.weight_sync_full_every == 1:
         return transport

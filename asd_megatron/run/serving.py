@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from asd_megatron.config import Recipe
+from asd_megatron.config.host_checks import host_of_server, hosts_of
 from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.distributed.objects import gather_objects
 from asd_megatron.errors import UserError
-from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from asd_megatron.rollout.sglang.client.fleet import Fleet
 from asd_megatron.rollout.sglang.client.routing import SERVER_ARGUMENT, Routing
 from asd_megatron.rollout.sglang.controller import Controller, ServedModel
 from asd_megatron.rollout.sglang.engine import SGLangEngine
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
+from asd_megatron.rollout.sglang.servers.hosts import Launcher
+from asd_megatron.rollout.sglang.servers.keys import Keys
 from asd_megatron.rollout.sglang.servers.options import ServerOptions, devices_of_servers
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
@@ -47,24 +46,6 @@ BLACKWELL_ARGUMENTS = {"fp8-gemm-backend": "flashinfer_trtllm"}
 ones could not be loaded into them."""
 
 
-@dataclass(frozen=True)
-class Keys:
-    """The servers' keys: one for generation, one for administration."""
-
-    api: str = field(repr=False)
-    admin: str = field(repr=False)
-
-    @classmethod
-    def given(cls) -> Keys:
-        """The keys of running servers, from the environment variables."""
-        return cls(os.environ.get(API_KEY_VARIABLE, ""), os.environ.get(ADMIN_KEY_VARIABLE, ""))
-
-    @classmethod
-    def new(cls) -> Keys:
-        """Random keys for servers that the run starts."""
-        return cls(secrets.token_urlsafe(32), secrets.token_urlsafe(32))
-
-
 def sglang_engine(session: Session, renderer: PromptRenderer, problems: ProblemSource) -> SGLangEngine:
     """The engine of a recipe with `rollout.engine: sglang`. Collective. Servers start with `SGLangEngine.start`."""
     port = session.port
@@ -83,6 +64,7 @@ def sglang_engine(session: Session, renderer: PromptRenderer, problems: ProblemS
         probe=probe,
         max_positions=port.max_positions,
         end_ids=session.end_ids,
+        meeting=session.stopping.while_waiting,
     )
 
 
@@ -111,13 +93,14 @@ def _controller(
     port, labels, closing = session.port, Labels(), ExitStack()
     _check_quantization(session, rollout)
     routing = _routing(session, rollout)
-    keys = Keys.given() if rollout.server_urls else Keys.new()
+    keys = _keys(rollout)
     pool = None if rollout.server_urls else _pool(session, rollout, keys)
     if pool is not None:
         closing.callback(pool.close)
-    devices = devices_of_servers(list(rollout.server_devices), rollout.servers, rollout.server_tensor_parallel)
-    hosts = {} if pool is None else hosts_of_servers(pool.urls, devices, rollout.server_tensor_parallel, places)
-    transport = root_transport(session, rollout, hosts)
+    hosts: dict[str, tuple[int, ...]] = {}
+    if pool is not None and rollout.weight_sync == "cuda_ipc":
+        hosts = hosts_of_servers(pool.urls, _devices(rollout), rollout.server_tensor_parallel, places)
+    transport = root_transport(session, rollout, hosts, None if pool is None else pool.versions)
     closing.callback(transport.close)
     fleet = _fleet(rollout, keys, pool)
     closing.callback(fleet.close)
@@ -138,6 +121,24 @@ def _controller(
         closing=closing,
     )
     return controller, transport
+
+
+def _keys(rollout: RolloutSection) -> Keys:
+    """Those of running servers as the recipe says where they are, else new ones. Raises UserError."""
+    if not rollout.server_urls:
+        return Keys.new()
+    if rollout.server_keys is not None:
+        return Keys.read(Path(rollout.server_keys))
+    return Keys.of_environment()
+
+
+def _devices(rollout: RolloutSection) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each server that the run starts, on each of its hosts. Raises UserError."""
+    hosts = rollout.server_hosts
+    if hosts and not rollout.server_devices and rollout.servers <= len(hosts):
+        return [None] * rollout.servers  # a host each, with all of its devices
+    ranks = rollout.server_tensor_parallel // len(hosts_of(hosts[0]) if hosts else [""])
+    return devices_of_servers(list(rollout.server_devices), rollout.servers, ranks)
 
 
 def default_tolerance(rollout: RolloutSection, dtype: torch.dtype) -> float:
@@ -180,9 +181,12 @@ def _verifier(session: Session, rollout: RolloutSection) -> WeightVerifier | Non
 
 
 def _pool(session: Session, rollout: RolloutSection, keys: Keys) -> ServerPool:
+    folder = session.folder / "servers"
     return ServerPool(
         server_options(session, rollout, keys),
-        session.folder / "servers",
+        folder,
+        launcher=Launcher.of(rollout.server_launcher, folder) if rollout.server_hosts else None,
+        first_port=rollout.server_port,
         start_timeout=rollout.server_start_timeout,
         router=rollout.router == "start",
         say=lambda text: session.progress.note(text),  # looked up late: `begin` replaces `progress`
@@ -214,7 +218,7 @@ def server_options(session: Session, rollout: RolloutSection, keys: Keys) -> lis
         arguments["load-format"] = "dummy"  # the first weight update brings all weights
         if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == BLACKWELL:
             arguments = {**BLACKWELL_ARGUMENTS, **arguments}
-    devices = devices_of_servers(list(rollout.server_devices), rollout.servers, rollout.server_tensor_parallel)
+    devices, hosts = _devices(rollout), rollout.server_hosts
     return [
         ServerOptions(
             python=Path(rollout.server_python),
@@ -225,6 +229,7 @@ def server_options(session: Session, rollout: RolloutSection, keys: Keys) -> lis
             admin_key=keys.admin,
             dtype=str(session.port.dtype).removeprefix("torch."),
             arguments=arguments,
+            nodes=tuple(hosts_of(host_of_server(hosts, index))) if hosts else (),
         )
         for index in range(rollout.servers)
     ]

@@ -21,8 +21,9 @@ from asd_megatron.checkpoint.huggingface import read_config, write_folder
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
-from asd_megatron.distributed import device
+from asd_megatron.distributed import device, machine
 from asd_megatron.distributed.objects import first_message, meet, on_rank_zero, only_rank_zero
+from asd_megatron.distributed.stop_signals import StopSignals
 from asd_megatron.errors import NotFinite, UserError, plural
 from asd_megatron.files import write_json
 from asd_megatron.models import te
@@ -42,10 +43,12 @@ from asd_megatron.run.copies import check_missing, weight_copies
 from asd_megatron.run.folder import Start, writing
 from asd_megatron.run.interruption import Interruption
 from asd_megatron.run.model import build_optimizer, build_port, shares_prefixes, updates_per_step
+from asd_megatron.run.planning import memory_notes
 from asd_megatron.run.preview import finished_text
 from asd_megatron.run.ranks import join_ranks
 from asd_megatron.run.saving import Saver
 from asd_megatron.run.sources import model_folder
+from asd_megatron.run.stopping import Cause, Stopping, StopRequested, conclude
 from asd_megatron.run.telemetry import Telemetry
 from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.guard import Guard, first_not_finite
@@ -59,12 +62,20 @@ class RunFinished(Exception):
 
 
 def run_session(recipe: AnyRecipe, program: Callable[[Session], None]) -> int:
-    """Run `program` in the recipe's session and return the exit status, 0. A run that is complete already is not run
-    again, and its model is not built. An interruption says what was kept."""
+    """Run `program` in the recipe's session and return the exit status, 0: also of a run that stops on request
+    (`stopping`), and of one that is complete already, which is not run again. An interruption says what was kept."""
     interruption = Interruption(recipe)
     try:
-        with interruption.told(), open_session(recipe) as session, interruption.claimed():
-            program(session)
+        with (
+            StopSignals() as signals,
+            interruption.told(),
+            open_session(recipe, signals) as session,
+            interruption.claimed(),
+        ):
+            try:
+                program(session)
+            except StopRequested as request:
+                session.stop(request)
     except RunFinished as finished:
         if os.environ.get("RANK", "0") == "0":
             print_line(str(finished), sys.stderr)
@@ -72,11 +83,12 @@ def run_session(recipe: AnyRecipe, program: Callable[[Session], None]) -> int:
 
 
 @contextmanager
-def open_session(recipe: AnyRecipe) -> Iterator[Session]:
-    """Join the other ranks and open the recipe's session. On leaving, whatever was opened is closed, last first, and
-    the ranks part; another session may follow in the same process. Raises RunFinished when there is nothing to do."""
+def open_session(recipe: AnyRecipe, signals: StopSignals | None = None) -> Iterator[Session]:
+    """Join the other ranks and open the recipe's session, which stops at one of `signals`. On leaving, whatever was
+    opened is closed, last first, and the ranks part; another session may follow in the same process. Raises RunFinished
+    when there is nothing to do."""
     with ExitStack() as closing:
-        yield Session(recipe, closing)
+        yield Session(recipe, closing, signals)
 
 
 class Session:
@@ -92,9 +104,10 @@ class Session:
     `resumed` the run state of that checkpoint, None for a fresh run.
     """
 
-    def __init__(self, recipe: AnyRecipe, closing: ExitStack) -> None:
+    def __init__(self, recipe: AnyRecipe, closing: ExitStack, signals: StopSignals | None = None) -> None:
         self.recipe, self.closing = recipe, closing
         self.layout, self.process_groups = join_ranks(recipe, closing)
+        self.stopping = Stopping(recipe, self.process_groups.host, signals, lambda: self._saver.seconds)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         log.setLevel(recipe.logging.level.upper() if self.is_root else "ERROR")
 
@@ -111,6 +124,7 @@ class Session:
         self.start: Start = self.on_root(lambda: folders.claim(recipe, self.stage, closing))
         if self.start.kind == "finished":
             raise RunFinished(finished_text(recipe, self.start.changes))
+        self._notes = self.on_root(lambda: memory_notes(recipe, self.layout, self.hf_config, machine.gpu_memory()))
         self.port = build_port(recipe, self.hf_config, self.source, self.process_groups, self.layout)
         self.copies = weight_copies(recipe, self.port)  # of model.path's weights, before a checkpoint is loaded
         self.optimizer = build_optimizer(recipe, self.port)
@@ -124,7 +138,6 @@ class Session:
             alignment=self.port.precision.alignment,
             flops=flops_model(self.port.shape),
         )
-        self._note: str | None = None  # about the checkpoint's copies of weights, for the console
         self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)
         self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
         self._overdue = False  # a due checkpoint could not be written: it is written after the next applied update
@@ -169,7 +182,8 @@ class Session:
         state. Collective."""
         path = Path(checkpoint)
         if self.copies is not None:
-            self._note = self.on_root(lambda: check_missing(self.recipe, path, RunStateFile.read(path).copies))
+            note = self.on_root(lambda: check_missing(self.recipe, path, RunStateFile.read(path).copies))
+            self._notes += [note] if note else []
         state = training.load(path, self.port, self.optimizer.megatron, self.optimizer.scheduler, self.copies)
         step = int(state["step"])
         if state["stage"] != self.stage:
@@ -202,8 +216,7 @@ class Session:
                 f"the run has returned to checkpoint.resume {self.start.returned_to} before: it continues after step"
                 f" {done}"
             )
-        if self._note is not None:
-            lines.append(self._note)
+        lines += self._notes
         if changes:
             lines.append(f"settings changed after step {done}: {'; '.join(map(str, changes))}")
         if 0 < done < self.recipe.run.steps and any(change.key in SCHEDULE_KEYS for change in changes):
@@ -260,6 +273,11 @@ class Session:
     def steps(self) -> range:
         """The steps still to be made."""
         return range(self.first_step, self.recipe.run.steps + 1)
+
+    def training_steps(self) -> Iterator[int]:
+        """The steps still to be made, one by one, timed and profiled."""
+        self.stopping.begin()
+        return self.telemetry.steps(self.steps())
 
     def is_due(self, step: int, every: int, *, at_end: bool = False) -> bool:
         return bool(every) and step % every == 0 or at_end and step == self.recipe.run.steps
@@ -324,17 +342,40 @@ class Session:
         if export:
             self.export(step)
 
-    def save_before_stop(self, step: int, run_state: Mapping[str, Any], guard: Guard) -> str:
+    def save_before_stop(self, step: int, run_state: Mapping[str, Any], guard: Guard) -> str | None:
         """Save the state after `step` of a run that stops there for a reason that is not in its weights, unless it is
-        not worth saving; says what was done. Collective."""
+        saved already or not worth saving: returns why not. Collective."""
         reason = str(guard) if guard.consecutive else self.not_finite()
         self._saver.settle()
         if reason is not None:
-            return f"The state after step {step} is not saved: {reason}; {self._saver.newest_text()}"
+            return f"{reason}; {self._saver.newest_text()}"
         if self._saver.newest != step:
             self.save(step, run_state)
             self._saver.settle()
-        return f"The state after step {step} is saved: start the same command again to resume"
+        return None
+
+    # ---------------------------------------------------------------- stopping on request
+
+    def stop_cause(self, step: int) -> Cause | None:
+        """Why the run is asked to stop after `step`, the same on every rank; None: it is not, or nothing but its end is
+        left. Collective."""
+        return None if step == self.recipe.run.steps else self.stopping.after_step()
+
+    def stopped(self, request: StopRequested, step: int, run_state: Mapping[str, Any], guard: Guard) -> StopRequested:
+        """The same request, once the state after `step`, the last complete one, is saved, unless it is not worth
+        saving. Collective."""
+        if step < self.first_step:
+            return request  # nothing has been learned since the start
+        reason = self.save_before_stop(step, run_state, guard)
+        outcome = f"state not saved ({reason})" if reason is not None else None
+        return StopRequested(request.cause, step, outcome)
+
+    def stop(self, request: StopRequested) -> None:
+        """Record and say that the run has stopped on request, and what continues it. Collective."""
+        step = self.first_step - 1 if request.step is None else request.step
+        newest = folders.checkpoint_folder(self.folder, self._saver.newest) if self._saver.newest else None
+        learned = step - (self.first_step - 1)
+        self.on_root(lambda: self.say(conclude(self.recipe, request, step, learned, newest)))
 
     def not_finite(self) -> str | None:
         """Which weight is not finite, on every rank; None if all are finite. Collective."""

@@ -151,7 +151,7 @@ class Runner:
             return None
         if late:
             _end([running.process])
-        status: Status = "finished" if code == 0 else "failed"
+        status: Status = "failed" if code != 0 else "interrupted" if _was_stopped(running.cell) else "finished"
         tail = () if code == 0 else log_tail(running.cell.folder)
         if late:
             tail = (*tail, f"ended by the study after {self.timeout:g} s (timeout)")
@@ -179,6 +179,12 @@ class Runner:
             log_tail=tail,
         )
         write_record(running.cell.folder, record)
+
+
+def _was_stopped(cell: Cell) -> bool:
+    """Whether the cell's run has ended before its last step because it was asked to (a signal, its time limit)."""
+    history = cell.run_folder / "history.jsonl"
+    return history.is_file() and '"event": "stop"' in history.read_text(encoding="utf-8").splitlines()[-1]
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

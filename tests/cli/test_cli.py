@@ -46,6 +46,13 @@ def program():
         os._exit(7)
     if outcome == "kill" and rank == "1":
         os.kill(os.getpid(), 9)
+    if outcome == "stop":
+        from asd_megatron.distributed.stop_signals import StopSignals
+        with StopSignals() as signals:
+            os.write(1, b"waits\\n")
+            while signals.received is None:
+                time.sleep(0.05)
+        os.write(1, signals.received.encode() + b"\\n")
     if outcome in ("sleep", "refuse_1"):
         time.sleep(60)
     return 0
@@ -391,6 +398,16 @@ def test_exit_status_and_output_of_ranks(tmp_path: Path, ranks: int, outcome: st
     assert f"0 {ranks} 1 a --b.c" in out
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_launcher_passes_a_request_to_stop_on_and_waits(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path, 2, "stop")
+    assert process.stdout is not None
+    assert [process.stdout.readline().split()[0] for _ in range(4)].count("waits") == 2
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "") and out.count(number.name) == 2
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_reach_the_ranks(tmp_path: Path, number: signal.Signals, status: int) -> None:
     process = start(tmp_path, 2, "sleep")
@@ -418,7 +435,7 @@ def alive(process: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR2])
 def test_ranks_end_with_their_launcher(tmp_path: Path, number: signal.Signals) -> None:
     """Signals that the launcher cannot forward."""
     process = start(tmp_path, 2, "sleep")

@@ -20,6 +20,7 @@ import asd_megatron
 from asd_megatron.cli.main import main
 from asd_megatron.cli.serve import curl_line, keys, server_options
 from asd_megatron.errors import UserError
+from asd_megatron.rollout.sglang.servers.keys import Keys
 from tests.rollout.sglang.fake_environment import fake_python, group_members
 from tests.rollout.sglang.sglang_world import request, sglang_python
 
@@ -85,10 +86,12 @@ def given(model: Path, **over: Any) -> argparse.Namespace:
 
 
 def test_ports_and_devices_in_order(model: Path) -> None:
-    options = server_options(given(model, devices=["0,1", "2,3"], tensor_parallel=2, port=30000), {"x": "y"}, "a", "b")
+    options = server_options(
+        given(model, devices=["0,1", "2,3"], tensor_parallel=2, port=30000), {"x": "y"}, Keys("a", "b")
+    )
     assert [(o.devices, o.port) for o in options] == [("0,1", 30000), ("2,3", 30001)]
     assert {(o.api_key, o.admin_key, o.arguments["x"]) for o in options} == {("a", "b", "y")}
-    assert [o.port for o in server_options(given(model), {}, "a", "b")] == [0]
+    assert [o.port for o in server_options(given(model, host="localhost"), {}, Keys("a", "b"))] == [0]
 
 
 def test_what_cannot_be_served(
@@ -96,7 +99,9 @@ def test_what_cannot_be_served(
 ) -> None:
     monkeypatch.chdir(model)
     with pytest.raises(UserError, match="at least 1"):
-        server_options(given(model, servers=0), {}, "a", "b")
+        server_options(given(model, servers=0), {}, Keys("a", "b"))
+    with pytest.raises(UserError, match=r"--host: 'no-such-host\.invalid' cannot be resolved"):
+        server_options(given(model, host="no-such-host.invalid"), {}, Keys("a", "b"))
     assert main(["serve", str(model / "absent")]) == 2
     assert "is no Hugging Face model folder" in capsys.readouterr().err
     assert main(["serve", str(model), "--python", "/no/python"]) == 2
@@ -107,18 +112,28 @@ def test_what_cannot_be_served(
 
 def test_keys_of_the_environment(tmp_path: Path) -> None:
     both = {"ASD_MEGATRON_API_KEY": "a", "ASD_MEGATRON_ADMIN_KEY": "b"}
-    assert keys(both, tmp_path)[:2] == ("a", "b") and not list(tmp_path.iterdir())
+    assert keys(both, tmp_path) == (Keys("a", "b"), None) and not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="set both"):
         keys({"ASD_MEGATRON_API_KEY": "a"}, tmp_path)
     with pytest.raises(UserError, match="are the same"):
         keys(dict.fromkeys(both, "a"), tmp_path)
 
 
-def test_made_keys_are_new_each_time(tmp_path: Path) -> None:
-    first, second = keys({}, tmp_path), keys({}, tmp_path)
-    assert len({*first[:2], *second[:2]}) == 4
-    text = (tmp_path / "keys.env").read_text()
-    assert second[0] in text and second[1] in text and first[0] not in text
+def test_made_keys_are_new_each_time_and_can_be_given_to_other_nodes(tmp_path: Path) -> None:
+    (first, _), (second, path) = keys({}, tmp_path), keys({}, tmp_path)
+    assert len({first.api, first.admin, second.api, second.admin}) == 4
+    assert path == tmp_path / "keys.env" and path.stat().st_mode & 0o077 == 0
+    both = {"ASD_MEGATRON_API_KEY": "a", "ASD_MEGATRON_ADMIN_KEY": "b"}
+    assert keys(both, tmp_path / "other", path) == (second, path) and not (tmp_path / "other").exists()
+    path.chmod(0o640)
+    with pytest.raises(UserError, match="can be read by others: chmod 600"):
+        Keys.read(path)
+    path.chmod(0o600)
+    path.write_text("ASD_MEGATRON_API_KEY='a'\n# ASD_MEGATRON_ADMIN_KEY=b\n")
+    with pytest.raises(UserError, match="has not both keys"):
+        Keys.read(path)
+    with pytest.raises(UserError, match=r"keys.env cannot be read .*No such file"):
+        Keys.read(tmp_path / "absent" / "keys.env")
 
 
 def test_a_model_with_a_chat_template_is_asked_in_chat(model: Path) -> None:

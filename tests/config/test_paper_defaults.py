@@ -11,7 +11,13 @@ from asd_megatron.antisd import Condition, Gate, condition
 from asd_megatron.config import Recipe
 from asd_megatron.config.base import section_schema
 from asd_megatron.config.refusals import dotted_keys
-from asd_megatron.run.build import example_builder, make_gate, make_method, make_outliers, make_perplexity
+from asd_megatron.run.build import example_builder
+from asd_megatron.run.method import (
+    make_gate,
+    make_method,
+    make_outliers,
+    make_perplexity,
+)
 from asd_megatron.trainer.pass_plan import plan_passes
 
 PAPER: dict[str, Any] = {

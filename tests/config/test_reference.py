@@ -32,8 +32,10 @@ def test_help_holds_every_key(kind: Kind) -> None:
     assert "--gate.tau_down  number > 0 [0.93]" in render_help("train")
 
 
-EXAMPLES = PAGE.parents[1] / "examples"  # studies are no recipes: tests/study/test_schema.py loads them
-RECIPES = sorted(set(EXAMPLES.glob("**/*.yaml")) - set(EXAMPLES.glob("studies/*.yaml")))
+EXAMPLES = PAGE.parents[1] / "examples"
+# Studies are no recipes: tests/study/test_schema.py loads them. The paper's come in parts: tests/planner/test_paper.py.
+OTHERS = {*EXAMPLES.glob("studies/*.yaml"), *EXAMPLES.glob("paper/**/*.yaml")}
+RECIPES = sorted(set(EXAMPLES.glob("**/*.yaml")) - OTHERS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -14,6 +14,7 @@ from tests.config.test_checks import make, refusal
 S = "rollout.engine=sglang "
 URLS = S + 'rollout.server_urls=["http://127.0.0.1:3","http://127.0.0.1:4"] '
 FAR = S + 'rollout.server_urls=["http://10.1.2.3:30000"] '
+HOSTS = S + "rollout.servers=2 rollout.server_hosts=[node1,node2] "
 COLOCATED = S + "rollout.placement=colocated "
 FP8 = S + "rollout.quantization=fp8 "
 IS = " algorithm.importance_correction=truncated"
@@ -45,6 +46,26 @@ IS = " algorithm.importance_correction=truncated"
          S + "rollout.weight_sync=cuda_ipc rollout.placement=colocated"),
         (URLS + "rollout.weight_sync_address=0.0.0.0", "let anybody join", URLS),
         (FAR + "rollout.weight_sync_address=127.0.0.1", "cannot be reached from http://10.1.2.3:30000", FAR),
+        (HOSTS + "rollout.weight_sync_address=127.0.0.1", "cannot be reached from node1", HOSTS),
+        (HOSTS + "rollout.placement=colocated", "names other nodes: leave the hosts out", HOSTS),
+        (HOSTS + 'rollout.server_urls=["http://node3:3"]', "leave one of the two out", HOSTS),
+        (S + "rollout.server_hosts=[node1,node2]", "room for 2 servers and rollout.servers is 1", HOSTS),
+        (S + "rollout.server_hosts=[-oProxyCommand=x]", "is no host's name or address", S + "rollout.server_hosts=[a]"),
+        (S + "rollout.server_hosts=[a+b]", "make rollout.server_tensor_parallel even",
+         S + "rollout.server_hosts=[a+b] rollout.server_tensor_parallel=2"),
+        (S + "rollout.server_hosts=[a+a]", "on one host or on two different ones", S + "rollout.server_hosts=[a]"),
+        (HOSTS + "rollout.server_hosts=[a,a]", "names a twice", HOSTS),
+        (HOSTS + "rollout.server_tensor_parallel=2 rollout.server_hosts=[a+b,c]", "mixes servers", HOSTS),
+        (HOSTS + "rollout.server_launcher=there", "write {host} for the host's name",
+         HOSTS + "rollout.server_launcher=there={host}"),
+        (HOSTS + "rollout.server_launcher=there=\"{host}", "close its quotes", HOSTS),
+        (S + "rollout.server_port=30000", "read only with rollout.server_hosts", HOSTS + "rollout.server_port=30000"),
+        (S + "rollout.server_keys=k", "servers that the run starts get new ones", URLS + "rollout.server_keys=k"),
+        (HOSTS + 'rollout.servers=3 rollout.server_devices=["0","0","0"]', "names device 0 of node1 twice",
+         HOSTS + 'rollout.servers=3 rollout.server_devices=["0","0","1"]'),
+        (S + 'rollout.server_hosts=[a+b] rollout.server_tensor_parallel=4 rollout.server_devices=["0,1,2,3"]',
+         "rollout.server_tensor_parallel 4 needs 2 devices",
+         S + 'rollout.server_hosts=[a+b] rollout.server_tensor_parallel=4 rollout.server_devices=["0,1"]'),
         (URLS + "rollout.weight_sync=cuda_ipc", "set rollout.weight_sync distributed (or disk)",
          URLS + "rollout.weight_sync=disk"),
         (S + "rollout.weight_sync=disk rollout.weight_sync_address=10.0.0.1", "read only with rollout.weight_sync dist",
@@ -179,6 +200,14 @@ def test_devices_of_another_machine_are_not_the_servers() -> None:
     second = {"RANK": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
     assert list(device_findings(rollout, second)) == []
     assert len(list(device_findings(rollout, {**second, "RANK": "1"}))) == 1
+
+
+def test_servers_on_other_nodes_have_all_devices_of_theirs_unless_several_share_one() -> None:
+    trainer = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}
+    assert list(device_findings(make(HOSTS).rollout, trainer)) == []
+    assert list(device_findings(make(HOSTS + 'rollout.server_devices=["0","0"]').rollout, trainer)) == []
+    (finding,) = device_findings(make(HOSTS + "rollout.servers=4").rollout, trainer)
+    assert "several of the 4 servers would share the devices of a host" in finding
 
 
 def test_names_of_different_kinds_are_not_compared() -> None:

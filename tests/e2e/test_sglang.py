@@ -17,6 +17,7 @@ import pytest
 from asd_megatron import train as program
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.rollout.sglang.engine import SGLangEngine
+from asd_megatron.run.folder import read_history
 from asd_megatron.run.mismatch import LARGE_KL
 from asd_megatron.run.rl import TrainingRun
 from tests.e2e.world import World, dump, make_fp8_world, make_world, refusal, start, steps, without_torchrun
@@ -237,6 +238,19 @@ def test_all_servers_gone_then_resumed(
     with without_torchrun():
         assert program.main([str(recipe), "--rollout.server_wait_timeout", "120"]) == 0
     check_steps(folder, 4)
+
+
+def test_a_request_to_stop_while_servers_generate(
+    keys: SGLangWorld, world: World, disturbed: dict[int, Callable[[], None]]
+) -> None:
+    """The step in flight is abandoned; the state is that of the step before, and nothing of it stays in the servers."""
+    folder = world.run_folder("asked")
+    disturbed[3] = (folder / "stop").touch
+    disturbing_run(world, keys, "asked", 4)
+    assert steps(folder) == [1, 2] and (folder / "checkpoints" / "step_000002").is_dir()
+    assert read_history(folder)[-1]["event"] == "stop" and not (folder / "summary.json").exists()
+    disturbed.clear()
+    check_steps(disturbing_run(world, keys, "asked", 4), 4)
 
 
 def test_overlap_with_carried_groups_and_importance_correction(keys: SGLangWorld, world: World) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from asd_megatron.config import Recipe, check_model, load_recipe
 from asd_megatron.data.problems import load_problems
 from asd_megatron.data.prompts import PromptRenderer
-from asd_megatron.run.build import make_gate
+from asd_megatron.run.method import make_gate
 from tests.data.tokenizers import byte_tokenizer
 from tests.distributed.harness import run_ranks
 from tests.e2e.world import ROOT, dump, metrics, start

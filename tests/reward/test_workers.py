@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -93,6 +95,9 @@ def test_a_judge_that_spins_exits_reads_or_leaves_children(tmp_path: Path) -> No
         assert left.error == "SystemExit: 0" and read.answer == {"read": ""} and echo.answer == {"echo": "a"}
         assert p.counters["restarts"] == 1
         worker = p._workers[0]
+        for number in (signal.SIGUSR1, signal.SIGTERM):  # Slurm sends them to every process of a job
+            os.killpg(worker.process.pid, number)
+        assert p.run([{"do": "b"}])[0].answer == {"echo": "b"} and p._workers[0] is worker
         worker.stdin.write(b'{"do": "children"}\n')
         child = tmp_path / "child"
         until(lambda: child.exists() and child.read_text().isdigit())

@@ -23,6 +23,7 @@ from asd_megatron.run.sending import (
     loaded_nccl,
     root_transport,
     sending,
+    server_names,
 )
 from tests.config.test_checks import make
 
@@ -43,22 +44,25 @@ def test_without_devices_the_ranks_take_turns() -> None:
 
 def test_senders_on_other_machines_listen_where_the_servers_reach_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert address_elsewhere(["http://10.0.0.7:3"]) is None, "found from the URLs"
-    assert address_elsewhere([]) == address_elsewhere(URLS) == "127.0.0.1"
+    for servers in ('rollout.server_urls=["http://10.0.0.7:3"]', "rollout.server_hosts=[node7]"):
+        rollout = make(f"rollout.engine=sglang {servers}").rollout
+        assert address_elsewhere(server_names(rollout)) is None, "found from the URLs"
+    local = make(f'rollout.engine=sglang rollout.server_urls=["{URLS[0]}"]').rollout
+    assert address_elsewhere([]) == address_elsewhere(server_names(local)) == "127.0.0.1"
 
 
 def test_deltas_need_bfloat16() -> None:
     port, host = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu")), SimpleNamespace(size=lambda: 1)
     session: Any = SimpleNamespace(port=port, process_groups=SimpleNamespace(host=host), layout=Layout())
     rollout = make("rollout.engine=sglang rollout.weight_sync_full_every=10").rollout
-    assert isinstance(transport := root_transport(session, rollout, {}), DeltaTransport)
+    assert isinstance(transport := root_transport(session, rollout, {}, None), DeltaTransport)
     sent = sending(session, rollout, None, transport)
     assert sent is not None and sent.transport is transport.transport and sent.deltas is transport.deltas
     assert "deltas, all weights every 10 updates, verified" in report._servers(rollout)["weight updates"]
-    assert isinstance(root_transport(session, make("rollout.engine=sglang").rollout, {}), DistributedTransport)
+    assert isinstance(root_transport(session, make("rollout.engine=sglang").rollout, {}, None), DistributedTransport)
     session.port.dtype = torch.float32
     with pytest.raises(UserError, match="set it to 1, or model.dtype bfloat16"):
-        root_transport(session, rollout, {})
+        root_transport(session, rollout, {}, None)
 
 
 def test_other_nccl_on_the_servers_side_is_refused_with_both_ways_out() -> None:

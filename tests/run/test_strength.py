@@ -13,7 +13,7 @@ import torch
 from asd_megatron.antisd import response_perplexities
 from asd_megatron.config import make_recipe
 from asd_megatron.models.precision import ScoreFormats
-from asd_megatron.run.build import make_strength, never_acts
+from asd_megatron.run.method import make_strength, never_acts
 from asd_megatron.run.strength import TermStrength
 from asd_megatron.trainer import passes
 from asd_megatron.trainer.fp8_probe import Probe, Statistics

@@ -20,7 +20,7 @@ from asd_megatron.study.plan import Cell, plan_cells
 from asd_megatron.study.progress import StudyProgress, seconds_left
 from asd_megatron.study.runner import Runner, locked, threads_per_rank, train_command
 from asd_megatron.study.schema import make_study
-from tests.study.world import FAILS, SLEEPS, pretend, study_values
+from tests.study.world import FAILS, SLEEPS, STOPS, pretend, study_values
 
 
 def cells_of(folder: Path, arms: dict[str, Any]) -> list[Cell]:
@@ -53,6 +53,13 @@ def test_a_failed_cell_does_not_stop_the_others(tmp_path: Path) -> None:
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("cell 1/2 [") and "bad/default/seed_1 failed" in lines[0]
     assert lines[1].startswith("cell 2/2 [") and lines[1].endswith("0 running")
+
+
+def test_a_run_that_was_asked_to_stop_is_not_finished(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, {"stopped": STOPS, "good": {}})
+    assert list(runner(cells).run(cells).values()) == ["interrupted", "finished"]
+    stopped = read_record(cells[0].folder)
+    assert stopped is not None and (stopped.status, stopped.exit_status) == ("interrupted", 0)
 
 
 def test_cores_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,9 @@ print("threads", os.environ["OMP_NUM_THREADS"], flush=True)
 if outcome == "sleep":
     (folder / "asleep").touch()
     time.sleep(60)
+if outcome == "stop":
+    events = [{"event": "fresh"}, {"event": "stop", "step": 1}]
+    (folder / "history.jsonl").write_text("".join(json.dumps(event) + "\\n" for event in events))
 if outcome == "fail":
     print("ValueError: the corpus is empty", flush=True)
     sys.exit(3)
@@ -63,13 +66,14 @@ def write_study(folder: Path, **changed: Any) -> Path:
 
 def pretend(cell: Cell) -> list[str]:
     """A command for `Runner`: the cell's learning rate says what becomes of it."""
-    fates = {1.0: "fail", 2.0: "sleep"}
+    fates = {1.0: "fail", 2.0: "sleep", 3.0: "stop"}
     outcome = fates.get(cell.recipe.optimizer.learning_rate, "finish")
     return [sys.executable, "-c", PROGRAM, str(cell.run_folder), str(cell.recipe.run.steps), outcome]
 
 
 FAILS: Mapping[str, Any] = {"optimizer.learning_rate": 1.0}
 SLEEPS: Mapping[str, Any] = {"optimizer.learning_rate": 2.0}
+STOPS: Mapping[str, Any] = {"optimizer.learning_rate": 3.0}
 
 
 def record(key: CellKey, **changed: Any) -> CellRecord:

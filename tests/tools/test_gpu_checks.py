@@ -275,22 +275,3 @@ def test_what_a_container_is_given() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {re.split(r"[^\w-]", text)[0] for text in project["dependencies"]}
     assert given == needed - {"torch", "triton"} | {"hypothesis", "nvidia-ml-py", "pytest", "pytest-timeout"}
-    script = (ROOT / "tools" / "gpu_checks_here.sh").read_text()
-    kept = re.search(r"^kept='(.*)'$", script, re.MULTILINE)
-    assert kept is not None
-    for name in ("torch==1", "torchvision==1", "triton==1", "transformer_engine==1", "nvidia-nccl-cu13==1"):
-        assert re.match(kept[1], name)
-    assert not any(re.match(kept[1], name) for name in given - {"numpy", "nvidia-ml-py"})
-
-
-def test_installing_alone(tmp_path: Path) -> None:
-    """The script gives its Python, here one that only notes its arguments, pip's commands and, if asked, no table."""
-    python, notes = tmp_path / "python", tmp_path / "notes"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {notes}\n')
-    python.chmod(0o755)
-    script = str(ROOT / "tools" / "gpu_checks_here.sh")
-    subprocess.run([script, "--install-only"], env={**os.environ, "PYTHON": str(python)}, check=True)
-    alone = notes.read_text()
-    assert "--no-deps -e ." in alone and "gpu_checks.py" not in alone
-    subprocess.run([script, "--list"], env={**os.environ, "PYTHON": str(python)}, check=True)
-    assert notes.read_text().endswith("tools/gpu_checks.py --list\n")

@@ -45,6 +45,8 @@ class SGLangEngine:
         sending: how all ranks send their weights, on every rank; None: global rank 0 sends all of them.
         probe: scores the sequence whose log-probs are compared with the servers' after an update (collective). None:
             they are not compared.
+        meeting: called on every rank whenever they meet in `collect`. What it raises, the same on all ranks, gives up
+            everything pending, and colocated servers release their memory.
         max_positions: of the model. end_ids: its end tokens, at which SGLang always ends a response.
     """
 
@@ -57,6 +59,7 @@ class SGLangEngine:
         probe: ProbeScorer | None,
         max_positions: int,
         end_ids: Sequence[int],
+        meeting: Callable[[], None] = lambda: None,
     ) -> None:
         self._process_groups = process_groups
         self._controller = controller
@@ -64,6 +67,7 @@ class SGLangEngine:
         self._probe = probe
         self._max_positions = max_positions
         self._end_ids = frozenset(end_ids)
+        self._meeting = meeting
         self._weights: WeightSource | None = None
         self._version = 0
         self._pending = 0
@@ -97,6 +101,7 @@ class SGLangEngine:
             if tick.failure is not None:
                 self._pending = 0
                 raise RolloutError(tick.failure)
+            self._meet()
             if tick.send and self._transmit(self._weights):
                 self._version = self._weights.version
             if tick.delivered:
@@ -190,6 +195,14 @@ class SGLangEngine:
             return groups, self._share(tick, error)
         except Exception:
             self._pending = 0
+            raise
+
+    def _meet(self) -> None:
+        try:
+            self._meeting()
+        except BaseException:
+            self.abort()
+            self.release()
             raise
 
     def _on_root(self, action: Callable[[Controller], T]) -> T:

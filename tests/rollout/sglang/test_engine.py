@@ -305,6 +305,34 @@ def test_another_model_is_refused(process_groups: Any, pair: Any, closing: ExitS
         world.engine.start()
 
 
+def _asked_to_stop(rank: int) -> list[Any]:
+    groups, meetings = one_process_groups(), iter(range(9))
+
+    def meeting() -> None:
+        if next(meetings) == 1:
+            raise KeyboardInterrupt
+
+    with ExitStack() as closing:
+        world = None
+        if rank == 0:
+            pair = closing.enter_context(servers(2))
+            world = World(groups, pair, closing)
+        engine = world.engine if world is not None else engine_of(groups, None)
+        engine._meeting = meeting
+        engine.load_weights(Source(1, root=rank == 0))
+        for server in pair if rank == 0 else ():
+            server.always = "hang"
+        engine.submit([prompt("a", (1,))], PARAMS, step=1)
+        with pytest.raises(KeyboardInterrupt):
+            engine.collect(60.0)
+        return [engine.pending, next(meetings)]
+
+
+def test_what_a_meeting_raises_gives_up_the_generation() -> None:
+    """On all ranks, while all servers hang."""
+    assert run_ranks(_asked_to_stop, 2, timeout=60) == [[0, 2]] * 2
+
+
 def _two_ranks(rank: int) -> list[Any]:
     groups = one_process_groups()
     with ExitStack() as closing:

@@ -6,6 +6,9 @@ watcher process, forked before anything is imported, ends the process group as s
 whatever reason, or the server has died and left children behind. (PR_SET_PDEATHSIG alone is not enough: it follows the
 thread that started the child, and does not reach the grandchildren.)
 
+`python child.py PARENT_PID --lease FOLDER COMMAND...` starts a server on another node: it becomes COMMAND, whose last
+words are the agent's (`agent.py`). The watcher counts up the number in FOLDER/lease, and removes FOLDER at the end.
+
 Standard library only, any Python 3.10 or later: nothing of this package can be imported here.
 """
 
@@ -21,6 +24,8 @@ import time
 from typing import Any
 
 POLL_SECONDS = 0.5
+LEASED = "--lease"
+LEASE = "lease"  # the file
 RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 RENDEZVOUS_FOLDER = "sglang_server_"  # prefix of the temporary folder that is created for each start
 TIDY_SECONDS = 1.0  # SGLang's children end with it, and then multiprocessing removes the memory that they shared
@@ -36,10 +41,17 @@ def parent_of(pid: int) -> int:
     return 0 if state in (b"Z", b"X") else int(parent)
 
 
-def watch(server: int, parent: int) -> None:
-    """Wait until process `server` has ended or is no child of `parent` any more, then end this process group."""
+def watch(server: int, parent: int, leased: str = "") -> None:
+    """Wait until process `server` has ended or is no child of `parent` any more, then end this process group. Until
+    then the lease in folder `leased` is renewed."""
+    count = 0
     while parent_of(server) == parent:
+        count += 1
+        if leased:
+            renew(leased, count)
         time.sleep(POLL_SECONDS)
+    if leased:
+        shutil.rmtree(leased, ignore_errors=True)
     with contextlib.suppress(ProcessLookupError):
         os.kill(server, signal.SIGKILL)  # its id is not reused as long as its group has members
     time.sleep(TIDY_SECONDS)
@@ -49,7 +61,13 @@ def watch(server: int, parent: int) -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def start_watcher(parent: int) -> None:
+def renew(folder: str, count: int) -> None:
+    """Write `count` into the lease. If it has been removed, or the file system fails, there is nothing to do."""
+    with contextlib.suppress(OSError), open(os.path.join(folder, LEASE), "r+") as file:
+        file.write(str(count))
+
+
+def start_watcher(parent: int, leased: str = "") -> None:
     """Fork the watcher twice, so that it is no child of the server, which ends its children when it ends."""
     server = os.getpid()
     child = os.fork()
@@ -58,10 +76,10 @@ def start_watcher(parent: int) -> None:
         return
     if os.fork():
         os._exit(0)
-    for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(ending, signal.SIG_IGN)  # the server handles these itself, and the watcher outlives it
     os.close(0)
-    watch(server, parent)
+    watch(server, parent, leased)
 
 
 def hide_keys(keys: "list[str]") -> None:
@@ -93,8 +111,17 @@ def hide_keys(keys: "list[str]") -> None:
 
 
 def main() -> None:
-    """Start the watcher, then become the server."""
+    """Start the watcher, then become the server, or the command that starts it on another node."""
     parent, module, *arguments = sys.argv[1:]
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to every process; it asks the trainer to stop
+    if module == LEASED:
+        folder, *command = arguments
+        start_watcher(int(parent), folder)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        try:
+            os.execvp(command[0], command)
+        except OSError as error:
+            sys.exit(f"{command[0]} cannot be started ({error})")
     start_watcher(int(parent))
     secret = json.loads(sys.stdin.readline() or "[]")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

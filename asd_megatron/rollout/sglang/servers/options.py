@@ -14,6 +14,7 @@ from typing import Any
 
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.models import check_served, has_experts, read_config
+from asd_megatron.rollout.sglang.servers.versions import without_other_torch
 
 MODULE = "sglang.launch_server"
 ROUTER_MODULE = "sglang_router.launch_router"
@@ -31,9 +32,12 @@ OWNED = {  # SGLang's argument -> how it is set here
     "config": "the recipe",
     "dtype": "the dtype option",
     "context-length": "the context-length option",
+    "nnodes": "rollout.server_hosts",
+    "node-rank": "rollout.server_hosts",
+    "dist-init-addr": "rollout.server_hosts",
 }
 ONE_ONLY = (
-    *("data-parallel-size", "dp-size", "dp", "pipeline-parallel-size", "pp-size", "pp", "nnodes"),
+    *("data-parallel-size", "dp-size", "dp", "pipeline-parallel-size", "pp-size", "pp"),
     *("expert-parallel-size", "ep-size", "ep"),
 )
 CPU_ARGUMENTS: dict[str, Any] = {
@@ -50,6 +54,7 @@ GPU_EXPERT_ARGUMENTS = {"moe-runner-backend": "triton"}
 reorders the experts' weights, so that they could not be verified, and chooses experts inside the kernel."""
 NCCL_DEFAULTS = {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "2"}
 """NCCL's own defaults; 2: where the device supports it. SGLang sets both to 0 where they are unset."""
+TRANSPORT_PREFIXES = ("NCCL_", "GLOO_")
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -69,7 +74,10 @@ TRAINER_VARIABLES = re.compile(  # of the trainer's ranks and Python environment
 class ServerOptions:
     """One server. `arguments` are SGLang's own, names without the dashes: {"mem-fraction-static": 0.8}; True: a flag
     without a value, None or False: left out, a list: several values. `devices` is CUDA_VISIBLE_DEVICES ("": no device),
-    `port` 0 a free one, `dtype` "auto" SGLang's choice on GPUs and float32 on the CPU.
+    `port` 0 a free one, `dtype` "auto" SGLang's choice on GPUs and float32 on the CPU. `nodes`: the hosts on which its
+    ranks run, as the launcher names them, with equally many ranks each; (): this machine. `places`: address and port
+    on each of them, `host` and `port` being those of the first; `meeting`: where the ranks of several nodes meet;
+    `part`: the number of the node that these options are for.
     """
 
     python: Path
@@ -84,6 +92,10 @@ class ServerOptions:
     context_length: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()
+    places: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    part: int = 0
+    meeting: str = ""
 
     @property
     def on_cpu(self) -> bool:
@@ -111,6 +123,11 @@ def command(options: ServerOptions) -> list[str]:
         "dtype": "float32" if options.dtype == "auto" and options.on_cpu else options.dtype,
         "context-length": options.context_length,
         "weight-version": "default",
+        **(
+            {"nnodes": len(options.nodes), "node-rank": options.part, "dist-init-addr": options.meeting}
+            if options.meeting
+            else {}
+        ),
         **(CPU_ARGUMENTS if options.on_cpu else gpu_arguments),
         **pass_through(options),
     }
@@ -154,14 +171,30 @@ def pass_through(options: ServerOptions) -> dict[str, Any]:
 
 
 def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a server's process: `base` without those of the trainer's ranks and Python environment, with
-    NCCL's settings of the trainer, our plugin of SGLang and no proxy for the server's own address."""
-    environment = {name: value for name, value in base.items() if not TRAINER_VARIABLES.fullmatch(name)}
-    environment |= CPU_ENVIRONMENT if options.on_cpu else nccl_settings(base)
-    environment |= dict.fromkeys(("no_proxy", "NO_PROXY"), _no_proxy(options.host, base))
+    """The variables of a server's process: `base` without those of the trainer's ranks, Python environment and
+    torch, with `server_variables`."""
+    return trainer_variables_removed(base) | server_variables(options, base)
+
+
+def trainer_variables_removed(base: Mapping[str, str]) -> dict[str, str]:
+    """`base` without the variables of the trainer's ranks, Python environment and torch."""
+    kept = without_other_torch(base)
+    return {name: value for name, value in kept.items() if not TRAINER_VARIABLES.fullmatch(name)}
+
+
+def server_variables(
+    options: ServerOptions, base: Mapping[str, str], plugin: Path = PLUGIN, direct: Sequence[str] = ()
+) -> dict[str, str]:
+    """The variables that a server needs, wherever it runs: NCCL's settings of the trainer, whose variables are `base`,
+    our plugin of SGLang, and no proxy for its own address and those in `direct`. On another node all of the trainer's
+    settings of NCCL and gloo, which its launcher need not pass on."""
+    variables = dict(CPU_ENVIRONMENT) if options.on_cpu else nccl_settings(base)
+    if options.nodes:
+        variables = {name: base[name] for name in base if name.startswith(TRANSPORT_PREFIXES)} | variables
+    variables |= dict.fromkeys(("no_proxy", "NO_PROXY"), _no_proxy([options.host, *direct], base))
     if options.devices is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = options.devices
-    return environment | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(PLUGIN)} | dict(options.environment)
+        variables["CUDA_VISIBLE_DEVICES"] = options.devices
+    return variables | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(plugin)} | dict(options.environment)
 
 
 def nccl_settings(base: Mapping[str, str]) -> dict[str, str]:
@@ -170,13 +203,14 @@ def nccl_settings(base: Mapping[str, str]) -> dict[str, str]:
     return {name: base.get(name) or default for name, default in NCCL_DEFAULTS.items()}
 
 
-def _no_proxy(host: str, base: Mapping[str, str]) -> str:
-    """Hosts that are reached without a proxy: the user's, loopback, and the server's own, whose warm-up request to
-    itself would go to the proxy otherwise."""
+def _no_proxy(hosts: Sequence[str], base: Mapping[str, str]) -> str:
+    """Hosts that are reached without a proxy: the user's, loopback, and `hosts`: the server's own, whose warm-up
+    request to itself would go to the proxy otherwise, and those that it asks."""
     given = [entry.strip() for name in ("no_proxy", "NO_PROXY") for entry in base.get(name, "").split(",")]
     if "*" in given:
         return "*"
-    own = ["localhost", "127.0.0.1", "::1", "[::1]", host, *([f"[{host}]"] if ":" in host else [])]
+    own = ["localhost", "127.0.0.1", "::1", "[::1]"]
+    own += [name for host in hosts for name in (host, *([f"[{host}]"] if ":" in host else []))]
     return ",".join(dict.fromkeys(entry for entry in (*given, *own) if entry))
 
 

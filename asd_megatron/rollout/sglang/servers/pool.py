@@ -1,4 +1,4 @@
-"""A pool of servers on this machine, with a router if asked for: started, restarted when one dies, and stopped."""
+"""A pool of servers, with a router if asked for: started, restarted when one dies, and stopped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from asd_megatron.errors import UserError
+from asd_megatron.rollout.sglang.servers.hosts import Launcher, placed
 from asd_megatron.rollout.sglang.servers.options import (
     ServerOptions,
     check_listening,
@@ -23,16 +24,20 @@ from asd_megatron.rollout.sglang.servers.options import (
     router_command,
     secret_arguments,
     server_environment,
+    server_variables,
+    trainer_variables_removed,
     url_of,
 )
 from asd_megatron.rollout.sglang.servers.process import ServerProcess
-from asd_megatron.rollout.sglang.servers.versions import check_environment
+from asd_megatron.rollout.sglang.servers.remote import JointProcess, RemoteProcess, remote_process
+from asd_megatron.rollout.sglang.servers.versions import Versions, check_environment
 
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5
 PROGRESS_SECONDS = 15.0
 SETTLED_SECONDS = 120.0  # healthy for so long: earlier restarts no longer count towards `max_restarts`
+Process = ServerProcess | RemoteProcess | JointProcess
 STOP_SECONDS = 2.0  # SGLang would drain requests for five, and none is needed any more
 
 
@@ -40,14 +45,16 @@ STOP_SECONDS = 2.0  # SGLang would drain requests for five, and none is needed a
 class _Watched:
     """A server and its state since `since` (a time of `time.monotonic()`)."""
 
-    process: ServerProcess
+    process: Process
     state: str = "new"  # new, starting, healthy, waiting (for its restart), given up
     since: float = 0.0
     restarts: int = 0  # since it was last settled
 
 
 class ServerPool:
-    """The servers of `options`, with their logs in `log_folder`. A start takes `start_timeout` seconds at most.
+    """The servers of `options`, with their logs in `log_folder`. A start takes `start_timeout` seconds at most. Those
+    that name nodes are started there by `launcher`, on the first free ports from `first_port` on; either all do, or
+    none. `versions`: of the packages in their environment.
 
     A server that dies is restarted on the same URL after a pause, `backoff[0]` seconds at first and doubled up to
     `backoff[1]`; after `max_restarts` without having been healthy for two minutes in between it is given up. A router
@@ -61,6 +68,8 @@ class ServerPool:
         options: Sequence[ServerOptions],
         log_folder: Path,
         *,
+        launcher: Launcher | None = None,
+        first_port: int = 0,
         start_timeout: float = 600.0,
         router: bool = False,
         restart: bool = True,
@@ -72,7 +81,12 @@ class ServerPool:
         self.max_restarts, self.backoff = max_restarts, backoff
         self.counters = {"deaths": 0, "restarts": 0, "gave_up": 0}
         self._say = say
-        self.processes, self.router = _processes(options, log_folder, router, start_timeout)
+        if launcher is None:
+            chosen, self.versions = _here(options)
+        else:
+            chosen, self.versions = placed(options, launcher, first_port)
+        self.processes = [_process(index, given, launcher, log_folder) for index, given in enumerate(chosen)]
+        self.router = _router(chosen, log_folder, start_timeout) if router else None
         self.urls = [process.url for process in self.processes]
         self.router_url = self.router.url if self.router else None
         self._watched = [_Watched(process) for process in (*self.processes, *filter(None, [self.router]))]
@@ -219,39 +233,46 @@ class ServerPool:
         self.close()
 
 
-def _processes(
-    options: Sequence[ServerOptions], log_folder: Path, router: bool, start_timeout: float
-) -> tuple[list[ServerProcess], ServerProcess | None]:
-    """The processes of `options`, and of a router, not started yet: environments checked, ports chosen."""
-    for python in {given.python for given in options}:
-        check_environment(python)
+def _here(options: Sequence[ServerOptions]) -> tuple[list[ServerOptions], Versions]:
+    """`options` of this machine with ports, and the versions of their packages: environments and addresses checked."""
+    found = [check_environment(python) for python in {given.python: None for given in options}]
     for given in options:
         check_listening(given)
-    chosen = pick_ports(options)
-    servers = [
-        ServerProcess(
-            f"SGLang server {index} ({url_of(server).removeprefix('http://')})",
-            command(server),
-            url=url_of(server),
-            log=log_folder / f"server_{index}.log",
-            secret=secret_arguments(server),
-            environment=server_environment(server, os.environ),
-        )
-        for index, server in enumerate(chosen)
-    ]
-    if not router:
-        return servers, None
-    first = chosen[0]
-    ports = {server.port for server in chosen}
-    at = dataclasses.replace(first, port=free_port(first.host, ports), admin_key="")
+    return pick_ports(options), found[0]
+
+
+def _process(index: int, options: ServerOptions, launcher: Launcher | None, log_folder: Path) -> Process:
+    """Server `index`, not started yet."""
+    if launcher is not None:
+        return remote_process(index, options, launcher, log_folder)
+    return ServerProcess(
+        f"SGLang server {index} ({url_of(options).removeprefix('http://')})",
+        command(options),
+        url=url_of(options),
+        log=log_folder / f"server_{index}.log",
+        secret=secret_arguments(options),
+        environment=server_environment(options, os.environ),
+    )
+
+
+def _router(servers: Sequence[ServerOptions], log_folder: Path, start_timeout: float) -> ServerProcess:
+    """A router on this machine before `servers`, not started yet: at their address, or before servers on other nodes at
+    loopback."""
+    first = servers[0]
+    host = "127.0.0.1" if first.nodes else first.host
+    if first.nodes:
+        check_environment(first.python)
+    ports = {server.port for server in servers}
+    at = dataclasses.replace(first, host=host, port=free_port(host, ports), admin_key="", nodes=(), meeting="")
     metrics = free_port("127.0.0.1", ports | {at.port})
-    process = ServerProcess(
+    environment = trainer_variables_removed(os.environ)
+    environment |= server_variables(at, os.environ, direct=[server.host for server in servers])
+    return ServerProcess(
         f"sglang-router ({url_of(at).removeprefix('http://')})",
-        router_command(at, [server.url for server in servers], metrics, start_timeout),
+        router_command(at, [url_of(server) for server in servers], metrics, start_timeout),
         url=url_of(at),
         log=log_folder / "router.log",
         secret=secret_arguments(at),
-        environment=server_environment(at, os.environ),
+        environment=environment,
         health="/readiness",
     )
-    return servers, process

@@ -103,16 +103,13 @@ class ServerProcess:
         """Start it, or start it again when it has ended. Raises UserError if its Python cannot be started."""
         assert not self.alive, f"{self.name} runs already"
         self._end_group()
-        python, _, module, *arguments = self.command
-        self._scratch = tempfile.TemporaryDirectory(prefix=RENDEZVOUS_FOLDER, ignore_cleanup_errors=True)
-        # Its ranks rendezvous through a file: over TCP one of them would listen on every interface.
-        environment = {RENDEZVOUS: f"file://{self._scratch.name}/ranks"} | dict(self._environment)
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        words, environment = self._prepare()
         handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # SGLang logs its keys
         try:
             os.write(handle, f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(self.command)}\n".encode())
             self._process = subprocess.Popen(
-                [python, str(CHILD), str(os.getpid()), module, *arguments],
+                words,
                 stdin=subprocess.PIPE,
                 stdout=handle,
                 stderr=subprocess.STDOUT,
@@ -120,12 +117,20 @@ class ServerProcess:
                 start_new_session=True,
             )
         except OSError as error:
-            raise UserError(f"{self.name}: {python} cannot be started ({error})") from error
+            raise UserError(f"{self.name}: {words[0]} cannot be started ({error})") from error
         finally:
             os.close(handle)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as pipe:
             pipe.write(json.dumps(self._secret).encode() + b"\n")
+
+    def _prepare(self) -> tuple[list[str], dict[str, str]]:
+        """The words that start it, and its variables. Makes the folder that lives as long as the process."""
+        python, _, module, *arguments = self.command
+        self._scratch = tempfile.TemporaryDirectory(prefix=RENDEZVOUS_FOLDER, ignore_cleanup_errors=True)
+        # Its ranks rendezvous through a file: over TCP one of them would listen on every interface.
+        environment = {RENDEZVOUS: f"file://{self._scratch.name}/ranks"} | dict(self._environment)
+        return [python, str(CHILD), str(os.getpid()), module, *arguments], environment
 
     def healthy(self, timeout: float = HEALTH_SECONDS) -> bool:
         """Whether it answers as healthy within `timeout` seconds."""

@@ -6,8 +6,10 @@ SGLang lives in an environment of its own (`tools/sglang_env/create.sh`) and is 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,14 @@ def check_environment(python: Path) -> Versions:
 
     Reads package metadata only: a fraction of a second.
     """
-    found = _ask(python, _LIST_VERSIONS, METADATA_SECONDS)
+    return read_versions(str(python), _ask(python, LIST_VERSIONS, METADATA_SECONDS))
+
+
+def read_versions(python: str, found: Mapping[str, str | None] | None, said: str = "") -> Versions:
+    """The answer of `LIST_VERSIONS`, run by the interpreter that messages call `python`; None: it gave none, but `said`
+    this. Raises UserError as `check_environment`."""
+    if found is None:
+        raise UserError(f"{python} does not answer as a Python does ({said}): {HOW_TO_MAKE}")
     if found["sglang"] is None:
         raise UserError(f"SGLang is not installed in the environment of {python}: {HOW_TO_MAKE}")
     if too_old(found["sglang"]):
@@ -55,7 +64,7 @@ def ipc_arguments(python: Path) -> tuple[str, ...]:
     return tuple(_ask(python, _LIST_ARGUMENTS, IMPORT_SECONDS))
 
 
-_LIST_VERSIONS = """
+LIST_VERSIONS = """
 import importlib.metadata as m, json
 def found(*names):
     for name in names:
@@ -81,7 +90,12 @@ def _ask(python: Path, program: str, seconds: float) -> Any:
     """The JSON that `program` prints in its last line, run by the interpreter `python`."""
     try:
         done = subprocess.run(
-            [str(python), "-I", "-c", program], capture_output=True, text=True, timeout=seconds, check=True
+            [str(python), "-I", "-c", program],
+            env=without_other_torch(os.environ),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=True,
         )
         return json.loads(done.stdout.strip().rpartition("\n")[2])
     except (FileNotFoundError, PermissionError) as error:
@@ -91,6 +105,14 @@ def _ask(python: Path, program: str, seconds: float) -> Any:
         raise UserError(f"{python} ended with exit status {error.returncode} ({said}): {HOW_TO_MAKE}") from error
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise UserError(f"{python} does not answer as a Python does ({error}): {HOW_TO_MAKE}") from error
+
+
+def without_other_torch(base: Mapping[str, str]) -> dict[str, str]:
+    """`base` for a process of the servers' environment: LD_LIBRARY_PATH without folders that hold a torch. NVIDIA's
+    containers name their own torch there, and the loader would take its libraries for those of the environment."""
+    folders = base.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    kept = os.pathsep.join(folder for folder in folders if not (folder and Path(folder, "libtorch.so").exists()))
+    return {**base, "LD_LIBRARY_PATH": kept} if "LD_LIBRARY_PATH" in base else dict(base)
 
 
 def too_old(version: str) -> bool:

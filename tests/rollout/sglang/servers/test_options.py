@@ -152,6 +152,15 @@ def test_variables_of_the_trainer_stay_outside(gpus: None) -> None:
     assert server_environment(options(devices=""), {})["SGLANG_USE_CPU_ENGINE"] == "1"
 
 
+def test_the_trainers_torch_is_not_on_the_library_path(tmp_path: Path) -> None:
+    """NVIDIA's containers put their torch there: a server's own torch would load its libraries."""
+    torch, other = tmp_path / "torch" / "lib", tmp_path / "compat"
+    torch.mkdir(parents=True)
+    (torch / "libtorch.so").touch()
+    base = {"LD_LIBRARY_PATH": f"{torch}:{other}:/usr/local/nvidia/lib"}
+    assert server_environment(options(), base)["LD_LIBRARY_PATH"] == f"{other}:/usr/local/nvidia/lib"
+
+
 def test_a_server_has_the_trainers_settings_of_nccl(gpus: None) -> None:
     """SGLang would set both to 0: one communicator of two settings. 2 is NCCL's default of the second."""
     assert nccl_of({}) == ("1", "2")

@@ -63,6 +63,10 @@ def test_start_and_stop(options: ServerOptions) -> None:
         groups = [process.pid or 0 for process in pool.processes]
         children = [child_of(pool, options, index) for index in range(2)]
         assert all(os.getpgid(child) == group != os.getpgid(0) for child, group in zip(children, groups, strict=True))
+        for group in groups:
+            os.killpg(group, signal.SIGUSR1)  # as Slurm does; it asks the trainer to stop
+        time.sleep(0.2)
+        assert all(process.healthy() for process in pool.processes)
         log = pool.processes[0].log
         text = log.read_text()
         assert "'--api-key=generate', '--admin-api-key=administer'" in text  # the server has them
