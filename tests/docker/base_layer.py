@@ -75,8 +75,9 @@ def repacked(folder: Path, name: str) -> Path:
     return target
 
 
-def base_python(folder: Path, python: str = sys._base_executable, **changed: Package) -> Path:  # type: ignore[attr-defined]
-    """A copy of `python` with its own empty site-packages, filled with pip, setuptools, packaging and `BASE`."""
+def base_python(folder: Path, python: str = sys._base_executable, **changed: Package | None) -> Path:  # type: ignore[attr-defined]
+    """A copy of `python` with its own empty site-packages, filled with pip, setuptools, packaging and `BASE`, in which
+    `changed` packages are others, or absent (None)."""
     version, stdlib = _ask(python, "sysconfig.get_python_version(), sysconfig.get_path('stdlib')").split()
     library = folder / "lib" / f"python{version}"
     library.mkdir(parents=True)
@@ -88,7 +89,7 @@ def base_python(folder: Path, python: str = sys._base_executable, **changed: Pac
     shutil.copy(os.path.realpath(python), copy)
     place = Path(_ask(str(copy), "sysconfig.get_path('purelib')"))
     packages = [repacked(folder / "wheels", name) for name in ("pip", "setuptools", "packaging")]
-    packages += [wheel(folder / "wheels", name, *package) for name, package in (BASE | changed).items()]
+    packages += [wheel(folder / "wheels", name, *package) for name, package in (BASE | changed).items() if package]
     for package in packages:
         with zipfile.ZipFile(package) as archive:
             archive.extractall(place)
