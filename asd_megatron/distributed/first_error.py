@@ -46,13 +46,9 @@ def report_once(message: str, report: Callable[[], None], environment: Mapping[s
     return first_message
 
 
-def claimed(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a rank has claimed to report its error; False where the ranks cannot be asked."""
-    store = connect(environment)
-    try:
-        return store is not None and store.check([_key(CLAIMED, environment)])
-    except RuntimeError:
-        return False
+def claimed(store: dist.Store, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a rank has claimed to report its error."""
+    return bool(store.check([_key(CLAIMED, environment)]))
 
 
 def _key(name: str, environment: Mapping[str, str]) -> str:

@@ -62,6 +62,7 @@ class RankWatch:
         self._names: list[str] = []
         self._missed = [0] * world  # beats, by rank; on other ranks than 0 of rank 0, whose node has the store, alone
         self._lost = ""
+        self._reported = False  # by a rank, which knows the cause of what happens to the others
         self._stopping = threading.Event()
         self._key = ""
         self._store: dist.Store | None = None
@@ -107,7 +108,7 @@ class RankWatch:
                 return (
                     self._lost or f"{self._text(gone)}: the process has died, or its node or network is lost. {AGAIN}"
                 )
-            if self._missed[0] == 0 and claimed(self._environment):
+            if self._reported:
                 return ""
             time.sleep(BEAT_SECONDS / 4)
         return ""
@@ -138,6 +139,7 @@ class RankWatch:
                 if store is None:
                     continue
                 store.set(self._own, str(count))
+                self._reported = claimed(store, self._environment)
                 if self.rank == 0:
                     self._look(store, others, seen)
                 elif store.check([f"{self._key}/lost"]):

@@ -6,7 +6,7 @@ from typing import Any
 
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.planner.parameters import stage_parameters
-from tests.planner import counted
+from tests.planner.counted import counted, parameters
 from tests.planner.settings import shape
 
 LAYOUTS: dict[str, list[dict[str, Any]]] = {
@@ -29,6 +29,6 @@ def test_counts_are_those_of_the_models_built_at_true_size() -> None:
         for sizes in layouts
         for stage in range(sizes.get("pipeline", 1))
     ]
-    for (model, sizes, stage), built in zip(cases, counted.call("parameters", cases), strict=True):
+    for (model, sizes, stage), built in zip(cases, counted(parameters, cases), strict=True):
         found = vars(stage_parameters(shape(model), Layout(**sizes))[stage])
         assert {kind: n for kind, n in found.items() if n} == built, (model, sizes, stage)

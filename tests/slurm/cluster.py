@@ -88,7 +88,19 @@ def cluster(folder: Path, nodes: Sequence[str]) -> Iterator[Cluster]:
             (folder / f"spool_{node}").mkdir()
             _daemon(closing, made, "slurmd", "-D", "-N", node, "-f", str(configuration))
         _wait_for(lambda: _idle(made) == len(nodes), "slurmctld and its nodes")
-        yield made
+        try:
+            yield made
+        finally:
+            _cancel_all(made)
+
+
+def _cancel_all(made: Cluster) -> None:
+    """End the jobs that a failed test has left, whose processes would outlive the daemons."""
+    jobs = made.call("squeue", "--noheader", "--format=%i").split()
+    if jobs:
+        made.call("scancel", "--full", "--signal=KILL", *jobs)
+        made.call("scancel", *jobs)
+        _wait_for(lambda: not made.call("squeue", "--noheader").strip(), "the end of all jobs")
 
 
 def _daemon(closing: ExitStack, made: Cluster, program: str, *arguments: str) -> None:
@@ -119,7 +131,7 @@ def _wait_for(condition: object, what: str, seconds: float = 60.0) -> None:
     assert callable(condition)
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not start"
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.2)
 
 
