@@ -74,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
     given = _parser().parse_args(words[:split])
     arguments = parse_arguments(words[split + 1 :])
     check_model_and_environment(given.model, given.python)
-    its_keys, file = keys(os.environ, given.log_folder, given.keys)
-    options = server_options(given, arguments, its_keys)
+    server_keys, file = keys(os.environ, given.log_folder, given.keys)
+    options = server_options(given, arguments, server_keys)
     for name in pass_through(options[0]):
         print(f"passed on to SGLang unchecked: --{name}")
     print(f"starting {plural(len(options), 'SGLang server')} of {given.model}, logs in {given.log_folder}", flush=True)
@@ -109,7 +109,9 @@ def check_model_and_environment(model: Path, python: Path) -> None:
         raise UserError(f"{error} with --python") from None
 
 
-def server_options(given: argparse.Namespace, arguments: Mapping[str, object], its_keys: Keys) -> list[ServerOptions]:
+def server_options(
+    given: argparse.Namespace, arguments: Mapping[str, object], server_keys: Keys
+) -> list[ServerOptions]:
     """Options of every server. Raises UserError for numbers that cannot be."""
     servers = len(given.devices) or 1 if given.servers is None else given.servers
     if servers < 1 or given.tensor_parallel < 1:
@@ -124,8 +126,8 @@ def server_options(given: argparse.Namespace, arguments: Mapping[str, object], i
             devices=devices[index],
             host=host,
             port=given.port + index if given.port else 0,
-            api_key=its_keys.api,
-            admin_key=its_keys.admin,
+            api_key=server_keys.api,
+            admin_key=server_keys.admin,
             dtype=given.dtype,
             context_length=given.context_length,
             arguments=arguments,

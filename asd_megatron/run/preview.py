@@ -1,4 +1,4 @@
-"""What a start does with the run folder, in words: of a run that begins, and of a dry run, which writes nothing there."""
+"""What a start does with the run folder, in words: of a run that begins, and of a dry run, which writes nothing."""
 
 from __future__ import annotations
 

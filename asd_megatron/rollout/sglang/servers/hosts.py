@@ -181,7 +181,8 @@ def _ask(host: str, words: Sequence[str], python: Path) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"rollout.server_hosts: {host} has not answered after {SURVEY_SECONDS:.0f} s to {command}"
+            f"rollout.server_hosts: {host} has not answered after {SURVEY_SECONDS:.0f} s to {command}:"
+            " run that command by hand to see what it waits for"
         ) from error
     except OSError as error:
         raise UserError(f"rollout.server_launcher: {words[0]} cannot be started ({error})") from error
