@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from asd_megatron.distributed.addresses import is_loopback, resolve
+from asd_megatron.distributed.addresses import resolve
 from asd_megatron.errors import UserError, hub_hint, plural
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from asd_megatron.rollout.sglang.servers.keys import Keys
@@ -117,7 +117,7 @@ def server_options(
     if servers < 1 or given.tensor_parallel < 1:
         raise UserError("--servers and --tensor-parallel are at least 1")
     devices = devices_of_servers(given.devices, servers, given.tensor_parallel)
-    host = listening_address(given.host)
+    host = resolve(given.host, "--host:")
     return [
         ServerOptions(
             python=given.python,
@@ -151,18 +151,6 @@ def keys(environment: Mapping[str, str], folder: Path, file: Path | None = None)
     made = Keys.new()
     made.write(path)
     return made, path
-
-
-def listening_address(host: str) -> str:
-    """The address of `--host`, a name or an address. Raises UserError for a name that this machine gives to loopback:
-    no other node would reach the servers."""
-    address = resolve(host, "--host:")
-    if is_loopback(address) and not is_loopback(host):
-        raise UserError(
-            f"--host {host} is {address} on this machine, where no other node reaches it: give the address of the"
-            " cluster's interface (`ip address` shows it)"
-        )
-    return address
 
 
 def _keys_line(file: Path | None) -> str:
