@@ -22,8 +22,9 @@ class Job:
 
     module, recipes, overrides: what each rank runs. trainer_nodes x ranks_per_node ranks; one node is left to
     `asd-megatron train` (`verb`), which places ranks and servers on its GPUs. server_nodes: nodes of the same job for
-    SGLang servers, `hosts_per_server` for each. gpus: of every node, 0 for a job without. options: lines `#SBATCH
-    --NAME=VALUE` of the site, in order. interface: of the cluster's network, None: NCCL's and gloo's own choice.
+    SGLang servers, `hosts_per_server` for each; colocated: the servers are on all of the trainer's nodes. gpus: of
+    every node, 0 for a job without. options: lines `#SBATCH --NAME=VALUE` of the site, in order. interface: of the
+    cluster's network, None: NCCL's and gloo's own choice.
     """
 
     command: str
@@ -39,6 +40,7 @@ class Job:
     gpus: int
     server_nodes: int = 0
     hosts_per_server: int = 1
+    colocated: bool = False
     options: tuple[str, ...] = ()
     interface: str | None = None
     container: str | None = None
@@ -108,8 +110,9 @@ def _hosts(job: Job) -> str:
         "head=$(scontrol show node \"${hosts[0]}\" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')\n"
     )
     if job.server_nodes:
-        n = job.trainer_nodes
-        text += f'trainers=$(IFS=,; echo "${{hosts[*]:0:{n}}}")\n'
+        text += f'trainers=$(IFS=,; echo "${{hosts[*]:0:{job.trainer_nodes}}}")\n'
+    if job.server_nodes or job.colocated:
+        n = 0 if job.colocated else job.trainer_nodes
         entry = "${hosts[i]}" if job.hosts_per_server == 1 else "${hosts[i]}+${hosts[i + 1]}"
         text += (
             "server_hosts=\n"
@@ -147,7 +150,7 @@ def _training(job: Job) -> str:
     else:
         lines.append(shlex.join([job.python, "-m", "asd_megatron.cli.main", job.verb, *job.recipes]))
     lines += [shlex.join(pair) for pair in zip(job.overrides[::2], job.overrides[1::2], strict=True)]
-    if job.server_nodes:
+    if job.server_nodes or job.colocated:
         lines.append('--rollout.server_hosts "[$server_hosts]"')
     return "training=(\n" + "".join(f"  {line}\n" for line in lines) + ")\n"
 

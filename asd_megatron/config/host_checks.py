@@ -42,10 +42,10 @@ def host_findings(rollout: RolloutSection) -> Iterator[str]:
             "rollout.server_hosts is for servers that the run starts, and rollout.server_urls names running ones: leave"
             " one of the two out"
         )
-    if rollout.placement == "colocated":
+    if rollout.placement == "colocated" and any(len(hosts_of(entry)) > 1 for entry in rollout.server_hosts):
         yield (
-            "rollout.placement colocated puts servers on the trainer's devices, and rollout.server_hosts names other"
-            " nodes: leave the hosts out, or set rollout.placement disaggregated"
+            "rollout.placement colocated: a server over two hosts has no memory of one node's ranks to share: name one"
+            " host for each server, or set rollout.placement disaggregated"
         )
     yield from _names(rollout)
     yield from _launcher(rollout.server_launcher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from ipaddress import ip_address
 
 from asd_megatron.errors import UserError
@@ -14,6 +15,20 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def own_names(peer: str | None) -> frozenset[str]:
+    """Names and addresses of this machine beside its host name, loopback left out: what the host name resolves to, its
+    complete and its short name, and the address of the interface towards `peer`."""
+    name = socket.gethostname()
+    found = {socket.getfqdn(), name.partition(".")[0]}
+    with suppress(OSError):
+        found.update(str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
+    if peer:
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((peer, 9))  # sends nothing
+            found.add(str(probe.getsockname()[0]))
+    return frozenset(entry for entry in found if not is_loopback(entry))
 
 
 def resolve(host: str, what: str) -> str:

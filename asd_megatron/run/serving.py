@@ -99,7 +99,9 @@ def _controller(
         closing.callback(pool.close)
     hosts: dict[str, tuple[int, ...]] = {}
     if pool is not None and rollout.weight_sync == "cuda_ipc":
-        hosts = hosts_of_servers(pool.urls, _devices(rollout), rollout.server_tensor_parallel, places)
+        names = rollout.server_hosts
+        machines = [host_of_server(names, server) for server in range(rollout.servers)] if names else ()
+        hosts = hosts_of_servers(pool.urls, _devices(rollout), rollout.server_tensor_parallel, places, machines)
     transport = root_transport(session, rollout, hosts, None if pool is None else pool.versions)
     closing.callback(transport.close)
     fleet = _fleet(rollout, keys, pool)
