@@ -156,6 +156,8 @@ def _ranks_per_node(given: argparse.Namespace, recipe: AnyRecipe) -> int:
         check_world(recipe, layout.ranks)
         return layout.ranks // nodes
     rollout = None if given.server_nodes else _with_own_servers(recipe)
+    if rollout is not None and rollout.server_hosts:
+        rollout = None  # its servers run on nodes outside the job
     taken = 0 if rollout is None else sum(len(entry.split(",")) for entry in rollout.server_devices)
     if nodes > 1 and rollout is not None:
         raise UserError(
@@ -170,8 +172,8 @@ def _ranks_per_node(given: argparse.Namespace, recipe: AnyRecipe) -> int:
             " --gpus-per-node, or make the parallelism section smaller"
         )
     if nodes == 1 and not given.server_nodes:  # `asd-megatron train` uses what the layout can use
-        free = gpus - taken
-        return layout.ranks if layout.data is not None else int(free // layout.model_parallel * layout.model_parallel)
+        check_world(recipe, layout.ranks)
+        return layout.ranks if layout.data is not None else int((gpus - taken) // layout.ranks * layout.ranks)
     check_world(recipe, nodes * gpus)
     return int(gpus)
 

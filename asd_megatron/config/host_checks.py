@@ -76,7 +76,8 @@ def _names(rollout: RolloutSection) -> Iterator[str]:
                 f"rollout.server_hosts: {entry!r} divides the {rollout.server_tensor_parallel} ranks of a server over"
                 " two hosts: make rollout.server_tensor_parallel even"
             )
-    twice = next((name for name, count in Counter(entries).items() if count > 1), None)
+    counts = Counter(name for entry in entries for name in set(hosts_of(entry)))
+    twice = next((name for name in counts if counts[name] > 1), None)
     if twice is not None:
         yield f"rollout.server_hosts names {twice} twice: name it once; servers are dealt to the hosts in turn"
     if len({len(hosts_of(entry)) for entry in entries}) > 1:

@@ -76,7 +76,11 @@ class RankWatch:
             return
         self._store = connect(self._environment)
         if self._store is None:
-            raise RuntimeError("the ranks have no store")
+            where = ":".join(self._environment.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise UserError(
+                f"the ranks' store at {where} does not answer rank {self.rank}: check the network to that node,"
+                " and start the run again"
+            )
         attempt = self._environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._key = f"{PREFIX}/{attempt}/{next(_watches)}"
         self._store.set(self._own, "0")

@@ -195,11 +195,6 @@ def _workload(recipe: Recipe, plan: PassPlan, expected: Expected) -> Workload:
     )
 
 
-def folder_is_there(recipe: Recipe) -> bool:
-    """Whether the plan is of the folder itself, and not of a published config with its name."""
-    return Path(model_folder(recipe.model.path)).is_dir()
-
-
 def hardware(name: str, *, calibrate: bool = False, price: float | None = None) -> Accelerator:
     """The GPU of a plan, by name; with `calibrate` this machine with the rates that it reaches. `price`: dollars an
     hour."""
@@ -219,7 +214,7 @@ def plan_recipe(recipe: Recipe, gpu: Accelerator, gpus: int | None, expected: Ex
     count = gpus or default_gpus(recipe, gpu)
     _, shape = shape_of(model_config(recipe))
     setting = setting_of(recipe, gpu, trainer_layout(recipe, count), shape, expected)
-    where = "" if folder_is_there(recipe) else " (published config.json)"
+    where = "" if model_folder(recipe.model.path).is_dir() else " (published config.json)"
     nodes = -(-count // gpu.per_node)
     title = (
         f"{Path(recipe.model.path).name}{where}, {model_parameters(shape) / 1e9:.1f} billion parameters, on"

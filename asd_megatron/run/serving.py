@@ -139,7 +139,7 @@ def _devices(rollout: RolloutSection) -> list[str | None]:
     hosts = rollout.server_hosts
     if hosts and not rollout.server_devices and rollout.servers <= len(hosts):
         return [None] * rollout.servers  # a host each, with all of its devices
-    ranks = rollout.server_tensor_parallel // len(hosts_of(hosts[0]) if hosts else [""])
+    ranks = rollout.server_tensor_parallel // (len(hosts_of(hosts[0])) if hosts else 1)
     return devices_of_servers(list(rollout.server_devices), rollout.servers, ranks)
 
 

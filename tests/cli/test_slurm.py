@@ -122,6 +122,8 @@ def test_servers_are_dealt_to_nodes_of_their_own(tmp_path: Path, capsys: pytest.
         *("--rollout.servers", "4"),
         *("--rollout.server_devices", '["0,1", "0,1", "2,3", "2,3"]'),
     )
+    outside = [*SERVED, "--nodes", "2", "--rollout.server_hosts", "[n8, n9]", "--rollout.server_devices", "[]"]
+    assert "--nnodes=2 --nproc-per-node=8" in printed(capsys, *outside, "--rollout.server_launcher", "ssh {host}")
 
 
 def test_colocated_servers_are_on_every_node_of_the_trainer(tmp_path: Path) -> None:
@@ -163,6 +165,7 @@ SHARED = [f"examples/paper/{name}.yaml" for name in ("table5", "qwen3_30b_a3b", 
         ([*PLAIN, "--optimizer.learning_rte", "1"], "learning_rte"),
         ([*PLAIN, "--nodes", "2", "--parallelism.data", "4"], "start 8, or set parallelism.data 8"),
         ([*PLAIN, "--parallelism.tensor", "16"], "needs 16 GPUs, and there are 8: raise --nodes"),
+        ([*PLAIN, "--parallelism.expert", "3", "--parallelism.data", "2"], "expert 3 does not divide the 4 ranks"),
         ([*PLAIN, "--nodes", "3", "--gpus-per-node", "0", "--parallelism.data", "2"], "do not divide into 3 nodes"),
         ([*PLAIN, "--server-nodes", "1"], "set rollout.engine sglang"),
         ([*SERVED, "--nodes", "2"], "give --server-nodes"),

@@ -56,6 +56,7 @@ IS = " algorithm.importance_correction=truncated"
          S + "rollout.server_hosts=[a+b] rollout.server_tensor_parallel=2"),
         (S + "rollout.server_hosts=[a+a]", "on one host or on two different ones", S + "rollout.server_hosts=[a]"),
         (HOSTS + "rollout.server_hosts=[a,a]", "names a twice", HOSTS),
+        (HOSTS + "rollout.server_tensor_parallel=2 rollout.server_hosts=[a+b,b+c]", "names b twice", HOSTS),
         (HOSTS + "rollout.server_tensor_parallel=2 rollout.server_hosts=[a+b,c]", "mixes servers", HOSTS),
         (HOSTS + "rollout.server_launcher=there", "write {host} for the host's name",
          HOSTS + "rollout.server_launcher=there={host}"),
