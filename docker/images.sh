@@ -93,5 +93,11 @@ if [[ $verb == check ]]; then
 fi
 [[ $# -gt 0 ]] || set -- asd-megatron-trainer asd-megatron-sglang asd-megatron-colocated
 for image in "$@"; do
+    if [[ ! -f docker/${image#asd-megatron-}.Dockerfile || $image != asd-megatron-* ]]; then
+        echo "error: no image '$image': give asd-megatron-trainer, asd-megatron-sglang or asd-megatron-colocated" >&2
+        exit 2
+    fi
+done
+for image in "$@"; do
     "$verb" "$image"
 done

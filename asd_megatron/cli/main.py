@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "models-table": ("asd_megatron.cli.models_table", "compare every model family, in every layout, with transformers"),
     "recipes": ("asd_megatron.cli.recipes", "print, write or check the reference of every recipe key"),
 }
+EMPTY = re.compile(r"--[a-z-]+=--")  # argparse takes the -- away and fails on the empty rest
 
 
 def usage() -> str:
@@ -48,6 +50,9 @@ def _dispatch(argv: Sequence[str]) -> int:
     if verb not in VERBS:
         hint = did_you_mean(verb, VERBS) or f"choose one of {', '.join(VERBS)}"
         raise UserError(f"no verb {verb!r}: {hint}")
+    for argument in argv[1:]:
+        if EMPTY.fullmatch(argument):
+            raise UserError(f"{argument!r}: write a value after the equals sign")
     module = importlib.import_module(VERBS[verb][0])
     return int(module.main(list(argv[1:])) or 0)
 

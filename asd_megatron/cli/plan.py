@@ -6,13 +6,18 @@ Options of the plan have no dot in their names, keys of the recipe have one: `--
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from asd_megatron.cli.guard import importing
 from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
-from asd_megatron.files import write_json
+from asd_megatron.files import user_error, write_json
+
+MOST = {"gpus": 65_536, "nodes": 8_192, "response_tokens": 10**8, "prompt_tokens": 10**8}
+"""What an option is at most: proposals for millions of GPUs would take minutes."""
+MOST_PROPOSALS = 1_000
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,17 +59,24 @@ def main(argv: Sequence[str]) -> int:
     plan = planning.plan_recipe(recipe, gpu, gpus, expected, proposals=options.proposals)
     print(plan_text(plan))
     if options.json is not None:
-        write_json(options.json, plan_json(plan))
+        with user_error(f"--json {options.json} cannot be written", "name a file in a folder of yours"):
+            write_json(options.json, plan_json(plan))
     return 0 if plan.fits else 1
 
 
 def split_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """(options of the plan, [recipe, further files, overrides]). Raises UserError for sizes that cannot be."""
     options, rest = _parser().parse_known_args(argv)
-    for name in ("gpus", "nodes", "response_tokens", "prompt_tokens"):
+    for name, most in MOST.items():
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: expected a number above 0")
+        if value is not None and not 0 < value <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value:.12g}: expected a number above 0, at most {most:,}")
+    if options.price is not None and not 0 <= options.price < math.inf:
+        raise UserError(f"--price {options.price:g}: expected dollars of one GPU for an hour, 0 or more")
+    if not 0 <= options.proposals <= MOST_PROPOSALS:
+        raise UserError(f"--proposals {options.proposals}: expected 0 (none) to {MOST_PROPOSALS}")
+    if options.json is not None and options.json.is_dir():
+        raise UserError(f"--json {options.json} is a folder: name a file, such as {options.json / 'plan.json'}")
     if not 0 <= options.spread <= 3:
         raise UserError(f"--spread {options.spread:g}: expected 0 (all responses equal) to 3")
     return options, [options.recipe, *rest]

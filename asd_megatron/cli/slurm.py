@@ -17,6 +17,14 @@ from asd_megatron.config.rollout import RolloutSection
 from asd_megatron.errors import UserError, plural
 
 TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")  # [days-]hours[:minutes[:seconds]], or minutes[:seconds]
+SIZES = {
+    "--nodes": "give --nodes and --server-nodes",
+    "--ntasks": "leave it out, there is one task a node",
+    "--ntasks-per-node": "leave it out, there is one task a node",
+    "--gpus-per-node": "give --gpus-per-node without --sbatch",
+    "--array": "leave it out, each run has a job of its own",
+}
+"""Options of sbatch that the rest of the script would contradict, and what to do instead."""
 SERVER_KEYS = ("rollout.servers", "rollout.server_devices", "rollout.server_hosts", "rollout.server_launcher")
 
 
@@ -64,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Print the script, or submit it; returns 0, or sbatch's status. Raises UserError for what cannot run."""
     words, overrides = _split(argv)
-    given = _parser().parse_args(words)
+    given = _parser().parse_intermixed_args(words)
     text = script(make_job(given, overrides, shlex.join(["asd-megatron", "launch", *_shown(argv)])))
     if not given.submit:
         print(text, end="")
@@ -208,6 +216,8 @@ def _check_numbers(given: argparse.Namespace) -> None:
     for option in given.sbatch:
         if not option.startswith("--"):
             raise UserError(f"--sbatch {option!r}: write a long option with its value, such as --sbatch=--qos=high")
+        if (name := option.partition("=")[0]) in SIZES:
+            raise UserError(f"--sbatch={name}: the script is written for its nodes: {SIZES[name]}")
     if given.container_mounts and not given.container:
         raise UserError("--container-mounts belongs to --container IMAGE")
 

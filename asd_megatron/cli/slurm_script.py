@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ SIGNAL_SECONDS = 300  # before the end of the job
 RENDEZVOUS_PORT = 29500
 JOIN_SECONDS = 900  # for all nodes to start torchrun; a container may be unpacked first
 READ_SECONDS = 300  # for the first node's torchrun to answer the others
+SBATCH_LINE = re.compile(r"""--[a-z][a-z-]*(=[^\s"'\\#]+)?""")  # sbatch reads quotes, \ and # itself
 REPEATABLE = ("SIGUSR1", "time_limit")
 """Causes of a stop after which the job is queued again; an operator's RUN/stop and scancel are meant to end it."""
 
@@ -69,8 +71,12 @@ def _header(job: Job) -> str:
         *job.options,  # the last of several counts
     ]
     for line in lines:
-        if not line.isprintable() or any(character.isspace() for character in line):
-            raise UserError(f"{line!r} cannot be a line of #SBATCH: no value may contain spaces or control characters")
+        if not line.isprintable() or SBATCH_LINE.fullmatch(line) is None:
+            raise UserError(
+                f"{line!r} cannot be a line of #SBATCH: write --NAME or --NAME=VALUE, without spaces, control"
+                " characters, quotes, backslashes or #, or give the option to sbatch itself:"
+                " sbatch --NAME=VALUE SCRIPT"
+            )
     text = "".join(f"#SBATCH {line}\n" for line in lines)
     return f"#!/bin/bash\n# Made by: {job.command}\n{text}"
 

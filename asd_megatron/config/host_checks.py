@@ -68,7 +68,10 @@ def _names(rollout: RolloutSection) -> Iterator[str]:
     for entry in entries:
         names = hosts_of(entry)
         if not all(NAME.fullmatch(name) for name in names):
-            yield f"rollout.server_hosts: {entry!r} is no host's name or address, nor two joined by +"
+            yield (
+                f"rollout.server_hosts: {entry!r} is no host's name or address, nor two joined by +: write letters,"
+                " digits and . - _ : alone (a user belongs to rollout.server_launcher: ssh -l USER {host})"
+            )
         elif len(names) > 2 or len(set(names)) < len(names):
             yield f"rollout.server_hosts: {entry!r}: a server runs on one host or on two different ones, `a+b`"
         elif rollout.server_tensor_parallel % len(names):

@@ -38,8 +38,16 @@ def split_overrides(arguments: Sequence[str], schema: type[BaseModel] | None = N
         argument = arguments[index]
         index += 1
         check_flag(argument)
+        if argument.endswith((".yaml", ".yml")):
+            raise UserError(
+                f"unexpected argument {argument!r}: further recipe files come right after the first one, before"
+                " `--section.key value`"
+            )
         if not argument.startswith("--") or argument == "--":
-            raise UserError(f"unexpected argument {argument!r}: after the recipe come overrides, `--section.key value`")
+            raise UserError(
+                f"unexpected argument {argument!r}: after the recipe's files (.yaml, .yml) come overrides,"
+                " `--section.key value`"
+            )
         key, equals, value = argument[2:].partition("=")
         if not equals:
             if index == len(arguments) or arguments[index].startswith("--"):

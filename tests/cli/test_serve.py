@@ -136,6 +136,9 @@ def test_made_keys_are_new_each_time_and_can_be_given_to_other_nodes(tmp_path: P
     path.write_text("ASD_MEGATRON_API_KEY='a'\n# ASD_MEGATRON_ADMIN_KEY=b\n")
     with pytest.raises(UserError, match="has not both keys"):
         Keys.read(path)
+    path.write_bytes("ASD_MEGATRON_API_KEY=ä\nASD_MEGATRON_ADMIN_KEY=b\n".encode("latin-1"))
+    with pytest.raises(UserError, match="has not both keys"):
+        Keys.read(path)
     with pytest.raises(UserError, match=r"keys.env cannot be read .*No such file"):
         Keys.read(tmp_path / "absent" / "keys.env")
 

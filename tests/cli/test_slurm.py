@@ -68,7 +68,7 @@ def test_every_value_reaches_the_rank_as_it_was_given(tmp_path: Path, capsys: py
     mounts = ["--container", "my image", "--container-mounts", "/a b:/c"]
     more = tmp_path / "a b.yaml"
     more.write_text("run: {steps: 7}")
-    text = printed(capsys, PLAIN[0], str(more), *PLAIN[1:], "--nodes", "4", *mounts, *given)
+    text = printed(capsys, PLAIN[0], "--nodes", "4", str(more), *PLAIN[1:], *mounts, *given)
     arguments = run_script(tmp_path, text)
     assert (
         "--container-image=my image" in arguments and f"--container-mounts={tmp_path}:{tmp_path},/a b:/c" in arguments
@@ -181,6 +181,10 @@ SHARED = [f"examples/paper/{name}.yaml" for name in ("table5", "qwen3_30b_a3b", 
         ([*PLAIN, "--partition", "a b"], "cannot be a line of #SBATCH"),
         ([*PLAIN, "--partition", "a\n#SBATCH --uid=0"], "control characters"),
         ([*PLAIN, "--model.path", "a\nb"], "control characters"),
+        ([*PLAIN, "--account", "it's"], "sbatch --NAME=VALUE SCRIPT"),
+        ([*PLAIN, "--sbatch=--comment=a#b"], "sbatch --NAME=VALUE SCRIPT"),
+        ([*PLAIN, "--sbatch=--"], "write a value after the equals sign"),
+        ([*PLAIN, "--sbatch=--nodes=7"], "give --nodes and --server-nodes"),
         ([*PLAIN, "--checkpoint.resume", "never"], "checkpoint.resume never"),
     ],
 )

@@ -171,6 +171,7 @@ def test_a_section_as_an_override_lists_its_keys() -> None:
 
 def test_arguments_that_are_no_overrides() -> None:
     assert "unexpected argument 'steps=3'" in refusal("steps=3")
+    assert "come right after the first one" in refusal("--run.steps", "3", "more.yaml")
     assert "--run.overwrite has no value" in refusal("--run.overwrite", "--run.steps", "3")
     assert "--run.overwrite has no value" in refusal("--run.overwrite")
     for flag in (["--dry_run"], ["--dryrun", "--run.steps", "3"], ["-dry-run"], ["--Dry_Run=true"], ["--dry-run", "1"]):

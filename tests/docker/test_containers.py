@@ -144,6 +144,8 @@ def test_images_are_those_that_compose_starts(tmp_path: Path) -> None:
     assert list(built) == ["asd-megatron-trainer", "asd-megatron-sglang", "asd-megatron-colocated"]
     assert all(file.is_file() for file in built.values())
     assert {service["image"].partition(":")[0] for service in SERVICES.values()} <= set(built)
+    status, said, after = Engine(tmp_path).run("build", "asd-megatron-sglang", "trainers")
+    assert status == 2 and "no image 'trainers': give asd-megatron-trainer" in said and after == asked
 
 
 def test_images_are_checked(tmp_path: Path) -> None:
@@ -212,6 +214,23 @@ def test_keys_reach_the_command_and_nothing_else(tmp_path: Path) -> None:
     file.write_text("export ASD_MEGATRON_API_KEY=x\n")
     half = shown(ASD_MEGATRON_KEYS_FILE=str(file))
     assert half.returncode == 2 and "docker/keys.sh writes such a file" in half.stderr
+
+
+def test_keys_are_made_in_no_unfit_place(tmp_path: Path) -> None:
+    """A file that others can read, or without keys, is not taken for one with keys; nothing is overwritten."""
+    (tmp_path / "half.env").write_text("export ASD_MEGATRON_API_KEY=x\n")
+    (tmp_path / "open.env").write_text("ASD_MEGATRON_API_KEY=x\nASD_MEGATRON_ADMIN_KEY=y\n")
+    for name, mode in (("half.env", 0o600), ("open.env", 0o640)):
+        (tmp_path / name).chmod(mode)
+    (tmp_path / "link.env").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    for name, words in (
+        *(("half.env", "no file with both keys"), ("open.env", "chmod 600"), ("link.env", "no file with both keys")),
+        *((".", "no file with both keys"), ("absent/keys.env", "make it first"), ("--help", "docker/keys.sh [FILE]")),
+    ):
+        done = subprocess.run([DOCKER / "keys.sh", name], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and words in done.stderr and not done.stdout, name
+    assert sorted(tmp_path.iterdir()) == before
 
 
 class _Answers(BaseHTTPRequestHandler):

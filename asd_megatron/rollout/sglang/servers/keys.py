@@ -13,7 +13,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_file, user_error
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 
-LINE = re.compile(r"(?:export\s+)?(?P<name>\w+)=(?P<quote>['\"]?)(?P<value>[^\s'\"]+)(?P=quote)")
+LINE = re.compile(r"(?:export\s+)?(?P<name>\w+)=(?P<quote>['\"]?)(?P<value>[!#-&(-~]+)(?P=quote)")  # keys are printable ASCII: they become HTTP headers
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Keys:
         read it, or if it has not both keys.
         """
         with user_error(f"the file of the servers' keys {path} cannot be read", "name the file of `serve`, keys.env"):
-            text, mode = path.read_text(), path.stat().st_mode
+            text, mode = path.read_bytes().decode(errors="replace"), path.stat().st_mode
         if mode & 0o077:
             raise UserError(f"the file of the servers' keys {path} can be read by others: chmod 600 {path}")
         found = {
