@@ -19,6 +19,7 @@ import torch
 from asd_megatron.checkpoint import training
 from asd_megatron.checkpoint.huggingface import read_config, write_folder
 from asd_megatron.checkpoint.run_state import RunStateFile
+from asd_megatron.cli.guard import report_at_once
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed import device, machine
@@ -87,7 +88,9 @@ def open_session(recipe: AnyRecipe, signals: StopSignals | None = None) -> Itera
     opened is closed, last first, and the ranks part; another session may follow in the same process. Raises RunFinished
     when there is nothing to do."""
     with ExitStack() as closing:
-        yield Session(recipe, closing, signals)
+        with report_at_once(RunFinished):  # a rank that is lost meanwhile is watched until `closing` ends
+            session = Session(recipe, closing, signals)
+        yield session
 
 
 class Session:
