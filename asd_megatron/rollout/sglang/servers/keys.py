@@ -13,10 +13,8 @@ from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_file, user_error
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 
-LINE = re.compile(
-    """Keys are printable ASCII: they become HTTP headers."""
-    r"(?:export\s+)?(?P<name>\w+)=(?P<quote>['\"]?)(?P<value>[!#-&(-~]+)(?P=quote)"
-)  # keys are printable ASCII: they become HTTP headers
+# Keys are printable ASCII: they become HTTP headers.
+LINE = re.compile(r"(?:export\s+)?(?P<name>\w+)=(?P<quote>['\"]?)(?P<value>[!#-&(-~]+)(?P=quote)")
 
 
 @dataclass(frozen=True)
