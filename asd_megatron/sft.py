@@ -113,7 +113,7 @@ def train(run: SupervisedRun) -> None:
         metrics = run.step(step)
         session.on_root(lambda: _report(session, step, metrics))  # noqa: B023 (called at once)
         session.checkpoint_if_due(step, run.state(step), run.guard)
-        cause = session.stop_cause(step)
+        cause = session.stopping.after_step(step)
         if cause is not None:
             raise session.stopped(StopRequested(cause), step, run.state(step), run.guard)
     first, last = (run.held_out.first, run.held_out.last) if run.held_out else (None, None)

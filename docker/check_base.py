@@ -203,7 +203,7 @@ def main(argv: list[str]) -> int:
         else:
             requirements = given.requirements.read_text() if given.requirements else None
             print("\n".join(compare(json.loads(given.file.read_text()), requirements)))
-    except BaseError as error:
+    except (BaseError, subprocess.TimeoutExpired) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from asd_megatron.config.optimizer import OptimizerSection
 from asd_megatron.files import write_json
 
 MB = 1e6
@@ -156,18 +157,7 @@ def measure(rank: int, world: int, port: int, megabytes: float, folder: str, res
     layouts.shutdown()
 
 
-SETTINGS: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "min_learning_rate": 0.0,
-    "schedule": "constant",
-    "warmup_steps": 0,
-    "total_steps": 10,
-    "weight_decay": 0.0,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "epsilon": 1e-8,
-    "clip_grad": 1.0,
-}
+SETTINGS: dict[str, Any] = {**OptimizerSection().model_dump(), "learning_rate": 1e-3, "total_steps": 10}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from asd_megatron.config.optimizer import OptimizerSection
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.files import write_json
 from asd_megatron.models.families import shape_of
@@ -85,18 +86,7 @@ LAYOUTS: dict[str, Layout] = {
     "DP 2": Layout(data=2),
     "EP 2": Layout(data=2, expert=2),
 }
-OPTIMIZER: dict[str, Any] = {
-    "learning_rate": 1e-6,
-    "min_learning_rate": 0.0,
-    "schedule": "constant",
-    "warmup_steps": 0,
-    "total_steps": 10,
-    "weight_decay": 0.0,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "epsilon": 1e-8,
-    "clip_grad": 1.0,
-}
+OPTIMIZER: dict[str, Any] = {**OptimizerSection().model_dump(), "total_steps": 10}
 
 
 @dataclass(frozen=True)

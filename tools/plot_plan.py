@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +91,17 @@ def servers(chosen: Setting) -> str:
     return f"{serving.servers} x {serving.tensor_parallel}{', colocated' if serving.colocated else ''}"
 
 
-def draw(curves: dict[str, list[ScalePoint]], path: Path) -> None:
-    """Seconds a step beside those of linear scaling, and the efficiency."""
+def draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """`rows` as a figure: seconds a step beside those of linear scaling, and the efficiency."""
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
-    for color, (model, points) in zip(CLASSES, curves.items(), strict=False):
-        sizes = [point.gpus for point in points]
-        left.plot(sizes, [point.seconds for point in points], "o-", markersize=3, color=color, label=model)
-        linear = [points[0].seconds * points[0].gpus / size for size in sizes]
+    for color, model in zip(CLASSES, dict.fromkeys(row["model"] for row in found), strict=False):
+        own = [row for row in found if row["model"] == model]
+        sizes = [row["gpus"] for row in own]
+        left.plot(sizes, [row["seconds"] for row in own], "o-", markersize=3, color=color, label=model)
+        linear = [own[0]["seconds"] * sizes[0] / size for size in sizes]
         left.plot(sizes, linear, ":", linewidth=0.8, color=color)
-        right.plot(sizes, [point.efficiency for point in points], "o-", markersize=3, color=color)
+        right.plot(sizes, [row["efficiency"] for row in own], "o-", markersize=3, color=color)
     for axis in (left, right):
         dress(axis)
         axis.set_xscale("log", base=2)
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     if arguments.png:
-        draw(curves, arguments.png)
+        draw(rows(curves), arguments.png)
     if arguments.json:
         write_json(arguments.json, rows(curves))
 

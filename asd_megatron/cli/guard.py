@@ -70,13 +70,13 @@ def as_rank(program: Callable[[], int]) -> int:
 
 
 @contextmanager
-def report_at_once() -> Iterator[None]:
+def report_at_once(*others: type[Exception]) -> Iterator[None]:
     """Inside `as_rank`: report an error of the block among several ranks before what is open around it is closed, which
-    may take long (servers)."""
+    may take long (servers). Exceptions of the classes `others` are no errors."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        if not _alone():
+        if not _alone() and not isinstance(error, others):
             _report_among_ranks(error)
         raise
 

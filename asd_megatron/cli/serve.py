@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from asd_megatron.distributed.addresses import is_loopback, resolve
+from asd_megatron.distributed.addresses import resolve
 from asd_megatron.errors import UserError, hub_hint, plural
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from asd_megatron.rollout.sglang.servers.keys import Keys
@@ -74,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
     given = _parser().parse_args(words[:split])
     arguments = parse_arguments(words[split + 1 :])
     check_model_and_environment(given.model, given.python)
-    its_keys, file = keys(os.environ, given.log_folder, given.keys)
-    options = server_options(given, arguments, its_keys)
+    server_keys, file = keys(os.environ, given.log_folder, given.keys)
+    options = server_options(given, arguments, server_keys)
     for name in pass_through(options[0]):
         print(f"passed on to SGLang unchecked: --{name}")
     print(f"starting {plural(len(options), 'SGLang server')} of {given.model}, logs in {given.log_folder}", flush=True)
@@ -109,13 +109,15 @@ def check_model_and_environment(model: Path, python: Path) -> None:
         raise UserError(f"{error} with --python") from None
 
 
-def server_options(given: argparse.Namespace, arguments: Mapping[str, object], its_keys: Keys) -> list[ServerOptions]:
+def server_options(
+    given: argparse.Namespace, arguments: Mapping[str, object], server_keys: Keys
+) -> list[ServerOptions]:
     """Options of every server. Raises UserError for numbers that cannot be."""
     servers = len(given.devices) or 1 if given.servers is None else given.servers
     if servers < 1 or given.tensor_parallel < 1:
         raise UserError("--servers and --tensor-parallel are at least 1")
     devices = devices_of_servers(given.devices, servers, given.tensor_parallel)
-    host = listening_address(given.host)
+    host = resolve(given.host, "--host:")
     return [
         ServerOptions(
             python=given.python,
@@ -124,8 +126,8 @@ def server_options(given: argparse.Namespace, arguments: Mapping[str, object], i
             devices=devices[index],
             host=host,
             port=given.port + index if given.port else 0,
-            api_key=its_keys.api,
-            admin_key=its_keys.admin,
+            api_key=server_keys.api,
+            admin_key=server_keys.admin,
             dtype=given.dtype,
             context_length=given.context_length,
             arguments=arguments,
@@ -149,18 +151,6 @@ def keys(environment: Mapping[str, str], folder: Path, file: Path | None = None)
     made = Keys.new()
     made.write(path)
     return made, path
-
-
-def listening_address(host: str) -> str:
-    """The address of `--host`, a name or an address. Raises UserError for a name that this machine gives to loopback:
-    no other node would reach the servers."""
-    address = resolve(host, "--host:")
-    if is_loopback(address) and not is_loopback(host):
-        raise UserError(
-            f"--host {host} is {address} on this machine, where no other node reaches it: give the address of the"
-            " cluster's interface (`ip address` shows it)"
-        )
-    return address
 
 
 def _keys_line(file: Path | None) -> str:

@@ -96,9 +96,11 @@ def make_job(given: argparse.Namespace, overrides: tuple[str, ...], command: str
             " run.overwrite true to replace what the run folder holds"
         )
     spans = 1
-    if given.server_nodes:
+    colocated = given.nodes > 1 and _is_colocated(recipe)
+    if given.server_nodes or colocated:
         rollout = _checked_servers(given, recipe, {key for key, _ in split_overrides(overrides)})
-        more, spans = server_overrides(given.gpus_per_node, rollout.server_tensor_parallel, given.server_nodes)
+        nodes = given.nodes if colocated else given.server_nodes
+        more, spans = server_overrides(given.gpus_per_node, rollout.server_tensor_parallel, nodes)
         overrides += more
     if recipe.run.time_limit is None:
         overrides += ("--run.time_limit", "slurm")
@@ -118,6 +120,7 @@ def make_job(given: argparse.Namespace, overrides: tuple[str, ...], command: str
         gpus=given.gpus_per_node,
         server_nodes=given.server_nodes,
         hosts_per_server=spans,
+        colocated=colocated,
         options=(*options, *given.sbatch),
         interface=given.interface,
         container=given.container,
@@ -161,6 +164,8 @@ def _ranks_per_node(given: argparse.Namespace, recipe: AnyRecipe) -> int:
         check_world(recipe, layout.ranks)
         return layout.ranks // nodes
     rollout = None if given.server_nodes else _with_own_servers(recipe)
+    if rollout is not None and rollout.server_hosts:
+        rollout = None  # its servers run on nodes outside the job
     taken = 0 if rollout is None else sum(len(entry.split(",")) for entry in rollout.server_devices)
     if nodes > 1 and rollout is not None:
         raise UserError(
@@ -175,8 +180,8 @@ def _ranks_per_node(given: argparse.Namespace, recipe: AnyRecipe) -> int:
             " --gpus-per-node, or make the parallelism section smaller"
         )
     if nodes == 1 and not given.server_nodes:  # `asd-megatron train` uses what the layout can use
-        free = gpus - taken
-        return layout.ranks if layout.data is not None else int(free // layout.model_parallel * layout.model_parallel)
+        check_world(recipe, layout.ranks)
+        return layout.ranks if layout.data is not None else int((gpus - taken) // layout.ranks * layout.ranks)
     check_world(recipe, nodes * gpus)
     return int(gpus)
 
@@ -217,20 +222,36 @@ def _check_numbers(given: argparse.Namespace) -> None:
         raise UserError("--container-mounts belongs to --container IMAGE")
 
 
+def _is_colocated(recipe: AnyRecipe) -> bool:
+    """Whether the run starts servers on the trainer's GPUs."""
+    if not isinstance(recipe, Recipe) or recipe.rollout.engine != "sglang":
+        return False
+    return recipe.rollout.placement == "colocated" and not recipe.rollout.server_hosts
+
+
 def _checked_servers(given: argparse.Namespace, recipe: AnyRecipe, keys: set[str]) -> RolloutSection:
-    rollout = _with_own_servers(recipe)
-    if rollout is None:
+    """The section `rollout` of a run whose servers this command places: on nodes of their own, or on all of the
+    trainer's. Raises UserError for what it cannot place."""
+    if given.server_nodes and _with_own_servers(recipe) is None:
         raise UserError(
             "--server-nodes are for SGLang servers that the run starts: set rollout.engine sglang, rollout.placement"
             " disaggregated and rollout.server_urls '[]', or leave --server-nodes out"
         )
+    which = "--server-nodes" if given.server_nodes else f"--nodes {given.nodes} with rollout.placement colocated"
     if given.gpus_per_node == 0:
-        raise UserError("--server-nodes needs --gpus-per-node: the servers are dealt to the nodes' GPUs")
+        raise UserError(f"{which} needs --gpus-per-node: the servers are dealt to the nodes' GPUs")
     if clash := sorted(keys & set(SERVER_KEYS)):
-        raise UserError(f"--server-nodes sets {clash[0]} itself, so that servers fill their nodes: leave it out")
+        raise UserError(f"{which} sets {clash[0]} itself, so that servers fill their nodes: leave it out")
     if given.container:
         raise UserError(
-            "--container with --server-nodes: the run starts servers on other nodes with srun, which a container has"
-            " not: start them in a job of their own (`asd-megatron serve`) and name them in rollout.server_urls"
+            f"--container and {which}: the run starts servers on other nodes with srun, which a container has not:"
+            " start them in a job of their own (`asd-megatron serve`) and name them in rollout.server_urls"
+        )
+    assert isinstance(recipe, Recipe)
+    rollout = recipe.rollout
+    if not given.server_nodes and rollout.server_tensor_parallel > given.gpus_per_node:
+        raise UserError(
+            f"rollout.server_tensor_parallel {rollout.server_tensor_parallel}: a colocated server has GPUs of one node:"
+            f" set it to at most {given.gpus_per_node}"
         )
     return rollout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from asd_megatron.errors import UserError
@@ -25,8 +24,9 @@ class Job:
 
     module, recipes, overrides: what each rank runs. trainer_nodes x ranks_per_node ranks; one node is left to
     `asd-megatron train` (`verb`), which places ranks and servers on its GPUs. server_nodes: nodes of the same job for
-    SGLang servers, `hosts_per_server` for each. gpus: of every node, 0 for a job without. options: lines `#SBATCH
-    --NAME=VALUE` of the site, in order. interface: of the cluster's network, None: NCCL's and gloo's own choice.
+    SGLang servers, `hosts_per_server` for each; colocated: the servers are on all of the trainer's nodes. gpus: of
+    every node, 0 for a job without. options: lines `#SBATCH --NAME=VALUE` of the site, in order. interface: of the
+    cluster's network, None: NCCL's and gloo's own choice.
     """
 
     command: str
@@ -42,6 +42,7 @@ class Job:
     gpus: int
     server_nodes: int = 0
     hosts_per_server: int = 1
+    colocated: bool = False
     options: tuple[str, ...] = ()
     interface: str | None = None
     container: str | None = None
@@ -115,8 +116,9 @@ def _hosts(job: Job) -> str:
         "head=$(scontrol show node \"${hosts[0]}\" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')\n"
     )
     if job.server_nodes:
-        n = job.trainer_nodes
-        text += f'trainers=$(IFS=,; echo "${{hosts[*]:0:{n}}}")\n'
+        text += f'trainers=$(IFS=,; echo "${{hosts[*]:0:{job.trainer_nodes}}}")\n'
+    if job.server_nodes or job.colocated:
+        n = 0 if job.colocated else job.trainer_nodes
         entry = "${hosts[i]}" if job.hosts_per_server == 1 else "${hosts[i]}+${hosts[i + 1]}"
         text += (
             "server_hosts=\n"
@@ -130,11 +132,11 @@ def _hosts(job: Job) -> str:
 def _training(job: Job) -> str:
     """The step that trains, as an array, and its start."""
     srun = [f"--nodes={job.trainer_nodes}", f"--ntasks={job.trainer_nodes}", "--cpu-bind=none", "--kill-on-bad-exit=1"]
-    lines = [_words(["srun", *srun])]
+    lines = [shlex.join(["srun", *srun])]
     if job.server_nodes:
         lines.append('--nodelist="$trainers"')
     if job.container is not None:
-        lines.append(_words([f"--container-image={job.container}"]))
+        lines.append(shlex.join([f"--container-image={job.container}"]))
         mounts = "" if job.container_mounts is None else f",{shlex.quote(job.container_mounts)}"
         lines.append(f'--container-mounts="$PWD:$PWD"{mounts} --container-workdir="$PWD"')
     # Slurm signals every process of the step. torchrun ignores what it inherits as ignored; the ranks handle it.
@@ -144,18 +146,17 @@ def _training(job: Job) -> str:
         prepared += f"; export PET_RDZV_CONF={limits},is_host=$((SLURM_NODEID == 0))"
     lines.append(f"""bash -c '{prepared}; exec "$@"' bash""")
     if _nodes(job) > 1:
-        lines.append(_words([job.python, "-m", "torch.distributed.run"]))
-        lines.append(_words([f"--nnodes={job.trainer_nodes}", f"--nproc-per-node={job.ranks_per_node}"]))
+        lines.append(shlex.join([job.python, "-m", "torch.distributed.run"]))
+        lines.append(shlex.join([f"--nnodes={job.trainer_nodes}", f"--nproc-per-node={job.ranks_per_node}"]))
         lines.append(
             f'--rdzv-backend=c10d --rdzv-endpoint="$head:{RENDEZVOUS_PORT}"'
             ' --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"'
         )
-        lines.append(_words(["-m", job.module, *job.recipes]))
+        lines.append(shlex.join(["-m", job.module, *job.recipes]))
     else:
-        lines.append(_words([job.python, "-m", "asd_megatron.cli.main", job.verb, *job.recipes]))
-    if job.overrides:
-        lines += [_words(pair) for pair in _pairs(job.overrides)]
-    if job.server_nodes:
+        lines.append(shlex.join([job.python, "-m", "asd_megatron.cli.main", job.verb, *job.recipes]))
+    lines += [shlex.join(pair) for pair in zip(job.overrides[::2], job.overrides[1::2], strict=True)]
+    if job.server_nodes or job.colocated:
         lines.append('--rollout.server_hosts "[$server_hosts]"')
     return "training=(\n" + "".join(f"  {line}\n" for line in lines) + ")\n"
 
@@ -210,11 +211,3 @@ def server_overrides(gpus: int, tensor_parallel: int, server_nodes: int) -> tupl
 
 def _nodes(job: Job) -> int:
     return job.trainer_nodes + job.server_nodes
-
-
-def _words(words: Sequence[str]) -> str:
-    return shlex.join(words)
-
-
-def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    return list(zip(overrides[::2], overrides[1::2], strict=True))

@@ -42,10 +42,10 @@ def host_findings(rollout: RolloutSection) -> Iterator[str]:
             "rollout.server_hosts is for servers that the run starts, and rollout.server_urls names running ones: leave"
             " one of the two out"
         )
-    if rollout.placement == "colocated":
+    if rollout.placement == "colocated" and any(len(hosts_of(entry)) > 1 for entry in rollout.server_hosts):
         yield (
-            "rollout.placement colocated puts servers on the trainer's devices, and rollout.server_hosts names other"
-            " nodes: leave the hosts out, or set rollout.placement disaggregated"
+            "rollout.placement colocated: a server over two hosts has no memory of one node's ranks to share: name one"
+            " host for each server, or set rollout.placement disaggregated"
         )
     yield from _names(rollout)
     yield from _launcher(rollout.server_launcher)
@@ -79,7 +79,8 @@ def _names(rollout: RolloutSection) -> Iterator[str]:
                 f"rollout.server_hosts: {entry!r} divides the {rollout.server_tensor_parallel} ranks of a server over"
                 " two hosts: make rollout.server_tensor_parallel even"
             )
-    twice = next((name for name, count in Counter(entries).items() if count > 1), None)
+    counts = Counter(name for entry in entries for name in set(hosts_of(entry)))
+    twice = next((name for name in counts if counts[name] > 1), None)
     if twice is not None:
         yield f"rollout.server_hosts names {twice} twice: name it once; servers are dealt to the hosts in turn"
     if len({len(hosts_of(entry)) for entry in entries}) > 1:

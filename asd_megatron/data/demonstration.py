@@ -19,7 +19,7 @@ ELLIPSIS = " ... "
 THINK_BLOCK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 CHARACTERS = 3  # of a token at first; a text with longer ones is tokenised a second time, a little further
 AT_A_CUT = 32  # tokens beside a cut in the text, which may be others than those of the complete text
-RUN = 8  # tokens in a row that are the same as in another text's
+RUN = 8  # consecutive tokens that have to agree, for two tokenisations to count as aligned there
 MATH_CLOSE = re.compile(r"\s*(?:\$\$?|\\\)|\\\])")
 
 
@@ -97,7 +97,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> tuple[li
         if len(first) == head:
             tail = limit - limit // 4 + 2 * AT_A_CUT
             last = _last_tokens(tokenizer, text, tail, first[-1][1] / head)
-            # Apart from each other they are more than `limit` tokens, those that a cut may have made not counted.
+            # Without overlap the text has more than `limit` tokens, even without the AT_A_CUT tokens at each cut.
             if len(last) == tail and first[-1][1] <= last[0][0]:
                 return first, last
     spans = encode_spans(tokenizer, text)

@@ -75,7 +75,7 @@ def _wait(store: dist.Store, key: str, seconds: float) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def connect(environment: Mapping[str, str]) -> dist.Store | None:
+def connect(environment: Mapping[str, str], timeout: timedelta = CONNECT) -> dist.Store | None:
     """A connection of its own to the job's store: the process groups' may be blocked in a collective. None: the ranks
     have none, or it does not answer."""
     if not (dist.is_initialized() or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
@@ -84,6 +84,6 @@ def connect(environment: Mapping[str, str]) -> dist.Store | None:
         return None
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     try:
-        return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=CONNECT)
+        return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
     except RuntimeError:
         return None

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -33,6 +34,7 @@ GONE_BEATS = 3
 """After an error of a collective: a rank that has missed so many beats is its cause."""
 CAUSE_SECONDS = 6.0  # in which that shows
 AGAIN = "Start the run again with the same command: it continues from its newest checkpoint"
+AT_ONCE = timedelta(seconds=60)  # all ranks connect to the store at the same moment
 PREFIX = "asd_megatron/alive"
 DONE = "done"
 _watches = itertools.count()
@@ -74,9 +76,13 @@ class RankWatch:
         global _current
         if self.world == 1:
             return
-        self._store = connect(self._environment)
+        self._store = connect(self._environment, AT_ONCE)
         if self._store is None:
-            raise RuntimeError("the ranks have no store")
+            where = ":".join(self._environment.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise UserError(
+                f"the ranks' store at {where} does not answer rank {self.rank}: check the network to that node,"
+                " and start the run again"
+            )
         attempt = self._environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._key = f"{PREFIX}/{attempt}/{next(_watches)}"
         self._store.set(self._own, "0")

@@ -22,9 +22,10 @@ class StopSignals:
     """As a context, receives SIGUSR1 and SIGTERM, also those that the parent ignores: `received` is the name of the
     first, None before. A second one after REPEAT_SECONDS ends the process at once, with exit status 128 + n.
 
-    A thread reads the signals from Python's wakeup descriptor, so it does not matter what the main thread waits for. A
-    rank of which a local neighbour has ended ends at the first signal: torchrun ends the others of a failed rank so,
-    and they may wait for it. Outside the main thread, where Python installs no handlers, nothing is received.
+    A thread reads the signals from Python's wakeup descriptor, so it does not matter what the main thread waits for. If
+    another rank of this node has ended, the first signal ends the process: torchrun ends the remaining ranks by SIGTERM
+    after one has failed, and they may be waiting for that one in a collective. Outside the main thread, where Python
+    installs no handlers, nothing is received.
     """
 
     def __init__(self) -> None:

@@ -156,10 +156,12 @@ def _token_parts(setting: Setting) -> int:
 
 
 def _attention_core(setting: Setting, load: Load, rates: Rates) -> Cost:
-    """Scores and weighted sums: 4 heads head_dim FLOPs for each pair."""
+    """Scores and weighted sums: 4 heads head_dim FLOPs for each pair. Local layers gather all keys under context
+    parallelism and mask the pairs that do not attend, about as many as do."""
     shape, layout = setting.shape, setting.training.layout
     flops = 4.0 * shape.heads * shape.head_dim * load.pairs / (layout.tensor * layout.context)
-    return Cost(compute=flops / rates.attention)
+    masked = setting.training.layers == "local" and layout.context > 1
+    return Cost(compute=flops * (2.0 if masked else 1.0) / rates.attention)
 
 
 def _attention_bytes(setting: Setting, load: Load, rates: Rates) -> float:

@@ -75,11 +75,6 @@ class Accelerator:
     def memory_bytes(self) -> float:
         return self.memory_gib * GIB
 
-    def link(self, ranks: int) -> float:
-        """Bytes/s of a GPU within a group of `ranks` consecutive ranks: the network's once the group is larger than a
-        node."""
-        return self.node_link if ranks <= self.per_node else self.network
-
     def with_efficiency(self, **changes: float) -> Accelerator:
         return replace(self, efficiency=replace(self.efficiency, **changes))
 

@@ -76,22 +76,23 @@ def server_sizes(shape: ModelShape, gpu: Accelerator, serving: Serving, gpus: in
 
 def splits(gpu: Accelerator, gpus: int) -> list[int]:
     """GPUs of the trainer, the rest being the servers': any number within a node, else complete nodes, at most
-    `SPLITS` of them evenly spread."""
+    `SPLITS` of them evenly spread. 12 GPUs on nodes of 8 are divided in fours."""
     if gpus <= gpu.per_node:
         return list(range(1, gpus))
-    nodes = gpus // gpu.per_node
-    counts = {round(nodes * (i + 1) / (SPLITS + 1)) for i in range(SPLITS)}
-    return sorted(gpus - (nodes - n) * gpu.per_node for n in counts if 0 < n < nodes)
+    unit = math.gcd(gpus, gpu.per_node)
+    units = gpus // unit
+    counts = {round(units * (i + 1) / (SPLITS + 1)) for i in range(SPLITS)}
+    return sorted(n * unit for n in counts if 0 < n < units)
 
 
-def between(gpu: Accelerator, tried: list[int], best: int) -> list[int]:
+def between(gpu: Accelerator, gpus: int, tried: list[int], best: int) -> list[int]:
     """Splits half-way from the best one to its neighbours among those that were tried."""
     order = sorted(tried)
     place = order.index(best)
-    step = gpu.per_node
+    unit = math.gcd(gpus, gpu.per_node)
     found: list[int] = []
     for neighbour in (*order[max(place - 1, 0) : place], *order[place + 1 : place + 2]):
-        middle = best + round((neighbour - best) / 2 / step) * step
+        middle = best + round((neighbour - best) / 2 / unit) * unit
         if middle not in (*tried, *found):
             found.append(middle)
     return found

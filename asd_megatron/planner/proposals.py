@@ -11,7 +11,7 @@ and stays as given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -66,35 +66,32 @@ class Search:
 
     def run(self, top: int) -> list[Proposal]:
         """The `top` fastest settings with different layouts or splits. Raises UserError when nothing fits."""
-        found: dict[int, list[Setting]] = {}
-        times: dict[Setting, StepTime] = {}
-
-        def look(split: int) -> None:
-            if split not in found:
-                candidates = self._split(split)
-                times.update(candidates)
-                found[split] = list(candidates)
-
-        embedded = self.template.serving.engine == "embedded"
-        if embedded or not self.template.serving.overlap:
-            look(self.gpus)  # all GPUs are the trainer's: colocated servers, or the embedded engine
-        apart = [] if embedded else splits(self.template.gpu, self.gpus)
-        for split in apart:
-            look(split)
-        for _ in range(REFINEMENTS if self.gpus > self.template.gpu.per_node else 0):
-            best = min(
-                (s for s in found if s != self.gpus and found[s]), key=lambda s: _least(found[s], times), default=0
-            )
-            for split in between(self.template.gpu, [s for s in found if s != self.gpus], best) if best else []:
-                look(split)
-        order = sorted(times, key=lambda setting: times[setting].total)
-        if not order:
+        found = {split: self._split(split) for split in self._splits()}
+        for _ in range(REFINEMENTS):
+            found |= {split: self._split(split) for split in self._finer(found)}
+        times = {setting: time for of_split in found.values() for setting, time in of_split.items()}
+        if not times:
             raise UserError(self._nothing_fits())
+        order = sorted(times, key=lambda setting: times[setting].total)
         fastest = times[order[0]]
-        return [
-            Proposal(setting, times[setting], reasons(setting, times[setting], fastest, self.batch))
-            for setting in order[:top]
-        ]
+        return [Proposal(setting, times[setting], reasons(setting, times[setting], fastest)) for setting in order[:top]]
+
+    def _splits(self) -> list[int]:
+        """GPUs of the trainer; all of them: colocated servers, or the embedded engine."""
+        serving = self.template.serving
+        if serving.engine == "embedded":
+            return [self.gpus]
+        apart = splits(self.template.gpu, self.gpus)
+        return apart if serving.overlap else [*apart, self.gpus]
+
+    def _finer(self, found: Mapping[int, Mapping[Setting, StepTime]]) -> list[int]:
+        """More splits around the best one so far, colocated servers apart."""
+        fastest = {split: min(time.total for time in times.values()) for split, times in found.items() if times}
+        fastest.pop(self.gpus, None)
+        if not fastest or self.gpus <= self.template.gpu.per_node:
+            return []
+        best = min(fastest, key=fastest.__getitem__)
+        return between(self.template.gpu, self.gpus, [split for split in found if split != self.gpus], best)
 
     # ---------------------------------------------------------------- one split
 
@@ -220,10 +217,6 @@ def optimizer_choices(training: Training) -> list[Training]:
         if training.offload == "none":
             choices.append(replace(training, moments="float32", offload="host"))
     return choices
-
-
-def _least(settings: list[Setting], times: dict[Setting, StepTime]) -> float:
-    return min(times[setting].total for setting in settings)
 
 
 def propose(setting: Setting, gpus: int | None = None, top: int = 5) -> list[Proposal]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from asd_megatron.models.gpt import NO_RECOMPUTE
-from asd_megatron.planner.loads import Batch
 from asd_megatron.planner.memory import fits
 from asd_megatron.planner.setting import Setting
 from asd_megatron.planner.step_time import StepTime
@@ -14,16 +13,16 @@ BUBBLE, EXCHANGE, TAIL = 0.1, 0.2, 0.25
 """Fractions of a phase from which on waiting, communication, and the longest responses are named as its bound."""
 
 
-def reasons(setting: Setting, time: StepTime, fastest: StepTime, batch: Batch) -> tuple[str, ...]:
+def reasons(setting: Setting, time: StepTime, fastest: StepTime) -> tuple[str, ...]:
     """fastest: the time of the best proposal."""
-    found = [bound(setting, time, batch)]
+    found = [bound(setting, time)]
     if time.total > fastest.total * 1.001:
         found.append(f"{time.total / fastest.total - 1:.1%} slower than the fastest")
     found += _memory(setting)
     return tuple(found)
 
 
-def bound(setting: Setting, time: StepTime, batch: Batch) -> str:
+def bound(setting: Setting, time: StepTime) -> str:
     """What takes most of the step, and why more GPUs would or would not shorten it."""
     name, fraction = time.fractions()[0]
     text = f"{name} takes {fraction:.0%} of the step"
@@ -34,9 +33,7 @@ def bound(setting: Setting, time: StepTime, batch: Batch) -> str:
         return text
     idle, exchanged = phase.part.idle / phase.seconds, phase.part.communication / phase.seconds
     if idle > BUBBLE:
-        student, teacher = batch.spread(setting.training)
-        load = teacher if name == "teacher" else student
-        return f"{text}: {_waiting(setting, load.busiest.tokens / max(load.mean.tokens, 1.0), idle)}"
+        return f"{text}: {_waiting(setting, idle)}"
     if exchanged > EXCHANGE:
         return f"{text}: {exchanged:.0%} of it exchanges between ranks"
     return f"{text}, bound by matrix products and memory: more data-parallel ranks shorten it"
@@ -47,22 +44,22 @@ def _generation(setting: Setting, time: StepTime) -> str:
     if rollouts.limited:
         return f"a server's {rollouts.batch} places are fewer than its responses: more servers shorten it"
     if rollouts.tail > TAIL * rollouts.seconds:
+        larger = ", larger ones do" if serving.tensor_parallel < setting.gpu.per_node else ""
         return (
-            f"{rollouts.tail:.0f} of {rollouts.seconds:.0f} s are the longest tenth of the responses, the longest with"
-            f" {rollouts.longest:,} tokens: more servers do not shorten it"
-            + (", larger ones do" if serving.tensor_parallel < setting.gpu.per_node else "")
+            f"in {rollouts.tail:.0f} of {rollouts.seconds:.0f} s only the longest tenth of the responses, of up to"
+            f" {rollouts.longest:,} tokens, is still generated: more servers do not shorten that part{larger}"
         )
     return f"{rollouts.batch} responses at a time on each server: more servers shorten it"
 
 
-def _waiting(setting: Setting, busiest: float, idle: float) -> str:
+def _waiting(setting: Setting, idle: float) -> str:
     layout = setting.training.layout
     if layout.pipeline > 1:
         return f"{idle:.0%} of it is the pipeline's bubble and ranks that wait for the busiest"
     return (
-        f"{idle:.0%} of it ranks wait for the busiest of {layout.data} data-parallel ones, whose"
-        f" {setting.workload.rollouts // layout.data} rollouts have {busiest:.1f} times the mean's tokens: more context"
-        " parallelism shortens it, more data parallelism does not"
+        f"for {idle:.0%} of it the mean rank waits for the busiest of {layout.data} data-parallel ones, with"
+        f" {setting.workload.rollouts / layout.data:.3g} rollouts each: more context parallelism shortens it, more data"
+        " parallelism does not"
     )
 
 

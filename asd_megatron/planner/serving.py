@@ -47,4 +47,5 @@ def kv_capacity(setting: Setting, free: float) -> int:
     """Tokens that fit the KV cache of one server whose GPUs have `free` bytes each when it starts; 0 when the weights
     do not fit."""
     room = server_static(setting, free) - server_weights(setting)
-    return max(int(room // kv_bytes(setting.shape, setting.serving.tensor_parallel)), 0)
+    each = kv_bytes(setting.shape, setting.serving.tensor_parallel, BYTES[setting.training.dtype])
+    return max(int(room // each), 0)

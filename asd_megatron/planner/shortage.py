@@ -39,8 +39,8 @@ def _shortage(setting: Setting, stage: int, phase: Phase) -> str:
     where = f" on pipeline stage {stage}" if setting.training.layout.pipeline > 1 else ""
     needed, memory = phase.bytes(), setting.gpu.memory_bytes
     text = (
-        f"{phase.name}{where} needs {needed / GIB:.1f} GiB of a {setting.gpu.name} with {memory / GIB:.1f} ({largest}, "
-        "...): "
+        f"{phase.name}{where} needs {needed / GIB:.1f} GiB ({largest}, ...), and a GPU ({setting.gpu.name}) has"
+        f" {memory / GIB:.1f}: "
     )
     found = []
     for change, changed in changes(setting):

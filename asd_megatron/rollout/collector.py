@@ -257,8 +257,8 @@ class Collector:
         self._released = True
 
     def _begin(self, step: int, updates: int = 0) -> Draw:
-        """Request a step's groups: first those that the last step left over, then new problems. `updates`: of the
-        weights, before the step trains on them."""
+        """Request a step's groups: first those that the last step left over, then new problems. `updates`: weight
+        updates that come before the step trains on them."""
         asked = math.ceil(self._wanted * self._plan.oversampling)
         self._restart_stale_spare(updates)
         spare, self._spare = self._spare, []
@@ -279,8 +279,8 @@ class Collector:
         return draw
 
     def _restart_stale_spare(self, updates: int) -> None:
-        """Discard spare groups that will be too stale for the next step, after so many `updates`: they are
-        resampled."""
+        """Discard spare groups that will be too stale for the next step, `updates` weight updates from now: they
+        are resampled."""
         if self._plan.max_staleness is None or not self._spare:
             return
         fresh = [i for i, group in enumerate(self._spare_groups) if not self._is_stale(group, updates)]
@@ -379,7 +379,7 @@ class Collector:
         self.timings.reward += time.perf_counter() - started
 
     def _is_stale(self, group: Group, updates: int = 0) -> bool:
-        """Whether it is too stale to train on, after so many `updates` of the present weights."""
+        """Whether the group will be too stale to train on after `updates` further weight updates."""
         if self._plan.max_staleness is None:
             return False
         oldest = min(rollout.weight_version for rollout in group.rollouts)

@@ -24,6 +24,7 @@ from asd_megatron.planner.setting import Dtype, Lengths, Serving, Setting, Train
 from asd_megatron.planner.shortage import lacks
 from asd_megatron.run.copies import needed_copies
 from asd_megatron.run.method import make_plan
+from asd_megatron.run.ranks import layout_of
 from asd_megatron.run.sources import model_folder
 from asd_megatron.trainer.pass_plan import PassPlan
 
@@ -77,10 +78,17 @@ def setting_of(
     return Setting(shape, _training(recipe, layout, passes), _serving(recipe), _workload(recipe, passes, expected), gpu)
 
 
-def layout_of(recipe: Recipe, gpus: int) -> Layout:
+def trainer_layout(recipe: Recipe, gpus: int) -> Layout:
     """The trainer's layout on `gpus` GPUs in all, the servers' included. Raises UserError where it does not fit
     them."""
-    return _layout(recipe, gpus - _serving(recipe).gpus)
+    parallelism, serving = recipe.parallelism, _serving(recipe)
+    ranks, fewest = gpus - serving.gpus, needed_gpus(recipe) - serving.gpus
+    if ranks < fewest:
+        raise UserError(
+            f"the recipe needs {fewest} GPUs for trainer and colocated servers, and has {max(ranks, 0)}: plan with"
+            f" --gpus {needed_gpus(recipe)} or more, or make parallelism or the servers smaller"
+        )
+    return layout_of(recipe, parallelism.data or ranks // parallelism.model_parallel)
 
 
 def memory_notes(recipe: AnyRecipe, layout: Layout, config: Mapping[str, Any], memory: float | None) -> list[str]:
@@ -114,26 +122,6 @@ def needed_gpus(recipe: Recipe) -> int:
     serving = _serving(recipe)
     shared = serving.servers * serving.tensor_parallel if serving.colocated else 0
     return max(recipe.parallelism.ranks, shared) + serving.gpus
-
-
-def _layout(recipe: Recipe, ranks: int) -> Layout:
-    p, serving = recipe.parallelism, _serving(recipe)
-    fewest = needed_gpus(recipe) - serving.gpus
-    if ranks < fewest:
-        raise UserError(
-            f"the recipe needs {fewest} GPUs for trainer and colocated servers, and has {max(ranks, 0)}: plan with"
-            f" --gpus {needed_gpus(recipe)} or more, or make parallelism or the servers smaller"
-        )
-    data = p.data or ranks // p.model_parallel
-    return Layout(
-        tensor=p.tensor,
-        pipeline=p.pipeline,
-        virtual_pipeline=p.virtual_pipeline,
-        context=p.context,
-        data=data,
-        sequence_parallel=p.sequence_parallel,
-        expert=p.expert,
-    )
 
 
 def _training(recipe: Recipe, layout: Layout, plan: PassPlan) -> Training:
@@ -207,11 +195,6 @@ def _workload(recipe: Recipe, plan: PassPlan, expected: Expected) -> Workload:
     )
 
 
-def folder_is_there(recipe: Recipe) -> bool:
-    """Whether the plan is of the folder itself, and not of a published config with its name."""
-    return Path(model_folder(recipe.model.path)).is_dir()
-
-
 def hardware(name: str, *, calibrate: bool = False, price: float | None = None) -> Accelerator:
     """The GPU of a plan, by name; with `calibrate` this machine with the rates that it reaches. `price`: dollars an
     hour."""
@@ -230,8 +213,8 @@ def plan_recipe(recipe: Recipe, gpu: Accelerator, gpus: int | None, expected: Ex
     cannot be planned."""
     count = gpus or default_gpus(recipe, gpu)
     _, shape = shape_of(model_config(recipe))
-    setting = setting_of(recipe, gpu, layout_of(recipe, count), shape, expected)
-    where = "" if folder_is_there(recipe) else " (published config.json)"
+    setting = setting_of(recipe, gpu, trainer_layout(recipe, count), shape, expected)
+    where = "" if model_folder(recipe.model.path).is_dir() else " (published config.json)"
     nodes = -(-count // gpu.per_node)
     title = (
         f"{Path(recipe.model.path).name}{where}, {model_parameters(shape) / 1e9:.1f} billion parameters, on"

@@ -1,4 +1,4 @@
-"""What a start does with the run folder, in words; and for the dry run what it would do, without writing there."""
+"""What a start does with the run folder, in words: of a run that begins, and of a dry run, which writes nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from asd_megatron.checkpoint import lineage
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe
 from asd_megatron.errors import UserError, plural
-from asd_megatron.run.changes import Change
+from asd_megatron.observe.writer import read_metrics
+from asd_megatron.run.changes import SCHEDULE_KEYS, Change
 from asd_megatron.run.copies import check_missing, needed_copies
 from asd_megatron.run.folder import (
     LOCK_FILE,
@@ -23,6 +24,7 @@ from asd_megatron.run.folder import (
     in_use,
     unusable,
 )
+from asd_megatron.run.model import updates_per_step
 
 
 def preview(recipe: AnyRecipe, stage: str) -> Start:
@@ -84,6 +86,30 @@ def start_text(recipe: AnyRecipe, start: Start) -> str:
     if start.changes:
         text += f"\nsettings that differ from that run's: {'; '.join(map(str, start.changes))}"
     return text
+
+
+def beginning_lines(recipe: AnyRecipe, start: Start, done: int, notes: Sequence[str], rate: float) -> list[str]:
+    """The console's lines of a run that begins after `done` steps: a replaced earlier attempt, `notes`, changed
+    settings, the learning `rate` of its first step where they change the schedule."""
+    folder, steps, changes = recipe.run.path, recipe.run.steps, start.changes
+    lines = []
+    if start.kind == "restart":
+        lines.append(f"the run in {folder} stopped before its first checkpoint: it starts again from step 1")
+    if start.returned_to is not None:
+        lines.append(
+            f"the run has returned to checkpoint.resume {start.returned_to} before: it continues after step {done}"
+        )
+    lines += notes
+    if changes:
+        lines.append(f"settings changed after step {done}: {'; '.join(map(str, changes))}")
+    if 0 < done < steps and any(change.key in SCHEDULE_KEYS for change in changes):
+        before = [row.get("optimizer/learning_rate") for row in read_metrics(folder) if row["step"] == done]
+        lines.append(
+            f"learning rate: {recipe.optimizer.schedule} schedule over {plural(steps, 'step')} of"
+            f" {plural(updates_per_step(recipe), 'update')}, {rate:.3g} at step {done + 1}"
+            + "".join(f" ({old:.3g} at step {done})" for old in before if old is not None)
+        )
+    return lines
 
 
 def finished_text(recipe: AnyRecipe, changes: Sequence[Change]) -> str:

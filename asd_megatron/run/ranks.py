@@ -22,7 +22,7 @@ def join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGr
     Raises UserError for a number of ranks or a machine that the recipe does not fit."""
     device.prepare()
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    layout = _layout(recipe, check_world(recipe, world))
+    layout = layout_of(recipe, check_world(recipe, world))
     check_devices(recipe)
     shares_memory = isinstance(recipe, Recipe) and recipe.rollout.weight_sync == "cuda_ipc"
     device.use_expandable_segments(os.environ, allowed=not shares_memory)
@@ -43,7 +43,8 @@ def _longest_wait(recipe: AnyRecipe) -> float:
     return max(HOST_SECONDS, MARGIN_SECONDS + max(waits))
 
 
-def _layout(recipe: AnyRecipe, data: int) -> Layout:
+def layout_of(recipe: AnyRecipe, data: int) -> Layout:
+    """The recipe's layout with so many data-parallel ranks."""
     p = recipe.parallelism
     return Layout(
         tensor=p.tensor,

@@ -275,7 +275,7 @@ class TrainingRun:
     def stop_if_requested(self, step: int) -> None:
         """End the run after `step`, its state saved, when a signal, RUN/stop or the time limit asks for it: raises
         StopRequested on every rank."""
-        cause = self.session.stop_cause(step)
+        cause = self.session.stopping.after_step(step)
         if cause is not None:
             raise self._stopped(step, StopRequested(cause))
 

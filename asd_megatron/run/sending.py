@@ -14,7 +14,7 @@ import torch
 
 from asd_megatron.config.host_checks import hosts_of
 from asd_megatron.config.rollout import RolloutSection
-from asd_megatron.distributed.addresses import is_loopback
+from asd_megatron.distributed.addresses import is_loopback, own_names
 from asd_megatron.distributed.device import gpu_of_rank
 from asd_megatron.distributed.launch import visible_devices
 from asd_megatron.distributed.objects import broadcast_object
@@ -36,15 +36,21 @@ MASTER_PORT = 29500  # torchrun's; only the host of MASTER_ADDR matters here
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank of the trainer runs: machine, and device as CUDA_VISIBLE_DEVICES names it ("" on the CPU)."""
+    """Where a rank of the trainer runs: machine, and device as CUDA_VISIBLE_DEVICES names it ("" on the CPU).
+    aliases: other names and addresses of the machine."""
 
     machine: str
     device: str
+    aliases: frozenset[str] = frozenset()
 
     @classmethod
     def of_this_rank(cls) -> Place:
         device = _visible_devices()[gpu_of_rank(os.environ)] if torch.cuda.is_available() else ""
-        return cls(socket.gethostname(), device)
+        return cls(socket.gethostname(), device, own_names(os.environ.get("MASTER_ADDR")))
+
+    def is_on(self, host: str) -> bool:
+        """Whether the machine is the one that the recipe calls `host`."""
+        return host == self.machine or host in self.aliases
 
 
 def _visible_devices() -> list[str]:
@@ -52,22 +58,30 @@ def _visible_devices() -> list[str]:
 
 
 def hosts_of_servers(
-    urls: Sequence[str], devices: Sequence[str | None], tensor_parallel: int, places: Sequence[Place]
+    urls: Sequence[str],
+    devices: Sequence[str | None],
+    tensor_parallel: int,
+    places: Sequence[Place],
+    machines: Sequence[str] = (),
 ) -> dict[str, tuple[int, ...]]:
     """By URL, the global rank of the trainer on the device of each of a server's ranks; servers on other devices are
     left out. On the CPU the ranks take turns.
 
-    devices: CUDA_VISIBLE_DEVICES of each server (None: of this process). places: of the trainer's ranks; the servers
-    are on the machine of the first.
+    devices: CUDA_VISIBLE_DEVICES of each server (None: this process's, or with `machines` those of the ranks there).
+    places: of the trainer's ranks. machines: the host of each server; (): the machine of global rank 0.
     """
     if not places[0].device:
         numbers = iter(range(len(urls) * tensor_parallel))
         return {url: tuple(next(numbers) % len(places) for _ in range(tensor_parallel)) for url in urls}
-    ranks = {place.device: rank for rank, place in enumerate(places) if place.machine == places[0].machine}
     found = {}
-    for url, names in zip(urls, devices, strict=True):
-        own = _visible_devices() if names is None else [name.strip() for name in names.split(",")]
-        if all(name in ranks for name in own[:tensor_parallel]):
+    for server, (url, names) in enumerate(zip(urls, devices, strict=True)):
+        host = machines[server] if machines else places[0].machine
+        ranks = {place.device: rank for rank, place in enumerate(places) if place.is_on(host)}
+        if names is None:
+            own = list(ranks) if machines else _visible_devices()
+        else:
+            own = [name.strip() for name in names.split(",")]
+        if len(own) >= tensor_parallel and all(name in ranks for name in own[:tensor_parallel]):
             found[url] = tuple(ranks[name] for name in own[:tensor_parallel])
     return found
 

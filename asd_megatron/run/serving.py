@@ -99,7 +99,9 @@ def _controller(
         closing.callback(pool.close)
     hosts: dict[str, tuple[int, ...]] = {}
     if pool is not None and rollout.weight_sync == "cuda_ipc":
-        hosts = hosts_of_servers(pool.urls, _devices(rollout), rollout.server_tensor_parallel, places)
+        names = rollout.server_hosts
+        machines = [host_of_server(names, server) for server in range(rollout.servers)] if names else ()
+        hosts = hosts_of_servers(pool.urls, _devices(rollout), rollout.server_tensor_parallel, places, machines)
     transport = root_transport(session, rollout, hosts, None if pool is None else pool.versions)
     closing.callback(transport.close)
     fleet = _fleet(rollout, keys, pool)
@@ -137,7 +139,7 @@ def _devices(rollout: RolloutSection) -> list[str | None]:
     hosts = rollout.server_hosts
     if hosts and not rollout.server_devices and rollout.servers <= len(hosts):
         return [None] * rollout.servers  # a host each, with all of its devices
-    ranks = rollout.server_tensor_parallel // len(hosts_of(hosts[0]) if hosts else [""])
+    ranks = rollout.server_tensor_parallel // (len(hosts_of(hosts[0])) if hosts else 1)
     return devices_of_servers(list(rollout.server_devices), rollout.servers, ranks)
 
 

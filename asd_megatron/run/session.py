@@ -19,12 +19,13 @@ import torch
 from asd_megatron.checkpoint import training
 from asd_megatron.checkpoint.huggingface import read_config, write_folder
 from asd_megatron.checkpoint.run_state import RunStateFile
+from asd_megatron.cli.guard import report_at_once
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed import device, machine
 from asd_megatron.distributed.objects import first_message, meet, on_rank_zero, only_rank_zero
 from asd_megatron.distributed.stop_signals import StopSignals
-from asd_megatron.errors import NotFinite, UserError, plural
+from asd_megatron.errors import NotFinite, UserError
 from asd_megatron.files import write_json
 from asd_megatron.models import te
 from asd_megatron.models.families import check_architecture
@@ -37,18 +38,17 @@ from asd_megatron.observe.progress import Progress, print_line
 from asd_megatron.observe.transfer import TransferProgress
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run import folder as folders
-from asd_megatron.run.changes import SCHEDULE_KEYS
 from asd_megatron.run.clock import Clock
 from asd_megatron.run.copies import check_missing, weight_copies
 from asd_megatron.run.folder import Start, writing
 from asd_megatron.run.interruption import Interruption
 from asd_megatron.run.model import build_optimizer, build_port, shares_prefixes, updates_per_step
 from asd_megatron.run.planning import memory_notes
-from asd_megatron.run.preview import finished_text
+from asd_megatron.run.preview import beginning_lines, finished_text
 from asd_megatron.run.ranks import join_ranks
 from asd_megatron.run.saving import Saver
 from asd_megatron.run.sources import model_folder
-from asd_megatron.run.stopping import Cause, Stopping, StopRequested, conclude
+from asd_megatron.run.stopping import Stopping, StopRequested, conclude
 from asd_megatron.run.telemetry import Telemetry
 from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.guard import Guard, first_not_finite
@@ -88,7 +88,9 @@ def open_session(recipe: AnyRecipe, signals: StopSignals | None = None) -> Itera
     opened is closed, last first, and the ranks part; another session may follow in the same process. Raises RunFinished
     when there is nothing to do."""
     with ExitStack() as closing:
-        yield Session(recipe, closing, signals)
+        with report_at_once(RunFinished):  # a rank that is lost meanwhile is watched until `closing` ends
+            session = Session(recipe, closing, signals)
+        yield session
 
 
 class Session:
@@ -156,7 +158,9 @@ class Session:
         self.on_root(lambda: self.telemetry.serve(self.closing))
         self.on_root(lambda: folders.prepare(self.recipe, self.start, self.stage, done))
         self.on_root(lambda: self._open_metrics(None if self.resumed is None else done))
-        for line in self.on_root(self._what_starts) + self.telemetry.watch(self.closing):
+        notes, rate = self._notes, self.optimizer.learning_rate
+        lines = self.on_root(lambda: beginning_lines(self.recipe, self.start, done, notes, rate))
+        for line in lines + self.telemetry.watch(self.closing):
             self.say(line)
         self.progress = Progress(
             self.recipe.run.steps, done=done, enabled=self.is_root and self.recipe.logging.progress
@@ -204,30 +208,6 @@ class Session:
             if self.balance is not None:
                 self.expert_load = ExpertLoadFile(self.folder, resume_step=done)
             self.writer.text("recipe", dump_recipe(self.recipe))
-
-    def _what_starts(self) -> list[str]:
-        """Lines for the console: a replaced earlier attempt, changed settings, the learning rate after them."""
-        done, changes = self.first_step - 1, self.start.changes
-        lines = []
-        if self.start.kind == "restart":
-            lines.append(f"the run in {self.folder} stopped before its first checkpoint: it starts again from step 1")
-        if self.start.returned_to is not None:
-            lines.append(
-                f"the run has returned to checkpoint.resume {self.start.returned_to} before: it continues after step"
-                f" {done}"
-            )
-        lines += self._notes
-        if changes:
-            lines.append(f"settings changed after step {done}: {'; '.join(map(str, changes))}")
-        if 0 < done < self.recipe.run.steps and any(change.key in SCHEDULE_KEYS for change in changes):
-            optimizer, rate = self.recipe.optimizer, self.optimizer.learning_rate
-            before = [row.get("optimizer/learning_rate") for row in read_metrics(self.folder) if row["step"] == done]
-            lines.append(
-                f"learning rate: {optimizer.schedule} schedule over {plural(self.recipe.run.steps, 'step')} of"
-                f" {plural(updates_per_step(self.recipe), 'update')}, {rate:.3g} at step {self.first_step}"
-                + "".join(f" ({old:.3g} at step {done})" for old in before if old is not None)
-            )
-        return lines
 
     # ---------------------------------------------------------------- ranks
 
@@ -354,29 +334,6 @@ class Session:
             self._saver.settle()
         return None
 
-    # ---------------------------------------------------------------- stopping on request
-
-    def stop_cause(self, step: int) -> Cause | None:
-        """Why the run is asked to stop after `step`, the same on every rank; None: it is not, or nothing but its end is
-        left. Collective."""
-        return None if step == self.recipe.run.steps else self.stopping.after_step()
-
-    def stopped(self, request: StopRequested, step: int, run_state: Mapping[str, Any], guard: Guard) -> StopRequested:
-        """The same request, once the state after `step`, the last complete one, is saved, unless it is not worth
-        saving. Collective."""
-        if step < self.first_step:
-            return request  # nothing has been learned since the start
-        reason = self.save_before_stop(step, run_state, guard)
-        outcome = f"state not saved ({reason})" if reason is not None else None
-        return StopRequested(request.cause, step, outcome)
-
-    def stop(self, request: StopRequested) -> None:
-        """Record and say that the run has stopped on request, and what continues it. Collective."""
-        step = self.first_step - 1 if request.step is None else request.step
-        newest = folders.checkpoint_folder(self.folder, self._saver.newest) if self._saver.newest else None
-        learned = step - (self.first_step - 1)
-        self.on_root(lambda: self.say(conclude(self.recipe, request, step, learned, newest)))
-
     def not_finite(self) -> str | None:
         """Which weight is not finite, on every rank; None if all are finite. Collective."""
         name = first_not_finite(self.port.named_weights())
@@ -407,6 +364,20 @@ class Session:
             return
         if not self.on_root(lambda: folders.is_exported(self.folder, step, checkpoint)):
             self.export(step)
+
+    # ---------------------------------------------------------------- the end
+
+    def stopped(self, request: StopRequested, step: int, run_state: Mapping[str, Any], guard: Guard) -> StopRequested:
+        """The same request, once the state after `step`, the last complete one, is saved, unless it is not worth
+        saving. Collective."""
+        reason = self.save_before_stop(step, run_state, guard)
+        outcome = f"state not saved ({reason})" if reason is not None else None
+        return StopRequested(request.cause, step, outcome)
+
+    def stop(self, request: StopRequested) -> None:
+        """Record and say that the run has stopped on request, and what continues it. Collective."""
+        newest = folders.checkpoint_folder(self.folder, self._saver.newest) if self._saver.newest else None
+        self.on_root(lambda: self.say(conclude(self.recipe, request, self.first_step - 1, newest)))
 
     def finish(self, summary: Mapping[str, Any], sample: Sample | None = None) -> None:
         """End a run after its last step: write RUN/summary.json and, with `logging.curves`, RUN/curves.png, and print

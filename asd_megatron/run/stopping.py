@@ -65,23 +65,26 @@ class Stopping:
         save_seconds: Callable[[], float],
     ) -> None:
         self._host, self._signals, self._save_seconds = host, signals, save_seconds
+        self._last_step = recipe.run.steps
         self._file = recipe.run.path / folders.STOP_FILE
         self._deadline = deadline(recipe.run.time_limit, os.environ, time.time())
         self._longest = 0.0  # seconds of a step
-        self._last = time.monotonic()
+        self._since = time.monotonic()  # the beginning of the step in flight
         self._finishing = False
 
     def begin(self) -> None:
         """The first step begins now: what came before it was none. Raises StopRequested on every rank when the run is
         asked to stop already. Collective."""
-        self._last = time.monotonic()
+        self._since = time.monotonic()
         self.while_waiting()
 
-    def after_step(self) -> Cause | None:
-        """Why the run stops after the step that has just ended; None: it continues. Collective: one all-reduce of a
-        number."""
+    def after_step(self, step: int) -> Cause | None:
+        """Why the run stops after `step`, which has just ended, the same on every rank; None: it continues, or only its
+        end is left. Collective: one all-reduce of a number."""
+        if step == self._last_step:
+            return None
         now = time.monotonic()
-        self._longest, self._last = max(self._longest, now - self._last), now
+        self._longest, self._since = max(self._longest, now - self._since), now
         return self._agreed(self._longest)
 
     def while_waiting(self) -> None:
@@ -132,14 +135,14 @@ def deadline(limit: float | Literal["slurm"] | None, environment: Mapping[str, s
     return None if limit is None else now + 3600 * limit
 
 
-def conclude(recipe: AnyRecipe, request: StopRequested, step: int, learned: int, newest: Path | None) -> str:
-    """Record in the run folder that the run has stopped after `step`; returns the line that says so. learned: steps
-    since this start. newest: the run's newest checkpoint."""
-    folder = recipe.run.path
+def conclude(recipe: AnyRecipe, request: StopRequested, done: int, newest: Path | None) -> str:
+    """Record in the run folder that the run has stopped; returns the line that says so. done: the step after which it
+    had started. newest: the run's newest checkpoint."""
+    folder, step = recipe.run.path, done if request.step is None else request.step
     with folders.writing(folder):
         (folder / folders.STOP_FILE).unlink(missing_ok=True)
         checkpoint = None if newest is None else str(newest)
-        folders.record(folder, "stop", step, cause=request.cause, learned=learned, checkpoint=checkpoint)
+        folders.record(folder, "stop", step, cause=request.cause, learned=step - done, checkpoint=checkpoint)
     kept = request.outcome or ("nothing was learned yet" if newest is None else f"state saved in {newest}")
     again = continuing(recipe, own_command())
     return f"stopped at step {step} {CAUSES[request.cause]}: {kept}; continue with: {again}"

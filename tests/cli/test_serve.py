@@ -102,6 +102,10 @@ def test_what_cannot_be_served(
         server_options(given(model, servers=0), {}, Keys("a", "b"))
     with pytest.raises(UserError, match=r"--host: 'no-such-host\.invalid' cannot be resolved"):
         server_options(given(model, host="no-such-host.invalid"), {}, Keys("a", "b"))
+    with monkeypatch.context() as names:  # as Debian's /etc/hosts names a machine
+        names.setattr("socket.getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.1.1", 0))])
+        with pytest.raises(UserError, match=r"--host: 'node1' is 127\.0\.1\.1 on this machine.*correct /etc/hosts"):
+            server_options(given(model, host="node1"), {}, Keys("a", "b"))
     assert main(["serve", str(model / "absent")]) == 2
     assert "is no Hugging Face model folder" in capsys.readouterr().err
     assert main(["serve", str(model), "--python", "/no/python"]) == 2

@@ -122,6 +122,18 @@ def test_servers_are_dealt_to_nodes_of_their_own(tmp_path: Path, capsys: pytest.
         *("--rollout.servers", "4"),
         *("--rollout.server_devices", '["0,1", "0,1", "2,3", "2,3"]'),
     )
+    outside = [*SERVED, "--nodes", "2", "--rollout.server_hosts", "[n8, n9]", "--rollout.server_devices", "[]"]
+    assert "--nnodes=2 --nproc-per-node=8" in printed(capsys, *outside, "--rollout.server_launcher", "ssh {host}")
+
+
+def test_colocated_servers_are_on_every_node_of_the_trainer(tmp_path: Path) -> None:
+    text = (ROOT / "examples" / "slurm" / "four_nodes_colocated.sbatch").read_text()
+    arguments = run_script(tmp_path, text, run="runs/paper/qwen3_30b_a3b/antisd")
+    assert arguments[0] == "--nodes=4" and not any(word.startswith("--nodelist") for word in arguments)
+    program = arguments[arguments.index("asd_megatron.train") + 1 :]
+    rollout = load_recipe(program[0], program[1:]).rollout
+    assert (rollout.server_hosts, rollout.servers) == (("n1", "n2", "n3", "n4"), 4)
+    assert rollout.server_devices == ("0,1,2,3,4,5,6,7",) * 4 and rollout.placement == "colocated"
 
 
 def test_a_supervised_recipe_on_one_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +156,7 @@ def test_submitting(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypat
 
 
 SERVED = ["examples/gpu/qwen3_math_sglang.yaml"]
+SHARED = [f"examples/paper/{name}.yaml" for name in ("table5", "qwen3_30b_a3b", "qwen3_30b_a3b_four_nodes")]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +165,7 @@ SERVED = ["examples/gpu/qwen3_math_sglang.yaml"]
         ([*PLAIN, "--optimizer.learning_rte", "1"], "learning_rte"),
         ([*PLAIN, "--nodes", "2", "--parallelism.data", "4"], "start 8, or set parallelism.data 8"),
         ([*PLAIN, "--parallelism.tensor", "16"], "needs 16 GPUs, and there are 8: raise --nodes"),
+        ([*PLAIN, "--parallelism.expert", "3", "--parallelism.data", "2"], "expert 3 does not divide the 4 ranks"),
         ([*PLAIN, "--nodes", "3", "--gpus-per-node", "0", "--parallelism.data", "2"], "do not divide into 3 nodes"),
         ([*PLAIN, "--server-nodes", "1"], "set rollout.engine sglang"),
         ([*SERVED, "--nodes", "2"], "give --server-nodes"),
@@ -160,6 +174,8 @@ SERVED = ["examples/gpu/qwen3_math_sglang.yaml"]
         ([*SERVED, "--server-nodes", "1", "--rollout.server_tensor_parallel", "3"], "does not divide the 8 GPUs"),
         ([*SERVED, "--server-nodes", "3", "--rollout.server_tensor_parallel", "16"], "even number of --server-nodes"),
         ([*SERVED, "--server-nodes", "1", "--container", "i"], "asd-megatron serve"),
+        ([*SHARED, "--nodes", "2", "--container", "i"], "asd-megatron serve"),
+        ([*SHARED, "--nodes", "2", "--rollout.server_tensor_parallel", "16"], "at most 8"),
         (["examples/puzzle/quickstart.yaml", "--parallelism.tensor", "3"], "parallelism.tensor 3"),
         ([*PLAIN, "--time", "soon"], "--time 'soon'"),
         ([*PLAIN, "--partition", "a b"], "cannot be a line of #SBATCH"),

@@ -121,7 +121,7 @@ def test_a_request_before_the_first_step(
 def test_weights_that_are_not_worth_saving(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("asd_megatron.run.stopping.Stopping.after_step", lambda self: "SIGTERM")
+    monkeypatch.setattr("asd_megatron.run.stopping.Stopping.after_step", lambda self, step: "SIGTERM")
     monkeypatch.setattr(Session, "not_finite", lambda self: "the weights are not finite (w)")
     folder = world.train("broken", **SETTINGS)
     assert not (folder / "checkpoints").exists()

@@ -1,15 +1,13 @@
-"""What real models have: parameters at true size, and saved activations of small ones. Run as a process of its own,
-`python -m tests.planner.counted FUNCTION`, with a line of arguments for each call on standard input, because Megatron's
-groups are global. The other ranks of the world do not exist: PyTorch's `fake` group does nothing in a collective."""
+"""What real models have: parameters at true size, and saved activations of small ones. For a process of its own
+(`counted`), because Megatron's groups are global. The other ranks of the world do not exist: PyTorch's `fake` group
+does nothing in a collective.
+"""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,15 +22,20 @@ from asd_megatron.models.port import ModelPort
 from asd_megatron.models.published import config_of
 from asd_megatron.models.routing import LoadBalance, MicroBatchRouting
 from asd_megatron.records import PackedTokens
+from tests.distributed.harness import run_ranks
+
+T = TypeVar("T")
 
 
-def call(function: str, cases: Sequence[Any], timeout: float = 120) -> list[Any]:
-    """The results of `function` for all cases, from one process."""
-    program = [sys.executable, "-m", "tests.planner.counted", function]
-    lines = "\n".join(map(json.dumps, cases))
-    found = subprocess.run(program, input=lines, capture_output=True, text=True, timeout=timeout)
-    assert found.returncode == 0, found.stderr
-    return [json.loads(line) for line in found.stdout.splitlines()]
+def counted(function: Callable[..., T], cases: Sequence[Any]) -> list[T]:
+    """`function` of all cases, from one other process."""
+    found: list[list[T]] = run_ranks(_all, 1, function, cases, init=False)
+    return found[0]
+
+
+def _all(rank: int, function: Callable[..., T], cases: Sequence[Any]) -> list[T]:
+    device.prepare()
+    return [function(*case) for case in cases]
 
 
 @contextmanager
@@ -110,10 +113,3 @@ def _saved(config: dict[str, Any], chosen: Layout, dtype: str, kind: Any, tokens
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             port.forward(port.chunks[0], pack, routing)
     return sum(storage.nbytes() for storage in seen.values())
-
-
-if __name__ == "__main__":
-    device.prepare()
-    function = {"parameters": parameters, "saved": saved}[sys.argv[1]]
-    for line in sys.stdin:
-        print(json.dumps(function(*json.loads(line))), flush=True)

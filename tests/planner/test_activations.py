@@ -11,7 +11,8 @@ from asd_megatron.models.families import shape_of
 from asd_megatron.models.gpt import Recompute
 from asd_megatron.planner.activations import Activations, in_flight, worst_expert_load
 from asd_megatron.planner.setting import Dtype, Training
-from tests.planner import counted, models
+from tests.planner import models
+from tests.planner.counted import counted, saved
 
 TOKENS = 256
 SPLIT = {"tensor": 2, "sequence_parallel": True}
@@ -38,7 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Dtype, Literal["none", "m
 def test_local_layers_save_what_the_formulas_say() -> None:
     cases = [(config, sizes, dtype, kind, TOKENS) for config, sizes, dtype, kind in CASES.values()]
     wrong = {}
-    for name, (config, sizes, dtype, kind, _), real in zip(CASES, cases, counted.call("saved", cases), strict=True):
+    for name, (config, sizes, dtype, kind, _), real in zip(CASES, cases, counted(saved, cases), strict=True):
         training = Training(Layout(**sizes), dtype=dtype, layers="local")
         shape = shape_of(config)[1]
         activations = Activations(shape, training, TOKENS // training.layout.context, TOKENS, on_cpu=True)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from asd_megatron.distributed.layout import Layout
-from asd_megatron.models.families import shape_of
 from asd_megatron.models.gpt import Recompute
-from asd_megatron.models.published import config_of
 from asd_megatron.planner.hardware import GIB, accelerator
+from asd_megatron.planner.lengths import mean
 from asd_megatron.planner.memory import fits, kv_tokens, margin_gib, peak, rank_memory
-from asd_megatron.planner.setting import Lengths, Serving, Setting, Training, Workload
+from asd_megatron.planner.setting import Lengths, Serving, Setting, Workload
 from asd_megatron.planner.shortage import changes, lacks
+from tests.planner import settings
 
 QWEN, MOE = "Qwen3-8B", "Qwen3-30B-A3B"
 TP4 = Layout(tensor=4, data=2, sequence_parallel=True)
@@ -22,10 +22,7 @@ WORK = Workload(32, 8, prompt=384, responses=Lengths(6000, 16000), privileged=20
 
 
 def setting(model: str, layout: Layout, *, serving: Serving | None = None, **training: Any) -> Setting:
-    config = config_of(model)
-    assert config is not None
-    settings = Training(layout, **{"expert_load": 1.0, **training})
-    return Setting(shape_of(config)[1], settings, serving or Serving(), WORK, accelerator("h100"))
+    return settings.setting(model, layout, work=WORK, serving=serving or Serving(), expert_load=1.0, **training)
 
 
 def items(found: Setting, phase: Any, stage: int = 0, where: str = "device") -> dict[str, float]:
@@ -126,3 +123,16 @@ def test_what_no_single_key_mends_and_a_cache_that_is_too_small() -> None:
     memory, cache = lacks(small)
     assert "no single key is enough" in memory and "optimizer.offload host" in memory
     assert "KV cache" in cache and "16,384" in cache
+
+
+def test_teachers_states_wait_where_they_are_told_and_fp8_keeps_copies() -> None:
+    exact = replace(setting(QWEN, TP4), workload=replace(WORK, exact=True))
+    on_host = replace(exact, training=replace(exact.training, teacher_states="host"))
+    each = 256 / 2 * mean(WORK.responses) * 4096 / 4 * 2 / GIB
+    assert items(exact, "update")["teacher's hidden states"] == pytest.approx(each)
+    assert items(on_host, "update", where="host")["teacher's hidden states"] == pytest.approx(each)
+    assert "teacher's hidden states" not in items(on_host, "update")
+    # Projections of attention and MLP have 6.95e9 of the parameters.
+    fp8 = items(setting(QWEN, TP4, fp8=True), "update")
+    assert fp8["FP8 copies of weights"] == pytest.approx(2 * 6.95e9 / 4 / GIB, rel=0.01)
+    assert fp8["activations"] < items(setting(QWEN, TP4), "update")["activations"]

@@ -22,6 +22,7 @@ LAYOUTS = {  # model's file, further files of its layout -> GPUs
     ("olmo3_7b_instruct.yaml",): 8,
     ("olmo3_7b_think.yaml",): 8,
     ("qwen3_30b_a3b.yaml",): 8,
+    ("qwen3_30b_a3b.yaml", "qwen3_30b_a3b_four_nodes.yaml"): 32,
 }
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from asd_megatron.distributed.layout import Layout
-from asd_megatron.models.families import shape_of
-from asd_megatron.models.published import config_of
 from asd_megatron.planner.parameters import stage_parameters
-from tests.planner import counted
+from tests.planner.counted import counted, parameters
+from tests.planner.settings import shape
 
 LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "Qwen3-4B": [{}, {"tensor": 4, "pipeline": 2, "data": 2}, {"pipeline": 2, "virtual_pipeline": 3}],
@@ -30,8 +29,6 @@ def test_counts_are_those_of_the_models_built_at_true_size() -> None:
         for sizes in layouts
         for stage in range(sizes.get("pipeline", 1))
     ]
-    for (model, sizes, stage), built in zip(cases, counted.call("parameters", cases), strict=True):
-        config = config_of(model)
-        assert config is not None
-        found = vars(stage_parameters(shape_of(config)[1], Layout(**sizes))[stage])
+    for (model, sizes, stage), built in zip(cases, counted(parameters, cases), strict=True):
+        found = vars(stage_parameters(shape(model), Layout(**sizes))[stage])
         assert {kind: n for kind, n in found.items() if n} == built, (model, sizes, stage)

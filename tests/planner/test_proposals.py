@@ -95,10 +95,11 @@ def test_splits_are_complete_nodes_beyond_one() -> None:
     gpu = setting().gpu
     assert splits(gpu, 4) == [1, 2, 3]
     assert splits(gpu, 24) == [8, 16]
+    assert splits(gpu, 12) == [4, 8]
     many = splits(gpu, 1024)
     assert len(many) == 6 and all(n % 8 == 0 and 0 < n < 1024 for n in many)
-    assert between(gpu, [8, 64, 128], 64) == [32, 96]
-    assert between(gpu, [8, 16], 16) == []
+    assert between(gpu, 1024, [8, 64, 128], 64) == [32, 96]
+    assert between(gpu, 24, [8, 16], 16) == []
     assert [(s.servers, s.tensor_parallel) for s in server_sizes(shape("Qwen3-8B"), gpu, Serving(), 12)] == [
         (12, 1), (6, 2), (3, 4),
     ]  # fmt: skip

@@ -38,6 +38,16 @@ def test_a_servers_rank_is_hosted_by_the_trainers_rank_on_its_device(monkeypatch
     assert hosts_of_servers(URLS[:1], [None], 2, ranks[:2]) == {URLS[0]: (1, 0)}
 
 
+def test_servers_on_the_trainers_nodes_are_hosted_by_the_ranks_there() -> None:
+    """The recipe may name a node by another name than its own, or by its address."""
+    ranks = [Place("a", "0"), Place("a", "1")]
+    ranks += [Place("b.cluster", device, frozenset({"b", "10.0.0.2"})) for device in ("0", "1")]
+    for second in ("b.cluster", "b", "10.0.0.2"):
+        assert hosts_of_servers(URLS, ["0,1", "1,0"], 2, ranks, ["a", second]) == {URLS[0]: (0, 1), URLS[1]: (3, 2)}
+    assert hosts_of_servers(URLS, ["0", "0"], 1, ranks, ["a", "c"]) == {URLS[0]: (0,)}, "no rank runs on c"
+    assert hosts_of_servers(URLS[:1], [None], 2, ranks, ["b"]) == {URLS[0]: (2, 3)}
+
+
 def test_without_devices_the_ranks_take_turns() -> None:
     assert hosts_of_servers(URLS, [None, None], 2, [Place("a", "")] * 3) == {URLS[0]: (0, 1), URLS[1]: (2, 0)}
 

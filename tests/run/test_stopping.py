@@ -95,17 +95,17 @@ def _agree(rank: int, folder: str) -> list[object]:
     with ExitStack() as closing:
         signals = closing.enter_context(StopSignals())
         stopping = Stopping(asked, one_process_groups().host, signals, lambda: 0.0)
-        said.append(stopping.after_step())
+        said.append(stopping.after_step(1))
         if rank == 0:
             (Path(folder) / "stop").touch()
-        said.append(stopping.after_step())
+        said.append(stopping.after_step(1))
         if rank == 0:
             (Path(folder) / "stop").unlink()
-        stopping.after_step()
+        stopping.after_step(1)
         stopping._deadline = time.time() + MARGIN_SECONDS + 5 if rank == 0 else None
-        said.append(stopping.after_step())
+        said.append(stopping.after_step(1))
         stopping._longest = 10.0
-        said.append(stopping.after_step())
+        said.append(stopping.after_step(1))
         stopping.while_waiting()  # the step in flight has time left
         if rank == 1:  # the others have received nothing
             os.kill(os.getpid(), signal.SIGUSR1)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SERVER = """
 import http.server, json, pathlib, signal, subprocess, sys, time
@@ -83,3 +86,11 @@ def group_members(group: int) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
+    """Within `seconds`, on a busy machine too."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)

@@ -8,7 +8,7 @@ FILE is JSON on a file system that both nodes see. Its "task" is one of
 The run holds a lease, a file with a number that it counts up. The agent ends the server's process group when the lease
 has been removed (a second or two later), when its number has stood still for `lease_seconds` (the run's node, or the
 network, is lost), and at SIGTERM, SIGINT or SIGHUP, as launchers forward them. `child.py` ends it when the agent dies.
-Neither the clock nor the launcher's standard input of this node is relied on.
+It relies neither on a common clock nor on the launcher's standard input.
 
 Standard library only, any Python 3.10 or later: nothing of this package can be imported here.
 """

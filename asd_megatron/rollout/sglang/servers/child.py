@@ -6,8 +6,9 @@ watcher process, forked before anything is imported, ends the process group as s
 whatever reason, or the server has died and left children behind. (PR_SET_PDEATHSIG alone is not enough: it follows the
 thread that started the child, and does not reach the grandchildren.)
 
-`python child.py PARENT_PID --lease FOLDER COMMAND...` starts a server on another node: it becomes COMMAND, whose last
-words are the agent's (`agent.py`). The watcher counts up the number in FOLDER/lease, and removes FOLDER at the end.
+`python child.py PARENT_PID --lease FOLDER COMMAND...` starts a server on another node: it becomes COMMAND, which ends
+with the agent's command line (`agent.py`). The watcher counts up the number in FOLDER/lease, and removes FOLDER at the
+end.
 
 Standard library only, any Python 3.10 or later: nothing of this package can be imported here.
 """

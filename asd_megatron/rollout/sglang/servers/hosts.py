@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from asd_megatron.distributed.addresses import is_loopback, resolve
+from asd_megatron.distributed.addresses import resolve
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.agent import ANSWER
 from asd_megatron.rollout.sglang.servers.options import PLUGIN, ServerOptions, trainer_variables_removed
@@ -133,11 +133,6 @@ def placed(
 def survey(launcher: Launcher, host: str, options: ServerOptions, count: int, first_port: int) -> Survey:
     """What `host` offers to servers of `options`, with `count` free ports. Raises UserError that names the host."""
     address = resolve(host, "rollout.server_hosts: the host")
-    if is_loopback(address) and not is_loopback(host):
-        raise UserError(
-            f"rollout.server_hosts: this machine resolves {host} to {address}, where no other node reaches it: give the"
-            " host's address on the cluster's network, or correct /etc/hosts"
-        )
     task = {
         "task": "survey",
         "python": str(options.python),
@@ -181,7 +176,8 @@ def _ask(host: str, words: Sequence[str], python: Path) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"rollout.server_hosts: {host} has not answered after {SURVEY_SECONDS:.0f} s to {command}"
+            f"rollout.server_hosts: {host} has not answered after {SURVEY_SECONDS:.0f} s to {command}:"
+            " run that command by hand to see what it waits for"
         ) from error
     except OSError as error:
         raise UserError(f"rollout.server_launcher: {words[0]} cannot be started ({error})") from error

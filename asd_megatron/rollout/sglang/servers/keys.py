@@ -56,10 +56,11 @@ class Keys:
         return keys
 
     def check(self, where: str) -> None:
-        """Raise UserError if both are the same."""
+        """Raise UserError if both are the same. `where` they were found, for the message."""
         if self.api and self.api == self.admin:
             raise UserError(
-                f"{API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE} are the same ({where}): who generates could administer"
+                f"{API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE} are the same ({where}), so that whoever may generate"
+                " could administer the servers: set two different ones"
             )
 
     def write(self, path: Path) -> None:

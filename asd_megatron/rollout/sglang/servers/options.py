@@ -170,10 +170,10 @@ def pass_through(options: ServerOptions) -> dict[str, Any]:
     return given
 
 
-def server_environment(options: ServerOptions, base: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a server's process: `base` without those of the trainer's ranks, Python environment and
-    torch, with `server_variables`."""
-    return trainer_variables_removed(base) | server_variables(options, base)
+def server_environment(options: ServerOptions, base: Mapping[str, str], direct: Sequence[str] = ()) -> dict[str, str]:
+    """The variables of a server's process on this machine: `base` without those of the trainer's ranks, Python
+    environment and torch, with `server_variables`."""
+    return trainer_variables_removed(base) | server_variables(options, base, direct=direct)
 
 
 def trainer_variables_removed(base: Mapping[str, str]) -> dict[str, str]:

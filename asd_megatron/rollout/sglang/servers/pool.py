@@ -24,8 +24,6 @@ from asd_megatron.rollout.sglang.servers.options import (
     router_command,
     secret_arguments,
     server_environment,
-    server_variables,
-    trainer_variables_removed,
     url_of,
 )
 from asd_megatron.rollout.sglang.servers.process import ServerProcess
@@ -53,8 +51,8 @@ class _Watched:
 
 class ServerPool:
     """The servers of `options`, with their logs in `log_folder`. A start takes `start_timeout` seconds at most. Those
-    that name nodes are started there by `launcher`, on the first free ports from `first_port` on; either all do, or
-    none. `versions`: of the packages in their environment.
+    that name nodes are started there by `launcher`, on the first free ports from `first_port` on; either all of
+    them name nodes or none does. `versions`: of the packages in their environment.
 
     A server that dies is restarted on the same URL after a pause, `backoff[0]` seconds at first and doubled up to
     `backoff[1]`; after `max_restarts` without having been healthy for two minutes in between it is given up. A router
@@ -265,14 +263,12 @@ def _router(servers: Sequence[ServerOptions], log_folder: Path, start_timeout: f
     ports = {server.port for server in servers}
     at = dataclasses.replace(first, host=host, port=free_port(host, ports), admin_key="", nodes=(), meeting="")
     metrics = free_port("127.0.0.1", ports | {at.port})
-    environment = trainer_variables_removed(os.environ)
-    environment |= server_variables(at, os.environ, direct=[server.host for server in servers])
     return ServerProcess(
         f"sglang-router ({url_of(at).removeprefix('http://')})",
         router_command(at, [url_of(server) for server in servers], metrics, start_timeout),
         url=url_of(at),
         log=log_folder / "router.log",
         secret=secret_arguments(at),
-        environment=environment,
+        environment=server_environment(at, os.environ, direct=[server.host for server in servers]),
         health="/readiness",
     )

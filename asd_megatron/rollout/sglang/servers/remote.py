@@ -128,7 +128,7 @@ def remote_process(
     parts = []
     for part, node in enumerate(options.nodes):
         address, port = options.places[node]
-        its = replace(options, part=part, host=address, port=port)
+        on_node = replace(options, part=part, host=address, port=port)
         log = log_folder / (f"server_{index}_node_{part}.log" if part else f"server_{index}.log")
-        parts.append(RemoteProcess(name, its, launcher, log=log))
+        parts.append(RemoteProcess(name, on_node, launcher, log=log))
     return JointProcess(parts)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,10 @@ from asd_megatron.rollout.sglang.servers.hosts import SLURM_LAUNCHER, Launcher
 from asd_megatron.rollout.sglang.servers.options import ServerOptions
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.servers.remote import JointProcess
-from tests.rollout.sglang.fake_environment import alive, fake_python
+from tests.rollout.sglang.fake_environment import alive, fake_python, wait_until
 
 SECONDS = 30.0
 DETACHED = 'host=$1; shift; echo "welcome to $host"; ON_HOST=$host setsid "$@" & wait $!'
-
-
-def wait(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -97,9 +89,9 @@ def test_servers_on_two_hosts(options: ServerOptions, monkeypatch: pytest.Monkey
         assert "welcome to 127.0.0.3" in text and "'--admin-api-key=administer'" in text
         # The launcher's death is the server's, and it comes back at its address.
         os.kill(pool.processes[0].pid or 0, signal.SIGKILL)
-        wait(lambda: pool.counters["restarts"] == 1 and pool.states == ["healthy", "healthy"])
+        wait_until(lambda: pool.counters["restarts"] == 1 and pool.states == ["healthy", "healthy"])
         assert pool.processes[0].healthy() and server in processes(tmp_path)
-    wait(lambda: not processes(tmp_path))
+    wait_until(lambda: not processes(tmp_path))
     assert not list((tmp_path / "logs").glob("*/task.json"))
 
 
@@ -119,7 +111,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=2 * SECONDS)
     assert done.stdout == "ready\n", done.stderr
-    wait(lambda: not processes(tmp_path))
+    wait_until(lambda: not processes(tmp_path))
 
 
 def test_a_server_ends_when_its_lease_stands_still(
@@ -135,9 +127,9 @@ def test_a_server_ends_when_its_lease_stands_still(
             pid for pid, line in processes(tmp_path).items() if "--lease" in line and os.getpgid(pid) == group
         )
         os.kill(watcher, signal.SIGSTOP)
-        wait(lambda: "given up" in pool.states)
+        wait_until(lambda: "given up" in pool.states)
         assert "no sign of life from the run for 2 s: ending the server" in pool.processes[0].log.read_text()
-    wait(lambda: not processes(tmp_path))
+    wait_until(lambda: not processes(tmp_path))
 
 
 def test_one_server_on_two_hosts(options: ServerOptions, tmp_path: Path) -> None:
@@ -155,9 +147,9 @@ def test_one_server_on_two_hosts(options: ServerOptions, tmp_path: Path) -> None
         assert Path(task["variables"]["PYTHONPATH"], "asd_weight_delta.py").is_file()
         os.kill(server.parts[1].pid or 0, signal.SIGKILL)  # a part's death is the server's
         first = server.parts[0].pid
-        wait(lambda: pool.counters["restarts"] == 1 and pool.states == ["healthy"])
+        wait_until(lambda: pool.counters["restarts"] == 1 and pool.states == ["healthy"])
         assert server.parts[0].pid != first and all(part.alive for part in server.parts)
-    wait(lambda: not processes(tmp_path))
+    wait_until(lambda: not processes(tmp_path))
 
 
 @pytest.mark.parametrize(

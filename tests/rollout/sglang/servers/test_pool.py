@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,9 @@ import pytest
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.options import ServerOptions
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
-from tests.rollout.sglang.fake_environment import alive, fake_python, group_members
+from tests.rollout.sglang.fake_environment import alive, fake_python, group_members, wait_until
 
 SECONDS = 30.0  # within which everything here has happened, on a busy machine
-
-
-def wait(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -97,7 +89,7 @@ def test_a_router_is_kept_like_a_server(options: ServerOptions) -> None:
         assert len(heads) == 1 and "generate" not in heads[0]
         assert pool.router is not None and pool.router.pid is not None
         os.kill(pool.router.pid, signal.SIGKILL)
-        wait(lambda: pool.counters["restarts"] == 1 and pool.states == ["healthy"] * 3)
+        wait_until(lambda: pool.counters["restarts"] == 1 and pool.states == ["healthy"] * 3)
 
 
 def test_a_dead_server_comes_back_at_its_address(options: ServerOptions) -> None:
@@ -106,9 +98,9 @@ def test_a_dead_server_comes_back_at_its_address(options: ServerOptions) -> None
         urls, pids = list(pool.urls), [process.pid for process in pool.processes]
         orphan = child_of(pool, options)
         os.kill(pids[0] or 0, signal.SIGKILL)
-        wait(lambda: pool.counters["deaths"] == 1)
-        wait(lambda: not alive(orphan))
-        wait(lambda: pool.states == ["healthy", "healthy"])
+        wait_until(lambda: pool.counters["deaths"] == 1)
+        wait_until(lambda: not alive(orphan))
+        wait_until(lambda: pool.states == ["healthy", "healthy"])
         assert pool.urls == urls and pool.processes[0].healthy()
         assert pool.processes[0].pid != pids[0] and pool.processes[1].pid == pids[1]
         assert pool.counters == {"deaths": 1, "restarts": 1, "gave_up": 0}
@@ -122,9 +114,9 @@ def test_backoff_doubles_and_ends(options: ServerOptions, caplog: pytest.LogCapt
     said: list[str] = []
     with pool_of(options, max_restarts=3, say=said.append, backoff=(0.1, 0.2)) as pool:
         for _ in range(4):
-            wait(lambda: pool.states == ["healthy"])
+            wait_until(lambda: pool.states == ["healthy"])
             pool.processes[0].stop(grace=0)
-            wait(lambda: pool.states in (["starting"], ["given up"]))
+            wait_until(lambda: pool.states in (["starting"], ["given up"]))
         assert pool.states == ["given up"] and not pool.processes[0].alive
         assert pool.counters == {"deaths": 4, "restarts": 3, "gave_up": 1}
     pauses = [sentence.split("again in ")[1].split(" s")[0] for sentence in said if "again in" in sentence]
@@ -138,16 +130,16 @@ def test_no_server_is_started_while_starts_are_deferred(options: ServerOptions) 
         pool.defer_starts()
         pool.kill(pool.urls[0])
         assert pool.restarting == [pool.processes[0].name]
-        wait(lambda: pool.states == ["waiting", "healthy"])
+        wait_until(lambda: pool.states == ["waiting", "healthy"])
         time.sleep(0.3)  # longer than the pause before a restart
         assert pool.counters["restarts"] == 0 and not pool.processes[0].alive
         pool.allow_starts()
-        wait(lambda: pool.processes[0].alive)
+        wait_until(lambda: pool.processes[0].alive)
         pool.defer_starts()  # in the middle of its start, or just after: either way nothing starts now
-        wait(lambda: pool.states[0] in ("waiting", "healthy"))
+        wait_until(lambda: pool.states[0] in ("waiting", "healthy"))
         assert pool.processes[0].alive == (pool.states[0] == "healthy")
         pool.allow_starts()
-        wait(lambda: pool.restarting == [] and pool.states == ["healthy", "healthy"])
+        wait_until(lambda: pool.restarting == [] and pool.states == ["healthy", "healthy"])
         assert pool.counters["gave_up"] == 0 and pool.processes[0].healthy()
 
 
@@ -163,7 +155,7 @@ def test_a_proxy_of_the_environment_is_not_asked(options: ServerOptions, monkeyp
 def test_without_restarts(options: ServerOptions) -> None:
     with pool_of(options, restart=False) as pool:
         pool.processes[0].stop(grace=0)
-        wait(lambda: pool.states == ["given up"])
+        wait_until(lambda: pool.states == ["given up"])
         assert pool.counters == {"deaths": 1, "restarts": 0, "gave_up": 1}
 
 
@@ -227,7 +219,7 @@ def test_servers_end_with_the_trainer(options: ServerOptions, ending: signal.Sig
             if ending:
                 assert len(group_members(group)) == 3  # the server, its child and the watcher
                 trainer.send_signal(ending)
-            wait(lambda: group_members(group) == [])
+            wait_until(lambda: group_members(group) == [])
             assert trainer.wait(SECONDS) == (-ending if ending else 0)
             assert bystander.poll() is None
         finally:

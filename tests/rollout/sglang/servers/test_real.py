@@ -40,6 +40,7 @@ def test_the_environment() -> None:
         ("/update_weights_from_tensor", {"serialized_named_tensors": []}, "", 401),
         ("/abort_request", {"abort_all": True}, API_KEY, 401),
     ],
+    ids=range(10),  # a server inherits the test's name, in PYTEST_CURRENT_TEST: it must not hold a key
 )
 def test_keys(sglang_pair: SGLangWorld, path: str, body: Any, key: str, status: int) -> None:
     for url in sglang_pair.urls:
