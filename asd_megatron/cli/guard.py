@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from asd_megatron.cli.console import flush_output, tolerant_output
 from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launcher
+from asd_megatron.distributed.stop_signals import SIGNALS
 from asd_megatron.errors import UserError
 
 FAILED = 1  # exit status
@@ -82,7 +83,10 @@ def report_at_once(*others: type[Exception]) -> Iterator[None]:
 
 def leave(status: int) -> NoReturn:
     """End this process with `status`. A rank that failed among others ends at once: Python's own way out would wait for
-    them in the destructors of process groups."""
+    them in the destructors of process groups. A request to stop that arrives in the seconds of that way out does not
+    change the status: the run has ended and its state is saved."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if status and not _alone():
         os._exit(status)
     sys.exit(status)

@@ -38,6 +38,13 @@ def make_recipe(
     machine; `check_world`, `check_devices` and `check_model` look at the ranks, the machine and the model.
     """
     schema = SCHEMAS[kind]
+    other: Kind = "sft" if kind == "train" else "train"
+    for name in values:
+        if name in SCHEMAS[other].model_fields and name not in schema.model_fields:
+            raise UserError(
+                f"{source}: the section {name} belongs to a recipe of `asd-megatron {other}`: use that (`launch` takes"
+                " --sft, `plan` only recipes of train), or remove the section"
+            )
     merged = apply_overrides(dict(values), overrides, schema)
     merged = {name: {} if section is None and name != "reward" else section for name, section in merged.items()}
     try:

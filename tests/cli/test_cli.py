@@ -53,6 +53,8 @@ def program():
             while signals.received is None:
                 time.sleep(0.05)
         os.write(1, signals.received.encode() + b"\\n")
+        import atexit
+        atexit.register(os.kill, os.getpid(), 15)  # a further request on the way out changes nothing
     if outcome in ("sleep", "refuse_1"):
         time.sleep(60)
     return 0

@@ -165,6 +165,12 @@ def test_an_unknown_section_names_the_nearest() -> None:
     )
 
 
+def test_a_recipe_of_the_other_program_is_named_as_such() -> None:
+    assert "the section sft belongs to a recipe of `asd-megatron sft`: use that" in refusal(sft={"loss": "mean"})
+    with pytest.raises(UserError, match="section rollout belongs to a recipe of `asd-megatron train`: use that"):
+        make_recipe({"rollout": {"engine": "embedded"}}, kind="sft")
+
+
 def test_a_section_as_an_override_lists_its_keys() -> None:
     assert "gate.tau_down" in refusal("--gate", "1")
 
