@@ -79,7 +79,7 @@ def verdict(found: Plan) -> str:
     if found.lacking:
         return "\n".join([f"does not fit: {size}", *(f"  {reason}" for reason in found.lacking)])
     left = found.setting.gpu.memory_gib - peak.bytes() / GIB
-    return f"fits: {size}, {left:.1f} GiB left; {found.time.total:,.0f} s a step"
+    return f"fits: {size}, {left:.1f} GiB left; {_whole(found.time.total)} s a step"
 
 
 def layout_text(setting: Setting) -> str:
@@ -146,11 +146,18 @@ def _time(time: StepTime) -> str:
         parts = (part.compute, part.memory, part.communication, part.idle)
         fraction = f"{phase.seconds / time.total:.0%}"
         rows.append((phase.name, _seconds(phase.seconds), *(_seconds(value) for value in parts), fraction))
-    lines = [_table(rows, "<>>>>>>"), f"a step: {time.total:,.1f} s" + (", rollouts beside training" * time.overlap)]
+    lines = [
+        _table(rows, "<>>>>>>"),
+        f"a step: {_seconds(time.total)} s" + (", rollouts beside training" * time.overlap),
+    ]
     mfu = "" if time.mfu is None else f", MFU of the trainer's passes {time.mfu:.0%}"
     lines.append(f"{time.tokens_per_second:,.0f} response tokens a second{mfu}")
     lines.append(f"{time.gpu_hours:.2f} GPU hours, {time.dollars:.2f} dollars")
     return "\n".join(lines)
+
+
+def _whole(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 10 else _seconds(seconds)
 
 
 def _seconds(value: float) -> str:
@@ -169,7 +176,7 @@ def _proposals(proposals: Sequence[Proposal]) -> str:
         rows.append(
             (
                 f"{number}.",
-                f"{time.total:,.0f}",
+                _whole(time.total),
                 f"{time.gpu_hours:.2f}",
                 gpus,
                 sizes(setting),

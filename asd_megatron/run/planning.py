@@ -32,6 +32,8 @@ FEEDBACK_TOKENS = 60
 """Of the privileged prompt's own wording and feedback, beside the demonstration: the paper's wording has about 50."""
 SERVER_MEMORY = 0.85
 """SGLang's own choice of mem-fraction-static on an 80 GB GPU is between 0.83 and 0.88."""
+RUNNING_SERVER = 8
+"""GPUs that a server of `rollout.server_urls` is taken to have: a node."""
 HELD = ("weights", "gradients", "master weights", "moments")
 """Items of a rank's memory whose sizes are known exactly."""
 
@@ -85,10 +87,11 @@ def trainer_layout(recipe: Recipe, gpus: int) -> Layout:
     ranks, fewest = gpus - serving.gpus, needed_gpus(recipe) - serving.gpus
     if ranks < fewest:
         raise UserError(
-            f"the recipe needs {fewest} GPUs for trainer and colocated servers, and has {max(ranks, 0)}: plan with"
+            f"the trainer and servers on its GPUs need {fewest} of them, and {max(ranks, 0)} are left: plan with"
             f" --gpus {needed_gpus(recipe)} or more, or make parallelism or the servers smaller"
         )
-    return layout_of(recipe, parallelism.data or ranks // parallelism.model_parallel)
+    unit = parallelism.ranks  # with which the experts divide
+    return layout_of(recipe, parallelism.data or ranks // unit * unit // parallelism.model_parallel)
 
 
 def memory_notes(recipe: AnyRecipe, layout: Layout, config: Mapping[str, Any], memory: float | None) -> list[str]:
@@ -157,8 +160,8 @@ def _serving(recipe: Recipe) -> Serving:
         return Serving(engine="embedded", requests=r.max_batch_size)
     given = r.server_args.get("mem-fraction-static", r.server_args.get("mem_fraction_static"))
     return Serving(
-        servers=max(r.servers, len(r.server_urls)),
-        tensor_parallel=r.server_tensor_parallel,
+        servers=len(r.server_urls) or r.servers,
+        tensor_parallel=RUNNING_SERVER if r.server_urls else r.server_tensor_parallel,
         colocated=r.placement == "colocated",
         offload_optimizer=r.offload_optimizer,
         overlap=r.overlap,
@@ -175,8 +178,14 @@ def _serving(recipe: Recipe) -> Serving:
 def _workload(recipe: Recipe, plan: PassPlan, expected: Expected) -> Workload:
     s, a = recipe.sampling, recipe.algorithm
     most = s.max_response_tokens
-    median = most / 4 if expected.response is None else min(expected.response, most)
-    prompt = min(256, s.max_prompt_tokens) if expected.prompt is None else min(expected.prompt, s.max_prompt_tokens)
+    median = most / 4 if expected.response is None else expected.response
+    prompt = min(256, s.max_prompt_tokens) if expected.prompt is None else expected.prompt
+    for option, value, key, limit in (
+        ("--response-tokens", median, "max_response_tokens", most),
+        ("--prompt-tokens", prompt, "max_prompt_tokens", s.max_prompt_tokens),
+    ):
+        if value > limit:
+            raise UserError(f"{option} {value:g} is beyond sampling.{key} {limit}: give at most that, or raise the key")
     return Workload(
         problems=s.problems_per_step,
         samples=s.rollouts_per_problem,
@@ -217,7 +226,7 @@ def plan_recipe(recipe: Recipe, gpu: Accelerator, gpus: int | None, expected: Ex
     where = "" if model_folder(recipe.model.path).is_dir() else " (published config.json)"
     nodes = -(-count // gpu.per_node)
     title = (
-        f"{Path(recipe.model.path).name}{where}, {model_parameters(shape) / 1e9:.1f} billion parameters, on"
+        f"{Path(recipe.model.path).name}{where}, {parameters_text(model_parameters(shape))} parameters, on"
         f" {count} x {gpu.name} ({plural(nodes, 'node')});"
         f" {setting.workload.rollouts} responses a step, median {setting.workload.responses.median:,.0f} of at most"
         f" {setting.workload.responses.most:,} tokens"
@@ -229,6 +238,13 @@ def plan_recipe(recipe: Recipe, gpu: Accelerator, gpus: int | None, expected: Ex
         return replace(found, proposals=tuple(propose(setting, count, proposals)))
     except UserError as error:
         return replace(found, unproposed=str(error))
+
+
+def parameters_text(count: int) -> str:
+    """`8.2 billion`, `135 million`, `104,000`."""
+    if count >= 10**9:
+        return f"{count / 1e9:.1f} billion"
+    return f"{count / 1e6:.0f} million" if count >= 10**6 else f"{count:,}"
 
 
 def default_gpus(recipe: Recipe, gpu: Accelerator) -> int:

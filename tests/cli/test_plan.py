@@ -59,6 +59,7 @@ def test_a_recipe_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--gpus", "0"], "--gpus 0"),
         (["--gpus", "1000000000"], "--gpus 1000000000: expected a number above 0, at most 65,536"),
         (["--response-tokens", "nan"], "--response-tokens nan"),
+        (["--response-tokens", "40000"], "sampling.max_response_tokens 30720"),
         (["--prompt-tokens", "inf"], "--prompt-tokens inf"),
         (["--price", "-1"], "--price -1"),
         (["--price", "nan"], "--price nan"),
@@ -72,6 +73,13 @@ def test_a_recipe_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *FILES, "--proposals", "0", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_experts_and_running_servers(capsys: pytest.CaptureFixture[str]) -> None:
+    """On 24 GPUs a running server has a node, and the trainer complete groups of its experts."""
+    moe = str(PAPER.parent / "gpu" / "qwen3_moe_math.yaml")
+    assert main(["plan", moe, "--nodes", "3", "--proposals", "0"]) == 0
+    assert "16 GPUs: tensor 2 x data 8 x expert 8" in capsys.readouterr().out
 
 
 def test_a_start_compares_with_the_gpu() -> None:
