@@ -115,7 +115,7 @@ def test_results_table_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFix
         "many_gpus": "not runnable",
         "hangs": "FAILED",
     }
-    assert results["good"]["figures"] == {"error": 1.5e-3} and results["good"]["seconds"] > 0
+    assert results["good"]["figures"] == {"error": 1.5e-3} and results["hangs"]["seconds"] >= 2
     assert results["bad"]["reason"] == "exit status 3" and "within 2 s" in results["hangs"]["reason"]
     assert "    why it failed" in err and str(tmp_path / "bad.log") in err
     lines = {line.split(" | ")[0].strip(): line for line in out.splitlines() if " | " in line}
