@@ -7,6 +7,7 @@ others' collectives break. The ranks agree through the job's TCPStore, which nee
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -84,6 +85,9 @@ def connect(environment: Mapping[str, str], timeout: timedelta = CONNECT) -> dis
         return None
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     try:
+        # A store whose process has ended refuses at once; TCPStore would try again until the time limit, and print a
+        # stack trace.
+        socket.create_connection((address, port), timeout.total_seconds()).close()
         return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    except RuntimeError:
+    except (OSError, RuntimeError):
         return None
