@@ -25,7 +25,7 @@ help:
 	@echo "make quickstart   watch a tiny model learn to search with AntiSD (2 CPU cores, some minutes)"
 	@echo "make sglang-demo  the same with two real SGLang servers making the rollouts (2 CPU cores, some minutes)"
 	@echo "make smollm2      the pretrained SmolLM2-135M-Instruct learns word problems in 14 AntiSD steps (CPU)"
-	@echo "make test         linter, types, generated pages, all tests that need no SGLang server (about 6 minutes)"
+	@echo "make test         linter, types, generated pages, all tests that need no SGLang server (about 9 minutes)"
 	@echo "make test-sglang  the tests with real SGLang servers on the CPU"
 	@echo "make test-slurm   a shipped script on a real Slurm cluster on this machine (root, Debian)"
 	@echo "make test-netns   training over two nodes made of network namespaces (root, iproute2)"
