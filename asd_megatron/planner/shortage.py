@@ -28,7 +28,7 @@ def lacks(setting: Setting) -> tuple[str, ...]:
         out.append(
             f"the KV cache of a server holds {kv_tokens(setting):,} tokens, and one sequence may have {longest:,.0f}:"
             " raise rollout.server_tensor_parallel or mem-fraction-static in rollout.server_args, or lower"
-            " sampling.max_new_tokens"
+            " sampling.max_response_tokens"
         )
     return tuple(out)
 

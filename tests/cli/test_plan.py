@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,17 @@ import pytest
 
 from asd_megatron.cli.main import main
 from asd_megatron.config import Recipe, load_recipe
+from asd_megatron.config.recipe import SCHEMAS
+from asd_megatron.config.refusals import dotted_keys
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
+from asd_megatron.planner import reasons, report, shortage
 from asd_megatron.planner.hardware import GIB
+from asd_megatron.run import planning
 from asd_megatron.run.planning import memory_notes, model_config
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
+KEY = re.compile(r"\b(?:batching|model|optimizer|parallelism|rollout|sampling)\.[a-z_]+")
 FILES = [str(PAPER / "table5.yaml"), str(PAPER / "qwen3_8b.yaml"), str(PAPER / "conditions" / "antisd.yaml")]
 
 
@@ -97,3 +104,14 @@ def test_a_start_compares_with_the_gpu() -> None:
     assert "model.recompute" in note
     with pytest.raises(UserError, match=r"22\.9 GiB.*parallelism\.tensor"):
         notes(22.0)
+
+
+def test_keys_that_a_plan_names_are_the_recipes() -> None:
+    keys = dotted_keys(SCHEMAS["train"])
+    named = set()
+    for module in (planning, reasons, report, shortage):
+        for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named.update(KEY.findall(node.value))
+    assert len(named) > 15
+    assert {name for name in named if name not in keys} == set()
