@@ -45,21 +45,28 @@ HOST_RATE = 25e9
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one rank, by what they are spent on."""
+    """Seconds of one rank, by what they are spent on; idle: its waiting, for other stages (the pipeline's bubble) or
+    for the busiest rank."""
 
     compute: float = 0.0
     memory: float = 0.0
     communication: float = 0.0
+    idle: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.compute + other.compute, self.memory + other.memory, self.communication + other.communication)
+        return Cost(
+            self.compute + other.compute,
+            self.memory + other.memory,
+            self.communication + other.communication,
+            self.idle + other.idle,
+        )
 
     def __mul__(self, factor: float) -> Cost:
-        return Cost(self.compute * factor, self.memory * factor, self.communication * factor)
+        return Cost(self.compute * factor, self.memory * factor, self.communication * factor, self.idle * factor)
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.memory + self.communication
+        return self.compute + self.memory + self.communication + self.idle
 
 
 ZERO = Cost()

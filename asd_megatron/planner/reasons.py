@@ -31,7 +31,7 @@ def bound(setting: Setting, time: StepTime) -> str:
     phase = next(phase for phase in time.phases if phase.name == name)
     if name not in ("teacher", "student", "reference", "update"):
         return text
-    idle, exchanged = phase.part.idle / phase.seconds, phase.part.communication / phase.seconds
+    idle, exchanged = phase.cost.idle / phase.seconds, phase.cost.communication / phase.seconds
     if idle > BUBBLE:
         return f"{text}: {_waiting(setting, idle)}"
     if exchanged > EXCHANGE:

@@ -142,8 +142,8 @@ def _memory(found: Plan) -> str:
 def _time(time: StepTime) -> str:
     rows: list[Row] = [("phase", "seconds", "compute", "memory", "exchange", "waiting", "of the step")]
     for phase in time.phases:
-        part = phase.part
-        parts = (part.compute, part.memory, part.communication, part.idle)
+        cost = phase.cost
+        parts = (cost.compute, cost.memory, cost.communication, cost.idle)
         fraction = f"{phase.seconds / time.total:.0%}"
         rows.append((phase.name, _seconds(phase.seconds), *(_seconds(value) for value in parts), fraction))
     lines = [
@@ -278,10 +278,10 @@ def time_json(time: StepTime) -> dict[str, Any]:
         "phases": {
             phase.name: {
                 "seconds": phase.seconds,
-                "compute": phase.part.compute,
-                "memory": phase.part.memory,
-                "communication": phase.part.communication,
-                "idle": phase.part.idle,
+                "compute": phase.cost.compute,
+                "memory": phase.cost.memory,
+                "communication": phase.cost.communication,
+                "idle": phase.cost.idle,
             }
             for phase in time.phases
         },

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asd_megatron.planner import transfers
-from asd_megatron.planner.compute import optimizer_step
+from asd_megatron.planner.compute import Cost, optimizer_step
 from asd_megatron.planner.loads import Batch, Spread
 from asd_megatron.planner.rollout import Generation, generation
 from asd_megatron.planner.setting import Setting
-from asd_megatron.planner.training import Part, gradient_exchange, optimizer_ranks, pass_time
+from asd_megatron.planner.training import gradient_exchange, optimizer_ranks, pass_time
 
 SERVERS = ("weight_sync", "handover", "rollout")
 """Phases in which the servers work and the trainer waits, unless they overlap."""
@@ -22,11 +22,11 @@ class Phase:
     """`name` is that of the run's `time/*` metrics; there `optimizer` is part of `update`, `handover` of `rollout`."""
 
     name: str
-    part: Part
+    cost: Cost
 
     @property
     def seconds(self) -> float:
-        return self.part.seconds
+        return self.cost.seconds
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def assembled(setting: Setting, batch: Batch, trained: tuple[Phase, ...], rollou
     before = (
         Phase("weight_sync", transfers.weight_sync(setting)),
         Phase("handover", transfers.handover(setting)),
-        Phase("rollout", Part.of(cost)),
+        Phase("rollout", cost),
         Phase("reward", transfers.reward(setting, rollouts.tokens)),
     )
     peak = gpu.fp8 if training.fp8 else gpu.bfloat16
@@ -134,13 +134,13 @@ def training_phases(setting: Setting, batch: Batch) -> tuple[Phase, ...]:
     """The trainer's own, from the teacher's scoring pass to the checkpoint. They do not depend on the servers."""
     work = setting.workload
     student, teacher = batch.spread(setting.training)
-    scored = pass_time(setting, student, update=False) * work.mini_batches if work.student or work.reference else Part()
+    scored = pass_time(setting, student, update=False) * work.mini_batches if work.student or work.reference else Cost()
     copies = setting.training.copies
-    swap = transfers.exchange_copy(setting) if copies else Part()
+    swap = transfers.exchange_copy(setting) if copies else Cost()
     parts = {
         "teacher": pass_time(setting, teacher, update=False) * (work.mini_batches * work.teacher)
         if work.teacher
-        else Part(),
+        else Cost(),
         "student": scored * work.student,
         "reference": (scored + swap) * work.reference,
         "update": pass_time(setting, student, update=True) * work.updates,
@@ -152,7 +152,7 @@ def training_phases(setting: Setting, batch: Batch) -> tuple[Phase, ...]:
     return tuple(Phase(name, part) for name, part in parts.items())
 
 
-def optimizer(setting: Setting, student: Spread) -> Part:
+def optimizer(setting: Setting, student: Spread) -> Cost:
     """An optimizer step: gradients over the data-parallel ranks, Adam, weights back. Its exchange runs beside the last
     pack's backward pass with `overlap_grad_reduce`."""
     own, (dense, experts) = transfers.fullest(setting), optimizer_ranks(setting)
@@ -162,4 +162,4 @@ def optimizer(setting: Setting, student: Spread) -> Part:
         backward = pass_time(setting, student, update=True).seconds / packs * (2 / 3)
         exchanged -= min(exchanged * (2 / 3), backward)  # the gradients' 4 of 6 bytes, not the weights'
     cost = optimizer_step(setting, own.dense, dense) + optimizer_step(setting, own.experts, experts)
-    return Part.of(cost) + Part(communication=exchanged)
+    return cost + Cost(communication=exchanged)

@@ -8,7 +8,7 @@ packs and the other stages' for the most expensive one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from asd_megatron.planner import communication as comm
 from asd_megatron.planner.communication import Groups
@@ -25,37 +25,7 @@ from asd_megatron.planner.loads import Load, Spread
 from asd_megatron.planner.setting import BYTES, Setting
 
 
-@dataclass(frozen=True)
-class Part:
-    """Seconds of a phase by what they are spent on; idle: the mean rank's waiting, for other stages (the pipeline's
-    bubble) or for the busiest rank."""
-
-    compute: float = 0.0
-    memory: float = 0.0
-    communication: float = 0.0
-    idle: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self.compute + self.memory + self.communication + self.idle
-
-    def __add__(self, other: Part) -> Part:
-        return Part(
-            self.compute + other.compute,
-            self.memory + other.memory,
-            self.communication + other.communication,
-            self.idle + other.idle,
-        )
-
-    def __mul__(self, factor: float) -> Part:
-        return Part(self.compute * factor, self.memory * factor, self.communication * factor, self.idle * factor)
-
-    @classmethod
-    def of(cls, cost: Cost, idle: float = 0.0) -> Part:
-        return cls(cost.compute, cost.memory, cost.communication, idle)
-
-
-def pass_time(setting: Setting, spread: Spread, *, update: bool) -> Part:
+def pass_time(setting: Setting, spread: Spread, *, update: bool) -> Cost:
     """One pass over a mini-batch: a forward pass, or forward and backward."""
     training = setting.training
     rates = Rates.of(setting.gpu, training.dtype, fp8=training.fp8 if update else training.fp8_scores)
@@ -75,7 +45,7 @@ def pass_time(setting: Setting, spread: Spread, *, update: bool) -> Part:
 
 def pipelined(
     mean: tuple[Cost, Cost], busiest: tuple[Cost, Cost], largest: tuple[Cost, Cost], *, pipeline: int, chunks: int
-) -> Part:
+) -> Cost:
     """The time of a pass from (a stage without the head, the last stage), each for all packs of the mean rank, of the
     busiest one, and for the most expensive pack. A stage without the head does not exist in a pipeline of one."""
     busy = (mean[0] * (pipeline - 1) + mean[1]) * (1 / pipeline)
@@ -84,7 +54,7 @@ def pipelined(
         inner, last = (cost.seconds for cost in largest)
         others = (pipeline - 1) * inner + last - max(inner, last)
         seconds = max(cost.seconds for cost in busiest) + others / chunks
-    return Part.of(busy, max(seconds - busy.seconds, 0.0))
+    return replace(busy, idle=max(seconds - busy.seconds, 0.0))
 
 
 def _stages(setting: Setting, groups: Groups, load: Load, rates: Rates, *, update: bool) -> tuple[Cost, Cost]:

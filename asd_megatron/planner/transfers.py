@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from asd_megatron.planner.communication import Groups, all_gather
+from asd_megatron.planner.compute import Cost
 from asd_megatron.planner.parameters import Parameters, model_parameters, stage_parameters
 from asd_megatron.planner.setting import BYTES, Setting
-from asd_megatron.planner.training import Part, optimizer_ranks
+from asd_megatron.planner.training import optimizer_ranks
 
 SYNC_SECONDS = 0.1
 """Of a weight sync's requests beside its buckets: pause, session, label, resume; 20 ms measured on a CPU."""
@@ -31,7 +32,7 @@ def fullest(setting: Setting) -> Parameters:
     return max(stage_parameters(setting.shape, setting.training.layout), key=lambda stage: stage.total)
 
 
-def weight_sync(setting: Setting) -> Part:
+def weight_sync(setting: Setting) -> Cost:
     """All weights from the trainer to all servers.
 
     A sender gathers its stage's shards and fills buckets (a read and a write), while the servers receive the bucket
@@ -39,30 +40,30 @@ def weight_sync(setting: Setting) -> Part:
     """
     serving, gpu = setting.serving, setting.gpu
     if serving.engine == "embedded":
-        return Part()
+        return Cost()
     width = 1 if serving.fp8 else BYTES[setting.training.dtype]
     size = model_parameters(setting.shape) * float(width)
     memory = gpu.memory_rate * gpu.efficiency.memory
     if serving.transport == "disk":
-        complete = Part(memory=2 * size / STORAGE_RATE)
+        complete = Cost(memory=2 * size / STORAGE_RATE)
     else:
         gathered = _gather_seconds(setting, size)
         filled = gathered + 2 * size / memory
         arrived = size / _server_link(setting) + 2 * size / memory
         buckets = -(-size // (serving.bucket_mib << 20))
         requests = buckets * BUCKET_SECONDS + _matrices(setting) * MATRIX_SECONDS
-        complete = Part(
+        complete = Cost(
             memory=max(filled, arrived) - size / _server_link(setting) + requests,
             communication=size / _server_link(setting),
         )
     part = complete
     if serving.full_every > 1 and serving.transport == "distributed":
         sent = size / width * CHANGED * 4
-        delta = Part(memory=size / memory, communication=size / gpu.host_link + sent / _server_link(setting))
+        delta = Cost(memory=size / memory, communication=size / gpu.host_link + sent / _server_link(setting))
         part = (complete + delta * (serving.full_every - 1)) * (1 / serving.full_every)
     if serving.verify:
-        part += Part(memory=size / serving.tensor_parallel / memory + VERIFY_SECONDS)
-    return part + Part(memory=SYNC_SECONDS)
+        part += Cost(memory=size / serving.tensor_parallel / memory + VERIFY_SECONDS)
+    return part + Cost(memory=SYNC_SECONDS)
 
 
 def _matrices(setting: Setting) -> int:
@@ -94,34 +95,34 @@ def optimizer_bytes(setting: Setting) -> float:
     return per_parameter * (own.dense / dense + own.experts / experts)
 
 
-def handover(setting: Setting) -> Part:
+def handover(setting: Setting) -> Cost:
     """Colocated servers take the GPUs and give them back: the optimizer's state goes to host memory and returns."""
     if not setting.serving.colocated or setting.serving.engine == "embedded":
-        return Part()
+        return Cost()
     moved = 2 * optimizer_bytes(setting) if setting.serving.offload_optimizer else 0.0
-    return Part(memory=RESUME_SECONDS, communication=moved / setting.gpu.host_link)
+    return Cost(memory=RESUME_SECONDS, communication=moved / setting.gpu.host_link)
 
 
-def exchange_copy(setting: Setting) -> Part:
+def exchange_copy(setting: Setting) -> Cost:
     """A copy of the weights in host memory takes the place of the live ones, and they come back."""
     size = fullest(setting).total * float(BYTES[setting.training.dtype])
-    return Part(communication=2 * size / setting.gpu.host_link)
+    return Cost(communication=2 * size / setting.gpu.host_link)
 
 
-def checkpoint(setting: Setting) -> Part:
+def checkpoint(setting: Setting) -> Cost:
     """A training checkpoint, its seconds spread over the steps between two. 14 bytes a parameter in bfloat16, written
     by all nodes at once; in the background only the copy to host memory counts."""
     every, training = setting.workload.checkpoint_every, setting.training
     if every == 0:
-        return Part()
+        return Cost()
     size = model_parameters(setting.shape) * (12.0 + BYTES[training.dtype])
     ranks = training.layout.world_size
     if training.async_save:
-        return Part(communication=size / ranks / setting.gpu.host_link / every)
+        return Cost(communication=size / ranks / setting.gpu.host_link / every)
     nodes = -(-ranks // setting.gpu.per_node)
-    return Part(memory=size / (nodes * STORAGE_RATE) / every)
+    return Cost(memory=size / (nodes * STORAGE_RATE) / every)
 
 
-def reward(setting: Setting, tokens: float) -> Part:
+def reward(setting: Setting, tokens: float) -> Cost:
     """The last group's verification, and the batch divided over the ranks. tokens: of all responses."""
-    return Part(memory=REWARD_SECONDS + BATCH_SECONDS * tokens)
+    return Cost(memory=REWARD_SECONDS + BATCH_SECONDS * tokens)

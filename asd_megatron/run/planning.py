@@ -16,12 +16,12 @@ from asd_megatron.models.families import shape_of
 from asd_megatron.models.family import ModelShape
 from asd_megatron.models.gpt import Recompute
 from asd_megatron.planner.hardware import GIB, Accelerator, accelerator
-from asd_megatron.planner.memory import StageMemory, rank_memory
-from asd_megatron.planner.parameters import model_parameters
+from asd_megatron.planner.parameters import model_parameters, stage_parameters
 from asd_megatron.planner.proposals import propose
 from asd_megatron.planner.report import Plan, plan
 from asd_megatron.planner.setting import Dtype, Lengths, Serving, Setting, Training, Workload
 from asd_megatron.planner.shortage import lacks
+from asd_megatron.planner.states import States
 from asd_megatron.run.copies import needed_copies
 from asd_megatron.run.method import make_plan
 from asd_megatron.run.ranks import layout_of
@@ -34,8 +34,6 @@ SERVER_MEMORY = 0.85
 """SGLang's own choice of mem-fraction-static on an 80 GB GPU is between 0.83 and 0.88."""
 RUNNING_SERVER = 8
 """GPUs that a server of `rollout.server_urls` is taken to have: a node."""
-HELD = ("weights", "gradients", "master weights", "moments")
-"""Items of a rank's memory whose sizes are known exactly."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,8 @@ def memory_notes(recipe: AnyRecipe, layout: Layout, config: Mapping[str, Any], m
         return []
     gpu = replace(accelerator("h100"), name="GPU", memory_gib=memory / GIB)
     setting = setting_of(recipe, gpu, layout, shape_of(config)[1])
-    held = max(_held(stage) for stage in rank_memory(setting))
+    stages = [States(count, setting.training) for count in stage_parameters(setting.shape, layout)]
+    held = max(stage.weights + stage.gradients + stage.optimizer for stage in stages)
     advice = f"`asd-megatron plan RECIPE --gpus {setting.gpus}` shows the layouts that fit"
     if held > memory:
         raise UserError(
@@ -114,10 +113,6 @@ def memory_notes(recipe: AnyRecipe, layout: Layout, config: Mapping[str, Any], m
         )
     lacking = lacks(setting)
     return [f"warning: the GPU's memory is too small by estimate: {lacking[0]}; {advice}"] if lacking else []
-
-
-def _held(stage: StageMemory) -> float:
-    return sum(item.bytes for item in stage.phase("update").items if item.where == "device" and item.name in HELD)
 
 
 def needed_gpus(recipe: Recipe) -> int:

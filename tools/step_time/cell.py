@@ -116,7 +116,7 @@ def predict(trained: Trained, cell: ParityCell, gpu: Accelerator, *, waiting: bo
     )
     setting = Setting(trained.port.shape, training, Serving(engine="embedded"), WORK, gpu)
     phases = training_phases(setting, Batch(setting.shape, WORK))
-    found = {phase.name: phase.seconds - (0.0 if waiting else phase.part.idle) for phase in phases}
+    found = {phase.name: phase.seconds - (0.0 if waiting else phase.cost.idle) for phase in phases}
     return {"teacher": found["teacher"], "update": found["update"] + found["optimizer"]}
 
 
