@@ -14,7 +14,8 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from asd_megatron.cli.console import flush_output
 from asd_megatron.cli.guard import INTERRUPTED, importing
@@ -69,10 +70,22 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
     with importing(f"interrupted before the run began; to start it: {command}"):
         placement = _checked_placement(recipe)
     print(placement_text(recipe, placement), flush=True)
-    placement.apply(os.environ)
-    set_defaults(placement.ranks, os.environ)
-    os.environ[COMMAND] = command
-    return _run_and_tell(recipe, module, words, placement.ranks, command)
+    with _environment_of_ranks():
+        placement.apply(os.environ)
+        set_defaults(placement.ranks, os.environ)
+        os.environ[COMMAND] = command
+        return _run_and_tell(recipe, module, words, placement.ranks, command)
+
+
+@contextmanager
+def _environment_of_ranks() -> Iterator[None]:
+    """What is set inside is for the ranks alone: afterwards the environment is as it was, for whoever calls next."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _checked_placement(recipe: AnyRecipe) -> Placement:

@@ -49,6 +49,7 @@ def load_compare() -> Callable[[str, str], bool]:
     from sympy import nan, zoo
 
     math_verify.grader.sympy_numeric_eq = numeric_equality(math_verify.grader.sympy_numeric_eq)
+    math_verify.grader.sympy_symbolic_eq = symbolic_equality(math_verify.grader.sympy_symbolic_eq)
     configs = [LatexExtractionConfig(), ExprExtractionConfig()]
 
     def read(text: str) -> list[Any]:
@@ -104,6 +105,21 @@ def numeric_equality(original: Callable[[Any, Any, int, int], bool]) -> Callable
             return original(a, b, float_rounding, numeric_precision)
 
     return numeric_eq
+
+
+def symbolic_equality(original: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    r"""`original`, math_verify's comparison of two sympy expressions by simplifying their difference, with infinite
+    numbers compared as they are: sympy draws points at random to simplify 5 - \sqrt{\infty}, and found 0 at times."""
+    from sympy import Expr, oo
+
+    def symbolic_eq(a: Any, b: Any) -> bool:
+        if isinstance(a, Expr) and isinstance(b, Expr) and a.is_number and b.is_number:
+            left, right = exact(a), exact(b)
+            if any(x.has(oo, -oo) for x in (left, right)):
+                return bool(left == right)
+        return original(a, b)
+
+    return symbolic_eq
 
 
 def exact(value: Any) -> Any:

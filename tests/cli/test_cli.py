@@ -334,7 +334,9 @@ def test_the_launcher_creates_no_cuda_context(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     started: list[int] = []
     monkeypatch.setattr(launch, "run_ranks", lambda module, argv, ranks: started.append(ranks) or 0)
+    before = dict(os.environ)
     assert main(["train", recipe(tmp_path, "parallelism: {tensor: 2}\n")]) == 0
+    assert os.environ == before  # what it sets is for the ranks
     assert main(["sft", recipe(tmp_path, "parallelism: {tensor: 2, data: 1}\n")]) == 0
     assert started == [8, 2]
 
