@@ -51,17 +51,18 @@ class Start:
     """The decision about the run folder. `checkpoint`: the training checkpoint to load, of this run folder for
     `resume` and of another for `fresh`, `restart` and `overwrite`. `changes`: recipe keys that differ from the run that
     is resumed or restarted. `returned_to`: the checkpoint of `checkpoint.resume`, when the run has returned to it
-    before and continues from a newer one."""
+    before and continues from a newer one. `damaged`: newer checkpoints of the run that are damaged, and how."""
 
     kind: Kind
     checkpoint: str | None = None
     changes: tuple[Change, ...] = ()
     returned_to: str | None = None
+    damaged: tuple[tuple[str, str], ...] = ()
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
     """Raise an OSError from inside, while `path` of the run folder is written, as a UserError."""
-    remedy = "free space or change its permissions, then start the same command again"
+    remedy = "free space, or let nothing remove it or change its permissions, then start the same command again"
     return user_error(f"{path} cannot be written", remedy)
 
 
@@ -144,7 +145,7 @@ def _decide(recipe: AnyRecipe, stage: str) -> Start:
     own = returned_to is not None or given is not None and elsewhere is None
     if not _entries(folder):
         return Start("fresh", elsewhere)
-    newest = None if asked == "never" else lineage.latest(folder / CHECKPOINTS)
+    newest = None if asked == "never" else lineage.named(folder / CHECKPOINTS)
     recorded = None if asked == "never" else _recorded(recipe, elsewhere, newest)
     if recorded is None:
         _check_overwrite(recipe)
@@ -165,7 +166,7 @@ def _decide(recipe: AnyRecipe, stage: str) -> Start:
     if checkpoint is None:
         _check_restart(recipe)
         return Start("restart", elsewhere, found)
-    return Start("resume", str(checkpoint), found, None if _is_asked(recipe, str(checkpoint)) else returned_to)
+    return Start("resume", str(checkpoint), found, None if is_asked(recipe, str(checkpoint)) else returned_to)
 
 
 def _inside(checkpoint: Path, folder: Path) -> bool:
@@ -189,7 +190,7 @@ def _has_returned(folder: Path, given: Path) -> bool:
     return given.resolve().name in returns
 
 
-def _is_asked(recipe: AnyRecipe, checkpoint: str) -> bool:
+def is_asked(recipe: AnyRecipe, checkpoint: str) -> bool:
     """Whether `checkpoint.resume` names this checkpoint."""
     asked = recipe.checkpoint.resume
     return asked not in ("auto", "never") and os.path.realpath(asked) == os.path.realpath(checkpoint)
@@ -262,7 +263,9 @@ def is_exported(folder: Path, step: int, checkpoint: Path) -> bool:
     """Whether the export of `step` is complete and of this branch: not older than the checkpoint of that step."""
     export = export_folder(folder, step)
     written = checkpoint / lineage.RUN_STATE
-    return is_complete(export) and (export / CONFIG).stat().st_mtime >= written.stat().st_mtime
+    if not is_complete(export):
+        return False
+    return not written.is_file() or (export / CONFIG).stat().st_mtime >= written.stat().st_mtime
 
 
 def _refuse(recipe: AnyRecipe, found: tuple[Change, ...], stage: str) -> None:
@@ -342,8 +345,10 @@ def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
         if start.kind == "resume" and start.checkpoint is not None:
             # It may be an older one: from now on it is the run's newest.
             lineage.name_latest(folder / CHECKPOINTS, Path(start.checkpoint).resolve().name)
+        for checkpoint, problem in start.damaged:
+            record(folder, "fallback", step, damaged=checkpoint, reason=problem)
         origin = None if start.checkpoint is None else os.path.realpath(start.checkpoint)
-        back = start.kind == "resume" and start.checkpoint is not None and _is_asked(recipe, start.checkpoint)
+        back = start.kind == "resume" and start.checkpoint is not None and is_asked(recipe, start.checkpoint)
         record(folder, start.kind, step, stage=stage, checkpoint=origin, **({"returned": True} if back else {}))
         if step < recipe.run.steps:
             (folder / SUMMARY_FILE).unlink(missing_ok=True)
@@ -364,7 +369,8 @@ def _remove(path: Path) -> None:
 
 def record(folder: Path, event: str, step: int, **values: Any) -> None:
     """Append an event after `step` steps to RUN/history.jsonl: a start (its kind; `returned` if `checkpoint.resume`
-    named the run's own checkpoint), a `change` of a recipe key, a `stop` on request, the `end`."""
+    named the run's own checkpoint), before it a `fallback` for each damaged checkpoint that it passed over, a `change`
+    of a recipe key, a `save_failed`, a `stop` on request, the `end`."""
     line = {"time_utc": utc_now(), "event": event, "step": step, **values}
     with (folder / HISTORY_FILE).open("ab+") as file:
         torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
