@@ -280,7 +280,7 @@ def _on_every_rank(action: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 
 def _verified(path: Path, group: dist.ProcessGroup) -> tuple[RunStateFile, list[str]]:
-    """The run_state.json of a checkpoint, and the files that this rank has compared with the manifest; [] without one."""
+    """The run_state.json of a checkpoint, and the files that this rank has compared with the manifest ([]: none)."""
     stored, manifest = RunStateFile.read(path), Manifest.read(path)
     if manifest is None:
         if stored.has_manifest:

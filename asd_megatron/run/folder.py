@@ -27,7 +27,7 @@ from asd_megatron.checkpoint.huggingface import CONFIG, is_complete
 from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_write, remove_partial, system_reason, to_json, user_error, utc_now
+from asd_megatron.files import PARTIAL, atomic_write, remove_partial, system_reason, to_json, user_error, utc_now
 from asd_megatron.observe.expert_load import EXPERT_LOAD_FILE
 from asd_megatron.run.changes import Change, changes, not_accepted
 
@@ -208,7 +208,7 @@ def check_step_left(recipe: AnyRecipe, start: Start, step: int) -> None:
 
 def _entries(folder: Path) -> list[str]:
     with suppress(FileNotFoundError):
-        return [name for name in os.listdir(folder) if name != LOCK_FILE]
+        return [name for name in os.listdir(folder) if name != LOCK_FILE and not name.endswith(PARTIAL)]
     return []
 
 
@@ -218,7 +218,10 @@ def _recorded(recipe: AnyRecipe, elsewhere: str | None, newest: Path | None) -> 
     folder = recipe.run.path
     if newest is None and not (folder / HISTORY_FILE).is_file():
         return None
-    found = read_yaml(folder / RECIPE_FILE, "recorded recipe") if (folder / RECIPE_FILE).is_file() else {}
+    there = (folder / RECIPE_FILE).is_file()
+    if newest is None and not there and all("event" in line for line in read_history(folder)):
+        return recipe.model_dump(mode="json")  # a full disk, or a kill, ended the first start before it was recorded
+    found = read_yaml(folder / RECIPE_FILE, "recorded recipe") if there else {}
     if not isinstance(found, dict):
         raise UserError(f"{folder / RECIPE_FILE} is no recipe: choose another run.name, or set run.overwrite true")
     if elsewhere is not None:

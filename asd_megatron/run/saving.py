@@ -117,9 +117,12 @@ class Saver:
         return training.not_finite(self._port, self._optimizer.megatron, self._copies)
 
     def _prepare(self) -> None:
-        with writing(self._recipe.run.path):
-            self._recipe.run.path.stat()  # a run folder that somebody has removed is not made again
-        self._before()
+        try:
+            with writing(self._recipe.run.path):
+                self._recipe.run.path.stat()  # a run folder that somebody has removed is not made again
+            self._before()
+        except UserError as error:
+            raise UserError(f"the checkpoint of step {self._step} is not written: {error}") from error
 
     def _complete(self, step: int) -> None:
         self.newest = step
@@ -134,7 +137,7 @@ class Saver:
         self._failed, self._untold = self._failed + 1, self._untold + 1
         every = self._recipe.checkpoint.every
         if first or every and self._step % every == 0:
-            self._say(f"warning: {error}. The next step tries again; {self.newest_text()}")
+            self._say(f"warning: {error}. The run goes on, and its next step tries again; {self.newest_text()}")
             if self._port.process_groups.host.rank() == 0:
                 with suppress(OSError):  # the disk may be full
                     newest = lineage.name(self.newest) if self.newest else None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from asd_megatron.files import user_error
 from asd_megatron.models.routing import LoadReport
 from asd_megatron.observe.expert_load import ExpertLoadFile, load_metrics
 from asd_megatron.observe.writer import RunWriter
@@ -57,7 +58,7 @@ class StepFiles:
 
     def write_waiting(self) -> None:
         """Write the lines of earlier steps that wait for room. Raises UserError if there is still none."""
-        with writing(self._folder):
+        with user_error(f"lines of earlier steps still wait for room in {self._folder}", "free space there"):
             for file in (self.writer, self._load):
                 if file is not None:
                     file.write_waiting()
