@@ -4,7 +4,8 @@
 
     {"format": 1, "checksum": "crc32", "step": 60, "stage": "train", "layout": {"tensor": 2, "data": 4},
      "time_utc": "2026-01-31T08:00:00+00:00",
-     "files": {".metadata": {"bytes": 5120, "checksum": "0f3a9c2b"}, "__0_0.distcp": {...}, ...}}
+     "files": {".metadata": {"bytes": 5120, "checksum": "0f3a9c2b"}, "__0_0.distcp": {...}, ...},
+     "own_checksum": "3d1c07aa"}                                               of everything above
 
 Each rank computes the checksum of its file while it writes it (`ChecksumWriter`), without reading it again. CRC-32
 finds damage (every burst of up to 32 bits, anything else but for one case in 4 billion); it is no protection against
@@ -23,13 +24,13 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from asd_megatron.errors import UserError
-from asd_megatron.files import read_json_object, system_reason, utc_now, write_json
+from asd_megatron.files import read_json_object, system_reason, to_json, utc_now, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 CHECKSUM = "crc32"
 _BLOCK = 4 << 20  # bytes read at a time
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Called with the number of bytes that have been read since the last call."""
 
 
@@ -118,7 +119,8 @@ class Manifest:
         names = sorted(path.name for path in folder.iterdir())
         files = {name: known.get(name) or checksum(folder / name) for name in names}
         found = cls(step, stage, dict(layout), utc_now(), files)
-        write_json(folder / MANIFEST, {"format": FORMAT, "checksum": CHECKSUM, **asdict(found)})
+        content = {"format": FORMAT, "checksum": CHECKSUM, **asdict(found)}
+        write_json(folder / MANIFEST, {**content, "own_checksum": _own_checksum(content)})
         return found
 
     @classmethod
@@ -132,6 +134,8 @@ class Manifest:
             found = read_json_object(path, "it is no manifest")
         if found.get("format") != FORMAT or found.get("checksum") != CHECKSUM:
             raise UserError(f"{path} is not of format {FORMAT}: another version of asd_megatron wrote it; use that one")
+        if found.pop("own_checksum", None) != _own_checksum(found):
+            raise damaged(folder, f"the content of {MANIFEST} has changed")
         try:
             files = {name: FileEntry(int(v["bytes"]), str(v["checksum"])) for name, v in found["files"].items()}
             layout = {str(name): int(size) for name, size in found["layout"].items()}
@@ -187,6 +191,10 @@ class Manifest:
             return f"{name} is missing" if gone else f"{name} cannot be read ({system_reason(error)})"
         wanted = self.files[name].bytes
         return None if size == wanted else f"{name} has {size} bytes, and {wanted} were written"
+
+
+def _own_checksum(content: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(to_json(content).encode()):08x}"
 
 
 def sync_files(paths: Sequence[Path]) -> None:

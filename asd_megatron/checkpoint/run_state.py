@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from asd_megatron.checkpoint import copies_state
 from asd_megatron.checkpoint.lineage import RUN_STATE
-from asd_megatron.checkpoint.manifest import damage, damaged
+from asd_megatron.checkpoint.manifest import MANIFEST, damage, damaged
 from asd_megatron.errors import UserError
 from asd_megatron.files import read_json_object
 from asd_megatron.models.weight_copies import CopyName
@@ -49,8 +49,10 @@ class RunStateFile:
     @classmethod
     def read(cls, path: Path) -> Self:
         """That of the checkpoint `path`. Raises UserError for a folder that is no checkpoint or of another format, a
-        DamagedCheckpoint where the file cannot be understood."""
+        DamagedCheckpoint where the file cannot be understood, or is missing beside others of a checkpoint."""
         file = path / RUN_STATE
+        if not file.is_file() and (not path.is_dir() or (path / MANIFEST).exists() or (path / ".metadata").exists()):
+            raise damaged(path, f"{RUN_STATE} is missing" if path.is_dir() else "its folder is missing")
         if not file.is_file():
             raise UserError(
                 f"{path} is no training checkpoint ({RUN_STATE} is missing): give a folder checkpoints/step_NNNNNN of"
