@@ -15,9 +15,8 @@ and BLAKE2b 0.8 GB/s.
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,13 +194,3 @@ class Manifest:
 
 def _own_checksum(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(to_json(content).encode()):08x}"
-
-
-def sync_files(paths: Sequence[Path]) -> None:
-    """Flush files to the disk. Raises OSError, where writes that were accepted before may fail (no space, a quota)."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

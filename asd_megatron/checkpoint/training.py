@@ -33,7 +33,7 @@ from asd_megatron.checkpoint.background import Background
 from asd_megatron.checkpoint.common_state import load_common
 from asd_megatron.checkpoint.distcp import DistributedCheckpoint
 from asd_megatron.checkpoint.lineage import RUN_STATE
-from asd_megatron.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest, damage, damaged, sync_files
+from asd_megatron.checkpoint.manifest import DamagedCheckpoint, Manifest, damage, damaged
 from asd_megatron.checkpoint.parts import Box, Part, Sharded, boxes, local, own
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.checkpoint.shards import (
@@ -45,6 +45,7 @@ from asd_megatron.checkpoint.shards import (
     write_metadata,
     write_shard,
 )
+from asd_megatron.checkpoint.verification import NOTE, checked
 from asd_megatron.distributed.objects import Told, first_message, gather_objects, on_rank_zero
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, remove_partial
@@ -168,9 +169,8 @@ class _Write:
             check_files(self.aside, shards)
             (self.aside / RUN_STATE).stat()
             known = {shard.name: shard.entry for shard in shards}
-            files = Manifest.write(self.aside, self.step, self.stage, self.layout, known).files
-            sync_files([self.aside / name for name in (*files, MANIFEST) if name not in known])
-            self.written.close()
+            Manifest.write(self.aside, self.step, self.stage, self.layout, known)
+            self.written.close()  # flushes every file and the folder, then renames it
             previous = lineage.latest_step(self.folder)
             lineage.write_latest(self.folder, lineage.name(self.step))
         lineage.prune(self.folder, self.step, previous, self.keep, self.keep_every)
@@ -281,12 +281,10 @@ def _on_every_rank(action: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 def _verified(path: Path, group: dist.ProcessGroup) -> tuple[RunStateFile, list[str]]:
     """The run_state.json of a checkpoint, and the files that this rank has compared with the manifest ([]: none)."""
-    stored, manifest = RunStateFile.read(path), Manifest.read(path)
+    stored, manifest = RunStateFile.read(path), checked(path)
     if manifest is None:
-        if stored.has_manifest:
-            raise damaged(path, f"{MANIFEST} is missing")
         if group.rank() == 0:
-            log.warning("%s has no manifest, a version without wrote it: its small files are not checked", path)
+            log.warning("%s: %s", path, NOTE)
         return stored, []
     mine = manifest.shares(group.size())[group.rank()]
     for problem in manifest.problems(path, mine):

@@ -11,7 +11,7 @@ from typing import Any
 
 from asd_megatron.checkpoint import lineage
 from asd_megatron.checkpoint.distcp import DistributedCheckpoint
-from asd_megatron.checkpoint.manifest import MANIFEST, Manifest, Progress
+from asd_megatron.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest, Progress, damaged
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.errors import UserError
 
@@ -66,11 +66,21 @@ def _line(path: Path, newest: Path | None) -> Line:
 
 def checked(path: Path) -> Manifest | None:
     """The manifest of the checkpoint `path`, None for one of a version without. UserError for what is no checkpoint,
-    or lacks the manifest that it was written with."""
+    DamagedCheckpoint for one that lacks the manifest that it was written with."""
     state, manifest = RunStateFile.read(path), Manifest.read(path)
     if manifest is None and state.has_manifest:
-        raise UserError(f"{MANIFEST} is missing")
+        raise damaged(path, f"{MANIFEST} is missing")
     return manifest
+
+
+def incomplete(path: Path) -> DamagedCheckpoint | None:
+    """What is wrong with the checkpoint `path`, as far as sizes show. UserError for what is no checkpoint."""
+    try:
+        manifest = checked(path)
+    except DamagedCheckpoint as damage:
+        return damage
+    wrong = [] if manifest is None else manifest.wrong_sizes(path)
+    return damaged(path, wrong[0]) if wrong else None
 
 
 def layout_text(manifest: Manifest) -> str:

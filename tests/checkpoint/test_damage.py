@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from asd_megatron.checkpoint import training
 from asd_megatron.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest
 from asd_megatron.distributed.objects import meet
 from asd_megatron.errors import UserError
@@ -94,9 +95,11 @@ def _numbers(rank: int, folder: str) -> list[str]:
         else:
             assert trainer.copies is not None
             trainer.copies._copies["ema"][0].view(-1)[0] = float("-inf")
-        path = trainer.save(Path(folder) / str(number), 2)
+        noticed = training.not_finite(trainer.port, trainer.optimizer, trainer.copies)
+        path = trainer.save(Path(folder) / str(number), 2)  # a run does not
         with pytest.raises(DamagedCheckpoint, match="numbers that are not finite") as caught:
             Trainer({}, False, seed=2, copies=True).load(path)
+        assert noticed is not None and f": {noticed} holds" in str(caught.value)
         found.append(str(caught.value))
     trainer = Trainer({}, False, seed=1)
     old = trainer.save(Path(folder) / "old", 2)
