@@ -173,7 +173,7 @@ class _Write:
             self.written.close()  # flushes every file and the folder, then renames it
             previous = lineage.latest_step(self.folder)
             lineage.write_latest(self.folder, lineage.name(self.step))
-        lineage.prune(self.folder, self.step, previous, self.keep, self.keep_every)
+            lineage.prune(self.folder, self.step, previous, self.keep, self.keep_every)
 
 
 def load(
