@@ -131,10 +131,10 @@ class Manifest:
             return None
         with damage(folder):
             found = read_json_object(path, "it is no manifest")
-        if found.get("format") != FORMAT or found.get("checksum") != CHECKSUM:
-            raise UserError(f"{path} is not of format {FORMAT}: another version of asd_megatron wrote it; use that one")
         if found.pop("own_checksum", None) != _own_checksum(found):
             raise damaged(folder, f"the content of {MANIFEST} has changed")
+        if found.get("format") != FORMAT or found.get("checksum") != CHECKSUM:
+            raise UserError(f"{path} is not of format {FORMAT}: another version of asd_megatron wrote it; use that one")
         try:
             files = {name: FileEntry(int(v["bytes"]), str(v["checksum"])) for name, v in found["files"].items()}
             layout = {str(name): int(size) for name, size in found["layout"].items()}

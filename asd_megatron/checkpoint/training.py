@@ -45,7 +45,7 @@ from asd_megatron.checkpoint.shards import (
     write_metadata,
     write_shard,
 )
-from asd_megatron.checkpoint.verification import NOTE, checked
+from asd_megatron.checkpoint.verification import NOTE, opened
 from asd_megatron.distributed.objects import Told, first_message, gather_objects, on_rank_zero
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, remove_partial
@@ -281,7 +281,7 @@ def _on_every_rank(action: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 def _verified(path: Path, group: dist.ProcessGroup) -> tuple[RunStateFile, list[str]]:
     """The run_state.json of a checkpoint, and the files that this rank has compared with the manifest ([]: none)."""
-    stored, manifest = RunStateFile.read(path), checked(path)
+    stored, manifest = opened(path)
     if manifest is None:
         if group.rank() == 0:
             log.warning("%s: %s", path, NOTE)

@@ -11,6 +11,7 @@ from typing import Any
 
 from asd_megatron.checkpoint import lineage
 from asd_megatron.checkpoint.distcp import DistributedCheckpoint
+from asd_megatron.checkpoint.lineage import RUN_STATE
 from asd_megatron.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest, Progress, damaged
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.errors import UserError
@@ -51,7 +52,7 @@ def _line(path: Path, newest: Path | None) -> Line:
     size, written = sum(file.st_size for file in files), max((file.st_mtime for file in files), default=time.time())
     step, stage, layout, problem = lineage.step_of(path.name), None, None, None
     try:
-        manifest = checked(path)
+        _, manifest = opened(path)
     except UserError as error:
         problem = str(error)
     else:
@@ -64,19 +65,24 @@ def _line(path: Path, newest: Path | None) -> Line:
     return Line(path.name, step, stage, layout, size, max(age, 0.0), problem, latest)
 
 
-def checked(path: Path) -> Manifest | None:
-    """The manifest of the checkpoint `path`, None for one of a version without. UserError for what is no checkpoint,
-    DamagedCheckpoint for one that lacks the manifest that it was written with."""
-    state, manifest = RunStateFile.read(path), Manifest.read(path)
+def opened(path: Path) -> tuple[RunStateFile, Manifest | None]:
+    """The run_state.json of the checkpoint `path`, compared with its manifest, and that; None for a checkpoint of a
+    version without. UserError for what is no checkpoint, DamagedCheckpoint for one in which these are not as they were
+    written."""
+    manifest = Manifest.read(path)
+    if manifest is not None:
+        for problem in manifest.problems(path, [RUN_STATE] if RUN_STATE in manifest.files else []):
+            raise damaged(path, problem)
+    state = RunStateFile.read(path)
     if manifest is None and state.has_manifest:
         raise damaged(path, f"{MANIFEST} is missing")
-    return manifest
+    return state, manifest
 
 
 def incomplete(path: Path) -> DamagedCheckpoint | None:
     """What is wrong with the checkpoint `path`, as far as sizes show. UserError for what is no checkpoint."""
     try:
-        manifest = checked(path)
+        _, manifest = opened(path)
     except DamagedCheckpoint as damage:
         return damage
     wrong = [] if manifest is None else manifest.wrong_sizes(path)
@@ -92,10 +98,11 @@ def problems(path: Path, progress: Progress | None = None) -> Iterator[str]:
     """What is wrong with the checkpoint `path`, in words, one line each. Reads all of it; where it has no manifest,
     its tensors chunk by chunk. Memory: a block of a file, or a tensor's chunk."""
     try:
-        manifest = checked(path)
+        manifest = Manifest.read(path)
         if manifest is not None:
             yield from manifest.problems(path, progress=progress)
             return
+        opened(path)
         checkpoint = DistributedCheckpoint(path)
     except UserError as error:
         yield str(error)

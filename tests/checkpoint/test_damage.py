@@ -39,6 +39,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     **{f"a bit at {at}": (lambda path, at=at: _flip(path, at)) for at in (0.4, 1.0)},  # type: ignore[misc]
     "a page": _lose_page,
     "truncated": lambda path: os.truncate(path, path.stat().st_size * 2 // 3),
+    "a digit": lambda path: path.write_bytes(path.read_bytes().replace(b"1", b"3", 1)),  # of a format, in JSON
     "missing": lambda path: path.unlink(),
 }
 

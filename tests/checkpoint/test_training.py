@@ -178,6 +178,7 @@ def _refusals(rank: int, folder: str) -> dict[str, str]:
     shard = next(path.glob("*.distcp"))
     shard.unlink()
     found["missing shard"] = refusal(lambda: trainer.load(path))
+    (path / MANIFEST).unlink()  # which would name the changed file first
     stored = json.loads((path / lineage.RUN_STATE).read_text())
     broken = [{}, [], {**stored, "run_state": 1}, {**stored, "distributed_optimizer": None}, {**stored, "format": 2}]
     for content in ("{", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", *map(json.dumps, broken)):
