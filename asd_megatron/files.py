@@ -11,6 +11,7 @@ that was killed half way leaves a torn file. For a target `hf/step_000060` the s
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from typing import Any, NoReturn
 from asd_megatron.errors import UserError
 
 PARTIAL = ".partial"
+LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 REPLACED = ".replaced" + PARTIAL
 MAX_JSON_BYTES = 64 << 20  # the tensor index of the largest published models has about 10 MiB
 _REPLACED_NAME = re.compile(rf"\.(?P<target>.+)\.[0-9a-f]{{12}}{re.escape(REPLACED)}")
@@ -36,13 +38,17 @@ def _sibling(path: Path, suffix: str = PARTIAL) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk. Where a file system refuses it, the rename has to do."""
-    with suppress(OSError):
+    """Flush a file, or the entries of a folder, to the disk. Raises OSError when data that was accepted before cannot
+    be written (no space, a quota, a failing disk). Where a file system does not offer it, the rename has to do."""
+    try:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        if error.errno in LOST:
+            raise
 
 
 def _discard(path: Path) -> None:

@@ -92,7 +92,7 @@ class SupervisedRun:
             skipped_updates=int(not stats.applied),
         )
         metrics |= session.integrity.spike_metrics(step, session.say)
-        metrics |= session.write_load(step, stats.load)
+        metrics |= session.files.write_load(step, stats.load)
         if self.guard.consecutive and session.checkpoint_due(step):
             metrics["checkpoint/skipped"] = 1.0
         return {**metrics, **measured, **evaluation}

@@ -12,7 +12,7 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ _NAME = "archive"
 _CLASSES = {dtype: getattr(torch, name) for name, dtype in STORAGES.items()}
 
 
-def write_tensor(values: Tensor, file: IO[bytes]) -> None:
-    """Write a contiguous tensor of a dtype of `STORAGES` that is in host memory at the end of `file`."""
+def write_tensor(values: Tensor, file: Writer) -> None:
+    """Write a contiguous tensor of a dtype of `STORAGES` that is in host memory at the end of `file`, front to back."""
     numbers = values.detach().reshape(-1).view(torch.uint8).numpy()
     with zipfile.ZipFile(cast(IO[bytes], _End(file)), "w", zipfile.ZIP_STORED) as archive:
         for name, data in (
@@ -36,21 +36,23 @@ def write_tensor(values: Tensor, file: IO[bytes]) -> None:
             archive.writestr(zipfile.ZipInfo(f"{_NAME}/{name}"), data)  # without a date: equal tensors are equal bytes
 
 
-class _End:
-    """What is written at the end of a file, as a file of its own."""
+class Writer(Protocol):
+    """A file that is written front to back."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._start = file, file.tell()
+    def write(self, data: Any, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+
+class _End:
+    """What is written at the end of a file, as a file of its own. It has no place, so that the archive is written as a
+    stream: the check sum of the numbers comes after them, not before."""
+
+    def __init__(self, file: Writer) -> None:
+        self._file = file
 
     def write(self, data: Any) -> int:
         return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._file.tell() - self._start
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        assert whence == io.SEEK_SET
-        return self._file.seek(self._start + offset) - self._start
 
     def flush(self) -> None:
         self._file.flush()

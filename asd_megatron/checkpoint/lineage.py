@@ -27,16 +27,41 @@ _NAME = re.compile(r"step_(\d{6,})")
 
 def latest(folder: str | Path) -> Path | None:
     """The newest complete checkpoint of a run's `checkpoints` folder, None when there is none."""
+    found = named(folder)
+    if found is not None and not (found / RUN_STATE).is_file():
+        raise _no_checkpoint(found.parent, found.name)
+    return found
+
+
+def named(folder: str | Path) -> Path | None:
+    """As `latest`, whatever has become of that checkpoint since it was written."""
     folder = Path(folder)
-    named = _named(folder)
-    if named is None:
+    text = _named(folder)
+    if text is None:
         return None
-    if not _NAME.fullmatch(named) or not (folder / named / RUN_STATE).is_file():
-        raise UserError(
-            f"{folder / LATEST} names {named!r}, which is no checkpoint in {folder}: "
-            "write the name of one that is into it, or remove it to start from step 1"
-        )
-    return folder / named
+    if not _NAME.fullmatch(text):
+        raise _no_checkpoint(folder, text)
+    return folder / text
+
+
+def _no_checkpoint(folder: Path, text: str) -> UserError:
+    return UserError(
+        f"{folder / LATEST} names {text!r}, which is no checkpoint in {folder}: "
+        "write the name of one that is into it, or remove it to start from step 1"
+    )
+
+
+def before(checkpoint: Path) -> list[Path]:
+    """The checkpoints beside this one that are older, of its branch therefore, the newest first."""
+    step = step_of(checkpoint.name)
+    found = _steps(checkpoint.parent)
+    return [found[other] for other in sorted(found, reverse=True) if other < step]
+
+
+def all_of(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run's `checkpoints` folder, those of abandoned branches too, the oldest first."""
+    found = _steps(Path(folder))
+    return [found[step] for step in sorted(found)]
 
 
 def name_latest(folder: str | Path, checkpoint: str) -> None:
@@ -90,20 +115,24 @@ def write_latest(folder: Path, checkpoint: str) -> None:
 
 
 def _steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder by step."""
+    """The checkpoints of a folder by step; {} without a folder."""
+    if not folder.is_dir():
+        return {}
     found = {_number(path.name): path for path in folder.iterdir() if path.is_dir()}
     return {step: path for step, path in found.items() if step is not None}
 
 
-def prune(folder: Path, step: int, previous: int, keep: int) -> None:
+def prune(folder: Path, step: int, previous: int, keep: int, keep_every: int = 0) -> None:
     """After the save of `step` by a run that continued from `previous`: remove what follows `previous` (another
-    branch's) and the oldest checkpoints, never the one just written. What cannot be removed stays, with a warning."""
+    branch's) and the oldest checkpoints, never the one just written, and of this branch none of a step that is a
+    multiple of `keep_every`. What cannot be removed stays, with a warning."""
     others = {s: path for s, path in _steps(folder).items() if s != step}
     own = sorted(s for s in others if s <= min(previous, step))
     abandoned = sorted(others.keys() - set(own))
     if abandoned:
         log.warning("removing the checkpoints of an abandoned branch: %s", ", ".join(name(s) for s in abandoned))
-    for s in (*abandoned, *own[: max(0, len(own) - (keep - 1))]):
+    superseded = [s for s in own[: max(0, len(own) - (keep - 1))] if not keep_every or s % keep_every]
+    for s in (*abandoned, *superseded):
         try:
             remove_folder(others[s])
         except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from asd_megatron.checkpoint import copies_state
 from asd_megatron.checkpoint.lineage import RUN_STATE
+from asd_megatron.checkpoint.manifest import MANIFEST, damage, damaged
 from asd_megatron.errors import UserError
 from asd_megatron.files import read_json_object
 from asd_megatron.models.weight_copies import CopyName
@@ -24,11 +25,13 @@ class RunStateFile:
         distributed_optimizer: the kind of optimizer whose state the checkpoint stores.
         copies: the copies of weights that it stores.
         run_state: numbers, strings, lists and string-keyed dicts.
+        has_manifest: whether the checkpoint was written with a manifest; those of earlier versions were not.
     """
 
     distributed_optimizer: bool
     copies: tuple[CopyName, ...]
     run_state: dict[str, Any]
+    has_manifest: bool = True
 
     def text(self, step: int) -> str:
         """The file's text, for the checkpoint of `step`. Raises ValueError for a run state that JSON would change."""
@@ -38,20 +41,25 @@ class RunStateFile:
             "step": step,
             "distributed_optimizer": self.distributed_optimizer,
             "weight_copies": list(self.copies),
+            "manifest": self.has_manifest,
             "run_state": self.run_state,
         }
         return json.dumps(content, indent=2)  # with Python's NaN and Infinity: the state must come back as it was
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """That of the checkpoint `path`. Raises UserError for a folder that is no checkpoint or a damaged one."""
+        """That of the checkpoint `path`. Raises UserError for a folder that is no checkpoint or of another format, a
+        DamagedCheckpoint where the file cannot be understood, or is missing beside others of a checkpoint."""
         file = path / RUN_STATE
+        if not file.is_file() and (not path.is_dir() or (path / MANIFEST).exists() or (path / ".metadata").exists()):
+            raise damaged(path, f"{RUN_STATE} is missing" if path.is_dir() else "its folder is missing")
         if not file.is_file():
             raise UserError(
                 f"{path} is no training checkpoint ({RUN_STATE} is missing): give a folder checkpoints/step_NNNNNN of"
                 " a run"
             )
-        stored = read_json_object(file, "it is damaged, resume from another checkpoint", non_finite=True)
+        with damage(path):
+            stored = read_json_object(file, "resume from another checkpoint", non_finite=True)
         if stored.get("format") != FORMAT:
             raise UserError(
                 f"{file} is not of format {FORMAT}: another version of asd_megatron wrote it; resume with that version"
@@ -59,8 +67,9 @@ class RunStateFile:
         distributed, run_state = stored.get("distributed_optimizer"), stored.get("run_state")
         names = stored.get("weight_copies", [])  # absent in checkpoints of earlier versions
         if not (isinstance(distributed, bool) and isinstance(run_state, dict) and isinstance(names, list)):
-            raise UserError(f"{file} is damaged: resume from another checkpoint")
-        return cls(distributed, tuple(name for name in copies_state.NAMES if name in names), run_state)
+            raise damaged(path, f"{file} lacks what it should have; resume from another checkpoint")
+        copies = tuple(name for name in copies_state.NAMES if name in names)
+        return cls(distributed, copies, run_state, stored.get("manifest") is True)
 
 
 def _check_plain(value: Any, where: str) -> None:

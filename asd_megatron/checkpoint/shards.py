@@ -10,9 +10,11 @@ threads' workers, whose errors get lost; here a rank writes its file alone, with
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ from typing import Any
 import torch
 
 from asd_megatron.checkpoint.chunk_writer import write_tensor
+from asd_megatron.checkpoint.distcp import size_text
+from asd_megatron.checkpoint.manifest import ChecksumWriter, FileEntry
 from asd_megatron.checkpoint.parts import Box, Part
 from asd_megatron.errors import UserError
 from asd_megatron.files import system_reason, write_json
@@ -92,21 +96,31 @@ class Written:
     length: int
 
 
-def write_shard(folder: Path, rank: int, parts: Iterable[Part]) -> list[Written]:
+@dataclass(frozen=True)
+class Shard:
+    """A rank's file: its name, bytes and checksum, and the boxes in it."""
+
+    name: str
+    entry: FileEntry
+    written: list[Written]
+
+
+def write_shard(folder: Path, rank: int, parts: Iterable[Part]) -> Shard:
     """Write `parts` as this rank's file in `folder`. Memory: one box, where it is on a GPU. Raises what the system
     raises."""
     name = f"__{rank}_0.distcp"
     written = []
-    with (folder / name).open("wb") as file:
+    with (folder / name).open("wb") as opened:
+        file = ChecksumWriter(opened)
         for part in parts:
             values = part.values()
             for box in part.boxes:
                 start = file.tell()
                 write_tensor(box.of(values).cpu(), file)
                 written.append(Written(box, part.dtype, name, start, file.tell() - start))
-        file.flush()
-        os.fsync(file.fileno())
-    return written
+        opened.flush()
+        os.fsync(opened.fileno())
+    return Shard(name, file.entry, written)
 
 
 def write_metadata(folder: Path, written: Sequence[Written]) -> None:
@@ -138,15 +152,24 @@ def write_metadata(folder: Path, written: Sequence[Written]) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata(described, storage_data=where)))
 
 
-def check_files(folder: Path, written: Sequence[Written]) -> None:
-    """OSError unless the ranks' files are as they were written: somebody may have cleared the folder meanwhile."""
-    sizes: dict[str, int] = {}
-    for found in written:
-        sizes[found.file] = max(sizes.get(found.file, 0), found.start + found.length)
-    for name, size in sizes.items():
-        there = (folder / name).stat().st_size
-        if there != size:
-            raise OSError(f"{name} has {there} bytes there, and {size} were written")
+def check_files(folder: Path, shards: Iterable[Shard]) -> None:
+    """OSError unless the ranks' files have the bytes that were written: somebody may have cleared the folder
+    meanwhile."""
+    for shard in shards:
+        there = (folder / shard.name).stat().st_size
+        if there != shard.entry.bytes:
+            raise OSError(f"{shard.name} has {there} bytes there, and {shard.entry.bytes} were written")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """OSError when the file system of `folder` has less space than a checkpoint's `needed` bytes. Nothing of it is then
+    written, which leaves what there is to the run's other files. File systems that do not say how large they are pass.
+    """
+    usage = shutil.disk_usage(folder)
+    if usage.total > 0 and usage.free < needed:
+        raise OSError(
+            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size_text(usage.free)} are free, {size_text(needed)} needed"
+        )
 
 
 def write_common(folder: Path, content: dict[str, Any]) -> None:

@@ -39,6 +39,14 @@ class CheckpointSection(Section):
             " the steps after it, which belong to the branch that was left."
         ),
     )
+    keep_every: int = Field(
+        0,
+        ge=0,
+        description=(
+            "Keep the training checkpoints of steps that are multiples of this, too, a multiple of `every`; 0: the"
+            " newest `keep` alone."
+        ),
+    )
     async_save: bool = Field(
         False,
         description=(

@@ -127,6 +127,12 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
             " checkpoint.resume to start a new run at step 1, or checkpoint.continual_from to go on after the step of"
             " the checkpoint"
         )
+    saved = recipe.checkpoint
+    if saved.keep_every and (not saved.every or saved.keep_every % saved.every):
+        yield (
+            f"checkpoint.keep_every {saved.keep_every} is no multiple of checkpoint.every {saved.every}, so most of"
+            " what it names is not saved: give a multiple, or 0"
+        )
     for key in recipe.checkpoint.accept_changes:
         if key != ALL and key not in dotted_keys(type(recipe)):
             nearest = nearest_key(type(recipe), key)

@@ -150,9 +150,9 @@ def only_rank_zero(action: Callable[[], T], group: dist.ProcessGroup) -> T | Non
     return kept[0] if kept else None
 
 
-def first_message(message: str | None, group: dist.ProcessGroup) -> str | None:
-    """The message of the lowest rank that has one, on every rank; None when none has. Collective: one all-reduce of a
-    number, and a broadcast only when there is a message."""
+def first_message(message: T | None, group: dist.ProcessGroup) -> T | None:
+    """The message (text, or another object) of the lowest rank that has one, on every rank; None when none has.
+    Collective: one all-reduce of a number, and a broadcast only when there is a message."""
     if group.size() == 1:
         return message
     _check(group)

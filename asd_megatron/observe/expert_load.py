@@ -7,8 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from asd_megatron.files import atomic_write, to_json
-from asd_megatron.observe.writer import read_lines
+from asd_megatron.observe.lines import LineFile
 
 EXPERT_LOAD_FILE = "expert_load.jsonl"
 
@@ -16,21 +15,23 @@ EXPERT_LOAD_FILE = "expert_load.jsonl"
 class ExpertLoadFile:
     """Appends `{"step": 7, "tokens": [[...], ...]}` a step: how many response tokens each expert of each layer got.
 
-    `resume_step` None starts a new file; resuming from the state after step s drops later lines, and a torn last one.
-    UserError for a damaged line before them.
+    `resume_step`, errors, and what happens while the disk is full: as of any `LineFile`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
-        self.path = Path(folder) / EXPERT_LOAD_FILE
-        kept = []
-        if resume_step is not None and self.path.is_file():
-            kept = [to_json(row) for row in read_lines(self.path) if row["step"] <= resume_step]
-        atomic_write(self.path, "".join(f"{line}\n" for line in kept))
+        self._lines = LineFile(Path(folder) / EXPERT_LOAD_FILE, resume_step=resume_step)
 
-    def write(self, step: int, tokens: Tensor) -> None:
-        """tokens: [layers, experts]."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(to_json({"step": step, "tokens": tokens.round().long().tolist()}) + "\n")
+    def write(self, step: int, tokens: Tensor) -> str | None:
+        """tokens: [layers, experts]. Returns a message for the console, if any."""
+        return self._lines.write({"step": step, "tokens": tokens.round().long().tolist()})
+
+    def write_waiting(self) -> None:
+        """Write the lines that wait for room. Raises OSError when they cannot be written."""
+        self._lines.write_waiting()
+
+    def close(self) -> None:
+        """Raises OSError for lines that still wait and cannot be written."""
+        self._lines.close()
 
 
 def load_metrics(fractions: Tensor, entropy: Tensor, auxiliary_loss: float) -> dict[str, float]:

@@ -345,6 +345,21 @@ SECTIONS = (
                 "a training checkpoint was due and not written, because the last update was skipped; it is written "
                 "after the next update that is applied",
             ),
+            Metric(
+                "checkpoint/failed",
+                "attempts",
+                "training checkpoints that the disk had no room for, or the system refused, since the line before; the"
+                " next step tries again",
+            ),
+        ),
+    ),
+    Section(
+        "Files",
+        "Only while files of the run cannot be written (docs/reliability.md).",
+        (
+            Metric("files/waiting_lines", "lines", "earlier lines of metrics.jsonl that wait in memory for room"),
+            Metric("files/dumps_dropped", "1", "the step's rollout dump could not be written and is missing"),
+            Metric("files/tensorboard_dropped", "1", "TensorBoard's files are given up until the next start"),
         ),
     ),
     Section(

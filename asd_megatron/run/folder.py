@@ -27,7 +27,7 @@ from asd_megatron.checkpoint.huggingface import CONFIG, is_complete
 from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_write, remove_partial, system_reason, to_json, user_error, utc_now
+from asd_megatron.files import PARTIAL, atomic_write, remove_partial, system_reason, to_json, user_error, utc_now
 from asd_megatron.observe.expert_load import EXPERT_LOAD_FILE
 from asd_megatron.run.changes import Change, changes, not_accepted
 from asd_megatron.run.continual import Origin, find_origin
@@ -52,18 +52,20 @@ class Start:
     """The decision about the run folder. `checkpoint`: the training checkpoint to load, of this run folder for
     `resume` and of another for `fresh`, `restart` and `overwrite`. `changes`: recipe keys that differ from the run that
     is resumed or restarted. `returned_to`: the checkpoint of `checkpoint.resume`, when the run has returned to it
-    before and continues from a newer one. `origin`: of `checkpoint.continual_from`, for a run that begins."""
+    before and continues from a newer one. `origin`: of `checkpoint.continual_from`, for a run that begins. `damaged`:
+    newer checkpoints of the run that are damaged, and how."""
 
     kind: Kind
     checkpoint: str | None = None
     changes: tuple[Change, ...] = ()
     returned_to: str | None = None
     origin: Origin | None = None
+    damaged: tuple[tuple[str, str], ...] = ()
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
     """Raise an OSError from inside, while `path` of the run folder is written, as a UserError."""
-    remedy = "free space or change its permissions, then start the same command again"
+    remedy = "free space, or let nothing remove it or change its permissions, then start the same command again"
     return user_error(f"{path} cannot be written", remedy)
 
 
@@ -147,7 +149,7 @@ def _decide(recipe: AnyRecipe, stage: str) -> Start:
     own = returned_to is not None or given is not None and elsewhere is None
     if not _entries(folder):
         return Start("fresh", elsewhere)
-    newest = None if asked == "never" else lineage.latest(folder / CHECKPOINTS)
+    newest = None if asked == "never" else lineage.named(folder / CHECKPOINTS)
     recorded = None if asked == "never" else _recorded(recipe, elsewhere, newest)
     if recorded is None:
         _check_overwrite(recipe)
@@ -168,7 +170,7 @@ def _decide(recipe: AnyRecipe, stage: str) -> Start:
     if checkpoint is None:
         _check_restart(recipe)
         return Start("restart", elsewhere, found)
-    return Start("resume", str(checkpoint), found, None if _is_asked(recipe, str(checkpoint)) else returned_to)
+    return Start("resume", str(checkpoint), found, None if is_asked(recipe, str(checkpoint)) else returned_to)
 
 
 def _inside(checkpoint: Path, folder: Path) -> bool:
@@ -192,7 +194,7 @@ def _has_returned(folder: Path, given: Path) -> bool:
     return given.resolve().name in returns
 
 
-def _is_asked(recipe: AnyRecipe, checkpoint: str) -> bool:
+def is_asked(recipe: AnyRecipe, checkpoint: str) -> bool:
     """Whether `checkpoint.resume` names this checkpoint."""
     asked = recipe.checkpoint.resume
     return asked not in ("auto", "never") and os.path.realpath(asked) == os.path.realpath(checkpoint)
@@ -210,7 +212,7 @@ def check_step_left(recipe: AnyRecipe, start: Start, step: int) -> None:
 
 def _entries(folder: Path) -> list[str]:
     with suppress(FileNotFoundError):
-        return [name for name in os.listdir(folder) if name != LOCK_FILE]
+        return [name for name in os.listdir(folder) if name != LOCK_FILE and not name.endswith(PARTIAL)]
     return []
 
 
@@ -220,7 +222,10 @@ def _recorded(recipe: AnyRecipe, elsewhere: str | None, newest: Path | None) -> 
     folder = recipe.run.path
     if newest is None and not (folder / HISTORY_FILE).is_file():
         return None
-    found = read_yaml(folder / RECIPE_FILE, "recorded recipe") if (folder / RECIPE_FILE).is_file() else {}
+    there = (folder / RECIPE_FILE).is_file()
+    if newest is None and not there and all("event" in line for line in read_history(folder)):
+        return recipe.model_dump(mode="json")  # a full disk, or a kill, ended the first start before it was recorded
+    found = read_yaml(folder / RECIPE_FILE, "recorded recipe") if there else {}
     if not isinstance(found, dict):
         raise UserError(f"{folder / RECIPE_FILE} is no recipe: choose another run.name, or set run.overwrite true")
     if elsewhere is not None:
@@ -265,7 +270,9 @@ def is_exported(folder: Path, step: int, checkpoint: Path) -> bool:
     """Whether the export of `step` is complete and of this branch: not older than the checkpoint of that step."""
     export = export_folder(folder, step)
     written = checkpoint / lineage.RUN_STATE
-    return is_complete(export) and (export / CONFIG).stat().st_mtime >= written.stat().st_mtime
+    if not is_complete(export):
+        return False
+    return not written.is_file() or (export / CONFIG).stat().st_mtime >= written.stat().st_mtime
 
 
 def _refuse(recipe: AnyRecipe, found: tuple[Change, ...], stage: str) -> None:
@@ -346,8 +353,10 @@ def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
         if start.kind == "resume" and start.checkpoint is not None:
             # It may be an older one: from now on it is the run's newest.
             lineage.name_latest(folder / CHECKPOINTS, Path(start.checkpoint).resolve().name)
+        for checkpoint, problem in start.damaged:
+            record(folder, "fallback", step, damaged=checkpoint, reason=problem)
         origin = None if start.checkpoint is None else os.path.realpath(start.checkpoint)
-        back = start.kind == "resume" and start.checkpoint is not None and _is_asked(recipe, start.checkpoint)
+        back = start.kind == "resume" and start.checkpoint is not None and is_asked(recipe, start.checkpoint)
         other: dict[str, Any] = {"returned": True} if back else {}
         if start.origin is not None:
             other["continual_from"] = start.origin.record()
@@ -371,7 +380,8 @@ def _remove(path: Path) -> None:
 
 def record(folder: Path, event: str, step: int, **values: Any) -> None:
     """Append an event after `step` steps to RUN/history.jsonl: a start (its kind; `returned` if `checkpoint.resume`
-    named the run's own checkpoint), a `change` of a recipe key, a `stop` on request, the `end`."""
+    named the run's own checkpoint), before it a `fallback` for each damaged checkpoint that it passed over, a `change`
+    of a recipe key, a `save_failed`, a `stop` on request, the `end`."""
     line = {"time_utc": utc_now(), "event": event, "step": step, **values}
     with (folder / HISTORY_FILE).open("ab+") as file:
         torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 from asd_megatron import locks
 from asd_megatron.checkpoint import lineage
 from asd_megatron.checkpoint.run_state import RunStateFile
+from asd_megatron.checkpoint.verification import incomplete
 from asd_megatron.config import AnyRecipe
 from asd_megatron.errors import UserError, plural
 from asd_megatron.observe.writer import read_metrics
@@ -25,6 +26,7 @@ from asd_megatron.run.folder import (
     unusable,
 )
 from asd_megatron.run.model import updates_per_step
+from asd_megatron.run.resuming import fall_back
 
 
 def preview(recipe: AnyRecipe, stage: str) -> Start:
@@ -39,6 +41,11 @@ def preview(recipe: AnyRecipe, stage: str) -> Start:
     if holder is not None:
         raise UserError(in_use(folder, holder))
     start = decide(recipe, stage)
+    while start.kind == "resume" and start.checkpoint is not None:
+        damage = incomplete(Path(start.checkpoint))
+        if damage is None:
+            break
+        start, _ = fall_back(recipe, start, damage)
     if start.checkpoint is not None:
         if not (Path(start.checkpoint) / lineage.RUN_STATE).is_file():
             raise UserError(
@@ -85,6 +92,7 @@ def start_text(recipe: AnyRecipe, start: Start) -> str:
     }[start.kind]
     if start.kind == "resume" and step == steps:
         text = f"{folder}: its run is complete, and its missing export would be written from {start.checkpoint}"
+    text += "".join(f"\n{problem}" for _, problem in start.damaged)
     if start.changes:
         text += f"\nsettings that differ from that run's: {'; '.join(map(str, start.changes))}"
     return text

@@ -45,7 +45,7 @@ def announce(
 ) -> None:
     """Print the report, show it in TensorBoard, write RUN/environment.json. Global rank 0 only. `batch`, `passes` and
     `method`: of `startup_report`."""
-    if not session.is_root or session.writer is None:
+    if not session.is_root or session.files.writer is None:
         return
     found = environment()
     parts = suppliers(session.port.chunks, session.optimizer)
@@ -75,7 +75,7 @@ def announce(
         method=method,
     )
     print(report, flush=True)
-    session.writer.text("start-up report", report)
+    session.files.writer.text("start-up report", report)
     with writing(session.folder):
         write_environment(session.folder, found, layout=session.layout, suppliers=parts)
     if session.resumed is not None:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from asd_megatron.config import Recipe, recipe_hash
 from asd_megatron.errors import LearnsNothing
+from asd_megatron.files import system_reason
 from asd_megatron.models.routing import LoadReport
 from asd_megatron.observe.dumps import dump_path, write_dump
 from asd_megatron.observe.metrics import GateReading, PerplexityReading, step_metrics
 from asd_megatron.observe.warnings import MethodWarnings
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import Example, TokenTable
-from asd_megatron.run.folder import writing
 from asd_megatron.run.mismatch import MismatchWarning
 from asd_megatron.run.session import Session
 from asd_megatron.run.sources import SourceMetrics
@@ -60,6 +60,7 @@ class StepReports:
         self.mismatch = MismatchWarning(recipe)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="reports")
         self._latest: Future[None] | None = None
+        self._dropping = False  # the step before could not be dumped
 
     def watch_earlier_steps(self) -> None:
         """Warnings count from the run's first step, also after it was resumed."""
@@ -86,8 +87,7 @@ class StepReports:
 
     def _report(self, outcome: StepOutcome) -> None:
         """The step's dump, and its line in metrics.jsonl and TensorBoard."""
-        if self.recipe.run.dump_rollouts:
-            self._dump(outcome)
+        dropped = self._dump(outcome) if self.recipe.run.dump_rollouts else None
         step = outcome.step
         metrics = step_metrics(
             outcome.examples,
@@ -105,26 +105,35 @@ class StepReports:
         )
         if self.own_metrics is not None:
             metrics |= self.own_metrics.of_step(outcome.examples, outcome.table)
-        metrics |= self.session.write_load(step, outcome.load)
+        metrics |= self.session.files.write_load(step, outcome.load)
         if self.recipe.rollout.routing_replay == "engine":
             metrics["experts/replayed"] = returned_fraction(outcome.examples)
         metrics |= outcome.others
+        if dropped is not None:
+            metrics["files/dumps_dropped"] = 1.0
         found, texts = self.warnings.of_step(step, metrics)
         metrics |= found
         self.session.name_attention(step)
         self.session.write_metrics(step, metrics)
         self.session.progress.update(step, metrics)
         dead = self.warnings.must_stop(found) if self.recipe.run.stop_when_dead else None
-        for text in (*texts, self.mismatch.of_step(metrics)):
+        told, self._dropping = self._dropping, dropped is not None
+        for text in (*texts, self.mismatch.of_step(metrics), None if told else dropped):
             if text is not None and text != str(dead):
                 self.session.say(f"warning: {text}")
         if dead is not None:
             raise LearnsNothing(f"step {step}: {dead} (run.stop_when_dead false goes on all the same)")
 
-    def _dump(self, outcome: StepOutcome) -> None:
+    def _dump(self, outcome: StepOutcome) -> str | None:
+        """Write the step's dump; returns why it is dropped, where the operating system refuses: training does not need
+        it."""
         path = dump_path(self.session.folder, outcome.step)
-        with writing(path):
+        try:
+            self.session.folder.stat()  # a run folder that somebody has removed is not made again
             dump_batch(path, self.recipe, outcome.step, outcome.examples, outcome.table, outcome.reading)
+        except OSError as error:
+            return f"{path} cannot be written ({system_reason(error)}): the rollouts of such steps are not dumped"
+        return None
 
 
 def dump_batch(

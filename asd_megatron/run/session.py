@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,13 +30,11 @@ from asd_megatron.files import write_json
 from asd_megatron.models import te
 from asd_megatron.models.families import check_architecture
 from asd_megatron.models.flops import flops_model
-from asd_megatron.models.routing import LoadReport
 from asd_megatron.observe.closing import Sample, closing_table
-from asd_megatron.observe.expert_load import ExpertLoadFile, load_metrics
 from asd_megatron.observe.plots import plot_run
 from asd_megatron.observe.progress import Progress, print_line
 from asd_megatron.observe.transfer import TransferProgress
-from asd_megatron.observe.writer import RunWriter, read_metrics
+from asd_megatron.observe.writer import read_metrics
 from asd_megatron.run import folder as folders
 from asd_megatron.run.clock import Clock
 from asd_megatron.run.continual import load_origin
@@ -48,8 +46,10 @@ from asd_megatron.run.model import build_optimizer, build_port, shares_prefixes,
 from asd_megatron.run.planning import memory_notes
 from asd_megatron.run.preview import beginning_lines, finished_text
 from asd_megatron.run.ranks import join_ranks
+from asd_megatron.run.resuming import load_start
 from asd_megatron.run.saving import Saver
 from asd_megatron.run.sources import model_folder
+from asd_megatron.run.step_files import StepFiles
 from asd_megatron.run.stopping import Stopping, StopRequested, conclude
 from asd_megatron.run.telemetry import Telemetry
 from asd_megatron.trainer.batch import PackLayout
@@ -96,8 +96,8 @@ def open_session(recipe: AnyRecipe, signals: StopSignals | None = None) -> Itera
 
 
 class Session:
-    """The session of one rank, from `open_session`. Attributes are the same on every rank unless stated; `writer`
-    exists on global rank 0 only, after `begin`.
+    """The session of one rank, from `open_session`. Attributes are the same on every rank unless stated; `files`
+    writes on global rank 0 only, after `begin`.
 
     Opening locks the run folder and checks it; a refusal leaves the folder as it was. `begin` prepares it for this run.
     `closing` takes what has to be closed at the end.
@@ -142,19 +142,19 @@ class Session:
             alignment=self.port.precision.alignment,
             flops=flops_model(self.port.shape),
         )
-        self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)
+        self.start, self.resumed = load_start(recipe, self.start, self._load, self.process_groups.host)
         if self.start.origin is not None:
             load_origin(self.start.origin, self.port, self.optimizer, self.copies, self.balance)
         self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
+        self.files = StepFiles(self.folder, self.say)
         self._overdue = False  # a due checkpoint could not be written: it is written after the next applied update
         newest = self.first_step - 1 if self.start.kind == "resume" else 0
-        self._saver = Saver(recipe, self.stage, self.port, self.optimizer, self.copies, self.balance, newest=newest)
+        parts = (self.port, self.optimizer, self.copies, self.balance)
+        self._saver = Saver(recipe, self.stage, *parts, newest=newest, say=self.say, before=self.files.write_waiting)
         closing.callback(lambda: self._saver.close(self.say))
         self.clock = Clock()
         self.integrity = Integrity(recipe, self.port, self.optimizer, self._saver, self.clock)
         self.telemetry = Telemetry(recipe, self.port, self.layout, self.process_groups, self.clock)
-        self.writer: RunWriter | None = None
-        self.expert_load: ExpertLoadFile | None = None
         self.progress = Progress(recipe.run.steps, enabled=False)
 
     def begin(self) -> None:
@@ -162,7 +162,7 @@ class Session:
         done = self.first_step - 1
         self.on_root(lambda: self.telemetry.serve(self.closing))
         self.on_root(lambda: folders.prepare(self.recipe, self.start, self.stage, done))
-        self.on_root(lambda: self._open_metrics(None if self.resumed is None else done))
+        self.on_root(self._open_files)
         notes, rate = self._notes, self.optimizer.learning_rate
         lines = self.on_root(lambda: beginning_lines(self.recipe, self.start, done, notes, rate))
         for line in lines + self.telemetry.watch(self.closing):
@@ -190,10 +190,10 @@ class Session:
         """Load weights and optimizer from a training checkpoint and set the schedule to its step; returns its run
         state. Collective."""
         path = Path(checkpoint)
+        state = training.load(path, self.port, self.optimizer.megatron, self.optimizer.scheduler, self.copies)
         if self.copies is not None:
             note = self.on_root(lambda: check_missing(self.recipe, path, RunStateFile.read(path).copies))
             self._notes += [note] if note else []
-        state = training.load(path, self.port, self.optimizer.megatron, self.optimizer.scheduler, self.copies)
         step = int(state["step"])
         if state["stage"] != self.stage:
             raise UserError(
@@ -207,13 +207,14 @@ class Session:
             self.balance.fractions.copy_(torch.tensor(state["expert_load"]))
         return state
 
-    def _open_metrics(self, done: int | None) -> None:
-        with writing(self.folder):
-            self.writer = RunWriter(self.folder, tensorboard=self.recipe.logging.tensorboard, resume_step=done)
-            self.closing.callback(_close, self.writer)
-            if self.balance is not None:
-                self.expert_load = ExpertLoadFile(self.folder, resume_step=done)
-            self.writer.text("recipe", dump_recipe(self.recipe))
+    def _open_files(self) -> None:
+        self.files.open(
+            self.closing,
+            dump_recipe(self.recipe),
+            tensorboard=self.recipe.logging.tensorboard,
+            experts=self.balance is not None,
+            done=None if self.resumed is None else self.first_step - 1,
+        )
 
     # ---------------------------------------------------------------- ranks
 
@@ -275,19 +276,12 @@ class Session:
             self.say(f"attention of Transformer Engine's layers: {te.attention_in_use() or 'unknown'}")
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A line of metrics.jsonl and TensorBoard, from global rank 0. Raises UserError when it cannot be written."""
-        if self.writer is not None:
-            with writing(self.folder):
-                self.writer.write(step, metrics)
+        """A step's line of metrics, from global rank 0 (`step_files`), also for `logging.prometheus_port`."""
+        if self.is_root:
+            failed = self._saver.take_failures()
+            metrics = {**metrics, **({"checkpoint/failed": float(failed)} if failed else {})}
+            self.files.write(step, metrics)
             self.telemetry.publish(step, metrics)
-
-    def write_load(self, step: int, load: LoadReport | None) -> dict[str, float]:
-        """A line of expert_load.jsonl, from global rank 0; returns the step's metrics of the experts."""
-        if load is None or self.expert_load is None:
-            return {}
-        with writing(self.folder):
-            self.expert_load.write(step, load.tokens)
-        return load_metrics(load.fractions, load.entropy, load.auxiliary_loss)
 
     # ---------------------------------------------------------------- checkpoints and exports
 
@@ -299,7 +293,7 @@ class Session:
     def checkpoint_due(self, step: int) -> bool:
         """Whether a training checkpoint is to be written after `step`."""
         every = self.recipe.checkpoint.every
-        return self._overdue or self.is_due(step, every, at_end=every > 0)
+        return self._overdue or self._saver.failure is not None or self.is_due(step, every, at_end=every > 0)
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint or an export is due after `step`."""
@@ -311,11 +305,12 @@ class Session:
 
         No checkpoint is written while updates are being skipped: it would replace the last good one. It is written
         after the next update that is applied. An export replaces nothing: finite weights are exported. Raises NotFinite
-        when something is due and the weights are not finite, ReplicasDiffer when ranks' copies of them differ.
+        when something is due and the weights are not finite, ReplicasDiffer when ranks' copies of them differ. What the
+        disk has no room for is tried again (`saving`).
         """
         settings = self.recipe.checkpoint
-        self._saver.settle(wait=False)
         due, export = self.checkpoint_due(step), self.is_due(step, settings.export_every, at_end=settings.export_at_end)
+        self._saver.settle(wait=False)
         if not (due or export):
             return
         broken = self.not_finite()
@@ -332,7 +327,7 @@ class Session:
             else:
                 self.save(step, run_state)
         if export:
-            self.export(step)
+            self._export(step)
 
     def save_before_stop(self, step: int, run_state: Mapping[str, Any], guard: Guard) -> str | None:
         """Save the state after `step` of a run that stops there for a reason that is not in its weights, unless it is
@@ -340,17 +335,17 @@ class Session:
         reason = str(guard) if guard.consecutive else self.not_finite()
         reason = reason or self.integrity.differing()
         self._saver.settle()
-        if reason is not None:
-            return f"{reason}; {self._saver.newest_text()}"
-        if self._saver.newest != step:
+        if reason is None and self._saver.newest != step:
             self.save(step, run_state)
             self._saver.settle()
-        return None
+            reason = self._saver.failure
+        return None if reason is None else f"{reason}; {self._saver.newest_text()}"
 
     def not_finite(self) -> str | None:
-        """Which weight is not finite, on every rank; None if all are finite. Collective."""
-        name = first_not_finite(self.port.named_weights())
-        where = None if name is None else f"the weights are not finite ({name})"
+        """Which weight or optimizer state is not finite, on every rank; None if all are finite. Collective."""
+        name, state = first_not_finite(self.port.named_weights()), self._saver.not_finite()
+        where = None if state is None else f"the optimizer's state or a copy of weights is not finite ({state})"
+        where = where if name is None else f"the weights are not finite ({name})"
         return first_message(where, self.process_groups.host)
 
     def save(self, step: int, run_state: Mapping[str, Any]) -> None:
@@ -368,6 +363,15 @@ class Session:
                 max_shard_bytes=self.recipe.checkpoint.shard_bytes,
                 progress=TransferProgress("exporting the model", self.say) if self.recipe.logging.progress else None,
             )
+
+    def _export(self, step: int) -> None:
+        """An export that is due. Where the operating system refuses, a run that continues says so. Collective."""
+        try:
+            self.export(step)
+        except UserError as error:  # the same on every rank
+            if step == self.recipe.run.steps:
+                raise
+            self.say(f"warning: {error}. The run goes on without this export")
 
     def _export_if_missing(self, step: int) -> None:
         """Write the export that was due at the step from which the run resumes, if a kill prevented it. Collective."""
@@ -395,9 +399,10 @@ class Session:
     def finish(self, summary: Mapping[str, Any], sample: Sample | None = None) -> None:
         """End a run after its last step: write RUN/summary.json and, with `logging.curves`, RUN/curves.png, and print
         the closing report with a held-out `sample`. Collective."""
-        self._saver.settle()
+        self._saver.finish()
 
         def write() -> None:
+            self.files.write_waiting()
             if not self.steps() and (self.folder / folders.SUMMARY_FILE).is_file():
                 return  # a complete run whose export was missing
             with writing(self.folder):
@@ -415,9 +420,3 @@ class Session:
             print(f"\n{table}", flush=True)
 
         self.on_root(write)
-
-
-def _close(writer: RunWriter) -> None:
-    """Close without raising: an error of the last write has been reported already."""
-    with suppress(OSError):
-        writer.close()

@@ -47,6 +47,6 @@ def save_training(folder: Path, trainer: Trainer, *, extra_states: bool = False)
     folder.mkdir(parents=True, exist_ok=True)
     state = {"model": model, "optimizer": optimizer, "scheduler": {"num_steps": trainer.scheduler.num_steps}}
     save(folder, state)
-    content = RunStateFile(optimizer_state.is_distributed(trainer.optimizer), (), RUN_STATE)
+    content = RunStateFile(optimizer_state.is_distributed(trainer.optimizer), (), RUN_STATE, has_manifest=False)
     (folder / lineage.RUN_STATE).write_text(content.text(RUN_STATE["step"]))
     return folder

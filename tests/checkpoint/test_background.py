@@ -137,9 +137,9 @@ def _without_memory(rank: int, folder: str) -> list[str]:
     logging.getLogger("asd_megatron").addHandler(lines)
     trainer = Trainer({"data": 2}, True, seed=1)
     kept: Any = SimpleNamespace(megatron=trainer.optimizer, scheduler=trainer.scheduler, run_state=dict)
-    settings = SimpleNamespace(async_save=True, keep=3)
+    settings = SimpleNamespace(async_save=True, keep=3, keep_every=0)
     recipe: Any = SimpleNamespace(run=SimpleNamespace(path=Path(folder)), checkpoint=settings)
-    saver = Saver(recipe, "rl", trainer.port, kept, None, None, newest=0)
+    saver = Saver(recipe, "rl", trainer.port, kept, None, None, newest=0, say=print, before=lambda: None)
     root = Path(folder) / CHECKPOINTS
     for step, alignment in ((1, 64), (2, 1 << 50), (3, 64)):
         trainer.steps(range(step, step + 1))

@@ -70,8 +70,8 @@ def _write(folder: Path, tensor: Tensor, boxes: list[tuple[tuple[int, ...], tupl
         parts.append(Part((box,), tensor.dtype, values.clone, True))
     written = [write_shard(folder, rank, parts[rank::2]) for rank in (0, 1)]
     with pytest.raises(RuntimeError, match="the ranks hold"):
-        write_metadata(folder, written[0])
-    write_metadata(folder, [*written[0], *written[1]])
+        write_metadata(folder, written[0].written)
+    write_metadata(folder, [*written[0].written, *written[1].written])
     target = {"t": torch.empty_like(tensor)}
     torch_checkpoint.load(target, storage_reader=torch_checkpoint.FileSystemReader(folder), no_dist=True)
     assert torch.equal(target["t"], tensor)

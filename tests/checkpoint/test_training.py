@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from asd_megatron.checkpoint import lineage
+from asd_megatron.checkpoint.manifest import MANIFEST, Manifest
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.errors import UserError
 from tests.checkpoint.trainer import RUN_STATE, Trainer
@@ -166,12 +167,18 @@ def _refusals(rank: int, folder: str) -> dict[str, str]:
     mark = root / "executed"
     metadata = (path / ".metadata").read_bytes()
     (path / ".metadata").write_bytes(pickle.dumps(_Touch(str(mark))))
+    found["changed"] = refusal(lambda: trainer.load(path))
+    (path / MANIFEST).unlink()
+    Manifest.write(path, 1, "", {}, {})  # somebody's who has thought of that too
     found["malicious"] = refusal(lambda: trainer.load(path))
     found["executed"] = str(mark.exists())
     (path / ".metadata").write_bytes(metadata)
+    (path / MANIFEST).unlink()
+    Manifest.write(path, 1, "", {}, {})
     shard = next(path.glob("*.distcp"))
     shard.unlink()
     found["missing shard"] = refusal(lambda: trainer.load(path))
+    (path / MANIFEST).unlink()  # which would name the changed file first
     stored = json.loads((path / lineage.RUN_STATE).read_text())
     broken = [{}, [], {**stored, "run_state": 1}, {**stored, "distributed_optimizer": None}, {**stored, "format": 2}]
     for content in ("{", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", *map(json.dumps, broken)):
@@ -196,6 +203,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert "is no training checkpoint" in found["not a checkpoint"]
     assert "run_state.a has the key 1" in found["tuple"]
     assert "run_state.a[0] is a Tensor" in found["tensor"]
+    assert "is damaged: .metadata has" in found["changed"]
     assert "not safe to read" in found["malicious"]
     assert found["executed"] == "False"
     assert "__0_0.distcp is missing" in found["missing shard"]

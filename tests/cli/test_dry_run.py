@@ -102,7 +102,8 @@ def test_what_becomes_of_the_run_folder(world: World, capsys: pytest.CaptureFixt
     assert "start again from step 1" in said()
     state = folder / "checkpoints" / lineage.name(1) / lineage.RUN_STATE
     state.parent.mkdir(parents=True)
-    state.touch()
+    without_copies = {"format": FORMAT, "distributed_optimizer": False, "run_state": {}, "weight_copies": []}
+    state.write_text(json.dumps(without_copies))
     lineage.name_latest(folder / "checkpoints", lineage.name(1))
     assert "would be resumed from step 1 of 2" in said()
     assert "optimizer.learning_rate: 0.001 -> 0.5" in said("--optimizer.learning_rate", "0.5")
@@ -111,8 +112,6 @@ def test_what_becomes_of_the_run_folder(world: World, capsys: pytest.CaptureFixt
     assert "refused" in text and "learning rate" in text and "sampling.temperature: 1.0 -> 0.7" in text
     text = said("--sampling.temperature", "0.7", "--data.train", "none.jsonl", status=2)
     assert "none.jsonl" in text and "sampling.temperature" not in text
-    without_copies = {"format": FORMAT, "distributed_optimizer": False, "run_state": {}, "weight_copies": []}
-    state.write_text(json.dumps(without_copies))
     method = ["--algorithm.name", "sd", "--teacher.weights", "ema", "--checkpoint.accept_changes", "all"]
     assert "stores no moving average" in said(*method, status=2)
     with ExitStack() as closing:

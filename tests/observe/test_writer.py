@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from asd_megatron.errors import UserError
+from asd_megatron.observe import lines
+from asd_megatron.observe.lines import LineFile
 from asd_megatron.observe.writer import RunWriter, read_metrics
 
 NAN = float("nan")
@@ -97,3 +101,32 @@ def test_unreadable_metrics(tmp_path: Path, text: str | None, message: str) -> N
         (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         read_metrics(tmp_path)
+
+
+def test_lines_wait_for_room_and_none_is_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = LineFile(tmp_path / "lines.jsonl")
+    assert file.write({"step": 1}) is None
+    write, room = os.write, 5
+
+    def full(handle: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = write(handle, data[:room])
+        room -= written
+        return written
+
+    monkeypatch.setattr(lines.os, "write", full)
+    assert "No space left on device" in str(file.write({"step": 2}))
+    assert file.write({"step": 3}) is None and file.waiting == 2
+    assert (tmp_path / "lines.jsonl").read_text() == '{"step": 1}\n'
+    with pytest.raises(OSError, match="No space"):
+        file.write_waiting()
+    room = 7  # a write may take less than it is given
+    monkeypatch.setattr(lines.os, "write", lambda handle, data: write(handle, data[:7]))
+    assert "2 lines that had waited" in str(file.write({"step": 4}))
+    assert [row["step"] for row in lines.read_lines(tmp_path / "lines.jsonl")] == [1, 2, 3, 4]
+    (tmp_path / "lines.jsonl").unlink()
+    with pytest.raises(FileNotFoundError):
+        file.write({"step": 5})
+    monkeypatch.undo()

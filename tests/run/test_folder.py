@@ -93,6 +93,18 @@ def test_an_attempt_is_replaced_and_its_exports_are_kept(folder: Path) -> None:
     assert [event["event"] for event in read_history(folder)] == ["fresh", "restart"]
 
 
+@pytest.mark.parametrize("history", ["", '{"event": "fresh", "step": 0, "stage": "train"}\n'])
+def test_a_start_that_could_not_record_itself_is_made_again(folder: Path, history: str) -> None:
+    """The disk was full: there is no recipe yet, nor a file that was being written."""
+    folder.mkdir(parents=True)
+    (folder / ".recipe.yaml.0f3a9c2b7d11.partial").touch()
+    assert begin(folder).kind == "fresh"
+    (folder / "recipe.yaml").unlink()
+    (folder / "history.jsonl").write_text(history)
+    assert begin(folder).kind == "restart"
+    assert not list(folder.glob(".recipe*"))
+
+
 def test_a_run_that_ended_without_a_checkpoint_is_not_thrown_away(folder: Path) -> None:
     begin(folder)
     complete(folder, steps=4)

@@ -73,7 +73,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         for step in range(1, steps + 1):
             order = list(runs) if step % 2 else list(reversed(runs))
             for name in order:
-                session.writer = writers.get(name)
+                session.files.writer = writers.get(name)
                 with passes.counting() as counted:
                     before = time.process_time()
                     spent, batch = _whole_step(runs[name], session, step)

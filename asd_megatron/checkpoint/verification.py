@@ -1,0 +1,122 @@
+"""What has become of checkpoints on the disk, without a model: from sizes alone (`describe`), or by reading them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from asd_megatron.checkpoint import lineage
+from asd_megatron.checkpoint.distcp import DistributedCheckpoint
+from asd_megatron.checkpoint.lineage import RUN_STATE
+from asd_megatron.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest, Progress, damaged
+from asd_megatron.checkpoint.run_state import RunStateFile
+from asd_megatron.errors import UserError
+
+NOTE = "no manifest (written by an earlier version): only sizes and the chunks' check sums can be compared"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A checkpoint of a run. `problem`: what is wrong with it, as far as sizes show; None: nothing. `layout`: of its
+    writer, None where no manifest says so. `latest`: whether the run continues from it."""
+
+    name: str
+    step: int
+    stage: str | None
+    layout: str | None
+    bytes: int
+    age_seconds: float
+    problem: str | None
+    latest: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "age_seconds": round(self.age_seconds)}
+
+
+def describe(folder: Path) -> list[Line]:
+    """The checkpoints of a run's `checkpoints` folder, the oldest first. Reads small files alone."""
+    newest = lineage.named(folder)
+    found = [_line(path, newest) for path in lineage.all_of(folder)]
+    if newest is not None and newest.name not in {line.name for line in found}:
+        step = lineage.step_of(newest.name)
+        found.append(Line(newest.name, step, None, None, 0, 0.0, "it is missing, and `latest` names it", True))
+    return found
+
+
+def _line(path: Path, newest: Path | None) -> Line:
+    files = [file.stat() for file in path.iterdir() if file.is_file()]
+    size, written = sum(file.st_size for file in files), max((file.st_mtime for file in files), default=time.time())
+    step, stage, layout, problem = lineage.step_of(path.name), None, None, None
+    try:
+        _, manifest = opened(path)
+    except UserError as error:
+        problem = str(error)
+    else:
+        if manifest is not None:
+            stage, layout = manifest.stage or None, layout_text(manifest)
+            written = datetime.fromisoformat(manifest.time_utc).timestamp()
+            problem = next(iter(manifest.wrong_sizes(path)), None)
+    age = datetime.now(UTC).timestamp() - written
+    latest = newest is not None and path.name == newest.name
+    return Line(path.name, step, stage, layout, size, max(age, 0.0), problem, latest)
+
+
+def opened(path: Path) -> tuple[RunStateFile, Manifest | None]:
+    """The run_state.json of the checkpoint `path`, compared with its manifest, and that; None for a checkpoint of a
+    version without. UserError for what is no checkpoint, DamagedCheckpoint for one in which these are not as they were
+    written."""
+    manifest = Manifest.read(path)
+    if manifest is not None:
+        for problem in manifest.problems(path, [RUN_STATE] if RUN_STATE in manifest.files else []):
+            raise damaged(path, problem)
+    state = RunStateFile.read(path)
+    if manifest is None and state.has_manifest:
+        raise damaged(path, f"{MANIFEST} is missing")
+    return state, manifest
+
+
+def incomplete(path: Path) -> DamagedCheckpoint | None:
+    """What is wrong with the checkpoint `path`, as far as sizes show. UserError for what is no checkpoint."""
+    try:
+        _, manifest = opened(path)
+    except DamagedCheckpoint as damage:
+        return damage
+    wrong = [] if manifest is None else manifest.wrong_sizes(path)
+    return damaged(path, wrong[0]) if wrong else None
+
+
+def layout_text(manifest: Manifest) -> str:
+    """`tensor 2, data 4`."""
+    return ", ".join(f"{name} {size}" for name, size in manifest.layout.items()) or "1 rank"
+
+
+def problems(path: Path, progress: Progress | None = None) -> Iterator[str]:
+    """What is wrong with the checkpoint `path`, in words, one line each. Reads all of it; where it has no manifest,
+    its tensors chunk by chunk. Memory: a block of a file, or a tensor's chunk."""
+    try:
+        manifest = Manifest.read(path)
+        if manifest is not None:
+            yield from manifest.problems(path, progress=progress)
+            return
+        opened(path)
+        checkpoint = DistributedCheckpoint(path)
+    except UserError as error:
+        yield str(error)
+        return
+    for key, tensor in checkpoint.tensors.items():
+        for chunk in tensor.chunks:
+            try:
+                checkpoint.read_box(key, chunk.offsets, chunk.sizes)
+            except UserError as error:
+                yield str(error)
+            if progress is not None:
+                progress(chunk.length)
+
+
+def total_bytes(path: Path) -> int:
+    """Of what `problems` reads, about."""
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())

@@ -1,0 +1,136 @@
+"""`asd-megatron checkpoint list | inspect | verify`: the training checkpoints of a run, without a model or a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from asd_megatron.cli.guard import FAILED, importing
+from asd_megatron.errors import UserError
+from asd_megatron.files import to_json
+
+SHOWN = 8  # problems of one checkpoint
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of the tools. `verify` returns 1 when something is wrong with a checkpoint, `list` when something is
+    wrong with the one that the run continues from."""
+    arguments = _parser().parse_args(argv)
+    with importing("interrupted"):
+        import torch  # noqa: F401 - it and what follows take seconds to import
+    return int(arguments.run(arguments) or 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="asd-megatron checkpoint", description="List, inspect and verify training checkpoints."
+    )
+    tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
+    shown = tools.add_parser(
+        "list",
+        help="the checkpoints of a run",
+        description="Step, stage, the writer's layout, size, age, and whether all files are there with their sizes. "
+        "Reads small files alone. Exits with 1 when the checkpoint that the run continues from lacks something.",
+        epilog="example: asd-megatron checkpoint list runs/quickstart",
+    )
+    shown.add_argument("path", type=Path, metavar="RUN", help="a run folder")
+    shown.set_defaults(run=_list)
+    look = tools.add_parser(
+        "inspect",
+        help="what a checkpoint holds",
+        description="As `asd-megatron convert inspect`: step, layout, precision, and every tensor.",
+        epilog="example: asd-megatron checkpoint inspect runs/quickstart/checkpoints/step_000020",
+    )
+    look.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, or a run folder: its newest")
+    look.set_defaults(run=_inspect)
+    check = tools.add_parser(
+        "verify",
+        help="compare every file with its checksum",
+        description="Reads every file of a checkpoint, or of all of a run's, and compares it with the manifest. Exits "
+        "with 1 when a file is missing or has changed.",
+        epilog="example: asd-megatron checkpoint verify runs/quickstart",
+    )
+    check.add_argument("path", type=Path, metavar="PATH", help="a checkpoint (RUN/checkpoints/step_NNNNNN), or a run")
+    check.set_defaults(run=_verify)
+    for tool in (shown, look, check):
+        tool.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _folder(path: Path) -> Path:
+    """The `checkpoints` folder of a run, which may be given itself. UserError for anything else."""
+    from asd_megatron.checkpoint.lineage import LATEST, all_of
+    from asd_megatron.run.folder import CHECKPOINTS, HISTORY_FILE
+
+    for folder in (path / CHECKPOINTS, path):
+        if (folder / LATEST).exists() or all_of(folder):
+            return folder
+    if (path / HISTORY_FILE).is_file():
+        raise UserError(f"the run in {path} has no checkpoint yet")
+    raise UserError(f"{path} is no run folder (from {Path.cwd()}): give the folder runs/NAME of a run")
+
+
+def _list(arguments: Any) -> int:
+    from asd_megatron.checkpoint.distcp import size_text
+    from asd_megatron.checkpoint.verification import describe
+
+    lines = describe(_folder(arguments.path))
+    if arguments.json:
+        print(to_json({"checkpoints": [line.as_json() for line in lines]}, indent=2))
+    else:
+        rows = [("checkpoint", "stage", "layout of the writer", "size", "age", "state")]
+        for line in lines:
+            state = f"{line.problem or 'whole'}{' <- latest' if line.latest else ''}"
+            size, age = size_text(line.bytes), _age(line.age_seconds)
+            rows.append((line.name, line.stage or "?", line.layout or "?", size, age, state))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+        for row in rows:
+            print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]))
+    return FAILED if any(line.latest and line.problem for line in lines) else 0
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _inspect(arguments: Any) -> int:
+    from asd_megatron.checkpoint.inspection import inspect
+    from asd_megatron.checkpoint.locate import find
+
+    report = inspect(find(arguments.path))
+    print(to_json(report.as_json(), indent=2) if arguments.json else report.text())
+    return 0
+
+
+def _verify(arguments: Any) -> int:
+    from tqdm import tqdm
+
+    from asd_megatron.checkpoint.lineage import RUN_STATE, all_of
+    from asd_megatron.checkpoint.manifest import MANIFEST
+    from asd_megatron.checkpoint.verification import NOTE, problems, total_bytes
+
+    path: Path = arguments.path
+    itself = any((path / name).exists() for name in (RUN_STATE, MANIFEST, ".metadata"))
+    found: dict[Path, list[str]] = {}
+    checkpoints = [path] if itself else all_of(_folder(path))
+    total = sum(map(total_bytes, checkpoints))
+    with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        for checkpoint in checkpoints:
+            found[checkpoint] = list(problems(checkpoint, bar.update))
+    if arguments.json:
+        content = [{"checkpoint": str(path), "whole": not wrong, "problems": wrong} for path, wrong in found.items()]
+        print(to_json({"checkpoints": content}, indent=2))
+    for checkpoint, wrong in () if arguments.json else found.items():
+        note = "" if (checkpoint / MANIFEST).is_file() or wrong else f"; {NOTE}"
+        print(f"{checkpoint}: {'DAMAGED' if wrong else f'whole{note}'}")
+        for problem in wrong[:SHOWN]:
+            print(f"  {problem}")
+        if len(wrong) > SHOWN:
+            print(f"  and {len(wrong) - SHOWN} more")
+    return FAILED if any(found.values()) else 0
