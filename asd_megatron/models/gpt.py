@@ -104,6 +104,7 @@ def transformer_config(
         # A wait for the device after every transfer, against a fault of batch_isend_irecv that PyTorch 1.13 repaired.
         "batch_p2p_sync": False,
         "calculate_per_token_loss": True,  # gradients are summed, never averaged: denominators are in the loss
+        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
         "attention_backend": AttnBackend[how.attention_backend],
         **how.precision.model_keys(),
         **_recompute(how.recompute, shape),
