@@ -190,11 +190,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
     """Open a file for reading that somebody else may have made. OSError unless it is a regular file: opening a pipe
     would wait for its writer, and a device has no end."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
         raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
-    return file
+    return os.fdopen(number, "rb")
 
 
 def foreign_file(file: Path, folder: Path) -> str | None:

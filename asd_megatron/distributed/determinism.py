@@ -10,12 +10,15 @@ Whether it is on, the other modules ask PyTorch: `torch.are_deterministic_algori
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
 
 from asd_megatron.errors import UserError
+
+log = logging.getLogger("asd_megatron")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,12 @@ _ON_CUDA = (
         ("0",),
         "Transformer Engine then takes attention kernels that add gradients in any order",
     ),
-    _Variable("NCCL_ALGO", "Ring", ("Ring", "Tree", "ring", "tree"), "NCCL may then change its algorithm, and with it the order of sums"),
+    _Variable(
+        "NCCL_ALGO",
+        "Ring",
+        ("Ring", "Tree", "ring", "tree"),
+        "NCCL may then change its algorithm, and with it the order of sums",
+    ),
 )
 _ON_CPU = (
     _Variable(
@@ -64,9 +72,10 @@ def variables(*, cuda: bool) -> dict[str, str]:
     return {variable.name: variable.value for variable in (_ON_CUDA if cuda else _ON_CPU)}
 
 
-def prepare(environment: MutableMapping[str, str], *, cuda: bool) -> None:
-    """Make this process deterministic; `environment` is its own, `os.environ`. Before CUDA starts and before the first
-    matrix product. Raises UserError for a variable of the user's that cannot be."""
+def prepare(environment: MutableMapping[str, str], *, cuda: bool, dtype: str = "auto") -> None:
+    """Make this process deterministic; `environment` is its own, `os.environ`, `dtype` the recipe's `model.dtype`.
+    Before CUDA starts and before the first matrix product. Raises UserError for a variable of the user's that cannot
+    be, and warns, on rank 0, where log-probs of engine and trainer may differ in their last bits."""
     wanted = _ON_CUDA if cuda else _ON_CPU
     conflicts = [text for variable in wanted if (text := variable.conflict(environment)) is not None]
     if conflicts:
@@ -76,8 +85,15 @@ def prepare(environment: MutableMapping[str, str], *, cuda: bool) -> None:
     # Strict: an operation without a deterministic kernel raises, and attention's backward pass takes one that has none
     # where only a warning is asked for.
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every tensor is written before it is read
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all are written first
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    if not cuda and environment.get("RANK", "0") == "0" and not rows_are_independent(kind):
+        log.warning(
+            "run.deterministic: on this CPU a row of a product in %s depends on how many rows there are. The run is"
+            " reproducible, but log-probs of the engine may differ from the trainer's in their last bits",
+            str(kind).removeprefix("torch."),
+        )
 
 
 def rows_are_independent(dtype: torch.dtype) -> bool:

@@ -21,7 +21,7 @@ def join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGr
     """The recipe's layout for the ranks that were started, and its process groups, which `closing` leaves. Collective.
     Raises UserError for a number of ranks or a machine that the recipe does not fit."""
     if recipe.run.deterministic:
-        determinism.prepare(os.environ, cuda=device.backend() == "nccl")
+        determinism.prepare(os.environ, cuda=device.backend() == "nccl", dtype=recipe.model.dtype)
     device.prepare()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout = layout_of(recipe, check_world(recipe, world))
