@@ -92,7 +92,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["
 def parse_yaml(text: str, source: str) -> Any:
     """Parse one YAML document. Raises UserError that names `source`, the line and the column."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except RecursionError:
         raise UserError(f"{source}: not valid YAML: nested too deeply") from None
     except yaml.MarkedYAMLError as error:

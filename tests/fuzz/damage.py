@@ -12,12 +12,15 @@ from typing import Any
 from hypothesis import strategies as st
 
 STRANGE: list[Any] = [
-    None, True, False, 0, 1, -1, 3, 2**31, -(2**31), 2**63, 2**70, 10**400, 0.5, -0.0, 1e-9, 1e30, 1e308, float("nan"),
-    float("inf"), "", " ", "auto", "1", "nan", "\x00", "\ud800", "é" * 50, "a/b", "../x", "/etc/passwd", "/dev/zero", "{prompt}",
-    "{{ x }}", [], [1], [None], ["a", "b"], [[]], {}, {"a": 1}, {"": None}, {"type": "x"}, [0] * 1000, "x" * 100_000,
-]  # fmt: skip
-WORDS = (b"\x00" * 8, b"\xff" * 8, b"\xff\xff\xff\x7f", b"\x80\x04", b"{", b"}", b"[", b"]", b'"', b"\n", b":", b"- ", b"\xef\xbb\xbf",
-         b"1e999", b"-1", b"&a *a", b"!!python/object:os.system ", b"\x00", b"PK\x03\x04", b"PAR1")  # fmt: skip
+    *(None, True, False, 0, 1, -1, 3, 2**31, -(2**31), 2**63, 2**70, 10**400, 0.5, -0.0, 1e-9, 1e30, 1e308),
+    *(float("nan"), float("inf"), "", " ", "auto", "1", "nan", "\x00", "\ud800", "é" * 50, "x" * 100_000),
+    *("a/b", "../x", "/etc/passwd", "/dev/zero", "{prompt}", "{{ x }}", [], [1], [None], ["a", "b"], [[]], {}),
+    *({"a": 1}, {"": None}, {"type": "x"}, [0] * 1000),
+]
+WORDS = (
+    *(b"\x00" * 8, b"\xff" * 8, b"\xff\xff\xff\x7f", b"\x80\x04", b"\x00", b"PK\x03\x04", b"PAR1", b"\xef\xbb\xbf"),
+    *(b"{", b"}", b"[", b"]", b'"', b"\n", b":", b"- ", b"1e999", b"-1", b"&a *a", b"!!python/object:os.system "),
+)
 
 
 @st.composite
