@@ -81,6 +81,9 @@ SECTIONS = (
             Metric("rollouts/dropped_groups", "groups", "groups left out of the step for the same reasons"),
             Metric("rollouts/cut_groups", "groups", "groups requested beyond the need and discarded unfinished"),
             Metric("rollouts/carried_groups", "groups", "unfinished groups carried over to the next step"),
+            Metric("rollouts/restored_groups", "groups", "groups with responses that an earlier start of the run made"),
+            Metric("rollouts/restored_tokens", "tokens", "tokens of these responses, not sampled again"),
+            Metric("rollouts/dropped_tokens", "tokens", "tokens that it made and that may not be used: sampled again"),
         ),
     ),
     Section(

@@ -23,6 +23,7 @@ from asd_megatron.run.build import (
     make_collector,
     make_renderer,
     problem_sets,
+    rollout_bank,
     rollout_engine,
 )
 from asd_megatron.run.evaluation import HeldOut, Weights
@@ -70,10 +71,11 @@ class TrainingRun:
             max_positions=self.port.max_positions,
         )
         session.closing.callback(self.builder.close)
-        self.engine, self._start_engine = rollout_engine(recipe, session, self.renderer, train_set)
+        bank = rollout_bank(recipe, session)
+        self.engine, self._start_engine = rollout_engine(recipe, session, self.renderer, train_set, bank)
         session.closing.callback(self.engine.close)
         self.collector = make_collector(
-            session, self.engine, self.weights, train_set, self.renderer, self.verifier, self.builder.prepare
+            session, self.engine, self.weights, train_set, self.renderer, self.verifier, self.builder.prepare, bank
         )
         self.held_out = None
         if recipe.evaluates and test_set is not None:
@@ -277,7 +279,9 @@ class TrainingRun:
         StopRequested on every rank."""
         cause = self.session.stopping.after_step(step)
         if cause is not None:
-            raise self._stopped(step, StopRequested(cause))
+            stopped = self._stopped(step, StopRequested(cause))
+            self.collector.suspend()
+            raise stopped
 
     def finish(self) -> None:
         """RUN/summary.json and RUN/curves.png."""
@@ -334,6 +338,7 @@ class TrainingRun:
             "guard": self.guard.state_dict(),
             "seed": self.recipe.run.seed,
             "evaluations": None if self.held_out is None else self.held_out.state(),
+            "rollouts": self.collector.state(),
         }
 
     def _restore(self, state: dict[str, Any]) -> list[str]:
@@ -342,4 +347,6 @@ class TrainingRun:
         self.guard.load_state_dict(state["guard"])
         if self.held_out is not None and state["evaluations"] is not None:
             self.held_out.restore(state["evaluations"])
+        if "rollouts" in state:  # absent in checkpoints of earlier versions
+            self.collector.restore(state["rollouts"])
         return changed

@@ -285,6 +285,11 @@ class Session:
 
     # ---------------------------------------------------------------- checkpoints and exports
 
+    @property
+    def saved_step(self) -> int:
+        """The step from which the run would resume now."""
+        return self._saver.newest or self.first_step - 1
+
     def checkpoint_due(self, step: int) -> bool:
         """Whether a training checkpoint is to be written after `step`."""
         every = self.recipe.checkpoint.every
