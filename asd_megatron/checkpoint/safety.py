@@ -52,17 +52,20 @@ _HEAP_TYPE = 1 << 9  # of a class's flags: made by a class statement
 def unpickle(unpickler: pickle.Unpickler, size: int) -> Any:
     """What an unpickler of allow-listed classes makes of a pickle of `size` bytes. Raises whatever it raises, and
     MemoryError for more than a pickle of this size can need: nine bytes can ask for 64 GiB, by the number of an entry
-    of the memo or by `bytearray(10**12)`. (The bound is the main thread's: see `memory_limit`.)
+    of the memo or by `bytearray(10**12)`. (The bound is the main thread's: see `memory_limit`.)"""
+    if threading.current_thread() is not threading.main_thread():
+        return unpickler.load()
+    with memory_limit(_PICKLE_BYTES + _MEMORY_FACTOR * size):
+        return unpickler.load()
 
-    A pickle can set attributes of every class that it may name. That runs nothing by itself, but would stay when it has
-    been read: such changes are undone, and refused with UnpicklingError.
-    """
+
+@contextmanager
+def _unchanged_classes() -> Iterator[None]:
+    """A pickle can set attributes of every class that it may name. That runs nothing by itself, but would stay when it
+    has been read: such changes are undone, and refused with UnpicklingError."""
     before = {known: dict(vars(known)) for known in _known_classes()}
     try:
-        if threading.current_thread() is not threading.main_thread():
-            return unpickler.load()
-        with memory_limit(_PICKLE_BYTES + _MEMORY_FACTOR * size):
-            return unpickler.load()
+        yield
     finally:
         changed = [known.__qualname__ for known, attributes in before.items() if _restore(known, attributes)]
         if changed:
@@ -105,7 +108,7 @@ def read_metadata(folder: str | os.PathLike[str]) -> Any:
     together is not checked. UserError when it is missing, torn, or names anything else."""
     path = Path(folder) / ".metadata"
     try:
-        with open_regular(path) as file:
+        with open_regular(path) as file, _unchanged_classes():
             return unpickle(_MetadataUnpickler(file), os.fstat(file.fileno()).st_size)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: the checkpoint is incomplete, resume from another one") from error
