@@ -17,6 +17,7 @@ from asd_megatron.records import Example, Group
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.rollout.collector import Collector
 from asd_megatron.rollout.engine import RolloutError
+from asd_megatron.run.bad_batches import BadBatches
 from asd_megatron.run.build import (
     embedded_engine,
     example_builder,
@@ -53,7 +54,8 @@ class TrainingRun:
         self.plan = make_plan(recipe)
         self.strength = make_strength(recipe, self.process_groups, self.port.score_formats)
         self.condition = self.strength.method.condition
-        self.scoring = ScoringPasses(recipe, session, self.plan)
+        self.bad = BadBatches(recipe, session)
+        self.scoring = ScoringPasses(recipe, session, self.plan, self.bad)
         self.guard, self.increments = Guard(), Increments()
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
@@ -125,6 +127,7 @@ class TrainingRun:
 
     def build_batch(self, groups: Sequence[Group], step: int) -> Batch:
         """Advantages and privileged prompts of complete groups on rank 0; every rank then takes its part of them."""
+        self.bad.begin_step()
         examples = self.session.only_root(lambda: self._examples(groups, step)) or []
         algorithm = self.recipe.algorithm
         local = self.scoring.divide(examples, algorithm.updates_per_batch)
@@ -158,7 +161,9 @@ class TrainingRun:
             if self.strength.needs_probe:
                 for line in self.strength.rescale(found):
                     self.session.say(line)
-        return self.strength.step(batch.local, batch.inputs, teacher, student)
+        lam = self.strength.step(batch.local, batch.inputs, teacher, student)
+        self.bad.reading = self.strength.reading
+        return lam
 
     def update(
         self,
@@ -168,6 +173,7 @@ class TrainingRun:
         lam: float | Tensor,
         reference: Scores | None = None,
     ) -> UpdateStats:
+        self.session.integrity.before_update(batch.step)
         old = self.scoring.old(batch)
         with self.clock.phase("update"):
             stats = update(
@@ -192,12 +198,17 @@ class TrainingRun:
             )
             if batch.states is not None:
                 batch.states.drop()
+            columns = table_columns(batch.inputs, teacher, stats.columns, reference)
             if student is None:
-                self.scoring.check("update", batch, stats.columns.student, "student")
+                self.scoring.check("update", batch, stats.columns.student, "student", columns)
             self.strength.learn(batch.inputs, stats.columns)
         self.weights.version = batch.step
-        for loss, grad_norm in zip(stats.losses, stats.grad_norms, strict=True):
-            self.guard.check_update(loss, grad_norm, batch.step)
+        if not all(stats.applied):
+            first = stats.applied.index(False)
+            reason = f"update skipped: loss {stats.losses[first]:g}, gradient norm {stats.grad_norms[first]:g}"
+            self.bad.keep(batch.step, batch.examples, batch.local, columns, reason)
+        for loss, grad_norm, applied in zip(stats.losses, stats.grad_norms, stats.applied, strict=True):
+            self.guard.check_update(loss, grad_norm, batch.step, applied=applied)
         return stats
 
     def observe(
@@ -215,13 +226,14 @@ class TrainingRun:
         table = gather_table(batch.local.table, columns, batch.local.indices, self.process_groups)
         computed = batch.local.computed.over(self.process_groups.dp, self.port.device)
         evaluation, failure = self._evaluation(step)
+        spikes = self.session.integrity.spike_metrics(step, self.session.say)
         times = self.clock.take()
         heads = int(self.plan.head != "fused")  # the other two compute the logits once more
         measured = self.session.telemetry.of_step(times, batch.local.packs, recomputed_heads=heads)
 
         def report() -> None:
             assert table is not None  # on global rank 0
-            others = {**self._probed, **evaluation, **measured, **self._counters(), **self.engine.metrics()}
+            others = {**self._probed, **spikes, **evaluation, **measured, **self._counters(), **self.engine.metrics()}
             if self.guard.consecutive and self.session.checkpoint_due(step):
                 others["checkpoint/skipped"] = 1.0
             self.reports.submit(
@@ -314,7 +326,11 @@ class TrainingRun:
 
     def _examples(self, groups: Sequence[Group], step: int) -> list[Example]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        check_rollouts(rollouts, step)
+        try:
+            check_rollouts(rollouts, step)
+        except NotFinite as error:
+            self.bad.keep_groups(step, groups, str(error))
+            raise
         responses = [rollout.response_ids for rollout in rollouts]
         self.builder.counters["undecodable_tokens"] += undecodable(self.session.tokenizer, responses)
         return self.builder.build(groups, step)
