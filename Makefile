@@ -103,6 +103,7 @@ test-py312:
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(PY) tools/check_pins.py
 	$(VENV)/bin/hadolint docker/*.Dockerfile
 	$(VENV)/bin/shellcheck $(SCRIPTS)
 	$(PY) -m mypy

@@ -17,12 +17,13 @@ import math
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from asd_megatron.errors import UserError
 
@@ -191,6 +192,45 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     return atomic_write(path, to_json(value, indent=2) + "\n")
 
 
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file for reading that somebody else may have made. OSError unless it is a regular file: opening a pipe
+    would wait for its writer, and a device has no end."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+    return os.fdopen(number, "rb")
+
+
+def foreign_file(file: Path, folder: Path) -> str | None:
+    """Why a file that a model folder names is not read; None for a regular file of the folder, or of the cache
+    repository that the folder is a snapshot of:
+
+        hub/models--Qwen--Qwen3-8B/snapshots/b968826/tokenizer.json -> ../../blobs/aeb13307a71a
+
+    Raises OSError for one that does not exist.
+    """
+    target = Path(os.path.realpath(file, strict=True))
+    if not is_inside(target, folder):
+        return f"{file} is a link to {target}, outside of the model folder: put a copy of it there (cp --dereference)"
+    return None if target.is_file() else f"{file} cannot be read: it is no regular file; download it again"
+
+
+def check_own_file(file: Path, folder: Path) -> None:
+    """Raise UserError for a file of a model folder that is there and not to be read (`foreign_file`)."""
+    with user_error(f"{file} cannot be read", "check its permissions, or download it again"):
+        reason = foreign_file(file, folder) if os.path.lexists(file) else None
+    if reason is not None:
+        raise UserError(reason)
+
+
+def is_inside(target: Path, folder: Path) -> bool:
+    """Whether a resolved file is one of a model folder, or of the cache repository that it is a snapshot of."""
+    home = folder.resolve()
+    caches = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
+    return any(target.is_relative_to(place) for place in (home, *caches))
+
+
 def read_json_object(path: str | os.PathLike[str], remedy: str, *, non_finite: bool = False) -> dict[str, Any]:
     """The JSON object in the file `path`, whoever wrote it.
 
@@ -199,7 +239,7 @@ def read_json_object(path: str | os.PathLike[str], remedy: str, *, non_finite: b
     surrogate pair or (unless `non_finite`) a number that no float can hold, NaN or Infinity.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_JSON_BYTES + 1)
         if len(data) > MAX_JSON_BYTES:
             raise ValueError(f"it has more than {MAX_JSON_BYTES >> 20} MiB")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from asd_megatron.checkpoint.distcp import DistributedCheckpoint
+from asd_megatron.checkpoint.safety import unpickle
 
 _CONTAINERS = {
     ("collections", "OrderedDict"): dict,
@@ -79,7 +80,7 @@ def read_common(checkpoint: DistributedCheckpoint) -> dict[str, Any]:
             entry = next(info for info in archive.infolist() if info.filename.endswith("data.pkl"))
             if entry.file_size > _MOST_BYTES:
                 return {}
-            found = _Reader(io.BytesIO(archive.read(entry))).load()
+            found = unpickle(_Reader(io.BytesIO(archive.read(entry))), entry.file_size)
     except Exception:  # whatever a missing, torn or hostile file raises
         return {}
     found = found[0] if isinstance(found, list) and found else found

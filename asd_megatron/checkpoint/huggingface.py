@@ -20,7 +20,16 @@ from torch import Tensor
 from asd_megatron.checkpoint.safetensors_stream import INDEX, SINGLE, write_parts
 from asd_megatron.distributed.objects import share_outcome
 from asd_megatron.errors import UserError, hub_hint
-from asd_megatron.files import atomic_folder, read_json_object, system_reason, to_json, user_error
+from asd_megatron.files import (
+    atomic_folder,
+    check_own_file,
+    foreign_file,
+    is_inside,
+    read_json_object,
+    system_reason,
+    to_json,
+    user_error,
+)
 from asd_megatron.models.loading import Progress, TensorReader, in_one_message, some
 from asd_megatron.models.port import ModelPort
 
@@ -46,6 +55,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             )
         if not (folder / CONFIG).exists():
             raise UserError(f"{folder} has no {CONFIG}: it is not a Hugging Face model folder")
+    check_own_file(folder / CONFIG, folder)
     return read_json_object(folder / CONFIG, "download the model again")
 
 
@@ -90,15 +100,20 @@ class FolderReader(TensorReader):
         missing: list[str] = []
         unreadable: list[str] = []
         twice: list[str] = []
+        outside: list[str] = []
         for path in (self.folder / name for name in names):
             try:
+                foreign = foreign_file(path, self.folder)
+                if foreign is not None:
+                    outside.append(foreign)
+                    continue
                 held[path.name] = self._list(path, twice)
             except FileNotFoundError:
                 missing.append(f"{path} is missing")
             except (SafetensorError, OSError) as error:
                 unreadable.append(f"{path} is not a readable safetensors file ({error})")
         self.close()
-        self.problems: list[str] = []
+        self.problems: list[str] = outside
         if missing:
             self.problems.append(f"{some(missing)}, though {INDEX} names it: download the model again")
         if unreadable:
@@ -196,6 +211,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
                 f"{folder} holds neither {SINGLE} nor {INDEX}: convert the model to safetensors "
                 "(pickled weights are not read)"
             )
+    check_own_file(folder / INDEX, folder)
     weight_map = read_json_object(folder / INDEX, "download it again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(
@@ -211,9 +227,15 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the model's weights. Raises UserError as `read_index`."""
+    """The safetensors files that hold the model's weights. Raises UserError as `read_index`, and for links out of the
+    folder. They may be missing."""
     index = read_index(folder)
-    return [folder / name for name in ([SINGLE] if index is None else sorted(set(index.values())))]
+    paths = [folder / name for name in ([SINGLE] if index is None else sorted(set(index.values())))]
+    with user_error(f"the model folder {folder} cannot be read", "check model.path"):
+        foreign = [reason for path in paths if os.path.lexists(path) and (reason := foreign_file(path, folder))]
+    if foreign:
+        raise UserError(in_one_message(foreign))
+    return paths
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
@@ -275,7 +297,7 @@ def copy_others(source: Path, folder: Path, dtype: torch.dtype) -> None:
         wanted = path.suffix in OTHER_SUFFIXES or path.name.startswith(OTHER_NAMES)
         if not (wanted and path.is_file()) or path.name == CONFIG or path.name.endswith(".index.json"):
             continue
-        if not _belongs(path.resolve(), source):
+        if not is_inside(path.resolve(), source):
             left_out.append(path.name)
             continue
         copy = folder / path.relative_to(source)
@@ -298,16 +320,6 @@ def _warn_of_links(source: Path, names: tuple[str, ...]) -> None:
         ", ".join(names),
         source,
     )
-
-
-def _belongs(file: Path, source: Path) -> bool:
-    """Whether a resolved file is one of the model folder `source`, or of the cache repository that it is a snapshot of:
-
-    hub/models--Qwen--Qwen3-8B/snapshots/b968826/tokenizer.json -> ../../blobs/aeb13307a71a
-    """
-    folder = source.resolve()
-    caches = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
-    return any(file.is_relative_to(home) for home in (folder, *caches))
 
 
 def write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:

@@ -26,6 +26,8 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from asd_megatron.checkpoint.safety import unpickle
+
 STORAGES = {
     "FloatStorage": torch.float32,
     "BFloat16Storage": torch.bfloat16,
@@ -110,7 +112,7 @@ def byte_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
 def _is_plain(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether a pickle is that of a contiguous tensor of this shape and dtype that is its complete storage."""
     try:
-        found = _Reader(io.BytesIO(data)).load()
+        found = unpickle(_Reader(io.BytesIO(data)), len(data))
     except Exception:  # of something else, or hostile: PyTorch's reader of weights decides
         return False
     if not isinstance(found, _Described):

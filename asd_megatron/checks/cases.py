@@ -61,7 +61,7 @@ def write_tiny_model(folder: Path, kind: ModelKind, *, seed: int = 3) -> None:
 def hard_batch(seed: int, groups: int = 4, size: int = 3) -> list[Example]:
     """Rollouts of very unequal lengths, one without privileged context, some with unsampled tokens inside, a group of
     equal rewards; some prompts and demonstrations long enough for prefix sharing."""
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311 (reproducible, no secret)
     lengths = [1, 2, 40, 7, 3, 19, 5, 33, 1, 11, 2, 6]
     ids = lambda n: np.array([rng.randrange(2, VOCABULARY) for _ in range(n)], dtype=np.int32)  # noqa: E731
     examples = []

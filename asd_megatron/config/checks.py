@@ -12,6 +12,7 @@ from typing import Any
 from asd_megatron.config.algorithm import AlgorithmSection
 from asd_megatron.config.checkpoint import ALL
 from asd_megatron.config.data import texts_for_booleans
+from asd_megatron.config.determinism_checks import cpu_server_finding, determinism_findings
 from asd_megatron.config.estimator_checks import estimator_findings
 from asd_megatron.config.gym_checks import gym_findings
 from asd_megatron.config.model_checks import model_findings
@@ -194,6 +195,7 @@ def _train(recipe: Recipe) -> Iterator[str]:
             " folder out"
         )
     yield from rollout_findings(recipe)
+    yield from determinism_findings(recipe)
     if data.train.startswith("puzzle:") and data.train not in PUZZLES:
         yield (
             f"data.train {data.train!r} is not a puzzle set: use puzzle:train (puzzle:corpus is for `asd-megatron sft`)"
@@ -309,6 +311,8 @@ def check_devices(recipe: AnyRecipe, *, cuda: bool | None = None, transformer_en
             findings.append(machine.bfloat16_problem())
         if isinstance(recipe, Recipe):
             findings += device_findings(recipe.rollout)
+    elif isinstance(recipe, Recipe):
+        findings.append(cpu_server_finding(recipe))
     absent = _transformer_engine_absent(cuda, transformer_engine)  # why
     if recipe.model.layers == "te" and not machine.transformer_engine_is_stand_in():
         why, remedy = absent, "set model.layers auto or local"

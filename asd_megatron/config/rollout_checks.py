@@ -198,7 +198,8 @@ def _weight_sync(rollout: RolloutSection) -> Iterator[str]:
             "rollout.weight_sync cuda_ipc shares the memory of one device: set rollout.placement colocated, or"
             " rollout.weight_sync distributed"
         )
-    if rollout.weight_sync == "distributed" and rollout.weight_sync_address in ("0.0.0.0", "::"):
+    everywhere = ("0.0.0.0", "::")  # noqa: S104 (refused)
+    if rollout.weight_sync == "distributed" and rollout.weight_sync_address in everywhere:
         yield (
             f"rollout.weight_sync_address {rollout.weight_sync_address} would let anybody join the weight update:"
             " name the address of one interface"

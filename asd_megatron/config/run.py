@@ -52,6 +52,14 @@ class RunSection(Section):
             " is lost, after which the run ends with an error that names it."
         ),
     )
+    deterministic: bool = Field(
+        False,
+        description=(
+            "The same bits again from the same recipe, machine and layout: deterministic kernels and collectives in the"
+            " trainer, deterministic inference in SGLang servers; slower on GPUs. On a CPU in float32 the embedded"
+            " engine's log-probs also equal the trainer's bit for bit. See docs/reliability.md."
+        ),
+    )
     replica_check_every: int = Field(
         10,
         ge=0,

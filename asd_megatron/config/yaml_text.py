@@ -15,6 +15,8 @@ from asd_megatron.errors import UserError
 MAX_DEPTH = 100  # nesting; far below Python's recursion limit, and PyYAML's time grows with its square
 SHOWN_FILES = 8  # of a folder that was given instead of a file
 MAX_DIGITS = 21  # of a 64-bit number with its sign
+MAX_BYTES = 4 << 20  # of a file; a recipe has a few thousand
+MAX_VALUES = 100_000  # of a document, every alias (`*name`) counted as what it stands for
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,6 +33,28 @@ class _Loader(yaml.SafeLoader):
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self._count_values(node, {})
+        return super().construct_document(node)
+
+    def _count_values(self, node: yaml.Node, counted: dict[int, int | None]) -> int:
+        """How many values a node holds, itself included. Nested aliases multiply: nine lists of ten aliases of the one
+        before are 10^9 values, which a copy would write out, and an alias of what it stands in never ends."""
+        if id(node) in counted:
+            known = counted[id(node)]
+            if known is None:
+                raise ComposerError(None, None, "an alias inside of what it stands for", node.start_mark)
+            return known
+        counted[id(node)] = None
+        inner = node.value if isinstance(node, yaml.SequenceNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        total = 1 + sum(self._count_values(part, counted) for part in inner)
+        if total > MAX_VALUES:
+            raise ComposerError(None, None, f"more than {MAX_VALUES:,} values, aliases included", node.start_mark)
+        counted[id(node)] = total
+        return total
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -68,7 +92,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["
 def parse_yaml(text: str, source: str) -> Any:
     """Parse one YAML document. Raises UserError that names `source`, the line and the column."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except RecursionError:
         raise UserError(f"{source}: not valid YAML: nested too deeply") from None
     except yaml.MarkedYAMLError as error:
@@ -88,7 +112,11 @@ def read_yaml(path: Path, what: str) -> Any:
     (with its line).
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UserError(f"{what} {path} has more than {MAX_BYTES >> 20} MiB, so it is no {what}: check the path")
+        text = data.decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist (from {Path.cwd()}): check the path") from None
     except IsADirectoryError:

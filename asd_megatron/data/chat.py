@@ -4,21 +4,26 @@ Loops and arithmetic of a template are Python code, which a signal handler ends.
 (`'a' * 10 ** 10`, `'%1000000000d' % 1`): what it may allocate is bounded, and so is the time that it takes over it. The
 few that need no memory (comparing lists of lists of lists) end the process.
 
-The bounds are the main thread's. They are limits of the process: set by a worker thread, which renders privileged
+These bounds are the main thread's. They are limits of the process: set by a worker thread, which renders privileged
 prompts, the one of memory would refuse what the main thread allocates meanwhile (a bucket of weights, logits), and only
-the main thread receives signals. Each problem's prompt is rendered in the main thread before a privileged one.
+the main thread receives signals. Each problem's prompt is rendered in the main thread before a privileged one. In a
+worker thread, a loop is ended by an exception from outside; memory has no bound there but that of the written text.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
-import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from asd_megatron.limits import memory_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,11 +76,12 @@ def render_chat(
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """The bounds of a rendering, in the main thread."""
+    """The bounds of a rendering: of time and memory in the main thread, of time in others."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        with _THREADS.bounded(RENDER_SECONDS):
+            yield
         return
-    with _memory(RENDER_BYTES), _processor_time(RENDER_SECONDS):
+    with memory_limit(RENDER_BYTES), _processor_time(RENDER_SECONDS):
         yield
 
 
@@ -83,28 +89,6 @@ def _bounded() -> Iterator[None]:
 def _show_traceback_at_end() -> None:
     with suppress(OSError, ValueError, AttributeError, RuntimeError):  # where stderr is no file
         faulthandler.register(signal.SIGVTALRM, all_threads=False, chain=True)
-
-
-@contextmanager
-def _memory(bytes_: int) -> Iterator[None]:
-    """Raise MemoryError in the body when this process maps `bytes_` more than it has. Costs microseconds.
-
-    The limit holds for all threads, so `bytes_` leaves room for what others allocate in the time of a rendering. No
-    bound where /proc does not tell what is mapped.
-    """
-    try:
-        with open("/proc/self/statm", "rb", buffering=0) as file:
-            pages = int(file.read().split()[0])
-    except OSError:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min([pages * resource.getpagesize() + bytes_, *limits]), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager
@@ -128,3 +112,57 @@ def _processor_time(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGPROF, previous or signal.SIG_DFL)
+
+
+@dataclass
+class _Rendering:
+    """A rendering in a worker thread: it may use processor time of its thread until the thread's clock says `end`."""
+
+    clock: int
+    end: float
+    late: bool = False
+
+
+class _Threads:
+    """Ends renderings in worker threads: one thread looks at their clocks while there are any."""
+
+    INTERVAL = 0.5  # seconds
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._renderings: dict[int, _Rendering] = {}
+        self._watched = False
+
+    @contextmanager
+    def bounded(self, seconds: float) -> Iterator[None]:
+        """Raise _OutOfTime in the body after `seconds` of this thread's processor time. Costs microseconds."""
+        thread = threading.get_ident()
+        clock = time.pthread_getcpuclockid(thread)
+        rendering = _Rendering(clock, time.clock_gettime(clock) + seconds)
+        with self._lock:
+            self._renderings[thread] = rendering
+            start, self._watched = not self._watched, True
+        if start:
+            threading.Thread(target=self._watch, name="chat templates", daemon=True).start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._renderings[thread]
+            if rendering.late:  # the exception may not have arrived yet
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(self.INTERVAL)
+            with self._lock:
+                self._watched = bool(self._renderings)
+                if not self._watched:
+                    return
+                for thread, rendering in self._renderings.items():
+                    if not rendering.late and time.clock_gettime(rendering.clock) > rendering.end:
+                        rendering.late = True
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_OutOfTime))
+
+
+_THREADS = _Threads()

@@ -10,12 +10,14 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from asd_megatron.errors import UserError, hub_hint
 
 MAX_DEPTH = 100  # nesting of lists and objects; far below Python's recursion limit, which later code would meet
+MAX_LINE_BYTES = 64 << 20
 PEEKED = 4096  # bytes at the start of a file that tell what it is
 TO_JSONL = {  # commands that convert the named kind of file
     "Parquet": (
@@ -124,10 +126,12 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         _check_kind(path, start)
         first = True
         # split at b"\n" alone: JSON text may hold other line separators
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
             if not line.strip():
                 continue
             try:
+                if len(line) > MAX_LINE_BYTES:
+                    raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB: shorten the problem, or split the line")
                 value = _parse(line)
                 if first and isinstance(value, list):
                     raise LineError(_array(path))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from asd_megatron.errors import UserError
-from asd_megatron.files import read_json_object
+from asd_megatron.files import check_own_file, read_json_object
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"  # what a token id that the tokenizer does not have is decoded as
 
+FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+"""Of the files of a folder that a tokenizer may be made of."""
+
 log = logging.getLogger("asd_megatron")
 
 
@@ -29,10 +32,14 @@ class TokenizerError(UserError, ValueError):
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local model folder. Never downloads and never runs code from the folder."""
+    """The tokenizer of a local model folder. Never downloads, runs no code from the folder, and reads no file outside
+    of it (`files.foreign_file`)."""
     path = Path(folder)
     if not path.is_dir():
         raise TokenizerError(f"the model folder {path} does not exist: give model.path as a local Hugging Face folder")
+    for file in sorted([*path.iterdir(), *(path / "additional_chat_templates").glob("*")]):
+        if file.suffix in FILE_SUFFIXES:
+            check_own_file(file, path)
     from transformers import AutoTokenizer
 
     try:

@@ -21,6 +21,8 @@ from asd_megatron.models.family import ModelShape
 from asd_megatron.models.layers import softmax_scale
 from asd_megatron.models.norm import projection_norm
 from asd_megatron.models.rope import Rotation
+from asd_megatron.ops.softmax_tile import Targets, merged
+from asd_megatron.ops.tile_kernels import tile_kernels
 
 
 class Stack(Protocol):
@@ -61,6 +63,22 @@ class _Layer(NamedTuple):
     projection: Tensor
     mlp: _SubLayer
     feed_forward: Callable[[Tensor], Tensor]  # the MLP or the experts: [T, H] -> [T, H], summed over the ranks
+
+
+def head_logprobs(logits: Tensor, tokens: Tensor, temperature: float, columns: int) -> Tensor:
+    """log p of `tokens` int64 [B] from logits float32 [B, V], computed as the trainer's head does, operation by
+    operation: over parts of `columns` tokens, as tensor parallelism divides the vocabulary, which are then merged.
+    Returns float32 [B]."""
+    if temperature not in (0.0, 1.0):  # greedy counts as 1
+        logits = logits * (1.0 / temperature)
+    parts = []
+    for start in range(0, logits.shape[1], columns):
+        part = logits[:, start : start + columns].contiguous()
+        local = tokens - start
+        owned = (local >= 0) & (local < part.shape[1])
+        target = Targets(local.clamp(0, part.shape[1] - 1), owned)
+        parts.append(tile_kernels(part).softmax_statistics(part, target))
+    return merged(torch.stack(parts)).logprob
 
 
 class LocalStack:

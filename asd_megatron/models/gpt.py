@@ -9,7 +9,7 @@ import torch
 
 from asd_megatron.distributed.layout import Layout
 from asd_megatron.errors import UserError
-from asd_megatron.models import te
+from asd_megatron.models import activation, te
 from asd_megatron.models.compat import building_head_norms, hidden_state_model
 from asd_megatron.models.family import Family, ModelShape
 from asd_megatron.models.layers import CoreAttention, layer_specs, norm_class
@@ -59,6 +59,7 @@ def transformer_config(
 
     fused = how.layers == "te"
     virtual = layout.virtual_pipeline
+    exact = torch.are_deterministic_algorithms_enabled()
     wanted: dict[str, Any] = {
         "num_layers": shape.layers,
         "hidden_size": shape.hidden,
@@ -71,7 +72,7 @@ def transformer_config(
         "qk_layernorm": shape.qk_norm == "head",  # their gradients are summed over tensor-parallel ranks
         "add_qkv_bias": shape.qkv_bias,
         "gated_linear_unit": True,
-        "activation_func": family.activation,
+        "activation_func": activation.deterministic(family.activation) if exact else family.activation,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -104,6 +105,7 @@ def transformer_config(
         # A wait for the device after every transfer, against a fault of batch_isend_irecv that PyTorch 1.13 repaired.
         "batch_p2p_sync": False,
         "calculate_per_token_loss": True,  # gradients are summed, never averaged: denominators are in the loss
+        "deterministic_mode": exact,
         "attention_backend": AttnBackend[how.attention_backend],
         **how.precision.model_keys(),
         **_recompute(how.recompute, shape),

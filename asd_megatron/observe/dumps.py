@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,10 +216,18 @@ def _info(path: Path, metadata: dict[bytes, bytes] | None) -> DumpInfo:
 def _open(path: Path) -> pq.ParquetFile:
     if not path.is_file():
         raise UserError(f"the rollout dump {path} does not exist; dumps are written with `run.dump_rollouts: true`")
-    try:
+    with _readable(path):
         return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable Parquet file ({error}); make the dump again") from error
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise what pyarrow raises for a damaged file (OSError among it) as a UserError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, MemoryError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a readable Parquet file ({reason:.300}); make the dump again") from error
 
 
 def _read_column(values: pa.ChunkedArray, lengths: Sequence[int]) -> torch.Tensor | None:
@@ -271,7 +280,8 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
     missing = [name for name in SCHEMA.names if name not in (*file.schema_arrow.names, *ADDED)]
     if missing:
         raise UserError(f"{path} lacks the column(s) {', '.join(missing)}; make the dump again")
-    data = file.read()
+    with _readable(path):
+        data = file.read()
     read = [name for name in SCHEMA.names if name not in (*TABLE_COLUMNS, "lambda")] + ["engine_logprobs"]
     columns = [_arrays(data[name]) if name in OF_TOKENS else data[name].to_pylist() for name in read]
     try:

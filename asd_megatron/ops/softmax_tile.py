@@ -160,5 +160,8 @@ def _slab_elements(tile: Tensor) -> int:
 
 def exp(x: Tensor, out: Tensor) -> Tensor:
     """exp(x) to the rounding of x, by exp2. On CPUs torch.exp is MKL's, which is slow on AMD and far slower where the
-    result underflows."""
+    result underflows; but exp2 computes the last elements of a tensor, those that fill no vector register, in another
+    way, so that deterministic runs take MKL's: a token's log-prob then does not depend on its row."""
+    if torch.are_deterministic_algorithms_enabled() and not x.is_cuda:
+        return torch.exp(x, out=out)
     return torch.mul(x, LOG2_E, out=out).exp2_()

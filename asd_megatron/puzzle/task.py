@@ -29,7 +29,7 @@ DELIBERATION_WORDS = (FIRST_WORD, *LATER_WORDS)
 NO_WORDS = ("no", "nope", "nah")
 YES_WORD = "yes"
 ANSWER_WORD = "So"
-END_TOKEN = "<|end|>"
+END_TOKEN = "<|end|>"  # noqa: S105 (a token of a text)
 
 SPLITS = ("train", "test")
 TEST_PUZZLES = 500  # the default held-out set
@@ -91,7 +91,7 @@ class Puzzle:
 def keyed_rng(*key: int | str) -> random.Random:
     """A generator that is a pure function of the key, the same in every process."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
-    return random.Random(int.from_bytes(digest, "big"))
+    return random.Random(int.from_bytes(digest, "big"))  # noqa: S311 (reproducible, no secret)
 
 
 def draw_puzzle(rng: random.Random, split: str) -> Puzzle:

@@ -17,8 +17,8 @@ from asd_megatron.puzzle.task import (
     YES_WORD,
 )
 
-PAD_TOKEN = "<|pad|>"
-UNKNOWN_TOKEN = "<|unknown|>"
+PAD_TOKEN = "<|pad|>"  # noqa: S105 (a token of a text)
+UNKNOWN_TOKEN = "<|unknown|>"  # noqa: S105 (a token of a text)
 ROLES = ("system", "user", "assistant")
 SPECIAL_TOKENS = (PAD_TOKEN, UNKNOWN_TOKEN, END_TOKEN, *(f"<|{role}|>" for role in ROLES))
 

@@ -6,7 +6,7 @@ import os
 from contextlib import ExitStack
 
 from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_world
-from asd_megatron.distributed import device
+from asd_megatron.distributed import determinism, device
 from asd_megatron.distributed import layout as layouts
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.lost_ranks import RankWatch
@@ -20,6 +20,8 @@ MARGIN_SECONDS = 300.0
 def join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGroups]:
     """The recipe's layout for the ranks that were started, and its process groups, which `closing` leaves. Collective.
     Raises UserError for a number of ranks or a machine that the recipe does not fit."""
+    if recipe.run.deterministic:
+        determinism.prepare(os.environ, cuda=device.backend() == "nccl", dtype=recipe.model.dtype)
     device.prepare()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout = layout_of(recipe, check_world(recipe, world))

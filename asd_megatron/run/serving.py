@@ -235,6 +235,7 @@ def server_options(session: Session, rollout: RolloutSection, keys: Keys) -> lis
             api_key=keys.api,
             admin_key=keys.admin,
             dtype=str(session.port.dtype).removeprefix("torch."),
+            deterministic=session.recipe.run.deterministic,
             arguments=arguments,
             nodes=tuple(hosts_of(host_of_server(hosts, index))) if hosts else (),
         )

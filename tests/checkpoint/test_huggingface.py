@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from asd_megatron.checkpoint.huggingface import FolderReader, copy_others, is_complete, read_config
+from asd_megatron.checkpoint.huggingface import INDEX, FolderReader, copy_others, is_complete, read_config
+from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.errors import UserError
 from asd_megatron.models.loading import refusal
 from tests.distributed.harness import run_ranks
@@ -305,6 +307,56 @@ def test_links_out_of_the_folder_are_left_out(folder: Path, tmp_path: Path, capl
     for name in ("notes.txt", "second.txt", "vocab.json", "LICENSE", "rag.jinja"):
         assert name in caplog.text
     assert str(source) in caplog.text
+
+
+def _beside(path: Path) -> None:
+    """A link to a file outside of the folder."""
+    elsewhere = path.parent.parent / f"elsewhere_{path.name}"
+    shutil.move(path, elsewhere)
+    path.symlink_to(f"../{elsewhere.name}")
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def _loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("damage", [_beside, _pipe, _device, _loop])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "shard"]
+)
+def test_no_file_outside_of_the_folder_is_read(
+    folder: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    """And nothing waits for a pipe or reads a device."""
+    source = tmp_path / "model"
+    shutil.copytree(folder, source)
+    if name == "shard":
+        name = "model-00001-of-00001.safetensors"
+        (source / "model.safetensors").rename(source / name)
+        with safe_open(source / name, framework="pt") as file:
+            index = dict.fromkeys(file.keys(), name)
+        (source / INDEX).write_text(json.dumps({"weight_map": index}))
+    damage(source / name)
+
+    with pytest.raises(UserError, match=name) as caught:
+        read_config(source)
+        load_tokenizer(source)
+        with FolderReader(source) as tensors:
+            raise UserError("; ".join(tensors.problems))
+    if damage is _beside:
+        assert "outside of the model folder" in str(caught.value)
 
 
 def test_a_snapshot_of_the_cache_is_copied_completely(folder: Path, tmp_path: Path) -> None:

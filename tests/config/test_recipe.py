@@ -154,9 +154,19 @@ def test_deep_nesting_is_refused_at_once(text: str) -> None:
 
 
 def test_a_refusal_of_a_huge_value_is_short() -> None:
-    doubling = ", ".join(f"&{b} [*{a}, *{a}, *{a}]" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz"))
-    tree = parse_yaml(f"[&a [x], {doubling}]", "recipe")  # 3^25 leaves
+    doubling = ", ".join(f"&{b} [*{a}, *{a}, *{a}]" for a, b in pairwise("abcdefghij"))
+    tree = parse_yaml(f"[&a [x], {doubling}]", "recipe")  # 3^9 leaves
     assert len(refusal(sampling={"stop": {"x": tree}})) < 10_000
+
+
+def test_aliases_that_multiply_or_never_end_are_refused() -> None:
+    """A copy of the recipe, as a run saves it, writes out what each alias stands for."""
+    doubling = ", ".join(f"&{b} [*{a}, *{a}, *{a}]" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz"))
+    with pytest.raises(UserError, match="recipe, line 1, column .* more than 100,000 values, aliases included"):
+        parse_yaml(f"[&a [x], {doubling}]", "recipe")
+    with pytest.raises(UserError, match="recipe, line 2, .* an alias inside of what it stands for"):
+        parse_yaml("x:\n  &a {y: *a}", "recipe")
+    assert parse_yaml("a: &a [1]\nb: *a", "recipe") == {"a": [1], "b": [1]}
 
 
 def test_an_unknown_section_names_the_nearest() -> None:

@@ -337,6 +337,21 @@ def test_a_chat_template_of_huge_operations_is_refused(template: str, monkeypatc
     renderer().check([PROBLEM])
 
 
+def test_a_worker_thread_ends_a_template_for_privileged_prompts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is harmless for the student's prompt, which the main thread renders first."""
+    monkeypatch.setattr(chat, "RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(chat._Threads, "INTERVAL", 0.05)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{{ i * j }}{% endfor %}{% endfor %}"
+    made = PromptRenderer(byte_tokenizer("{% if 'previous attempt' in messages[-1].content %}" + loop + "{% endif %}Q"))
+    made.check([PROBLEM])
+    with ThreadPoolExecutor(2) as workers:
+        late = [workers.submit(made.teacher_text, PROBLEM, "It is 2.", None) for _ in range(2)]
+        for one in late:
+            with pytest.raises(UserError, match="the chat template did not end"):
+                one.result()
+        assert workers.submit(renderer().student_text, PROBLEM).result() == renderer().student_text(PROBLEM)
+
+
 def test_a_chat_template_that_cannot_be_interrupted_ends_the_process() -> None:
     code = """
 from types import SimpleNamespace

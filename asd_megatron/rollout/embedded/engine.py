@@ -205,7 +205,9 @@ class EmbeddedEngine:
         self, submission: _Submission, chunk: Sequence[GroupSlice], deadline: float
     ) -> tuple[_Rows | None, int]:
         device = self._port.device
-        rows = _Rows(self._seed, submission, chunk, self._tokenizer) if self._draws else None
+        exact = torch.are_deterministic_algorithms_enabled()
+        columns = self._port.padded_vocab_size // self._port.layout.tensor if exact else None
+        rows = _Rows(self._seed, submission, chunk, self._tokenizer, columns) if self._draws else None
         prompts = [submission.prompts[part.prompt].ids for part in chunk]
         new = submission.params.max_new_tokens
         cache = KVCache(len(prompts), max(len(ids) for ids in prompts), block=min(new, CACHE_BLOCK))
@@ -325,8 +327,9 @@ class _Rows:
         submission: _Submission,
         chunk: Sequence[GroupSlice],
         tokenizer: PreTrainedTokenizerBase | None,
+        head_columns: int | None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._head_columns = tokenizer, head_columns
         self._params = submission.params
         names = submission.noise_names()
         self._rows = [(p.prompt, sample) for p in chunk for sample in range(p.first, p.first + p.samples)]
@@ -344,7 +347,7 @@ class _Rows:
     def draw(self, logits: Tensor) -> Tensor:
         """Draw the next token of every row of the batch: int64 [2, B] on the host, tokens and states."""
         at, alive = self._position, self._alive
-        tokens, logprobs = draw(logits, self._noise_at(at, logits.device), self._params)
+        tokens, logprobs = draw(logits, self._noise_at(at, logits.device), self._params, self._head_columns)
         ids, values = tokens.cpu().numpy(), logprobs.cpu().numpy()
         self._ids[alive, at], self._logprobs[alive, at] = ids, values
         self._position = at + 1

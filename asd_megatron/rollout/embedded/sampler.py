@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asd_megatron.errors import UserError
+from asd_megatron.models.decoder import head_logprobs
 from asd_megatron.records import SamplingParams
 
 MOST_PROBABLE = 1024  # tokens that top-p sorts first; the complete vocabulary only if they do not reach top_p
@@ -111,11 +112,19 @@ def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
 
-def draw(logits: Tensor, noise: Tensor | None, params: SamplingParams) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, noise: Tensor | None, params: SamplingParams, head_columns: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Sample one token per row of logits [B, V] with noise float64 [B] (None only for temperature 0).
 
-    Returns (tokens int64 [B], log-probs float32 [B], taken before top-k and top-p).
+    Returns (tokens int64 [B], log-probs float32 [B], taken before top-k and top-p). `head_columns`: log-probs are the
+    bits that the trainer's head computes where each of its ranks has so many tokens of the vocabulary; None: they may
+    differ in the last ones, which saves a pass over the logits.
     """
+    if head_columns is not None and logits.is_cuda:  # CUDA's cumulative sums add in any order
+        tokens, _ = draw(logits.cpu(), None if noise is None else noise.cpu(), params)
+        tokens = tokens.to(logits.device)
+        return tokens, head_logprobs(logits, tokens, params.temperature, head_columns)
     shifted, weights, total = weights_of(logits, params.temperature)
     if params.temperature == 0 or noise is None:
         tokens = logits.argmax(-1)
@@ -123,6 +132,8 @@ def draw(logits: Tensor, noise: Tensor | None, params: SamplingParams) -> tuple[
         tokens = inverse_cdf(filter_probabilities(weights.double(), params.top_k, params.top_p), noise)
     # Non-finite logits may let the search run past the end; their log-prob is not finite either and is checked.
     tokens = tokens.clamp_(max=logits.shape[-1] - 1)
+    if head_columns is not None:
+        return tokens, head_logprobs(logits, tokens, params.temperature, head_columns)
     return tokens, (shifted.gather(-1, tokens[:, None]) - total)[:, 0]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from asd_megatron.distributed import determinism
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.models import check_served, has_experts, read_config
 from asd_megatron.rollout.sglang.servers.versions import without_other_torch
@@ -77,7 +78,8 @@ class ServerOptions:
     `port` 0 a free one, `dtype` "auto" SGLang's choice on GPUs and float32 on the CPU. `nodes`: the hosts on which its
     ranks run, as the launcher names them, with equally many ranks each; (): this machine. `places`: address and port
     on each of them, `host` and `port` being those of the first; `meeting`: where the ranks of several nodes meet;
-    `part`: the number of the node that these options are for.
+    `part`: the number of the node that these options are for. `deterministic`: answers depend on a request and its
+    sampling seed alone, not on what else is in the batch.
     """
 
     python: Path
@@ -90,6 +92,7 @@ class ServerOptions:
     admin_key: str = field(default="", repr=False)
     dtype: str = "auto"
     context_length: int | None = None
+    deterministic: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     nodes: tuple[str, ...] = ()
@@ -129,6 +132,7 @@ def command(options: ServerOptions) -> list[str]:
             else {}
         ),
         **(CPU_ARGUMENTS if options.on_cpu else gpu_arguments),
+        **({"enable-deterministic-inference": True} if options.deterministic else {}),
         **pass_through(options),
     }
     return [str(options.python), "-m", MODULE, *_flags(arguments)]
@@ -189,6 +193,9 @@ def server_variables(
     our plugin of SGLang, and no proxy for its own address and those in `direct`. On another node all of the trainer's
     settings of NCCL and gloo, which its launcher need not pass on."""
     variables = dict(CPU_ENVIRONMENT) if options.on_cpu else nccl_settings(base)
+    if options.deterministic:
+        wanted = determinism.variables(cuda=not options.on_cpu)
+        variables |= {name: base.get(name, value) for name, value in wanted.items()}
     if options.nodes:
         variables = {name: base[name] for name in base if name.startswith(TRANSPORT_PREFIXES)} | variables
     variables |= dict.fromkeys(("no_proxy", "NO_PROXY"), _no_proxy([options.host, *direct], base))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from asd_megatron.distributed import determinism
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers import options as options_module
 from asd_megatron.rollout.sglang.servers.options import (
@@ -23,6 +24,7 @@ from asd_megatron.rollout.sglang.servers.options import (
     pick_ports,
     secret_arguments,
     server_environment,
+    server_variables,
 )
 from asd_megatron.rollout.sglang.servers.versions import check_environment, ipc_arguments
 from tests.rollout.sglang.fake_environment import fake_python
@@ -85,6 +87,17 @@ def test_command_on_cpus(no_gpus: None) -> None:
     assert found["--device"] == "cpu" and found["--attention-backend"] == "torch_native"
     assert found["--dtype"] == "float32" and "--context-length" not in found
     assert found["--max-running-requests"] == "3" and "--disable-overlap-schedule" not in found  # the user's win
+
+
+def test_deterministic_servers(gpus: None) -> None:
+    """Also on another node, whose launcher passes nothing on; the user's own variables stay."""
+    flag = "--enable-deterministic-inference"
+    assert flag in flags(options(deterministic=True)) and flag not in flags(options())
+    wanted = determinism.variables(cuda=True)
+    for nodes in ((), ("node1",)):
+        found = server_variables(options(deterministic=True, nodes=nodes), {"NCCL_ALGO": "Tree"})
+        assert {**wanted, "NCCL_ALGO": "Tree"}.items() <= found.items()
+    assert not wanted.keys() & server_variables(options(), {}).keys()
 
 
 def test_no_gpu_may_be_asked_for(gpus: None) -> None:
