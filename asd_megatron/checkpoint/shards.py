@@ -24,6 +24,7 @@ import torch
 
 from asd_megatron.checkpoint.chunk_writer import write_tensor
 from asd_megatron.checkpoint.parts import Box, Part
+from asd_megatron.distributed import activity
 from asd_megatron.errors import UserError
 from asd_megatron.files import system_reason, write_json
 
@@ -99,6 +100,7 @@ def write_shard(folder: Path, rank: int, parts: Iterable[Part]) -> list[Written]
     written = []
     with (folder / name).open("wb") as file:
         for part in parts:
+            activity.mark()
             values = part.values()
             for box in part.boxes:
                 start = file.tell()

@@ -33,6 +33,7 @@ from asd_megatron.checkpoint.lineage import RUN_STATE
 from asd_megatron.checkpoint.parts import Box, Part, Sharded, boxes, local, own
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.checkpoint.shards import Written, check_files, saving, write_common, write_metadata, write_shard
+from asd_megatron.distributed import activity
 from asd_megatron.distributed.objects import Told, first_message, gather_objects, on_rank_zero
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, remove_partial
@@ -293,6 +294,7 @@ def _read(
 
 def _fill(checkpoint: DistributedCheckpoint, wanted: Iterable[Box], target: Tensor) -> None:
     """Read boxes into a flat tensor. Rows that the checkpoint does not store, the padding of a vocabulary, are 0."""
+    activity.mark()
     for box in wanted:
         into = box.of(target)
         stored = checkpoint.tensors[box.key]
