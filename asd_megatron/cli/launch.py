@@ -24,7 +24,7 @@ from asd_megatron.config import AnyRecipe, Kind, check_devices, check_model, loa
 from asd_megatron.config.overrides import check_flag
 from asd_megatron.distributed.launch import set_defaults, torchrun_options
 from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launcher
-from asd_megatron.distributed.stop_signals import forwarded, ranks_of
+from asd_megatron.distributed.stop_signals import SIGNALS, forwarded, ranks_of
 from asd_megatron.errors import UserError
 from asd_megatron.files import utc_now
 
@@ -67,7 +67,7 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
             placement = _checked_placement(recipe)
             from asd_megatron.run.dry_run import dry_run
         return dry_run(recipe, placement.ranks, placement_text(recipe, placement))
-    with importing(f"interrupted before the run began; to start it: {command}"):
+    with importing(f"interrupted before the run began: nothing is lost; to start it: {command}"):
         placement = _checked_placement(recipe)
     print(placement_text(recipe, placement), flush=True)
     with _environment_of_ranks():
@@ -104,9 +104,10 @@ def _run_and_tell(recipe: AnyRecipe, module: str, words: Sequence[str], ranks: i
     except KeyboardInterrupt:
         status = INTERRUPTED
     if status > 128:
-        from asd_megatron.run.interruption import interrupted_text  # not before a single rank replaces this process
+        from asd_megatron.run.interruption import kept_text  # not before a single rank replaces this process
 
-        print(interrupted_text(recipe, command, since), file=sys.stderr, flush=True)
+        ended = "interrupted" if status - 128 in SIGNALS else "ended"
+        print(f"{ended}{kept_text(recipe, command, since)}", file=sys.stderr, flush=True)
     return status
 
 

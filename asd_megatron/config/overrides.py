@@ -80,7 +80,7 @@ def apply_overrides(values: dict[str, Any], arguments: Sequence[str], schema: ty
         fields = section_schema(schema, section_name).model_fields
         outer, _, inner = key.partition(".")
         inside = subsection(section_schema(schema, section_name), outer)
-        if inside is not None and inner in inside.model_fields:  # --run.timeout.update 600
+        if inside is not None and inner:  # --run.timeout.update 600
             given = (out.get(section_name) or {}).get(outer)
             given = given if isinstance(given, dict) else {}
             text, key = to_yaml({**given, inner: parse_yaml(text, f"override --{dotted}")}), outer

@@ -110,10 +110,12 @@ def _line(finding: dict[str, Any], schema: type[BaseModel]) -> str:
     if kind == "invalid_key" or location[-1] == "[key]":
         where = location[0] if kind == "invalid_key" else dotted
         return f"{where}: a key must be text, was given {value_in_words(given)}"
-    if kind == "extra_forbidden" and len(location) > 2:
-        inside = subsection(section_schema(schema, location[0]), location[1])
-        keys = ", ".join(inside.model_fields if inside is not None else ())
-        return f"{'.'.join(location)}: unknown key; the keys of {dotted} are {keys}"
+    inside = subsection(section_schema(schema, location[0]), location[1]) if len(location) > 2 else None
+    if inside is not None:
+        inner = inside.model_fields.get(location[2])
+        if inner is None:
+            return f"{dotted}.{location[2]}: unknown key; the keys of {dotted} are {', '.join(inside.model_fields)}"
+        return f"{dotted}.{location[2]}: expected {type_in_words(inner)}, was given {value_in_words(given)}"
     if kind == "extra_forbidden":
         return unknown_key(schema, dotted)
     if kind == "missing":

@@ -246,7 +246,9 @@ class RankWatch:
         """The last operation of the first of `ranks`, and where stacks are."""
         report, log = reports[ranks[0]], rank_log.current()
         operation = "" if report is None else f"Last operation, in the phase {report.phase}: {report.operation}. "
-        return operation + ("" if log is None else f"Python stacks of each rank: {log.path(ranks[0])}. ")
+        return operation + (
+            "" if log is None else f"Its Python stacks, and beside them the others': {log.path(ranks[0])}. "
+        )
 
     def _count(self) -> None:
         """On the other ranks: how long the store, on rank 0's node, has not answered. (An operation on it has no time

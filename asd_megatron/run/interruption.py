@@ -14,13 +14,9 @@ from asd_megatron.observe.progress import print_line
 from asd_megatron.run.folder import BEGINNINGS, CHECKPOINTS, read_history
 
 
-def interrupted_text(recipe: AnyRecipe, command: str, since: str) -> str:
-    """One line about a run that was started by `command` at `since` (a time of `utc_now`) and was ended by a signal."""
-    return f"interrupted{kept_text(recipe, command, since)}"
-
-
 def kept_text(recipe: AnyRecipe, command: str, since: str) -> str:
-    """What `interrupted_text` says after its first word."""
+    """What is kept of a run that was started by `command` at `since` (a time of `utc_now`) and has ended before its
+    end: the rest of a line that begins with how it ended."""
     folder = recipe.run.path
     starts = [event for event in read_history(folder) if event.get("event") in (*BEGINNINGS, "resume")]
     if not starts or str(starts[-1].get("time_utc")) < since:
@@ -57,4 +53,4 @@ class Interruption:
             claim_once("interruption_told", self._tell)
 
     def _tell(self) -> None:
-        print_line(interrupted_text(self.recipe, own_command(), self.since), sys.stderr)
+        print_line("interrupted" + kept_text(self.recipe, own_command(), self.since), sys.stderr)
