@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from asd_megatron.distributed.launcher import LAUNCHER
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 KEPT_IGNORED = (signal.SIGINT, signal.SIGHUP)
 """Those that stay ignored where the parent ignores them: by a shell for a job in the background, by nohup."""
@@ -81,12 +83,13 @@ class StopSignals:
     def _receive(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if self.received is None:
-            if _neighbour_has_ended():
+            if missing := _ended_neighbours():
+                _say_ended(missing)
                 os._exit(128 + number)
             if not self._begun():
                 self._end(number)
             self.received, self._since = number.name, now
-            _announce(number)
+            threading.Thread(target=_announce, args=(number,), name="stop announcement", daemon=True).start()
         elif now - self._since > (PRESS_SECONDS if number == signal.SIGINT else REPEAT_SECONDS):
             self._end(number)
 
@@ -107,32 +110,59 @@ def received_signals() -> list[signal.Signals]:
 
 def _announce(number: signal.Signals) -> None:
     """Say, once among the ranks that receive it, what the first signal does."""
-    from asd_megatron.distributed.first_error import claim_once  # imports torch
-
     name, again = number.name, f"a second one after {REPEAT_SECONDS:.0f} s"
     if number == signal.SIGINT:
         name, again = "Ctrl-C", "a second one"
     text = f"{name}: the run stops after the step in flight and saves its state; {again} ends it at once"
-    claim_once("stop_announced", lambda: print(text, file=sys.stderr, flush=True))
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        print(text, file=sys.stderr, flush=True)
+    from asd_megatron.distributed.first_error import claim_once  # imports torch, which may take seconds
+
+    claim_once("stop_announced", lambda: None if first else print(text, file=sys.stderr, flush=True))
 
 
-def _neighbour_has_ended() -> bool:
-    """Whether fewer processes run under this rank's torchrun than it started."""
+def _ended_neighbours() -> list[int]:
+    """The local ranks of this rank's torchrun that do not run any more."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return False
-    ranks = ranks_of(os.getppid())
-    return os.getpid() in ranks and len(ranks) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return []
+    running = local_ranks(os.getppid())
+    if os.getpid() not in running:
+        return []
+    return sorted(set(range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) - set(running.values()))
+
+
+def _say_ended(local: list[int]) -> None:
+    """Say, on one rank and unless one has reported an error, that local ranks have ended; `asd-megatron` says it of its
+    own ranks."""
+    if LAUNCHER in os.environ:
+        return
+    from asd_megatron.distributed.first_error import report_once
+
+    which = f"local rank {local[0]} has" if len(local) == 1 else f"local ranks {', '.join(map(str, local))} have"
+    message = (
+        f"{which} ended without a message, so the others end too: torchrun says below by which signal or status"
+        " (SIGKILL: most often the system's, when memory ran out). Start the run again with the same command"
+    )
+    report_once(message, lambda: print(f"error: {message}", file=sys.stderr, flush=True))
 
 
 def ranks_of(launcher: int) -> list[int]:
     """The processes that `launcher` has started as ranks and that still run; [] without /proc."""
-    found = []
+    return list(local_ranks(launcher))
+
+
+def local_ranks(launcher: int) -> dict[int, int]:
+    """`ranks_of` with their local ranks."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             state, parent = (path / "stat").read_bytes().rpartition(b")")[2].split()[:2]
-            runs = int(parent) == launcher and state not in (b"Z", b"X")
-            if runs and any(word.startswith(b"LOCAL_RANK=") for word in (path / "environ").read_bytes().split(b"\0")):
-                found.append(int(path.name))
+            if int(parent) != launcher or state in (b"Z", b"X"):
+                continue
+            for word in (path / "environ").read_bytes().split(b"\0"):
+                if word.startswith(b"LOCAL_RANK="):
+                    found[int(path.name)] = int(word.partition(b"=")[2])
     return found
 
 
