@@ -190,7 +190,7 @@ class RankWatch:
         log, limits = rank_log.current(), [self._limits.get(own.phase), self._seconds if self.world > 1 else None]
         bounds = [limit for limit in limits if limit is not None]
         if log is not None and bounds and not stopping:
-            log.end_after(min(bounds) + LATER_SECONDS)
+            log.end_after(min(bounds) + LATER_SECONDS, on_console=self.world == 1)
 
     def _look(self, store: dist.Store, own: Report, seen: dict[int, bytes]) -> None:
         """On global ranks 0 and 1: who has not counted up, and who hangs; rank 1 acts when rank 0 does not. Beats are

@@ -66,10 +66,10 @@ class RankLog:
             with suppress(OSError, ValueError):
                 faulthandler.dump_traceback(self._file, all_threads=True)
 
-    def end_after(self, seconds: float) -> None:
+    def end_after(self, seconds: float, *, on_console: bool) -> None:
         """Write the stacks and end this process, with status 1, unless this is called again within `seconds`: done by a
-        thread that needs no interpreter, which may be blocked."""
-        file = self._file or sys.__stderr__
+        thread that needs no interpreter, which may be blocked. on_console: nobody else will say that it has ended."""
+        file = sys.__stderr__ if on_console or self._file is None else self._file
         if file is not None:
             with suppress(OSError, ValueError):
                 faulthandler.dump_traceback_later(seconds, file=file, exit=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from tests.e2e.world import World
 SECONDS = 1.5  # time-outs of the phases
 SIGNALLED = {"start": 2, "one_rank": 2, "twice": 1}  # ranks of each case
 HANGING = {"scoring": (1, 2), "rollout": (0, 1)}  # by phase: the rank that hangs, of how many
+BLOCKED = "update"  # the phase in which a rank's interpreter is blocked, so that no thread of Python's runs
 Ending = tuple[list[int], float, str]
 
 
@@ -76,13 +78,20 @@ def test_the_run_ends_and_says_who_hangs_where(world: World, endings: dict[str, 
             assert (" in _hang\n" in text) == (str(log) in error) == (rank == hanging), text
 
 
+def test_a_blocked_interpreter_ends_with_its_stacks(world: World, endings: dict[str, Ending]) -> None:
+    statuses, seconds, printed = endings[BLOCKED]
+    error = "error: rank 1 on .* hangs: .*run.timeout.update.*its process gives no sign of life"
+    assert statuses == [1, 1] and seconds < SECONDS + LIMIT and re.search(error, printed), printed
+    assert " in _hang\n" in (world.run_folder(BLOCKED) / "logs" / "rank_1.log").read_text()
+
+
 def _endings(recipe: str, folder: str) -> dict[str, Ending]:
     from asd_megatron.distributed import first_error, lost_ranks
 
     prepare()
     first_error.HEAD_START = 0.5
-    lost_ranks.BEAT_SECONDS = 0.25
-    cases = SIGNALLED | {phase: ranks for phase, (_, ranks) in HANGING.items()}
+    lost_ranks.BEAT_SECONDS, lost_ranks.LATER_SECONDS = 0.25, 2.0
+    cases = SIGNALLED | {phase: ranks for phase, (_, ranks) in HANGING.items()} | {BLOCKED: 2}
     return {name: _ending(name, ranks, recipe, Path(folder)) for name, ranks in cases.items()}
 
 
@@ -96,25 +105,39 @@ def _ending(name: str, ranks: int, recipe: str, folder: Path) -> Ending:
         if name in HANGING:
             if rank == HANGING[name][0]:
                 _make_hang(name, mark)
+        elif name == BLOCKED:
+            if rank == 1:
+                _make_hang(name, mark, _block)
         elif rank == (name == "one_rank"):
             _make_signalled(name, mark)
 
-    limits = [word for phase in HANGING for word in (f"--run.timeout.{phase}", str(SECONDS))]
+    limits = [word for phase in (*HANGING, BLOCKED) for word in (f"--run.timeout.{phase}", str(SECONDS))]
     layout = ["--parallelism.tensor", str(ranks), "--run.name", name]
-    statuses = wait(fork_ranks([recipe, *layout, *(limits if name in HANGING else [])], output, ranks, before))
+    statuses = wait(fork_ranks([recipe, *layout, *([] if name in SIGNALLED else limits)], output, ranks, before))
     return statuses, time.time() - float(begun.read_text()), output.read_text()
 
 
-def _make_hang(phase: str, mark: Callable[[], None]) -> None:
+def _make_hang(phase: str, mark: Callable[[], None], sleep: Callable[[float], None] = time.sleep) -> None:
     from asd_megatron.rollout.embedded.engine import EmbeddedEngine
     from asd_megatron.trainer import schedule
 
     def _hang(*_: Any, **__: Any) -> None:
         mark()
-        time.sleep(10 * LIMIT)
+        sleep(10 * LIMIT)
 
-    where: dict[str, tuple[Any, str]] = {"rollout": (EmbeddedEngine, "_prefill"), "scoring": (schedule, "forward")}
+    where: dict[str, tuple[Any, str]] = {
+        "rollout": (EmbeddedEngine, "_prefill"),
+        "scoring": (schedule, "forward"),
+        "update": (schedule, "forward_backward"),
+    }
     setattr(*where[phase], _hang)
+
+
+def _block(seconds: float) -> None:
+    """Lock a mutex twice, in native code that keeps the interpreter to itself; no signal ends that."""
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
 
 
 def _make_signalled(name: str, mark: Callable[[], None]) -> None:
