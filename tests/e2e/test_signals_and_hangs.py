@@ -135,6 +135,7 @@ def _make_hang(phase: str, mark: Callable[[], None], sleep: Callable[[float], No
 
 def _block(seconds: float) -> None:
     """Lock a mutex twice, in native code that keeps the interpreter to itself; no signal ends that."""
+    time.sleep(1.0)  # its report has come
     mutex = ctypes.create_string_buffer(64)
     for _ in range(2):
         ctypes.PyDLL(None).pthread_mutex_lock(mutex)
