@@ -20,6 +20,14 @@ class NotFinite(UserError):
     """Training met a number that is not finite and cannot continue. Its weights are not worth saving."""
 
 
+class ReplicasDiffer(UserError):
+    """Ranks that must hold equal copies of a tensor hold different bits. The state is not worth saving."""
+
+
+class LearnsNothing(UserError):
+    """The model cannot learn any more: its gradient is 0 whatever it is trained on."""
+
+
 def hub_hint(path: object, options: str = "") -> str:
     """` (...)` with the command that downloads it, for a missing path that reads like a Hugging Face hub id, such as
     Qwen/Qwen3-8B; empty for other paths. `options`: of the command."""

@@ -12,8 +12,9 @@ from typing import Any
 
 from asd_megatron.cli.guard import as_rank, leave, report_at_once
 from asd_megatron.config import SftRecipe, load_recipe
-from asd_megatron.errors import UserError
+from asd_megatron.errors import LearnsNothing, UserError
 from asd_megatron.observe.metrics import supervised_metrics
+from asd_megatron.observe.warnings import MethodWarnings
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.run.build import embedded_engine, make_collector, make_renderer
@@ -41,7 +42,7 @@ class SupervisedRun:
             max_tokens=session.port.max_positions,
             shuffle=recipe.data.shuffle,
         )
-        self.guard = Guard()
+        self.guard, self.warnings = Guard(), MethodWarnings()
         self.weights = Weights(session.port, session.first_step - 1)
         self.held_out = self._held_out()
         if session.resumed is not None:
@@ -66,6 +67,7 @@ class SupervisedRun:
         """One optimizer step, and the evaluation when it is due; returns the metrics of the step. Collective."""
         recipe, session = self.recipe, self.session
         examples = self.examples.batch(step, recipe.sft.sequences_per_step, recipe.run.seed)
+        session.integrity.before_update(step)
         with session.clock.phase("update"):
             stats = supervised_update(
                 session.port,
@@ -77,7 +79,7 @@ class SupervisedRun:
                 balance=session.balance,
             )
         self.weights.version = step
-        self.guard.check_update(stats.loss, stats.grad_norm, step)
+        self.guard.check_update(stats.loss, stats.grad_norm, step, applied=stats.applied)
         evaluation = {} if self.held_out is None else self.held_out.evaluate_if_due(step)
         times = session.clock.take()
         measured = session.telemetry.of_step(times, stats.packs)
@@ -89,6 +91,7 @@ class SupervisedRun:
             times=times,
             skipped_updates=int(not stats.applied),
         )
+        metrics |= session.integrity.spike_metrics(step, session.say)
         metrics |= session.write_load(step, stats.load)
         if self.guard.consecutive and session.checkpoint_due(step):
             metrics["checkpoint/skipped"] = 1.0
@@ -111,7 +114,7 @@ def train(run: SupervisedRun) -> None:
     session.clock.take()
     for step in session.training_steps():
         metrics = run.step(step)
-        session.on_root(lambda: _report(session, step, metrics))  # noqa: B023 (called at once)
+        session.on_root(lambda: _report(run, step, metrics))  # noqa: B023 (called at once)
         session.checkpoint_if_due(step, run.state(step), run.guard)
         cause = session.stopping.after_step(step)
         if cause is not None:
@@ -144,10 +147,17 @@ def _announce(run: SupervisedRun) -> None:
     )
 
 
-def _report(session: Session, step: int, metrics: Mapping[str, float]) -> None:
+def _report(run: SupervisedRun, step: int, metrics: Mapping[str, float]) -> None:
+    session = run.session
+    found, texts = run.warnings.of_step(step, metrics)
     session.name_attention(step)
-    session.write_metrics(step, metrics)
+    session.write_metrics(step, {**metrics, **found})
     session.progress.update(step, metrics)
+    dead = run.warnings.must_stop(found)
+    if dead is not None and run.recipe.run.stop_when_dead:
+        raise LearnsNothing(f"step {step}: {dead} (run.stop_when_dead false goes on all the same)")
+    for text in texts:
+        session.say(f"warning: {text}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

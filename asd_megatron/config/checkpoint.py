@@ -58,6 +58,15 @@ class CheckpointSection(Section):
             " folder starts from it, and resumes from its own newest checkpoint when the same command is started again."
         ),
     )
+    continual_from: Text | None = Field(
+        None,
+        description=(
+            "Start a new run from another run's checkpoint (RUN, its newest; or RUN/checkpoints/step_NNNNNN), such as"
+            " AntiSD from one of GRPO: weights and optimizer moments are kept; steps, learning-rate schedule, data"
+            " order and the gate's calibration begin anew (docs/reliability.md). Any layout; the same model and stage."
+            " Once this run has a checkpoint of its own, it resumes from that. null: from `model.path`."
+        ),
+    )
     accept_changes: KeyList = Field(
         (),
         description=(

@@ -121,6 +121,12 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
             f"reward.wall_timeout_seconds {reward.wall_timeout_seconds:g} is below reward.timeout_seconds"
             f" {reward.timeout_seconds:g}, which counts processor time: raise the first or lower the second"
         )
+    if recipe.checkpoint.continual_from is not None and recipe.checkpoint.resume not in ("auto", "never"):
+        yield (
+            "checkpoint.continual_from and the checkpoint of checkpoint.resume would both be loaded: leave out"
+            " checkpoint.resume to start a new run at step 1, or checkpoint.continual_from to go on after the step of"
+            " the checkpoint"
+        )
     for key in recipe.checkpoint.accept_changes:
         if key != ALL and key not in dotted_keys(type(recipe)):
             nearest = nearest_key(type(recipe), key)

@@ -40,3 +40,15 @@ class OptimizerSection(Section):
             " optimizer, model in bfloat16)."
         ),
     )
+    grad_spike: Literal["none", "clip", "skip"] = Field(
+        "none",
+        description=(
+            "What becomes of an update whose gradient norm is a spike: above `grad_spike_factor` times the 90% quantile"
+            " of the last 100 updates' norms above 0, from 20 on (docs/reliability.md). `clip`: its gradient is scaled"
+            " to that limit; `skip`: it is not applied, and counts as one of the skipped updates of which the fourth in"
+            " a row ends the run."
+        ),
+    )
+    grad_spike_factor: float = Field(
+        3.0, ge=1, description="The limit of a spike as a multiple of the 90% quantile of the last gradient norms."
+    )

@@ -75,6 +75,22 @@ class RunSection(Section):
             " start or generate, `rollout` has the bounds. null: none. Keys that are left out keep their defaults."
         ),
     )
+    replica_check_every: int = Field(
+        10,
+        ge=0,
+        description=(
+            "Several ranks: compare their copies of weights and optimizer state, which must be equal bit for bit,"
+            " before the update of every so many steps, and before every checkpoint and export; a difference ends the"
+            " run with an error that names tensor and rank (docs/reliability.md). 0: never."
+        ),
+    )
+    stop_when_dead: bool = Field(
+        True,
+        description=(
+            "End the run with an error when its model cannot learn any more: the gradient is 0 in 3 steps in a row, in"
+            " which the entropy is the same to the last digits or the advantages are not 0. false: a warning only."
+        ),
+    )
     profile_steps: StepList | None = Field(
         None,
         description=(

@@ -120,6 +120,20 @@ class ModelParameters:
                 if progress is not None:
                     progress(done, total)
 
+    def replicas(self, exact_tensor: bool) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """This rank's parameters, each as (name, parameter, values), by a name that is the same on all ranks that hold
+        the same values: its tensors in a Hugging Face folder and, where it is sharded, the tensor-parallel rank.
+
+        exact_tensor: False: what tensor-parallel ranks have in common is named by rank all the same.
+        """
+        for key, parameter in self._local.items():
+            rule = self.rule(key)
+            rank, ranks = self.shard(rule)
+            name = " + ".join(rule.names(key.layer, key.expert))
+            if ranks > 1 and not (exact_tensor and isinstance(rule.operation, Copy)):
+                name += f" (tensor-parallel rank {rank})"
+            yield name, parameter, te.values(parameter.detach())
+
     def stream(
         self, of: Callable[[Any], Tensor], dtype: torch.dtype, bucket_bytes: int
     ) -> Iterator[tuple[str, Tensor]]:

@@ -86,6 +86,13 @@ class WeightCopies:
             average.copy_(on_device.lerp_(parameter.float(), self.ema_rate), non_blocking=True)
         _wait(self.port.device)
 
+    @torch.no_grad()
+    def begin_average(self) -> None:
+        """Start the average, if there is one, at the live weights."""
+        if self.ema_rate is not None:
+            _copy_all(self._copies["ema"], self._parameters())
+            _wait(self.port.device)
+
     def _parameters(self) -> list[Tensor]:
         """Of all chunks, always in the same order."""
         return [parameter for chunk in self.port.chunks for parameter in chunk.parameters()]

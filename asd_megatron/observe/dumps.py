@@ -70,7 +70,8 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class DumpInfo:
-    """A dump's file metadata. `H` and `h_warm` in nats, None where there is none; `lam` is the step's lambda."""
+    """A dump's file metadata. `H` and `h_warm` in nats, None where there is none; `lam` is the step's lambda.
+    `reason`: of a batch that was kept because its numbers are bad; None for a step's ordinary dump."""
 
     schema_version: int
     step: int
@@ -79,6 +80,7 @@ class DumpInfo:
     h_warm: float | None
     temperature: float
     recipe_hash: str
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,12 @@ class Dump:
 def dump_path(run_folder: str | os.PathLike[str], step: int) -> Path:
     """RUN/rollouts/step_000001.parquet"""
     return Path(run_folder) / "rollouts" / f"step_{step:06d}.parquet"
+
+
+def bad_dump_path(run_folder: str | os.PathLike[str], step: int) -> Path:
+    """RUN/rollouts/bad_step_000001.parquet: of a batch with bad numbers."""
+    path = dump_path(run_folder, step)
+    return path.with_name(f"bad_{path.name}")
 
 
 def _lists(arrays: Sequence[np.ndarray[Any, Any] | None], kind: pa.ListType) -> pa.Array:
@@ -127,11 +135,13 @@ def write_dump(
     temperature: float,
     recipe_hash: str,
     lambdas: Sequence[float] | None = None,
+    reason: str | None = None,
 ) -> Path:
     """Write one step's global batch atomically; `table` holds the examples' tokens in the same order. Rank 0 only.
 
     `engine_logprobs` come from the rollouts unless the table has them. File metadata keys: `schema_version`, `step`,
-    `lambda`, `H`, `H_warm`, `temperature` (JSON numbers, `null` for none) and `recipe_hash` (text).
+    `lambda`, `H`, `H_warm`, `temperature` (JSON numbers, `null` for none), `recipe_hash` and, unless it is None,
+    `reason` (texts).
     """
     lengths = [len(e.rollout.response_ids) for e in examples]
     if table.lengths != lengths:
@@ -171,6 +181,7 @@ def write_dump(
         "temperature": temperature,
     }
     metadata = {key: json.dumps(value) for key, value in numbers.items()} | {"recipe_hash": recipe_hash}
+    metadata |= {} if reason is None else {"reason": reason}
     with atomic_file(path) as partial:
         pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(metadata)), partial)
     return Path(path)
@@ -197,6 +208,7 @@ def _info(path: Path, metadata: dict[bytes, bytes] | None) -> DumpInfo:
         h_warm=json.loads(raw["H_warm"]),
         temperature=json.loads(raw["temperature"]),
         recipe_hash=raw["recipe_hash"],
+        reason=raw.get("reason"),
     )
 
 

@@ -73,6 +73,9 @@ ROLLOUT_COUNTERS = {
     "stale_groups": "rollouts/stale_groups",
     "cut_groups": "rollouts/cut_groups",
     "carried_groups": "rollouts/carried_groups",
+    "restored_groups": "rollouts/restored_groups",
+    "restored_tokens": "rollouts/restored_tokens",
+    "dropped_tokens": "rollouts/dropped_tokens",
 }
 REWARD_COUNTERS = {name: f"reward/{name}" for name in ("timeouts", "errors", "restarts")}
 

@@ -21,6 +21,7 @@ PHASES = {
     "student": "the student's scoring pass, in recipes that need one",
     "reference": "scoring under the initial weights, with a KL penalty",
     "probe": "scoring a few tokens in bfloat16 and in FP8, with `precision.fp8_probe_every`",
+    "replicas": "comparing the ranks' copies of weights, with `run.replica_check_every`",
     "update": "forward, backward and optimizer of every update of the batch",
     "evaluate": "the held-out evaluation",
     "checkpoint": "writing checkpoints and exports",
@@ -35,6 +36,7 @@ WARNINGS = {
     "equal_rewards": "equal rewards in every group, several steps in a row",
     "above_cutoff": "most responses have a teacher's perplexity above `perplexity.cutoff`, several steps in a row",
     "no_target": "the mean perplexity is too large to measure the target from, several steps in a row",
+    "learns_nothing": "a gradient of 0 that no batch without a signal explains, several steps in a row",
     "gate_closed": "lambda was 0 (for every response) in more than half of the steps since the warm-up",
     "short_calibration": "H_warm was calibrated on few tokens",
 }
@@ -81,6 +83,9 @@ SECTIONS = (
             Metric("rollouts/dropped_groups", "groups", "groups left out of the step for the same reasons"),
             Metric("rollouts/cut_groups", "groups", "groups requested beyond the need and discarded unfinished"),
             Metric("rollouts/carried_groups", "groups", "unfinished groups carried over to the next step"),
+            Metric("rollouts/restored_groups", "groups", "groups with responses that an earlier start of the run made"),
+            Metric("rollouts/restored_tokens", "tokens", "tokens of these responses, not sampled again"),
+            Metric("rollouts/dropped_tokens", "tokens", "tokens that it made and that may not be used: sampled again"),
         ),
     ),
     Section(
@@ -257,7 +262,13 @@ SECTIONS = (
         (
             Metric("optimizer/grad_norm", "1", "global gradient norm before clipping; of several updates the largest"),
             Metric("optimizer/learning_rate", "1", "learning rate of the update"),
-            Metric("optimizer/skipped", "updates", "updates skipped because loss or gradient norm was not finite"),
+            Metric(
+                "optimizer/skipped",
+                "updates",
+                "updates skipped because loss or gradient norm was not finite, or a spike with `grad_spike: skip`",
+            ),
+            Metric("optimizer/spikes", "updates", "gradient norms above the limit, with `optimizer.grad_spike`"),
+            Metric("optimizer/spike_limit", "1", "that limit for the next update; null before 20 norms are known"),
         ),
     ),
     *engine_names.SECTIONS,

@@ -1,4 +1,5 @@
-"""Warnings about a per-token term that has no effect: such a run ends without errors but does not train with AntiSD.
+"""Warnings about a run that ends without errors but does not train as it should: its per-token term has no effect, or
+its model cannot learn any more.
 
 Each warning looks at the metrics of consecutive steps (`observe/names.py`) and says what to look at. It is raised once
 per run; the step's metric `warnings/KIND` is 1 while the condition holds.
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from asd_megatron.antisd.perplexity import UNUSABLE_MEAN
+from asd_megatron.errors import LearnsNothing
 from asd_megatron.observe.names import WARNINGS
 
 STEPS_IN_A_ROW = 3
@@ -21,6 +23,10 @@ CLOSED_FRACTION, CLOSED_AFTER = 0.5, 10
 """The gate is reported when lambda was 0 in more than this fraction of at least so many steps since the warm-up."""
 NEGATIVE_FRACTION, NEGATIVE_MEAN = 0.9, -1.0
 """u is out of distribution when more than this fraction of tokens has u < 0 and the mean is below so many nats."""
+CONSTANT_NATS = 1e-6
+"""Mean entropies of batches that differ by no more are those of a model that ignores what it reads."""
+LOSS_AT_REST = 1e-3
+"""Nats below which the cross-entropy of the supervised stage may have a gradient that rounds to 0."""
 ABOVE_CUTOFF = 0.5
 """The cut-off of the perplexity is reported when more than this fraction of responses is above it."""
 CALIBRATION_TOKENS = 256
@@ -109,6 +115,7 @@ class MethodWarnings:
     _recent: dict[str, deque[bool]] = field(
         default_factory=lambda: {kind: deque(maxlen=STEPS_IN_A_ROW) for kind in IN_A_ROW}
     )
+    _without_gradient: deque[Metrics] = field(default_factory=lambda: deque(maxlen=STEPS_IN_A_ROW))
     _gated_steps: int = 0
     _closed_steps: int = 0
     _calibration_tokens: float = 0.0
@@ -122,6 +129,12 @@ class MethodWarnings:
         self.reported += new
         return {f"warnings/{kind}": 1.0 for kind in texts}, [warning.text for warning in new]
 
+    def must_stop(self, metrics: Metrics) -> LearnsNothing | None:
+        """The error of a run whose model cannot learn any more, from the metrics of `of_step`; None for others."""
+        if not metrics.get("warnings/learns_nothing"):
+            return None
+        return LearnsNothing(next(one.text for one in self.reported if one.kind == "learns_nothing"))
+
     def summary(self) -> list[dict[str, Any]]:
         """For summary.json, in the order in which they were reported."""
         return [asdict(warning) for warning in self.reported]
@@ -131,6 +144,8 @@ class MethodWarnings:
             return self._gate_closed(metrics)
         if kind == "short_calibration":
             return self._short_calibration(metrics)
+        if kind == "learns_nothing":
+            return self._learns_nothing(metrics)
         if kind == "equal_rewards" and not self.group_advantage:
             return None
         holds, text = IN_A_ROW[kind]
@@ -147,6 +162,30 @@ class MethodWarnings:
             perplexity=metrics.get("perplexity/mean", 0.0),
             unusable=UNUSABLE_MEAN,
             rest="this is plain GRPO" if self.group_advantage else "nothing is trained",
+        )
+
+    def _learns_nothing(self, metrics: Metrics) -> str | None:
+        """A gradient of exactly 0 is ordinary for a batch without a signal. It is not when the loss asks for a change
+        (advantages above 0, a loss of the supervised stage), nor when the next-token distributions do not depend on
+        what is read: their mean entropy is then the same on different batches."""
+        if metrics.get("optimizer/grad_norm") != 0 or metrics.get("reward/pass_rate", 0.0) == 1:
+            self._without_gradient.clear()
+            return None
+        self._without_gradient.append(metrics)
+        if len(self._without_gradient) < STEPS_IN_A_ROW:
+            return None
+        entropies = [m.get("entropy/student_mean", math.nan) for m in self._without_gradient]
+        constant = max(entropies) - min(entropies) <= CONSTANT_NATS  # False for NaN
+        asked = all(
+            m.get("advantage/abs_mean", 0) > 0 or m.get("sft/loss", 0) > LOSS_AT_REST for m in self._without_gradient
+        )
+        if not constant and not asked:
+            return None
+        why = f"the mean entropy is {entropies[-1]:.6g} nats on every batch" if constant else "the loss is not at rest"
+        return (
+            f"the model cannot learn any more: the gradient has been 0 for {STEPS_IN_A_ROW} steps, and {why}. An update"
+            " has destroyed its weights: look at optimizer/grad_norm and entropy/student_mean of the steps before,"
+            " lower optimizer.learning_rate, and resume from an earlier checkpoint (checkpoint.resume), or start again"
         )
 
     def _gate_closed(self, metrics: Metrics) -> str | None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from asd_megatron.data.problems import ProblemSource
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import broadcast_object, share_outcome
-from asd_megatron.errors import UserError
+from asd_megatron.errors import UserError, plural
 from asd_megatron.records import FinishReason, Group, Problem, Prompt, SamplingParams
 from asd_megatron.reward.base import Verifier
+from asd_megatron.rollout.bank import Key, RolloutBank
+from asd_megatron.rollout.draw import Draw, Evaluation
 from asd_megatron.rollout.engine import RolloutEngine, RolloutError, WeightSource
+
+__all__ = ["Collector", "Counts", "Evaluation", "Plan", "Timings"]
+
+log = logging.getLogger(__name__)
+
+RESTORED = ("restored_groups", "restored_tokens", "dropped_tokens")
+"""Counters of the rollout bank."""
 
 
 class StudentPrompts(Protocol):
@@ -43,6 +54,11 @@ class Counts:
     stale_groups: int = 0
     cut_groups: int = 0  # over-sampled groups that were not needed: discarded
     carried_groups: int = 0  # over-sampled groups carried over to the next step (partial rollouts)
+    restored_groups: int = (
+        0  # with responses from the rollout bank of an earlier start; their tokens, and those dropped
+    )
+    restored_tokens: int = 0
+    dropped_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,73 +78,6 @@ class Plan:
     last_step: int | None = None  # None: there is always a next step
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A held-out evaluation: one rewarded group per problem, in the set's order."""
-
-    groups: tuple[Group, ...]
-    scores: tuple[tuple[float, ...], ...] = field(init=False)  # per problem, per sample
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scores", tuple(group.rewards for group in self.groups))
-
-    @property
-    def accuracy(self) -> float:
-        """Mean over problems of the mean reward of their samples."""
-        return sum(sum(s) / len(s) for s in self.scores) / len(self.scores)
-
-    def pass_rate(self, threshold: float) -> float:
-        """Mean over problems of the fraction of their samples with at least this reward: equal to `accuracy`, bit for
-        bit, where all rewards are 0 or 1 and the threshold is between them."""
-        return sum(sum(reward >= threshold for reward in s) / len(s) for s in self.scores) / len(self.scores)
-
-    @property
-    def length_mean(self) -> float:
-        """Mean response length in tokens, the end token included."""
-        lengths = [len(r.response_ids) for g in self.groups for r in g.rollouts]
-        return sum(lengths) / len(lengths)
-
-    @property
-    def truncated(self) -> float:
-        """Fraction of the responses cut off by the token limit."""
-        flags = [r.truncated for g in self.groups for r in g.rollouts]
-        return sum(flags) / len(flags)
-
-
-@dataclass
-class Draw:
-    """The groups requested for a step. `found`: the rewarded ones by prompt index, in order of completion, on global
-    rank 0 alone. `missing`: the prompt indices without a group, the same on all ranks."""
-
-    step: int
-    prompts: Sequence[Prompt]
-    params: SamplingParams
-    wanted: int
-    found: dict[int, Group] = field(default_factory=dict)
-    missing: set[int] = field(init=False)
-    error: Exception | None = None
-
-    def __post_init__(self) -> None:
-        self.missing = set(range(len(self.prompts)))
-
-    @property
-    def enough(self) -> bool:
-        return len(self.prompts) - len(self.missing) >= self.wanted
-
-    def place(self, group: Group) -> int:
-        """The index of the group's prompt."""
-        name = group.problem.prompt_id
-        return next(i for i, p in enumerate(self.prompts) if p.problem.prompt_id == name and i not in self.found)
-
-    def first_groups(self) -> list[Group]:
-        """The `wanted` groups that finished first, in the order of the prompts."""
-        return [self.found[i] for i in sorted(list(self.found)[: self.wanted])]
-
-    def spare(self) -> list[int]:
-        """The prompt indices of the other finished groups."""
-        return list(self.found)[self.wanted :]
-
-
 class Collector:
     """Delivers the rewarded groups of a training step, and evaluates, with an engine and a verifier.
 
@@ -139,6 +88,9 @@ class Collector:
     resampled, at most `redraws` times, then dropped and counted; a group is never delivered in part. Finished groups
     are rewarded while the engine generates the others. timeout: seconds within which the engine must deliver at least
     one group, per wait.
+
+    A checkpoint keeps `state`, the problems that are drawn and left over; `restore` makes them the first of the next
+    step. bank: that of the engine, on global rank 0, which has their responses; None: they are sampled again.
     """
 
     def __init__(
@@ -157,6 +109,7 @@ class Collector:
         timeout: float,
         redraws: int = 1,
         on_group: Callable[[Group, int], None] = lambda group, step: None,
+        bank: RolloutBank | None = None,
     ) -> None:
         """weights: the engine's weights; their version counts optimizer steps. params: of training rollouts. on_group:
         is told of every rewarded group of a training step as soon as there is one, on global rank 0."""
@@ -175,9 +128,13 @@ class Collector:
         self._timeout = timeout
         self._redraws = redraws
         self._on_group = on_group
+        self._bank = bank
+        self._asked = math.ceil(problems_per_step * plan.oversampling)  # problems a step
+        self._drawn_for: dict[str, int] = {}  # the first step of every problem in flight or left over, by its id
+        self._left_over: list[Key] = []  # after the last complete step, in order
         self._draw: Draw | None = None  # the step in flight
         self._carried: list[Prompt] = []  # suspended in the engine, for the next step
-        self._restart: list[Prompt] = []  # carried ones that an evaluation aborted: resampled
+        self._restart: list[Prompt] = []  # those that no engine has: aborted by an evaluation, or of a checkpoint
         self._spare: list[Prompt] = []  # finished but not needed: for the next step; their groups on global rank 0
         self._spare_groups: list[Group] = []
         self._released = False  # whether the engine has given its memory to the trainer
@@ -204,12 +161,36 @@ class Collector:
             )
         self.counts.dropped_groups += missing
         self._stop_tail(draw)
+        self._end_step(step)
         if self._plan.overlap and step != self._plan.last_step:
             self._load()
             self._draw = self._begin(step + 1, updates=1)
         else:
             self.release()
         return draw.first_groups()
+
+    def suspend(self) -> None:
+        """The run stops: generate nothing further. What there is of the responses goes to the bank."""
+        with suppress(RolloutError):  # servers that do not answer: nothing depends on it
+            if self._engine.pending:
+                self._engine.suspend()
+
+    def state(self) -> dict[str, Any]:
+        """The problems that were drawn up to the last complete step and are left over: [first step, id] each."""
+        return {"asked": self._asked, "left_over": [list(key) for key in self._left_over]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue after the step of `state`. A problem that the set does not have any more is left out."""
+        sets = {
+            step: {problem.prompt_id: problem for problem in self._problem_set.batch(step, state["asked"], self._seed)}
+            for step in {step for step, _ in state["left_over"]}
+        }
+        self._left_over = [(step, name) for step, name in state["left_over"] if name in sets[step]]
+        self._restart = [self._render(sets[step][name]) for step, name in self._left_over]
+        self._drawn_for = {name: step for step, name in self._left_over}
+        lost = len(state["left_over"]) - len(self._left_over)
+        if lost:
+            log.warning("%s left over by the checkpoint's step cannot be found in the data", plural(lost, "problem"))
 
     def evaluate(
         self, problem_set: ProblemSource, params: SamplingParams, *, step: int, problems: int | None = None
@@ -259,15 +240,19 @@ class Collector:
     def _begin(self, step: int, updates: int = 0) -> Draw:
         """Request a step's groups: first those that the last step left over, then new problems. `updates`: weight
         updates that come before the step trains on them."""
-        asked = math.ceil(self._wanted * self._plan.oversampling)
+        if self._bank is not None:
+            limit = self._plan.max_staleness if self._plan.overlap or self._plan.carry else 0
+            oldest = None if limit is None else self._weights.version + updates - limit
+            self._bank.begin_step(set(self._left_over), oldest)
         self._restart_stale_spare(updates)
         spare, self._spare = self._spare, []
         carried, self._carried = self._carried, []
         restarted, self._restart = self._restart, []
         old = [*spare, *carried, *restarted]
         names = {prompt.problem.prompt_id for prompt in old}
-        problems = [p for p in self._problem_set.batch(step, asked, self._seed) if p.prompt_id not in names]
-        new = [*restarted, *(self._render(problem) for problem in problems[: max(0, asked - len(old))])]
+        problems = [p for p in self._problem_set.batch(step, self._asked, self._seed) if p.prompt_id not in names]
+        new = [*restarted, *(self._render(problem) for problem in problems[: max(0, self._asked - len(old))])]
+        self._drawn_for |= {p.problem.prompt_id: step for p in new[len(restarted) :]}
         prompts = [*spare, *carried, *new]
         draw = Draw(step, prompts, self._params, wanted=min(self._wanted, len(prompts)))
         draw.missing -= set(range(len(spare)))
@@ -275,8 +260,18 @@ class Collector:
         self._spare_groups = []
         for group in draw.found.values():
             self._on_group(group, step)
-        self._engine.submit(new, self._params, step)
+        self._submit(new, draw)
         return draw
+
+    def _submit(self, prompts: Sequence[Prompt], draw: Draw) -> None:
+        """Request the prompts, each under the first step of its problem, by which the bank knows it."""
+        if draw.step < 1:  # an evaluation
+            self._engine.submit(prompts, draw.params, draw.step)
+            return
+        steps = [self._drawn_for[prompt.problem.prompt_id] for prompt in prompts]
+        for step in sorted({*steps, draw.step}):  # of the draw's own step even none: what is suspended continues
+            mine = [prompt for prompt, drawn in zip(prompts, steps, strict=True) if drawn == step]
+            self._engine.submit(mine, draw.params, step)
 
     def _restart_stale_spare(self, updates: int) -> None:
         """Discard spare groups that will be too stale for the next step, `updates` weight updates from now: they
@@ -298,7 +293,7 @@ class Collector:
             if attempt:
                 again = [draw.prompts[i] for i in sorted(draw.missing)]
                 self.counts.redrawn_groups += len(again)
-                self._engine.submit(again, draw.params, draw.step)
+                self._submit(again, draw)
             self._collect(draw, all_of_it=draw.wanted == len(draw.prompts))
             if draw.enough:
                 return 0
@@ -341,13 +336,25 @@ class Collector:
                 self._engine.abort()
             self.counts.cut_groups += len(unfinished) + len(spare)
 
+    def _end_step(self, step: int) -> None:
+        """Note what the step leaves over; the bank forgets the rest."""
+        names = [prompt.problem.prompt_id for prompt in (*self._spare, *self._carried)]
+        self._drawn_for = {name: self._drawn_for[name] for name in names}
+        self._left_over = [(drawn, name) for name, drawn in self._drawn_for.items()]
+        if self._bank is not None:
+            self._bank.end_step(step, set(self._left_over))
+            for name in RESTORED:
+                setattr(self.counts, name, getattr(self._bank, name))
+
     def _settle(self) -> None:
-        """Finish the step in flight and abort carried groups, so that only the evaluation is in the engine."""
+        """Finish the step in flight and abort carried groups, so that only the evaluation is in the engine. They
+        continue with what the bank has of them."""
         if self._draw is not None:
             self._collect(self._draw, all_of_it=True)
         if self._carried:
             self._engine.abort()
-            self.counts.cut_groups += len(self._carried)
+            if self._bank is None:
+                self.counts.cut_groups += len(self._carried)
             self._restart, self._carried = [*self._restart, *self._carried], []
 
     def _take(self, groups: Iterable[Group], draw: Draw) -> None:

@@ -14,6 +14,7 @@ from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.templates import PAPER_WORDING
 from asd_megatron.records import Group, Problem, SamplingParams
 from asd_megatron.reward.base import Verifier, tests_of
+from asd_megatron.rollout.bank import RolloutBank
 from asd_megatron.rollout.collector import Collector, Plan
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
 from asd_megatron.rollout.engine import RolloutEngine, WeightSource
@@ -129,16 +130,33 @@ def embedded_engine(session: Session, max_batch_size: int) -> EmbeddedEngine:
     )
 
 
+def rollout_bank(recipe: Recipe, session: Session) -> RolloutBank | None:
+    """The bank of the run's SGLang rollouts, on global rank 0; None elsewhere, and for engines whose rollouts a resumed
+    run repeats bit for bit."""
+    if recipe.rollout.engine != "sglang" or not session.is_root:
+        return None
+    bank = RolloutBank(
+        session.folder / "bank",
+        resumed=session.first_step - 1,
+        saved_step=lambda: session.saved_step,
+        identity=f"{recipe.run.seed} {recipe.model.path}",
+        say=session.say,
+    )
+    session.closing.callback(bank.close)
+    return bank
+
+
 def rollout_engine(
-    recipe: Recipe, session: Session, renderer: PromptRenderer, problems: ProblemSource
+    recipe: Recipe, session: Session, renderer: PromptRenderer, problems: ProblemSource, bank: RolloutBank | None
 ) -> tuple[RolloutEngine, Callable[[], None]]:
     """The recipe's engine, and a function to call before its first use, once the run folder exists. The prompt of the
-    probe with which servers are verified comes from `renderer` and the training `problems`."""
+    probe with which servers are verified comes from `renderer` and the training `problems`. bank: keeps its
+    responses."""
     rollout = recipe.rollout
     if rollout.engine == "sglang":
         from asd_megatron.run.serving import sglang_engine  # imports the HTTP client, which other engines do not need
 
-        engine = sglang_engine(session, renderer, problems)
+        engine = sglang_engine(session, renderer, problems, bank)
         return engine, engine.start
     if rollout.engine == "replay":
         return ReplayEngine(str(rollout.replay_folder), session.process_groups, session.tokenizer), lambda: None
@@ -167,9 +185,10 @@ def make_collector(
     renderer: PromptRenderer,
     verifier: Verifier | None,
     on_group: Callable[[Group, int], None] = lambda group, step: None,
+    bank: RolloutBank | None = None,
 ) -> Collector:
     """The collector on `engine`: of a `train` recipe for training steps on `problems` and for evaluations, of an `sft`
-    recipe for evaluations alone. `on_group`: see `Collector`."""
+    recipe for evaluations alone. `on_group`, `bank`: see `Collector`."""
     recipe = session.recipe
     if isinstance(recipe, Recipe):
         params, plan, timeout = training_params(recipe, session), rollout_plan(recipe), recipe.rollout.collect_timeout
@@ -190,4 +209,5 @@ def make_collector(
         plan=plan,
         timeout=timeout,
         on_group=on_group,
+        bank=bank,
     )

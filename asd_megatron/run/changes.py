@@ -39,6 +39,8 @@ FREE_KEYS = SCHEDULE_KEYS | {
     "run.dump_rollouts",
     "run.profile_steps",
     "run.time_limit",
+    "run.replica_check_every",
+    "run.stop_when_dead",
     "run.lost_rank_timeout",
     "run.timeout",
     "model.layers",
@@ -47,6 +49,8 @@ FREE_KEYS = SCHEDULE_KEYS | {
     "model.attention_backend",
     "optimizer.moments",  # master weights are stored complete, moments as float32
     "optimizer.offload",
+    "optimizer.grad_spike",
+    "optimizer.grad_spike_factor",
     "algorithm.log_pmi",
     "algorithm.teacher_states",
     "evaluation.every",
@@ -65,6 +69,7 @@ FIXED_ROLLOUT_KEYS = {
     "rollout.max_staleness",
     "rollout.routing_replay",
 }
+FIXED_CHECKPOINT_KEYS = {"checkpoint.continual_from"}  # what the run has begun from
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class Change:
         section = self.key.partition(".")[0]
         if section == "rollout":
             return self.key not in FIXED_ROLLOUT_KEYS
+        if self.key in FIXED_CHECKPOINT_KEYS:
+            return False
         return section in FREE_SECTIONS or self.key in FREE_KEYS
 
     def __str__(self) -> str:

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_write, remove_partial, system_reason, to_json, user_error, utc_now
 from asd_megatron.observe.expert_load import EXPERT_LOAD_FILE
 from asd_megatron.run.changes import Change, changes, not_accepted
+from asd_megatron.run.continual import Origin, find_origin
 
 LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "recipe.yaml", "summary.json"
 STOP_FILE = "stop"
@@ -53,12 +54,13 @@ class Start:
     """The decision about the run folder. `checkpoint`: the training checkpoint to load, of this run folder for
     `resume` and of another for `fresh`, `restart` and `overwrite`. `changes`: recipe keys that differ from the run that
     is resumed or restarted. `returned_to`: the checkpoint of `checkpoint.resume`, when the run has returned to it
-    before and continues from a newer one."""
+    before and continues from a newer one. `origin`: of `checkpoint.continual_from`, for a run that begins."""
 
     kind: Kind
     checkpoint: str | None = None
     changes: tuple[Change, ...] = ()
     returned_to: str | None = None
+    origin: Origin | None = None
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
@@ -129,7 +131,8 @@ def decide(recipe: AnyRecipe, stage: str) -> Start:
     """The decision of `claim`, about a folder that need not be there or be locked. Writes nothing. Raises UserError as
     `claim` does, and for a folder that cannot be read."""
     try:
-        return _decide(recipe, stage)
+        start = _decide(recipe, stage)
+        return replace(start, origin=find_origin(recipe, stage)) if start.kind in BEGINNINGS else start
     except OSError as error:
         raise unusable(recipe.run.path, "read", error) from None
 
@@ -317,6 +320,7 @@ def _inputs(recipe: AnyRecipe) -> dict[str, str]:
         "data.train": recipe.data.train,
         "data.test": recipe.data.test,
         "checkpoint.resume": recipe.checkpoint.resume,
+        "checkpoint.continual_from": recipe.checkpoint.continual_from,
     }
     if isinstance(recipe, Recipe):
         found["rollout.replay_folder"] = recipe.rollout.replay_folder
@@ -346,7 +350,10 @@ def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
             lineage.name_latest(folder / CHECKPOINTS, Path(start.checkpoint).resolve().name)
         origin = None if start.checkpoint is None else os.path.realpath(start.checkpoint)
         back = start.kind == "resume" and start.checkpoint is not None and _is_asked(recipe, start.checkpoint)
-        record(folder, start.kind, step, stage=stage, checkpoint=origin, **({"returned": True} if back else {}))
+        other: dict[str, Any] = {"returned": True} if back else {}
+        if start.origin is not None:
+            other["continual_from"] = start.origin.record()
+        record(folder, start.kind, step, stage=stage, checkpoint=origin, **other)
         if step < recipe.run.steps:
             (folder / SUMMARY_FILE).unlink(missing_ok=True)
             for change in start.changes:

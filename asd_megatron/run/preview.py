@@ -74,6 +74,8 @@ def start_text(recipe: AnyRecipe, start: Start) -> str:
     if start.kind == "finished":
         return finished_text(recipe, start.changes)
     origin = f", from the weights and the optimizer of {start.checkpoint}" if start.checkpoint is not None else ""
+    if start.origin is not None:
+        origin = f", from the {start.origin}"
     step = lineage.step_of(Path(start.checkpoint).resolve().name) if start.checkpoint is not None else 0
     text = {
         "fresh": f"{folder}: new{origin}",

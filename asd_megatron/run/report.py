@@ -25,7 +25,8 @@ from asd_megatron.observe.startup import (
     write_environment,
 )
 from asd_megatron.rollout.sglang.servers.options import nccl_settings
-from asd_megatron.run.folder import writing
+from asd_megatron.run.continual import recorded_origin
+from asd_megatron.run.folder import read_history, writing
 from asd_megatron.run.session import Session
 from asd_megatron.run.strength import TermStrength
 from asd_megatron.trainer.pass_plan import PassPlan
@@ -51,6 +52,7 @@ def announce(
     weights = sum(p.numel() for chunk in session.port.chunks for p in chunk.parameters())
     model = {
         "source": os.fspath(session.source),
+        **_origin(session),
         "family": session.hf_config.get("model_type", "?"),
         "layers": session.hf_config.get("num_hidden_layers", "?"),
         "parameters": f"{weights:,} on this rank",
@@ -78,6 +80,12 @@ def announce(
         write_environment(session.folder, found, layout=session.layout, suppliers=parts)
     if session.resumed is not None:
         session.progress.note(f"resumed after step {session.first_step - 1}")
+
+
+def _origin(session: Session) -> dict[str, str]:
+    """The row of a run that has begun from another run's checkpoint."""
+    origin = session.start.origin or recorded_origin(read_history(session.folder))
+    return {} if origin is None else {"continual from": str(origin)}
 
 
 def _precision(session: Session) -> dict[str, str]:

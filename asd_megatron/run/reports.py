@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from asd_megatron.config import Recipe, recipe_hash
+from asd_megatron.errors import LearnsNothing
 from asd_megatron.models.routing import LoadReport
 from asd_megatron.observe.dumps import dump_path, write_dump
 from asd_megatron.observe.metrics import GateReading, PerplexityReading, step_metrics
@@ -112,24 +114,40 @@ class StepReports:
         self.session.name_attention(step)
         self.session.write_metrics(step, metrics)
         self.session.progress.update(step, metrics)
+        dead = self.warnings.must_stop(found) if self.recipe.run.stop_when_dead else None
         for text in (*texts, self.mismatch.of_step(metrics)):
-            if text is not None:
+            if text is not None and text != str(dead):
                 self.session.say(f"warning: {text}")
+        if dead is not None:
+            raise LearnsNothing(f"step {step}: {dead} (run.stop_when_dead false goes on all the same)")
 
     def _dump(self, outcome: StepOutcome) -> None:
-        path, reading = dump_path(self.session.folder, outcome.step), outcome.reading
-        H, h_warm = (reading.entropy, reading.h_warm) if isinstance(reading, GateReading) else (None, None)
-        lambdas = reading.lambdas.tolist() if isinstance(reading, PerplexityReading) else None
+        path = dump_path(self.session.folder, outcome.step)
         with writing(path):
-            write_dump(
-                path,
-                outcome.examples,
-                outcome.table,
-                step=outcome.step,
-                lam=reading.lam,
-                H=H,
-                h_warm=h_warm,
-                lambdas=lambdas,
-                temperature=self.recipe.sampling.temperature,
-                recipe_hash=recipe_hash(self.recipe),
-            )
+            dump_batch(path, self.recipe, outcome.step, outcome.examples, outcome.table, outcome.reading)
+
+
+def dump_batch(
+    path: Path,
+    recipe: Recipe,
+    step: int,
+    examples: Sequence[Example],
+    table: TokenTable,
+    reading: GateReading | PerplexityReading,
+    reason: str | None = None,
+) -> None:
+    """Write the dump of a step's global batch."""
+    H, h_warm = (reading.entropy, reading.h_warm) if isinstance(reading, GateReading) else (None, None)
+    write_dump(
+        path,
+        examples,
+        table,
+        step=step,
+        lam=reading.lam,
+        H=H,
+        h_warm=h_warm,
+        lambdas=reading.lambdas.tolist() if isinstance(reading, PerplexityReading) else None,
+        temperature=recipe.sampling.temperature,
+        recipe_hash=recipe_hash(recipe),
+        reason=reason,
+    )

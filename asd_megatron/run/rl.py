@@ -17,12 +17,14 @@ from asd_megatron.records import Example, Group
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.rollout.collector import Collector
 from asd_megatron.rollout.engine import RolloutError
+from asd_megatron.run.bad_batches import BadBatches
 from asd_megatron.run.build import (
     embedded_engine,
     example_builder,
     make_collector,
     make_renderer,
     problem_sets,
+    rollout_bank,
     rollout_engine,
 )
 from asd_megatron.run.evaluation import HeldOut, Weights
@@ -52,7 +54,8 @@ class TrainingRun:
         self.plan = make_plan(recipe)
         self.strength = make_strength(recipe, self.process_groups, self.port.score_formats)
         self.condition = self.strength.method.condition
-        self.scoring = ScoringPasses(recipe, session, self.plan)
+        self.bad = BadBatches(recipe, session)
+        self.scoring = ScoringPasses(recipe, session, self.plan, self.bad)
         self.guard, self.increments = Guard(), Increments()
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
@@ -70,10 +73,11 @@ class TrainingRun:
             max_positions=self.port.max_positions,
         )
         session.closing.callback(self.builder.close)
-        self.engine, self._start_engine = rollout_engine(recipe, session, self.renderer, train_set)
+        bank = rollout_bank(recipe, session)
+        self.engine, self._start_engine = rollout_engine(recipe, session, self.renderer, train_set, bank)
         session.closing.callback(self.engine.close)
         self.collector = make_collector(
-            session, self.engine, self.weights, train_set, self.renderer, self.verifier, self.builder.prepare
+            session, self.engine, self.weights, train_set, self.renderer, self.verifier, self.builder.prepare, bank
         )
         self.held_out = None
         if recipe.evaluates and test_set is not None:
@@ -123,6 +127,7 @@ class TrainingRun:
 
     def build_batch(self, groups: Sequence[Group], step: int) -> Batch:
         """Advantages and privileged prompts of complete groups on rank 0; every rank then takes its part of them."""
+        self.bad.begin_step()
         examples = self.session.only_root(lambda: self._examples(groups, step)) or []
         algorithm = self.recipe.algorithm
         local = self.scoring.divide(examples, algorithm.updates_per_batch)
@@ -156,7 +161,9 @@ class TrainingRun:
             if self.strength.needs_probe:
                 for line in self.strength.rescale(found):
                     self.session.say(line)
-        return self.strength.step(batch.local, batch.inputs, teacher, student)
+        lam = self.strength.step(batch.local, batch.inputs, teacher, student)
+        self.bad.reading = self.strength.reading
+        return lam
 
     def update(
         self,
@@ -166,6 +173,7 @@ class TrainingRun:
         lam: float | Tensor,
         reference: Scores | None = None,
     ) -> UpdateStats:
+        self.session.integrity.before_update(batch.step)
         old = self.scoring.old(batch)
         with self.clock.phase("update"):
             stats = update(
@@ -190,12 +198,17 @@ class TrainingRun:
             )
             if batch.states is not None:
                 batch.states.drop()
+            columns = table_columns(batch.inputs, teacher, stats.columns, reference)
             if student is None:
-                self.scoring.check("update", batch, stats.columns.student, "student")
+                self.scoring.check("update", batch, stats.columns.student, "student", columns)
             self.strength.learn(batch.inputs, stats.columns)
         self.weights.version = batch.step
-        for loss, grad_norm in zip(stats.losses, stats.grad_norms, strict=True):
-            self.guard.check_update(loss, grad_norm, batch.step)
+        if not all(stats.applied):
+            first = stats.applied.index(False)
+            reason = f"update skipped: loss {stats.losses[first]:g}, gradient norm {stats.grad_norms[first]:g}"
+            self.bad.keep(batch.step, batch.examples, batch.local, columns, reason)
+        for loss, grad_norm, applied in zip(stats.losses, stats.grad_norms, stats.applied, strict=True):
+            self.guard.check_update(loss, grad_norm, batch.step, applied=applied)
         return stats
 
     def observe(
@@ -213,13 +226,14 @@ class TrainingRun:
         table = gather_table(batch.local.table, columns, batch.local.indices, self.process_groups)
         computed = batch.local.computed.over(self.process_groups.dp, self.port.device)
         evaluation, failure = self._evaluation(step)
+        spikes = self.session.integrity.spike_metrics(step, self.session.say)
         times = self.clock.take()
         heads = int(self.plan.head != "fused")  # the other two compute the logits once more
         measured = self.session.telemetry.of_step(times, batch.local.packs, recomputed_heads=heads)
 
         def report() -> None:
             assert table is not None  # on global rank 0
-            others = {**self._probed, **evaluation, **measured, **self._counters(), **self.engine.metrics()}
+            others = {**self._probed, **spikes, **evaluation, **measured, **self._counters(), **self.engine.metrics()}
             if self.guard.consecutive and self.session.checkpoint_due(step):
                 others["checkpoint/skipped"] = 1.0
             self.reports.submit(
@@ -277,7 +291,9 @@ class TrainingRun:
         StopRequested on every rank."""
         cause = self.session.stopping.after_step(step)
         if cause is not None:
-            raise self._stopped(step, StopRequested(cause))
+            stopped = self._stopped(step, StopRequested(cause))
+            self.collector.suspend()
+            raise stopped
 
     def finish(self) -> None:
         """RUN/summary.json and RUN/curves.png."""
@@ -310,7 +326,11 @@ class TrainingRun:
 
     def _examples(self, groups: Sequence[Group], step: int) -> list[Example]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        check_rollouts(rollouts, step)
+        try:
+            check_rollouts(rollouts, step)
+        except NotFinite as error:
+            self.bad.keep_groups(step, groups, str(error))
+            raise
         responses = [rollout.response_ids for rollout in rollouts]
         self.builder.counters["undecodable_tokens"] += undecodable(self.session.tokenizer, responses)
         return self.builder.build(groups, step)
@@ -334,6 +354,7 @@ class TrainingRun:
             "guard": self.guard.state_dict(),
             "seed": self.recipe.run.seed,
             "evaluations": None if self.held_out is None else self.held_out.state(),
+            "rollouts": self.collector.state(),
         }
 
     def _restore(self, state: dict[str, Any]) -> list[str]:
@@ -342,4 +363,6 @@ class TrainingRun:
         self.guard.load_state_dict(state["guard"])
         if self.held_out is not None and state["evaluations"] is not None:
             self.held_out.restore(state["evaluations"])
+        if "rollouts" in state:  # absent in checkpoints of earlier versions
+            self.collector.restore(state["rollouts"])
         return changed

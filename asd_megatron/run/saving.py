@@ -56,7 +56,7 @@ class Saver:
             self._port,
             self._optimizer.megatron,
             self._optimizer.scheduler,
-            {**run_state, **load, "step": step, "stage": self._stage},
+            {**run_state, **load, **self._optimizer.run_state(), "step": step, "stage": self._stage},
             keep=self._recipe.checkpoint.keep,
             copies=self._copies,
             background=self._background,

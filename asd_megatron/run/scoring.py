@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from asd_megatron.config import Recipe
 from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import NotFinite
 from asd_megatron.records import Example, TokenTable
+from asd_megatron.run.bad_batches import BadBatches
 from asd_megatron.run.session import Session
 from asd_megatron.trainer import fp8_probe, passes
 from asd_megatron.trainer.columns import Scores, TokenInputs, score_columns
@@ -42,8 +43,8 @@ class ScoringPasses:
     Collective over all ranks. Scores that are not finite raise NotFinite on every rank.
     """
 
-    def __init__(self, recipe: Recipe, session: Session, plan: PassPlan) -> None:
-        self.session = session
+    def __init__(self, recipe: Recipe, session: Session, plan: PassPlan, bad: BadBatches) -> None:
+        self.session, self.bad = session, bad
         self.port, self.process_groups, self.clock = session.port, session.process_groups, session.clock
         self.copies, self.plan, self.temperature = session.copies, plan, recipe.sampling.temperature
         self.tokens_per_microbatch = recipe.batching.tokens_per_microbatch
@@ -116,8 +117,11 @@ class ScoringPasses:
             self.check(f"{of} scoring", batch, scores, of)
         return scores
 
-    def check(self, phase: str, batch: Batch, scores: Scores | None, of: str) -> None:
-        """Raises NotFinite on every rank when any of them scored something that is not finite.
+    def check(
+        self, phase: str, batch: Batch, scores: Scores | None, of: str, known: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Raises NotFinite on every rank when any of them scored something that is not finite; the batch is kept, with
+        the columns `known` (None: those scores).
 
         `of`: whose scores they are, `student`, `teacher` or `reference`."""
         if scores is None:
@@ -130,4 +134,6 @@ class ScoringPasses:
             found = str(e)
         message = first_message(found, self.process_groups.host)
         if message is not None:
+            columns = score_columns(scores, of) if known is None else known
+            self.bad.keep(batch.step, batch.examples, batch.local, columns, message)
             raise NotFinite(message)

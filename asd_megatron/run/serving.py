@@ -16,6 +16,7 @@ from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.distributed.objects import gather_objects
 from asd_megatron.errors import UserError
+from asd_megatron.rollout.bank import RolloutBank
 from asd_megatron.rollout.sglang.client.fleet import Fleet
 from asd_megatron.rollout.sglang.client.routing import SERVER_ARGUMENT, Routing
 from asd_megatron.rollout.sglang.controller import Controller, ServedModel
@@ -46,8 +47,11 @@ BLACKWELL_ARGUMENTS = {"fp8-gemm-backend": "flashinfer_trtllm"}
 ones could not be loaded into them."""
 
 
-def sglang_engine(session: Session, renderer: PromptRenderer, problems: ProblemSource) -> SGLangEngine:
-    """The engine of a recipe with `rollout.engine: sglang`. Collective. Servers start with `SGLangEngine.start`."""
+def sglang_engine(
+    session: Session, renderer: PromptRenderer, problems: ProblemSource, bank: RolloutBank | None
+) -> SGLangEngine:
+    """The engine of a recipe with `rollout.engine: sglang`. Collective. Servers start with `SGLangEngine.start`. bank:
+    keeps its responses, on global rank 0."""
     port = session.port
     rollout = _rollout(session)
     ids = probe_ids(renderer, problems, port.max_positions)
@@ -56,7 +60,7 @@ def sglang_engine(session: Session, renderer: PromptRenderer, problems: ProblemS
         probe = partial(score_sequence, port, session.process_groups, ids, session.pack_layout)
     verifier = _verifier(session, rollout)
     places = gather_objects(Place.of_this_rank(), 0, session.process_groups.host) or []
-    made = session.only_root(lambda: _controller(session, rollout, ids, verifier, places))
+    made = session.only_root(lambda: _controller(session, rollout, ids, verifier, places, bank))
     return SGLangEngine(
         session.process_groups,
         None if made is None else made[0],
@@ -87,6 +91,7 @@ def _controller(
     probe: tuple[int, ...],
     verifier: WeightVerifier | None,
     places: Sequence[Place],
+    bank: RolloutBank | None,
 ) -> tuple[Controller, Transport]:
     """The controller with all that it needs on global rank 0, and its transport; no server is started yet. Raises
     UserError for an environment that cannot serve."""
@@ -109,7 +114,7 @@ def _controller(
     controller = Controller(
         fleet,
         transport,
-        Assembler(session.tokenizer, session.recipe.run.seed, labels, routing),
+        Assembler(session.tokenizer, session.recipe.run.seed, labels, routing, bank),
         labels,
         model=ServedModel(tuple(session.hf_config.get("architectures") or ()), port.vocab_size, routing),
         pool=pool,

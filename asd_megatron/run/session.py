@@ -38,8 +38,10 @@ from asd_megatron.observe.transfer import TransferProgress
 from asd_megatron.observe.writer import RunWriter, read_metrics
 from asd_megatron.run import folder as folders
 from asd_megatron.run.clock import Clock
+from asd_megatron.run.continual import load_origin
 from asd_megatron.run.copies import check_missing, weight_copies
 from asd_megatron.run.folder import Start, writing
+from asd_megatron.run.integrity import Integrity
 from asd_megatron.run.interruption import Interruption, own_command
 from asd_megatron.run.model import build_optimizer, build_port, shares_prefixes, updates_per_step
 from asd_megatron.run.planning import memory_notes
@@ -137,12 +139,15 @@ class Session:
             flops=flops_model(self.port.shape),
         )
         self.resumed = None if self.start.checkpoint is None else self._load(self.start.checkpoint)
+        if self.start.origin is not None:
+            load_origin(self.start.origin, self.port, self.optimizer, self.copies, self.balance)
         self.first_step = 1 if self.resumed is None else int(self.resumed["step"]) + 1
         self._overdue = False  # a due checkpoint could not be written: it is written after the next applied update
         newest = self.first_step - 1 if self.start.kind == "resume" else 0
         self._saver = Saver(recipe, self.stage, self.port, self.optimizer, self.copies, self.balance, newest=newest)
         closing.callback(lambda: self._saver.close(self.say))
         self.clock = Clock()
+        self.integrity = Integrity(recipe, self.port, self.optimizer, self._saver, self.clock)
         self.telemetry = Telemetry(recipe, self.port, self.layout, self.process_groups, self.clock)
         self.writer: RunWriter | None = None
         self.expert_load: ExpertLoadFile | None = None
@@ -194,6 +199,7 @@ class Session:
             )
         folders.check_step_left(self.recipe, self.start, step)
         self.optimizer.seek(step * updates_per_step(self.recipe))
+        self.optimizer.restore(state)
         if self.balance is not None:
             self.balance.fractions.copy_(torch.tensor(state["expert_load"]))
         return state
@@ -282,6 +288,11 @@ class Session:
 
     # ---------------------------------------------------------------- checkpoints and exports
 
+    @property
+    def saved_step(self) -> int:
+        """The step from which the run would resume now."""
+        return self._saver.newest or self.first_step - 1
+
     def checkpoint_due(self, step: int) -> bool:
         """Whether a training checkpoint is to be written after `step`."""
         every = self.recipe.checkpoint.every
@@ -297,7 +308,7 @@ class Session:
 
         No checkpoint is written while updates are being skipped: it would replace the last good one. It is written
         after the next update that is applied. An export replaces nothing: finite weights are exported. Raises NotFinite
-        when something is due and the weights are not finite.
+        when something is due and the weights are not finite, ReplicasDiffer when ranks' copies of them differ.
         """
         settings = self.recipe.checkpoint
         self._saver.settle(wait=False)
@@ -310,6 +321,7 @@ class Session:
             raise NotFinite(
                 f"step {step}, checkpoint: {broken}. Nothing of this state is saved; {self._saver.newest_text()}"
             )
+        self.integrity.check(f"step {step}, checkpoint")
         if due:
             self._overdue = guard.consecutive > 0
             if self._overdue:
@@ -323,6 +335,7 @@ class Session:
         """Save the state after `step` of a run that stops there for a reason that is not in its weights, unless it is
         saved already or not worth saving: returns why not. Collective."""
         reason = str(guard) if guard.consecutive else self.not_finite()
+        reason = reason or self.integrity.differing()
         self._saver.settle()
         if reason is not None:
             return f"{reason}; {self._saver.newest_text()}"

@@ -1,10 +1,10 @@
 """The guard against non-finite numbers: an error where they mean broken weights, else a skipped update.
 
 A rollout or scoring pass with NaN or infinity means broken weights or a broken kernel: training stops and names the
-phase, the step and the rollouts. An update whose loss or gradient norm is not finite is skipped; weights and optimizer
-state stay as they were. Too many skipped updates in a row stop the run, and no training checkpoint is written while
-`Guard.consecutive` is above 0. Pure: no communication. `check_update` gets numbers that are already reduced, so all
-ranks decide alike.
+phase, the step and the rollouts. An update whose loss or gradient norm is not finite is skipped, and so is a spike of
+the norm where the optimizer's rule says so (`spikes`); weights and optimizer state stay as they were. Too many skipped
+updates in a row stop the run, and no training checkpoint is written while `Guard.consecutive` is above 0. Pure: no
+communication. `check_update` gets numbers that are already reduced, so all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _places(bad: Tensor, examples: Sequence[Example], table: TokenTable) -> list
 
 
 class Guard:
-    """Counts the updates that were skipped because their loss or gradient norm was not finite.
+    """Counts the updates that were skipped because their loss or gradient norm was not finite, or a spike.
 
     `skipped`: since the start of the run. `consecutive`: since the last applied update. Up to `max_consecutive_skips`
     in a row are tolerated; the next one stops the run.
@@ -104,24 +104,29 @@ class Guard:
         self.skipped = 0
         self.consecutive = 0
 
-    def check_update(self, loss: float, grad_norm: float, step: int) -> bool:
-        """Whether the update is applied; False: it is skipped. Raises NotFinite after too many in a row."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+    def check_update(self, loss: float, grad_norm: float, step: int, *, applied: bool = True) -> bool:
+        """Whether the update is applied; False: it is skipped. applied: False for a spike that the optimizer's rule has
+        skipped. Raises NotFinite after too many in a row."""
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite and applied:
             self.consecutive = 0
             return True
         self.skipped += 1
         self.consecutive += 1
         if self.consecutive > self.max_consecutive_skips:
+            other = "train in model.dtype float32"
+            if finite:
+                other = "set optimizer.grad_spike clip if the new norms are what you expect"
             raise NotFinite(
-                f"step {step}, update: loss {loss} and gradient norm {grad_norm} in the {self.consecutive}. update "
+                f"step {step}, update: loss {loss:g} and gradient norm {grad_norm:g} in the {self.consecutive}. update "
                 "in a row that had to be skipped. Start the same command again with a lower optimizer.learning_rate to "
-                "resume from the last checkpoint, or train in model.dtype float32"
+                f"resume from the last checkpoint, or {other}"
             )
         return False
 
     def __str__(self) -> str:
         updates = "update was" if self.consecutive == 1 else f"{self.consecutive} updates were"
-        return f"the last {updates} skipped (loss or gradient norm not finite)"
+        return f"the last {updates} skipped (loss or gradient norm not finite, or a spike)"
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "consecutive": self.consecutive}

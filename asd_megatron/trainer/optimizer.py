@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ from asd_megatron.models.port import ModelPort
 from asd_megatron.trainer import precision_aware
 from asd_megatron.trainer.handover import HostMemory
 from asd_megatron.trainer.precision_aware import Moments, Offload
+from asd_megatron.trainer.spikes import SpikeAction, SpikeRule
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step: the global L2 gradient norm before clipping (NaN when Megatron found a non-finite gradient),
-    and whether the update was applied. A skipped update leaves weights and optimizer state untouched."""
+    and whether the update was applied. A skipped update, of a norm or a loss that is not finite or of a spike, leaves
+    weights and optimizer state untouched."""
 
     grad_norm: float
     applied: bool
@@ -36,7 +38,8 @@ class Optimizer:
     its end (without a warm-up: at update 1), from there along `schedule` (constant, linear, cosine) towards
     `min_learning_rate`, which the update after `total_steps` would have. A skipped update advances the schedule too.
     `distributed` shards optimizer state over data-parallel ranks. `moments` bfloat16 and `offload` host need it, and a
-    model in bfloat16: see `precision_aware`.
+    model in bfloat16: see `precision_aware`. `grad_spike` clip or skip: `spikes` is the rule for spikes of the gradient
+    norm.
     """
 
     def __init__(
@@ -56,9 +59,12 @@ class Optimizer:
         distributed: bool,
         moments: Moments = "float32",
         offload: Offload = "none",
+        grad_spike: SpikeAction | Literal["none"] = "none",
+        grad_spike_factor: float = 3.0,
     ) -> None:
         self.port = port
         self.clip_grad = clip_grad
+        self.spikes = None if grad_spike == "none" else SpikeRule(grad_spike, grad_spike_factor)
         self.megatron = _megatron_optimizer(
             port,
             lr=learning_rate,
@@ -95,6 +101,15 @@ class Optimizer:
         self.scheduler.step(0)
         self.last_learning_rate = self.learning_rate
 
+    def run_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors and step counts, as plain JSON values."""
+        return {"spikes": None if self.spikes is None else self.spikes.state_dict()}
+
+    def restore(self, run_state: Mapping[str, Any]) -> None:
+        """Continue with what `run_state` gave, or nothing of it where the rule for spikes is new."""
+        if self.spikes is not None and run_state.get("spikes") is not None:
+            self.spikes.load_state_dict(run_state["spikes"])
+
     def zero_grad(self) -> None:
         for chunk in self.port.chunks:
             chunk.zero_grad_buffer()
@@ -124,11 +139,28 @@ class Optimizer:
             for group in master_weights(part):
                 yield from group
 
+    def replicated(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The optimizer's own tensors that every rank with the same parameter holds too, each as (what it is, the
+        parameter, the tensor): master weights and moments of an optimizer that is not distributed."""
+        for part in optimizer_parts(self.megatron):
+            if hasattr(part, "model_param_gbuf_map"):  # Megatron's distributed optimizer: each rank has its own shard
+                continue
+            models = [p for group in getattr(part, "float16_groups", ()) for p in group]
+            masters = [p for group in master_weights(part) for p in group]
+            parameters = {id(master): model for model, master in zip(models, masters, strict=True)}
+            for model, master in zip(models, masters, strict=True):
+                yield "master weight", model, master
+            for master, state in part.optimizer.state.items():
+                for key in ("exp_avg", "exp_avg_sq"):
+                    if key in state:
+                        yield key, parameters.get(id(master), master), state[key]
+
     @torch.no_grad()
     def step(self, *, loss: float = 0.0) -> StepResult:
         """Clip to the global gradient norm, update, and advance the schedule. Collective over all ranks.
 
-        The update is skipped when the gradient norm or `loss` (the same on every rank) is not finite.
+        The update is skipped when the gradient norm or `loss` (the same on every rank) is not finite, and for a spike
+        of the norm where the rule says so.
         """
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -136,14 +168,18 @@ class Optimizer:
         found_inf = self.megatron.prepare_grads()
         norm = float("nan") if found_inf else float(self.megatron.get_grad_norm())
         applied = math.isfinite(norm) and math.isfinite(loss)
+        largest = self.clip_grad if self.clip_grad > 0 else math.inf
+        if applied and self.spikes is not None and (limit := self.spikes.exceeds(norm)) is not None:
+            applied = self.spikes.action == "clip"
+            largest = min(largest, limit)
         if applied:
-            if self.clip_grad > 0:
+            if norm > largest or self.clip_grad > 0:
                 for part in optimizer_parts(self.megatron):
                     parameters = part.get_parameters()
                     if parameters:
                         clip_grad_by_total_norm_fp32(
                             parameters,
-                            max_norm=self.clip_grad,
+                            max_norm=largest,
                             total_norm=norm,
                             use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                         )

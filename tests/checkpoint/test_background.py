@@ -136,7 +136,7 @@ def _without_memory(rank: int, folder: str) -> list[str]:
     lines = logging.handlers.BufferingHandler(100)
     logging.getLogger("asd_megatron").addHandler(lines)
     trainer = Trainer({"data": 2}, True, seed=1)
-    kept: Any = SimpleNamespace(megatron=trainer.optimizer, scheduler=trainer.scheduler)
+    kept: Any = SimpleNamespace(megatron=trainer.optimizer, scheduler=trainer.scheduler, run_state=dict)
     settings = SimpleNamespace(async_save=True, keep=3)
     recipe: Any = SimpleNamespace(run=SimpleNamespace(path=Path(folder)), checkpoint=settings)
     saver = Saver(recipe, "rl", trainer.port, kept, None, None, newest=0)

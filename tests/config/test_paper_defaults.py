@@ -109,6 +109,8 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "optimizer.clip_grad": (1.0, "the usual value of the framework that the paper trains with"),
     "optimizer.moments": ("float32", "the exact arithmetic"),
     "optimizer.offload": ("none", "off"),
+    "optimizer.grad_spike": ("none", "off"),
+    "optimizer.grad_spike_factor": (3.0, "read with optimizer.grad_spike alone"),
 }
 # The released code's alternative to the gate. Its section is read only with another `algorithm.lambda_source`.
 RELEASED: dict[str, Any] = {

@@ -250,7 +250,9 @@ def test_a_request_to_stop_while_servers_generate(
     assert steps(folder) == [1, 2] and (folder / "checkpoints" / "step_000002").is_dir()
     assert read_history(folder)[-1]["event"] == "stop" and not (folder / "summary.json").exists()
     disturbed.clear()
-    check_steps(disturbing_run(world, keys, "asked", 4), 4)
+    rows = check_steps(disturbing_run(world, keys, "asked", 4), 4)
+    assert rows[2]["rollouts/restored_tokens"] > ROLLOUTS, "responses of the step in flight continue"
+    assert rows[2]["rollouts/dropped_tokens"] == 0
 
 
 def test_overlap_with_carried_groups_and_importance_correction(keys: SGLangWorld, world: World) -> None:

@@ -50,6 +50,11 @@ CASES = {
         3,
         "perplexity.target",
     ),
+    "learns_nothing": (
+        [HEALTHY] + [{**HEALTHY, "optimizer/grad_norm": 0.0, "entropy/student_mean": 4.7185}] * 4,
+        4,
+        "lower optimizer.learning_rate",
+    ),
     "gate_closed": ([WARM_UP] * 5 + [{**HEALTHY, "gate/lambda": 0.0}] * 12, 15, "gate/close_below"),
     "short_calibration": (
         [{**WARM_UP, "gate/tokens": CALIBRATION_TOKENS / 5 - 1}] * 5 + [HEALTHY] * 3,
@@ -91,6 +96,21 @@ def test_a_healthy_run_and_conditions_without_a_term_say_nothing() -> None:
     assert run(*[grpo] * 20)[1] == []
     flicker = [{**HEALTHY, "pmi/coverage": 0.0}, {**HEALTHY, "pmi/coverage": 0.0}, HEALTHY]
     assert run(*flicker * 5)[1] == []
+
+
+def test_batches_without_a_signal_are_no_dead_model() -> None:
+    """Zero gradients alone: GRPO has them whenever all rewards are equal, and a model that solves everything has."""
+    no_signal = {**HEALTHY, "optimizer/grad_norm": 0.0, "reward/mixed_groups": 0.5, "advantage/abs_mean": 0.0}
+    assert run(*[{**no_signal, "entropy/student_mean": 0.7 + 0.01 * i} for i in range(20)])[1] == []
+    assert run(*[{**no_signal, "entropy/student_mean": NAN} for _ in range(20)])[1] == []
+    assert run(*[{**no_signal, "entropy/student_mean": 0.0, "reward/pass_rate": 1.0}] * 20)[1] == []
+    asked = [{**no_signal, "entropy/student_mean": 0.1 * i, "advantage/abs_mean": 0.3} for i in range(3)]
+    watch, found = run(*asked)
+    assert [step for step, _ in found] == [3]
+    assert "cannot learn any more" in str(watch.must_stop({"warnings/learns_nothing": 1.0}))
+    assert watch.must_stop({}) is None
+    supervised = {"optimizer/grad_norm": 0.0}
+    assert run(*[{**supervised, "sft/loss": 1e-7}] * 5)[1] == [] and run(*[{**supervised, "sft/loss": 0.2}] * 5)[1]
 
 
 def test_equal_rewards_do_not_matter_to_a_recipe_without_the_group_advantage() -> None:

@@ -162,7 +162,7 @@ def test_carried_groups_are_resampled_after_an_evaluation(process_groups: Any) -
     loop.collector.evaluate(Problems("X"), SamplingParams(n=1), step=1)
     assert engine.said() == "abort resume v1 X@-2 release" and loop.collector.counts.cut_groups == 2
     engine.slow = ""
-    assert loop.step(2) == "b1 d1 f1" and engine.said() == "resume v1 bdfgh@2 suspend release"
+    assert loop.step(2) == "b1 d1 f1" and engine.said() == "resume v1 bd@1 fgh@2 suspend release"
 
 
 def test_groups_finished_beyond_the_need_are_kept_or_cut(process_groups: Any) -> None:

@@ -88,6 +88,14 @@ def test_a_single_bad_update_is_skipped_and_a_row_stops() -> None:
     assert guard.skipped == 5
 
 
+def test_skipped_spikes_count_like_updates_that_are_not_finite() -> None:
+    guard = Guard(max_consecutive_skips=2)
+    assert not guard.check_update(0.1, 9.0, 1, applied=False) and guard.consecutive == 1
+    assert not guard.check_update(0.1, NAN, 2, applied=False)
+    with pytest.raises(NotFinite, match="step 3, update: loss 0.1 and gradient norm 9 in the 3.*grad_spike clip"):
+        guard.check_update(0.1, 9.0, 3, applied=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_found_by_name(dtype: torch.dtype) -> None:
     weights = {"empty": torch.zeros(0), "a": torch.full((3, 2), 3e38), "b": torch.ones(5), "c": torch.ones(1)}

@@ -14,13 +14,14 @@ import yaml
 
 from asd_megatron import train
 from asd_megatron.config import load_recipe
+from asd_megatron.observe.dumps import bad_dump_path, read_dump
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import Group
 from asd_megatron.rollout.collector import Collector
 from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.run.rl import TrainingRun
 from asd_megatron.run.session import open_session
-from asd_megatron.trainer import passes
+from asd_megatron.trainer import passes, spikes
 from asd_megatron.trainer.columns import Scores
 from asd_megatron.trainer.guard import NotFinite
 from tests.e2e.world import call, without_torchrun
@@ -69,6 +70,9 @@ def test_an_engine_that_reports_no_number(run: TrainingRun) -> None:
     place = f"{rollout.prompt_id}/1 at response position {len(rollout.response_ids) - 1}"
     with pytest.raises(NotFinite, match=f"step 1, rollout: the engine's log-prob is not finite for 1 token .*{place}"):
         run.build_batch(groups, 1)
+    kept = read_dump(bad_dump_path(run.session.folder, 1))
+    assert place in str(kept.info.reason) and len(kept.examples) == 6
+    assert kept.table["engine_logprobs"].isnan().sum() == 1
 
 
 def test_a_teacher_pass_without_numbers(run: TrainingRun) -> None:
@@ -76,6 +80,8 @@ def test_a_teacher_pass_without_numbers(run: TrainingRun) -> None:
     bad_weights(run)
     with pytest.raises(NotFinite, match="step 1, teacher scoring: teacher_logprobs is not finite"):
         run.score_teacher(batch)
+    kept = read_dump(bad_dump_path(run.session.folder, 1))
+    assert str(kept.info.reason).startswith("step 1, teacher scoring") and kept.table["teacher_logprobs"].isnan().any()
 
 
 def test_an_update_whose_forward_pass_has_no_numbers(run: TrainingRun) -> None:
@@ -131,6 +137,61 @@ def test_a_single_overflow_is_skipped_and_counted(tmp_path: Path, overflowing: s
     rows = read_metrics(tmp_path / "run")
     assert [row["optimizer/skipped"] for row in rows] == [0, 1, 0, 1, 1, 0]
     assert [row["optimizer/grad_norm"] is None for row in rows] == [False, True, False, True, True, False]
+    dumps = sorted((tmp_path / "run" / "rollouts").iterdir())
+    assert [path.name for path in dumps] == [f"bad_step_00000{step}.parquet" for step in (2, 4, 5)]
+    kept = read_dump(dumps[0])
+    reason = str(kept.info.reason)
+    assert reason.startswith("update skipped: loss ") and reason.endswith("norm inf") and "pmi" in kept.table
+
+
+def test_a_model_that_an_update_has_destroyed_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From step 2 on the same distribution on every batch, and no gradient: known after step 4, whose checkpoint is not
+    written. With run.stop_when_dead false it is a warning."""
+    original = TrainingRun.observe
+
+    def observe(self: TrainingRun, step: int, *arguments: Any) -> None:
+        original(self, step, *arguments)
+        if step == 1:
+            for weight in self.port.chunks[0].parameters():
+                weight.detach().zero_()
+
+    monkeypatch.setattr(TrainingRun, "observe", observe)
+    recipe = [str(recipe_file(tmp_path)), "--checkpoint.every", "2", "--run.overwrite", "true"]
+    assert call(train.main, recipe) == 2
+    assert "error: step 4: the model cannot learn any more: the gradient has been 0" in capsys.readouterr().err
+    assert [row.get("warnings/learns_nothing") for row in read_metrics(tmp_path / "run")] == [None, None, None, 1]
+    assert checkpoints(tmp_path) == ["latest", "step_000002"]
+    assert call(train.main, [*recipe, "--checkpoint.resume", "never", "--run.stop_when_dead", "false"]) == 0
+    assert capsys.readouterr().err.count("warning: the model cannot learn any more") == 1
+
+
+def test_a_spike_of_the_gradient_norm_is_skipped_and_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said, counted, its batch kept; the norms before it are part of the checkpoint."""
+    from asd_megatron.trainer.optimizer import Optimizer, StepResult
+
+    original, steps = Optimizer.step, [0]
+
+    def step(self: Optimizer, *, loss: float = 0.0) -> StepResult:
+        steps[0] += 1
+        if steps[0] == 4:
+            for parameter in self.port.chunks[0].parameters():
+                parameter.main_grad.mul_(1e3)
+        return original(self, loss=loss)
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    monkeypatch.setattr(spikes, "FEWEST", 3)
+    recipe = [str(recipe_file(tmp_path)), "--optimizer.grad_spike", "skip", "--optimizer.grad_spike_factor", "20"]
+    assert call(train.main, [*recipe, "--run.steps", "3"]) == 0  # the spike is the first update after the resumption
+    assert call(train.main, recipe) == 0
+    rows = read_metrics(tmp_path / "run")
+    assert [row["optimizer/spikes"] for row in rows] == [row["optimizer/skipped"] for row in rows] == [0, 0, 0, 1, 0, 0]
+    assert rows[3]["optimizer/grad_norm"] > rows[2]["optimizer/spike_limit"]
+    assert "step 4: gradient norm " in capsys.readouterr().err
+    assert bad_dump_path(tmp_path / "run", 4).is_file()
 
 
 def checkpoints(folder: Path) -> list[str]:

@@ -132,6 +132,12 @@ ROWS: tuple[Row, ...] = (
         _tests("tests/checkpoint/test_te_gpu.py"),
     ),
     Row(
+        "replicas",
+        "checksums of tensors on a GPU, which compare the copies that ranks hold",
+        Needs(others=("cuda", "pytest")),
+        _tests("tests/trainer/test_replicas.py::test_on_cuda"),
+    ),
+    Row(
         "moments",
         "moments in bfloat16, the optimizer on the host, and its memory handed over: updates and checkpoints",
         Needs(others=("cuda", "pytest", "transformer_engine")),

@@ -13,7 +13,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.records import Group, Prompt, SamplingParams
 from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.rollout.sglang.client.api import ServerError, ServerRefused
-from asd_megatron.rollout.sglang.client.fleet import Fleet, ServerView
+from asd_megatron.rollout.sglang.client.fleet import ABORT_PATIENCE, Fleet, ServerView
 from asd_megatron.rollout.sglang.client.routing import SERVER_ARGUMENT, Routing
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels
 from asd_megatron.rollout.sglang.memory import ColocatedMemory, ServerReceiver
@@ -79,6 +79,7 @@ class Controller:
         closing: ExitStack,
     ) -> None:
         self._fleet, self._transport, self._assembler, self._labels = fleet, transport, assembler, labels
+        fleet.listen(assembler.arrived)
         self._delta = transport.deltas if isinstance(transport, DeltaTransport) else None
         self._model = model
         self._pool = pool
@@ -182,8 +183,9 @@ class Controller:
         self._fleet.abort(keep_partial=False)
         self._assembler.clear()
 
-    def suspend(self) -> None:
-        self._assembler.suspend(self._fleet.abort(keep_partial=True))
+    def suspend(self, patience: float = ABORT_PATIENCE) -> None:
+        """Abort with what the servers have of the responses within `patience` seconds."""
+        self._assembler.suspend(self._fleet.abort(keep_partial=True, patience=patience))
 
     # ---------------------------------------------------------------- weights
 

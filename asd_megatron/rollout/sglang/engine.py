@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from asd_megatron.rollout.sglang.weight_sync.transfer import Sending, Transfer
 
 T = TypeVar("T")
 TICK_SECONDS = 2.0  # between two meetings of the ranks while they wait
+STOP_PATIENCE = 5.0  # for the tokens so far of responses when the run stops: its state is saved after that
 SEND_ATTEMPTS = 3  # full transmissions before an update is given up
 
 ProbeScorer = Callable[[], list[float]]
@@ -46,7 +48,7 @@ class SGLangEngine:
         probe: scores the sequence whose log-probs are compared with the servers' after an update (collective). None:
             they are not compared.
         meeting: called on every rank whenever they meet in `collect`. What it raises, the same on all ranks, gives up
-            everything pending, and colocated servers release their memory.
+            everything pending (a rollout bank gets the tokens so far), and colocated servers release their memory.
         max_positions: of the model. end_ids: its end tokens, at which SGLang always ends a response.
     """
 
@@ -201,6 +203,8 @@ class SGLangEngine:
         try:
             self._meeting()
         except BaseException:
+            with suppress(RolloutError):
+                self._on_root(lambda controller: controller.suspend(STOP_PATIENCE))
             self.abort()
             self.release()
             raise

@@ -7,19 +7,18 @@ import logging
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from asd_megatron.data.tokenizer import decode
 from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams, as_array
+from asd_megatron.rollout.bank import Key, Response, RolloutBank
 from asd_megatron.rollout.sglang.client.routing import Routing
 from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from asd_megatron.records import TokenIds
 
 log = logging.getLogger(__name__)
 
@@ -43,45 +42,56 @@ class Labels:
         return int(label.removeprefix(self._prefix))
 
 
-@dataclass(frozen=True)
-class PartialResponse:
-    """The tokens of a sample so far, their log-probs, and (position, version): the first position of each version of
-    the weights."""
-
-    ids: TokenIds = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    logprobs: np.ndarray[Any, np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
-    versions: tuple[tuple[int, int], ...] = ()
-
-    def extended(self, result: SampleResult, labels: Labels) -> PartialResponse:
-        versions = list(self.versions)
-        for start, label in result.spans if len(result.output_ids) else ():
-            version = labels.version(label)
-            if not versions or versions[-1][1] != version:
-                versions.append((len(self.ids) + start, version))
-        ids = np.concatenate([self.ids, result.output_ids])
-        return PartialResponse(ids, np.concatenate([self.logprobs, result.logprobs]), tuple(versions))
+def extended(response: Response, result: SampleResult, labels: Labels) -> Response:
+    """The response with the tokens of a result that continues it; finished unless the result is an abort."""
+    versions = list(response.versions)
+    for start, label in result.spans if len(result.output_ids) else ():
+        version = labels.version(label)
+        if not versions or versions[-1][1] != version:
+            versions.append((len(response.ids) + start, version))
+    reason = None if result.finish_reason == FinishReason.ABORT else FinishReason(result.finish_reason)
+    return Response(
+        np.concatenate([response.ids, result.output_ids]),
+        np.concatenate([response.logprobs, result.logprobs]),
+        tuple(versions),
+        reason,
+        None if reason is None else result.routed_experts,  # of all tokens: the earlier ones are part of the input
+    )
 
 
 @dataclass
 class PendingGroup:
-    """A group in flight."""
+    """A group in flight. `banked`: the bank keeps its responses."""
 
     prompt: Prompt
     params: SamplingParams
     step: int
-    partial: dict[int, PartialResponse] = field(default_factory=dict)  # of suspended samples, by sample
-    rollouts: dict[int, Rollout] = field(default_factory=dict)  # of finished samples, by sample
+    banked: bool = False
+    partial: dict[int, Response] = field(default_factory=dict)  # of suspended samples, by sample
+    finished: dict[int, Response] = field(default_factory=dict)  # by sample; without a reason: given up
+
+    @property
+    def key(self) -> Key:
+        return self.step, self.prompt.problem.prompt_id
 
     @property
     def complete(self) -> bool:
-        return len(self.rollouts) == self.params.n
+        return len(self.finished) == self.params.n
+
+    @property
+    def responses(self) -> dict[int, Response]:
+        """What there is of the group's samples, but for those given up."""
+        given_up = [sample for sample, response in self.finished.items() if response.finish_reason is None]
+        found = {**self.partial, **self.finished}
+        return {sample: r for sample, r in found.items() if sample not in given_up and len(r.ids)}
 
 
 class Assembler:
     """The groups in flight, numbered in the order of submission.
 
     tokenizer: for `Rollout.text`; None leaves it empty. routing: of the model, to get the routed experts of every
-    rollout; None: they are not asked for. `unrouted` counts the rollouts that came without usable ones.
+    rollout; None: they are not asked for. `unrouted` counts the rollouts that came without usable ones. bank: keeps the
+    responses of training steps, and has those that an earlier start of the run left; None: a restart has none.
     """
 
     def __init__(
@@ -90,7 +100,9 @@ class Assembler:
         seed: int,
         labels: Labels,
         routing: Routing | None = None,
+        bank: RolloutBank | None = None,
     ) -> None:
+        self._bank = bank
         self._tokenizer = tokenizer
         self._seed = seed
         self._labels = labels
@@ -101,19 +113,32 @@ class Assembler:
         self._suspended = False
 
     def add(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> list[SampleRequest]:
-        """The requests for the rest of suspended samples, then those of the new groups."""
+        """The requests for the rest of suspended samples, then those of the new groups but for what the bank has."""
         requests = self._restart()
         for prompt in prompts:
             number, self._submitted = self._submitted, self._submitted + 1
-            self._pending[number] = PendingGroup(prompt, params, step)
-            requests += [self._request(number, sample) for sample in range(params.n)]
+            group = PendingGroup(prompt, params, step)
+            if self._bank is not None and step > 0 and all(group.key != other.key for other in self._pending.values()):
+                group.banked = True
+                for sample, response in self._bank.draw(group.key, prompt.ids, params).items():
+                    (group.partial if response.finish_reason is None else group.finished)[sample] = response
+            self._pending[number] = group
+            requests += self._rest(number)
         return requests
+
+    def arrived(self, result: SampleResult) -> None:
+        """Let the bank keep a result at once, before `take` asks for it, which may be a training step later. Any
+        thread."""
+        number, sample = _name(result)
+        group = self._pending.get(number)
+        if group is not None and result.finish_reason != FinishReason.ABORT:
+            self._keep(group, sample, extended(group.partial.get(sample, Response()), result, self._labels))
 
     def take(self, results: Iterable[SampleResult]) -> list[Group]:
         """The groups that these results complete, in submitted order."""
         for result in results:
             number, sample = _name(result)
-            self._pending[number].rollouts[sample] = self._rollout(number, sample, result)
+            self._finish(self._pending[number], sample, result)
         return [self._deliver(number) for number in sorted(self._pending) if self._pending[number].complete]
 
     def suspend(self, results: Iterable[SampleResult]) -> None:
@@ -122,34 +147,55 @@ class Assembler:
             number, sample = _name(result)
             group = self._pending[number]
             if result.finish_reason == FinishReason.ABORT:
-                group.partial[sample] = group.partial.get(sample, PartialResponse()).extended(result, self._labels)
+                group.partial[sample] = extended(group.partial.get(sample, Response()), result, self._labels)
+                self._keep(group, sample, group.partial[sample])
             else:
-                group.rollouts[sample] = self._rollout(number, sample, result)
+                self.arrived(result)
+                self._finish(group, sample, result)
         self._suspended = True
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything; the bank has it, in case that the same groups are added again."""
+        for group in self._pending.values():
+            if self._bank is not None and group.banked:
+                self._bank.hold(group.key, group.params, group.prompt.ids, group.responses)
         self._pending.clear()
         self._suspended = False
+
+    def _keep(self, group: PendingGroup, sample: int, response: Response) -> None:
+        if self._bank is not None and group.banked:
+            self._bank.keep(group.key, sample, response)
+
+    def _finish(self, group: PendingGroup, sample: int, result: SampleResult) -> None:
+        group.finished[sample] = extended(group.partial.pop(sample, Response()), result, self._labels)
+        if result.unrouted:
+            log.log(
+                logging.DEBUG if self.unrouted else logging.WARNING,
+                "the routed experts in an answer of %s are not used: %s (servers/unrouted counts such answers; their "
+                "tokens are routed by the trainer)",
+                result.url,
+                result.unrouted,
+            )
+            self.unrouted += 1
 
     def _restart(self) -> list[SampleRequest]:
         if not self._suspended:
             return []
         self._suspended = False
-        return [
-            self._request(number, sample)
-            for number, group in self._pending.items()
-            for sample in range(group.params.n)
-            if sample not in group.rollouts
-        ]
+        return [request for number in self._pending for request in self._rest(number)]
+
+    def _rest(self, number: int) -> list[SampleRequest]:
+        """The requests for what a group lacks."""
+        group = self._pending[number]
+        return [self._request(number, sample) for sample in range(group.params.n) if sample not in group.finished]
 
     def _deliver(self, number: int) -> Group:
         group = self._pending.pop(number)
-        return Group(group.prompt.problem, tuple(group.rollouts[sample] for sample in range(group.params.n)))
+        return Group(group.prompt.problem, tuple(self._rollout(group, sample) for sample in range(group.params.n)))
 
     def _request(self, number: int, sample: int) -> SampleRequest:
         group = self._pending[number]
-        prefix = group.partial.get(sample, PartialResponse()).ids
+        prefix = group.partial.get(sample, Response()).ids
         p = group.params
         return SampleRequest(
             key=(number, sample),
@@ -176,29 +222,19 @@ class Assembler:
         name = f"{self._seed}/{group.step}/{group.prompt.problem.prompt_id}/{sample}/{position}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
-    def _rollout(self, number: int, sample: int, result: SampleResult) -> Rollout:
-        group = self._pending[number]
-        response = group.partial.pop(sample, PartialResponse()).extended(result, self._labels)
-        if result.unrouted:
-            log.log(
-                logging.DEBUG if self.unrouted else logging.WARNING,
-                "the routed experts in an answer of %s are not used: %s (servers/unrouted counts such answers; their "
-                "tokens are routed by the trainer)",
-                result.url,
-                result.unrouted,
-            )
-            self.unrouted += 1
+    def _rollout(self, group: PendingGroup, sample: int) -> Rollout:
+        response = group.finished[sample]
         return Rollout(
             prompt_id=group.prompt.problem.prompt_id,
             sample=sample,
             prompt_ids=as_array(group.prompt.ids, "int32"),
             response_ids=response.ids,
             logprobs=response.logprobs,
-            finish_reason=FinishReason(result.finish_reason),
+            finish_reason=response.finish_reason or FinishReason.ABORT,
             weight_version=response.versions[0][1] if response.versions else 0,
             version_changes=response.versions[1:],
             text="" if self._tokenizer is None else decode(self._tokenizer, response.ids),
-            routed_experts=result.routed_experts,  # of prompt and complete response: the earlier parts are its input
+            routed_experts=response.routed_experts,
         )
 
 

@@ -129,7 +129,7 @@ class World:
             "wait_timeout": 1.0,
             "colocated": False,
         }
-        assembler = Assembler(ToyTokenizer(), 5, self.labels)
+        assembler = Assembler(ToyTokenizer(), 5, self.labels, bank=over.pop("bank", None))
         full_every = over.pop("full_every", 1)
         self.deltas = Deltas(full_every)
         transport = DeltaTransport(self.transport, self.deltas) if full_every > 1 else self.transport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Coroutine, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -82,6 +82,7 @@ class Fleet:
         self._finished: list[SampleResult] = []
         self._error: Exception | None = None
         self._pending: set[Hashable] = set()
+        self._listener: Callable[[SampleResult], None] = lambda result: None
         self._loop = LoopThread("rollout-fleet")
         self._probe_timeout = probe_timeout
         try:
@@ -226,6 +227,11 @@ class Fleet:
 
         self._loop.run(submit(), f"submitting {len(requests)} samples")
 
+    def listen(self, listener: Callable[[SampleResult], None]) -> None:
+        """Tell `listener` of every finished sample, before `wait` returns it; in the event loop's thread, so it has to
+        return at once. Not of those that `abort` returns."""
+        self._listener = listener
+
     @property
     def pending(self) -> int:
         """Samples submitted and not yet returned by `wait` or `abort`."""
@@ -244,12 +250,10 @@ class Fleet:
                 raise self._error
             return self._take()
 
-    def abort(self, keep_partial: bool) -> list[SampleResult]:
+    def abort(self, keep_partial: bool, patience: float = ABORT_PATIENCE) -> list[SampleResult]:
         """Give up everything pending, in the servers too. Returns [] or, with `keep_partial`, one result for each
-        pending sample: finished, or an abort with what there is of it (bounded wait; maybe nothing)."""
-        partial = self._loop.run(
-            self._dispatcher.abort(keep_partial, ABORT_PATIENCE), "aborting samples", ABORT_PATIENCE
-        )
+        pending sample: finished, or an abort with what there is of it after `patience` seconds (maybe nothing)."""
+        partial = self._loop.run(self._dispatcher.abort(keep_partial, patience), "aborting samples", patience)
         with self._news:
             self._error = None
             finished = [*self._take(), *partial]
@@ -262,6 +266,7 @@ class Fleet:
         return finished
 
     def _deliver(self, result: SampleResult) -> None:
+        self._listener(result)
         with self._news:
             self._finished.append(result)
             self._news.notify_all()
