@@ -28,6 +28,7 @@ from asd_megatron.checkpoint.chunk_writer import write_tensor
 from asd_megatron.checkpoint.distcp import size_text
 from asd_megatron.checkpoint.manifest import ChecksumWriter, FileEntry
 from asd_megatron.checkpoint.parts import Box, Part
+from asd_megatron.distributed import activity
 from asd_megatron.errors import UserError
 from asd_megatron.files import system_reason, write_json
 
@@ -113,6 +114,7 @@ def write_shard(folder: Path, rank: int, parts: Iterable[Part]) -> Shard:
     with (folder / name).open("wb") as opened:
         file = ChecksumWriter(opened)
         for part in parts:
+            activity.mark()
             values = part.values()
             for box in part.boxes:
                 start = file.tell()

@@ -46,6 +46,7 @@ from asd_megatron.checkpoint.shards import (
     write_shard,
 )
 from asd_megatron.checkpoint.verification import NOTE, opened
+from asd_megatron.distributed import activity
 from asd_megatron.distributed.objects import Told, first_message, gather_objects, on_rank_zero
 from asd_megatron.errors import UserError
 from asd_megatron.files import atomic_folder, remove_partial
@@ -352,6 +353,7 @@ def _read(
 def _fill(checkpoint: DistributedCheckpoint, wanted: Iterable[Box], target: Tensor) -> None:
     """Read boxes into a flat tensor. Rows that the checkpoint does not store, the padding of a vocabulary, are 0.
     DamagedCheckpoint for a number that is not finite."""
+    activity.mark()
     for box in wanted:
         into = box.of(target)
         stored = checkpoint.tensors[box.key]

@@ -13,9 +13,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from asd_megatron.cli.console import flush_output, tolerant_output
+from asd_megatron.distributed import rank_log
 from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launcher
 from asd_megatron.distributed.stop_signals import SIGNALS
 from asd_megatron.errors import UserError
@@ -26,6 +27,7 @@ INTERRUPTED = 130  # exit status: 128 + SIGINT
 PROGRAMS = ("asd_megatron.train", "asd_megatron.sft")
 LINE = 160  # characters of another rank's error
 _reported: BaseException | None = None  # by `report_at_once`
+_logged: BaseException | None = None
 
 
 def guarded(program: Callable[[], int]) -> int:
@@ -49,10 +51,8 @@ def as_rank(program: Callable[[], int]) -> int:
     SystemExit is an error here: it comes from code of the user's (a reward that calls `sys.exit(0)`). Among several
     ranks one reports, with its traceback unless the error is a UserError; the others repeat nothing and say in one line
     what else they met, usually a collective that broke. If that broke because a rank is lost, the message says which.
-    With LOGLEVEL set every rank prints its traceback.
+    With LOGLEVEL set every rank prints its traceback; each writes its own to its log in the run folder.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     with tolerant_output():
         end_with_launcher(os.environ)
         try:
@@ -60,6 +60,7 @@ def as_rank(program: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             return INTERRUPTED
         except (Exception, SystemExit) as error:
+            _log(error)
             if not _alone():
                 _report_among_ranks(error)
             elif isinstance(error, UserError | SystemExit):
@@ -76,6 +77,8 @@ def report_at_once(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
+        if not isinstance(error, others):
+            _log(error)
         if not _alone() and not isinstance(error, others):
             _report_among_ranks(error)
         raise
@@ -94,35 +97,47 @@ def leave(status: int) -> NoReturn:
 
 @contextmanager
 def importing(interrupted: str) -> Iterator[None]:
-    """Around imports of large packages: Ctrl-C ends the process at once, with the line `interrupted` (none if empty).
-    A KeyboardInterrupt would come out of a half-imported package as another exception, with a traceback."""
-    before = signal.getsignal(signal.SIGINT)
-    _end_at_interrupt(interrupted)
+    """Around imports of large packages: a signal that asks for the end ends the process at once, with the line
+    `interrupted` (none if empty). A KeyboardInterrupt would come out of a half-imported package as another exception,
+    with a traceback."""
+    before = _end_at_signals(interrupted)
     try:
         yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _end_at_interrupt(text: str) -> None:
+def _end_at_signals(text: str) -> dict[int, Any]:
+    """Let the signals that ask for the end, unless they are ignored, end this process with `text` and status 128 + n;
+    returns their handlers so far."""
+
     def end(number: int, frame: FrameType | None) -> None:
         with suppress(OSError):
             os.write(2, f"{text}\n".encode() if text else b"")
-        os._exit(INTERRUPTED)
+        os._exit(128 + number)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by a job in the background
-        signal.signal(signal.SIGINT, end)
+    kept = (signal.SIG_DFL, signal.default_int_handler)
+    return {number: signal.signal(number, end) for number in SIGNALS if signal.getsignal(number) in kept}
 
 
-def _end_program_at_interrupt() -> None:
-    """In a training program, until `as_rank`: Ctrl-C ends it at once, while it imports its modules. Among several ranks
-    of `asd-megatron` the launcher says so."""
+def _end_program_at_signals() -> None:
+    """In a training program, until it opens its run: a signal ends it at once. Among several ranks one says so, of
+    `asd-megatron` the launcher."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name in PROGRAMS:
         again = os.environ.get(COMMAND, "the same command")
-        launched = LAUNCHER in os.environ and not _alone()
-        _end_at_interrupt("" if launched else f"interrupted before the run began; to start it: {again}")
+        silent = LAUNCHER in os.environ and not _alone() or os.environ.get("RANK", "0") != "0"
+        _end_at_signals("" if silent else f"interrupted before the run began: nothing is lost; to start it: {again}")
+
+
+def _log(error: BaseException) -> None:
+    """Write the traceback to this rank's log."""
+    global _logged
+    log = rank_log.current()
+    if log is not None and error is not _logged and not isinstance(error, UserError):
+        _logged = error
+        log.error(error)
 
 
 def _alone() -> bool:
@@ -173,4 +188,4 @@ def _one_line(error: BaseException) -> str:
     return line if isinstance(error, UserError) else f"{type(error).__name__}: {line[:LINE]}"
 
 
-_end_program_at_interrupt()
+_end_program_at_signals()

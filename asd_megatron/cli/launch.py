@@ -24,7 +24,7 @@ from asd_megatron.config import AnyRecipe, Kind, check_devices, check_model, loa
 from asd_megatron.config.overrides import check_flag
 from asd_megatron.distributed.launch import set_defaults, torchrun_options
 from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launcher
-from asd_megatron.distributed.stop_signals import forwarded, ranks_of
+from asd_megatron.distributed.stop_signals import SIGNALS, forwarded, ranks_of
 from asd_megatron.errors import UserError
 from asd_megatron.files import utc_now
 
@@ -67,7 +67,7 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
             placement = _checked_placement(recipe)
             from asd_megatron.run.dry_run import dry_run
         return dry_run(recipe, placement.ranks, placement_text(recipe, placement))
-    with importing(f"interrupted before the run began; to start it: {command}"):
+    with importing(f"interrupted before the run began: nothing is lost; to start it: {command}"):
         placement = _checked_placement(recipe)
     print(placement_text(recipe, placement), flush=True)
     with _environment_of_ranks():
@@ -97,16 +97,17 @@ def _checked_placement(recipe: AnyRecipe) -> Placement:
 
 
 def _run_and_tell(recipe: AnyRecipe, module: str, words: Sequence[str], ranks: int, command: str) -> int:
-    """`run_ranks`; after an interruption, of this process or of one rank, say what was kept."""
+    """`run_ranks`; if a signal has ended this process or a rank, say what was kept."""
     since = utc_now()
     try:
         status = run_ranks(module, words, ranks)
     except KeyboardInterrupt:
         status = INTERRUPTED
-    if status == INTERRUPTED:
-        from asd_megatron.run.interruption import interrupted_text  # not before a single rank replaces this process
+    if status > 128:
+        from asd_megatron.run.interruption import kept_text  # not before a single rank replaces this process
 
-        print(interrupted_text(recipe, command, since), file=sys.stderr, flush=True)
+        ended = "interrupted" if status - 128 in SIGNALS else "ended"
+        print(f"{ended}{kept_text(recipe, command, since)}", file=sys.stderr, flush=True)
     return status
 
 
@@ -186,8 +187,7 @@ def _counts_of_processes(environment: Mapping[str, str]) -> dict[str, str]:
 def run_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
     """Run `python -m MODULE ARGV` as local ranks under torch's elastic launcher. They end when this process dies.
 
-    SIGUSR1 and SIGTERM ask the ranks to stop, and this process waits for them. After the other signals that torch
-    handles it ends them, within 30 seconds.
+    Signals that ask for a stop are passed on to the ranks, and this process waits for them.
     """
     if ranks == 1:
         _become_single_rank(module, argv)
@@ -200,23 +200,35 @@ def run_ranks(module: str, argv: Sequence[str], ranks: int) -> int:
         if name.startswith("torch.distributed") and not os.environ.get("LOGLEVEL"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # its table of a failed rank: the rank has reported
     arguments = parse_args([*torchrun_options(ranks), "-m", module, *argv])
-    handled = "SIGINT,SIGQUIT"
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # not nohup, where torch would handle it all the same
-        handled += ",SIGHUP"
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = arguments.signals_to_handle = handled  # older and newer torch
+    # older and newer torch
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = arguments.signals_to_handle = "SIGQUIT"
+
+    def unheard(number: int) -> None:  # torch ends what it has started
+        raise SignalException("no rank runs yet", sigval=signal.Signals(number))
+
     try:
-        with forwarded(lambda: ranks_of(os.getpid())):
+        with forwarded(lambda: ranks_of(os.getpid()), unheard=unheard):
             run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode
         if status < 0:
-            print(f"error: rank {rank} was ended by signal {-status}", file=sys.stderr)
+            print(f"error: rank {rank} {_how_it_ended(-status)}", file=sys.stderr)
             return 128 - status
         return status or 1
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def _how_it_ended(number: int) -> str:
+    """How a process ended that signal `number` has ended."""
+    name = signal.Signals(number).name if number in {s.value for s in signal.Signals} else f"signal {number}"
+    if number == signal.SIGKILL:
+        return f"was killed by {name} (by the system when its memory ran out, or by hand)"
+    if number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL):
+        return f"crashed ({name}): its Python stacks are in its log, logs/rank_N.log in the run folder"
+    return f"was ended by {name}"
 
 
 def _become_single_rank(module: str, argv: Sequence[str]) -> None:

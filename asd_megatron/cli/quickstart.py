@@ -7,7 +7,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import asd_megatron
 from asd_megatron.config import load_recipe
 from asd_megatron.distributed.launcher import LAUNCHER
+from asd_megatron.distributed.stop_signals import forwarded
 from asd_megatron.errors import UserError
 from asd_megatron.files import write_json
 from asd_megatron.observe.names import graded
@@ -24,7 +24,6 @@ from asd_megatron.observe.writer import read_metrics
 from asd_megatron.study.results import training_seconds
 
 RECIPE = Path("examples") / "puzzle" / "quickstart.yaml"
-GRACE = 5.0  # seconds in which an interrupted training ends by itself
 WINDOW = 20  # steps averaged for the u of the first and of the last steps
 CLASSES = {
     "deliberation": "deliberation words (Let, Wait, ...)",
@@ -66,17 +65,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run the training and return its exit status. After Ctrl-C, which a terminal sends to it too, it says what was
-    kept; this process waits for that."""
-    with subprocess.Popen(command, env=environment) as training:
-        try:
-            return training.wait()
-        except KeyboardInterrupt:
-            try:
-                return training.wait(GRACE)
-            except subprocess.TimeoutExpired:  # the signal was for this process alone
-                training.send_signal(signal.SIGINT)
-                return training.wait()
+    """Run the training and return its exit status. It is in a session of its own, so that a terminal signals this
+    process alone, which passes requests to stop on and waits."""
+    started: list[int] = []
+
+    def unheard(number: int) -> None:
+        raise KeyboardInterrupt
+
+    with forwarded(lambda: started, unheard=unheard):
+        training = subprocess.Popen(command, env=environment, start_new_session=True)
+        started.append(training.pid)
+        return training.wait()
 
 
 def find_recipe() -> Path:

@@ -84,6 +84,10 @@ def _in_words(inner: Any, notes: list[Any], plural: bool = False) -> str:
         return f"a list of {_in_words(element, element_notes, plural=True)}"
     if origin is dict or inner is dict:
         return "a mapping"
+    if isinstance(inner, type) and issubclass(inner, Section):
+        keys = inner.model_fields
+        kinds = {type_in_words(field) for field in keys.values()}
+        return f"a mapping of {', '.join(keys)} ({'; '.join(sorted(kinds))} each)"
     name = _NAMES[inner][plural]
     return name + _bounds(notes)
 
@@ -113,10 +117,19 @@ def value_in_words(value: Any) -> str:
         return f"{'true' if value else 'false'} (true or false)"
     if isinstance(value, dict):
         return f"{_SHORT.repr(value)} (a mapping)"
+    if isinstance(value, BaseModel):
+        return value_in_words(value.model_dump())
     if isinstance(value, list | tuple):
         return f"{_SHORT.repr(list(value))} (a list)"
     name = _NAMES.get(type(value), (type(value).__name__, ""))[0]
     return f"{value!r} ({name})"
+
+
+def subsection(schema: type[BaseModel], key: str) -> type[Section] | None:
+    """The class of a key of a section that has keys of its own; None for one that is a value."""
+    field = schema.model_fields.get(key)
+    annotation = None if field is None else field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def section_schema(schema: type[BaseModel], name: str) -> type[BaseModel]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from asd_megatron.config.base import section_schema, takes_null, takes_text
+from asd_megatron.config.base import section_schema, subsection, takes_null, takes_text
 from asd_megatron.config.refusals import dotted_keys, unknown_key
-from asd_megatron.config.yaml_text import parse_yaml
+from asd_megatron.config.yaml_text import parse_yaml, to_yaml
 from asd_megatron.errors import UserError
 
 FLAGS = {"dryrun": "--dry-run", "help": "--help"}
@@ -78,8 +78,13 @@ def apply_overrides(values: dict[str, Any], arguments: Sequence[str], schema: ty
         if section is None or not key:
             raise UserError(f"override {unknown_key(schema, dotted)}")
         fields = section_schema(schema, section_name).model_fields
+        outer, _, inner = key.partition(".")
+        inside = subsection(section_schema(schema, section_name), outer)
+        if inside is not None and inner:  # --run.timeout.update 600
+            given = (out.get(section_name) or {}).get(outer)
+            given = given if isinstance(given, dict) else {}
+            text, key = to_yaml({**given, inner: parse_yaml(text, f"override --{dotted}")}), outer
         if key not in fields:
-            outer = key.partition(".")[0]
             if outer != key and outer in fields:
                 raise UserError(
                     f"override --{dotted}: {section_name}.{outer} is one value: `--{section_name}.{outer} VALUE`, "

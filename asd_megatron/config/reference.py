@@ -35,6 +35,8 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return ", ".join(f"{key}: {inner:g}" for key, inner in value.model_dump().items())
     if isinstance(value, tuple | dict):
         return str(list(value)) if isinstance(value, tuple) else str(value)
     if isinstance(value, str):

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from asd_megatron.config import foreign
-from asd_megatron.config.base import Section, section_schema, type_in_words, value_in_words
+from asd_megatron.config.base import Section, section_schema, subsection, type_in_words, value_in_words
 
 GENERIC = {"name", "path", "every"}  # keys that mean another thing in each section
 RENAMED_KEYS = {
@@ -43,23 +43,23 @@ def dotted_keys(schema: type[BaseModel]) -> list[str]:
 def nearest_key(schema: type[BaseModel], dotted: str) -> str | None:
     """The valid key or section that `dotted` plausibly means; None when nothing is like it.
 
-    In this order: the same key in another section (`optimizer.steps` -> `run.steps`), a similar one in its own section,
-    a similar one anywhere. Similar in its own section is first one that begins with the given words
-    (`reward.timeout` -> `reward.timeout_seconds`).
+    In this order: one in its own section that begins with the given words (`reward.timeout` ->
+    `reward.timeout_seconds`), the same key in another section (`optimizer.steps` -> `run.steps`), a similar one in its
+    own section, a similar one anywhere.
     """
     keys = dotted_keys(schema)
     section, _, key = dotted.partition(".")
     if not key:  # a bare key or section: `--steps`, `algoritm:`
         section, key = "", section
+    own = [candidate.partition(".")[2] for candidate in keys if candidate.startswith(f"{section}.")]
+    words = key.split("_")
+    if begun := [name for name in own if name.split("_")[: len(words)] == words]:
+        return f"{section}.{begun[0]}"
     same = [candidate for candidate in keys if candidate.partition(".")[2] == key]
     if same and key in GENERIC and section in schema.model_fields:
         return None
     if same:
         return difflib.get_close_matches(dotted, same, n=1, cutoff=0.0)[0] if section else same[0]
-    own = [candidate.partition(".")[2] for candidate in keys if candidate.startswith(f"{section}.")]
-    words = key.split("_")
-    if begun := [name for name in own if name.split("_")[: len(words)] == words]:
-        return f"{section}.{begun[0]}"
     if close := difflib.get_close_matches(key, own, n=1, cutoff=0.7):
         return f"{section}.{close[0]}"
     if not section and (close := difflib.get_close_matches(key, list(schema.model_fields), n=1, cutoff=0.75)):
@@ -110,6 +110,12 @@ def _line(finding: dict[str, Any], schema: type[BaseModel]) -> str:
     if kind == "invalid_key" or location[-1] == "[key]":
         where = location[0] if kind == "invalid_key" else dotted
         return f"{where}: a key must be text, was given {value_in_words(given)}"
+    inside = subsection(section_schema(schema, location[0]), location[1]) if len(location) > 2 else None
+    if inside is not None:
+        inner = inside.model_fields.get(location[2])
+        if inner is None:
+            return f"{dotted}.{location[2]}: unknown key; the keys of {dotted} are {', '.join(inside.model_fields)}"
+        return f"{dotted}.{location[2]}: expected {type_in_words(inner)}, was given {value_in_words(given)}"
     if kind == "extra_forbidden":
         return unknown_key(schema, dotted)
     if kind == "missing":

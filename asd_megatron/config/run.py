@@ -10,6 +10,20 @@ from pydantic import BeforeValidator, Field, StringConstraints
 
 from asd_megatron.config.base import Section, Text, to_tuple
 
+Seconds = Annotated[float, at.Ge(1)]
+
+
+class TimeoutSection(Section):
+    """Seconds without progress in each phase of a run; null: no bound."""
+
+    start: Seconds | None = 3600.0
+    rollout: Seconds | None = 3600.0
+    scoring: Seconds | None = 1800.0
+    update: Seconds | None = 1800.0
+    checkpoint: Seconds | None = 3600.0
+    evaluation: Seconds | None = 3600.0
+
+
 StepList = Annotated[tuple[Annotated[int, at.Ge(1)], ...], BeforeValidator(to_tuple)]
 
 
@@ -58,6 +72,15 @@ class RunSection(Section):
             "The same bits again from the same recipe, machine and layout: deterministic kernels and collectives in the"
             " trainer, deterministic inference in SGLang servers; slower on GPUs. On a CPU in float32 the embedded"
             " engine's log-probs also equal the trainer's bit for bit. See docs/reliability.md."
+        ),
+    )
+    timeout: TimeoutSection = Field(
+        TimeoutSection(),
+        description=(
+            "By phase, seconds without progress after which the run hangs: it ends with an error that names the rank,"
+            " its phase and last operation, and every rank's Python stacks are in `logs/rank_N.log`. Progress is a"
+            " micro-batch, a token of a batch, a meeting of the ranks, a tensor read or written; while SGLang servers"
+            " start or generate, `rollout` has the bounds. null: none. Keys that are left out keep their defaults."
         ),
     )
     replica_check_every: int = Field(

@@ -47,6 +47,24 @@ def report_once(message: str, report: Callable[[], None], environment: Mapping[s
     return first_message
 
 
+def claim_once(name: str, action: Callable[[], None], environment: Mapping[str, str] = os.environ) -> None:
+    """Call `action` on one of the ranks that come here: on rank 0 if it does so within HEAD_START seconds, else on the
+    first of the others. Where the ranks cannot be asked, on rank 0 alone."""
+    rank, key = int(environment.get("RANK", "0")), _key(f"asd_megatron/{name}", environment)
+    if rank == 0:
+        action()
+    alone = int(environment.get("WORLD_SIZE", "1")) == 1
+    store = None if alone else connect(environment)
+    if store is None:
+        return
+    if rank:
+        _wait(store, key, HEAD_START)
+    with suppress(RuntimeError):
+        first = store.compare_set(key, "", str(rank)).decode()
+        if rank and first == str(rank):
+            action()
+
+
 def claimed(store: dist.Store, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a rank has claimed to report its error."""
     return bool(store.check([_key(CLAIMED, environment)]))

@@ -1,38 +1,47 @@
-"""Ends a rank when another rank's process, its node or the network to it is lost, and says which.
+"""Ends a rank when another rank's process, its node or the network to it is lost, or when a rank hangs; says which.
 
 A collective notices a process that has died, because its connections are closed, but names it by a port at best. Of a
 node that was switched off, or a cut network, it notices nothing until its own time limit, an hour for those of the host
-group. So every rank counts up a number of its own in the job's store once a second, in a thread, and global rank 0
-reads all of them:
+group. So every rank writes a number that counts up, and what it is doing (`activity`), to the job's store once a
+second, in a thread. Global rank 0 reads all of them, and so does rank 1, which takes over when rank 0's stands still:
 
-    rank 0   a number has not moved for so many seconds: that rank is lost. Says so in the store and to the user
-    others   the store has not answered for so many seconds, so that rank 0's node is lost; or it says who is
+    0, 1     a number has not moved for so many seconds: that rank is lost. Says so in the store and to the user
+             ranks have made no progress for the time-out of their phase (`hangs`): the same
+    others   the store has not answered for so many seconds, so that rank 0's node is lost; or it says what has happened
 
-The main thread of a rank usually waits in a collective that nothing interrupts, so the process is ended. A rank that is
-busy, or waits, counts on; one that is stopped (SIGSTOP), or whose interpreter is blocked, does not.
+The main thread of a rank usually waits in a collective that nothing interrupts, so the process is ended, after it has
+written its Python stacks to its log. A rank that is busy, or waits, counts on. One that is stopped (SIGSTOP) does not,
+nor does one whose interpreter is blocked: the first is continued so that it ends too, the second is ended by a thread
+of faulthandler's, which needs no interpreter. A lone rank watches its own progress.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from asd_megatron.distributed import activity, rank_log
+from asd_megatron.distributed.activity import Report
 from asd_megatron.distributed.first_error import claimed, connect, report_once
+from asd_megatron.distributed.hangs import Hang, HangRule, Limits
+from asd_megatron.distributed.stop_signals import ranks_of
 from asd_megatron.errors import UserError
 
 BEAT_SECONDS = 1.0
 GONE_BEATS = 3
 """After an error of a collective: a rank that has missed so many beats is its cause."""
 CAUSE_SECONDS = 6.0  # in which that shows
+LATER_SECONDS = 6.0  # than its time-out, a process whose interpreter is blocked ends
 AGAIN = "Start the run again with the same command: it continues from its newest checkpoint"
 AT_ONCE = timedelta(seconds=60)  # all ranks connect to the store at the same moment
 PREFIX = "asd_megatron/alive"
@@ -46,8 +55,8 @@ class RankLost(UserError):
 
 
 class RankWatch:
-    """The watch of this rank over a job of `world` ranks; does nothing for one. `seconds` without a sign of life: the
-    rank is lost, and `end` is called with the message (it ends the process)."""
+    """The watch of this rank over a job of `world` ranks. `seconds` without a sign of life: the rank is lost, and `end`
+    is called with the message (it ends the process). `limits`: of the phases, for ranks that hang; None: none."""
 
     def __init__(
         self,
@@ -55,14 +64,19 @@ class RankWatch:
         world: int,
         seconds: float,
         *,
+        limits: Limits | None = None,
         environment: Mapping[str, str] = os.environ,
         end: Callable[[str], None] | None = None,
     ) -> None:
         self.rank, self.world = rank, world
         self._limit = max(1, round(seconds / BEAT_SECONDS))
         self._seconds, self._environment, self._end = seconds, environment, end or self._end_process
-        self._names: list[str] = []
-        self._missed = [0] * world  # beats, by rank; on other ranks than 0 of rank 0, whose node has the store, alone
+        self._limits = limits or {}
+        self._rule = HangRule(world, self._limits, BEAT_SECONDS)
+        self._groups: Sequence[dist.ProcessGroup] = ()
+        self._names = [""] * world
+        self._missed = [0] * world  # beats, by rank; on ranks from 2 on of rank 0, whose node has the store, alone
+        self._silent = 0  # beats for which the store has not answered
         self._lost = ""
         self._reported = False  # by a rank, which knows the cause of what happens to the others
         self._stopping = threading.Event()
@@ -71,11 +85,22 @@ class RankWatch:
         self._ended = threading.Lock()
         self._beating: threading.Thread | None = None
 
-    def start(self, host: dist.ProcessGroup) -> None:
-        """Begin, once all ranks have. `host`: all ranks, on gloo. Collective."""
+    def start(self, host: dist.ProcessGroup, groups: Sequence[dist.ProcessGroup] = ()) -> None:
+        """Begin, once all ranks have. `host`: all ranks, on gloo. `groups`: as for `activity.report`. Collective."""
         global _current
-        if self.world == 1:
+        self._groups = [group for group in groups if group.size() > 1]
+        if self.world > 1:
+            self._meet(host)
+        elif not any(self._limits.values()):
             return
+        _current = self
+        self._beating = threading.Thread(target=self._beat, name="rank watch", daemon=True)
+        self._beating.start()
+        if self.rank:
+            threading.Thread(target=self._count, name="rank watch of the store", daemon=True).start()
+
+    def _meet(self, host: dist.ProcessGroup) -> None:
+        """Connect to the store, and learn the ranks' names."""
         self._store = connect(self._environment, AT_ONCE)
         if self._store is None:
             where = ":".join(self._environment.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
@@ -86,13 +111,7 @@ class RankWatch:
         attempt = self._environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._key = f"{PREFIX}/{attempt}/{next(_watches)}"
         self._store.set(self._own, "0")
-        self._names = [""] * self.world
         dist.all_gather_object(self._names, _name(self._environment), group=host)
-        _current = self
-        self._beating = threading.Thread(target=self._beat, name="rank watch", daemon=True)
-        self._beating.start()
-        if self.rank:
-            threading.Thread(target=self._count, name="rank watch of the store", daemon=True).start()
 
     def stop(self) -> None:
         """End the watch: this rank is not missed from now on."""
@@ -110,6 +129,7 @@ class RankWatch:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self._stopping.is_set():
             gone = [rank for rank, missed in enumerate(self._missed) if missed >= GONE_BEATS]
+            gone = gone or [0] * (self._silent >= GONE_BEATS)
             if self._lost or gone:
                 return (
                     self._lost or f"{self._text(gone)}: the process has died, or its node or network is lost. {AGAIN}"
@@ -123,18 +143,27 @@ class RankWatch:
     def _own(self) -> str:
         return f"{self._key}/{self.rank}"
 
-    def _text(self, ranks: list[int]) -> str:
+    def _text(self, ranks: Sequence[int]) -> str:
         """`rank 1 on node2 (10.0.0.2) is gone`; of many the first four, by host."""
+        return f"{self._named(ranks)} {'is' if len(ranks) == 1 else 'are'} gone"
+
+    def _named(self, ranks: Sequence[int]) -> str:
         named = [f"rank {rank} on {self._names[rank]}" for rank in ranks[:4]]
         more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
-        return f"{', '.join(named)}{more} {'is' if len(ranks) == 1 else 'are'} gone"
+        return f"{', '.join(named)}{more}"
 
     def _beat(self) -> None:
         """Count up, and look at the others. A store that fails is tried again until `_count` gives it up."""
-        store, others = self._store, [rank for rank in range(self.world) if rank != self.rank]
-        seen: dict[int, bytes] = {}
+        store, seen = self._store, dict[int, bytes]()
         for count in itertools.count(1):
             stopping = self._stopping.wait(BEAT_SECONDS)
+            own = activity.report(self._groups)
+            self._end_if_blocked(own, stopping)
+            if self.world == 1:
+                if stopping:
+                    return
+                self._judge([own])
+                continue
             try:
                 if store is not None and stopping:
                     store.set(f"{self._own}/{DONE}", "")
@@ -144,43 +173,89 @@ class RankWatch:
                     store = connect(self._environment)
                 if store is None:
                     continue
-                store.set(self._own, str(count))
+                store.set(self._own, f"{count} {own.to_text()}")
                 self._reported = claimed(store, self._environment)
-                if self.rank == 0:
-                    self._look(store, others, seen)
-                elif store.check([f"{self._key}/lost"]):
+                self._silent = 0
+                if store.check([f"{self._key}/lost"]):
                     self._lost = store.get(f"{self._key}/lost").decode()
                     self._finish(self._lost)
-                else:
-                    self._missed[0] = 0
+                elif self.rank < 2:
+                    self._look(store, own, seen)
             except RuntimeError:
                 store = None
 
-    def _look(self, store: dist.Store, others: list[int], seen: dict[int, bytes]) -> None:
-        """On global rank 0: who has not counted up. Beats are counted, not seconds: a pause of this process, or of
-        all, is nobody's loss."""
+    def _end_if_blocked(self, own: Report, stopping: bool) -> None:
+        """This process ends, its stacks written, when the next beats do not come: its interpreter is blocked. A little
+        later than the others give it up, because its end would be the first that a launcher sees."""
+        log, limits = rank_log.current(), [self._limits.get(own.phase), self._seconds if self.world > 1 else None]
+        bounds = [limit for limit in limits if limit is not None]
+        if log is not None and bounds and not stopping:
+            log.end_after(min(bounds) + LATER_SECONDS, on_console=self.world == 1)
+
+    def _look(self, store: dist.Store, own: Report, seen: dict[int, bytes]) -> None:
+        """On global ranks 0 and 1: who has not counted up, and who hangs; rank 1 acts when rank 0 does not. Beats are
+        counted, not seconds: a pause of this process, or of all, is nobody's loss."""
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        reports: list[Report | None] = [own] * self.world
         for rank, number in zip(others, store.multi_get([f"{self._key}/{rank}" for rank in others]), strict=True):
             self._missed[rank] = self._missed[rank] + 1 if seen.get(rank) == number else 0
             seen[rank] = number
+            reports[rank] = Report.from_text(number.decode().partition(" ")[2])
         late = [rank for rank in others if self._missed[rank] >= GONE_BEATS]
-        for rank in late:
-            if store.check([f"{self._key}/{rank}/{DONE}"]):
-                self._missed[rank] = 0
+        left = [rank for rank in late if store.check([f"{self._key}/{rank}/{DONE}"])]
+        for rank in left:
+            self._missed[rank] = 0
+        if self.rank and self._missed[0] < GONE_BEATS:
+            return
         lost = [rank for rank in others if self._missed[rank] >= self._limit]
         if lost:
-            self._lost = (
+            self._give_up(
                 f"{self._text(lost)}: no sign of life for {self._seconds:.0f} s (run.lost_rank_timeout), so the process"
-                f" hangs, or its node or network is lost. {AGAIN}"
+                f" hangs, or its node or network is lost. {self._last(lost, reports)}{AGAIN}",
+                store,
             )
-            store.set(f"{self._key}/lost", self._lost)
-            self._finish(self._lost)
+        elif not left and all(report is not None for report in reports):
+            self._judge([report for report in reports if report is not None], store)
+
+    def _judge(self, reports: Sequence[Report], store: dist.Store | None = None) -> None:
+        """End the run if ranks hang."""
+        hang = self._rule.look(reports)
+        if hang is not None:
+            self._give_up(f"{self._hang_text(hang, reports)} {AGAIN}", store)
+
+    def _give_up(self, message: str, store: dist.Store | None) -> None:
+        self._lost = message
+        if store is not None:
+            store.set(f"{self._key}/lost", message)
+        self._finish(message)
+
+    def _hang_text(self, hang: Hang, reports: Sequence[Report]) -> str:
+        """What a hang's message says."""
+        first = hang.ranks[0]
+        who = self._named(hang.ranks) if self.world > 1 else "the run"
+        verb = "hangs" if len(hang.ranks) == 1 else "hang"
+        silent = self._missed[first] >= GONE_BEATS
+        why = ", and its process gives no sign of life (stopped, or blocked)" if silent else ""
+        others = "" if self.world == len(hang.ranks) else "; the other ranks wait"
+        return (
+            f"{who} {verb}: no progress for {hang.seconds:.0f} s in the phase {hang.phase}"
+            f" (run.timeout.{hang.phase}){why}{others}. {self._last(hang.ranks, list(reports))}"
+        ).rstrip()
+
+    def _last(self, ranks: Sequence[int], reports: Sequence[Report | None]) -> str:
+        """The last operation of the first of `ranks`, and where stacks are."""
+        report, log = reports[ranks[0]], rank_log.current()
+        operation = "" if report is None else f"Last operation, in the phase {report.phase}: {report.operation}. "
+        return operation + (
+            "" if log is None else f"Its Python stacks, and beside them the others': {log.path(ranks[0])}. "
+        )
 
     def _count(self) -> None:
         """On the other ranks: how long the store, on rank 0's node, has not answered. (An operation on it has no time
         limit of its own.)"""
         while not self._stopping.wait(BEAT_SECONDS):
-            self._missed[0] += 1
-            if self._missed[0] >= self._limit:
+            self._silent += 1
+            if self._silent >= self._limit:
                 self._lost = (
                     f"rank 0 on {self._names[0]} is gone: its node has not answered rank {self.rank} on"
                     f" {self._names[self.rank]} for {self._seconds:.0f} s (run.lost_rank_timeout), so that node or the"
@@ -194,13 +269,23 @@ class RankWatch:
             self._end(message)
 
     def _end_process(self, message: str) -> None:
-        """Say it, once for the ranks that still reach one another and once on each node that does not, and end this
-        process."""
-        if self.rank == 0:
+        """Write this rank's stacks to its log, say the message, once for the ranks that still reach one another and
+        once on each node that does not, and end this process."""
+        log = rank_log.current()
+        if log is not None:
+            log.stacks(message)
+        if self.world > 1 and "TORCHELASTIC_RUN_ID" in self._environment:
+            for process in ranks_of(os.getppid()):  # one that is stopped ends too
+                with suppress(OSError):
+                    os.kill(process, signal.SIGCONT)
+        if self.world == 1:
+            _say(message)
+        elif self._silent >= GONE_BEATS:
+            if self._environment.get("LOCAL_RANK", "0") == "0":
+                _say(message)
+        elif self.rank < 2:
             report_once(message, lambda: _say(message), self._environment)
             time.sleep(2 * BEAT_SECONDS)  # the store may end with this process: the others read it first
-        elif self._missed[0] and self._environment.get("LOCAL_RANK", "0") == "0":
-            _say(message)
         os._exit(1)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from asd_megatron.distributed import activity
 from asd_megatron.errors import UserError
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ def broadcast_object(obj: T | None, src: int, group: dist.ProcessGroup) -> T:
     box: list[Any] = [obj]
     if group.size() > 1:
         _check(group)
+        activity.meet(group)
         dist.broadcast_object_list(box, group=group, group_src=src)
     return box[0]
 
@@ -37,6 +39,7 @@ def gather_objects(obj: T, dst: int, group: dist.ProcessGroup) -> list[T] | None
     """Every rank's object, in rank order, on group rank `dst`; None elsewhere. Collective. Memory as for
     `scatter_objects`."""
     _check(group)
+    activity.meet(group)
     if group.rank() != dst:
         _send(obj, dst, group)
         return None
@@ -51,6 +54,7 @@ def scatter_objects(objects: Sequence[T] | None, src: int, group: dist.ProcessGr
     object itself, not a copy.
     """
     _check(group)
+    activity.meet(group)
     if group.rank() != src:
         return _receive(src, group)
     assert objects is not None and len(objects) == group.size(), "one object for each rank"
@@ -156,6 +160,7 @@ def first_message(message: T | None, group: dist.ProcessGroup) -> T | None:
     if group.size() == 1:
         return message
     _check(group)
+    activity.meet(group)
     first = torch.tensor(group.size() if message is None else group.rank(), dtype=torch.int64)
     dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
     speaker = int(first)
@@ -167,6 +172,7 @@ def meet(group: dist.ProcessGroup) -> None:
     later than others: gloo's time limit, on the host group, is the long one."""
     if group.size() > 1:
         _check(group)
+        activity.meet(group)
         dist.all_reduce(torch.zeros(()), group=group)
 
 

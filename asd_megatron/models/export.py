@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from asd_megatron.distributed import activity
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import broadcast_object, gather_objects, meet
 from asd_megatron.models import te
@@ -154,6 +155,7 @@ class FullTensors:
         try:
             while transfer is not None:
                 following = next(transfers, None)
+                activity.mark()
                 transfer.wait()
                 yield from self._copies(transfer)
                 transfer = following
@@ -189,6 +191,7 @@ class FullTensors:
                 yield Step(step[0].root, ())
                 continue
             following = start()
+            activity.mark()
             for transfer in transfers:
                 self._complete(transfer)
             is_root = step[0].root == self.process_groups.world.rank()

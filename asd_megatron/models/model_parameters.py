@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asd_megatron.distributed import device
+from asd_megatron.distributed import activity, device
 from asd_megatron.distributed.layout import Layout, ProcessGroups
 from asd_megatron.distributed.objects import first_message
 from asd_megatron.errors import UserError
@@ -114,6 +114,7 @@ class ModelParameters:
                 key = self.identify(chunk, name)
                 rule = self.rule(key)
                 full = [tensors[n] for n in rule.names(key.layer, key.expert)]
+                activity.mark()
                 te.fill(parameter, rule.operation.shard(full, *self.shard(rule), self.shapes))
                 done += parameter.nbytes
                 if progress is not None:

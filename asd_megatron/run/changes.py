@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from asd_megatron.config import AnyRecipe
 from asd_megatron.config.base import section_schema
 from asd_megatron.config.checkpoint import ALL
@@ -40,6 +42,7 @@ FREE_KEYS = SCHEDULE_KEYS | {
     "run.replica_check_every",
     "run.stop_when_dead",
     "run.lost_rank_timeout",
+    "run.timeout",
     "model.layers",
     "model.recompute",
     "model.recompute_layers",
@@ -104,6 +107,7 @@ def changes(recorded: Mapping[str, Any], recipe: AnyRecipe) -> list[Change]:
             old = None  # an optional section that was not there
             if isinstance(before, Mapping):
                 default = None if field.is_required() else field.get_default(call_default_factory=True)
+                default = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
                 old = before.get(key, list(default) if isinstance(default, tuple) else default)
             if old != new and f"{section}.{key}" not in START_KEYS:
                 found.append(Change(f"{section}.{key}", old, new))

@@ -8,7 +8,21 @@ from contextlib import contextmanager
 
 import torch
 
+from asd_megatron.distributed import activity
+from asd_megatron.distributed.activity import Phase
 from asd_megatron.observe.memory import PeakMemory
+
+PHASES: dict[str, Phase] = {
+    "rollout": "rollout",
+    "teacher": "scoring",
+    "student": "scoring",
+    "reference": "scoring",
+    "probe": "scoring",
+    "update": "update",
+    "checkpoint": "checkpoint",
+    "evaluate": "evaluation",
+}
+"""Spans of a step that begin a phase of the watch over the ranks (`run.timeout`), which lasts until the next begins."""
 
 
 class Clock:
@@ -29,6 +43,8 @@ class Clock:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Measure the peak of memory inside; a trace of the profiler has the name. Spans do not overlap."""
+        if name in PHASES:
+            activity.enter(PHASES[name])
         with self.memory.phase(name), torch.profiler.record_function(name):
             yield
 

@@ -26,6 +26,7 @@ from asd_megatron.checkpoint import lineage
 from asd_megatron.checkpoint.huggingface import CONFIG, is_complete
 from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
+from asd_megatron.distributed.rank_log import LOGS
 from asd_megatron.errors import UserError
 from asd_megatron.files import PARTIAL, atomic_write, remove_partial, system_reason, to_json, user_error, utc_now
 from asd_megatron.observe.expert_load import EXPERT_LOAD_FILE
@@ -36,7 +37,8 @@ LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "
 STOP_FILE = "stop"
 """Asks the run to stop; removed when it stops and when it starts."""
 CHECKPOINTS, EXPORTS, PROFILE = "checkpoints", "hf", "profile"
-# What an attempt leaves beside recipe and history. Exports and checkpoints are not replaced with it.
+# What an attempt leaves beside recipe and history. Exports and checkpoints are not replaced with it, nor are the ranks'
+# logs, which say why it ended.
 OF_AN_ATTEMPT = (
     "environment.json", "metrics.jsonl", EXPERT_LOAD_FILE, "tensorboard", "rollouts", "servers", SUMMARY_FILE,
     "curves.png", PROFILE,
@@ -212,7 +214,7 @@ def check_step_left(recipe: AnyRecipe, start: Start, step: int) -> None:
 
 def _entries(folder: Path) -> list[str]:
     with suppress(FileNotFoundError):
-        return [name for name in os.listdir(folder) if name != LOCK_FILE and not name.endswith(PARTIAL)]
+        return [name for name in os.listdir(folder) if name not in (LOCK_FILE, LOGS) and not name.endswith(PARTIAL)]
     return []
 
 
@@ -342,7 +344,7 @@ def prepare(recipe: AnyRecipe, start: Start, stage: str, step: int) -> None:
     folder = recipe.run.path
     with writing(folder):
         if start.kind == "overwrite":
-            for name in _entries(folder):
+            for name in (*_entries(folder), LOGS):
                 _remove(folder / name)
         if start.kind == "restart":
             for name in OF_AN_ATTEMPT:

@@ -6,15 +6,20 @@ import os
 from contextlib import ExitStack
 
 from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_world
-from asd_megatron.distributed import determinism, device
+from asd_megatron.distributed import activity, determinism, device, rank_log
 from asd_megatron.distributed import layout as layouts
-from asd_megatron.distributed.layout import Layout, ProcessGroups
+from asd_megatron.distributed.hangs import Limits
+from asd_megatron.distributed.layout import COLLECTIVE_MINUTES, Layout, ProcessGroups
 from asd_megatron.distributed.lost_ranks import RankWatch
+from asd_megatron.distributed.rank_log import RankLog
 
 HOST_SECONDS = 3600.0
 """Shortest time limit of a wait on the host group."""
 MARGIN_SECONDS = 300.0
-"""The host group's time limit beyond the longest wait for servers."""
+"""The host group's time limit beyond the longest wait for servers, and beyond the time-outs of the phases."""
+UNBOUNDED_SECONDS = 30 * 86400.0
+BEFORE_NCCL_SECONDS = 60.0
+"""On GPUs a rank that the others wait for is given up this long before NCCL ends them, so that a message names it."""
 
 
 def join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGroups]:
@@ -28,20 +33,48 @@ def join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGr
     check_devices(recipe)
     shares_memory = isinstance(recipe, Recipe) and recipe.rollout.weight_sync == "cuda_ipc"
     device.use_expandable_segments(os.environ, allowed=not shares_memory)
-    watch = RankWatch(int(os.environ.get("RANK", "0")), world, recipe.run.lost_rank_timeout)
+    rank = int(os.environ.get("RANK", "0"))
+    activity.restart()
+    log = RankLog(recipe.run.path, rank)
+    rank_log.use(log)
+    closing.callback(log.close)
+    limits = phase_limits(recipe, on_gpus=device.backend() == "nccl" and world > 1)
+    watch = RankWatch(rank, world, recipe.run.lost_rank_timeout, limits=limits)
     closing.callback(watch.stop)
     closing.push(layouts.leave)
     groups = layouts.init(layout, host_minutes=_longest_wait(recipe) / 60, dumps=recipe.run.path)
-    watch.start(groups.host)
+    # Of the groups with collectives alone: gloo counts point-to-point transfers with them.
+    watch.start(groups.host, [groups.tp, groups.cp, groups.dp, groups.dp_cp, groups.ep])
     return layout, groups
 
 
+def phase_limits(recipe: AnyRecipe, *, on_gpus: bool) -> Limits:
+    """`run.timeout` by phase. on_gpus: the ranks wait for one another in collectives of NCCL, which has a limit of its
+    own: scoring and update, where they do, get less."""
+    t = recipe.run.timeout
+    most = 60 * COLLECTIVE_MINUTES - BEFORE_NCCL_SECONDS
+
+    def below(seconds: float | None) -> float | None:
+        return min(seconds, most) if on_gpus and seconds is not None else seconds
+
+    return {
+        "start": t.start,
+        "rollout": t.rollout,
+        "scoring": below(t.scoring),
+        "update": below(t.update),
+        "checkpoint": t.checkpoint,
+        "evaluation": t.evaluation,
+    }
+
+
 def _longest_wait(recipe: AnyRecipe) -> float:
-    """Seconds that a rank may wait on the host group: more than global rank 0 may wait for servers meanwhile."""
-    if not isinstance(recipe, Recipe):
-        return HOST_SECONDS
-    r = recipe.rollout
-    waits = (r.collect_timeout, r.server_start_timeout, r.server_wait_timeout, r.weight_sync_timeout)
+    """Seconds that a rank may wait on the host group: more than global rank 0 may wait for servers meanwhile, and than
+    the time-out of any phase."""
+    limits = phase_limits(recipe, on_gpus=False).values()
+    waits = [UNBOUNDED_SECONDS if limit is None else limit for limit in limits]
+    if isinstance(recipe, Recipe):
+        r = recipe.rollout
+        waits += [r.collect_timeout, r.server_start_timeout, r.server_wait_timeout, r.weight_sync_timeout]
     return max(HOST_SECONDS, MARGIN_SECONDS + max(waits))
 
 

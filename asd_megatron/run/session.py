@@ -6,7 +6,6 @@ run_session(recipe, lambda session: train(TrainingRun(recipe, session)))
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.cli.guard import report_at_once
 from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
 from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
-from asd_megatron.distributed import device, machine
+from asd_megatron.distributed import activity, device, machine, rank_log
 from asd_megatron.distributed.objects import first_message, meet, on_rank_zero, only_rank_zero
 from asd_megatron.distributed.stop_signals import StopSignals
 from asd_megatron.errors import NotFinite, UserError
@@ -41,7 +40,7 @@ from asd_megatron.run.continual import load_origin
 from asd_megatron.run.copies import check_missing, weight_copies
 from asd_megatron.run.folder import Start, writing
 from asd_megatron.run.integrity import Integrity
-from asd_megatron.run.interruption import Interruption
+from asd_megatron.run.interruption import Interruption, own_command
 from asd_megatron.run.model import build_optimizer, build_port, shares_prefixes, updates_per_step
 from asd_megatron.run.planning import memory_notes
 from asd_megatron.run.preview import beginning_lines, finished_text
@@ -56,7 +55,6 @@ from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.guard import Guard, first_not_finite
 
 T = TypeVar("T")
-log = logging.getLogger("asd_megatron")
 
 
 class RunFinished(Exception):
@@ -65,14 +63,13 @@ class RunFinished(Exception):
 
 def run_session(recipe: AnyRecipe, program: Callable[[Session], None]) -> int:
     """Run `program` in the recipe's session and return the exit status, 0: also of a run that stops on request
-    (`stopping`), and of one that is complete already, which is not run again. An interruption says what was kept."""
-    interruption = Interruption(recipe)
+    (`stopping`), and of one that is complete already, which is not run again. A signal that ends the process at once,
+    before the first step or as the second one, says what was kept."""
+    activity.restart()
     try:
         with (
-            StopSignals() as signals,
-            interruption.told(),
+            StopSignals(begun=lambda: activity.phase() != "start", told=Interruption(recipe)) as signals,
             open_session(recipe, signals) as session,
-            interruption.claimed(),
         ):
             try:
                 program(session)
@@ -112,8 +109,7 @@ class Session:
         self.recipe, self.closing = recipe, closing
         self.layout, self.process_groups = join_ranks(recipe, closing)
         self.stopping = Stopping(recipe, self.process_groups.host, signals, lambda: self._saver.seconds)
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-        log.setLevel(recipe.logging.level.upper() if self.is_root else "ERROR")
+        rank_log.set_levels(recipe.logging.level, on_console=self.is_root)
 
         self.source = model_folder(recipe.model.path)
         self.hf_config: dict[str, Any] = read_config(self.source)
@@ -162,6 +158,7 @@ class Session:
         done = self.first_step - 1
         self.on_root(lambda: self.telemetry.serve(self.closing))
         self.on_root(lambda: folders.prepare(self.recipe, self.start, self.stage, done))
+        rank_log.begin(f"{self.start.kind} start after step {done}: {own_command()}")
         self.on_root(self._open_files)
         notes, rate = self._notes, self.optimizer.learning_rate
         lines = self.on_root(lambda: beginning_lines(self.recipe, self.start, done, notes, rate))

@@ -1,6 +1,6 @@
 """Requests to stop a run between two steps: a signal at any rank, the file RUN/stop, the run's time limit.
 
-    SIGUSR1, SIGTERM    at one rank or several
+    SIGUSR1, SIGTERM    at one rank or several; SIGINT (Ctrl-C) and SIGHUP too, unless they are ignored
     RUN/stop            written by `asd-megatron stop RUN`, removed when the run stops and when it starts
     run.time_limit      when a further step, and saving it, could take longer than is left
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,12 @@ SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
 MARGIN_SECONDS = 120.0
 """Left of `run.time_limit` for a first checkpoint and for closing, beside the longest step and checkpoint so far."""
 
-Cause = Literal["time_limit", "stop_file", "SIGTERM", "SIGUSR1"]
+Cause = Literal["time_limit", "stop_file", "SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1"]
 CAUSES: dict[Cause, str] = {
     "time_limit": "before run.time_limit",
     "stop_file": "because RUN/stop asks for it",
+    "SIGHUP": "after SIGHUP",
+    "SIGINT": "after Ctrl-C",
     "SIGTERM": "after SIGTERM",
     "SIGUSR1": "after SIGUSR1",
 }
@@ -115,7 +117,7 @@ class Stopping:
     def _own(self, ahead: float) -> Cause | None:
         """This rank's request. Global rank 0 alone looks at the file and the clock."""
         if self._signals is not None and self._signals.received is not None:
-            return "SIGUSR1" if self._signals.received == "SIGUSR1" else "SIGTERM"
+            return cast(Cause, self._signals.received)
         if self._host.rank() != 0:
             return None
         if self._file.exists():

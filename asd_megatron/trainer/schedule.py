@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from asd_megatron.distributed import activity
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.routing import MicroBatchRouting
 from asd_megatron.trainer.batch import Pack
@@ -36,6 +37,7 @@ def _run(
 
     def forward_step(data: Iterator[Pack], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         pack = next(data)
+        activity.mark()
         return port.forward(chunk, pack.tokens, None if routing is None else routing(pack)), partial(loss, pack)
 
     chunks = port.chunks

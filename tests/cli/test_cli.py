@@ -46,13 +46,14 @@ def program():
         os._exit(7)
     if outcome == "kill" and rank == "1":
         os.kill(os.getpid(), 9)
-    if outcome == "stop":
+    if outcome in ("stop", "ctrl_c"):
         from asd_megatron.distributed.stop_signals import StopSignals
         with StopSignals() as signals:
             os.write(1, b"waits\\n")
             while signals.received is None:
                 time.sleep(0.05)
-        os.write(1, signals.received.encode() + b"\\n")
+            os.write(1, signals.received.encode() + b"\\n")
+            time.sleep(60 if outcome == "ctrl_c" else 0.5)  # the step in flight
         import atexit
         atexit.register(os.kill, os.getpid(), 15)  # a further request on the way out changes nothing
     if outcome in ("sleep", "refuse_1"):
@@ -376,7 +377,12 @@ def start(folder: Path, ranks: int, outcome: str) -> subprocess.Popen[str]:
     code = f"import sys; from asd_megatron.cli.launch import run_ranks; {call}"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}", "OUTCOME": outcome, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as a terminal's foreground job, with a process group of its own
     )
 
 
@@ -389,7 +395,7 @@ def start(folder: Path, ranks: int, outcome: str) -> subprocess.Popen[str]:
         (2, "refuse", 2, "error: the corpus is empty\n"),
         (2, "refuse_1", 2, "error (rank 1): the corpus is empty\n"),
         (2, "exit", 7, ""),
-        (2, "kill", 137, "error: rank 1 was ended by signal 9\n"),
+        (2, "kill", 137, "error: rank 1 was killed by SIGKILL (by the system when its memory ran out, or by hand)\n"),
     ],
 )
 def test_exit_status_and_output_of_ranks(tmp_path: Path, ranks: int, outcome: str, status: int, error: str) -> None:
@@ -402,14 +408,29 @@ def test_exit_status_and_output_of_ranks(tmp_path: Path, ranks: int, outcome: st
     assert f"0 {ranks} 1 a --b.c" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_the_launcher_passes_a_request_to_stop_on_and_waits(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path, 2, "stop")
     assert process.stdout is not None
     assert [process.stdout.readline().split()[0] for _ in range(4)].count("waits") == 2
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "") and out.count(number.name) == 2
+    assert process.returncode == 0 and out.count(number.name) == 2
+    (line,) = err.splitlines()  # of rank 0
+    assert "the run stops after the step in flight and saves its state" in line
+
+
+def test_a_second_ctrl_c_in_a_terminal_ends_the_ranks(tmp_path: Path) -> None:
+    """The terminal signals the launcher's process group, of which the ranks are no part: each press is one request."""
+    process = start(tmp_path, 2, "ctrl_c")
+    assert process.stdout is not None
+    assert [process.stdout.readline().split()[0] for _ in range(4)].count("waits") == 2
+    os.killpg(process.pid, signal.SIGINT)
+    assert [process.stdout.readline() for _ in range(2)] == ["SIGINT\n"] * 2
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from asd_megatron.distributed import lost_ranks
+from asd_megatron.distributed import activity, lost_ranks
 from asd_megatron.distributed.lost_ranks import RankWatch
+from asd_megatron.distributed.objects import meet
 from tests.distributed.harness import run_ranks
 
 BEAT = 0.2
@@ -63,6 +64,54 @@ def test_a_rank_that_stops_is_named() -> None:
     assert first[1].startswith("rank 2 on ") and "is gone: the process has died" in first[1]
     assert len(first[2]) == len(second[2]) == 1 and first[2] == second[2] == third[2]
     assert first[2][0].startswith("rank 2 on ") and "no sign of life for 2 s (run.lost_rank_timeout)" in first[2][0]
+
+
+def _rank_zero_stops(rank: int, store_port: int) -> list[str]:
+    """Global rank 0, which looks at the others, is stopped; the store is in another process, as torchrun's."""
+    os.environ["MASTER_PORT"] = str(store_port)
+    watch, ends = _watch(rank)
+    dist.barrier()
+    if rank == 0:
+        time.sleep(3 * BEAT)  # it has been seen
+        subprocess.run(["sh", "-c", f"(kill -STOP {os.getpid()}; sleep 4; kill -CONT {os.getpid()}) & wait $!"])
+    _until(lambda: ends)
+    watch.stop()
+    return ends
+
+
+def test_rank_1_looks_when_rank_0_does_not() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, second, third = run_ranks(_rank_zero_stops, 3, store.port)
+    assert first == second == third and len(first) == 1
+    assert first[0].startswith("rank 0 on ") and "no sign of life for 2 s (run.lost_rank_timeout)" in first[0]
+
+
+def _one_hangs(rank: int) -> list[str]:
+    """Rank 1 does not come to the barrier in which the others are; rank 2 is only late before that."""
+    activity.restart()
+    lost_ranks.BEAT_SECONDS = BEAT
+    ends: list[str] = []
+    watch = RankWatch(rank, 3, 60.0, limits={"update": 1.0}, environment=os.environ, end=ends.append)
+    assert dist.group.WORLD is not None
+    watch.start(dist.group.WORLD)
+    activity.enter("update")
+    for _ in range(10 * (rank == 2)):
+        activity.mark()
+        time.sleep(0.2)
+    if rank == 1:
+        _until(lambda: ends)
+    meet(dist.group.WORLD)
+    _until(lambda: ends)
+    time.sleep(2.0 if rank == 0 else 0.0)  # the store, for the others
+    watch.stop()
+    return ends
+
+
+def test_a_rank_that_hangs_is_named_with_its_call() -> None:
+    first, second, third = run_ranks(_one_hangs, 3)
+    assert first == second == third and len(first) == 1
+    assert first[0].startswith("rank 1 on ") and "hangs: no progress for 1 s in the phase update" in first[0]
+    assert "Last operation, in the phase update: _until (" in first[0], first
 
 
 def _leaves_early(rank: int) -> list[str]:

@@ -6,17 +6,15 @@ does when another has failed.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.harness import forkserver
+from tests.e2e.forked import LIMIT, fork_ranks, prepare, wait
 from tests.e2e.world import World
 
 PHASES = (
@@ -31,7 +29,6 @@ PHASES = (
     "export",
 )
 CAUSE = "the cause of it all"
-LIMIT = 20.0  # seconds from the failure to the end of both ranks; a hang would take an hour
 
 
 @pytest.fixture(scope="module")
@@ -61,67 +58,23 @@ def test_the_run_ends_soon_and_says_why(endings: dict[tuple[str, int], tuple[lis
 
 
 def _endings(cases: list[tuple[str, int]], recipe: str, folder: str) -> list[tuple[list[int], float, str]]:
-    import torch
+    from asd_megatron.distributed import first_error
 
-    from asd_megatron.distributed import device, first_error
-
-    torch.set_num_threads(1)
-    device.prepare()
+    prepare()
     first_error.HEAD_START = 0.5  # rank 0 has failed already when the other does because of it
     return [_ending(phase, rank, recipe, Path(folder) / f"{phase}_{rank}") for phase, rank in cases]
 
 
 def _ending(phase: str, failing: int, recipe: str, files: Path) -> tuple[list[int], float, str]:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     failed, output = files.with_suffix(".failed"), files.with_suffix(".txt")
-    pids = [_fork(lambda rank=rank: _rank(rank, phase, failing, recipe, files, port)) for rank in (0, 1)]
-    statuses: dict[int, int] = {}
-    while len(statuses) < len(pids):
-        pid, status = os.wait()
-        statuses[pid] = os.waitstatus_to_exitcode(status)
-        for other in set(pids) - set(statuses):
-            os.kill(other, signal.SIGTERM)
+
+    def before(rank: int) -> None:
+        if rank == failing:
+            _make_fail(phase, failed)
+
+    statuses = wait(fork_ranks([recipe, "--run.name", files.name], output, 2, before))
     seconds = time.time() - float(failed.read_text()) if failed.exists() else float("inf")
-    return [statuses[pid] for pid in pids], seconds, output.read_text()
-
-
-def _fork(program: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        program()
-    finally:
-        os._exit(99)
-
-
-def _rank(rank: int, phase: str, failing: int, recipe: str, files: Path, port: int) -> None:
-    import sys
-    import traceback
-
-    from asd_megatron import train
-
-    out = os.open(files.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    signal.alarm(int(2 * LIMIT))  # for a rank that hangs
-    if rank == failing:
-        _make_fail(phase, files.with_suffix(".failed"))
-    try:
-        status = train.main([recipe, "--run.name", files.name])
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    return statuses, seconds, output.read_text()
 
 
 def _make_fail(phase: str, failed: Path) -> None:

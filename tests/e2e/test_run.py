@@ -61,6 +61,7 @@ def test_the_folder(run: Path) -> None:
         "environment.json",
         "hf",
         "history.jsonl",
+        "logs",
         "metrics.jsonl",
         "recipe.yaml",
         "rollouts",

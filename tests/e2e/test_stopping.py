@@ -15,13 +15,20 @@ from typing import Any
 import pytest
 
 from asd_megatron import sft
+from asd_megatron.checkpoint import training
+from asd_megatron.distributed import activity
 from asd_megatron.distributed.stop_signals import ranks_of
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import Group
 from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.embedded.engine import EmbeddedEngine
+from asd_megatron.run import rl
+from asd_megatron.run.evaluation import HeldOut
 from asd_megatron.run.folder import read_history
+from asd_megatron.run.rl import TrainingRun
 from asd_megatron.run.session import Session
 from asd_megatron.run.stopping import StopRequested
+from asd_megatron.trainer import passes
 from tests.e2e.test_sft import recipe as supervised_recipe
 from tests.e2e.test_sft import taught
 from tests.e2e.world import ROOT, World, call, metrics, steps
@@ -109,10 +116,60 @@ def test_an_evaluation_in_flight_is_given_up(world: World, monkeypatch: pytest.M
     assert (folder / "checkpoints" / "step_000002").is_dir() and read_history(folder)[-1]["learned"] == 2
 
 
+def _after_ctrl_c(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose first call gets the signal. (A later one would be a second request.)"""
+    calls: list[int] = []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return function(*arguments, **options)
+
+    return interrupted
+
+
+PLACES: dict[str, tuple[Any, str]] = {
+    "rollout": (EmbeddedEngine, "collect"),
+    "scoring": (passes, "score_teacher"),
+    "update": (rl, "update"),
+    "evaluation": (HeldOut, "evaluate"),
+    "checkpoint": (training, "save"),
+}
+
+
+def test_ctrl_c_in_every_phase_of_a_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run, interrupted in each phase in turn and continued: the metrics are those of one that was not."""
+    evaluated = {
+        "data": {"test": str(world.problems)},
+        "evaluation": {"every": 1, "problems": 2, "at_start": False},
+    }
+    settings: dict[str, Any] = {**SETTINGS, **evaluated, "run": {"steps": 6}, "checkpoint": {"every": 1}}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores the signal
+    for step, (module, function) in enumerate(PLACES.values(), 1):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, function, _after_ctrl_c(getattr(module, function)))
+            folder = world.train("ctrl_c", **settings)
+        last = read_history(folder)[-1]
+        assert (last["event"], last["step"], last["cause"]) == ("stop", step, "SIGINT"), function
+        assert (folder / "checkpoints" / f"step_{step:06d}").is_dir()
+    signal.signal(signal.SIGINT, before)
+    world.train("ctrl_c", **settings)
+    assert metrics(folder) == metrics(world.train("no_ctrl_c", **settings))
+
+
 def test_a_request_before_the_first_step(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Session, "begin", lambda session, begin=Session.begin: (begin(session), send(session)))
+    """While it is evaluated before that, say: once the run has started."""
+    start = TrainingRun.start
+
+    def started(run: TrainingRun) -> None:
+        start(run)
+        activity.enter("evaluation")
+        send(run.session)
+
+    monkeypatch.setattr(TrainingRun, "start", started)
     folder = world.train("early", **SETTINGS)
     assert steps(folder) == [] and read_history(folder)[-1]["learned"] == 0
     assert "stopped at step 0 after SIGUSR1: nothing was learned yet; continue with" in capsys.readouterr().err

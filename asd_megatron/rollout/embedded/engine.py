@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asd_megatron.data.tokenizer import decode
+from asd_megatron.distributed import activity
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import gather_objects
 from asd_megatron.errors import NotFinite, UserError
@@ -280,6 +281,7 @@ class EmbeddedEngine:
         return self._forward(ids.to(self._port.device), positions.to(self._port.device), cache)
 
     def _forward(self, input_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor | None:
+        activity.mark()
         logits = self._port.decode(input_ids, positions, cache)
         return logits[:, -1] if logits is not None else None
 

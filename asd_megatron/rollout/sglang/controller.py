@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+from asd_megatron.distributed import activity
 from asd_megatron.errors import UserError
 from asd_megatron.records import Group, Prompt, SamplingParams
 from asd_megatron.rollout.engine import RolloutError
@@ -162,6 +163,7 @@ class Controller:
     def collect(self, seconds: float) -> list[Group]:
         """The finished groups, as soon as there is one; [] after `seconds`."""
         deadline = time.monotonic() + seconds
+        activity.mark()  # of the ranks' watch: the caller bounds this wait (rollout.collect_timeout)
         groups = self._assembler.take(())
         while not groups and self._fleet.pending and (left := deadline - time.monotonic()) > 0:
             groups = self._assembler.take(self._fleet.wait(left))
@@ -200,6 +202,7 @@ class Controller:
                     f"{which} could be reached for {self._wait_timeout:.0f} s (rollout.server_wait_timeout): "
                     f"{self.unhealthy_reasons()}. Start servers again and resume the run"
                 )
+            activity.mark()
             time.sleep(LOOK_SECONDS)
         return bool(self._lacking(version))
 

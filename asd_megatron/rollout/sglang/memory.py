@@ -17,6 +17,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from asd_megatron.distributed import activity
 from asd_megatron.rollout.sglang.client.fleet import Fleet, ServerView
 from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.weight_sync.protocol import SLACK_SECONDS, Receiver, ask, ask_all
@@ -145,6 +146,7 @@ class ColocatedMemory:
     def _wait_for_restarts(self) -> None:
         deadline = time.monotonic() + self._start_timeout
         while (waiting := self._pool.restarting) and time.monotonic() < deadline:
+            activity.mark()
             time.sleep(LOOK_SECONDS)
         if waiting:
             log.warning(

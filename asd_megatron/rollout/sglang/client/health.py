@@ -7,6 +7,7 @@ import logging
 import time
 from contextlib import suppress
 
+from asd_megatron.distributed import activity
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.client.api import ServerBusy, ServerError, ServerLate, ServerRefused
 from asd_megatron.rollout.sglang.client.requests import Dispatcher, Member
@@ -65,6 +66,7 @@ class Prober:
             if now - said >= SAY_SECONDS:
                 said = now
                 log.warning("waiting for rollout servers since %.0f s:\n%s", now - began, self._unhealthy())
+            activity.mark()
             await asyncio.sleep(BETWEEN_ROUNDS)
         if not self._watches:
             self._watches = [asyncio.create_task(self._watch(member)) for member in self._everybody]

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
+from asd_megatron.distributed import activity
 from asd_megatron.errors import UserError
 from asd_megatron.rollout.sglang.servers.hosts import Launcher, placed
 from asd_megatron.rollout.sglang.servers.options import (
@@ -165,6 +166,7 @@ class ServerPool:
             if now - said >= PROGRESS_SECONDS:
                 said = now
                 self._say(f"waiting for {', '.join(p.name for p in waiting)} since {now - begin:.0f} s")
+            activity.mark()
             time.sleep(WATCH_SECONDS)
 
     def _watch(self) -> None:
