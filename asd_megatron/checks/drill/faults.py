@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 
-from asd_megatron.checks.drill import storage
+from asd_megatron.checks.drill import servers, storage
 from asd_megatron.checks.drill.disturbance import FAULT_STEP, Disturbance, Verdict, disturb, disturb_once, judged
 from asd_megatron.checks.drill.fault import Fault, brief
 from asd_megatron.checks.drill.program import Program
@@ -139,6 +139,7 @@ def _all() -> dict[str, Fault]:
             ),
         }
         | storage.faults()
+        | servers.faults()
     )
 
 

@@ -61,12 +61,14 @@ def _server_killed(world: World, name: str) -> Verdict:
     ended = disturb_once(world, name, disturbance, kill)
     rows = read_metrics(world.run_folder(name))
     carried = sum(row["rollouts/carried_groups"] for row in rows)
-    restarts = sum(row["servers/restarts"] for row in rows)
+    noticed = sum(row["servers/ejected"] for row in rows)
     whole = [row["step"] for row in rows] == list(range(1, STEPS + 1))
     whole = whole and all(row["rollouts/total"] == ROLLOUTS for row in rows)
     dropped = sum(row["rollouts/dropped_groups"] for row in rows)
-    passed = ended.status == 0 and bool(killed) and whole and restarts >= 1 and carried > 0 and not dropped
-    happened = f"status {ended.status}; server restarted in step {FAULT_STEP}; {carried:.0f} carried groups trained on,"
+    passed = ended.status == 0 and bool(killed) and whole and noticed >= 1 and carried > 0 and not dropped
+    happened = (
+        f"status {ended.status}; server out of use from step {FAULT_STEP}; {carried:.0f} carried groups trained on,"
+    )
     return Verdict(passed, f"{happened} {dropped:.0f} dropped, every step of {ROLLOUTS} rollouts", None)
 
 

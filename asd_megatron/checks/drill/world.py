@@ -90,11 +90,13 @@ def tokens(run: Path) -> dict[int, int]:
 
 def weights_equal(run: Path, reference: Path) -> bool:
     """Whether both runs end with the same weights, moments and metrics, bit for bit."""
-    last = lineage.name(STEPS)
-    ours, theirs = run / CHECKPOINTS / last, reference / CHECKPOINTS / last
-    shards = sorted(path.name for path in theirs.glob("*.distcp"))
-    same = bool(shards) and all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in shards)
-    return same and metrics(run) == metrics(reference)
+    return newest(run) == newest(reference) and shards(run) == shards(reference) and metrics(run) == metrics(reference)
+
+
+def shards(run: Path) -> dict[str, bytes]:
+    """The files with weights and moments of a run's newest checkpoint."""
+    checkpoint = run / CHECKPOINTS / lineage.name(newest(run))
+    return {path.name: path.read_bytes() for path in sorted(checkpoint.glob("*.distcp"))}
 
 
 def losses_close(run: Path, reference: Path, tolerance: float = 1e-5) -> bool:
