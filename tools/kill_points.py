@@ -3,10 +3,10 @@ nobody killed: weights, moments and metrics, bit for bit.
 
     python tools/kill_points.py [--kills 200] [--layout tp2 | dp2] [--json FILE]
 
-The moments are uniform over the seconds after a start, so they lie in the start, in any phase of a step, and in the
-writing of checkpoints, metrics and dumps. Every second kill is of one rank alone; the other
-ends by itself, or, as a launcher would, it is ended some seconds later (it waits longer for ranks that start).
-The ranks are forked from a server that has imported the program: 200 kills take some ten minutes on two quiet cores.
+The moments are uniform from halfway to the first step of a start to as long after it, so they lie in the start, in any
+phase of a step, and in the writing of checkpoints and metrics. Every second kill is of one rank alone; the other ends
+by itself, or it is ended some seconds later, as a launcher does it. The ranks are forked from a server that has
+imported the program: 200 kills take some twenty minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,14 +31,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tqdm import tqdm
 
 from asd_megatron.checks.drill.world import Sections, World, newest, weights_equal
+from asd_megatron.checks.ranks import CheckError
 from asd_megatron.files import write_json
+from asd_megatron.observe.writer import read_metrics
 from asd_megatron.run.folder import CHECKPOINTS
 
 RANKS = 2
-LATEST_KILL = 6.0  # seconds after a start
-END_SECONDS = 15.0  # until a rank whose neighbour was killed is killed too, as a launcher does
+FROM, TO = 0.5, 2.0  # the moments, in units of the time from a start to its first step
+END_SECONDS = 12.0  # until a rank whose neighbour was killed is killed too, as a launcher does
 RUN_SECONDS = 3600.0
-STEPS_PER_KILL = 5
+STEPS_PER_KILL = 10
 LAYOUTS: dict[str, Sections] = {"tp2": {}, "dp2": {"parallelism": {"data": 2, "distributed_optimizer": True}}}
 COMMON: Sections = {"checkpoint": {"every": 2, "keep": 2, "export_at_end": False}}
 
@@ -64,13 +67,12 @@ def kill_points(world: World, layout: str, kills: int, seed: int) -> dict[str, o
     sections: Sections = {**COMMON, **LAYOUTS[layout], "run": {"steps": steps}}
     straight = world.recipe("straight", layout, sections)
     recipe, run = world.recipe("killed", layout, sections), world.run_folder("killed")
-    statuses = finish(straight, RUN_SECONDS)
-    assert statuses == [0, 0], statuses
+    first = finish(straight, world.run_folder("straight"), RUN_SECONDS)
     done, begun, where, ended_by_itself = 0, time.monotonic(), Counter[str](), 0
     with tqdm(total=kills, unit="kill") as bar:
         while done < kills and newest(run) < steps:
             ranks = start(recipe)
-            time.sleep(rng.uniform(0.0, LATEST_KILL))
+            time.sleep(rng.uniform(FROM * first, TO * first))
             where[_state(run)] += 1
             victims = ranks if done % 2 else [rng.choice(ranks)]
             for rank in victims:
@@ -79,8 +81,8 @@ def kill_points(world: World, layout: str, kills: int, seed: int) -> dict[str, o
             ended_by_itself += join(ranks, END_SECONDS) - len(victims)
             done += 1
             bar.update(1)
-    statuses = finish(recipe, RUN_SECONDS)
-    equal = statuses == [0, 0] and weights_equal(run, world.run_folder("straight"))
+    finish(recipe, run, RUN_SECONDS)
+    equal = weights_equal(run, world.run_folder("straight"))
     return {
         "layout": layout,
         "kills": done,
@@ -127,10 +129,15 @@ def _rank(rank: int, port: int, recipe: str, log: str) -> None:
     leave(train.main([recipe]))
 
 
-def finish(recipe: Path, seconds: float) -> list[int | None]:
-    ranks = start(recipe)
+def finish(recipe: Path, run: Path, seconds: float) -> float:
+    """Run to the end; returns the seconds from the start to the first step's metrics."""
+    ranks, begun = start(recipe), time.time()
     join(ranks, seconds)
-    return [rank.exitcode for rank in ranks]
+    statuses = [rank.exitcode for rank in ranks]
+    if statuses != [0] * RANKS:
+        raise CheckError(f"the ranks ended with {statuses}: {recipe.with_suffix('.log').read_text()[-2000:]}")
+    first = datetime.fromisoformat(read_metrics(run)[0]["time_utc"])
+    return max(1.0, first.timestamp() - begun)
 
 
 def join(ranks: Sequence[BaseProcess], seconds: float) -> int:
