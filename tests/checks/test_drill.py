@@ -9,12 +9,43 @@ from asd_megatron.checks.drill import drill
 from asd_megatron.checks.drill.disturbance import Verdict
 from asd_megatron.checks.drill.drill import BEGIN, END
 from asd_megatron.checks.drill.fault import Fault, NotPossible
-from asd_megatron.checks.drill.world import World
+from asd_megatron.checks.drill.sabotage import Sabotage
+from asd_megatron.checks.drill.world import World as DrillWorld
+from asd_megatron.checks.drill.world import newest
 from asd_megatron.checks.ranks import CheckError
 from asd_megatron.cli.main import main
-from tests.e2e.world import ROOT
+from tests.distributed.harness import RankError, run_ranks
+from tests.e2e.world import ROOT, World, make_world, steps
 
 
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return make_world(tmp_path / "world")
+
+
+def _sabotaged(rank: int, argv: list[str], fault: Sabotage) -> int:
+    from asd_megatron import train
+    from asd_megatron.checks.drill import sabotage
+
+    sabotage.install(fault)
+    return train.main(argv)
+
+
+def test_the_moments_of_a_fault(world: World, tmp_path: Path) -> None:
+    """Each phase of the step that is meant, on the rank that is meant, once."""
+    recipe = world.recipe(parallelism={"tensor": 2}, checkpoint={"every": 1}, run={"steps": 4})
+    folder = world.run_folder("moments")
+    done = {"rollout": 2, "scoring": 2, "update": 2, "save": 3}  # steps with metrics
+    for phase, learned in done.items():
+        fault = Sabotage(phase, 3, 1, "kill", str(tmp_path / phase))  # type: ignore[arg-type]
+        argv = [str(recipe), "--run.name", folder.name, "--run.overwrite", "true"]
+        with pytest.raises(RankError):
+            run_ranks(_sabotaged, 2, argv, fault)
+        assert Path(fault.marker).exists() and steps(folder) == list(range(1, learned + 1)), phase
+        assert newest(folder) == 2, phase
+
+
+@pytest.mark.slow
 def test_a_fault_in_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank is killed while a checkpoint is written; the run that continues ends as one that was not disturbed."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -30,13 +61,13 @@ def test_what_the_drill_reports(
 ) -> None:
     """A fault that is handled, one that is not, one that ends in an error, and one that this machine does not allow."""
 
-    def wrong(world: World, name: str) -> Verdict:
+    def wrong(world: DrillWorld, name: str) -> Verdict:
         return Verdict(False, "other | weights", 2.0, 7, False)
 
-    def impossible(world: World, name: str) -> Verdict:
+    def impossible(world: DrillWorld, name: str) -> Verdict:
         raise NotPossible("needs root")
 
-    def ends(world: World, name: str) -> Verdict:
+    def ends(world: DrillWorld, name: str) -> Verdict:
         raise CheckError("the fault's moment did not come")
 
     acts = {"fine": lambda world, name: Verdict(True, "as promised", None, 0, True)}
