@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("asd_megatron.cli.plan", "memory, time and layouts of a recipe on GPUs that are not here"),
     "convert": ("asd_megatron.cli.convert", "checkpoints to Hugging Face folders and back; inspect and verify them"),
     "checkpoint": ("asd_megatron.cli.checkpoint", "list, inspect and verify the checkpoints of a run"),
+    "drill": ("asd_megatron.cli.drill", "break small runs in many ways and check that nothing is lost"),
     "parity": ("asd_megatron.cli.parity", "check that an update is the same in every parallel layout"),
     "models-table": ("asd_megatron.cli.models_table", "compare every model family, in every layout, with transformers"),
     "recipes": ("asd_megatron.cli.recipes", "print, write or check the reference of every recipe key"),

@@ -27,7 +27,7 @@ def end_with_launcher(environment: Mapping[str, str]) -> None:
     """
     if LAUNCHER in environment:
         launcher = int(environment[LAUNCHER])
-        if os.getppid() != launcher and _runs(launcher):
+        if os.getppid() != launcher and runs(launcher):
             return  # the variable was inherited through another program: this process is not the launcher's own
     elif "TORCHELASTIC_RUN_ID" in environment:
         launcher = os.getppid()
@@ -48,7 +48,7 @@ def _watch(launcher: int, name: str, speaks: bool) -> None:
     os._exit(1)
 
 
-def _runs(process: int) -> bool:
+def runs(process: int) -> bool:
     """Whether there is such a process that is no zombie; False where /proc does not tell."""
     try:
         return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")

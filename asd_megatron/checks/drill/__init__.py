@@ -1,0 +1,1 @@
+"""The fault drill: small runs that are broken on purpose, and what became of them (`asd-megatron drill`)."""
