@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -56,6 +57,9 @@ def main(names: Sequence[str], *, json_file: Path | None, page: Path | None, fol
                 f"no fault {name!r}: {did_you_mean(name, FAULTS) or 'asd-megatron drill --list names them'}"
             )
     before = None if page is None else _halves(page)
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored in a shell's background and under nohup, and then inherited
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     chosen = list(names) or list(FAULTS)
     with ExitStack() as stack:
         if folder is None:
