@@ -38,7 +38,10 @@ from asd_megatron.trainer.optimizer import Optimizer
 
 KEY = "checkpoint.continual_from"
 # Of config.json: what says nothing about the function that the weights compute.
-IGNORED = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+IGNORED = {
+    *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),  # often corrected in a downloaded folder
+}
 
 
 @dataclass(frozen=True)
