@@ -40,10 +40,10 @@ def checksum(tensor: Tensor) -> Tensor:
     """The checksum of a tensor's bits: int64, one element, on its device. Equal bits have the same one on every device
     of the kind, wherever they lie in memory.
 
-    word j of a chunk adds (word + upper half) * (2 j + 1). A flip of bit b < 32 changes that by 2^b (2 j + 1), up to the
-    sign; one of bit b + 32 by 2^b (2^32 + 1) (2 j + 1). Neither is 0 modulo 2^64. Two of them, of words j and k, cancel
-    only with the same b, and then +-(2 j + 1) = +-(2 k + 1) modulo 2^32, which in a chunk of at most
-    2^22 words means j = k: two bits of one word, 32 places apart, whose changes do not cancel either.
+    Word j of a chunk adds (word + upper half) * (2 j + 1). A flip of bit b < 32 changes that by 2^b (2 j + 1), up to
+    the sign; one of bit b + 32 by 2^b (2^32 + 1) (2 j + 1). Neither is 0 modulo 2^64. Two of them, of words j and k,
+    cancel only with the same b, and then +-(2 j + 1) = +-(2 k + 1) modulo 2^32, which in a chunk of at most 2^22 words
+    means j = k: two bits of one word, 32 places apart, whose changes do not cancel either.
     """
     flat = tensor.detach().reshape(-1)
     chunk_words = CHUNK_WORDS[flat.device.type]
