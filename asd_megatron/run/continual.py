@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from asd_megatron.checkpoint import training
+from asd_megatron.checkpoint import lineage, training
 from asd_megatron.checkpoint.distcp import DistributedCheckpoint
 from asd_megatron.checkpoint.huggingface import read_config
 from asd_megatron.checkpoint.locate import find_checkpoint
+from asd_megatron.checkpoint.manifest import DamagedCheckpoint
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe
 from asd_megatron.config.yaml_text import read_yaml
@@ -139,7 +140,11 @@ def load_origin(
     on every rank, for a checkpoint of other tensors or another number format."""
     path = Path(origin.checkpoint)
     _check_format(path, port.dtype)
-    state = training.load(path, port, optimizer.megatron, optimizer.scheduler)
+    try:
+        state = training.load(path, port, optimizer.megatron, optimizer.scheduler)
+    except DamagedCheckpoint as damage:
+        older = ", ".join(map(str, lineage.before(path)[:1])) or "one of another run"
+        raise UserError(f"{KEY}: {damage}: copy it again if you have it elsewhere, or give {older}") from None
     optimizer.seek(0)
     if balance is not None:  # of these weights: the auxiliary loss of the first update takes it
         balance.fractions.copy_(torch.tensor(state["expert_load"]))

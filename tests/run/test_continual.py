@@ -152,6 +152,14 @@ def test_refusals(grpo: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "moments are those of another loss" in refused(recipe)
     finally:
         run_state.write_text(text)
+    data = Path(checkpoint) / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        found = refused(recipe)
+    finally:
+        data.write_bytes(content)
+    assert "is damaged" in found and f"or give {grpo / 'grpo' / 'checkpoints' / 'step_000002'}" in found
     other = grpo / "other_model"
     shutil.copytree(Path(train.__file__).parent / "puzzle" / "warm_start", other)
     config = json.loads((other / "config.json").read_text())
