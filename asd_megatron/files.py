@@ -212,8 +212,19 @@ def foreign_file(file: Path, folder: Path) -> str | None:
     """
     target = Path(os.path.realpath(file, strict=True))
     if not is_inside(target, folder):
-        return f"{file} is a link to {target}, outside of the model folder: put a copy of it there (cp --dereference)"
+        return f"{file} is a link to {target}, outside of the model folder: {_instead_of_link(target)}"
     return None if target.is_file() else f"{file} cannot be read: it is no regular file; download it again"
+
+
+def _instead_of_link(target: Path) -> str:
+    """What to do about a link to `target` in a model folder."""
+    repository = target.parent.parent
+    if target.parent.name == "blobs" and repository.name.startswith("models--"):
+        return f"it is one of the cache of Hugging Face, so give a folder in {repository / 'snapshots'} as model.path"
+    return (
+        "put a copy of it there (cp --dereference), or move the folder's other files to where it is and give that"
+        f" folder, {target.parent}, as model.path, which may itself be a link"
+    )
 
 
 def check_own_file(file: Path, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 * Every requirement file names exact versions, each package once (for a Python version).
 * Every dependency in pyproject.toml is pinned, within its range.
-* Everything that is installed for them in this environment, directly or not, is pinned in the installed version.
+* Everything that is installed for them in this environment, directly or not, is pinned in the installed version, but
+  for the CUDA libraries of a build of PyTorch.
 
 It needs no network, so that it cannot know of vulnerabilities found since: `pip-audit -r constraints.txt` asks for
 those where PyPI's advisories can be reached.
@@ -25,6 +26,8 @@ UNPINNED = {"asd-megatron", "pip", "wheel"}
 """Installed without being asked for: the project, and what a new environment has."""
 APART = {"transformer-engine"}
 """Comes with the container, or is built for its torch (docs/containers.md)."""
+OF_BUILD = ("nvidia-", "cuda-", "pytorch-triton")
+"""Beginnings of the names of what one build of PyTorch needs and another does not; that build says in which version."""
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -86,7 +89,7 @@ def installed() -> dict[str, str]:
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
-        if name in found:
+        if name in found or name.startswith(OF_BUILD):
             continue
         try:
             distribution = metadata.distribution(name)

@@ -49,6 +49,7 @@ class _Loader(yaml.SafeLoader):
         counted[id(node)] = None
         inner = node.value if isinstance(node, yaml.SequenceNode) else ()
         if isinstance(node, yaml.MappingNode):
+            self._refuse_duplicates(node)
             inner = [part for pair in node.value for part in pair]
         total = 1 + sum(self._count_values(part, counted) for part in inner)
         if total > MAX_VALUES:
@@ -56,19 +57,19 @@ class _Loader(yaml.SafeLoader):
         counted[id(node)] = total
         return total
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
+    @staticmethod
+    def _refuse_duplicates(node: yaml.MappingNode) -> None:
+        """Of the text as it is written: later, PyYAML puts merged keys (`<<: *name`) in front of a mapping's own."""
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
                 continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
+            if key.value in seen:
+                line = seen[key.value]
                 raise ConstructorError(
-                    None, None, f"{key!r} is given twice (first in line {seen[key]})", key_node.start_mark
+                    None, None, f"{key.value!r} is given twice (first in line {line})", key.start_mark
                 )
-            if isinstance(key, str):
-                seen[key] = key_node.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+            seen[key.value] = key.start_mark.line + 1
 
     def construct_whole_number(self, node: yaml.ScalarNode) -> int:
         """A whole number of at most 64 bits. Nothing in a recipe is larger; Python itself refuses very long ones."""

@@ -38,7 +38,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not path.is_dir():
         raise TokenizerError(f"the model folder {path} does not exist: give model.path as a local Hugging Face folder")
     for file in sorted([*path.iterdir(), *(path / "additional_chat_templates").glob("*")]):
-        if file.suffix in FILE_SUFFIXES:
+        if file.suffix in FILE_SUFFIXES and not file.is_dir():
             check_own_file(file, path)
     from transformers import AutoTokenizer
 

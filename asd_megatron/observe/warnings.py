@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,8 +23,8 @@ CLOSED_FRACTION, CLOSED_AFTER = 0.5, 10
 """The gate is reported when lambda was 0 in more than this fraction of at least so many steps since the warm-up."""
 NEGATIVE_FRACTION, NEGATIVE_MEAN = 0.9, -1.0
 """u is out of distribution when more than this fraction of tokens has u < 0 and the mean is below so many nats."""
-CONSTANT_NATS = 1e-6
-"""Mean entropies of batches that differ by no more are those of a model that ignores what it reads."""
+SAME = 1e-6
+"""Entropies that differ by no more, in nats and relative to those above 1 nat, are the same but for rounding."""
 LOSS_AT_REST = 1e-3
 """Nats below which the cross-entropy of the supervised stage may have a gradient that rounds to 0."""
 ABOVE_CUTOFF = 0.5
@@ -63,6 +63,29 @@ def _above_cutoff(m: Metrics) -> bool:
 def _no_target(m: Metrics) -> bool:
     known = math.isfinite(m.get("perplexity/target", math.nan))
     return not known and m.get("perplexity/mean", 0.0) >= UNUSABLE_MEAN
+
+
+def _same_entropy(steps: Sequence[Metrics]) -> float | None:
+    """The entropy of next-token distributions that do not depend on what the model reads; None where they may.
+
+    The mean alone does not tell: batches of one prompt and one response, or of single-token responses to one prompt,
+    have the same. Median and mean must agree, and responses have several tokens. Entropies of 0 are also those of a
+    model that is sure of different things, and may be right about the next batch.
+    """
+    values = [m.get(name, math.nan) for m in steps for name in ("entropy/student_mean", "entropy/student_median")]
+    if not all(map(math.isfinite, values)) or any(m.get("response/length_max", 0.0) < 2 for m in steps):
+        return None
+    largest = max(values)
+    if largest - min(values) > SAME * max(1.0, largest):
+        return None
+    return largest if largest > SAME or all(map(_one_response, steps)) else None
+
+
+def _one_response(m: Metrics) -> bool:
+    """Whether all responses may be one and the same, a failure, of which no per-token term will make another."""
+    same_length = m.get("response/length_mean") == m.get("response/length_max")
+    waiting = m.get("gate/warming_up") or m.get("perplexity/warming_up")
+    return same_length and m.get("reward/pass_rate", 0.0) == 0 and not waiting
 
 
 IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
@@ -167,21 +190,20 @@ class MethodWarnings:
     def _learns_nothing(self, metrics: Metrics) -> str | None:
         """A gradient of exactly 0 is ordinary for a batch without a signal. It is not when the loss asks for a change
         (advantages above 0, a loss of the supervised stage), nor when the next-token distributions do not depend on
-        what is read: their mean entropy is then the same on different batches."""
+        what is read: their entropy is then the same at all tokens of all batches (`_same_entropy`)."""
         if metrics.get("optimizer/grad_norm") != 0 or metrics.get("reward/pass_rate", 0.0) == 1:
             self._without_gradient.clear()
             return None
         self._without_gradient.append(metrics)
         if len(self._without_gradient) < STEPS_IN_A_ROW:
             return None
-        entropies = [m.get("entropy/student_mean", math.nan) for m in self._without_gradient]
-        constant = max(entropies) - min(entropies) <= CONSTANT_NATS  # False for NaN
+        entropy = _same_entropy(self._without_gradient)
         asked = all(
             m.get("advantage/abs_mean", 0) > 0 or m.get("sft/loss", 0) > LOSS_AT_REST for m in self._without_gradient
         )
-        if not constant and not asked:
+        if entropy is None and not asked:
             return None
-        why = f"the mean entropy is {entropies[-1]:.6g} nats on every batch" if constant else "the loss is not at rest"
+        why = "the loss is not at rest" if entropy is None else f"the entropy is {entropy:.6g} nats on every batch"
         return (
             f"the model cannot learn any more: the gradient has been 0 for {STEPS_IN_A_ROW} steps, and {why}. An update"
             " has destroyed its weights: look at optimizer/grad_norm and entropy/student_mean of the steps before,"

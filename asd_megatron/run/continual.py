@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from asd_megatron.checkpoint import training
+from asd_megatron.checkpoint import lineage, training
 from asd_megatron.checkpoint.distcp import DistributedCheckpoint
 from asd_megatron.checkpoint.huggingface import read_config
 from asd_megatron.checkpoint.locate import find_checkpoint
+from asd_megatron.checkpoint.manifest import DamagedCheckpoint
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe
 from asd_megatron.config.yaml_text import read_yaml
@@ -38,7 +39,10 @@ from asd_megatron.trainer.optimizer import Optimizer
 
 KEY = "checkpoint.continual_from"
 # Of config.json: what says nothing about the function that the weights compute.
-IGNORED = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+IGNORED = {
+    *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),  # often corrected in a downloaded folder
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,11 @@ def load_origin(
     on every rank, for a checkpoint of other tensors or another number format."""
     path = Path(origin.checkpoint)
     _check_format(path, port.dtype)
-    state = training.load(path, port, optimizer.megatron, optimizer.scheduler)
+    try:
+        state = training.load(path, port, optimizer.megatron, optimizer.scheduler)
+    except DamagedCheckpoint as damage:
+        older = ", ".join(map(str, lineage.before(path)[:1])) or "one of another run"
+        raise UserError(f"{KEY}: {damage}: copy it again if you have it elsewhere, or give {older}") from None
     optimizer.seek(0)
     if balance is not None:  # of these weights: the auxiliary loss of the first update takes it
         balance.fractions.copy_(torch.tensor(state["expert_load"]))

@@ -10,8 +10,8 @@ weights and moments), gradients, copies in host memory. On GPUs without sequence
 not compared: atomic additions may round the same gradient differently on each of them.
 
 A checksum is a sum over the tensor's 64-bit words, modulo 2^64 and therefore exact in any order of addition: each word,
-its upper half mixed into the lower one, times an odd number that depends on its place. One flipped bit changes it
-always; other changes, such as an exchange of two words, all but certainly.
+its upper half added to it, times an odd number that depends on its place. One flipped bit changes it always, two in the
+same chunk of words as well (`checksum`); other changes, such as an exchange of two words, all but certainly.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ _NEXT = 0x5851F42D4C957F2D  # odd: what the sum so far is multiplied by before t
 
 def checksum(tensor: Tensor) -> Tensor:
     """The checksum of a tensor's bits: int64, one element, on its device. Equal bits have the same one on every device
-    of the kind, wherever they lie in memory."""
+    of the kind, wherever they lie in memory.
+
+    Word j of a chunk adds (word + upper half) * (2 j + 1). A flip of bit b < 32 changes that by 2^b (2 j + 1), up to
+    the sign; one of bit b + 32 by 2^b (2^32 + 1) (2 j + 1). Neither is 0 modulo 2^64. Two of them, of words j and k,
+    cancel only with the same b, and then +-(2 j + 1) = +-(2 k + 1) modulo 2^32, which in a chunk of at most 2^22 words
+    means j = k: two bits of one word, 32 places apart, whose changes do not cancel either.
+    """
     flat = tensor.detach().reshape(-1)
     chunk_words = CHUNK_WORDS[flat.device.type]
     length = chunk_words * 8 // flat.element_size()
@@ -46,7 +52,7 @@ def checksum(tensor: Tensor) -> Tensor:
     factors = torch.arange(1, 2 * min(chunk_words, flat.nbytes // 8 + 1), 2, dtype=torch.int64, device=flat.device)
     for chunk in flat.split(length):
         words = _words(chunk)
-        mixed = (words >> 32).bitwise_xor_(words)  # else two flips of the highest bit would cancel
+        mixed = (words >> 32).add_(words)  # else two flips of the highest bit would cancel
         total = total * _NEXT + mixed.mul_(factors[: words.numel()]).sum()
     return total
 

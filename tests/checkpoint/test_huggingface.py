@@ -359,6 +359,25 @@ def test_no_file_outside_of_the_folder_is_read(
         assert "outside of the model folder" in str(caught.value)
 
 
+def test_what_to_do_about_links_is_said(folder: Path, tmp_path: Path) -> None:
+    """Links to another disk, and those that older versions of `hf download --local-dir` have made."""
+    disk, blobs = tmp_path / "disk", tmp_path / "hub" / "models--a--b" / "blobs"
+    for place, remedy in (
+        (disk, f"give that folder, {disk}"),
+        (blobs, f"give a folder in {blobs.parent / 'snapshots'}"),
+    ):
+        place.mkdir(parents=True)
+        source = tmp_path / f"model_{place.name}"
+        shutil.copytree(folder, source)
+        (source / "notes.json").mkdir()  # no file, so nobody's link
+        load_tokenizer(source)
+        weights = source / "model.safetensors"
+        weights.rename(place / "0")
+        weights.symlink_to(place / "0")
+        with FolderReader(source) as tensors:
+            assert remedy in tensors.problems[0]
+
+
 def test_a_snapshot_of_the_cache_is_copied_completely(folder: Path, tmp_path: Path) -> None:
     """hub/models--NAME: files are links to blobs."""
     snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "0123"

@@ -246,6 +246,12 @@ def test_reading_a_file(tmp_path: Path) -> None:
     assert isinstance(load_recipe(path, kind="sft"), SftRecipe)
 
 
+def test_an_overriding_anchor_may_be_merged_again() -> None:
+    """Also by a mapping that stands less deep, which PyYAML makes first."""
+    text = "a: &a {x: 1, y: 2}\nb: {inner: &b {<<: *a, x: 3}}\nc: {<<: *b, y: 5}\n"
+    assert parse_yaml(text, "t") == {"a": {"x": 1, "y": 2}, "b": {"inner": {"x": 3, "y": 2}}, "c": {"x": 3, "y": 5}}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -20,6 +20,15 @@ HEALTHY = {
     "gate/h_warm": 0.7,
 }
 WARM_UP = {**HEALTHY, "gate/lambda": 0.0, "gate/warming_up": 1.0}
+CONSTANT = {  # the same distribution after whatever is read
+    **HEALTHY,
+    "optimizer/grad_norm": 0.0,
+    "reward/pass_rate": 0.0,
+    "response/length_mean": 16.0,
+    "response/length_max": 16.0,
+    "entropy/student_mean": 4.7185,
+    "entropy/student_median": 4.718501,
+}
 BY_PERPLEXITY = {k: v for k, v in HEALTHY.items() if not k.startswith("gate/")} | {
     "perplexity/mean": 1.4,
     "perplexity/above_cutoff": 0.1,
@@ -50,11 +59,7 @@ CASES = {
         3,
         "perplexity.target",
     ),
-    "learns_nothing": (
-        [HEALTHY] + [{**HEALTHY, "optimizer/grad_norm": 0.0, "entropy/student_mean": 4.7185}] * 4,
-        4,
-        "lower optimizer.learning_rate",
-    ),
+    "learns_nothing": ([HEALTHY] + [CONSTANT] * 4, 4, "lower optimizer.learning_rate"),
     "gate_closed": ([WARM_UP] * 5 + [{**HEALTHY, "gate/lambda": 0.0}] * 12, 15, "gate/close_below"),
     "short_calibration": (
         [{**WARM_UP, "gate/tokens": CALIBRATION_TOKENS / 5 - 1}] * 5 + [HEALTHY] * 3,
@@ -104,6 +109,18 @@ def test_batches_without_a_signal_are_no_dead_model() -> None:
     assert run(*[{**no_signal, "entropy/student_mean": 0.7 + 0.01 * i} for i in range(20)])[1] == []
     assert run(*[{**no_signal, "entropy/student_mean": NAN} for _ in range(20)])[1] == []
     assert run(*[{**no_signal, "entropy/student_mean": 0.0, "reward/pass_rate": 1.0}] * 20)[1] == []
+    constant = {**CONSTANT, "reward/mixed_groups": 0.5}
+    for ordinary in (
+        {"entropy/student_median": 4.1},  # one prompt and one response in every batch
+        {"response/length_max": 1.0},  # one prompt, answered by one token
+        {"entropy/student_mean": 0.0, "entropy/student_median": 0.0, "reward/pass_rate": 0.9},  # learned what it can
+        {"entropy/student_mean": 0.0, "entropy/student_median": 0.0, "response/length_mean": 3.5},  # sure, and wrong
+    ):
+        assert run(*[{**constant, **ordinary}] * 20)[1] == []
+    holes = [{**constant, "entropy/student_mean": mean} for mean in (4.7185, NAN, 4.7185, NAN)]
+    assert run(*holes)[1] == []  # batches without a trained token between
+    one_token = {"entropy/student_mean": 0.0, "entropy/student_median": 0.0}
+    assert run(*[{**constant, **one_token}] * 3)[1]
     asked = [{**no_signal, "entropy/student_mean": 0.1 * i, "advantage/abs_mean": 0.3} for i in range(3)]
     watch, found = run(*asked)
     assert [step for step, _ in found] == [3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,22 @@ def test_refusals(grpo: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "moments are those of another loss" in refused(recipe)
     finally:
         run_state.write_text(text)
+    data = Path(checkpoint) / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        found = refused(recipe)
+    finally:
+        data.write_bytes(content)
+    assert "is damaged" in found and f"or give {grpo / 'grpo' / 'checkpoints' / 'step_000002'}" in found
     other = grpo / "other_model"
-    other.mkdir()
-    model = Path(train.__file__).parent / "puzzle" / "warm_start"
-    for file in model.iterdir():
-        (other / file.name).symlink_to(file)
-    config = json.loads((model / "config.json").read_text())
-    (other / "config.json").unlink()
-    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5, "transformers_version": "0"}))
+    shutil.copytree(Path(train.__file__).parent / "puzzle" / "warm_start", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps({**config, "rms_norm_eps": 0.5, "eos_token_id": [1], "use_cache": False})
+    )
     assert "is of another model" in (said := refused(recipe, "--model.path", str(other))) and "rms_norm_eps" in said
-    assert "transformers_version" not in said
+    assert "eos_token_id" not in said and "use_cache" not in said
 
 
 def _move(rank: int, folder: str) -> tuple[bool, int, float]:

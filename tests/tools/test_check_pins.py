@@ -50,3 +50,18 @@ def test_faults_are_named(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         "markupsafe is installed as 3",
     ):
         assert line in found
+
+
+def test_the_libraries_of_a_build_of_pytorch_need_no_pins(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's build for Linux brings CUDA's, in versions that it names itself."""
+    known = {"torch": ["nvidia-nccl-cu13==2.29.7", "cuda-toolkit==13.0.3", "sympy>=1.13"], "sympy": []}
+
+    class Found:
+        version = "1.0"
+
+        def __init__(self, name: str) -> None:
+            self.requires = known.get(name, [])
+
+    monkeypatch.setattr(tool.metadata, "distribution", Found)
+    monkeypatch.setattr(tool, "declared", lambda: [tool.Requirement("torch>=2.7")])
+    assert tool.installed() == {"torch": "1.0", "sympy": "1.0"}

@@ -31,7 +31,7 @@ def reference(content: bytes, chunk_words: int) -> int:
     total = 0
     for begin in range(0, len(words), chunk_words):
         chunk = words[begin : begin + chunk_words]
-        total = total * replicas._NEXT + sum((word ^ word >> 32) * (2 * i + 1) for i, word in enumerate(chunk))
+        total = total * replicas._NEXT + sum((word + (word >> 32)) * (2 * i + 1) for i, word in enumerate(chunk))
     return (total + 2**63) % 2**64 - 2**63
 
 
@@ -66,6 +66,16 @@ def test_a_checksum_is_of_the_bits_alone(dtype: torch.dtype, monkeypatch: pytest
         order = list(range(8))
         order[i], order[7] = 7, i
         assert int(checksum(words[order].reshape(-1).view(dtype))) != int(checksum(words.reshape(-1).view(dtype)))
+
+
+def test_two_flipped_bits_change_a_checksum() -> None:
+    """Every pair of bits of two words; and a word whose bits are all flipped, which a mixture by XOR would not see."""
+    words = torch.randint(-(2**63), 2**63 - 1, (2,), generator=torch.Generator().manual_seed(2))
+    expected = checksum(words)
+    bits = [torch.tensor([1 << i if i < 63 else -(2**63), 0]) for i in range(64)]
+    bits += [bit.flip(0) for bit in bits]
+    assert all((checksum(words ^ a ^ b) != expected) for i, a in enumerate(bits) for b in bits[:i])
+    assert checksum(words ^ torch.tensor([-1, 0])) != expected
 
 
 def flip(tensor: Tensor, bit: int = 0) -> None:
