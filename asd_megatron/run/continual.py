@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from asd_megatron.checkpoint import training
+from asd_megatron.checkpoint import lineage, training
 from asd_megatron.checkpoint.distcp import DistributedCheckpoint
 from asd_megatron.checkpoint.huggingface import read_config
 from asd_megatron.checkpoint.locate import find_checkpoint
+from asd_megatron.checkpoint.manifest import DamagedCheckpoint
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.config import AnyRecipe
 from asd_megatron.config.yaml_text import read_yaml
@@ -67,6 +68,9 @@ def find_origin(recipe: AnyRecipe, stage: str) -> Origin | None:
     given = recipe.checkpoint.continual_from
     if given is None:
         return None
+    if not Path(given).is_dir():
+        form = "give a run folder (runs/NAME: its newest checkpoint) or RUN/checkpoints/step_NNNNNN"
+        raise UserError(f"{KEY}: {given} is no folder (from {Path.cwd()}): {form}")
     try:
         checkpoint = Path(os.path.realpath(find_checkpoint(given)))
         stored = RunStateFile.read(checkpoint)
@@ -133,10 +137,16 @@ def load_origin(
     origin: Origin, port: ModelPort, optimizer: Optimizer, copies: WeightCopies | None, balance: LoadBalance | None
 ) -> None:
     """Load weights and moments, from any layout, and put the schedule at its beginning. Collective. Raises UserError,
-    on every rank, for a checkpoint of other tensors or another number format."""
+    on every rank, for a checkpoint of other tensors or another number format, and for a damaged one: another one would
+    be another run."""
     path = Path(origin.checkpoint)
     _check_format(path, port.dtype)
-    state = training.load(path, port, optimizer.megatron, optimizer.scheduler)
+    try:
+        state = training.load(path, port, optimizer.megatron, optimizer.scheduler)
+    except DamagedCheckpoint as damage:
+        older = lineage.before(path)
+        other = f", or name an older one, {older[0]}" if older else ""
+        raise UserError(f"{KEY}: {damage}: copy it again if you have it elsewhere{other}") from damage
     optimizer.seek(0)
     if balance is not None:  # of these weights: the auxiliary loss of the first update takes it
         balance.fractions.copy_(torch.tensor(state["expert_load"]))
