@@ -137,16 +137,14 @@ def load_origin(
     origin: Origin, port: ModelPort, optimizer: Optimizer, copies: WeightCopies | None, balance: LoadBalance | None
 ) -> None:
     """Load weights and moments, from any layout, and put the schedule at its beginning. Collective. Raises UserError,
-    on every rank, for a checkpoint of other tensors or another number format, and for a damaged one: another one would
-    be another run."""
+    on every rank, for a checkpoint of other tensors or another number format."""
     path = Path(origin.checkpoint)
     _check_format(path, port.dtype)
     try:
         state = training.load(path, port, optimizer.megatron, optimizer.scheduler)
     except DamagedCheckpoint as damage:
-        older = lineage.before(path)
-        other = f", or name an older one, {older[0]}" if older else ""
-        raise UserError(f"{KEY}: {damage}: copy it again if you have it elsewhere{other}") from damage
+        older = ", ".join(map(str, lineage.before(path)[:1])) or "one of another run"
+        raise UserError(f"{KEY}: {damage}: copy it again if you have it elsewhere, or give {older}") from None
     optimizer.seek(0)
     if balance is not None:  # of these weights: the auxiliary loss of the first update takes it
         balance.fractions.copy_(torch.tensor(state["expert_load"]))
