@@ -81,6 +81,17 @@ def system_reason(error: OSError) -> str:
     return text if error.filename is None else f"{text}: {os.fspath(error.filename)!r}"
 
 
+def remedy(error: OSError) -> str:
+    """What lets a write succeed that the operating system has refused with `error`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free space there (or raise a limit: quota, ulimit -f)"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "put back what was moved or removed"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make it writable"
+    return "check the disk and the folder"
+
+
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write one file to; on leaving without an error it replaces `path`, else it is removed.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
+from asd_megatron.observe.dumps import read_dump
 from asd_megatron.observe.pmi_report import dumps_pmi, pmi_report
 from asd_megatron.run.sources import model_folder
 
@@ -45,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=15, help="rows of each table (default: 15)")
     arguments = parser.parse_args(argv)
     try:
-        ids, pmi = dumps_pmi(_dumps(arguments.dumps))
+        dumps = _dumps(arguments.dumps)
+        for path in dumps:
+            if path.name.startswith("bad_step_"):
+                info = read_dump(path).info
+                print(f"{path.name}: step {info.step} was kept because of its numbers: {info.reason}")
+        ids, pmi = dumps_pmi(dumps)
         folder = Path(arguments.tokenizer) if arguments.tokenizer else _tokenizer(arguments.dumps)
         if not folder.is_dir():
             raise UserError(

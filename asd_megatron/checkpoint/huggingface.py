@@ -274,9 +274,7 @@ def write_folder(
                 write_parts(tensors, port.expected(), port.dtype, folder, max_shard_bytes, progress)
     except OSError as error:
         reason = system_reason(error)
-        failure = UserError(
-            f"the model cannot be exported to {target}: {reason}; free space there, or choose another run.folder"
-        )
+        failure = UserError(f"the model cannot be exported to {target} ({reason}): free space there")
     except Exception as error:
         failure = error
     finally:

@@ -30,7 +30,7 @@ from asd_megatron.checkpoint.manifest import ChecksumWriter, FileEntry
 from asd_megatron.checkpoint.parts import Box, Part
 from asd_megatron.distributed import activity
 from asd_megatron.errors import UserError
-from asd_megatron.files import system_reason, write_json
+from asd_megatron.files import remedy, system_reason, write_json
 
 _TORCH_SAVE = ("inline_container", "iostream error")  # in what `torch.save` raises when the system refuses a write
 _TRIAL_BYTES = 1 << 20
@@ -45,12 +45,8 @@ def saving(folder: Path, step: int) -> Iterator[None]:
         refusal = refused_write(error, folder)
         if refusal is None:
             raise
-        remedy = "free space there (or raise a limit: quota, ulimit -f)"
-        if isinstance(refusal, FileNotFoundError):
-            remedy = "let nothing else remove files there"
         raise UserError(
-            f"the checkpoint of step {step} cannot be saved in {folder} ({system_reason(refusal)}): {remedy},"
-            " or choose another run.folder"
+            f"the checkpoint of step {step} cannot be saved in {folder} ({system_reason(refusal)}): {remedy(refusal)}"
         ) from error
 
 

@@ -54,8 +54,8 @@ class RunSection(Section):
         None,
         description=(
             "Hours after which the run has saved its state and ended; it stops after the last step that leaves time for"
-            " a further one as long as the longest so far, and for its checkpoint. `slurm`: the end of the Slurm job"
-            " (SLURM_JOB_END_TIME; no limit without it). null: none."
+            " a further one as long as the longest so far, for its checkpoint, and two minutes more. `slurm`: the end"
+            " of the Slurm job (SLURM_JOB_END_TIME; no limit without it). null: none."
         ),
     )
     lost_rank_timeout: float = Field(

@@ -60,7 +60,10 @@ def dumps_pmi(paths: Sequence[str | os.PathLike[str]]) -> tuple[Tensor, Tensor]:
     for path in paths:
         dump = read_dump(path)
         if "pmi" not in dump.table:
-            raise UserError(f"{os.fspath(path)} holds no u: train with a teacher, or with `algorithm.log_pmi: true`")
+            why = "train with a teacher, or with `algorithm.log_pmi: true`"
+            if dump.info.reason is not None:
+                why = f"it was not computed, or the recipe has none ({dump.info.reason})"
+            raise UserError(f"{os.fspath(path)} holds no u: {why}")
         some_ids, some_pmi = examples_pmi(dump.examples, dump.table)
         ids.append(some_ids)
         pmi.append(some_pmi)

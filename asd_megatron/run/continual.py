@@ -71,6 +71,9 @@ def find_origin(recipe: AnyRecipe, stage: str) -> Origin | None:
     given = recipe.checkpoint.continual_from
     if given is None:
         return None
+    if not Path(given).is_dir():
+        form = "give a run folder (runs/NAME: its newest checkpoint) or RUN/checkpoints/step_NNNNNN"
+        raise UserError(f"{KEY}: {given} is no folder (from {Path.cwd()}): {form}")
     try:
         checkpoint = Path(os.path.realpath(find_checkpoint(given)))
         stored = RunStateFile.read(checkpoint)

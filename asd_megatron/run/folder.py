@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,15 @@ from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.distributed.rank_log import LOGS
 from asd_megatron.errors import UserError
-from asd_megatron.files import PARTIAL, atomic_write, remove_partial, system_reason, to_json, user_error, utc_now
+from asd_megatron.files import (
+    PARTIAL,
+    atomic_write,
+    remedy,
+    remove_partial,
+    system_reason,
+    to_json,
+    utc_now,
+)
 from asd_megatron.observe.expert_load import EXPERT_LOAD_FILE
 from asd_megatron.run.changes import Change, changes, not_accepted
 from asd_megatron.run.continual import Origin, find_origin
@@ -65,10 +73,14 @@ class Start:
     damaged: tuple[tuple[str, str], ...] = ()
 
 
-def writing(path: Path) -> AbstractContextManager[None]:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
     """Raise an OSError from inside, while `path` of the run folder is written, as a UserError."""
-    remedy = "free space, or let nothing remove it or change its permissions, then start the same command again"
-    return user_error(f"{path} cannot be written", remedy)
+    try:
+        yield
+    except OSError as error:
+        text = f"{path} cannot be written ({system_reason(error)}): {remedy(error)}, then start the same command again"
+        raise UserError(text) from error
 
 
 # ---------------------------------------------------------------- locking

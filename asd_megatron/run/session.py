@@ -158,7 +158,7 @@ class Session:
         done = self.first_step - 1
         self.on_root(lambda: self.telemetry.serve(self.closing))
         self.on_root(lambda: folders.prepare(self.recipe, self.start, self.stage, done))
-        rank_log.begin(f"{self.start.kind} start after step {done}: {own_command()}")
+        rank_log.begin(f"start ({self.start.kind}) after step {done}: {own_command()}")
         self.on_root(self._open_files)
         notes, rate = self._notes, self.optimizer.learning_rate
         lines = self.on_root(lambda: beginning_lines(self.recipe, self.start, done, notes, rate))
@@ -367,7 +367,7 @@ class Session:
             self.export(step)
         except UserError as error:  # the same on every rank
             if step == self.recipe.run.steps:
-                raise
+                raise UserError(f"{error}, then start the same command again") from error
             self.say(f"warning: {error}. The run goes on without this export")
 
     def _export_if_missing(self, step: int) -> None:

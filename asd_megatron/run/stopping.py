@@ -147,4 +147,12 @@ def conclude(recipe: AnyRecipe, request: StopRequested, done: int, newest: Path 
         folders.record(folder, "stop", step, cause=request.cause, learned=step - done, checkpoint=checkpoint)
     kept = request.outcome or ("nothing was learned yet" if newest is None else f"state saved in {newest}")
     again = continuing(recipe, own_command())
+    kept += _too_short(request, step - done)
     return f"stopped at step {step} {CAUSES[request.cause]}: {kept}; continue with: {again}"
+
+
+def _too_short(request: StopRequested, learned: int) -> str:
+    """Advice where no step fitted into the time limit: the same command would do no more."""
+    if request.cause != "time_limit" or learned:
+        return ""
+    return f" (no step fits: {MARGIN_SECONDS:.0f} s are left for saving, so give the run or its job more time)"

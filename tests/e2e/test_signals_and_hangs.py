@@ -74,7 +74,7 @@ def test_the_run_ends_and_says_who_hangs_where(world: World, endings: dict[str, 
         for rank in range(ranks):
             log = world.run_folder(phase) / "logs" / f"rank_{rank}.log"
             text = log.read_text()
-            assert "fresh start after step 0: " in text and "Python stacks of all threads" in text
+            assert "start (fresh) after step 0: " in text and "Python stacks of all threads" in text
             assert (" in _hang\n" in text) == (str(log) in error) == (rank == hanging), text
 
 

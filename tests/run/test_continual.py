@@ -140,6 +140,13 @@ def test_refusals(grpo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"checkpoint.continual_from: {grpo / 'none'} is no folder" in refused(recipe, key, str(grpo / "none"))
     assert "set it so here too" in refused(recipe, "--parallelism.distributed_optimizer", "true")
     assert "are float32, and bfloat16 in this run" in refused(recipe, "--model.dtype", "bfloat16")
+    damaged = grpo / "copy" / "checkpoints" / "step_000004"
+    shutil.copytree(checkpoint, damaged)
+    content = bytearray((damaged / "__0_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "__0_0.distcp").write_bytes(content)
+    told = refused(recipe, key, str(damaged))
+    assert f"checkpoint.continual_from: the checkpoint {damaged} is damaged: " in told and "copy it again" in told
     own = [recipe_file(grpo, "grpo", "grpo"), key, checkpoint]
     assert "checkpoint.continual_from: null -> " in refused(*own)
     overwriting = ["--run.overwrite", "true", "--checkpoint.resume", "never"]

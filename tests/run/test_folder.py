@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from asd_megatron.checkpoint import lineage
 from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.files import remove_folder
-from asd_megatron.run.folder import Kind, Start, changes_of, claim, prepare, read_history, record
+from asd_megatron.run.folder import Kind, Start, changes_of, claim, prepare, read_history, record, writing
 from asd_megatron.run.preview import finished_text
 from tests.run.starts import begin, checkpoint, complete, contents, recipe, refusal
 
@@ -391,6 +392,15 @@ def test_a_full_disk_is_the_users_to_solve(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="cannot be written .No space left on device.: free space"):
         begin(folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.EDQUOT, "free space there"), (errno.EROFS, "make it writable"), (errno.ENOENT, "put")]
+)
+def test_the_remedy_is_that_of_what_was_refused(number: int, remedy: str) -> None:
+    told = rf"^run cannot be written \({os.strerror(number)}\): {remedy}.*, then start the same command again$"
+    with pytest.raises(UserError, match=told), writing(Path("run")):
+        raise OSError(number, os.strerror(number))
 
 
 def test_what_is_refused_leaves_no_folder(folder: Path) -> None:

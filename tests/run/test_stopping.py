@@ -16,7 +16,7 @@ from asd_megatron.cli.main import main
 from asd_megatron.distributed import stop_signals
 from asd_megatron.distributed.stop_signals import StopSignals
 from asd_megatron.run.folder import hold
-from asd_megatron.run.stopping import MARGIN_SECONDS, Stopping, StopRequested, deadline
+from asd_megatron.run.stopping import MARGIN_SECONDS, Stopping, StopRequested, conclude, deadline
 from tests.distributed.harness import run_ranks
 from tests.rollout.toy import one_process_groups
 from tests.run.starts import begin, recipe
@@ -130,6 +130,13 @@ def test_the_time_limit() -> None:
     assert deadline("slurm", {}, 5.0) is None
     with pytest.raises(Exception, match="run.time_limit"):
         recipe(Path("r"), "--run.time_limit", "0")
+
+
+def test_a_time_limit_in_which_no_step_fits_is_said(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    limited = recipe(tmp_path / "run", "--run.time_limit", "0.01")
+    told = [conclude(limited, StopRequested("time_limit", step), 2, None) for step in (2, 3)]
+    assert ["no step fits: 120 s are left" in text for text in told] == [True, False]
 
 
 def test_the_verb_asks_a_run_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
