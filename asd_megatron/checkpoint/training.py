@@ -195,7 +195,7 @@ def load(
     anything is loaded, except that numbers are looked at when they are read; another checkpoint can be loaded then.
 
     Every file is compared with the manifest by one rank, which reads it: where the layout is the one that wrote the
-    checkpoint, each rank its own. Chunks of files that another rank has compared have check sums of their own, which
+    checkpoint, each rank its own. Chunks of files that another rank has compared have checksums of their own, which
     are compared too. Checkpoints of versions without manifests have these alone.
 
     Each rank reads the boxes of its own part. Weights with float32 master weights are computed of these: with the

@@ -16,7 +16,7 @@ from asd_megatron.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manife
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.errors import UserError
 
-NOTE = "no manifest (written by an earlier version): only sizes and the chunks' check sums can be compared"
+NOTE = "no manifest (written by an earlier version): only sizes and the chunks' checksums can be compared"
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _list(arguments: Any) -> int:
     else:
         rows = [("checkpoint", "stage", "layout of the writer", "size", "age", "state")]
         for line in lines:
-            state = f"{line.problem or 'whole'}{' <- latest' if line.latest else ''}"
+            state = f"{line.problem or 'intact'}{' <- latest' if line.latest else ''}"
             size, age = size_text(line.bytes), _age(line.age_seconds)
             rows.append((line.name, line.stage or "?", line.layout or "?", size, age, state))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
@@ -124,11 +124,11 @@ def _verify(arguments: Any) -> int:
         for checkpoint in checkpoints:
             found[checkpoint] = list(problems(checkpoint, bar.update))
     if arguments.json:
-        content = [{"checkpoint": str(path), "whole": not wrong, "problems": wrong} for path, wrong in found.items()]
+        content = [{"checkpoint": str(path), "intact": not wrong, "problems": wrong} for path, wrong in found.items()]
         print(to_json({"checkpoints": content}, indent=2))
     for checkpoint, wrong in () if arguments.json else found.items():
         note = "" if (checkpoint / MANIFEST).is_file() or wrong else f"; {NOTE}"
-        print(f"{checkpoint}: {'DAMAGED' if wrong else f'whole{note}'}")
+        print(f"{checkpoint}: {'DAMAGED' if wrong else f'intact{note}'}")
         for problem in wrong[:SHOWN]:
             print(f"  {problem}")
         if len(wrong) > SHOWN:

@@ -86,8 +86,8 @@ def _decoded(value: Any) -> Any:
 class Journal:
     """Appends to the files of one folder, in a daemon thread; the caller waits for nothing but `close`.
 
-    A record is in the hands of the operating system, which a kill of the process does not harm, as soon as the thread
-    has come to it, and on the disk when no more of them wait. What cannot be written is lost: `failed` is told the
+    A record survives a kill of the process as soon as the thread has passed it to the operating system,
+    and a crash of the machine once no more of them wait (fsync). What cannot be written is lost: `failed` is told the
     reason, once until a write succeeds again; nothing is raised.
     """
 

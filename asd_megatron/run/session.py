@@ -368,7 +368,7 @@ class Session:
         except UserError as error:  # the same on every rank
             if step == self.recipe.run.steps:
                 raise
-            self.say(f"warning: {error}. The run goes on without this export")
+            self.say(f"warning: {error}. The run continues without this export")
 
     def _export_if_missing(self, step: int) -> None:
         """Write the export that was due at the step from which the run resumes, if a kill prevented it. Collective."""
