@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from asd_megatron.files import atomic_write, system_reason
+from asd_megatron.files import atomic_write, ends_torn, system_reason, write_all
 
 MAX_WAITING = 16384  # records that may wait for a slow disk; further ones are not written
 CLOSE_SECONDS = 30.0
@@ -148,14 +148,11 @@ class Journal:
     def _append(self, name: str, line: bytes) -> None:
         if name not in self._files:
             self._folder.mkdir(exist_ok=True)
-            file = (self._folder / name).open("ab+", buffering=0)
-            self._files[name] = file
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                line = b"\n" + line  # after a torn one
+            self._files[name] = (self._folder / name).open("ab+", buffering=0)
+            if ends_torn(self._files[name]):
+                line = b"\n" + line
         self._unsynced.add(name)
-        written = 0
-        while written < len(line):
-            written += self._files[name].write(line[written:])
+        write_all(self._files[name].fileno(), line)
 
     def _sync(self) -> None:
         while self._unsynced:

@@ -28,7 +28,16 @@ from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.distributed.rank_log import LOGS
 from asd_megatron.errors import UserError
-from asd_megatron.files import PARTIAL, atomic_write, remove_partial, system_reason, to_json, user_error, utc_now
+from asd_megatron.files import (
+    PARTIAL,
+    atomic_write,
+    ends_torn,
+    remove_partial,
+    system_reason,
+    to_json,
+    user_error,
+    utc_now,
+)
 from asd_megatron.observe.expert_load import EXPERT_LOAD_FILE
 from asd_megatron.run.changes import Change, changes, not_accepted
 from asd_megatron.run.continual import Origin, find_origin
@@ -386,8 +395,7 @@ def record(folder: Path, event: str, step: int, **values: Any) -> None:
     of a recipe key, a `save_failed`, a `stop` on request, the `end`."""
     line = {"time_utc": utc_now(), "event": event, "step": step, **values}
     with (folder / HISTORY_FILE).open("ab+") as file:
-        torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-        file.write(b"\n" * torn + to_json(line).encode() + b"\n")
+        file.write(b"\n" * ends_torn(file) + to_json(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,9 @@ def test_refusals(grpo: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "moments are those of another loss" in refused(recipe)
     finally:
         run_state.write_text(text)
-    other = grpo / "other_model"
-    other.mkdir()
     model = Path(train.__file__).parent / "puzzle" / "warm_start"
-    for file in model.iterdir():
-        (other / file.name).symlink_to(file)
+    other = shutil.copytree(model, grpo / "other_model")
     config = json.loads((model / "config.json").read_text())
-    (other / "config.json").unlink()
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5, "transformers_version": "0"}))
     assert "is of another model" in (said := refused(recipe, "--model.path", str(other))) and "rms_norm_eps" in said
     assert "transformers_version" not in said
