@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
 def _folder(path: Path) -> Path:
     """The `checkpoints` folder of a run, which may be given itself. UserError for anything else."""
     from asd_megatron.checkpoint.lineage import LATEST, all_of
-    from asd_megatron.run.folder import CHECKPOINTS, HISTORY_FILE
+    from asd_megatron.run.folder import CHECKPOINTS
+    from asd_megatron.run.history import HISTORY_FILE
 
     for folder in (path / CHECKPOINTS, path):
         if (folder / LATEST).exists() or all_of(folder):

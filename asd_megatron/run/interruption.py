@@ -11,7 +11,8 @@ from asd_megatron.distributed.first_error import claim_once
 from asd_megatron.distributed.launcher import COMMAND, launcher_reports
 from asd_megatron.files import utc_now
 from asd_megatron.observe.progress import print_line
-from asd_megatron.run.folder import BEGINNINGS, CHECKPOINTS, read_history
+from asd_megatron.run.folder import BEGINNINGS, CHECKPOINTS
+from asd_megatron.run.history import read_history
 
 
 def ended_text(how: str, recipe: AnyRecipe, command: str, since: str) -> str:

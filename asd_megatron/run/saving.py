@@ -20,7 +20,8 @@ from asd_megatron.errors import UserError, plural
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.routing import LoadBalance
 from asd_megatron.models.weight_copies import WeightCopies
-from asd_megatron.run.folder import CHECKPOINTS, record, writing
+from asd_megatron.run.folder import CHECKPOINTS, writing
+from asd_megatron.run.history import record
 from asd_megatron.trainer.optimizer import Optimizer
 
 

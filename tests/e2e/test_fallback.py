@@ -11,7 +11,7 @@ import pytest
 from asd_megatron import train
 from asd_megatron.checkpoint import lineage
 from asd_megatron.cli.main import main
-from asd_megatron.run.folder import read_history
+from asd_megatron.run.history import read_history
 from tests.e2e.world import World, call, metrics, refusal, steps
 
 OPTIONS: dict[str, dict[str, Any]] = {"run": {"steps": 6}, "checkpoint": {"every": 1, "keep": 2, "keep_every": 2}}

@@ -21,7 +21,7 @@ from asd_megatron.config import load_recipe, recipe_hash
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.run.continual import Origin, load_origin
-from asd_megatron.run.folder import read_history
+from asd_megatron.run.history import read_history
 from asd_megatron.run.preview import preview, start_text
 from asd_megatron.run.rl import TrainingRun
 from asd_megatron.run.session import open_session
