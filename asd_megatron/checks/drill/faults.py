@@ -131,6 +131,14 @@ def _all() -> dict[str, Fault]:
             "error_on_one_rank": Fault(
                 "an exception on rank 1", "status 1, its traceback alone, the rank named; resumed bit for bit", _raised
             ),
+            **{
+                f"bit_flip_{layout}": Fault(
+                    f"one bit of a weight flipped on rank 1, {text}",
+                    "found before the next checkpoint, tensor and rank named, nothing saved; resumed bit for bit",
+                    _lost(Disturbance("update", "flip", layout=layout), ("rank 1", "norm"), 60),
+                )
+                for layout, text in (("dp2", "data parallelism 2"), ("tp2", "tensor parallelism 2"))
+            },
             "nan_on_one_rank": Fault(
                 "NaN in a gradient of rank 1", "that update is skipped on all ranks, the run goes on", _not_a_number
             ),

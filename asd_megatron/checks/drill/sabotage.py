@@ -25,7 +25,7 @@ from asd_megatron.cli.guard import leave
 from asd_megatron.models.port import ModelPort
 from asd_megatron.rollout.collector import Collector
 from asd_megatron.run.rl import TrainingRun
-from asd_megatron.run.scoring import ScoringPasses
+from asd_megatron.trainer import passes
 from asd_megatron.trainer.optimizer import Optimizer
 
 VARIABLE = "ASD_MEGATRON_DRILL"
@@ -152,7 +152,7 @@ def install(sabotage: Sabotage) -> None:
     first(saboteur.writes_tensor, shards, "write_tensor")
     first(saboteur.reaches("start"), TrainingRun, "start_engine")
     first(saboteur.reaches("rollout"), Collector, "next")
-    first(saboteur.reaches("scoring"), ScoringPasses, "teacher")
+    first(saboteur.reaches("scoring"), passes, "score_teacher")
     first(saboteur.reaches("update"), Optimizer, "step")
 
 

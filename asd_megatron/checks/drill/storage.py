@@ -183,7 +183,7 @@ def _full(world: World, name: str) -> Verdict:
         world.complete(world.recipe(name, sections=sections))
         equal = weights_equal(run, world.undisturbed("tp2"))
         lost = sum(count for step, count in learned.items() if kept < step < FAULT_STEP)
-    said = [line for line in ended.output.splitlines() if "space" in line]
+    said = [line for line in ended.output.splitlines() if "No space left" in line]
     held = {
         "one whole checkpoint": kept >= FAULT_STEP - 1,
         "said": bool(said),
@@ -201,7 +201,7 @@ def _one_save_fails(world: World, name: str) -> Verdict:
     ended = disturb_once(world, name, Disturbance("save", "no_space"))
     run = world.run_folder(name)
     equal = weights_equal(run, world.undisturbed("tp2"))
-    said = [line for line in ended.output.splitlines() if "space" in line]
+    said = [line for line in ended.output.splitlines() if "No space left" in line]
     passed = ended.status == 0 and equal and bool(said) and "Traceback" not in ended.output
     return Verdict(passed, f"status {ended.status}; {brief(said[0]) if said else 'nothing said'}", None, 0, equal)
 

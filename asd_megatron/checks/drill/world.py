@@ -20,8 +20,8 @@ Sections = Mapping[str, Mapping[str, Any]]
 """Keys of a recipe."""
 STEPS = 5
 TWO_RANKS: dict[str, dict[str, int]] = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "dp2": {"data": 2}}
-CLOCKED = ("time_utc", "time/", "perf/", "tokens/per_second", "rollout/restored", "hardware/", "gpu/")
-"""Metrics that two equal runs need not share."""
+UNEQUAL = ("time_utc", "time/", "perf/", "tokens/per_second", "checkpoint/", "files/")
+"""Metrics that two runs need not share although they learn the same: of the clock and of the disk."""
 RESPONSE_TOKENS = "tokens/response"
 
 
@@ -107,5 +107,5 @@ def losses_close(run: Path, reference: Path, tolerance: float = 1e-5) -> bool:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what the clock and the machine decide."""
-    return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in read_metrics(run)]
+    """The lines of metrics.jsonl without those of `UNEQUAL`."""
+    return [{k: v for k, v in row.items() if not k.startswith(UNEQUAL)} for row in read_metrics(run)]
