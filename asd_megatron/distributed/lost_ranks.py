@@ -129,8 +129,7 @@ class RankWatch:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self._stopping.is_set():
             gone = [rank for rank, missed in enumerate(self._missed) if missed >= GONE_BEATS]
-            if not gone and self._silent >= GONE_BEATS:
-                gone = [0]  # rank 0, whose node has the store
+            gone = gone or [0] * (self._silent >= GONE_BEATS)
             if self._lost or gone:
                 return (
                     self._lost or f"{self._text(gone)}: the process has died, or its node or network is lost. {AGAIN}"
