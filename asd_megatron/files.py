@@ -29,6 +29,7 @@ from asd_megatron.errors import UserError
 
 PARTIAL = ".partial"
 LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors of a flush to the disk that mean lost data; others, such as EINVAL, mean that it is not offered there."""
 REPLACED = ".replaced" + PARTIAL
 MAX_JSON_BYTES = 64 << 20  # the tensor index of the largest published models has about 10 MiB
 _REPLACED_NAME = re.compile(rf"\.(?P<target>.+)\.[0-9a-f]{{12}}{re.escape(REPLACED)}")
@@ -201,6 +202,19 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Atomically write `value` as indented JSON with a final newline."""
     return atomic_write(path, to_json(value, indent=2) + "\n")
+
+
+def ends_torn(file: IO[bytes]) -> bool:
+    """Whether the last line of a file, opened for appending and reading, has no newline: a kill has torn it."""
+    end = file.tell()
+    return end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write to a file descriptor, as `os.write`, which may write a part. Raises OSError, after a part perhaps."""
+    written = 0
+    while written < len(data):
+        written += os.write(file, data[written:])
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:

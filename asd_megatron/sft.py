@@ -12,7 +12,7 @@ from typing import Any
 
 from asd_megatron.cli.guard import as_rank, leave, report_at_once
 from asd_megatron.config import SftRecipe, load_recipe
-from asd_megatron.errors import LearnsNothing, UserError
+from asd_megatron.errors import UserError
 from asd_megatron.observe.metrics import supervised_metrics
 from asd_megatron.observe.warnings import MethodWarnings
 from asd_megatron.observe.writer import read_metrics
@@ -42,7 +42,7 @@ class SupervisedRun:
             max_tokens=session.port.max_positions,
             shuffle=recipe.data.shuffle,
         )
-        self.guard, self.warnings = Guard(), MethodWarnings()
+        self.guard, self.warnings = Guard(), MethodWarnings(stop_when_dead=recipe.run.stop_when_dead)
         self.weights = Weights(session.port, session.first_step - 1)
         self.held_out = self._held_out()
         if session.resumed is not None:
@@ -153,11 +153,11 @@ def _report(run: SupervisedRun, step: int, metrics: Mapping[str, float]) -> None
     session.name_attention(step)
     session.write_metrics(step, {**metrics, **found})
     session.progress.update(step, metrics)
-    dead = run.warnings.must_stop(found)
-    if dead is not None and run.recipe.run.stop_when_dead:
-        raise LearnsNothing(f"step {step}: {dead} (run.stop_when_dead false goes on all the same)")
     for text in texts:
         session.say(f"warning: {text}")
+    dead = run.warnings.must_stop(step, found)
+    if dead is not None:
+        raise dead
 
 
 def main(argv: Sequence[str] | None = None) -> int:

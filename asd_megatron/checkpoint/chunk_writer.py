@@ -1,6 +1,6 @@
 """A tensor in the form of `torch.save` (see `mapped_chunk`), written for a thread beside the one that trains.
 
-The check sum and the write are single calls that release Python's interpreter lock, the numbers are not copied, and a
+The checksum and the write are single calls that release Python's interpreter lock, the numbers are not copied, and a
 write that the system refuses is an OSError. `torch.save` hands the numbers to Python in many pieces.
 """
 
@@ -46,7 +46,7 @@ class Writer(Protocol):
 
 class _End:
     """What is written at the end of a file, as a file of its own. It has no place, so that the archive is written as a
-    stream: the check sum of the numbers comes after them, not before."""
+    stream: the checksum of the numbers comes after them, not before."""
 
     def __init__(self, file: Writer) -> None:
         self._file = file

@@ -118,11 +118,11 @@ class DistributedCheckpoint:
                 f"{self.folder / '.metadata'} is damaged ({error or type(error).__name__}): copy the checkpoint again"
             ) from error
         self.files = self._checked_files()
-        self._checked: set[Chunk] = set()  # whose check sum is right
+        self._checked: set[Chunk] = set()  # whose checksum is right
         self._trusted: frozenset[str] = frozenset()
 
     def trust(self, files: Iterable[str]) -> None:
-        """The check sums of chunks in these files need not be compared: the complete files have been checked."""
+        """The checksums of chunks in these files need not be compared: the complete files have been checked."""
         self._trusted = frozenset(files)
 
     def _checked_files(self) -> dict[str, int]:
@@ -162,7 +162,7 @@ class DistributedCheckpoint:
         touches.
 
         into: memory for it, contiguous, of that dtype. Memory: the result. (Chunks of unusual form are copied as a
-        whole.) Raises UserError for chunks that cannot be read or have a wrong check sum, and for a box that they do
+        whole.) Raises UserError for chunks that cannot be read or have a wrong checksum, and for a box that they do
         not cover exactly once.
         """
         tensor = self.tensors[key]

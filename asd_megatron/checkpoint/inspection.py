@@ -20,7 +20,6 @@ from asd_megatron.checkpoint.locate import RELEASE, Found
 from asd_megatron.checkpoint.manifest import Manifest
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.checkpoint.stored_model import WEIGHTS
-from asd_megatron.checkpoint.verification import layout_text
 from asd_megatron.errors import UserError, plural
 from asd_megatron.files import read_json_object
 from asd_megatron.models.families import shape_of
@@ -118,7 +117,7 @@ def _origin(checkpoint: DistributedCheckpoint) -> dict[str, Any]:
         step = read_json_object(folder / RUN_STATE, "it is damaged", non_finite=True).get("step")
         kind = "distributed" if state.distributed_optimizer else "not distributed"
         manifest = Manifest.read(folder)
-        by = {} if manifest is None else {"layout": layout_text(manifest)}
+        by = {} if manifest is None else {"layout": manifest.layout_text}
         return {"written by": "asd_megatron, training", "step": step, **by, "optimizer": kind}
     common = read_common(checkpoint)
     given = arguments(common)

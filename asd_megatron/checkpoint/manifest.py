@@ -109,6 +109,11 @@ class Manifest:
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.files.values())
 
+    @property
+    def layout_text(self) -> str:
+        """`tensor 2, data 4`; `1 rank` for one process."""
+        return ", ".join(f"{name} {size}" for name, size in self.layout.items()) or "1 rank"
+
     @classmethod
     def write(
         cls, folder: Path, step: int, stage: str, layout: Mapping[str, int], known: Mapping[str, FileEntry]

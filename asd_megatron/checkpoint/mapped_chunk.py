@@ -1,11 +1,11 @@
-"""A chunk of a `torch_dist` checkpoint as a view of its mapped file, with its check sum compared.
+"""A chunk of a `torch_dist` checkpoint as a view of its mapped file, with its checksum compared.
 
 A chunk is what `torch.save` writes for one tensor, a ZIP archive:
 
     archive/data.pkl    a pickle: shape, strides and the name of the storage
     archive/data/0      the numbers, not compressed
 
-PyTorch's own reader copies the numbers several times and never looks at the check sums. Here nothing is copied, and the
+PyTorch's own reader copies the numbers several times and never looks at the checksums. Here nothing is copied, and the
 pickle is read without looking up a class. Chunks of any other form (compressed by an extension, a view of a larger
 storage) are left to PyTorch.
 """
@@ -78,8 +78,8 @@ def mapped_chunk(
     of another form, shape or dtype.
 
     They may begin anywhere in memory: no view of them as numbers, whose loops may count on their alignment. check:
-    compare the check sum of the numbers. Raises BadZipFile where one is wrong or the archive is damaged. A chunk whose
-    writer left out all check sums is of another form.
+    compare the checksum of the numbers. Raises BadZipFile where one is wrong or the archive is damaged. A chunk whose
+    writer left out all checksums is of another form.
     """
     before = start % mmap.ALLOCATIONGRANULARITY  # bytes of other chunks, which an archive may have before it
     with path.open("rb") as file:
@@ -100,7 +100,7 @@ def mapped_chunk(
         raise zipfile.BadZipFile("its numbers are not where they should be")
     data = torch.frombuffer(part, dtype=torch.uint8, count=size, offset=first)
     if check and zlib.crc32(data.numpy().data) != numbers.CRC:
-        raise zipfile.BadZipFile("the check sum of its numbers is wrong")
+        raise zipfile.BadZipFile("the checksum of its numbers is wrong")
     return data.view(byte_shape(shape, dtype))
 
 

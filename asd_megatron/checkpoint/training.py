@@ -45,7 +45,7 @@ from asd_megatron.checkpoint.shards import (
     write_metadata,
     write_shard,
 )
-from asd_megatron.checkpoint.verification import NOTE, opened
+from asd_megatron.checkpoint.verification import NO_MANIFEST, open_checked
 from asd_megatron.distributed import activity
 from asd_megatron.distributed.objects import Told, first_message, gather_objects, on_rank_zero
 from asd_megatron.errors import UserError
@@ -195,7 +195,7 @@ def load(
     anything is loaded, except that numbers are looked at when they are read; another checkpoint can be loaded then.
 
     Every file is compared with the manifest by one rank, which reads it: where the layout is the one that wrote the
-    checkpoint, each rank its own. Chunks of files that another rank has compared have check sums of their own, which
+    checkpoint, each rank its own. Chunks of files that another rank has compared have checksums of their own, which
     are compared too. Checkpoints of versions without manifests have these alone.
 
     Each rank reads the boxes of its own part. Weights with float32 master weights are computed of these: with the
@@ -282,10 +282,10 @@ def _on_every_rank(action: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 def _verified(path: Path, group: dist.ProcessGroup) -> tuple[RunStateFile, list[str]]:
     """The run_state.json of a checkpoint, and the files that this rank has compared with the manifest ([]: none)."""
-    stored, manifest = opened(path)
+    stored, manifest = open_checked(path)
     if manifest is None:
         if group.rank() == 0:
-            log.warning("%s: %s", path, NOTE)
+            log.warning("%s: %s", path, NO_MANIFEST)
         return stored, []
     mine = manifest.shares(group.size())[group.rank()]
     for problem in manifest.problems(path, mine):

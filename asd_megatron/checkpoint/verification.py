@@ -1,4 +1,4 @@
-"""What has become of checkpoints on the disk, without a model: from sizes alone (`describe`), or by reading them."""
+"""What has become of checkpoints on the disk, without a model: from sizes alone (`statuses`), or by reading them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from asd_megatron.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manife
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.errors import UserError
 
-NOTE = "no manifest (written by an earlier version): only sizes and the chunks' check sums can be compared"
+NO_MANIFEST = "no manifest (written by an earlier version): only sizes and the chunks' checksums can be compared"
 
 
 @dataclass(frozen=True)
-class Line:
+class Status:
     """A checkpoint of a run. `problem`: what is wrong with it, as far as sizes show; None: nothing. `layout`: of its
     writer, None where no manifest says so. `latest`: whether the run continues from it."""
 
@@ -37,35 +37,35 @@ class Line:
         return {**vars(self), "age_seconds": round(self.age_seconds)}
 
 
-def describe(folder: Path) -> list[Line]:
+def statuses(folder: Path) -> list[Status]:
     """The checkpoints of a run's `checkpoints` folder, the oldest first. Reads small files alone."""
     newest = lineage.named(folder)
-    found = [_line(path, newest) for path in lineage.all_of(folder)]
-    if newest is not None and newest.name not in {line.name for line in found}:
+    found = [_status(path, newest) for path in lineage.all_of(folder)]
+    if newest is not None and newest.name not in {status.name for status in found}:
         step = lineage.step_of(newest.name)
-        found.append(Line(newest.name, step, None, None, 0, 0.0, "it is missing, and `latest` names it", True))
+        found.append(Status(newest.name, step, None, None, 0, 0.0, "it is missing, and `latest` names it", True))
     return found
 
 
-def _line(path: Path, newest: Path | None) -> Line:
+def _status(path: Path, newest: Path | None) -> Status:
     files = [file.stat() for file in path.iterdir() if file.is_file()]
     size, written = sum(file.st_size for file in files), max((file.st_mtime for file in files), default=time.time())
     step, stage, layout, problem = lineage.step_of(path.name), None, None, None
     try:
-        _, manifest = opened(path)
+        _, manifest = open_checked(path)
     except UserError as error:
         problem = str(error)
     else:
         if manifest is not None:
-            stage, layout = manifest.stage or None, layout_text(manifest)
+            stage, layout = manifest.stage or None, manifest.layout_text
             written = datetime.fromisoformat(manifest.time_utc).timestamp()
             problem = next(iter(manifest.wrong_sizes(path)), None)
     age = datetime.now(UTC).timestamp() - written
     latest = newest is not None and path.name == newest.name
-    return Line(path.name, step, stage, layout, size, max(age, 0.0), problem, latest)
+    return Status(path.name, step, stage, layout, size, max(age, 0.0), problem, latest)
 
 
-def opened(path: Path) -> tuple[RunStateFile, Manifest | None]:
+def open_checked(path: Path) -> tuple[RunStateFile, Manifest | None]:
     """The run_state.json of the checkpoint `path`, compared with its manifest, and that; None for a checkpoint of a
     version without. UserError for what is no checkpoint, DamagedCheckpoint for one in which these are not as they were
     written."""
@@ -79,19 +79,14 @@ def opened(path: Path) -> tuple[RunStateFile, Manifest | None]:
     return state, manifest
 
 
-def incomplete(path: Path) -> DamagedCheckpoint | None:
+def damage_by_size(path: Path) -> DamagedCheckpoint | None:
     """What is wrong with the checkpoint `path`, as far as sizes show. UserError for what is no checkpoint."""
     try:
-        _, manifest = opened(path)
+        _, manifest = open_checked(path)
     except DamagedCheckpoint as damage:
         return damage
     wrong = [] if manifest is None else manifest.wrong_sizes(path)
     return damaged(path, wrong[0]) if wrong else None
-
-
-def layout_text(manifest: Manifest) -> str:
-    """`tensor 2, data 4`."""
-    return ", ".join(f"{name} {size}" for name, size in manifest.layout.items()) or "1 rank"
 
 
 def problems(path: Path, progress: Progress | None = None) -> Iterator[str]:
@@ -102,7 +97,7 @@ def problems(path: Path, progress: Progress | None = None) -> Iterator[str]:
         if manifest is not None:
             yield from manifest.problems(path, progress=progress)
             return
-        opened(path)
+        open_checked(path)
         checkpoint = DistributedCheckpoint(path)
     except UserError as error:
         yield str(error)

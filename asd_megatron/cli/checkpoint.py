@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +29,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="asd-megatron checkpoint", description="List, inspect and verify training checkpoints."
     )
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
-    shown = tools.add_parser(
-        "list",
-        help="the checkpoints of a run",
-        description="Step, stage, the writer's layout, size, age, and whether all files are there with their sizes. "
-        "Reads small files alone. Exits with 1 when the checkpoint that the run continues from lacks something.",
-        epilog="example: asd-megatron checkpoint list runs/quickstart",
-    )
-    shown.add_argument("path", type=Path, metavar="RUN", help="a run folder")
-    shown.set_defaults(run=_list)
-    look = tools.add_parser(
-        "inspect",
-        help="what a checkpoint holds",
-        description="As `asd-megatron convert inspect`: step, layout, precision, and every tensor.",
-        epilog="example: asd-megatron checkpoint inspect runs/quickstart/checkpoints/step_000020",
-    )
-    look.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, or a run folder: its newest")
-    look.set_defaults(run=_inspect)
-    check = tools.add_parser(
-        "verify",
-        help="compare every file with its checksum",
-        description="Reads every file of a checkpoint, or of all of a run's, and compares it with the manifest. Exits "
-        "with 1 when a file is missing or has changed.",
-        epilog="example: asd-megatron checkpoint verify runs/quickstart",
-    )
-    check.add_argument("path", type=Path, metavar="PATH", help="a checkpoint (RUN/checkpoints/step_NNNNNN), or a run")
-    check.set_defaults(run=_verify)
-    for tool in (shown, look, check):
+    for name, run, what, summary, description, example in TOOLS:
+        tool = tools.add_parser(
+            name, help=summary, description=description, epilog=f"example: asd-megatron checkpoint {name} {example}"
+        )
+        tool.add_argument("path", type=Path, metavar=what.partition(":")[0], help=what.partition(": ")[2])
+        tool.set_defaults(run=run)
         tool.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -63,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
 def _folder(path: Path) -> Path:
     """The `checkpoints` folder of a run, which may be given itself. UserError for anything else."""
     from asd_megatron.checkpoint.lineage import LATEST, all_of
-    from asd_megatron.run.folder import CHECKPOINTS, HISTORY_FILE
+    from asd_megatron.run.folder import CHECKPOINTS
+    from asd_megatron.run.history import HISTORY_FILE
 
     for folder in (path / CHECKPOINTS, path):
         if (folder / LATEST).exists() or all_of(folder):
@@ -75,21 +55,21 @@ def _folder(path: Path) -> Path:
 
 def _list(arguments: Any) -> int:
     from asd_megatron.checkpoint.distcp import size_text
-    from asd_megatron.checkpoint.verification import describe
+    from asd_megatron.checkpoint.verification import statuses
 
-    lines = describe(_folder(arguments.path))
+    found = statuses(_folder(arguments.path))
     if arguments.json:
-        print(to_json({"checkpoints": [line.as_json() for line in lines]}, indent=2))
+        print(to_json({"checkpoints": [status.as_json() for status in found]}, indent=2))
     else:
         rows = [("checkpoint", "stage", "layout of the writer", "size", "age", "state")]
-        for line in lines:
-            state = f"{line.problem or 'whole'}{' <- latest' if line.latest else ''}"
-            size, age = size_text(line.bytes), _age(line.age_seconds)
-            rows.append((line.name, line.stage or "?", line.layout or "?", size, age, state))
+        for status in found:
+            state = f"{status.problem or 'intact'}{' <- latest' if status.latest else ''}"
+            size, age = size_text(status.bytes), _age(status.age_seconds)
+            rows.append((status.name, status.stage or "?", status.layout or "?", size, age, state))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
         for row in rows:
             print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]))
-    return FAILED if any(line.latest and line.problem for line in lines) else 0
+    return FAILED if any(status.latest and status.problem for status in found) else 0
 
 
 def _age(seconds: float) -> str:
@@ -113,7 +93,7 @@ def _verify(arguments: Any) -> int:
 
     from asd_megatron.checkpoint.lineage import RUN_STATE, all_of
     from asd_megatron.checkpoint.manifest import MANIFEST
-    from asd_megatron.checkpoint.verification import NOTE, problems, total_bytes
+    from asd_megatron.checkpoint.verification import NO_MANIFEST, problems, total_bytes
 
     path: Path = arguments.path
     itself = any((path / name).exists() for name in (RUN_STATE, MANIFEST, ".metadata"))
@@ -124,13 +104,44 @@ def _verify(arguments: Any) -> int:
         for checkpoint in checkpoints:
             found[checkpoint] = list(problems(checkpoint, bar.update))
     if arguments.json:
-        content = [{"checkpoint": str(path), "whole": not wrong, "problems": wrong} for path, wrong in found.items()]
+        content = [{"checkpoint": str(path), "intact": not wrong, "problems": wrong} for path, wrong in found.items()]
         print(to_json({"checkpoints": content}, indent=2))
     for checkpoint, wrong in () if arguments.json else found.items():
-        note = "" if (checkpoint / MANIFEST).is_file() or wrong else f"; {NOTE}"
-        print(f"{checkpoint}: {'DAMAGED' if wrong else f'whole{note}'}")
+        note = "" if (checkpoint / MANIFEST).is_file() or wrong else f"; {NO_MANIFEST}"
+        print(f"{checkpoint}: {'DAMAGED' if wrong else f'intact{note}'}")
         for problem in wrong[:SHOWN]:
             print(f"  {problem}")
         if len(wrong) > SHOWN:
             print(f"  and {len(wrong) - SHOWN} more")
     return FAILED if any(found.values()) else 0
+
+
+TOOLS: tuple[tuple[str, Callable[[Any], int], str, str, str, str], ...] = (
+    (
+        "list",
+        _list,
+        "RUN: a run folder",
+        "the checkpoints of a run",
+        "Step, stage, the writer's layout, size, age, and whether all files are there with their sizes. Reads small"
+        " files alone. Exits with 1 when the checkpoint that the run continues from lacks something.",
+        "runs/quickstart",
+    ),
+    (
+        "inspect",
+        _inspect,
+        "PATH: a checkpoint, or a run folder: its newest",
+        "what a checkpoint holds",
+        "As `asd-megatron convert inspect`: step, layout, precision, and every tensor.",
+        "runs/quickstart/checkpoints/step_000020",
+    ),
+    (
+        "verify",
+        _verify,
+        "PATH: a checkpoint (RUN/checkpoints/step_NNNNNN), or a run",
+        "compare every file with its checksum",
+        "Reads every file of a checkpoint, or of all of a run's, and compares it with the manifest. Exits with 1 when a"
+        " file is missing or has changed.",
+        "runs/quickstart",
+    ),
+)
+"""Each: name, function, argument and its help, help, description, example."""

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from asd_megatron.cli.console import flush_output, tolerant_output
 from asd_megatron.distributed import rank_log
-from asd_megatron.distributed.launcher import COMMAND, LAUNCHER, end_with_launcher
+from asd_megatron.distributed.launcher import COMMAND, end_with_launcher, launcher_reports
 from asd_megatron.distributed.stop_signals import SIGNALS
 from asd_megatron.errors import UserError
 
@@ -127,7 +127,7 @@ def _end_program_at_signals() -> None:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name in PROGRAMS:
         again = os.environ.get(COMMAND, "the same command")
-        silent = LAUNCHER in os.environ and not _alone() or os.environ.get("RANK", "0") != "0"
+        silent = launcher_reports(os.environ) or os.environ.get("RANK", "0") != "0"
         _end_at_signals("" if silent else f"interrupted before the run began: nothing is lost; to start it: {again}")
 
 

@@ -104,10 +104,10 @@ def _run_and_tell(recipe: AnyRecipe, module: str, words: Sequence[str], ranks: i
     except KeyboardInterrupt:
         status = INTERRUPTED
     if status > 128:
-        from asd_megatron.run.interruption import kept_text  # not before a single rank replaces this process
+        from asd_megatron.run.interruption import ended_text  # not before a single rank replaces this process
 
-        ended = "interrupted" if status - 128 in SIGNALS else "ended"
-        print(f"{ended}{kept_text(recipe, command, since)}", file=sys.stderr, flush=True)
+        how = "interrupted" if status - 128 in SIGNALS else "ended"
+        print(ended_text(how, recipe, command, since), file=sys.stderr, flush=True)
     return status
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from asd_megatron import locks
 from asd_megatron.errors import UserError
 from asd_megatron.files import user_error
-from asd_megatron.run.folder import HISTORY_FILE, LOCK_FILE, STOP_FILE
+from asd_megatron.run.folder import LOCK_FILE, STOP_FILE
+from asd_megatron.run.history import HISTORY_FILE
 
 
 def main(argv: Sequence[str]) -> int:

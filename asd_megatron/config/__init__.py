@@ -9,6 +9,7 @@ from asd_megatron.config.recipe import (
     SftRecipe,
     dump_recipe,
     recipe_hash,
+    values_hash,
 )
 from asd_megatron.config.reference import render_help, render_reference
 
@@ -27,4 +28,5 @@ __all__ = [
     "recipe_hash",
     "render_help",
     "render_reference",
+    "values_hash",
 ]

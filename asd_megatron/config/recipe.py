@@ -146,5 +146,10 @@ def dump_recipe(recipe: AnyRecipe) -> str:
 
 def recipe_hash(recipe: AnyRecipe) -> str:
     """SHA-256 (64 hex digits) over every key and value: equal recipes have equal hashes, however they were written."""
-    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return values_hash(recipe.model_dump(mode="json"))
+
+
+def values_hash(values: Mapping[str, Any]) -> str:
+    """`recipe_hash` of a recipe's sections as they were recorded, also by a version with other keys."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()

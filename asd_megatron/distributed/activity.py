@@ -52,7 +52,7 @@ def enter(phase: Phase) -> None:
     _now.position += 1
 
 
-def meet(group: dist.ProcessGroup) -> None:
+def count_collective(group: dist.ProcessGroup) -> None:
     """This rank comes to a collective of `group`; counted when all ranks meet there, in the main thread."""
     import torch.distributed as dist  # not for what starts servers alone
 

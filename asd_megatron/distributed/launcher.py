@@ -17,6 +17,12 @@ COMMAND = "ASD_MEGATRON_COMMAND"
 POLL_SECONDS = 0.5
 
 
+def launcher_reports(environment: Mapping[str, str]) -> bool:
+    """Whether `asd-megatron` runs this process as one of several ranks: it then says what has become of the run, after
+    they have ended. (A single rank has taken its place, or was started by another command, such as the quickstart.)"""
+    return LAUNCHER in environment and int(environment.get("WORLD_SIZE", "1")) > 1
+
+
 def end_with_launcher(environment: Mapping[str, str]) -> None:
     """End this process within a second of its launcher's death, however that came about (SIGKILL, memory that ran out).
 

@@ -75,7 +75,7 @@ class RankWatch:
         self._rule = HangRule(world, self._limits, BEAT_SECONDS)
         self._groups: Sequence[dist.ProcessGroup] = ()
         self._names = [""] * world
-        self._missed = [0] * world  # beats, by rank; on ranks from 2 on of rank 0, whose node has the store, alone
+        self._missed = [0] * world  # beats, by rank; on global ranks 0 and 1, which look at the others
         self._silent = 0  # beats for which the store has not answered
         self._lost = ""
         self._reported = False  # by a rank, which knows the cause of what happens to the others
@@ -239,7 +239,7 @@ class RankWatch:
         others = "" if self.world == len(hang.ranks) else "; the other ranks wait"
         return (
             f"{who} {verb}: no progress for {hang.seconds:.0f} s in the phase {hang.phase}"
-            f" (run.timeout.{hang.phase}){why}{others}. {self._last(hang.ranks, list(reports))}"
+            f" (run.timeout.{hang.phase}){why}{others}. {self._last(hang.ranks, reports)}"
         ).rstrip()
 
     def _last(self, ranks: Sequence[int], reports: Sequence[Report | None]) -> str:

@@ -30,7 +30,7 @@ def broadcast_object(obj: T | None, src: int, group: dist.ProcessGroup) -> T:
     box: list[Any] = [obj]
     if group.size() > 1:
         _check(group)
-        activity.meet(group)
+        activity.count_collective(group)
         dist.broadcast_object_list(box, group=group, group_src=src)
     return box[0]
 
@@ -39,7 +39,7 @@ def gather_objects(obj: T, dst: int, group: dist.ProcessGroup) -> list[T] | None
     """Every rank's object, in rank order, on group rank `dst`; None elsewhere. Collective. Memory as for
     `scatter_objects`."""
     _check(group)
-    activity.meet(group)
+    activity.count_collective(group)
     if group.rank() != dst:
         _send(obj, dst, group)
         return None
@@ -54,7 +54,7 @@ def scatter_objects(objects: Sequence[T] | None, src: int, group: dist.ProcessGr
     object itself, not a copy.
     """
     _check(group)
-    activity.meet(group)
+    activity.count_collective(group)
     if group.rank() != src:
         return _receive(src, group)
     assert objects is not None and len(objects) == group.size(), "one object for each rank"
@@ -160,7 +160,7 @@ def first_message(message: T | None, group: dist.ProcessGroup) -> T | None:
     if group.size() == 1:
         return message
     _check(group)
-    activity.meet(group)
+    activity.count_collective(group)
     first = torch.tensor(group.size() if message is None else group.rank(), dtype=torch.int64)
     dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
     speaker = int(first)
@@ -172,7 +172,7 @@ def meet(group: dist.ProcessGroup) -> None:
     later than others: gloo's time limit, on the host group, is the long one."""
     if group.size() > 1:
         _check(group)
-        activity.meet(group)
+        activity.count_collective(group)
         dist.all_reduce(torch.zeros(()), group=group)
 
 

@@ -1,4 +1,4 @@
-"""RUN/logs/rank_N.log: what a rank has to say that the console has no room for.
+"""RUN/logs/rank_N.log: the messages of one rank that are not for the console.
 
 Every rank appends to its own file: a line for each start, its warnings, the traceback of its error, the Python stacks
 of all its threads when the run hangs, and those of a process that crashes (faulthandler). Until the run has begun in

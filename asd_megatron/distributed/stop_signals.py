@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from asd_megatron.distributed.launcher import LAUNCHER
+from asd_megatron.distributed.launcher import launcher_reports
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 KEPT_IGNORED = (signal.SIGINT, signal.SIGHUP)
@@ -135,7 +135,7 @@ def _ended_neighbours() -> list[int]:
 def _say_ended(local: list[int]) -> None:
     """Say, on one rank and unless one has reported an error, that local ranks have ended; `asd-megatron` says it of its
     own ranks."""
-    if LAUNCHER in os.environ:
+    if launcher_reports(os.environ):
         return
     from asd_megatron.distributed.first_error import report_once
 

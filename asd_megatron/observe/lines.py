@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from asd_megatron.errors import UserError, plural
-from asd_megatron.files import atomic_write, system_reason, to_json
+from asd_megatron.files import atomic_write, system_reason, to_json, write_all
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -85,9 +85,7 @@ class LineFile:
             return
         size, data = os.fstat(self._file).st_size, b"".join(self._waiting)
         try:
-            written = 0
-            while written < len(data):
-                written += os.write(self._file, data[written:])
+            write_all(self._file, data)
         except OSError:
             os.ftruncate(self._file, size)
             raise

@@ -130,10 +130,12 @@ IN_A_ROW: dict[str, tuple[Callable[[Metrics], bool], str]] = {
 class MethodWarnings:
     """Watches the metrics of a run's steps, in order. Feed a resumed run the rows of its metrics.jsonl first.
 
-    `group_advantage`: the recipe trains on it; equal rewards do not matter to one that does not.
+    `group_advantage`: the recipe trains on it; equal rewards do not matter to one that does not. `stop_when_dead`: a
+    model that cannot learn any more is an error (`must_stop`), not a warning.
     """
 
     group_advantage: bool = True
+    stop_when_dead: bool = False
     reported: list[Finding] = field(default_factory=list)
     _recent: dict[str, deque[bool]] = field(
         default_factory=lambda: {kind: deque(maxlen=STEPS_IN_A_ROW) for kind in IN_A_ROW}
@@ -150,13 +152,15 @@ class MethodWarnings:
         known = {warning.kind for warning in self.reported}
         new = [Finding(kind, step, text) for kind, text in texts.items() if kind not in known]
         self.reported += new
-        return {f"warnings/{kind}": 1.0 for kind in texts}, [warning.text for warning in new]
+        warned = [warning.text for warning in new if not (self.stop_when_dead and warning.kind == "learns_nothing")]
+        return {f"warnings/{kind}": 1.0 for kind in texts}, warned
 
-    def must_stop(self, metrics: Metrics) -> LearnsNothing | None:
-        """The error of a run whose model cannot learn any more, from the metrics of `of_step`; None for others."""
-        if not metrics.get("warnings/learns_nothing"):
+    def must_stop(self, step: int, found: Metrics) -> LearnsNothing | None:
+        """The error that ends the run after `step`, of which `of_step` has found these metrics; None: it continues."""
+        if not (self.stop_when_dead and found.get("warnings/learns_nothing")):
             return None
-        return LearnsNothing(next(one.text for one in self.reported if one.kind == "learns_nothing"))
+        text = next(one.text for one in self.reported if one.kind == "learns_nothing")
+        return LearnsNothing(f"step {step}: {text} (with run.stop_when_dead false the run continues)")
 
     def summary(self) -> list[dict[str, Any]]:
         """For summary.json, in the order in which they were reported."""

@@ -21,8 +21,6 @@ from asd_megatron.rollout.bank import Key, RolloutBank
 from asd_megatron.rollout.draw import Draw, Evaluation
 from asd_megatron.rollout.engine import RolloutEngine, RolloutError, WeightSource
 
-__all__ = ["Collector", "Counts", "Evaluation", "Plan", "Timings"]
-
 log = logging.getLogger(__name__)
 
 RESTORED = ("restored_groups", "restored_tokens", "dropped_tokens")
@@ -54,11 +52,9 @@ class Counts:
     stale_groups: int = 0
     cut_groups: int = 0  # over-sampled groups that were not needed: discarded
     carried_groups: int = 0  # over-sampled groups carried over to the next step (partial rollouts)
-    restored_groups: int = (
-        0  # with responses from the rollout bank of an earlier start; their tokens, and those dropped
-    )
-    restored_tokens: int = 0
-    dropped_tokens: int = 0
+    restored_groups: int = 0  # with responses that the rollout bank has from an earlier start of the run
+    restored_tokens: int = 0  # of these responses
+    dropped_tokens: int = 0  # that the bank had and that may not be used
 
 
 @dataclass(frozen=True)

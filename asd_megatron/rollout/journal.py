@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from asd_megatron.files import atomic_write, system_reason
+from asd_megatron.files import atomic_write, ends_torn, system_reason, write_all
 
 MAX_WAITING = 16384  # records that may wait for a slow disk; further ones are not written
 CLOSE_SECONDS = 30.0
@@ -86,8 +86,8 @@ def _decoded(value: Any) -> Any:
 class Journal:
     """Appends to the files of one folder, in a daemon thread; the caller waits for nothing but `close`.
 
-    A record is in the hands of the operating system, which a kill of the process does not harm, as soon as the thread
-    has come to it, and on the disk when no more of them wait. What cannot be written is lost: `failed` is told the
+    A record survives a kill of the process as soon as the thread has passed it to the operating system,
+    and a crash of the machine once no more of them wait (fsync). What cannot be written is lost: `failed` is told the
     reason, once until a write succeeds again; nothing is raised.
     """
 
@@ -148,14 +148,11 @@ class Journal:
     def _append(self, name: str, line: bytes) -> None:
         if name not in self._files:
             self._folder.mkdir(exist_ok=True)
-            file = (self._folder / name).open("ab+", buffering=0)
-            self._files[name] = file
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                line = b"\n" + line  # after a torn one
+            self._files[name] = (self._folder / name).open("ab+", buffering=0)
+            if ends_torn(self._files[name]):
+                line = b"\n" + line
         self._unsynced.add(name)
-        written = 0
-        while written < len(line):
-            written += self._files[name].write(line[written:])
+        write_all(self._files[name].fileno(), line)
 
     def _sync(self) -> None:
         while self._unsynced:

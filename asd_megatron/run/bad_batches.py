@@ -1,4 +1,4 @@
-"""Batches with bad numbers, kept for a look at them: RUN/rollouts/bad_step_NNNNNN.parquet, in the format of dumps.
+"""Batches with bad numbers, kept for inspection: RUN/rollouts/bad_step_NNNNNN.parquet, in the format of dumps.
 
 A batch is kept when one of its rollouts, scores or updates is not finite, and when its update was skipped. The file's
 metadata has the reason; numbers that were not computed any more are null.

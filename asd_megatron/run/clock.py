@@ -12,7 +12,7 @@ from asd_megatron.distributed import activity
 from asd_megatron.distributed.activity import Phase
 from asd_megatron.observe.memory import PeakMemory
 
-PHASES: dict[str, Phase] = {
+WATCHED: dict[str, Phase] = {
     "rollout": "rollout",
     "teacher": "scoring",
     "student": "scoring",
@@ -43,8 +43,8 @@ class Clock:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Measure the peak of memory inside; a trace of the profiler has the name. Spans do not overlap."""
-        if name in PHASES:
-            activity.enter(PHASES[name])
+        if name in WATCHED:
+            activity.enter(WATCHED[name])
         with self.memory.phase(name), torch.profiler.record_function(name):
             yield
 

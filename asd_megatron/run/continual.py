@@ -12,8 +12,6 @@ policy gradients. Precisions of the moments may differ, they are stored in float
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,7 +26,7 @@ from asd_megatron.checkpoint.huggingface import read_config
 from asd_megatron.checkpoint.locate import find_checkpoint
 from asd_megatron.checkpoint.manifest import DamagedCheckpoint
 from asd_megatron.checkpoint.run_state import RunStateFile
-from asd_megatron.config import AnyRecipe
+from asd_megatron.config import AnyRecipe, values_hash
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
 from asd_megatron.models.port import ModelPort
@@ -92,7 +90,9 @@ def find_origin(recipe: AnyRecipe, stage: str) -> Origin | None:
         )
     source = _recipe(checkpoint)
     _check_model(recipe, checkpoint, source)
-    return Origin(str(checkpoint), int(stored.run_state["step"]), _name(source), _hash(source))
+    return Origin(
+        str(checkpoint), int(stored.run_state["step"]), _name(source), values_hash(source) if source else None
+    )
 
 
 def _recipe(checkpoint: Path) -> Mapping[str, Any]:
@@ -107,14 +107,6 @@ def _recipe(checkpoint: Path) -> Mapping[str, Any]:
 def _name(recipe: Mapping[str, Any]) -> str | None:
     run = recipe.get("run")
     return str(run["name"]) if isinstance(run, dict) and "name" in run else None
-
-
-def _hash(recipe: Mapping[str, Any]) -> str | None:
-    """As `config.recipe_hash`, of a recipe as it was recorded."""
-    if not recipe:
-        return None
-    canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _check_model(recipe: AnyRecipe, checkpoint: Path, source: Mapping[str, Any]) -> None:

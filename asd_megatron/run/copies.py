@@ -11,6 +11,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.weight_copies import CopyName, WeightCopies
 from asd_megatron.run import folder as folders
+from asd_megatron.run.history import read_history
 
 
 def needed_copies(recipe: AnyRecipe) -> list[CopyName]:
@@ -67,7 +68,7 @@ def _model_path(checkpoint: Path, before: frozenset[Path] = frozenset()) -> str 
         run = checkpoint.resolve().parents[1]
         if run in before:
             return None
-        events = folders.read_history(run)
+        events = read_history(run)
         begun = [i for i, event in enumerate(events) if event.get("event") in folders.BEGINNINGS]
         events = events[begun[-1] if begun else 0 :]
         if begun and events[0].get("checkpoint") is not None:

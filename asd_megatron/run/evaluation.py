@@ -14,7 +14,8 @@ from asd_megatron.models.export import Step
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.closing import Sample
 from asd_megatron.observe.names import graded
-from asd_megatron.rollout.collector import Collector, Evaluation
+from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.draw import Evaluation
 from asd_megatron.run.build import evaluation_params
 from asd_megatron.run.session import Session
 from asd_megatron.run.sources import own_metrics

@@ -28,20 +28,13 @@ from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.distributed.rank_log import LOGS
 from asd_megatron.errors import UserError
-from asd_megatron.files import (
-    PARTIAL,
-    atomic_write,
-    remedy,
-    remove_partial,
-    system_reason,
-    to_json,
-    utc_now,
-)
+from asd_megatron.files import PARTIAL, atomic_write, remedy, remove_partial, system_reason
 from asd_megatron.observe.expert_load import EXPERT_LOAD_FILE
 from asd_megatron.run.changes import Change, changes, not_accepted
 from asd_megatron.run.continual import Origin, find_origin
+from asd_megatron.run.history import HISTORY_FILE, read_history, record
 
-LOCK_FILE, HISTORY_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "history.jsonl", "recipe.yaml", "summary.json"
+LOCK_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "recipe.yaml", "summary.json"
 STOP_FILE = "stop"
 """Asks the run to stop; removed when it stops and when it starts."""
 CHECKPOINTS, EXPORTS, PROFILE = "checkpoints", "hf", "profile"
@@ -387,36 +380,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------- history
-
-
-def record(folder: Path, event: str, step: int, **values: Any) -> None:
-    """Append an event after `step` steps to RUN/history.jsonl: a start (its kind; `returned` if `checkpoint.resume`
-    named the run's own checkpoint), before it a `fallback` for each damaged checkpoint that it passed over, a `change`
-    of a recipe key, a `save_failed`, a `stop` on request, the `end`."""
-    line = {"time_utc": utc_now(), "event": event, "step": step, **values}
-    with (folder / HISTORY_FILE).open("ab+") as file:
-        torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-        file.write(b"\n" * torn + to_json(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The events of RUN/history.jsonl; a line that a kill tore, or that is damaged otherwise, is skipped."""
-    events = []
-    with suppress(FileNotFoundError):
-        for line in (folder / HISTORY_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, RecursionError):
-                event = json.loads(line)
-                if isinstance(event, dict):
-                    events.append(event)
-    return events
-
-
-def changes_of(folder: Path) -> list[dict[str, Any]]:
-    """The settings that changed in the middle of a run, for its summary: step, key, old, new."""
-    found = [event for event in read_history(folder) if event.get("event") == "change" and event.get("step")]
-    return [{name: event.get(name) for name in ("step", "key", "old", "new")} for event in found]

@@ -8,27 +8,28 @@ import sys
 from asd_megatron.checkpoint import lineage
 from asd_megatron.config import AnyRecipe
 from asd_megatron.distributed.first_error import claim_once
-from asd_megatron.distributed.launcher import COMMAND, LAUNCHER
+from asd_megatron.distributed.launcher import COMMAND, launcher_reports
 from asd_megatron.files import utc_now
 from asd_megatron.observe.progress import print_line
-from asd_megatron.run.folder import BEGINNINGS, CHECKPOINTS, read_history
+from asd_megatron.run.folder import BEGINNINGS, CHECKPOINTS
+from asd_megatron.run.history import read_history
 
 
-def kept_text(recipe: AnyRecipe, command: str, since: str) -> str:
-    """What is kept of a run that was started by `command` at `since` (a time of `utc_now`) and has ended before its
-    end: the rest of a line that begins with how it ended."""
+def ended_text(how: str, recipe: AnyRecipe, command: str, since: str) -> str:
+    """One line about a run that was started by `command` at `since` (a time of `utc_now`) and has not reached its end:
+    `how` it ended (`interrupted`), what is kept of it, and how to continue."""
     folder = recipe.run.path
     starts = [event for event in read_history(folder) if event.get("event") in (*BEGINNINGS, "resume")]
     if not starts or str(starts[-1].get("time_utc")) < since:
-        return f" before the run began: nothing is lost, {folder} is as it was; to start the run: {command}"
+        return f"{how} before the run began: nothing is lost, {folder} is as it was; to start the run: {command}"
     again = continuing(recipe, command)
     newest = lineage.latest(folder / CHECKPOINTS)
     if newest is None:
         every = recipe.checkpoint.every
         when = f"the first is due after step {every}" if every else "checkpoint.every is 0"
-        return f": there is no checkpoint in {folder} yet ({when}); to start from step 1 again: {again}"
+        return f"{how}: there is no checkpoint in {folder} yet ({when}); to start from step 1 again: {again}"
     step = lineage.step_of(newest.name)
-    return f": the checkpoint of step {step} is kept ({newest}); to continue from there: {again}"
+    return f"{how}: the checkpoint of step {step} is kept ({newest}); to continue from there: {again}"
 
 
 def continuing(recipe: AnyRecipe, command: str) -> str:
@@ -49,8 +50,8 @@ class Interruption:
         self.recipe, self.since = recipe, utc_now()
 
     def __call__(self) -> None:
-        if LAUNCHER not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if not launcher_reports(os.environ):
             claim_once("interruption_told", self._tell)
 
     def _tell(self) -> None:
-        print_line("interrupted" + kept_text(self.recipe, own_command(), self.since), sys.stderr)
+        print_line(ended_text("interrupted", self.recipe, own_command(), self.since), sys.stderr)

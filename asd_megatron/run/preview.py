@@ -9,7 +9,7 @@ from pathlib import Path
 from asd_megatron import locks
 from asd_megatron.checkpoint import lineage
 from asd_megatron.checkpoint.run_state import RunStateFile
-from asd_megatron.checkpoint.verification import incomplete
+from asd_megatron.checkpoint.verification import damage_by_size
 from asd_megatron.config import AnyRecipe
 from asd_megatron.errors import UserError, plural
 from asd_megatron.observe.writer import read_metrics
@@ -42,7 +42,7 @@ def preview(recipe: AnyRecipe, stage: str) -> Start:
         raise UserError(in_use(folder, holder))
     start = decide(recipe, stage)
     while start.kind == "resume" and start.checkpoint is not None:
-        damage = incomplete(Path(start.checkpoint))
+        damage = damage_by_size(Path(start.checkpoint))
         if damage is None:
             break
         start, _ = fall_back(recipe, start, damage)

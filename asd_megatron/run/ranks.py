@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from asd_megatron.config import AnyRecipe, Recipe, check_devices, check_world
 from asd_megatron.distributed import activity, determinism, device, rank_log
 from asd_megatron.distributed import layout as layouts
+from asd_megatron.distributed.activity import PHASES, Phase
 from asd_megatron.distributed.hangs import Limits
 from asd_megatron.distributed.layout import COLLECTIVE_MINUTES, Layout, ProcessGroups
 from asd_megatron.distributed.lost_ranks import RankWatch
@@ -51,20 +52,12 @@ def join_ranks(recipe: AnyRecipe, closing: ExitStack) -> tuple[Layout, ProcessGr
 def phase_limits(recipe: AnyRecipe, *, on_gpus: bool) -> Limits:
     """`run.timeout` by phase. on_gpus: the ranks wait for one another in collectives of NCCL, which has a limit of its
     own: scoring and update, where they do, get less."""
-    t = recipe.run.timeout
-    most = 60 * COLLECTIVE_MINUTES - BEFORE_NCCL_SECONDS
-
-    def below(seconds: float | None) -> float | None:
-        return min(seconds, most) if on_gpus and seconds is not None else seconds
-
-    return {
-        "start": t.start,
-        "rollout": t.rollout,
-        "scoring": below(t.scoring),
-        "update": below(t.update),
-        "checkpoint": t.checkpoint,
-        "evaluation": t.evaluation,
-    }
+    limits: dict[Phase, float | None] = {phase: getattr(recipe.run.timeout, phase) for phase in PHASES}
+    if on_gpus:
+        most = 60 * COLLECTIVE_MINUTES - BEFORE_NCCL_SECONDS
+        in_nccl: tuple[Phase, ...] = ("scoring", "update")
+        limits |= {phase: min(seconds, most) for phase in in_nccl if (seconds := limits[phase]) is not None}
+    return limits
 
 
 def _longest_wait(recipe: AnyRecipe) -> float:

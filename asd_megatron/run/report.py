@@ -26,7 +26,8 @@ from asd_megatron.observe.startup import (
 )
 from asd_megatron.rollout.sglang.servers.options import nccl_settings
 from asd_megatron.run.continual import recorded_origin
-from asd_megatron.run.folder import read_history, writing
+from asd_megatron.run.folder import writing
+from asd_megatron.run.history import read_history
 from asd_megatron.run.session import Session
 from asd_megatron.run.strength import TermStrength
 from asd_megatron.trainer.pass_plan import PassPlan

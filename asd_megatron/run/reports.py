@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asd_megatron.config import Recipe, recipe_hash
-from asd_megatron.errors import LearnsNothing
 from asd_megatron.files import system_reason
 from asd_megatron.models.routing import LoadReport
 from asd_megatron.observe.dumps import dump_path, write_dump
@@ -56,7 +55,7 @@ class StepReports:
 
     def __init__(self, recipe: Recipe, session: Session, own_metrics: SourceMetrics | None, *, has_term: bool) -> None:
         self.recipe, self.session, self.own_metrics, self.has_term = recipe, session, own_metrics, has_term
-        self.warnings = MethodWarnings(group_advantage=recipe.algorithm.weighs_group_advantage)
+        self.warnings = MethodWarnings(recipe.algorithm.weighs_group_advantage, recipe.run.stop_when_dead)
         self.mismatch = MismatchWarning(recipe)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="reports")
         self._latest: Future[None] | None = None
@@ -116,13 +115,13 @@ class StepReports:
         self.session.name_attention(step)
         self.session.write_metrics(step, metrics)
         self.session.progress.update(step, metrics)
-        dead = self.warnings.must_stop(found) if self.recipe.run.stop_when_dead else None
         told, self._dropping = self._dropping, dropped is not None
         for text in (*texts, self.mismatch.of_step(metrics), None if told else dropped):
-            if text is not None and text != str(dead):
+            if text is not None:
                 self.session.say(f"warning: {text}")
+        dead = self.warnings.must_stop(step, found)
         if dead is not None:
-            raise LearnsNothing(f"step {step}: {dead} (run.stop_when_dead false goes on all the same)")
+            raise dead
 
     def _dump(self, outcome: StepOutcome) -> str | None:
         """Write the step's dump; returns why it is dropped, where the operating system refuses: training does not need

@@ -60,4 +60,4 @@ def fall_back(recipe: AnyRecipe, start: Start, damage: DamagedCheckpoint) -> tup
         )
     damaged = (*start.damaged, (Path(start.checkpoint).name, str(damage)))
     found = replace(start, checkpoint=str(older[0]), damaged=damaged)
-    return found, f"{damage}. The run goes on from the one before, {older[0].name}"
+    return found, f"{damage}. The run resumes from the one before, {older[0].name}"

@@ -54,8 +54,8 @@ class TrainingRun:
         self.plan = make_plan(recipe)
         self.strength = make_strength(recipe, self.process_groups, self.port.score_formats)
         self.condition = self.strength.method.condition
-        self.bad = BadBatches(recipe, session)
-        self.scoring = ScoringPasses(recipe, session, self.plan, self.bad)
+        self.bad_batches = BadBatches(recipe, session)
+        self.scoring = ScoringPasses(recipe, session, self.plan, self.bad_batches)
         self.guard, self.increments = Guard(), Increments()
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
@@ -127,7 +127,7 @@ class TrainingRun:
 
     def build_batch(self, groups: Sequence[Group], step: int) -> Batch:
         """Advantages and privileged prompts of complete groups on rank 0; every rank then takes its part of them."""
-        self.bad.begin_step()
+        self.bad_batches.begin_step()
         examples = self.session.only_root(lambda: self._examples(groups, step)) or []
         algorithm = self.recipe.algorithm
         local = self.scoring.divide(examples, algorithm.updates_per_batch)
@@ -162,7 +162,7 @@ class TrainingRun:
                 for line in self.strength.rescale(found):
                     self.session.say(line)
         lam = self.strength.step(batch.local, batch.inputs, teacher, student)
-        self.bad.reading = self.strength.reading
+        self.bad_batches.reading = self.strength.reading
         return lam
 
     def update(
@@ -206,7 +206,7 @@ class TrainingRun:
         if not all(stats.applied):
             first = stats.applied.index(False)
             reason = f"update skipped: loss {stats.losses[first]:g}, gradient norm {stats.grad_norms[first]:g}"
-            self.bad.keep(batch.step, batch.examples, batch.local, columns, reason)
+            self.bad_batches.keep(batch.step, batch.examples, batch.local, columns, reason)
         for loss, grad_norm, applied in zip(stats.losses, stats.grad_norms, stats.applied, strict=True):
             self.guard.check_update(loss, grad_norm, batch.step, applied=applied)
         return stats
@@ -329,7 +329,7 @@ class TrainingRun:
         try:
             check_rollouts(rollouts, step)
         except NotFinite as error:
-            self.bad.keep_groups(step, groups, str(error))
+            self.bad_batches.keep_groups(step, groups, str(error))
             raise
         responses = [rollout.response_ids for rollout in rollouts]
         self.builder.counters["undecodable_tokens"] += undecodable(self.session.tokenizer, responses)

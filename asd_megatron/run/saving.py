@@ -20,7 +20,8 @@ from asd_megatron.errors import UserError, plural
 from asd_megatron.models.port import ModelPort
 from asd_megatron.models.routing import LoadBalance
 from asd_megatron.models.weight_copies import WeightCopies
-from asd_megatron.run.folder import CHECKPOINTS, record, writing
+from asd_megatron.run.folder import CHECKPOINTS, writing
+from asd_megatron.run.history import record
 from asd_megatron.trainer.optimizer import Optimizer
 
 
@@ -104,7 +105,7 @@ class Saver:
         Collective."""
         self.settle()
         if self.failure is not None:
-            raise UserError(f"{self.failure}; {self.newest_text()}: start the same command again to go on from there")
+            raise UserError(f"{self.failure}; {self.newest_text()}: start the same command again to resume from there")
 
     def take_failures(self) -> int:
         """How many attempts have failed since the last call."""
@@ -137,7 +138,7 @@ class Saver:
         self._failed, self._untold = self._failed + 1, self._untold + 1
         every = self._recipe.checkpoint.every
         if first or every and self._step % every == 0:
-            self._say(f"warning: {error}. The run goes on, and its next step tries again; {self.newest_text()}")
+            self._say(f"warning: {error}. The run continues, and the next step tries again; {self.newest_text()}")
             if self._port.process_groups.host.rank() == 0:
                 with suppress(OSError):  # the disk may be full
                     newest = lineage.name(self.newest) if self.newest else None

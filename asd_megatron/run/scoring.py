@@ -43,8 +43,8 @@ class ScoringPasses:
     Collective over all ranks. Scores that are not finite raise NotFinite on every rank.
     """
 
-    def __init__(self, recipe: Recipe, session: Session, plan: PassPlan, bad: BadBatches) -> None:
-        self.session, self.bad = session, bad
+    def __init__(self, recipe: Recipe, session: Session, plan: PassPlan, bad_batches: BadBatches) -> None:
+        self.session, self.bad_batches = session, bad_batches
         self.port, self.process_groups, self.clock = session.port, session.process_groups, session.clock
         self.copies, self.plan, self.temperature = session.copies, plan, recipe.sampling.temperature
         self.tokens_per_microbatch = recipe.batching.tokens_per_microbatch
@@ -135,5 +135,5 @@ class ScoringPasses:
         message = first_message(found, self.process_groups.host)
         if message is not None:
             columns = score_columns(scores, of) if known is None else known
-            self.bad.keep(batch.step, batch.examples, batch.local, columns, message)
+            self.bad_batches.keep(batch.step, batch.examples, batch.local, columns, message)
             raise NotFinite(message)

@@ -39,6 +39,7 @@ from asd_megatron.run.clock import Clock
 from asd_megatron.run.continual import load_origin
 from asd_megatron.run.copies import check_missing, weight_copies
 from asd_megatron.run.folder import Start, writing
+from asd_megatron.run.history import changes_of, record
 from asd_megatron.run.integrity import Integrity
 from asd_megatron.run.interruption import Interruption, own_command
 from asd_megatron.run.model import build_optimizer, build_port, shares_prefixes, updates_per_step
@@ -368,7 +369,7 @@ class Session:
         except UserError as error:  # the same on every rank
             if step == self.recipe.run.steps:
                 raise UserError(f"{error}, then start the same command again") from error
-            self.say(f"warning: {error}. The run goes on without this export")
+            self.say(f"warning: {error}. The run continues without this export")
 
     def _export_if_missing(self, step: int) -> None:
         """Write the export that was due at the step from which the run resumes, if a kill prevented it. Collective."""
@@ -403,8 +404,8 @@ class Session:
             if not self.steps() and (self.folder / folders.SUMMARY_FILE).is_file():
                 return  # a complete run whose export was missing
             with writing(self.folder):
-                changes = folders.changes_of(self.folder)
-                folders.record(self.folder, "end", self.recipe.run.steps)
+                changes = changes_of(self.folder)
+                record(self.folder, "end", self.recipe.run.steps)
                 content = {**summary, "completed": True, "changed_settings": changes}
                 write_json(self.folder / folders.SUMMARY_FILE, content)
                 if self.recipe.logging.curves:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from asd_megatron.config import AnyRecipe
 from asd_megatron.distributed.stop_signals import StopSignals
 from asd_megatron.run import folder as folders
+from asd_megatron.run.history import record
 from asd_megatron.run.interruption import continuing, own_command
 
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
@@ -144,7 +145,7 @@ def conclude(recipe: AnyRecipe, request: StopRequested, done: int, newest: Path 
     with folders.writing(folder):
         (folder / folders.STOP_FILE).unlink(missing_ok=True)
         checkpoint = None if newest is None else str(newest)
-        folders.record(folder, "stop", step, cause=request.cause, learned=step - done, checkpoint=checkpoint)
+        record(folder, "stop", step, cause=request.cause, learned=step - done, checkpoint=checkpoint)
     kept = request.outcome or ("nothing was learned yet" if newest is None else f"state saved in {newest}")
     again = continuing(recipe, own_command())
     kept += _too_short(request, step - done)

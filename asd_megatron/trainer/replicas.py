@@ -157,7 +157,7 @@ def _text(found: dict[int, tuple[tuple[int, ...], ...]], described: Sequence[tup
     names = {identity: name for known, _ in described for identity, name in known.items()}
     hosts = [host for _, host in described]
     differences = [Difference(names[identity], ranks) for identity, ranks in found.items()]
-    # The one that a majority convicts; else a weight before the moments that it has spoilt.
+    # One for which a majority says which rank is wrong; else a weight before the moments computed with it.
     chosen = min(differences, key=lambda one: (not one.suspects, " of " in one.name, one.name))
     more = f" (and of {plural(len(differences) - 1, 'other tensor')})" if len(differences) > 1 else ""
     if chosen.suspects:

@@ -216,7 +216,7 @@ def test_the_state_of_megatron_lm_is_shown(saved: Path, newer: bool) -> None:
 
 
 def test_chunks_of_another_form_are_read_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without check sums, with strides of their own, in another dtype than described."""
+    """Without checksums, with strides of their own, in another dtype than described."""
     tensors = {"plain": torch.randn(6, 5), "turned": torch.randn(5, 6).t(), "long": torch.arange(12).view(3, 4)}
     read: list[str] = []
     by_torch = DistributedCheckpoint._read_by_torch

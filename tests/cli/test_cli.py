@@ -21,7 +21,7 @@ from asd_megatron.cli.main import VERBS, main
 from asd_megatron.distributed import first_error
 from asd_megatron.distributed.launch import cores, set_defaults
 from asd_megatron.errors import UserError
-from asd_megatron.run.folder import record
+from asd_megatron.run.history import record
 
 ROOT = Path(__file__).parents[2]
 # Prints what a rank sees, then ends as OUTCOME says.

@@ -68,7 +68,8 @@ def _rank(rank: int, ranks: int, arguments: list[str], output: Path, port: int, 
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     signal.alarm(int(2 * LIMIT))  # for a rank that hangs
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell's foreground
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell's foreground, without nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before(rank)
     try:
         status = train.main(arguments)

@@ -15,7 +15,7 @@ import pytest
 from asd_megatron import train
 from asd_megatron.observe.lines import LineFile
 from asd_megatron.observe.writer import read_metrics
-from asd_megatron.run.folder import read_history
+from asd_megatron.run.history import read_history
 from asd_megatron.run.rl import TrainingRun
 from tests.e2e.world import World, call, metrics, refusal, steps
 

@@ -11,7 +11,7 @@ import pytest
 from asd_megatron import train
 from asd_megatron.checkpoint import lineage
 from asd_megatron.cli.main import main
-from asd_megatron.run.folder import read_history
+from asd_megatron.run.history import read_history
 from tests.e2e.world import World, call, metrics, refusal, steps
 
 OPTIONS: dict[str, dict[str, Any]] = {"run": {"steps": 6}, "checkpoint": {"every": 1, "keep": 2, "keep_every": 2}}
@@ -40,7 +40,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(world: World, capsys: 
     _flip(saved / "step_000005" / "__0_0.distcp")
     (saved / "step_000004" / "common.pt").unlink()
     status, text = _said(capsys, "verify", str(run))
-    assert status == 1 and f"{saved / 'step_000002'}: whole" in text
+    assert status == 1 and f"{saved / 'step_000002'}: intact" in text
     assert "DAMAGED\n  common.pt is missing" in text and "DAMAGED\n  the content of __0_0.distcp has changed" in text
     status, text = _said(capsys, "list", str(run), "--json")
     listed = {line["name"]: line for line in json.loads(text)["checkpoints"]}
@@ -54,7 +54,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(world: World, capsys: 
     assert call(train.main, arguments) == 0
     said = capsys.readouterr().err
     assert "step_000005 is damaged: the content of __0_0.distcp has changed" in said
-    assert "step_000004 is damaged: common.pt is missing" in said and "goes on from the one before, step_000002" in said
+    assert "step_000004 is damaged: common.pt is missing" in said and "resumes from the one before, step_000002" in said
     events = [event for event in read_history(run) if event["event"] in ("fallback", "resume")]
     assert [Path(event.get("damaged", event.get("checkpoint"))).name for event in events] == [
         "step_000005", "step_000004", "step_000002",
@@ -65,6 +65,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(world: World, capsys: 
     for path in saved.glob("step_*/run_state.json"):
         path.unlink()
     status, text = _said(capsys, "list", str(run))
-    assert status == 1 and "step_000006" in text and "whole" not in text
+    assert status == 1 and "step_000006" in text and "intact" not in text
     lost = refusal(capsys, train.main, [*arguments, "--run.steps", "7"])
     assert "run_state.json is missing" in lost and "There is no older one" in lost

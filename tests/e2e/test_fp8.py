@@ -28,7 +28,7 @@ def _runs(rank: int, folder: str) -> tuple[list[Told], list[list[dict[str, Any]]
 
     device.prepare()
     from asd_megatron.observe.writer import read_metrics
-    from asd_megatron.run.folder import read_history
+    from asd_megatron.run.history import read_history
 
     world, found = make_world(Path(folder), **SIZES), []
     for number, precision in enumerate(FORMATS):

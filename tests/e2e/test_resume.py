@@ -22,7 +22,7 @@ from asd_megatron.observe.names import undocumented
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.records import Group
 from asd_megatron.run import session
-from asd_megatron.run.folder import read_history
+from asd_megatron.run.history import read_history
 from asd_megatron.run.rl import TrainingRun
 from tests.e2e.world import World, dump, metrics, refusal, responses, steps
 

@@ -17,7 +17,7 @@ import pytest
 from asd_megatron import train as program
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.rollout.sglang.engine import SGLangEngine
-from asd_megatron.run.folder import read_history
+from asd_megatron.run.history import read_history
 from asd_megatron.run.mismatch import LARGE_KL
 from asd_megatron.run.rl import TrainingRun
 from tests.e2e.world import World, dump, make_fp8_world, make_world, refusal, start, steps, without_torchrun

@@ -24,7 +24,7 @@ from asd_megatron.rollout.collector import Collector
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
 from asd_megatron.run import rl
 from asd_megatron.run.evaluation import HeldOut
-from asd_megatron.run.folder import read_history
+from asd_megatron.run.history import read_history
 from asd_megatron.run.rl import TrainingRun
 from asd_megatron.run.session import Session
 from asd_megatron.run.stopping import StopRequested

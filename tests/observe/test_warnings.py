@@ -124,8 +124,11 @@ def test_batches_without_a_signal_are_no_dead_model() -> None:
     asked = [{**no_signal, "entropy/student_mean": 0.1 * i, "advantage/abs_mean": 0.3} for i in range(3)]
     watch, found = run(*asked)
     assert [step for step, _ in found] == [3]
-    assert "cannot learn any more" in str(watch.must_stop({"warnings/learns_nothing": 1.0}))
-    assert watch.must_stop({}) is None
+    dead = {"warnings/learns_nothing": 1.0}
+    assert watch.must_stop(3, dead) is None  # a warning by default
+    watch.stop_when_dead = True
+    assert str(watch.must_stop(3, dead)).startswith("step 3: the model cannot learn any more")
+    assert watch.must_stop(3, {}) is None
     supervised = {"optimizer/grad_norm": 0.0}
     assert run(*[{**supervised, "sft/loss": 1e-7}] * 5)[1] == [] and run(*[{**supervised, "sft/loss": 0.2}] * 5)[1]
 

@@ -9,7 +9,8 @@ import pytest
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import FinishReason, Group, Problem, Prompt, Rollout, SamplingParams
-from asd_megatron.rollout.collector import Collector, Evaluation
+from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.draw import Evaluation
 from asd_megatron.rollout.engine import RolloutError
 from tests.distributed.harness import run_ranks
 from tests.rollout.toy import Versioned, one_process_groups

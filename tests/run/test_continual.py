@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 
 from asd_megatron import train
 from asd_megatron.checkpoint import training
@@ -21,7 +20,7 @@ from asd_megatron.config import load_recipe, recipe_hash
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.writer import read_metrics
 from asd_megatron.run.continual import Origin, load_origin
-from asd_megatron.run.folder import read_history
+from asd_megatron.run.history import read_history
 from asd_megatron.run.preview import preview, start_text
 from asd_megatron.run.rl import TrainingRun
 from asd_megatron.run.session import open_session
@@ -30,30 +29,19 @@ from tests.checkpoint.trainer import CONFIG, Trainer, weights
 from tests.distributed.harness import run_ranks
 from tests.e2e.world import call, without_torchrun
 from tests.models import everywhere
+from tests.puzzle_recipe import write_recipe
 
 
 def recipe_file(folder: Path, name: str, condition: str, **sections: dict[str, Any]) -> str:
     recipe: dict[str, dict[str, Any]] = {
         "run": {"name": name, "folder": str(folder / "{name}"), "steps": 4, "seed": 3},
-        "model": {"path": "puzzle:warm_start"},
         "algorithm": {"name": condition},
-        "sampling": {
-            "problems_per_step": 2,
-            "rollouts_per_problem": 4,
-            "max_prompt_tokens": 64,
-            "max_response_tokens": 16,
-        },
-        "data": {"train": "puzzle:train"},
-        "reward": {"name": "puzzle"},
         "optimizer": {"learning_rate": 1e-4, "schedule": "linear", "warmup_steps": 2},
-        "checkpoint": {"every": 2, "export_at_end": False},
-        "logging": {"progress": False, "tensorboard": False, "curves": False},
+        "checkpoint": {"every": 2},
     }
     for section, keys in sections.items():
         recipe.setdefault(section, {}).update(keys)
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return str(path)
+    return str(write_recipe(folder / f"{name}.yaml", **recipe))
 
 
 @pytest.fixture(scope="module")

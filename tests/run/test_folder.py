@@ -18,7 +18,8 @@ from asd_megatron.checkpoint import lineage
 from asd_megatron.config import load_recipe
 from asd_megatron.errors import UserError
 from asd_megatron.files import remove_folder
-from asd_megatron.run.folder import Kind, Start, changes_of, claim, prepare, read_history, record, writing
+from asd_megatron.run.folder import Kind, Start, claim, prepare, writing
+from asd_megatron.run.history import changes_of, read_history, record
 from asd_megatron.run.preview import finished_text
 from tests.run.starts import begin, checkpoint, complete, contents, recipe, refusal
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from asd_megatron.cli.main import main
-from asd_megatron.run.folder import read_history
+from asd_megatron.run.history import read_history
 from tests.e2e.world import ROOT, metrics, start, steps
 from tests.slurm.cluster import Cluster, cluster
 

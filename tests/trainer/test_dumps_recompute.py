@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from asd_megatron import train
 from asd_megatron.observe.dumps import Dump, dump_path, read_dump
 from asd_megatron.observe.writer import read_metrics
 from tests.e2e.world import call
+from tests.puzzle_recipe import write_recipe
 from tests.reference.dense import DenseGate, DenseRecipe, DenseResult, exact, score_batch
 
 RUNS: dict[str, tuple[dict[str, Any], DenseRecipe]] = {
@@ -60,24 +60,14 @@ RUNS: dict[str, tuple[dict[str, Any], DenseRecipe]] = {
 def run(folder: Path, name: str) -> Path:
     sections: dict[str, dict[str, Any]] = {
         "run": {"name": name, "folder": str(folder / name), "steps": 2, "dump_rollouts": True},
-        "model": {"path": "puzzle:warm_start"},
-        "sampling": {
-            "problems_per_step": 5,
-            "rollouts_per_problem": 4,
-            "max_prompt_tokens": 64,
-            "max_response_tokens": 24,
-        },
-        "data": {"train": "puzzle:train"},
-        "reward": {"name": "puzzle"},
+        "sampling": {"problems_per_step": 5, "max_response_tokens": 24},
         "optimizer": {"learning_rate": 3e-4},
         "batching": {"tokens_per_microbatch": 400},
         "checkpoint": {"export_every": 1},
-        "logging": {"progress": False, "tensorboard": False, "curves": False},
     }
     for section, keys in RUNS[name][0].items():
         sections[section] = {**sections.get(section, {}), **keys}
-    recipe = folder / f"{name}.yaml"
-    recipe.write_text(yaml.safe_dump(sections))
+    recipe = write_recipe(folder / f"{name}.yaml", **sections)
     assert call(train.main, [str(recipe)]) == 0
     return folder / name
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from asd_megatron import train
 from asd_megatron.config import load_recipe
@@ -25,27 +24,17 @@ from asd_megatron.trainer import passes, spikes
 from asd_megatron.trainer.columns import Scores
 from asd_megatron.trainer.guard import NotFinite
 from tests.e2e.world import call, without_torchrun
+from tests.puzzle_recipe import write_recipe
 
 
 def recipe_file(folder: Path, **algorithm: Any) -> Path:
-    sections: dict[str, dict[str, Any]] = {
-        "run": {"folder": str(folder / "run"), "steps": 6},
-        "model": {"path": "puzzle:warm_start"},
-        "algorithm": {"name": "no_gate", **algorithm},
-        "sampling": {
-            "problems_per_step": 2,
-            "rollouts_per_problem": 3,
-            "max_prompt_tokens": 64,
-            "max_response_tokens": 16,
-        },
-        "data": {"train": "puzzle:train"},
-        "reward": {"name": "puzzle"},
-        "checkpoint": {"every": 1, "export_at_end": False},
-        "logging": {"progress": False, "tensorboard": False, "curves": False},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(sections))
-    return path
+    return write_recipe(
+        folder / "recipe.yaml",
+        run={"steps": 6},
+        algorithm={"name": "no_gate", **algorithm},
+        sampling={"rollouts_per_problem": 3},
+        checkpoint={"every": 1},
+    )
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from asd_megatron.observe.writer import read_metrics
@@ -19,6 +18,7 @@ from asd_megatron.trainer.optimizer import Optimizer
 from asd_megatron.trainer.replicas import Replicas, checksum
 from tests.checkpoint.trainer import CONFIG, MOE, weights
 from tests.distributed.harness import run_ranks
+from tests.puzzle_recipe import write_recipe
 
 NORM, EMBEDDING = "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"
 EXPERT = "model.layers.0.mlp.experts.1.down_proj.weight"
@@ -148,27 +148,16 @@ def test_a_flipped_bit_is_found_and_named(case: str) -> None:
 
 
 def recipe_file(folder: Path) -> Path:
-    sections: dict[str, dict[str, Any]] = {
-        "run": {"folder": str(folder / "run"), "steps": 4, "replica_check_every": 1},
-        "model": {"path": "puzzle:warm_start"},
-        "parallelism": {"data": 2},
-        "algorithm": {"name": "no_gate"},
-        "sampling": {
-            "problems_per_step": 2,
-            "rollouts_per_problem": 2,
-            "max_prompt_tokens": 64,
-            "max_response_tokens": 12,
-        },
-        "data": {"train": "puzzle:train"},
-        "reward": {"name": "puzzle"},
-        "optimizer": {"learning_rate": 1e-4},
-        "checkpoint": {"every": 1, "export_at_end": False},
-        "logging": {"progress": False, "tensorboard": False, "curves": False},
-    }
     folder.mkdir()
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(sections))
-    return path
+    return write_recipe(
+        folder / "recipe.yaml",
+        run={"steps": 4, "replica_check_every": 1},
+        parallelism={"data": 2},
+        algorithm={"name": "no_gate"},
+        sampling={"rollouts_per_problem": 2, "max_response_tokens": 12},
+        optimizer={"learning_rate": 1e-4},
+        checkpoint={"every": 1},
+    )
 
 
 def _train(rank: int, recipe: str, flip_after: int) -> tuple[int, str]:

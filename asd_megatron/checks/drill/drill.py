@@ -57,9 +57,9 @@ def main(names: Sequence[str], *, json_file: Path | None, page: Path | None, fol
                 f"no fault {name!r}: {did_you_mean(name, FAULTS) or 'asd-megatron drill --list names them'}"
             )
     before = None if page is None else _halves(page)
-    for number in (signal.SIGINT, signal.SIGHUP):  # ignored in a shell's background and under nohup, and then inherited
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    for ignored in (signal.SIGINT, signal.SIGHUP):  # in a shell's background and under nohup, and then inherited
+        if signal.getsignal(ignored) is signal.SIG_IGN:
+            signal.signal(ignored, signal.SIG_DFL)
     chosen = list(names) or list(FAULTS)
     with ExitStack() as stack:
         if folder is None:

@@ -20,7 +20,7 @@ REQUESTS = {
     "sigusr1": (signal.SIGUSR1, "launcher", "SIGUSR1 to the launcher (Slurm's warning)"),
     "ctrl_c": (signal.SIGINT, "group", "Ctrl-C in the terminal"),
 }
-STOPPED = "status 0, state of a whole step saved, one line says where to go on; resumed bit for bit"
+STOPPED = "status 0, state of a complete step saved, one line says where to go on; resumed bit for bit"
 LOST = "all ranks end, one line names the rank and how it ended; resumed bit for bit"
 
 
@@ -140,10 +140,10 @@ def _all() -> dict[str, Fault]:
                 for layout, text in (("dp2", "data parallelism 2"), ("tp2", "tensor parallelism 2"))
             },
             "nan_on_one_rank": Fault(
-                "NaN in a gradient of rank 1", "that update is skipped on all ranks, the run goes on", _not_a_number
+                "NaN in a gradient of rank 1", "that update is skipped on all ranks, the run continues", _not_a_number
             ),
             "two_runs_in_one_folder": Fault(
-                "the same command twice at once", "the second is refused, the first goes on", _two_runs
+                "the same command twice at once", "the second is refused, the first continues", _two_runs
             ),
         }
         | storage.faults()

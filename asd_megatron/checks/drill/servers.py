@@ -22,7 +22,7 @@ def faults() -> dict[str, Fault]:
     return {
         "server_killed": Fault(
             "SIGKILL of an SGLang server that holds carried responses, in rollout",
-            "the run goes on, every group complete, no carried response lost",
+            "the run continues, every group complete, no carried response lost",
             _server_killed,
         )
     }

@@ -48,15 +48,15 @@ def faults() -> dict[str, Fault]:
         ),
         "disk_full": Fault(
             f"no space left ({SPACE_MIB} MiB file system), and space again later",
-            "one line; a whole checkpoint stays; with space the same command ends bit for bit",
+            "one line; an intact checkpoint stays; with space the same command ends bit for bit",
             _full,
         ),
         "no_space_for_one_save": Fault(
-            "ENOSPC while one checkpoint is written", "one line; the run goes on and saves again", _one_save_fails
+            "ENOSPC while one checkpoint is written", "one line; the run continues and saves again", _one_save_fails
         ),
         "malformed_line": Fault(
             "a malformed line in the training set, found when the run is started again",
-            "refused with file and line; mended, resumed bit for bit",
+            "refused with file and line; corrected, resumed bit for bit",
             _malformed,
         ),
         "changed_layout": Fault(
@@ -148,7 +148,7 @@ def _killed_in_background(world: World, name: str) -> Verdict:
     sections: Sections = {"checkpoint": {"every": 1, "keep": 3, "async_save": True, "export_at_end": False}}
     outcome = disturb(world, name, Disturbance("save", "kill", rank=None, sections=sections))
     happened = f"status {outcome.ended.status}; checkpoint of step {outcome.kept}"
-    return judged({"the one before is whole": outcome.kept == FAULT_STEP - 1}, happened, outcome)
+    return judged({"the one before is intact": outcome.kept == FAULT_STEP - 1}, happened, outcome)
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def _full(world: World, name: str) -> Verdict:
         lost = sum(count for step, count in learned.items() if kept < step < FAULT_STEP)
     said = [line for line in ended.output.splitlines() if "No space left" in line]
     held = {
-        "one whole checkpoint": kept >= FAULT_STEP - 1,
+        "an intact checkpoint": kept >= FAULT_STEP - 1,
         "said": bool(said),
         "no traceback": "Traceback" not in ended.output,
         "no token lost": lost == 0,

@@ -1,4 +1,8 @@
-"""Signals at the ranks of a run, and ranks that hang: exit statuses, what the console says, what is kept."""
+"""Signals at the ranks of a run, ranks that hang, and one rank of two that fails: exit statuses, how soon the run ends,
+what the console says, what is kept.
+
+One process, with the program imported, forks the ranks of every case.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +28,51 @@ SECONDS = 1.5  # time-outs of the phases
 SIGNALLED = {"start": 2, "one_rank": 2, "twice": 1}  # ranks of each case
 HANGING = {"scoring": (1, 2), "rollout": (0, 1)}  # by phase: the rank that hangs, of how many
 BLOCKED = "update"  # the phase in which a rank's interpreter is blocked, so that no thread of Python's runs
+FAILING = (
+    "collect",
+    "build_batch",
+    "score_teacher",
+    "score_student",
+    "gate_step",
+    "update",
+    "observe",
+    "checkpoint",
+    "export",
+)
+"""Places in a step where a rank raises beside what the other rank does there."""
+ON_RANK_ZERO = ("observe", "checkpoint", "export")  # what rank 0 does there, it does alone
+CAUSE = "the cause of it all"
 Ending = tuple[list[int], float, str]
 
 
 @pytest.fixture(scope="module")
-def endings(world: World) -> dict[str, Ending]:
+def pool() -> Iterator[Pool]:
+    with forkserver().Pool(1, prepare) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def endings(world: World, pool: Pool) -> dict[str, Ending]:
     """By case: the exit statuses, seconds from the signal or hang to the end, what was printed."""
     settings: dict[str, Any] = {"run": {"steps": 3}, "algorithm": {"name": "antisd"}, "checkpoint": {"every": 1}}
     recipe = world.recipe("forked.yaml", **settings)
-    with forkserver().Pool(1) as pool:
-        return dict(pool.apply(_endings, (str(recipe), str(world.folder))))
+    return dict(pool.apply(_endings, (str(recipe), str(world.folder))))
+
+
+@pytest.fixture(scope="module")
+def failures(world: World, pool: Pool) -> dict[tuple[str, int], Ending]:
+    """By place and failing rank: the exit statuses, the seconds from the failure to the end, what was printed."""
+    recipe = world.recipe(
+        "two_ranks.yaml",
+        parallelism={"data": 2},
+        algorithm={"name": "antisd", "updates_per_batch": 2},
+        checkpoint={"every": 1, "export_every": 1},
+    )
+    # Half of the cases with the failure on rank 0, the other half on rank 1; both for what rank 0 does alone.
+    alone = [(place, rank) for rank in (0, 1) for place in ON_RANK_ZERO]
+    cases = [(place, n % 2) for n, place in enumerate(FAILING) if place not in ON_RANK_ZERO] + alone
+    found = pool.apply(_failures, (cases, str(recipe), str(world.folder)))
+    return dict(zip(cases, found, strict=True))
 
 
 @pytest.mark.timeout(200)
@@ -85,10 +125,18 @@ def test_a_blocked_interpreter_ends_with_its_stacks(world: World, endings: dict[
     assert " in _hang\n" in (world.run_folder(BLOCKED) / "logs" / "rank_1.log").read_text()
 
 
+@pytest.mark.timeout(300)
+def test_one_rank_fails_and_the_run_ends_soon_and_says_why(failures: dict[tuple[str, int], Ending]) -> None:
+    for case, (statuses, seconds, printed) in failures.items():
+        assert seconds < LIMIT, (case, seconds, printed)
+        assert statuses[case[1]] > 0 and 0 not in statuses, (case, statuses, printed)
+        errors = [line for line in printed.splitlines() if re.match(r"(error|\w*Error)\b", line)]
+        assert errors and CAUSE in errors[0], (case, printed)
+
+
 def _endings(recipe: str, folder: str) -> dict[str, Ending]:
     from asd_megatron.distributed import first_error, lost_ranks
 
-    prepare()
     first_error.HEAD_START = 0.5
     lost_ranks.BEAT_SECONDS, lost_ranks.LATER_SECONDS = 0.25, 2.0
     cases = SIGNALLED | {phase: ranks for phase, (_, ranks) in HANGING.items()} | {BLOCKED: 2}
@@ -165,3 +213,48 @@ def _make_signalled(name: str, mark: Callable[[], None]) -> None:
         return original(*arguments, **options)
 
     setattr(module, function, signalled)
+
+
+def _failures(cases: list[tuple[str, int]], recipe: str, folder: str) -> list[Ending]:
+    from asd_megatron.distributed import first_error
+
+    first_error.HEAD_START = 0.5  # rank 0 has failed already when the other does because of it
+    return [_failure(place, rank, recipe, Path(folder) / f"{place}_{rank}") for place, rank in cases]
+
+
+def _failure(place: str, failing: int, recipe: str, files: Path) -> Ending:
+    failed, output = files.with_suffix(".failed"), files.with_suffix(".txt")
+
+    def before(rank: int) -> None:
+        if rank == failing:
+            _make_fail(place, failed)
+
+    statuses = wait(fork_ranks([recipe, "--run.name", files.name], output, 2, before))
+    seconds = time.time() - float(failed.read_text()) if failed.exists() else float("inf")
+    return statuses, seconds, output.read_text()
+
+
+def _make_fail(place: str, failed: Path) -> None:
+    """This rank raises at the place, beside what the other rank does there."""
+    from asd_megatron.checkpoint import training
+    from asd_megatron.rollout.embedded.engine import EmbeddedEngine
+    from asd_megatron.run import rl, session
+    from asd_megatron.trainer import passes
+    from asd_megatron.trainer.local_batch import LocalBatch
+
+    def fail(*_: Any, **__: Any) -> None:
+        failed.write_text(str(time.time()))
+        raise OSError(CAUSE)
+
+    where: dict[str, tuple[Any, str]] = {
+        "collect": (EmbeddedEngine, "collect"),
+        "build_batch": (LocalBatch, "receive"),
+        "score_teacher": (passes, "score_teacher"),
+        "score_student": (passes, "score_student"),
+        "gate_step": (passes, "gate_entropy"),
+        "update": (rl, "update"),
+        "observe": (rl, "gather_table"),
+        "checkpoint": (training, "_parts"),
+        "export": (session, "write_folder"),
+    }
+    setattr(*where[place], fail)
