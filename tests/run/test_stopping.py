@@ -15,8 +15,8 @@ import pytest
 from asd_megatron.cli.main import main
 from asd_megatron.distributed import stop_signals
 from asd_megatron.distributed.stop_signals import StopSignals
-from asd_megatron.run.folder import hold
-from asd_megatron.run.stopping import MARGIN_SECONDS, Stopping, StopRequested, deadline
+from asd_megatron.run.folder import HISTORY_FILE, hold
+from asd_megatron.run.stopping import MARGIN_SECONDS, Stopping, StopRequested, conclude, deadline
 from tests.distributed.harness import run_ranks
 from tests.rollout.toy import one_process_groups
 from tests.run.starts import begin, recipe
@@ -143,3 +143,9 @@ def test_the_verb_asks_a_run_that_is_there(tmp_path: Path, capsys: pytest.Captur
     assert (folder / "stop").exists()
     begin(folder)
     assert not (folder / "stop").exists()
+
+
+def test_a_stop_on_a_full_disk_is_told_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / HISTORY_FILE).symlink_to("/dev/full")
+    request = StopRequested("SIGTERM", 3, "state not saved (no room)")
+    assert "stopped at step 3 after SIGTERM: state not saved (no room)" in conclude(recipe(tmp_path), request, 0, None)
