@@ -30,6 +30,7 @@ KEPT_IGNORED = (signal.SIGINT, signal.SIGHUP)
 """Those that stay ignored where the parent ignores them: by a shell for a job in the background, by nohup."""
 REPEAT_SECONDS = 5.0
 PRESS_SECONDS = 0.3
+ANNOUNCE_SECONDS = 15.0  # at most, for the ranks to agree on who says it
 FORCED = 3
 """The number of Ctrl-C at which a launcher kills ranks that react to none."""
 
@@ -52,6 +53,7 @@ class StopSignals:
         self._begun, self._told = begun, told
         self._since = 0.0
         self._before: dict[int, Any] = {}
+        self._announcing: threading.Thread | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -73,6 +75,8 @@ class StopSignals:
             self._before.clear()
             signal.set_wakeup_fd(self._descriptor)
             self._writer.close()  # ends the thread
+        if self._announcing is not None:  # in a call of the store's when Python ends, it would abort the process
+            self._announcing.join(ANNOUNCE_SECONDS)
 
     def _watch(self) -> None:
         with self._reader:
@@ -88,8 +92,10 @@ class StopSignals:
                 os._exit(128 + number)
             if not self._begun():
                 self._end(number)
-            self.received, self._since = number.name, now
-            threading.Thread(target=_announce, args=(number,), name="stop announcement", daemon=True).start()
+            self._since = now
+            self._announcing = threading.Thread(target=_announce, args=(number,), name="stop announcement", daemon=True)
+            self._announcing.start()
+            self.received = number.name
         elif now - self._since > (PRESS_SECONDS if number == signal.SIGINT else REPEAT_SECONDS):
             self._end(number)
 

@@ -149,3 +149,18 @@ def test_a_stop_on_a_full_disk_is_told_all_the_same(tmp_path: Path) -> None:
     (tmp_path / HISTORY_FILE).symlink_to("/dev/full")
     request = StopRequested("SIGTERM", 3, "state not saved (no room)")
     assert "stopped at step 3 after SIGTERM: state not saved (no room)" in conclude(recipe(tmp_path), request, 0, None)
+
+
+def test_what_announces_a_stop_ends_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may stop within the seconds that the ranks need to agree on who says it."""
+    said: list[signal.Signals] = []
+
+    def announce(number: signal.Signals) -> None:
+        time.sleep(0.3)
+        said.append(number)
+
+    monkeypatch.setattr(stop_signals, "_announce", announce)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert wait_for(signals) == "SIGUSR1"
+    assert said == [signal.SIGUSR1]
