@@ -46,6 +46,8 @@ GONE_BEATS = 3
 """After an error of a collective: a rank that has missed so many beats is its cause."""
 CAUSE_SECONDS = 6.0  # in which that shows
 LATER_SECONDS = 6.0  # than its time-out, a process whose interpreter is blocked ends
+LEAVE_SECONDS = 10.0
+"""For the watch to end: in a call of the store's when Python ends, its thread would abort the process."""
 AGAIN = "Start the run again with the same command: it continues from its newest checkpoint"
 AT_ONCE = timedelta(seconds=60)  # all ranks connect to the store at the same moment
 PREFIX = "asd_megatron/alive"
@@ -123,7 +125,7 @@ class RankWatch:
             _current = None
         self._stopping.set()
         for thread in self._threads:
-            thread.join(2 * BEAT_SECONDS)  # longer only if the store does not answer
+            thread.join(LEAVE_SECONDS)  # longer than a beat only if the store does not answer
         self._threads.clear()
 
     def cause(self, seconds: float = CAUSE_SECONDS) -> str:
