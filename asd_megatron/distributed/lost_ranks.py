@@ -15,7 +15,8 @@ watched and nobody is lost; one that hangs ends the ranks, rank 0 too, in the sa
 The main thread of a rank usually waits in a collective that nothing interrupts, so the process is ended, after it has
 written its Python stacks to its log. A rank that is busy, or waits, counts on. One that is stopped (SIGSTOP) does not,
 nor does one whose interpreter is blocked: the first is continued so that it ends too, the second is ended by a thread
-of faulthandler's, which needs no interpreter (another thread puts it off once a second). A lone rank watches its own progress.
+of faulthandler's, which needs no interpreter (another thread puts it off once a second). A lone rank watches its own
+progress.
 """
 
 from __future__ import annotations
@@ -277,7 +278,8 @@ class RankWatch:
     def _silent_text(self, since: str) -> str:
         """What the message about a silent store says: the first node's launcher has it, or rank 0. since: how long."""
         if self._launched and self._environment.get("GROUP_RANK", "0") == "0":
-            return f"the launcher (process {os.getppid()}), which has the ranks' store, has not answered for {since}. {AGAIN}"
+            launcher = f"the launcher (process {os.getppid()}), which has the ranks' store,"
+            return f"{launcher} has not answered for {since}. {AGAIN}"
         return (
             f"rank 0 on {self._names[0]} is gone: its node has not answered rank {self.rank} on"
             f" {self._names[self.rank]} for {since}, so that node or the network to it is lost. {AGAIN}"
