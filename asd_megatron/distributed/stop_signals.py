@@ -11,6 +11,7 @@ One request may arrive as several signals, and a second one has to be told from 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -69,14 +70,15 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._announcing is not None:  # in a call of the store's when Python ends, it would abort the process
+            self._since = math.inf  # no second request: the run has ended
+            self._announcing.join(ANNOUNCE_SECONDS)
         if self._before:
             for number, handler in self._before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
             self._before.clear()
             signal.set_wakeup_fd(self._descriptor)
             self._writer.close()  # ends the thread
-        if self._announcing is not None:  # in a call of the store's when Python ends, it would abort the process
-            self._announcing.join(ANNOUNCE_SECONDS)
 
     def _watch(self) -> None:
         with self._reader:
