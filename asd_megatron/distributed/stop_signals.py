@@ -54,6 +54,7 @@ class StopSignals:
         self._begun, self._told = begun, told
         self._since = 0.0
         self._before: dict[int, Any] = {}
+        self._watching: threading.Thread | None = None
         self._announcing: threading.Thread | None = None
 
     def __enter__(self) -> StopSignals:
@@ -64,21 +65,25 @@ class StopSignals:
             for number in received_signals():
                 self._before[number] = signal.signal(number, _handle)
                 signal.siginterrupt(number, False)  # system calls of native threads go on
-            threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
+            self._watching = threading.Thread(target=self._watch, name="stop signals", daemon=True)
+            self._watching.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._before:
+            return
+        self._since = math.inf  # no second request: the run has ended
+        signal.set_wakeup_fd(self._descriptor)
+        self._writer.close()  # ends the thread
+        if self._watching is not None:
+            self._watching.join(ANNOUNCE_SECONDS)
         if self._announcing is not None:  # in a call of the store's when Python ends, it would abort the process
-            self._since = math.inf  # no second request: the run has ended
             self._announcing.join(ANNOUNCE_SECONDS)
-        if self._before:
-            for number, handler in self._before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-            self._before.clear()
-            signal.set_wakeup_fd(self._descriptor)
-            self._writer.close()  # ends the thread
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before.clear()
 
     def _watch(self) -> None:
         with self._reader:

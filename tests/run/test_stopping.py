@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -152,15 +153,23 @@ def test_a_stop_on_a_full_disk_is_told_all_the_same(tmp_path: Path) -> None:
 
 
 def test_what_announces_a_stop_ends_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run may stop within the seconds that the ranks need to agree on who says it."""
+    """A run may stop within the seconds that the ranks need to agree on who says it, or as the signal arrives."""
     said: list[signal.Signals] = []
+    neighbours = stop_signals._ended_neighbours
 
     def announce(number: signal.Signals) -> None:
         time.sleep(0.3)
         said.append(number)
 
+    def look() -> list[int]:
+        arrived.set()
+        time.sleep(0.3)
+        return neighbours()
+
     monkeypatch.setattr(stop_signals, "_announce", announce)
-    with StopSignals() as signals:
+    monkeypatch.setattr(stop_signals, "_ended_neighbours", look)
+    arrived = threading.Event()
+    with StopSignals():
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert wait_for(signals) == "SIGUSR1"
+        assert arrived.wait(10)
     assert said == [signal.SIGUSR1]
