@@ -95,6 +95,11 @@ def step_of(checkpoint: str) -> int:
     return _number(checkpoint) or 0
 
 
+def is_one_of_a_run(path: Path) -> bool:
+    """Whether `path` has the name of a checkpoint and the place of one, beside `latest`, whatever is in it."""
+    return _number(path.name) is not None and (path.parent / LATEST).is_file()
+
+
 def _named(folder: Path) -> str | None:
     """What `latest` holds, None when there is no such file."""
     with user_error(f"{folder / LATEST} cannot be read", "check the run folder's permissions"):

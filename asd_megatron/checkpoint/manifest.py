@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -144,9 +145,10 @@ class Manifest:
             files = {name: FileEntry(int(v["bytes"]), str(v["checksum"])) for name, v in found["files"].items()}
             layout = {str(name): int(size) for name, size in found["layout"].items()}
             step, stage, time = int(found["step"]), str(found["stage"]), str(found["time_utc"])
+            datetime.fromisoformat(time)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise damaged(folder, f"{MANIFEST} lacks what it should have ({type(error).__name__}: {error})") from error
-        if any(Path(name).name != name for name in files):
+        if any(Path(name).name != name or "\0" in name for name in files):
             raise damaged(folder, f"{MANIFEST} names a file that is not in the folder")
         return cls(step, stage, layout, time, files)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from asd_megatron.checkpoint import copies_state
-from asd_megatron.checkpoint.lineage import RUN_STATE
+from asd_megatron.checkpoint.lineage import RUN_STATE, is_one_of_a_run
 from asd_megatron.checkpoint.manifest import MANIFEST, damage, damaged
 from asd_megatron.errors import UserError
 from asd_megatron.files import read_json_object
@@ -49,9 +49,11 @@ class RunStateFile:
     @classmethod
     def read(cls, path: Path) -> Self:
         """That of the checkpoint `path`. Raises UserError for a folder that is no checkpoint or of another format, a
-        DamagedCheckpoint where the file cannot be understood, or is missing beside others of a checkpoint."""
+        DamagedCheckpoint where the file cannot be understood, or is missing beside others of a checkpoint or in a place
+        for one."""
         file = path / RUN_STATE
-        if not file.is_file() and (not path.is_dir() or (path / MANIFEST).exists() or (path / ".metadata").exists()):
+        others = not path.is_dir() or (path / MANIFEST).exists() or (path / ".metadata").exists()
+        if not file.is_file() and (others or is_one_of_a_run(path)):
             raise damaged(path, f"{RUN_STATE} is missing" if path.is_dir() else "its folder is missing")
         if not file.is_file():
             raise UserError(

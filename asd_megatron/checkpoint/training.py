@@ -288,7 +288,7 @@ def _verified(path: Path, group: dist.ProcessGroup) -> tuple[RunStateFile, list[
             log.warning("%s: %s", path, NO_MANIFEST)
         return stored, []
     mine = manifest.shares(group.size())[group.rank()]
-    for problem in manifest.problems(path, mine):
+    for problem in manifest.problems(path, mine, lambda _: activity.mark()):
         raise damaged(path, problem)
     return stored, mine
 

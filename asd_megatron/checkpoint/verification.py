@@ -114,4 +114,4 @@ def problems(path: Path, progress: Progress | None = None) -> Iterator[str]:
 
 def total_bytes(path: Path) -> int:
     """Of what `problems` reads, about."""
-    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path.is_dir() else 0

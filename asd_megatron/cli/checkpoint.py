@@ -88,17 +88,25 @@ def _inspect(arguments: Any) -> int:
     return 0
 
 
+def _all_and_latest(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, and the one that `latest` names if it is not there."""
+    from asd_megatron.checkpoint.lineage import all_of, named
+
+    found, newest = all_of(folder), named(folder)
+    return [*found, *([newest] if newest is not None and newest not in found else [])]
+
+
 def _verify(arguments: Any) -> int:
     from tqdm import tqdm
 
-    from asd_megatron.checkpoint.lineage import RUN_STATE, all_of
+    from asd_megatron.checkpoint.lineage import RUN_STATE
     from asd_megatron.checkpoint.manifest import MANIFEST
     from asd_megatron.checkpoint.verification import NO_MANIFEST, problems, total_bytes
 
     path: Path = arguments.path
     itself = any((path / name).exists() for name in (RUN_STATE, MANIFEST, ".metadata"))
     found: dict[Path, list[str]] = {}
-    checkpoints = [path] if itself else all_of(_folder(path))
+    checkpoints = [path] if itself else _all_and_latest(_folder(path))
     total = sum(map(total_bytes, checkpoints))
     with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         for checkpoint in checkpoints:

@@ -10,7 +10,9 @@ the rank that the others wait for:
 
 Behind is a rank with a lower position, or with the same one and fewer collectives of a group that both are in. Of the
 ranks that are behind none, those whose main thread is not in a call of torch.distributed count first; if all are in
-one, all are named. The run hangs when such a rank has made no progress for the time-out of its own phase.
+one, all are named. The run hangs when such a rank has made no progress for the time-out of its own phase, and the
+others have waited for it for some beats: when rank 0 has just ended a long work that all others waited for, their
+reports are a little older than its own, and show them behind it, without progress for as long as that work took.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from dataclasses import dataclass
 
 from asd_megatron.distributed.activity import Phase, Report
 
+SETTLED_BEATS = 5
+"""For which the others have to wait for a rank that hangs: reports arrive meanwhile, on a busy machine too."""
 Limits = Mapping[Phase, float | None]
 """By phase: seconds without progress; None: no bound."""
 
@@ -40,6 +44,7 @@ class HangRule:
         self._limits, self._beat = limits, beat
         self._seen: list[tuple[int, int] | None] = [None] * world
         self._still = [0] * world  # beats since a rank's last progress
+        self._awaited = [0] * world  # beats for which the others have waited for a rank
 
     def look(self, reports: Sequence[Report]) -> Hang | None:
         """The newest reports, by rank. Beats are counted, not seconds: a pause of this process is nobody's hang."""
@@ -47,9 +52,9 @@ class HangRule:
             progress = (report.position, report.marks)
             self._still[rank] = self._still[rank] + 1 if self._seen[rank] == progress else 0
             self._seen[rank] = progress
-        if not any(self._overdue(rank, report) for rank, report in enumerate(reports)):
-            return None
-        late = [rank for rank in waited_for(reports) if self._overdue(rank, reports[rank])]
+        awaited = waited_for(reports)
+        self._awaited = [beats + 1 if rank in awaited else 0 for rank, beats in enumerate(self._awaited)]
+        late = [rank for rank in awaited if self._overdue(rank, reports[rank])]
         if not late:
             return None
         phase = reports[late[0]].phase
@@ -58,7 +63,8 @@ class HangRule:
 
     def _overdue(self, rank: int, report: Report) -> bool:
         limit = self._limits.get(report.phase)
-        return limit is not None and self._still[rank] * self._beat >= limit
+        settled = self._awaited[rank] >= SETTLED_BEATS
+        return limit is not None and settled and self._still[rank] * self._beat >= limit
 
 
 def waited_for(reports: Sequence[Report]) -> list[int]:

@@ -56,7 +56,17 @@ def _watch(launcher: int, name: str, speaks: bool) -> None:
 
 def runs(process: int) -> bool:
     """Whether there is such a process that is no zombie; False where /proc does not tell."""
+    return _state(process) not in (b"", b"Z", b"X")
+
+
+def is_stopped(process: int) -> bool:
+    """Whether a process is stopped (Ctrl-Z, SIGSTOP, a debugger); False where /proc does not tell."""
+    return _state(process) in (b"T", b"t")
+
+
+def _state(process: int) -> bytes:
+    """The letter of /proc/N/stat, empty where there is none."""
     try:
-        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0]
     except OSError:
-        return False
+        return b""

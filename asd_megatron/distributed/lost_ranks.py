@@ -9,10 +9,14 @@ second, in a thread. Global rank 0 reads all of them, and so does rank 1, which 
              ranks have made no progress for the time-out of their phase (`hangs`): the same
     others   the store has not answered for so many seconds, so that rank 0's node is lost; or it says what has happened
 
+Under torchrun and `asd-megatron train` the store is in the launcher. While that one is stopped (Ctrl-Z) nobody can be
+watched and nobody is lost; one that hangs ends the ranks, rank 0 too, in the same time.
+
 The main thread of a rank usually waits in a collective that nothing interrupts, so the process is ended, after it has
 written its Python stacks to its log. A rank that is busy, or waits, counts on. One that is stopped (SIGSTOP) does not,
 nor does one whose interpreter is blocked: the first is continued so that it ends too, the second is ended by a thread
-of faulthandler's, which needs no interpreter. A lone rank watches its own progress.
+of faulthandler's, which needs no interpreter (another thread puts it off once a second). A lone rank watches its own
+progress.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from asd_megatron.distributed import activity, rank_log
 from asd_megatron.distributed.activity import Report
 from asd_megatron.distributed.first_error import claimed, connect, report_once
 from asd_megatron.distributed.hangs import Hang, HangRule, Limits
+from asd_megatron.distributed.launcher import is_stopped
 from asd_megatron.distributed.stop_signals import ranks_of
 from asd_megatron.errors import UserError
 
@@ -42,6 +47,8 @@ GONE_BEATS = 3
 """After an error of a collective: a rank that has missed so many beats is its cause."""
 CAUSE_SECONDS = 6.0  # in which that shows
 LATER_SECONDS = 6.0  # than its time-out, a process whose interpreter is blocked ends
+LEAVE_SECONDS = 10.0
+"""For the watch to end: in a call of the store's when Python ends, its thread would abort the process."""
 AGAIN = "Start the run again with the same command: it continues from its newest checkpoint"
 AT_ONCE = timedelta(seconds=60)  # all ranks connect to the store at the same moment
 PREFIX = "asd_megatron/alive"
@@ -83,7 +90,7 @@ class RankWatch:
         self._key = ""
         self._store: dist.Store | None = None
         self._ended = threading.Lock()
-        self._beating: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def start(self, host: dist.ProcessGroup, groups: Sequence[dist.ProcessGroup] = ()) -> None:
         """Begin, once all ranks have. `host`: all ranks, on gloo. `groups`: as for `activity.report`. Collective."""
@@ -94,10 +101,9 @@ class RankWatch:
         elif not any(self._limits.values()):
             return
         _current = self
-        self._beating = threading.Thread(target=self._beat, name="rank watch", daemon=True)
-        self._beating.start()
-        if self.rank:
-            threading.Thread(target=self._count, name="rank watch of the store", daemon=True).start()
+        for action, name in ((self._beat, "rank watch"), (self._count, "rank watch of the store")):
+            self._threads.append(threading.Thread(target=action, name=name, daemon=True))
+            self._threads[-1].start()
 
     def _meet(self, host: dist.ProcessGroup) -> None:
         """Connect to the store, and learn the ranks' names."""
@@ -119,9 +125,9 @@ class RankWatch:
         if _current is self:
             _current = None
         self._stopping.set()
-        if self._beating is not None:
-            self._beating.join(2 * BEAT_SECONDS)  # longer only if the store does not answer
-            self._beating = None
+        for thread in self._threads:
+            thread.join(LEAVE_SECONDS)  # longer than a beat only if the store does not answer
+        self._threads.clear()
 
     def cause(self, seconds: float = CAUSE_SECONDS) -> str:
         """Who is gone, after a collective has failed: as soon as it shows, and "" if it does not within `seconds`, or
@@ -129,11 +135,12 @@ class RankWatch:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self._stopping.is_set():
             gone = [rank for rank, missed in enumerate(self._missed) if missed >= GONE_BEATS]
-            gone = gone or [0] * (self._silent >= GONE_BEATS)
             if self._lost or gone:
                 return (
                     self._lost or f"{self._text(gone)}: the process has died, or its node or network is lost. {AGAIN}"
                 )
+            if self._silent >= GONE_BEATS:
+                return self._silent_text(f"{self._silent * BEAT_SECONDS:.0f} s")
             if self._reported:
                 return ""
             time.sleep(BEAT_SECONDS / 4)
@@ -158,7 +165,6 @@ class RankWatch:
         for count in itertools.count(1):
             stopping = self._stopping.wait(BEAT_SECONDS)
             own = activity.report(self._groups)
-            self._end_if_blocked(own, stopping)
             if self.world == 1:
                 if stopping:
                     return
@@ -184,12 +190,13 @@ class RankWatch:
             except RuntimeError:
                 store = None
 
-    def _end_if_blocked(self, own: Report, stopping: bool) -> None:
-        """This process ends, its stacks written, when the next beats do not come: its interpreter is blocked. A little
+    def _end_if_blocked(self) -> None:
+        """This process ends, its stacks written, when this is not called again: its interpreter is blocked. A little
         later than the others give it up, because its end would be the first that a launcher sees."""
-        log, limits = rank_log.current(), [self._limits.get(own.phase), self._seconds if self.world > 1 else None]
+        log = rank_log.current()
+        limits = [self._limits.get(activity.phase()), self._seconds if self.world > 1 else None]
         bounds = [limit for limit in limits if limit is not None]
-        if log is not None and bounds and not stopping:
+        if log is not None and bounds:
             log.end_after(min(bounds) + LATER_SECONDS, on_console=self.world == 1)
 
     def _look(self, store: dist.Store, own: Report, seen: dict[int, bytes]) -> None:
@@ -251,18 +258,32 @@ class RankWatch:
         )
 
     def _count(self) -> None:
-        """On the other ranks: how long the store, on rank 0's node, has not answered. (An operation on it has no time
-        limit of its own.)"""
+        """That this process's interpreter runs; and for how long the store, in the launcher or on rank 0's node, has
+        not answered. (An operation on it has no time limit of its own.)"""
         while not self._stopping.wait(BEAT_SECONDS):
+            self._end_if_blocked()
+            if self.world == 1 or self._launched and is_stopped(os.getppid()):
+                continue
             self._silent += 1
             if self._silent >= self._limit:
-                self._lost = (
-                    f"rank 0 on {self._names[0]} is gone: its node has not answered rank {self.rank} on"
-                    f" {self._names[self.rank]} for {self._seconds:.0f} s (run.lost_rank_timeout), so that node or the"
-                    f" network to it is lost. {AGAIN}"
-                )
+                self._lost = self._silent_text(f"{self._seconds:.0f} s (run.lost_rank_timeout)")
                 self._finish(self._lost)
                 return
+
+    @property
+    def _launched(self) -> bool:
+        """Whether the parent is torchrun's launcher."""
+        return "TORCHELASTIC_RUN_ID" in self._environment
+
+    def _silent_text(self, since: str) -> str:
+        """What the message about a silent store says: the first node's launcher has it, or rank 0. since: how long."""
+        if self._launched and self._environment.get("GROUP_RANK", "0") == "0":
+            launcher = f"the launcher (process {os.getppid()}), which has the ranks' store,"
+            return f"{launcher} has not answered for {since}. {AGAIN}"
+        return (
+            f"rank 0 on {self._names[0]} is gone: its node has not answered rank {self.rank} on"
+            f" {self._names[self.rank]} for {since}, so that node or the network to it is lost. {AGAIN}"
+        )
 
     def _finish(self, message: str) -> None:
         if self._ended.acquire(blocking=False) and not self._stopping.is_set():
@@ -274,7 +295,7 @@ class RankWatch:
         log = rank_log.current()
         if log is not None:
             log.stacks(message)
-        if self.world > 1 and "TORCHELASTIC_RUN_ID" in self._environment:
+        if self.world > 1 and self._launched:
             for process in ranks_of(os.getppid()):  # one that is stopped ends too
                 with suppress(OSError):
                     os.kill(process, signal.SIGCONT)

@@ -22,6 +22,13 @@ LOGS = "logs"
 PACKAGE = "asd_megatron"
 
 
+class _LogHandler(logging.StreamHandler[IO[str]]):
+    """Drops what cannot be written, where logging's own prints a traceback on the console for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 class RankLog:
     """The log of this process's rank in the run folder `folder`."""
 
@@ -40,7 +47,7 @@ class RankLog:
         self.write(text)
         if self._file is None:
             return
-        self._handler = logging.StreamHandler(self._file)
+        self._handler = _LogHandler(self._file)
         self._handler.setLevel(logging.WARNING)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._handler)

@@ -11,6 +11,7 @@ One request may arrive as several signals, and a second one has to be told from 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -30,6 +31,7 @@ KEPT_IGNORED = (signal.SIGINT, signal.SIGHUP)
 """Those that stay ignored where the parent ignores them: by a shell for a job in the background, by nohup."""
 REPEAT_SECONDS = 5.0
 PRESS_SECONDS = 0.3
+ANNOUNCE_SECONDS = 15.0  # at most, for the ranks to agree on who says it
 FORCED = 3
 """The number of Ctrl-C at which a launcher kills ranks that react to none."""
 
@@ -52,6 +54,8 @@ class StopSignals:
         self._begun, self._told = begun, told
         self._since = 0.0
         self._before: dict[int, Any] = {}
+        self._watching: threading.Thread | None = None
+        self._announcing: threading.Thread | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -61,18 +65,25 @@ class StopSignals:
             for number in received_signals():
                 self._before[number] = signal.signal(number, _handle)
                 signal.siginterrupt(number, False)  # system calls of native threads go on
-            threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
+            self._watching = threading.Thread(target=self._watch, name="stop signals", daemon=True)
+            self._watching.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before:
-            for number, handler in self._before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-            self._before.clear()
-            signal.set_wakeup_fd(self._descriptor)
-            self._writer.close()  # ends the thread
+        if not self._before:
+            return
+        self._since = math.inf  # no second request: the run has ended
+        signal.set_wakeup_fd(self._descriptor)
+        self._writer.close()  # ends the thread
+        if self._watching is not None:
+            self._watching.join(ANNOUNCE_SECONDS)
+        if self._announcing is not None:  # in a call of the store's when Python ends, it would abort the process
+            self._announcing.join(ANNOUNCE_SECONDS)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before.clear()
 
     def _watch(self) -> None:
         with self._reader:
@@ -88,8 +99,10 @@ class StopSignals:
                 os._exit(128 + number)
             if not self._begun():
                 self._end(number)
-            self.received, self._since = number.name, now
-            threading.Thread(target=_announce, args=(number,), name="stop announcement", daemon=True).start()
+            self._since = now
+            self._announcing = threading.Thread(target=_announce, args=(number,), name="stop announcement", daemon=True)
+            self._announcing.start()
+            self.received = number.name
         elif now - self._since > (PRESS_SECONDS if number == signal.SIGINT else REPEAT_SECONDS):
             self._end(number)
 

@@ -25,12 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asd_megatron.distributed import activity
 from asd_megatron.reward.base import RewardError
 
 log = logging.getLogger(__name__)
 
 MAX_FAILED_STARTS = 3
 MAX_DEATHS_IN_A_ROW = 20
+LOOK_SECONDS = 1.0  # at most between two looks at the workers
 ATTEMPTS = 2  # a request that two workers died of is given up
 PROGRAM = Path(__file__).with_name("worker_program.py")
 MEMORY_BYTES = 4 << 30  # of one worker's address space: an answer like 10^(10^10) must not take the machine down
@@ -184,7 +186,8 @@ class WorkerPool:
             for slot, worker in waiting:
                 selector.register(worker.stdout, selectors.EVENT_READ, slot)
             pause = min(w.deadline for _, w in waiting) - time.monotonic()
-            events = selector.select(max(pause, 0.0))
+            events = selector.select(min(max(pause, 0.0), LOOK_SECONDS))
+        activity.mark()  # of the ranks' watch: the limits on an answer bound this wait
         readable = {key.data for key, _ in events}
         for slot in readable:
             worker = self._workers[slot]

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from asd_megatron.config import AnyRecipe
 from asd_megatron.distributed.stop_signals import StopSignals
+from asd_megatron.observe.lines import NO_ROOM
 from asd_megatron.run import folder as folders
 from asd_megatron.run.history import record
 from asd_megatron.run.interruption import continuing, own_command
@@ -140,12 +141,16 @@ def deadline(limit: float | Literal["slurm"] | None, environment: Mapping[str, s
 
 def conclude(recipe: AnyRecipe, request: StopRequested, done: int, newest: Path | None) -> str:
     """Record in the run folder that the run has stopped; returns the line that says so. done: the step after which it
-    had started. newest: the run's newest checkpoint."""
+    had started. newest: the run's newest checkpoint. A full disk loses the record alone."""
     folder, step = recipe.run.path, done if request.step is None else request.step
     with folders.writing(folder):
         (folder / folders.STOP_FILE).unlink(missing_ok=True)
         checkpoint = None if newest is None else str(newest)
-        record(folder, "stop", step, cause=request.cause, learned=step - done, checkpoint=checkpoint)
+        try:
+            record(folder, "stop", step, cause=request.cause, learned=step - done, checkpoint=checkpoint)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
     kept = request.outcome or ("nothing was learned yet" if newest is None else f"state saved in {newest}")
     again = continuing(recipe, own_command())
     kept += _too_short(request, step - done)

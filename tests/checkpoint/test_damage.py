@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from asd_megatron.checkpoint import training
-from asd_megatron.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest
+from asd_megatron.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest, _own_checksum
 from asd_megatron.distributed.objects import meet
 from asd_megatron.errors import UserError
 from asd_megatron.models.compat import optimizer_parts
@@ -127,3 +129,14 @@ def test_each_rank_checks_its_own_file_and_a_share_of_the_others(tmp_path: Path)
     assert [names[0] for names in three] == ["__0_0.distcp", "__1_0.distcp", "__2_0.distcp"]
     assert two == [["__0_0.distcp", "common.pt"], ["__1_0.distcp", "__2_0.distcp"]]
     assert sorted(sum(manifest.shares(9), [])) == sorted(manifest.files)
+
+
+@pytest.mark.parametrize("changed", [{"time_utc": "yesterday"}, {"files": {"a\0b": {"bytes": 1, "checksum": "0"}}}])
+def test_a_manifest_that_somebody_has_made(tmp_path: Path, changed: dict[str, Any]) -> None:
+    """With the right checksum of its own."""
+    Manifest.write(tmp_path, 1, "train", {}, {})
+    content = json.loads((tmp_path / MANIFEST).read_text()) | changed
+    del content["own_checksum"]
+    (tmp_path / MANIFEST).write_text(json.dumps({**content, "own_checksum": _own_checksum(content)}))
+    with pytest.raises(DamagedCheckpoint):
+        Manifest.read(tmp_path)

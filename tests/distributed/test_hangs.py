@@ -46,6 +46,15 @@ def test_a_rank_that_waits_is_not_blamed_while_the_late_one_works() -> None:
     assert looks == [None, None, Hang((1,), "update", 3.0)]
 
 
+def test_a_rank_whose_report_is_a_little_old_is_not_blamed() -> None:
+    """Rank 1 has waited for a long work of rank 0, which then goes on before rank 1's next report is there."""
+    rule = HangRule(2, {"update": 3.0}, beat=1.0)
+    for marks in range(20):
+        assert rule.look([report(5, waiting=False, marks=marks), report(6)]) is None
+    assert [rule.look([report(7), report(6)]) for _ in range(3)] == [None] * 3
+    assert [rule.look([report(8), report(8)]) for _ in range(3)] == [None] * 3
+
+
 @pytest.mark.parametrize("limits", [{"update": None}, {"update": 100.0}, {}])
 def test_the_late_ranks_phase_has_the_time_out(limits: Mapping[str, float | None]) -> None:
     """Rank 0 waits in a phase with a short one."""

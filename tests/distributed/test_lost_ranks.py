@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -139,13 +140,30 @@ def _store_ends(rank: int, store_port: int) -> list[str]:
     return ends
 
 
-def test_a_store_that_is_gone_is_rank_0s_loss() -> None:
-    """The store is in another process, which is stopped once in use: connections stay, and nothing answers."""
+def _launcher_stops(rank: int, store_port: int) -> tuple[int, list[str]]:
+    """The store is in the launcher, which is stopped for longer than the limit, and then hangs. How many messages there
+    were meanwhile; all."""
+    os.environ["MASTER_PORT"] = str(store_port)
+    os.environ["TORCHELASTIC_RUN_ID"] = "of a launcher"
+    stopped = [True]
+    lost_ranks.is_stopped = lambda process: stopped[0]
+    watch, ends = _watch(rank)
+    dist.barrier()
+    time.sleep(LIMIT + 2.0)
+    before, stopped[0] = len(ends), False
+    _until(lambda: ends)
+    watch.stop()
+    return before, ends
+
+
+def _with_stopped_store(ranks: Callable[..., Any], keys: int) -> list[Any]:
+    """Run `ranks` with a store in another process, which is stopped once it has `keys`: connections stay, and nothing
+    answers."""
     program = (
         "import time, torch.distributed as d\n"
         "s = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
         "print(s.port, flush=True)\n"
-        "while s.num_keys() < 3: time.sleep(0.05)\n"
+        f"while s.num_keys() < {keys}: time.sleep(0.05)\n"
         "time.sleep(1.0); print('used', flush=True); time.sleep(100)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as store:
@@ -160,9 +178,19 @@ def test_a_store_that_is_gone_is_rank_0s_loss() -> None:
         thread = threading.Thread(target=stop)
         thread.start()
         try:
-            found = run_ranks(_store_ends, 2, port)
+            return run_ranks(ranks, 2, port)
         finally:
             store.kill()
             thread.join()
+
+
+def test_a_store_that_is_gone_is_rank_0s_loss() -> None:
+    found = _with_stopped_store(_store_ends, 3)
     assert found[0] == [] and len(found[1]) == 1
     assert found[1][0].startswith("rank 0 on ") and "has not answered rank 1 on" in found[1][0]
+
+
+def test_a_stopped_launcher_is_nobodys_loss_and_one_that_hangs_ends_the_ranks() -> None:
+    for before, ends in _with_stopped_store(_launcher_stops, 2):
+        assert before == 0 and len(ends) == 1
+        assert ends[0].startswith("the launcher (process ") and "has not answered for 2 s" in ends[0]

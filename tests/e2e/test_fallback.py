@@ -64,7 +64,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(world: World, capsys: 
 
     for path in saved.glob("step_*/run_state.json"):
         path.unlink()
+    for path in (saved / "step_000006").iterdir():
+        path.unlink()
     status, text = _said(capsys, "list", str(run))
     assert status == 1 and "step_000006" in text and "intact" not in text
     lost = refusal(capsys, train.main, [*arguments, "--run.steps", "7"])
-    assert "run_state.json is missing" in lost and "There is no older one" in lost
+    assert "step_000002 is damaged: run_state.json is missing" in lost and "There is no older one" in lost
+    (saved / "step_000006").rmdir()
+    status, text = _said(capsys, "verify", str(run))
+    assert status == 1 and "step_000006 is damaged: its folder is missing" in text

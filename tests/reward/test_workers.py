@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from asd_megatron.distributed import activity
 from asd_megatron.errors import UserError
 from asd_megatron.reward import workers
 from asd_megatron.reward.base import new_counters
@@ -42,6 +43,18 @@ def test_order_and_failures_of_every_kind() -> None:
         assert "ended with status 3: out of luck" in outcomes[3].reason
         assert p.counters["restarts"] == 4  # two timeouts, and the deadly request was tried twice
         assert [o.answer for o in p.run([{"do": "e"}])] == [{"echo": "e"}]
+    finally:
+        p.close()
+
+
+def test_waiting_for_an_answer_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Global rank 0 shows progress to the ranks' watch, while the limit on the answer bounds the wait."""
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.05)
+    p = pool(size=1, timeout=0.5)
+    marked: list[int] = []
+    monkeypatch.setattr(activity, "mark", lambda: marked.append(1))
+    try:
+        assert p.run([{"do": "sleep"}])[0].failure == "timeout" and len(marked) > 5
     finally:
         p.close()
 

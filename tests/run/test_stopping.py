@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from asd_megatron.cli.main import main
 from asd_megatron.distributed import stop_signals
 from asd_megatron.distributed.stop_signals import StopSignals
 from asd_megatron.run.folder import hold
+from asd_megatron.run.history import HISTORY_FILE
 from asd_megatron.run.stopping import MARGIN_SECONDS, Stopping, StopRequested, conclude, deadline
 from tests.distributed.harness import run_ranks
 from tests.rollout.toy import one_process_groups
@@ -150,3 +152,32 @@ def test_the_verb_asks_a_run_that_is_there(tmp_path: Path, capsys: pytest.Captur
     assert (folder / "stop").exists()
     begin(folder)
     assert not (folder / "stop").exists()
+
+
+def test_a_stop_on_a_full_disk_is_told_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / HISTORY_FILE).symlink_to("/dev/full")
+    request = StopRequested("SIGTERM", 3, "state not saved (no room)")
+    assert "stopped at step 3 after SIGTERM: state not saved (no room)" in conclude(recipe(tmp_path), request, 0, None)
+
+
+def test_what_announces_a_stop_ends_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may stop within the seconds that the ranks need to agree on who says it, or as the signal arrives."""
+    said: list[signal.Signals] = []
+    neighbours = stop_signals._ended_neighbours
+
+    def announce(number: signal.Signals) -> None:
+        time.sleep(0.3)
+        said.append(number)
+
+    def look() -> list[int]:
+        arrived.set()
+        time.sleep(0.3)
+        return neighbours()
+
+    monkeypatch.setattr(stop_signals, "_announce", announce)
+    monkeypatch.setattr(stop_signals, "_ended_neighbours", look)
+    arrived = threading.Event()
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert arrived.wait(10)
+    assert said == [signal.SIGUSR1]
