@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from asd_megatron.checkpoint import lineage
+from asd_megatron.checkpoint.manifest import MANIFEST, Manifest
 from asd_megatron.checks.drill.disturbance import FAULT_STEP, Disturbance, Verdict, disturb, disturb_once, judged
 from asd_megatron.checks.drill.fault import Fault, NotPossible, brief
 from asd_megatron.checks.drill.program import Program
@@ -136,8 +137,11 @@ class _Hostile:
 def _hostile(world: World, name: str) -> Verdict:
     _stopped(world, name)
     made, checkpoint = world.folder / f"{name}.ran", _shard(world.run_folder(name)).parent
+    manifest = Manifest.read(checkpoint)
+    assert manifest is not None
     (checkpoint / ".metadata").write_bytes(pickle.dumps(_Hostile(made)))
-    (checkpoint / "manifest.json").unlink(missing_ok=True)  # as its author would
+    (checkpoint / MANIFEST).unlink()
+    Manifest.write(checkpoint, manifest.step, manifest.stage, manifest.layout, {})  # as its author would
     verdict = _falls_back(world, name, ".metadata")
     if made.exists():
         return Verdict(False, "its code RAN", None, 0, verdict.weights_equal)
