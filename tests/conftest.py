@@ -1,11 +1,18 @@
 """Fixtures of every module."""
 
+import signal
+
 import pytest
 from hypothesis import settings
 
 from tests.rollout.sglang.sglang_world import START_SECONDS, sglang_pair, sglang_world
 
 __all__ = ["sglang_pair", "sglang_world"]
+
+# Ignored in a shell's background and under nohup; what the tests start would inherit that, and is sent these signals.
+for ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 # The same examples in every run: a failure is of the change at hand. `--hypothesis-profile default` looks for new ones.
 # A busy machine is no failure, so examples have no deadline.

@@ -28,6 +28,7 @@ from asd_megatron.data.problems import load_problems
 from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.data.sft import load_sft
 from asd_megatron.data.tokenizer import check_vocabulary, end_token_ids, load_tokenizer
+from asd_megatron.distributed import layout as layouts
 from asd_megatron.errors import UserError
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.loading import refusal as tensors_refusal
@@ -277,11 +278,8 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     made.steps(range(1))
     made.folder = made.save(tmp_path_factory.mktemp("checkpoints"), 1)
     yield made
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    layouts.shutdown_model_parallel()
+    dist.destroy_process_group()
 
 
 @few_and_many

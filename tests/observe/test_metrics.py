@@ -165,7 +165,7 @@ def warning_names() -> set[str]:
     warm_up = {"gate/lambda": 0.0, "gate/warming_up": 1.0, "gate/tokens": 1.0}
     useless = {"pmi/coverage": 0.0, "pmi/negative_share": 1.0, "pmi/mean": -9.0, "reward/mixed_groups": 0.0}
     useless |= {"perplexity/above_cutoff": 1.0, "perplexity/mean": 99.0}
-    useless |= {"optimizer/grad_norm": 0.0, "entropy/student_mean": 4.7}
+    useless |= {"optimizer/grad_norm": 0.0, "advantage/abs_mean": 0.5}
     steps = [warm_up] + [{**useless, "gate/lambda": 0.0, "gate/h_warm": 1.0}] * 20
     return {name for i, metrics in enumerate(steps) for name in watch.of_step(i, metrics)[0]}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -65,13 +66,15 @@ def test_a_fresh_start_forgets_the_old_run(tmp_path: Path) -> None:
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
-def test_tensorboard_has_the_same_names_and_survives_resume(tmp_path: Path) -> None:
+def test_tensorboard_has_the_same_names_and_survives_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with RunWriter(tmp_path) as writer:
         writer.text("recipe", "run:\n  name: x")
         for step in (1, 2, 3):
             writer.write(step, {"reward/mean": step / 10, "pmi/mean": NAN})
+    now = time.time  # TensorBoard reads files in the order of their names, which begin with the second
+    monkeypatch.setattr(time, "time", lambda: now() + 2)
     with RunWriter(tmp_path, resume_step=2) as writer:
         writer.write(3, {"reward/mean": 0.9, "pmi/mean": 0.1})
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -21,6 +21,11 @@ from tests.config.test_checks import make
 from tests.models.tiny import tiny_qwen3
 
 
+def session_of(dtype: torch.dtype, **fields: Any) -> Any:
+    """What starting servers asks of a session."""
+    return SimpleNamespace(port=SimpleNamespace(dtype=dtype), recipe=make(""), **fields)
+
+
 def test_the_probe_is_a_real_prompt_and_its_continuation() -> None:
     tokenizer, problems = build_tokenizer(), PuzzleStream.of("train")
     renderer = PromptRenderer(tokenizer)
@@ -39,7 +44,9 @@ def test_a_long_prompt_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_servers_return_routed_experts_when_they_are_replayed() -> None:
     rollout = make("rollout.engine=sglang rollout.routing_replay=engine").rollout
     config = {"num_hidden_layers": 4, "num_experts": 6, "num_experts_per_tok": 2}
-    session: Any = SimpleNamespace(hf_config=config, source=Path("m"), port=SimpleNamespace(dtype=torch.float32))
+    session: Any = SimpleNamespace(
+        hf_config=config, source=Path("m"), port=SimpleNamespace(dtype=torch.float32), recipe=make("")
+    )
     assert serving._routing(session, rollout) == Routing(layers=4, experts=6, per_token=2)
     (options,) = serving.server_options(session, rollout, serving.Keys.new())
     assert options.arguments == {"enable-return-routed-experts": True}
@@ -50,7 +57,9 @@ def test_servers_return_routed_experts_when_they_are_replayed() -> None:
 
 def test_quantised_servers_start_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_qwen3(tmp_path / "model")
-    session: Any = SimpleNamespace(source=source, folder=tmp_path / "run", port=SimpleNamespace(dtype=torch.bfloat16))
+    session: Any = SimpleNamespace(
+        source=source, folder=tmp_path / "run", port=SimpleNamespace(dtype=torch.bfloat16), recipe=make("")
+    )
     rollout = make("rollout.engine=sglang rollout.quantization=fp8 rollout.servers=2").rollout
     for _ in range(2):  # a resumed run finds the folder of the first
         options = serving.server_options(session, rollout, serving.Keys.new())
@@ -74,7 +83,9 @@ def test_the_servers_matrix_products_by_gpu(
     for name, value in {"is_available": True, "get_device_capability": capability, "get_device_name": "a GPU"}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     source = tiny_qwen3(tmp_path / "model")
-    session: Any = SimpleNamespace(source=source, folder=tmp_path / "run", port=SimpleNamespace(dtype=torch.bfloat16))
+    session: Any = SimpleNamespace(
+        source=source, folder=tmp_path / "run", port=SimpleNamespace(dtype=torch.bfloat16), recipe=make("")
+    )
     rollout = make("rollout.engine=sglang rollout.quantization=fp8").rollout
     if backend == "refused":
         with pytest.raises(UserError, match="a GPU has no FP8 arithmetic"):
