@@ -26,7 +26,8 @@ START_SECONDS = 150.0
 END_SECONDS = LOST_SECONDS + 60.0  # from the loss to the end of both nodes' torchrun
 NOTHING_LEFT_SECONDS = 30.0
 PORT = 29500
-SERVING = "servers/", "weight_sync/"  # metrics about the servers, which a restart changes
+SERVING = ("servers/", "weight_sync/", "rollouts/restored_", "rollouts/dropped_tokens")
+"""Metrics about the servers and their responses in the bank, which a restart changes."""
 
 
 @pytest.fixture(scope="module")
