@@ -32,7 +32,7 @@ class Verdict:
 @dataclass(frozen=True)
 class Disturbance:
     """`act` in `phase` of step FAULT_STEP on rank `rank`; with `signal` (and act `wait`), that signal `to` the
-    launcher, the process group or a rank, meanwhile. sections: recipe keys."""
+    launcher or the process group meanwhile. sections: recipe keys."""
 
     phase: Phase
     act: Act = "wait"
@@ -64,8 +64,7 @@ def disturb(
     run = world.run_folder(name)
     learned, kept = tokens(run), newest(run)
     world.complete(world.recipe(name, d.layout, d.sections))
-    lost = sum(count for step, count in learned.items() if kept < step < FAULT_STEP)
-    return Outcome(ended, kept, lost, weights_equal(run, world.undisturbed(d.layout)))
+    return Outcome(ended, kept, tokens_lost(learned, kept), weights_equal(run, world.undisturbed(d.layout)))
 
 
 def disturb_once(
@@ -86,8 +85,21 @@ def disturb_once(
 
 
 def judged(conditions: Mapping[str, bool], happened: str, outcome: Outcome) -> Verdict:
-    """A verdict on a resumed run; `conditions`: what else must hold, by name. Those that do not are named."""
-    held = {**conditions, "no token lost": outcome.lost == 0, "equal to an undisturbed run": outcome.equal}
+    """A verdict on a resumed run; `conditions`: what else must hold, by name."""
+    return verdict(conditions, happened, outcome.ended.seconds, outcome.lost, equal=outcome.equal)
+
+
+def verdict(
+    conditions: Mapping[str, bool], happened: str, seconds: float | None = None, lost: int = 0, *, equal: bool
+) -> Verdict:
+    """A verdict on a run that has to lose no token and to end as an undisturbed one. `conditions`: what else must hold,
+    by name. Those that do not are named."""
+    held = {**conditions, "no token lost": lost == 0, "equal to an undisturbed run": equal}
     unmet = [name for name, holds in held.items() if not holds]
     text = happened + (f"; NOT: {', '.join(unmet)}" if unmet else "")
-    return Verdict(not unmet, text, outcome.ended.seconds, outcome.lost, outcome.equal)
+    return Verdict(not unmet, text, seconds, lost, equal)
+
+
+def tokens_lost(learned: Mapping[int, int], kept: int) -> int:
+    """Tokens of complete steps before FAULT_STEP that the checkpoint of step `kept` does not have. learned: by step."""
+    return sum(count for step, count in learned.items() if kept < step < FAULT_STEP)

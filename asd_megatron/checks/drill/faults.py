@@ -10,7 +10,7 @@ from asd_megatron.checks.drill.disturbance import FAULT_STEP, Disturbance, Verdi
 from asd_megatron.checks.drill.fault import Fault, brief
 from asd_megatron.checks.drill.program import Program
 from asd_megatron.checks.drill.sabotage import Phase
-from asd_megatron.checks.drill.world import World, newest, weights_equal
+from asd_megatron.checks.drill.world import STEPS, World, newest, weights_equal
 from asd_megatron.observe.writer import read_metrics
 
 PHASES: tuple[Phase, ...] = ("rollout", "scoring", "update", "save")
@@ -94,7 +94,7 @@ def _not_a_number(world: World, name: str) -> Verdict:
     ended = disturb_once(world, name, Disturbance("update", "nan"))
     run = world.run_folder(name)
     skipped = [row["step"] for row in read_metrics(run) if row["optimizer/skipped"]]
-    passed = ended.status == 0 and skipped == [FAULT_STEP] and newest(run) == 5
+    passed = ended.status == 0 and skipped == [FAULT_STEP] and newest(run) == STEPS
     happened = f"status {ended.status}; skipped updates of steps {skipped}; all later ones applied"
     return Verdict(passed, happened + "; other weights than without the fault, by design", None)
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,11 +49,8 @@ class Program:
         arguments: Sequence[str],
         log: Path,
         sabotage: Sabotage | None = None,
-        *,
-        prefix: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
     ) -> None:
-        variables = dict(os.environ) | {"OMP_NUM_THREADS": "1"} | dict(environment or {})
+        variables = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
         module = ["-m", "asd_megatron.cli.main", "train"]
         if sabotage is not None:
             variables[VARIABLE] = sabotage.to_json()
@@ -61,7 +58,7 @@ class Program:
         self._sabotage, self._log = sabotage, log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, *module, *arguments],
+                [sys.executable, *module, *arguments],
                 env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -100,13 +97,10 @@ class Program:
             time.sleep(POLL_SECONDS)
 
     def signal(self, number: signal.Signals, to: str = "launcher") -> None:
-        """Send a signal to the `launcher`, to the process `group` (as a terminal's Ctrl-C), or to global `rank` 1."""
+        """Send a signal to the `launcher`, or to the process `group` (as a terminal's Ctrl-C)."""
         self._since = time.monotonic()
-        if to == "group":
-            os.killpg(self.process.pid, number)
-        else:
-            process = self.process.pid if to == "launcher" else sorted(ranks_of(self.process.pid))[-1]
-            os.kill(process, number)
+        send = os.killpg if to == "group" else os.kill
+        send(self.process.pid, number)
 
     def release(self) -> None:
         """Let a rank that waits go on."""

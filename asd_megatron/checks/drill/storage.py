@@ -15,7 +15,16 @@ from typing import Any
 
 from asd_megatron.checkpoint import lineage
 from asd_megatron.checkpoint.manifest import MANIFEST, Manifest
-from asd_megatron.checks.drill.disturbance import FAULT_STEP, Disturbance, Verdict, disturb, disturb_once, judged
+from asd_megatron.checks.drill.disturbance import (
+    FAULT_STEP,
+    Disturbance,
+    Verdict,
+    disturb,
+    disturb_once,
+    judged,
+    tokens_lost,
+    verdict,
+)
 from asd_megatron.checks.drill.fault import Fault, NotPossible, brief
 from asd_megatron.checks.drill.program import Program
 from asd_megatron.checks.drill.world import Sections, World, losses_close, newest, tokens, weights_equal
@@ -114,16 +123,14 @@ def _damaged(damage: Callable[[Path], Any]) -> Callable[[World, str], Verdict]:
     return act
 
 
-def _falls_back(world: World, name: str, file: str, conditions: dict[str, bool] | None = None) -> Verdict:
+def _falls_back(world: World, name: str, file: str) -> Verdict:
     """Start the run again, whose newest checkpoint is damaged."""
     run = world.run_folder(name)
     ended = world.complete(world.recipe(name))
     said = [line for line in ended.output.splitlines() if file in line and lineage.name(FAULT_STEP) in line]
     equal = weights_equal(run, world.undisturbed("tp2"))
-    held = {**(conditions or {}), "file and checkpoint named": bool(said), "equal to an undisturbed run": equal}
-    unmet = [what for what, holds in held.items() if not holds]
     happened = brief(said[0]) if said else "nothing said"
-    return Verdict(not unmet, happened + (f"; NOT: {', '.join(unmet)}" if unmet else ""), None, 0, equal)
+    return verdict({"file and checkpoint named": bool(said)}, happened, equal=equal)
 
 
 class _Hostile:
@@ -142,10 +149,10 @@ def _hostile(world: World, name: str) -> Verdict:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(_Hostile(made)))
     (checkpoint / MANIFEST).unlink()
     Manifest.write(checkpoint, manifest.step, manifest.stage, manifest.layout, {})  # as its author would
-    verdict = _falls_back(world, name, ".metadata")
+    found = _falls_back(world, name, ".metadata")
     if made.exists():
-        return Verdict(False, "its code RAN", None, 0, verdict.weights_equal)
-    return verdict
+        return Verdict(False, "its code RAN", None, 0, found.weights_equal)
+    return found
 
 
 def _killed_in_background(world: World, name: str) -> Verdict:
@@ -186,19 +193,14 @@ def _full(world: World, name: str) -> Verdict:
         filler.unlink()
         world.complete(world.recipe(name, sections=sections))
         equal = weights_equal(run, world.undisturbed("tp2"))
-        lost = sum(count for step, count in learned.items() if kept < step < FAULT_STEP)
     said = [line for line in ended.output.splitlines() if "No space left" in line]
-    held = {
+    conditions = {
         "an intact checkpoint": kept >= FAULT_STEP - 1,
         "said": bool(said),
         "no traceback": "Traceback" not in ended.output,
-        "no token lost": lost == 0,
-        "equal to an undisturbed run": equal,
     }
-    unmet = [what for what, holds in held.items() if not holds]
     happened = f"status {ended.status}; {brief(said[0]) if said else 'nothing said'}; checkpoint of step {kept}"
-    happened += f"; NOT: {', '.join(unmet)}" if unmet else ""
-    return Verdict(not unmet, happened, ended.seconds, lost, equal)
+    return verdict(conditions, happened, ended.seconds, tokens_lost(learned, kept), equal=equal)
 
 
 def _one_save_fails(world: World, name: str) -> Verdict:

@@ -19,7 +19,7 @@ from asd_megatron.run.folder import CHECKPOINTS
 Sections = Mapping[str, Mapping[str, Any]]
 """Keys of a recipe."""
 STEPS = 5
-TWO_RANKS: dict[str, dict[str, int]] = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "dp2": {"data": 2}}
+TWO_RANKS: dict[str, dict[str, int]] = {"tp2": {"tensor": 2}, "dp2": {"data": 2}}
 UNEQUAL = ("time_utc", "time/", "perf/", "tokens/per_second", "checkpoint/", "files/")
 """Metrics that two runs need not share although they learn the same: of the clock and of the disk."""
 RESPONSE_TOKENS = "tokens/response"
