@@ -25,6 +25,7 @@ from asd_megatron.files import atomic_write
 from asd_megatron.gym.stream import Task, item_of
 from asd_megatron.gym.tasks import COMPOSITE, FINDINGS, registry
 from asd_megatron.records import Problem
+from asd_megatron.reward.base import Response
 from asd_megatron.reward.reasoning_gym import ReasoningGymVerifier
 
 SEED, ITEMS, SECONDS = 3_000_000, 12, 30
@@ -90,12 +91,12 @@ def _findings(task: str, one: dict[str, Any], two: dict[str, Any], verifier: Rea
     if one["ids"] != two["ids"]:
         return {"unusable": "its items differ from process to process (they depend on Python's hash seed)"}
     problems = Task(task, PARAMETERS.get(task, {})).draw(SEED, len(one["ids"])).problems
-    own = verifier.score([(p, f"<answer>{text}</answer>") for p in problems if (text := _right_answer(p))])
+    own = verifier.score([Response(p, f"<answer>{text}</answer>") for p in problems if (text := _right_answer(p))])
     if any(score != 1 for score in own):
         return {"unusable": f"{own.count(1.0)} of {len(own)} of its own answers score 1"}
     others = [*problems[1:], problems[0]]
     probes = [
-        (p, f"<answer>{text}</answer>")
+        Response(p, f"<answer>{text}</answer>")
         for p, other in zip(problems, others, strict=True)
         for text in (p.answer[:-1], f"{p.answer} x", other.answer, "0", "[1, 2]", "word")
     ]

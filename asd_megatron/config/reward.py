@@ -42,6 +42,13 @@ class RewardSection(Section):
         ),
     )
     workers: int = Field(2, ge=1, description="Processes in which `math` and `reasoning_gym` judge in parallel.")
+    truncated: Literal["zero", "judge"] = Field(
+        "zero",
+        description=(
+            "A response that the token budget cut off: `zero`, it scores 0 without being judged and counts in"
+            " `reward/truncated`; `judge`, it is scored like any other."
+        ),
+    )
     on_error: Literal["stop", "zero"] = Field(
         "stop",
         description=(

@@ -62,6 +62,9 @@ SECTIONS = (
             Metric("reward/timeouts", "answers", "judging took too long: reward 0 (held-out answers of the step too)"),
             Metric("reward/errors", "answers", "judging failed: reward 0 (held-out answers of the step too)"),
             Metric("reward/restarts", "workers", "reward workers that died or were ended, and replaced"),
+            Metric(
+                "reward/truncated", "answers", "cut off by the token budget: reward 0 unjudged (`reward.truncated`)"
+            ),
         ),
     ),
     Section(

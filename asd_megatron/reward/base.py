@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
 
-Item = tuple[Problem, str]
+
+class Response(NamedTuple):
+    """A response to be scored. A plain pair (problem, text) is a complete one."""
+
+    problem: Problem
+    text: str
+    """Decoded, without the prompt."""
+    truncated: bool = False
+    """Cut off by the token budget (`FinishReason.LENGTH`)."""
 
 
 class RewardError(UserError):
@@ -24,11 +32,15 @@ class Verifier(Protocol):
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """Failures since the start: `timeouts` and `errors` (answers that scored 0 unjudged), `restarts` of workers."""
+        """Failures since the start: `timeouts` and `errors` (answers that scored 0 unjudged), `restarts` of workers;
+        `truncated` (responses that scored 0 for being cut off) where that rule applies."""
         ...
 
-    def score(self, items: Sequence[Item]) -> list[float]:
-        """One finite reward for each item (problem, decoded response), in order. Raises RewardError."""
+    def score(self, responses: Sequence[Response]) -> list[float]:
+        """One finite reward for each response, in order. Raises RewardError.
+
+        What a truncated response is worth is not decided here (`truncation.py`): it is judged like any other.
+        """
         ...
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asd_megatron.records import Problem
-from asd_megatron.reward.base import Item, RewardError, new_counters, tests_of
+from asd_megatron.reward.base import Response, RewardError, new_counters, tests_of
 from asd_megatron.reward.workers import Limits, WorkerPool, wall_seconds, worker_command
 
 log = logging.getLogger(__name__)
@@ -61,15 +61,15 @@ class CustomVerifier:
             self.close()
             raise
 
-    def score(self, items: Sequence[Item]) -> list[float]:
-        return [self._score(problem, text) for problem, text in items]
+    def score(self, responses: Sequence[Response]) -> list[float]:
+        return [self._score(*response) for response in responses]
 
-    def _score(self, problem: Problem, text: str) -> float:
+    def _score(self, problem: Problem, text: str, truncated: bool = False) -> float:
         if self.feedback_kind == "fraction" and not tests_of(problem):
             raise RewardError(
                 f"{self.name} says feedback_kind = 'fraction', but problem {problem.prompt_id} has no field `tests`"
             )
-        answer = self._ask({"problem": self._pickled(problem), "response": text})
+        answer = self._ask({"problem": self._pickled(problem), "response": text, "truncated": truncated})
         if "reward" in answer:
             return float(answer["reward"])
         counter = answer.get("failure", "error") + "s"

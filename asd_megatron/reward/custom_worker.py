@@ -1,8 +1,8 @@
 """The judge of `custom.py`'s worker (`worker_program.py`): imports a user's reward function and calls it.
 
-From `{"describe": true}` to `{"feedback_kind": TEXT}`, from `{"problem": BASE64 OF A PICKLE, "response": TEXT}` to
-`{"reward": NUMBER}` or `{"error": REASON, "where": FILE AND LINE}`. If the function cannot be used, every answer is
-`{"refused": REASON}`.
+From `{"describe": true}` to `{"feedback_kind": TEXT}`, from `{"problem": BASE64 OF A PICKLE, "response": TEXT,
+"truncated": BOOL}` to `{"reward": NUMBER}` or `{"error": REASON, "where": FILE AND LINE}`. If the function cannot be
+used, every answer is `{"refused": REASON}`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from asd_megatron.records import Problem
+from asd_megatron.records import FinishReason
 from asd_megatron.reward.base import RewardError
 
-RewardFunction = Callable[[Problem, str], float]
+RewardFunction = Callable[..., float]
+HOW_IT_ENDED: dict[str, Callable[[bool], bool | str]] = {
+    "truncated": bool,
+    "finish_reason": lambda truncated: str(FinishReason.LENGTH if truncated else FinishReason.STOP),
+}
+"""Further parameters that a function may have, with their values."""
 
 EXPECTED = (
     "expected reward(problem, response), called once for each response: problem.answer is the right answer,"
     " problem.question the question, problem.extra the other fields of the problem's line, response the text; it"
-    " returns a number"
+    " returns a number. It may have a parameter `truncated` (whether the token budget cut the response off) or"
+    " `finish_reason` (stop or length)"
 )
 # other frameworks' functions: parameter names that only theirs have, and how to call such a function from ours
 FOREIGN = (
@@ -67,13 +73,15 @@ def load(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     except RewardError as e:
         refusal = {"refused": str(e)}
         return lambda request: refusal
+    more = {parameter: HOW_IT_ENDED[parameter] for parameter in parameters_of_the_end(function)}
     problem_of = lru_cache(maxsize=1)(lambda data: pickle.loads(base64.b64decode(data)))  # noqa: S301 (of the trainer)
 
     def judge(request: dict[str, Any]) -> dict[str, Any]:
         if "describe" in request:
             return {"feedback_kind": kind}
         try:
-            return {"reward": number(function(problem_of(request["problem"]), request["response"]))}
+            ended = {parameter: value(request["truncated"]) for parameter, value in more.items()}
+            return {"reward": number(function(problem_of(request["problem"]), request["response"], **ended))}
         except NotANumber as e:
             return {"error": str(e)}
         except BaseException as e:  # sys.exit() too, which must not pass for the end of the run
@@ -153,7 +161,7 @@ def refuse_other_signatures(function: Callable[..., Any], name: str) -> None:
         return  # a built-in function does not say
     shown, names = f"its signature is {signature}", set(signature.parameters)
     try:
-        bound = list(signature.bind("problem", "response").arguments)
+        bound = list(signature.bind("problem", "response", **dict.fromkeys(parameters_of_the_end(function))).arguments)
     except TypeError:
         bound = []
     for framework, marks, call in FOREIGN:
@@ -165,6 +173,15 @@ def refuse_other_signatures(function: Callable[..., Any], name: str) -> None:
         refuse(f"{shown}, which cannot be called with two arguments")
     if [b.lower() for b in bound[:2]] == ["response", "problem"]:
         refuse(f"{shown}, with the arguments the other way round")
+
+
+def parameters_of_the_end(function: Callable[..., Any]) -> list[str]:
+    """The names of `HOW_IT_ENDED` that are parameters of the function."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return []
+    return [name for name in HOW_IT_ENDED if name in parameters]
 
 
 def described(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from asd_megatron.reward.base import Item, new_counters
+from asd_megatron.reward.base import Response, new_counters
 
 
 def normalise(text: str) -> str:
@@ -20,8 +20,8 @@ class ExactVerifier:
     def __init__(self) -> None:
         self.counters = new_counters()
 
-    def score(self, items: Sequence[Item]) -> list[float]:
-        return [float(normalise(text) == normalise(problem.answer)) for problem, text in items]
+    def score(self, responses: Sequence[Response]) -> list[float]:
+        return [float(normalise(text) == normalise(problem.answer)) for problem, text, *_ in responses]
 
     def close(self) -> None:
         pass

@@ -11,11 +11,24 @@ from asd_megatron.reward.exact import ExactVerifier
 from asd_megatron.reward.math import MathVerifier
 from asd_megatron.reward.puzzle import PuzzleVerifier
 from asd_megatron.reward.reasoning_gym import ReasoningGymVerifier
+from asd_megatron.reward.truncation import ZeroForTruncated
 
 NAMES = ("exact", "math", "puzzle", "reasoning_gym")
 
 
-def make_verifier(
+def make_verifier(name: str = "math", *, truncated: str = "zero", **settings: Any) -> Verifier:
+    """The verifier of a recipe's section `reward`; `settings`: see `_verifier`.
+
+    truncated: `zero`, a truncated response scores 0 without being judged; `judge`, it is judged like any other.
+    Raises RewardError if there is no such verifier or it cannot start.
+    """
+    if truncated not in ("zero", "judge"):
+        raise RewardError(f"reward.truncated {truncated!r} does not exist; choose zero or judge")
+    verifier = _verifier(name, **settings)
+    return ZeroForTruncated(verifier) if truncated == "zero" else verifier
+
+
+def _verifier(
     name: str,
     *,
     timeout_seconds: float = 5.0,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asd_megatron.reward.answers import final_answer, gold_answer, quick_verdict, tidy
-from asd_megatron.reward.base import Item, new_counters
+from asd_megatron.reward.base import Response, new_counters
 from asd_megatron.reward.workers import Outcome, count_unjudged, judge_pool
 
 JUDGE = Path(__file__).with_name("math_worker.py")
@@ -32,8 +32,8 @@ class MathVerifier:
         self.counters = new_counters()
         self._pool = judge_pool(JUDGE, workers, timeout_seconds, wall_timeout_seconds, self.counters)
 
-    def score(self, items: Sequence[Item]) -> list[float]:
-        keys = [self._key(answer=problem.answer, response=text) for problem, text in items]
+    def score(self, responses: Sequence[Response]) -> list[float]:
+        keys = [self._key(answer=problem.answer, response=text) for problem, text, *_ in responses]
         verdicts = {key: quick_verdict(key[0], key[1]) if key[2] else None for key in keys if key is not None}
         # equal answers of a group are judged once
         open_keys = [key for key, verdict in verdicts.items() if verdict is None]

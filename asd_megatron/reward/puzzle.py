@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
-from asd_megatron.reward.base import Item, new_counters
+from asd_megatron.reward.base import Response, new_counters
 
 
 class PuzzleVerifier:
@@ -17,8 +17,8 @@ class PuzzleVerifier:
         self._score = importlib.import_module("asd_megatron.puzzle.task").score_response
         self.counters = new_counters()
 
-    def score(self, items: Sequence[Item]) -> list[float]:
-        return [float(self._score(problem, text)) for problem, text in items]
+    def score(self, responses: Sequence[Response]) -> list[float]:
+        return [float(self._score(problem, text)) for problem, text, *_ in responses]
 
     def close(self) -> None:
         pass

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from asd_megatron.data.answers import marked_answer, outside_thinking
 from asd_megatron.records import Problem
-from asd_megatron.reward.base import Item, RewardError, new_counters
+from asd_megatron.reward.base import Response, RewardError, new_counters
 from asd_megatron.reward.workers import Outcome, count_unjudged, judge_pool
 
 JUDGE = Path(__file__).with_name("reasoning_gym_worker.py")
@@ -38,10 +38,10 @@ class ReasoningGymVerifier:
         self.counters = new_counters()
         self._pool = judge_pool(JUDGE, workers, timeout_seconds, wall_timeout_seconds, self.counters)
 
-    def score(self, items: Sequence[Item]) -> list[float]:
-        keys = [(problem.prompt_id, given_answer(text)) for problem, text in items]
+    def score(self, responses: Sequence[Response]) -> list[float]:
+        keys = [(problem.prompt_id, given_answer(text)) for problem, text, *_ in responses]
         # equal answers of a group are judged once
-        asked = {key: problem for key, (problem, _) in zip(keys, items, strict=True) if key[1] is not None}
+        asked = {key: problem for key, (problem, *_) in zip(keys, responses, strict=True) if key[1] is not None}
         requests = [{**_origin(problem), "answer": answer} for (_, answer), problem in asked.items()]
         outcomes = self._pool.run(requests)
         scores = {key: self._score(key, outcome) for key, outcome in zip(asked, outcomes, strict=True)}

@@ -16,7 +16,7 @@ from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.distributed.objects import broadcast_object, share_outcome
 from asd_megatron.errors import UserError, plural
 from asd_megatron.records import FinishReason, Group, Problem, Prompt, SamplingParams
-from asd_megatron.reward.base import Verifier
+from asd_megatron.reward.base import Response, Verifier
 from asd_megatron.rollout.bank import Key, RolloutBank
 from asd_megatron.rollout.draw import Draw, Evaluation
 from asd_megatron.rollout.engine import RolloutEngine, RolloutError, WeightSource
@@ -366,8 +366,8 @@ class Collector:
         if self._verifier is None:
             raise ValueError("global rank 0 has no verifier")
         started = time.perf_counter()
-        items = [(group.problem, rollout.text) for group in complete for rollout in group.rollouts]
-        rewards = iter(self._verifier.score(items)) if items else iter(())
+        responses = [Response(g.problem, r.text, r.truncated) for g in complete for r in g.rollouts]
+        rewards = iter(self._verifier.score(responses)) if responses else iter(())
         for group in complete:
             scores = tuple(float(next(rewards)) for _ in group.rollouts)
             if not all(math.isfinite(score) for score in scores):

@@ -16,7 +16,7 @@ from asd_megatron.errors import UserError, plural
 from asd_megatron.models.families import shape_of
 from asd_megatron.models.family import ModelShape
 from asd_megatron.records import Problem
-from asd_megatron.reward.base import tests_of
+from asd_megatron.reward.base import Response, tests_of
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.run.build import first_problems, make_renderer
 from asd_megatron.run.folder import Start
@@ -146,7 +146,7 @@ def _scored(recipe: Recipe, problem: Problem) -> tuple[float, str]:
     try:
         verifier = make_verifier(**recipe.reward.model_dump())
         try:
-            (reward,) = verifier.score([(problem, FAKE_RESPONSE)])
+            (reward,) = verifier.score([Response(problem, FAKE_RESPONSE)])
         finally:
             verifier.close()
     except SystemExit as error:

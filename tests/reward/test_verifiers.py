@@ -15,7 +15,7 @@ import torch
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
 from asd_megatron.reward import workers
-from asd_megatron.reward.base import Verifier
+from asd_megatron.reward.base import Response, Verifier
 from asd_megatron.reward.base import tests_of as count_tests
 from asd_megatron.reward.custom import CustomVerifier
 from asd_megatron.reward.custom_worker import NotANumber, load_function, number, refuse_other_signatures
@@ -83,6 +83,7 @@ def one(response): return 1.0
 def keyword_only(problem, response, *, level): return 1.0
 async def asynchronous(problem, response): return 1.0
 def generator(problem, response): yield 1.0
+def ended(problem, response, truncated, *, finish_reason=None): return [0.1, 0.2][truncated] + len(finish_reason)
 def own_keyword(problem, response, *, extra_info=None): return 1.0
 def anything(*args): return 1.0
 """
@@ -97,7 +98,7 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def custom(name: str, **kwargs: Any) -> Iterator[Verifier]:
-    verifier = make_verifier(name, **kwargs)
+    verifier = make_verifier(name, truncated="judge", **kwargs)
     try:
         yield verifier
     finally:
@@ -125,6 +126,18 @@ def test_custom_from_a_file(rewards: Path, capfd: pytest.CaptureFixture[str]) ->
         assert v.feedback_kind == "fraction" and v.score([(PROBLEM, "x")]) == [2 / 3]
         with pytest.raises(UserError, match="problem q has no field `tests`"):
             v.score([(Problem("q", "1", prompt="?"), "x")])
+
+
+def test_a_truncated_response_scores_0_unjudged_unless_the_recipe_says_so(rewards: Path) -> None:
+    cut_off, complete = Response(PROBLEM, "a b", truncated=True), Response(PROBLEM, "a b")
+    v = make_verifier("exact")
+    assert v.score([cut_off, complete, cut_off]) == [0.0, 1.0, 0.0] and v.score([cut_off]) == [0.0]
+    assert v.counters["truncated"] == 3 and v.feedback_kind == "binary"
+    assert make_verifier("exact", truncated="judge").score([cut_off, complete]) == [1.0, 1.0]
+    with custom(f"{rewards}:ended") as v:  # a function of one's own may ask
+        assert v.score([cut_off, complete]) == [0.2 + len("length"), 0.1 + len("stop")]
+    with pytest.raises(UserError, match="reward.truncated 'no' does not exist; choose zero or judge"):
+        make_verifier("exact", truncated="no")
 
 
 def test_custom_from_a_module_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +249,7 @@ def test_other_signatures_are_refused_with_the_expected_one(rewards: Path, name:
     assert all(word in str(e.value) for word in [*words, "reward(problem, response)"])
 
 
-@pytest.mark.parametrize("name", ["length", "instance", "own_keyword", "anything"])
+@pytest.mark.parametrize("name", ["length", "instance", "ended", "own_keyword", "anything"])
 def test_usable_signatures(rewards: Path, name: str) -> None:
     refuse_other_signatures(load_function(f"{rewards}:{name}"), name)
 

@@ -9,6 +9,7 @@ import pytest
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import FinishReason, Group, Problem, Prompt, Rollout, SamplingParams
+from asd_megatron.reward.base import Response
 from asd_megatron.rollout.collector import Collector
 from asd_megatron.rollout.draw import Evaluation
 from asd_megatron.rollout.engine import RolloutError
@@ -86,11 +87,11 @@ class Verifier:
         self.reward = reward
         self.items: list[tuple[str, str]] = []
 
-    def score(self, items: Sequence[tuple[Problem, str]]) -> list[float]:
-        self.items += [(p.prompt_id, text) for p, text in items]
+    def score(self, responses: Sequence[Response]) -> list[float]:
+        self.items += [(r.problem.prompt_id, r.text) for r in responses]
         if isinstance(self.reward, Exception):
             raise self.reward
-        return [float(text.endswith("1")) if self.reward is None else self.reward for _, text in items]
+        return [float(text.endswith("1")) if self.reward is None else self.reward for _, text, _ in responses]
 
     def close(self) -> None: ...
 
