@@ -4,25 +4,39 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
 
-from asd_megatron.config.base import Section
+from asd_megatron.config.base import Section, Text, to_tuple
+
+Name = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(math|exact|puzzle|reasoning_gym|http|([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:\n]+\.py):[A-Za-z_]\w*)$"
+    ),
+]
 
 
-class RewardSection(Section):
-    """The verifier that scores responses."""
+class HttpSection(Section):
+    """The server that scores responses with `name: http`."""
 
-    name: Annotated[
-        str,
-        StringConstraints(
-            pattern=r"^(math|exact|puzzle|reasoning_gym|([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:\n]+\.py):[A-Za-z_]\w*)$"
-        ),
-    ] = Field(
+    url: Text | None = None
+    key_file: Text | None = None
+    batch: int = Field(32, ge=1)
+    concurrency: int = Field(4, ge=1)
+    timeout_seconds: float = Field(120.0, gt=0)
+    retries: int = Field(4, ge=0, le=20)
+    environment_proxy: bool = False
+
+
+class VerifierSection(Section):
+    """One verifier with its limits."""
+
+    name: Name = Field(
         "math",
         description=(
             "`math`: math-verify on the final answer; `exact`: equal text; `puzzle`: the search puzzle;"
-            " `reasoning_gym`: the reasoning_gym task's own verifier; or your own function as"
-            " `package.module:function` or `path/to/file.py:function`."
+            " `reasoning_gym`: the reasoning_gym task's own verifier; `http`: a server (`http`); or your own function"
+            " as `package.module:function` or `path/to/file.py:function`."
         ),
     )
     timeout_seconds: float = Field(
@@ -41,7 +55,57 @@ class RewardSection(Section):
             " `timeout_seconds`. At least `timeout_seconds`."
         ),
     )
-    workers: int = Field(2, ge=1, description="Processes in which `math` and `reasoning_gym` judge in parallel.")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "Processes that judge in parallel; null: 2, or 1 for your own function, whose state lasts in each process"
+            " by itself."
+        ),
+    )
+    memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "Most memory (GiB, resident) of a process of your own function, with what it starts; null: half of the"
+            " machine's, divided by `workers`."
+        ),
+    )
+    on_error: Literal["stop", "zero"] = Field(
+        "stop",
+        description=(
+            "When your own function raises, exits, exceeds a limit or returns no number, or when the server of `http`"
+            " does not score a response: stop the run, or score 0, count and log it."
+        ),
+    )
+    http: HttpSection = Field(
+        HttpSection(),
+        description=(
+            "The server of `name: http` (docs/rewards.md). `url`: where responses are posted; `key_file`: file with the"
+            " key that is sent as `Authorization: Bearer KEY`, readable by its owner alone; `batch`: responses of a"
+            " request, at most; `concurrency`: requests at a time; `timeout_seconds`: for one request; `retries`: how"
+            " often a failed request is sent again, after growing pauses; `environment_proxy`: use the proxies that"
+            " `http_proxy` and its kind name. Keys that are left out keep their defaults."
+        ),
+    )
+
+
+class RewardPart(VerifierSection):
+    """One of several verifiers whose rewards are added."""
+
+    name: Name
+    weight: float = 1.0
+    label: Annotated[str, StringConstraints(pattern=r"^[\w.-]{0,40}$")] = ""
+
+    @property
+    def short_name(self) -> str:
+        """Its name in metrics: the label, else the verifier's name, of a user's function the function's."""
+        return self.label or self.name.rpartition(":")[2]
+
+
+class RewardSection(VerifierSection):
+    """The verifier that scores responses."""
+
     truncated: Literal["zero", "judge"] = Field(
         "zero",
         description=(
@@ -49,10 +113,20 @@ class RewardSection(Section):
             " `reward/truncated`; `judge`, it is scored like any other."
         ),
     )
-    on_error: Literal["stop", "zero"] = Field(
-        "stop",
+    parts: Annotated[tuple[RewardPart, ...], BeforeValidator(to_tuple)] = Field(
+        (),
         description=(
-            "When your own function raises, exits, exceeds its time or returns no number: stop the run, or score 0,"
-            " count and log it."
+            "Several verifiers instead of one, each with `name`, `weight` (1), `label` (its name in metrics) and the"
+            " options above: the reward is the sum of weight times reward."
         ),
     )
+
+    @property
+    def verifiers(self) -> tuple[VerifierSection, ...]:
+        """The parts, or the section itself."""
+        return self.parts or (self,)
+
+    @property
+    def in_words(self) -> str:
+        """`math`, or `0.9 math + 0.1 brief`."""
+        return " + ".join(f"{part.weight:g} {part.short_name}" for part in self.parts) or self.name
