@@ -56,8 +56,9 @@ class Limits:
 
     def exceeded(self, usage: Usage) -> str:
         """Which limit a worker exceeds; empty if none."""
-        if self.resident_bytes is not None and usage.resident_bytes > self.resident_bytes:
-            return f"{self.resident_bytes / GIB:.3g} GiB of memory (reward.memory_gb)"
+        limit = self.resident_bytes
+        if limit is not None and usage.resident_bytes > limit and usage.proportional_bytes() > limit:
+            return f"{limit / GIB:.3g} GiB of memory (reward.memory_gb)"
         if self.tasks is not None and usage.tasks > self.tasks:
             return f"{self.tasks} processes and threads"
         return ""
