@@ -40,6 +40,8 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.now = self.most = 0
 
+    def handle_error(self, *arguments: Any) -> None: ...  # of a client that has gone
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/score"

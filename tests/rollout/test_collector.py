@@ -69,10 +69,11 @@ class ScriptedEngine:
         prompt, params = self.queue.pop()
         name = prompt.problem.prompt_id
         self.aborts[name] = self.aborts.get(name, 0) - 1
+        ended = {"c1": FinishReason.LENGTH}
         reasons = [
-            FinishReason.ABORT if self.aborts[name] >= 0 and s == 1 else FinishReason.STOP for s in range(params.n)
+            FinishReason.ABORT if self.aborts[name] >= 0 and s == 1 else ended.get(f"{name}{s}", FinishReason.STOP)
+            for s in range(params.n)
         ]
-        reasons = [FinishReason.LENGTH if f"{name}{s}" == "c1" else reason for s, reason in enumerate(reasons)]
         rollouts = [
             Rollout(name, s, prompt.ids, (1,) * (s + 1), (0.0,) * (s + 1), reason, 0, text=f"{name}{s}")
             for s, reason in enumerate(reasons)
