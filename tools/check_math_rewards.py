@@ -122,7 +122,9 @@ def hostile(count: int, workers: int, timeout: float) -> int:
         f"{count} answers in {time.monotonic() - started:.0f} s of wall time: {int(sum(rewards))} right,"
         f" {counters['timeouts']} timeouts, {counters['errors']} errors, {counters['restarts']} workers replaced"
     )
-    return sum(r not in (0.0, 1.0) for r in rewards) + (len(rewards) != count)
+    for text in (text for text, reward in zip(texts, rewards, strict=True) if reward):
+        print(f"  right: {text[:200]!r}")
+    return sum(r not in (0.0, 1.0) for r in rewards)
 
 
 def _hostile(rng: random.Random, i: int) -> str:

@@ -142,7 +142,7 @@ def final_answer(response: str, *, several: bool = False) -> Candidate | None:
         return Candidate(tail, False) if tail else None
     if not marked or len(marked) > MAX_ANSWER_CHARS:
         return None
-    return Candidate(tidy(marked), True)
+    return Candidate(balanced(tidy(marked)), True)
 
 
 def gold_answer(answer: str) -> str:
@@ -267,6 +267,22 @@ def _without_surroundings(text: str) -> str:
     for mark in ("**", "`"):  # `**#### 5**` leaves its second half
         text = text.removesuffix(mark).removeprefix(mark) if text.count(mark) == 1 else text
     return LAST_MARK.sub("", text)
+
+
+def balanced(text: str) -> str:
+    r"""`text` without the braces that have no partner and without a backslash at its end: put into `\boxed{}` it stays
+    one answer (`{17 or 18` would open the box, and math-verify then takes whichever number it likes)."""
+    stray: list[int] = []
+    opened: list[int] = []
+    for m in re.finditer(r"\\.|\\$|[{}]", text, re.DOTALL):
+        if m[0] == "{":
+            opened.append(m.start())
+        elif m[0] == "}" and opened:
+            opened.pop()
+        elif m[0] in ("}", "\\"):
+            stray.append(m.start())
+    drop = {*stray, *opened}
+    return "".join(c for i, c in enumerate(text) if i not in drop) if drop else text
 
 
 def _is_one_group(text: str) -> bool:

@@ -97,6 +97,8 @@ RIGHT = [
     ("2", r"\boxed{1} and \boxed{2}"),  # a single answer: the last box
     (r"\boxed{1} \text{ and } \boxed{2}", r"\boxed{1,2}"),
     ("34", "17 + 17 = 34, not 35.\nAnswer: 34"),
+    ("5", "#### 5}"),
+    (r"\frac12", r"#### \frac{1}{2"),
     (r"\frac{1}{2}", r"Final Answer: The final answer is $0.5$. I hope it is correct."),
     ("(1, 2)", "Answer: (1, 2)"),
     # Unicode
@@ -151,6 +153,7 @@ WRONG = [
     ("7", r"<think>maybe \boxed{7}? let me check"),
     ("18", "<answer>17 or 18 or 19</answer>"),
     ("18", "Answer: 17 or 18"),
+    *(("18", text) for text in ("#### {17 or 18", "#### 17 } 18", "#### 17 or 18 \\", "<answer>{17, 18</answer>")),
     ("12", "The answer is 12. Wait, no.\nAnswer: 34"),
     ("1", r"\boxed{1} and \boxed{2}"),
     ("1,2", r"\boxed{1}, \boxed{2} and \boxed{3}"),
