@@ -54,7 +54,8 @@ class World:
             "model": {"path": str(self.model)},
             "algorithm": {"name": "no_gate"},
             "data": {"train": str(self.problems)},
-            "reward": {"name": f"{self.folder / 'reward.py'}:reward"},
+            # random weights end few of their responses
+            "reward": {"name": f"{self.folder / 'reward.py'}:reward", "truncated": "judge"},
             "sampling": {
                 "problems_per_step": 3,
                 "rollouts_per_problem": 4,
