@@ -106,7 +106,7 @@ def find_interpreter(python: str | None = None) -> Interpreter:
         found, packages = _describe(python)
         if not _readable(found):
             raise SandboxError(
-                f"reward.code.python {python}: user {NOBODY} (nobody), as whom the sandbox runs when root trains, may not"
+                f"reward.code.python {python}: the sandbox runs as user {NOBODY} (nobody) when root trains, who may not"
                 f" read {found.prefix}. Name an interpreter outside root's home folder, such as {SYSTEM_PYTHON}"
             )
         return _checked(Interpreter(found.executable, found.prefix, packages))
@@ -115,8 +115,8 @@ def find_interpreter(python: str | None = None) -> Interpreter:
         return _checked(own)
     if not os.path.exists(SYSTEM_PYTHON):
         raise SandboxError(
-            f"the sandbox's user cannot read {own.prefix}, and there is no {SYSTEM_PYTHON}: install Debian's python3, or"
-            " name an interpreter as reward.code.python"
+            f"the sandbox's user cannot read {own.prefix}, and there is no {SYSTEM_PYTHON}: install Debian's python3,"
+            " or name an interpreter as reward.code.python"
         )
     return _describe(SYSTEM_PYTHON)[0]
 
@@ -137,8 +137,8 @@ def _checked(interpreter: Interpreter) -> Interpreter:
     for folder in interpreter.readable_folders():
         if Path.home().is_relative_to(folder) or Path.cwd().is_relative_to(folder):
             raise SandboxError(
-                f"the interpreter's folder {folder} holds your home folder or the current one, and tested programs would"
-                " read it: name another interpreter as reward.code.python"
+                f"the interpreter's folder {folder} holds your home folder or the current one, and tested programs"
+                " would read it: name another interpreter as reward.code.python"
             )
     return interpreter
 

@@ -25,8 +25,9 @@ from asd_megatron.sandbox.launch import Interpreter, Launched, Protections, Sand
 
 START_SECONDS = 120.0  # until the supervisor is ready, on a busy machine
 GRACE_SECONDS = 20.0  # for the supervisor to act on its own limit on wall time
-LOOK_SECONDS = 0.1  # at most between two looks at the memory of sandboxes
+LOOK_SECONDS = 0.1  # at most between two looks at the memory and processor time of sandboxes
 MEMORY_SLACK = 64 << 20  # of the supervisor, and pages that processes share and are counted twice
+CPU_SLACK = 0.5  # seconds: a single process is ended by the supervisor first
 ATTEMPTS = 2
 MAX_FAILED_STARTS = 6  # in a row
 READ_BYTES = 1 << 18
@@ -35,8 +36,11 @@ CHILD = re.compile(rb'"child-pid": (\d+)\D')  # bubblewrap's --info-fd
 
 # Modules of the standard library that programs often import: loaded once in the supervisor, before it forks.
 PRELOADED = frozenset(
-    "array bisect collections copy dataclasses datetime decimal enum fractions functools heapq itertools json math"
-    " operator queue random re string threading time typing".split()
+    re.split(
+        r"\s+",
+        "array bisect collections copy dataclasses datetime decimal enum fractions functools heapq itertools json math"
+        " operator queue random re string threading time typing",
+    )
 )
 IMPORTS = re.compile(r"^\s*(?:from|import)\s+(\w+)", re.MULTILINE)
 
@@ -121,6 +125,7 @@ class _Running:
     job: int
     offset: int
     deadline: float
+    cpu_base: float = 0.0  # processor time of all processes when the present test began
     buffer: bytearray = field(default_factory=bytearray)
     stderr: bytearray = field(default_factory=bytearray)
     ready: bool = False
@@ -190,8 +195,8 @@ class SandboxPool:
     ) -> list[list[TestResult] | None]:
         """The results of every program's tests, in order; None for a program whose sandbox could not be started.
 
-        After each test `wanted(program, its results so far)` says whether the remaining tests are run; if not, there are
-        no results of theirs. Raises SandboxError if no sandbox starts any more.
+        After each test `wanted(program, its results so far)` says whether the remaining tests are run; if not, they
+        have no results. Raises SandboxError if no sandbox starts any more.
         """
         results: list[list[TestResult] | None] = [[] for _ in programs]
         queue = deque((job, 0) for job, program in enumerate(programs) if program.tests)
@@ -244,11 +249,19 @@ class SandboxPool:
                 running.read_info()
         readable = {id(key.data) for key, _ in events}
         now = time.monotonic()
-        return [r for r in self._running if id(r) in readable or now >= r.deadline or self._too_large(r)]
+        return [r for r in self._running if id(r) in readable or now >= r.deadline or self._exceeded(r)]
 
-    def _too_large(self, running: _Running) -> bool:
-        first = running.launched.first
-        return first is not None and resident_bytes(first) > self.limits.memory_bytes + MEMORY_SLACK
+    def _exceeded(self, running: _Running) -> Status | None:
+        """Which limit the processes of the present test exceed, all together."""
+        if time.monotonic() >= running.deadline:
+            return Status.WALL_TIME
+        if running.launched.first is None or not running.ready:
+            return None
+        resident, seconds = usage(running.launched.first)
+        if resident > self.limits.memory_bytes + MEMORY_SLACK:
+            return Status.MEMORY
+        beyond = seconds - running.cpu_base > self.limits.cpu_seconds + CPU_SLACK
+        return Status.CPU_TIME if beyond else None
 
     def _advance(
         self,
@@ -265,8 +278,8 @@ class SandboxPool:
         alive = _read(running)
         more, leftovers = self._take(running, done, lambda: wanted(running.job, done))
         complete = not more or len(done) == len(programs[running.job].tests)
-        large, late = self._too_large(running), time.monotonic() >= running.deadline
-        if alive and not (complete or leftovers or large or late):
+        exceeded = self._exceeded(running)
+        if alive and not (complete or leftovers or exceeded):
             return
         self._running.remove(running)
         running.end()
@@ -279,7 +292,7 @@ class SandboxPool:
                 results[running.job] = None
                 return
         elif not leftovers:
-            done.append(TestResult(Status.MEMORY if large else Status.WALL_TIME if late else Status.SANDBOX))
+            done.append(TestResult(exceeded or Status.SANDBOX))
             self.restarts += 1
             if len(done) == len(programs[running.job].tests) or not wanted(running.job, done):
                 return
@@ -290,7 +303,7 @@ class SandboxPool:
         if not running.ready and running.buffer.startswith(supervisor.READY):
             del running.buffer[: len(supervisor.READY)]
             running.ready, self._failed_starts = True, 0
-            running.deadline = self._deadline()
+            self._begin_test(running)
         while running.ready and len(running.buffer) >= HEADER_BYTES:
             header = [int.from_bytes(running.buffer[i : i + 4], "big") for i in range(0, HEADER_BYTES, 4)]
             if header[0] == supervisor.LEFTOVERS:
@@ -300,13 +313,16 @@ class SandboxPool:
                 break
             done.append(_result(header, bytes(running.buffer[HEADER_BYTES:end])))
             del running.buffer[:end]
-            running.deadline = self._deadline()
+            self._begin_test(running)
             if not wanted():
                 return False, False
         return True, False
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self.limits.wall_seconds + GRACE_SECONDS
+    def _begin_test(self, running: _Running) -> None:
+        """The limits from outside count from here."""
+        running.deadline = time.monotonic() + self.limits.wall_seconds + GRACE_SECONDS
+        if running.launched.first is not None:
+            running.cpu_base = usage(running.launched.first)[1]
 
     def _did_not_start(self, running: _Running) -> None:
         self._failed_starts += 1
@@ -354,13 +370,17 @@ def _result(header: list[int], body: bytes) -> TestResult:
     )
 
 
-def resident_bytes(first: int) -> int:
-    """Resident memory (bytes) of a process and its descendants; pages that several share count for each."""
-    total, open_ = 0, [first]
+def usage(first: int) -> tuple[int, float]:
+    """Resident memory (bytes; pages that several share count for each) and processor time (seconds) of a process and
+    its descendants, the ended ones' too."""
+    resident, ticks, open_ = 0, 0, [first]
     while open_:
         process = open_.pop()
         with suppress(OSError, ValueError, IndexError):
-            total += int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            # what follows the name: state is field 3 of proc(5), utime to cstime are 14 to 17, rss is 24
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+            resident += int(fields[21])
             for task in os.listdir(f"/proc/{process}/task"):
                 open_ += map(int, Path(f"/proc/{process}/task/{task}/children").read_text().split())
-    return total
+    return resident * os.sysconf("SC_PAGE_SIZE"), ticks / os.sysconf("SC_CLK_TCK")

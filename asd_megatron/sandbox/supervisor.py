@@ -16,8 +16,9 @@ the lengths of what follows) and the bytes of stdout, of the end of stderr, and 
 results are is not known in here: the trainer compares.
 
 As process 1 of its namespace the supervisor cannot be signalled by the tested program, and after each test it ends all
-other processes. The verdict channel of a call or of statements carries a line `INDEX VALUE` for each recorded value and,
-at the end, a random text that the supervisor made for this test: a program that ends its process early does not know it.
+other processes. The verdict channel of a call or of statements carries a line `INDEX VALUE` for each recorded value
+and, at the end, a random text that the supervisor made for this test: a program that ends its process early does not
+say it.
 """
 
 from __future__ import annotations
@@ -253,9 +254,9 @@ def set_limits(limits: dict, sandboxed: bool) -> None:
 
 def new_streams() -> None:
     """Python's standard streams on the descriptors of this process, and what the module `site` would provide."""
-    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, f"__{name}__", getattr(sys, name))
     sys.argv = ["program.py"]
