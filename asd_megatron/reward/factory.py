@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from asd_megatron.errors import did_you_mean
 from asd_megatron.reward.base import RewardError, Verifier
+from asd_megatron.reward.code import CodeVerifier
 from asd_megatron.reward.custom import CustomVerifier
 from asd_megatron.reward.exact import ExactVerifier
 from asd_megatron.reward.math import MathVerifier
@@ -13,7 +15,7 @@ from asd_megatron.reward.puzzle import PuzzleVerifier
 from asd_megatron.reward.reasoning_gym import ReasoningGymVerifier
 from asd_megatron.reward.truncation import ZeroForTruncated
 
-NAMES = ("exact", "math", "puzzle", "reasoning_gym")
+NAMES = ("code", "exact", "math", "puzzle", "reasoning_gym")
 
 
 def make_verifier(name: str = "math", *, truncated: str = "zero", **settings: Any) -> Verifier:
@@ -35,13 +37,16 @@ def _verifier(
     wall_timeout_seconds: float | None = None,
     workers: int = 2,
     on_error: str = "stop",
+    allow_unsafe_sandbox: bool = False,
+    code: Mapping[str, Any] | None = None,
 ) -> Verifier:
-    """The verifier `name`: `math`, `exact`, `puzzle`, `reasoning_gym`, or a user's `module:function` or
+    """The verifier `name`: `math`, `exact`, `puzzle`, `reasoning_gym`, `code`, or a user's `module:function` or
     `file.py:function`.
 
     One answer takes at most `timeout_seconds` of processor time with `math` and `reasoning_gym`, which judge in
     `workers` processes, and `wall_timeout_seconds` in all (None: 10 times as long) with these and a user's function.
-    `on_error` is for a user's function. Raises RewardError if there is no such verifier or it cannot start.
+    `on_error` is for a user's function, `allow_unsafe_sandbox` and the settings `code` are for `code`. Raises
+    RewardError if there is no such verifier or it cannot start.
     """
     limits: dict[str, Any] = {"timeout_seconds": timeout_seconds, "wall_timeout_seconds": wall_timeout_seconds}
     if name == "math":
@@ -52,6 +57,9 @@ def _verifier(
         return PuzzleVerifier()
     if name == "reasoning_gym":
         return ReasoningGymVerifier(**limits, workers=workers)
+    if name == "code":
+        unsafe = {"allow_unsafe_sandbox": allow_unsafe_sandbox}
+        return CodeVerifier(**limits, **unsafe, workers=workers, **(code or {}))
     if ":" in name:
         return CustomVerifier(name, on_error=on_error, **limits)
     hint = did_you_mean(name, NAMES)

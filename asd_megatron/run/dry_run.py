@@ -154,7 +154,9 @@ def _scored(recipe: Recipe, problem: Problem) -> tuple[float, str]:
             f"the reward {recipe.reward.name} called sys.exit({error.code!r}): return a number, or raise an exception"
         ) from None
     threshold = recipe.privileged.success_threshold
-    text = feedback(reward, verifier.feedback_kind, success_threshold=threshold, tests=tests_of(problem))
+    text = feedback(
+        reward, verifier.feedback_kind, success_threshold=threshold, tests=tests_of(problem, recipe.reward.max_tests)
+    )
     return reward, text
 
 

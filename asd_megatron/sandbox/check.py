@@ -152,3 +152,9 @@ def leftover_processes() -> list[int]:
             except OSError:
                 continue
     return found
+
+
+def attack_table(attacks: Sequence[Attack] = ATTACKS) -> str:
+    """The table of docs/sandbox.md."""
+    rows = [f"| {a.name} | {a.stopped_by} | {', '.join(sorted(f'`{s}`' for s in a.expected))} |" for a in attacks]
+    return "\n".join(["| attack | what stops it | how its test ends |", "|---|---|---|", *rows])
