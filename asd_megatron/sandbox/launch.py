@@ -220,7 +220,9 @@ def _launch_unprotected(stdin: int, interpreter: Interpreter) -> Launched:
 
 def _mounts(interpreter: Interpreter, limits: SandboxLimits, supervisor: int, passwd: int) -> list[str]:
     """Bubblewrap's options: new namespaces of every kind, and the folders that the sandbox sees."""
-    options = ["--unshare-all", "--unshare-user", "--disable-userns", "--uid", str(NOBODY), "--gid", str(NOBODY)]
+    options = ["--unshare-all", "--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]
+    if not os.statvfs("/proc/sys").f_flag & os.ST_RDONLY:  # it is in most containers: then the filter alone denies them
+        options.append("--disable-userns")
     options += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
     for name, value in ENVIRONMENT.items():
         options += ["--setenv", name, value]

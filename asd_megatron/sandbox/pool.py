@@ -23,7 +23,7 @@ from pathlib import Path
 from asd_megatron.sandbox import supervisor
 from asd_megatron.sandbox.launch import Interpreter, Launched, Protections, SandboxError, SandboxLimits, launch
 
-START_SECONDS = 120.0  # until the supervisor is ready, on a busy machine
+START_SECONDS = 300.0  # until the supervisor is ready, on a busy machine
 GRACE_SECONDS = 20.0  # for the supervisor to act on its own limit on wall time
 LOOK_SECONDS = 0.1  # at most between two looks at the memory and processor time of sandboxes
 MEMORY_SLACK = 64 << 20  # of the supervisor, and pages that processes share and are counted twice

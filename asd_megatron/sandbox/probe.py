@@ -15,7 +15,7 @@ ALLOW = (
     "let this user create user namespaces (sysctl user.max_user_namespaces; on Ubuntu"
     " kernel.apparmor_restrict_unprivileged_userns=0; in containers see docs/sandbox.md)"
 )
-PROBE_LIMITS = SandboxLimits(processes=4, cpu_seconds=20.0, wall_seconds=100.0, memory_bytes=512 << 20)
+PROBE_LIMITS = SandboxLimits(processes=4, cpu_seconds=20.0, wall_seconds=300.0, memory_bytes=512 << 20)
 # Prints what an honest program finds: whether a network socket is refused, and how many processes it can start.
 PROBE = """
 import os, socket
