@@ -71,6 +71,16 @@ def user_error(what: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{what} ({system_reason(error)}): {remedy}") from error
 
 
+def read_private(path: Path, what: str, remedy: str) -> str:
+    """The text of a file with keys. Raises UserError if it cannot be read (`remedy`: what to do), or if others than its
+    owner may read it."""
+    with user_error(f"the file of {what} {path} cannot be read", remedy):
+        text, mode = path.read_bytes().decode(errors="replace"), path.stat().st_mode
+    if mode & 0o077:
+        raise UserError(f"the file of {what} {path} can be read by others: chmod 600 {path}")
+    return text
+
+
 def utc_now() -> str:
     """The time as all records have it, `2026-01-31T08:00:00+00:00`; later times sort later."""
     return datetime.now(UTC).isoformat(timespec="seconds")

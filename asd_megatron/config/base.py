@@ -81,6 +81,8 @@ def _in_words(inner: Any, notes: list[Any], plural: bool = False) -> str:
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
     if origin is tuple:
         element, element_notes = _unwrap(get_args(inner)[0])
+        if isinstance(element, type) and issubclass(element, Section):
+            return f"a list of mappings of {', '.join(element.model_fields)}"
         return f"a list of {_in_words(element, element_notes, plural=True)}"
     if origin is dict or inner is dict:
         return "a mapping"

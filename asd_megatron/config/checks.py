@@ -20,6 +20,7 @@ from asd_megatron.config.parallelism import ParallelismSection
 from asd_megatron.config.precision_checks import precision_findings
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
 from asd_megatron.config.refusals import dotted_keys, nearest_key
+from asd_megatron.config.reward_checks import reward_findings
 from asd_megatron.config.rollout_checks import device_findings, rollout_findings
 from asd_megatron.config.teacher_checks import teacher_findings
 from asd_megatron.config.term_checks import term_findings
@@ -116,12 +117,7 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
         yield "data.raw_prompt is read only with data.format raw: set data.format raw, or leave data.raw_prompt out"
     if data.test is not None and data.test.startswith("puzzle:") and data.test not in PUZZLES:
         yield f"data.test {data.test!r} is not a puzzle set: use puzzle:test"
-    reward = recipe.reward
-    if reward is not None and (reward.wall_timeout_seconds or reward.timeout_seconds) < reward.timeout_seconds:
-        yield (
-            f"reward.wall_timeout_seconds {reward.wall_timeout_seconds:g} is below reward.timeout_seconds"
-            f" {reward.timeout_seconds:g}, which counts processor time: raise the first or lower the second"
-        )
+    yield from reward_findings(recipe)
     if recipe.checkpoint.continual_from is not None and recipe.checkpoint.resume not in ("auto", "never"):
         yield (
             "checkpoint.continual_from and the checkpoint of checkpoint.resume would both be loaded: leave out"

@@ -45,15 +45,17 @@ def _task(task: str, data: DataSection) -> Iterator[str]:
 def _reward(recipe: AnyRecipe, given: dict[str, str], tasks: dict[str, str]) -> Iterator[str]:
     if recipe.reward is None:
         return
-    name = recipe.reward.name
+    names = [verifier.name for verifier in recipe.reward.verifiers]
     others = [f"{key} {value!r}" for key, value in given.items() if key not in tasks]
-    if name == REWARD and (others or not given):
+    if REWARD in names and (others or not given):
         yield (
             f"reward.name {REWARD} scores problems of {PREFIX}TASK sets alone"
             + (f", and {' and '.join(others)} is none" if others else "")
             + f": set reward.name to another verifier, or name a task ({PREFIX}chain_sum, for instance) as problem set"
         )
-    if tasks and name != REWARD and ":" not in name:
+    for name in names if tasks else ():
+        if name == REWARD or name == "http" or ":" in name:
+            continue
         yield (
             f"reward.name {name} does not know how problems of {' and '.join(tasks)} are judged: set reward.name"
             f" {REWARD}, the task's own verifier, or a function of your own"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -36,11 +37,16 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        return ", ".join(f"{key}: {inner:g}" for key, inner in value.model_dump().items())
+        inside = value.model_dump().items()
+        return ", ".join(f"{key}: {f'{v:g}' if isinstance(v, float) else _yaml(v)}" for key, v in inside)
     if isinstance(value, tuple | dict):
         return str(list(value)) if isinstance(value, tuple) else str(value)
     if isinstance(value, str):
         return value.replace("\n", "\\n") or '""'
+    return _yaml(value)
+
+
+def _yaml(value: Any) -> str:
     return to_yaml(value).removesuffix("...\n").strip()
 
 

@@ -15,6 +15,10 @@ BARE = re.compile(
     r"[-+]?(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)(?:/\d+)?|\$[^$\n]{1,200}\$|\([^()\n]{1,200}\)|\[[^\[\]\n]{1,200}\]"
     r"|[A-Za-z](?![A-Za-z'])"
 )
+BETWEEN_BOXES = re.compile(  # of one list: `$, $`, ` and `, `\\text{ or }`, `$ and $y = `
+    r"(?:[\s$,;&]|\\[()\[\],;: ]|\\q?quad|\\text ?\{ ?(?:and|or) ?\}|and|or|[A-Za-z](?:_\{?\w\}?)? ?=){0,60}"
+)
+MOST_BOXES = 100  # of one list
 THINKING = re.compile(r"<\s*(/?)\s*(?:think|thinking|thought|reasoning)\b[^<>]*>", re.IGNORECASE)
 ANSWER = re.compile(r"<\s*(/?)\s*(?:final[_ -]?)?answer\b[^<>]*>", re.IGNORECASE)
 
@@ -69,32 +73,41 @@ def outside_thinking(text: str) -> str | None:
     return None if inside else "".join([*kept, text[start:]])
 
 
-def marked_answer(text: str) -> str | None:
+def marked_answer(text: str, *, several: bool = False) -> str | None:
     r"""The answer that the text marks: the content of the last `<answer>` tag (of the last box in it, if any), else
-    of the last box, else what follows the last `####` on its line.
+    of the last box, else what follows the last `####` on its line. With `several`, the contents of the last boxes with
+    nothing but `,` or `and` between them, as a list: `\boxed{1} and \boxed{2}` is `1, 2`.
 
     Empty if the last mark is empty or the text ends inside it; None if the text marks no answer. Think blocks are for
     the caller to remove.
     """
     opening = next((m for m in reversed(list(ANSWER.finditer(text))) if not m[1]), None)
     if opening is None:
-        box = _last_box(text)
-        return last_hashes(text) if box is None else box.content
+        boxes = _last_boxes(text, MOST_BOXES if several else 1)
+        return ", ".join(boxes) if boxes else last_hashes(text)
     closing = next((m for m in ANSWER.finditer(text, opening.end()) if m[1]), None)
     content = text[opening.end() : closing.start() if closing else len(text)].strip()
-    box = _last_box(content)
-    if box is not None:
-        return box.content
+    boxes = _last_boxes(content, MOST_BOXES if several else 1)
+    if boxes:
+        return ", ".join(boxes)
     return content if closing else ""
 
 
-def _last_box(text: str) -> Boxed | None:
-    """The last box, complete or not."""
+def _last_boxes(text: str, most: int) -> list[str]:
+    """The contents of the last box (empty if it is incomplete) and of those that make up one list with it, in order."""
+    found: list[Boxed] = []
+    stop = len(text)
     for command in reversed(list(BOX.finditer(text))):
-        box = _read_box(text, command.start(), command.end(), len(text))
-        if box is not None:  # else a mere mention: `I use \boxed notation`
-            return box
-    return None
+        box = _read_box(text, command.start(), command.end(), stop)
+        if box is None:  # a mere mention: `I use \boxed notation`
+            continue
+        if found and not (box.closed and BETWEEN_BOXES.fullmatch(text, box.end, found[-1].start)):
+            break
+        found.append(box)
+        stop = command.start()
+        if len(found) == most or not box.closed:
+            break
+    return [box.content for box in reversed(found)]
 
 
 def _read_box(text: str, start: int, content: int, stop: int) -> Boxed | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-from asd_megatron.data.answers import last_boxed, last_hashes, marked_answer, outside_thinking
+from asd_megatron.data.answers import marked_answer, outside_thinking
 
 MAX_ANSWER_CHARS = 2_000  # a longer "answer" is none
 TAIL_CHARS = 2_000  # where a response without a marked answer is searched
@@ -86,6 +86,21 @@ BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]+?)(?<=[^\s*])\*\*(?![\w(
 PARENTHESES = re.compile(r"(?:\\left)?\(\s*([-+]?[\d.]+|[A-Za-z])\s*(?:\\right)?\)")
 ANSWER_IS = r"(?:so|thus|therefore|hence)?,?\s*(?:the|my|our)?\s*(?:final|correct)?\s*answer\s*(?:(?:is|=)\s*:?|:)\s*"
 LEAD_IN = re.compile(rf"#+\s*|{ANSWER_IS}|\\(?:text(?:bf|it|rm)?|mbox)\{{\s*{ANSWER_IS}\}}", re.IGNORECASE)
+# A line that states the answer: `**Answer:** 34`, `The answer is: $\frac12$`, and Minerva's `Final Answer: The final
+# answer is $X$. I hope it is correct.` What follows a formula is then a remark, unless it holds another number.
+STATEMENT = re.compile(
+    r"[^\w$\\]{0,9}(?:(?:(?:so|thus|therefore|hence),? )?(?:(?:the|my|our) )?(?:final |correct )?answer"
+    r"[*_]{0,3} ?(?:is ?:?|[:=\uff1a])[*_]{0,3} ?)+",
+    re.IGNORECASE,
+)
+FORMULA_AND_REMARK = re.compile(r"([*_]{0,3}(?:\$[^$]+\$|\$\$[^$]+\$\$|\\\(.+?\\\)|\\\[.+?\\\])[*_]{0,3})[^\d$\\]*")
+FORMULA = re.compile(r"\$([^$\n]{1,200})\$")
+HOPE = re.compile(r"\.? ?I hope (?:it|this) is correct\.?$")
+PROSE = re.compile(r"(?<![\\A-Za-z{])(?!(?:or|and|pi|ln)(?![A-Za-z]))[A-Za-z]{2,}")
+WORD = re.compile(r"[A-Za-z]+")
+MAX_STATEMENT = 300
+CONJUNCTION = re.compile(r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\text ?\{ ?(?:and|or) ?\}")
+BRACKETS_OR_COMMA = re.compile(r"\\?(?P<open>[\[({])|\\?(?P<close>[\])}])|\\.|(?P<comma>[,;])", re.DOTALL)
 CURRENCY = r"(?:US|A|C)?\\?\$|[\u00a3\u00a5\u20a0-\u20cf]|\\(?:pounds|euro|yen)(?:\{\})?(?![A-Za-z])"
 CURRENCY_FIRST = re.compile(rf"([-+]?)\s*(?:{CURRENCY})\s*(?=[-+\d.])")
 CURRENCY_LAST = re.compile(rf"(?<=\d)\s*(?:{CURRENCY})$")
@@ -108,17 +123,20 @@ class Candidate:
     marked: bool
 
 
-def final_answer(response: str) -> Candidate | None:
+def final_answer(response: str, *, several: bool = False) -> Candidate | None:
     r"""The response's answer, or None if it gives none.
 
     Think blocks do not count; a response that ends inside one has no answer. Then the last `<answer>...</answer>`,
-    else the last `\boxed{...}` or `\fbox{...}`, else what follows the last `####`, else the tail. A response that ends
-    inside its last tag or box has no answer either: it was about to take an earlier one back.
+    else the last `\boxed{...}` or `\fbox{...}` (with `several`, all boxes of the list that it ends), else what follows
+    the last `####`, else the last line `Answer: X`, else the tail. A response that ends inside its last tag or box has
+    no answer either: it was about to take an earlier one back.
     """
     text = outside_thinking(response)
     if text is None:
         return None
-    marked = marked_answer(text)
+    marked = marked_answer(text, several=several)
+    if marked is None:
+        marked = _stated(text[-TAIL_CHARS:])
     if marked is None:
         tail = plain_numbers(text[-TAIL_CHARS:]).replace("`", "")
         return Candidate(tail, False) if tail else None
@@ -129,8 +147,21 @@ def final_answer(response: str) -> Candidate | None:
 
 def gold_answer(answer: str) -> str:
     r"""A problem's answer, tidied; `\boxed{5}` and `#### 5` are read as 5."""
-    box = last_boxed(answer)
-    return tidy(box.content if box is not None else (last_hashes(answer) or answer))
+    return tidy(marked_answer(answer, several=True) or answer)
+
+
+def is_list(answer: str) -> bool:
+    r"""Whether a tidied answer is several values: `1, 2`, `\{1, 2\}`, `1 and 2`, not the point `(1, 2)`."""
+    text = CONJUNCTION.sub(",", answer).strip()
+    braced = text.removeprefix(r"\left")
+    if braced.startswith(r"\{") and braced.endswith(r"\}"):
+        text = braced[2:-2].removesuffix(r"\right")
+    depth = 0
+    for m in BRACKETS_OR_COMMA.finditer(text):
+        depth += bool(m["open"]) - bool(m["close"])
+        if m["comma"] and depth == 0:
+            return True
+    return False
 
 
 def quick_verdict(gold: str, answer: str) -> bool | None:
@@ -142,6 +173,23 @@ def quick_verdict(gold: str, answer: str) -> bool | None:
     if NUMBER.fullmatch(gold) and NUMBER.fullmatch(answer) and Fraction(gold) == Fraction(answer):
         return True
     return None
+
+
+def _stated(text: str) -> str | None:
+    """What the last line that states an answer says; None if there is no such line, or if it goes on in words."""
+    lines = (" ".join(line.split()) for line in reversed(text.splitlines()))
+    found = next(((line, m) for line in lines if (m := STATEMENT.match(line))), None)
+    if found is None:
+        return None
+    line, statement = found
+    rest = HOPE.sub("", line[statement.end() :])
+    if remark := FORMULA_AND_REMARK.fullmatch(rest):
+        rest = remark[1]
+    rest = FORMULA.sub(r"\1", rest)
+    if not rest or len(rest) > MAX_STATEMENT:
+        return None
+    answer = tidy(rest)
+    return answer if WORD.fullmatch(answer) or not PROSE.search(answer) else None
 
 
 def tidy(answer: str) -> str:

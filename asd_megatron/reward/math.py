@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from asd_megatron.reward.answers import final_answer, gold_answer, quick_verdict, tidy
+from asd_megatron.reward.answers import final_answer, gold_answer, is_list, quick_verdict, tidy
 from asd_megatron.reward.base import Response, new_counters
 from asd_megatron.reward.workers import Outcome, count_unjudged, judge_pool
 
@@ -44,7 +44,8 @@ class MathVerifier:
 
     @staticmethod
     def _key(*, answer: str, response: str) -> tuple[str, str, bool] | None:
-        candidate, gold = final_answer(response), gold_answer(answer)
+        gold = gold_answer(answer)
+        candidate = final_answer(response, several=is_list(gold))
         if candidate is None:
             return None
         if not candidate.marked and tidy(candidate.text) == gold:  # a response that is nothing but the answer

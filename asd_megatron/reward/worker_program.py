@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 MAX_STDERR_BYTES = 65_536
@@ -39,6 +40,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # when the machine runs out of memory, this process ends and not the trainer
     if settings["memory_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_AS, (settings["memory_bytes"],) * 2)
     if settings["quiet"]:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any
 
 from asd_megatron.distributed import activity
 from asd_megatron.reward.base import RewardError
+from asd_megatron.reward.usage import Usage, usage_of_sessions
 
 log = logging.getLogger(__name__)
 
@@ -35,24 +36,38 @@ MAX_DEATHS_IN_A_ROW = 20
 LOOK_SECONDS = 1.0  # at most between two looks at the workers
 ATTEMPTS = 2  # a request that two workers died of is given up
 PROGRAM = Path(__file__).with_name("worker_program.py")
-MEMORY_BYTES = 4 << 30  # of one worker's address space: an answer like 10^(10^10) must not take the machine down
+GIB = 1 << 30
+MEMORY_BYTES = 4 * GIB  # of one worker's address space: an answer like 10^(10^10) must not take the machine down
 WALL_FACTOR = 10  # wall time of an answer where reward.wall_timeout_seconds is not set, in units of its processor time
 
 
 @dataclass(frozen=True)
 class Limits:
     """The limits of a worker: seconds of wall and of processor time (None: no limit) for an answer, wall time to load,
-    bytes of address space (None: no limit)."""
+    bytes of address space (None: no limit). Of a worker with all processes that it has started, looked at once a second
+    while it judges: resident bytes and tasks (None: no limit)."""
 
     wall_seconds: float
     cpu_seconds: float | None = None
     start_seconds: float = 300.0  # importing, on a busy machine
     memory_bytes: int | None = None
+    resident_bytes: int | None = None
+    tasks: int | None = None
+
+    def exceeded(self, usage: Usage) -> str:
+        """Which limit a worker exceeds; empty if none."""
+        limit = self.resident_bytes
+        if limit is not None and usage.resident_bytes > limit and usage.proportional_bytes() > limit:
+            return f"{limit / GIB:.3g} GiB of memory (reward.memory_gb)"
+        if self.tasks is not None and usage.tasks > self.tasks:
+            return f"{self.tasks} processes and threads"
+        return ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A worker's `answer`, or (None) why there is none: `timeout` or `error`, with a `reason`."""
+    """A worker's `answer`, or (None) why there is none: `timeout`, `error` (workers died of it) or `excess` (of memory
+    or processes), with a `reason`."""
 
     answer: Mapping[str, Any] | None
     failure: str = ""
@@ -109,6 +124,27 @@ class _Worker:
         return status
 
 
+class _Call:
+    """The requests of one call of `run`: those in the queue, and the outcomes that there are."""
+
+    def __init__(
+        self, requests: Sequence[Mapping[str, Any]], check: Callable[[int, Outcome], None] | None = None
+    ) -> None:
+        self.requests, self.check = requests, check
+        self.queue = deque(range(len(requests)))
+        self.tries = [0] * len(requests)
+        self.outcomes: dict[int, Outcome] = {}
+
+    @property
+    def open(self) -> bool:
+        return len(self.outcomes) < len(self.requests)
+
+    def finish(self, request: int, outcome: Outcome) -> None:
+        self.outcomes[request] = outcome
+        if self.check is not None:
+            self.check(request, outcome)
+
+
 class WorkerPool:
     """`size` workers running `command`. One that dies or exceeds a limit is replaced and counted.
 
@@ -131,6 +167,7 @@ class WorkerPool:
         self.command, self.limits, self.counters, self.own_stderr = list(command), limits, counters, own_stderr
         self.may_end = may_end
         self._failed_starts = self._deaths = 0
+        self._looked = 0.0  # when usage was looked at
         self._closed = False
         self._workers: list[_Worker] = []
         for _ in range(size):
@@ -147,37 +184,37 @@ class WorkerPool:
         except OSError as e:
             raise RewardError(f"cannot start a reward worker: {e}") from e
 
-    def run(self, requests: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-        """One outcome for each request, in order. Without requests: returns when all workers are ready."""
+    def run(
+        self, requests: Sequence[Mapping[str, Any]], check: Callable[[int, Outcome], None] | None = None
+    ) -> list[Outcome]:
+        """One outcome for each request, in order. Without requests: returns when all workers are ready. `check` is
+        given each outcome with its request's number as soon as there is one; what it raises ends the call."""
         if self._closed:
             raise RewardError("the reward workers are closed already")
-        outcomes: list[Outcome | None] = [None] * len(requests)
-        queue, tries = deque(range(len(requests))), [0] * len(requests)
+        call = _Call(requests, check)
         try:
-            while any(o is None for o in outcomes) or not (requests or all(w.ready for w in self._workers)):
-                self._assign(requests, queue, tries, outcomes)
-                self._wait(queue, tries, outcomes)
+            while call.open or not (requests or all(w.ready for w in self._workers)):
+                self._assign(call)
+                self._wait(call)
         except BaseException:
             self._abandon()
             raise
-        return [o for o in outcomes if o is not None]
+        return [call.outcomes[i] for i in range(len(requests))]
 
-    def _assign(
-        self, requests: Sequence[Mapping[str, Any]], queue: deque[int], tries: list[int], outcomes: list[Outcome | None]
-    ) -> None:
+    def _assign(self, call: _Call) -> None:
         for slot, worker in enumerate(self._workers):
-            if not queue or not worker.ready or worker.job is not None:
+            if not call.queue or not worker.ready or worker.job is not None:
                 continue
-            worker.job = queue.popleft()
+            worker.job = call.queue.popleft()
             worker.deadline = time.monotonic() + self.limits.wall_seconds
             try:
-                worker.stdin.write(json.dumps(requests[worker.job]).encode() + b"\n")
+                worker.stdin.write(json.dumps(call.requests[worker.job]).encode() + b"\n")
             except OSError:  # it died while idle, through no fault of the request
-                queue.appendleft(worker.job)
+                call.queue.appendleft(worker.job)
                 worker.job = None
-                self._died(slot, queue, tries, outcomes)
+                self._died(slot, call)
 
-    def _wait(self, queue: deque[int], tries: list[int], outcomes: list[Outcome | None]) -> None:
+    def _wait(self, call: _Call) -> None:
         """Wait until a worker writes or the next deadline passes, and act on it."""
         waiting = [(slot, w) for slot, w in enumerate(self._workers) if w.job is not None or not w.ready]
         if not waiting:
@@ -193,36 +230,51 @@ class WorkerPool:
             worker = self._workers[slot]
             messages, dead = worker.read()
             for message in messages:
-                self._take(worker, message, outcomes)
+                self._take(worker, message, call)
             if dead:
-                self._died(slot, queue, tries, outcomes)
+                self._died(slot, call)
         for slot, worker in waiting:
             if slot not in readable and time.monotonic() >= worker.deadline:
-                self._expired(slot, outcomes)
+                self._expired(slot, call)
+        self._end_excessive(call)
 
-    def _take(self, worker: _Worker, message: dict[str, Any], outcomes: list[Outcome | None]) -> None:
+    def _take(self, worker: _Worker, message: dict[str, Any], call: _Call) -> None:
         if not worker.ready:
             worker.ready, self._failed_starts = True, 0
         elif worker.job is not None:
-            outcomes[worker.job], worker.job = Outcome(message), None
-            self._deaths = 0
+            job, worker.job, self._deaths = worker.job, None, 0
+            call.finish(job, Outcome(message))
 
-    def _expired(self, slot: int, outcomes: list[Outcome | None]) -> None:
+    def _expired(self, slot: int, call: _Call) -> None:
         worker = self._workers[slot]
         if worker.job is None:
             raise RewardError(f"reward workers do not start: none was ready within {self.limits.start_seconds:g} s")
         worker.kill()
         limit = f"{self.limits.wall_seconds:g} s of wall time (reward.wall_timeout_seconds)"
-        outcomes[worker.job] = Outcome(None, "timeout", f"no answer within {limit}")
         self._replace(slot)
+        call.finish(worker.job, Outcome(None, "timeout", f"no answer within {limit}"))
 
-    def _died(self, slot: int, queue: deque[int], tries: list[int], outcomes: list[Outcome | None]) -> None:
+    def _end_excessive(self, call: _Call) -> None:
+        """End the workers that use more of the machine than they may."""
+        unlimited = self.limits.resident_bytes is None and self.limits.tasks is None
+        if unlimited or time.monotonic() < self._looked + LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        usage = usage_of_sessions()
+        for slot, worker in enumerate(self._workers):
+            excess = self.limits.exceeded(usage.get(worker.process.pid, Usage()))
+            if excess and worker.job is not None:
+                worker.kill()
+                self._replace(slot)
+                call.finish(worker.job, Outcome(None, "excess", f"used more than {excess}"))
+
+    def _died(self, slot: int, call: _Call) -> None:
         worker = self._workers[slot]
         tail, status = worker.stderr_tail(), worker.kill()
         if status == -signal.SIGPROF and worker.job is not None:
             limit = f"{self.limits.cpu_seconds:g} s of processor time (reward.timeout_seconds)"
-            outcomes[worker.job] = Outcome(None, "timeout", f"no answer within {limit}")
             self._replace(slot)
+            call.finish(worker.job, Outcome(None, "timeout", f"no answer within {limit}"))
             return
         reason = f"a reward worker ended with status {status}: {tail}"
         if not worker.ready:
@@ -239,14 +291,14 @@ class WorkerPool:
                     "Is the machine out of memory? Lower reward.workers"
                 )
         log.warning("%s; it is replaced", reason)
-        if worker.job is not None:
-            tries[worker.job] += 1
-            if tries[worker.job] >= ATTEMPTS:
-                outcomes[worker.job] = Outcome(None, "error", reason)
-                self._deaths = 0 if self.may_end else self._deaths
-            else:
-                queue.appendleft(worker.job)
         self._replace(slot)
+        if worker.job is not None:
+            call.tries[worker.job] += 1
+            if call.tries[worker.job] >= ATTEMPTS:
+                self._deaths = 0 if self.may_end else self._deaths
+                call.finish(worker.job, Outcome(None, "error", reason))
+            else:
+                call.queue.appendleft(worker.job)
 
     def _replace(self, slot: int) -> None:
         self.counters["restarts"] += 1

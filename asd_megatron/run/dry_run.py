@@ -128,7 +128,10 @@ def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[
     reward, assessment = _scored(recipe, problem)
     sections = [
         ("data", "\n".join(counts)),
-        ("reward", f"{recipe.reward.name} gives {reward:g} for the response {FAKE_RESPONSE!r} to the problem below"),
+        (
+            "reward",
+            f"{recipe.reward.in_words} gives {reward:g} for the response {FAKE_RESPONSE!r} to the problem below",
+        ),
         ("passes of a step", "\n".join(passes.reasons)),
         *(("warning", reason) for reason in (never_acts(recipe), uncorrected(recipe)) if reason is not None),
         (f"student's prompt of problem {problem.prompt_id}", renderer.student_text(problem)),
@@ -151,7 +154,8 @@ def _scored(recipe: Recipe, problem: Problem) -> tuple[float, str]:
             verifier.close()
     except SystemExit as error:
         raise UserError(
-            f"the reward {recipe.reward.name} called sys.exit({error.code!r}): return a number, or raise an exception"
+            f"the reward {recipe.reward.in_words} called sys.exit({error.code!r}): return a number, or raise an"
+            " exception"
         ) from None
     threshold = recipe.privileged.success_threshold
     text = feedback(

@@ -288,7 +288,7 @@ def announce_training(recipe: Recipe, session: Session, strength: TermStrength, 
             f"temperature {s.temperature:g}, from the {recipe.rollout.engine} engine",
             **_servers(recipe.rollout),
             **_quantized(recipe),
-            "reward": recipe.reward.name,
+            "reward": recipe.reward.in_words,
             "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens"
             + (", shared prefixes computed once" if session.pack_layout.share_prefixes else ""),
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",

@@ -83,6 +83,7 @@ class TrainingRun:
         if recipe.evaluates and test_set is not None:
             self.held_out = HeldOut(session, self._evaluator(test_set), test_set)
         self._probed: dict[str, float] = {}  # of the present step
+        self._part_means: dict[str, float] = {}  # likewise, on global rank 0
         self._changed_levels = [] if session.resumed is None else self._restore(session.resumed)
 
     # ---------------------------------------------------------------- the loop's lines
@@ -118,11 +119,15 @@ class TrainingRun:
         """The step's rewarded groups on global rank 0, [] elsewhere. An engine that is unavailable raises RolloutError,
         after the state has been saved; so does a request to stop."""
         try:
+            if self.verifier is not None:  # what an evaluation has scored
+                self.verifier.take_part_means()
             with self.clock.span("rollout"), self.session.generating():
                 groups = self.collector.next(step)
         except (RolloutError, StopRequested) as error:
             raise self._stopped(step - 1, error) from error
         self.clock.times |= asdict(self.collector.take_timings())
+        means = {} if self.verifier is None else self.verifier.take_part_means()
+        self._part_means = {f"reward/part/{name}": mean for name, mean in means.items()}
         return groups
 
     def build_batch(self, groups: Sequence[Group], step: int) -> Batch:
@@ -337,9 +342,10 @@ class TrainingRun:
 
     def _counters(self) -> dict[str, float]:
         assert self.verifier is not None  # global rank 0 has one
-        return self.increments.of(
+        increments = self.increments.of(
             examples=self.builder.counters, rollouts=asdict(self.collector.counts), rewards=self.verifier.counters
         )
+        return increments | self._part_means
 
     # ---------------------------------------------------------------- run state
 

@@ -205,6 +205,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),
         *Increments().of(examples={}, rollouts={}, rewards={}),
+        "reward/part/math",  # with several rewards: ComposedReward.take_part_means
         *server_names(),
         *released_form_names(),
         *warning_names(),

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from asd_megatron.data.answers import last_boxed, last_hashes, marked_answer, outside_thinking
-from asd_megatron.reward.answers import Candidate, final_answer, gold_answer, quick_verdict, tidy
+from asd_megatron.reward.answers import Candidate, final_answer, gold_answer, is_list, quick_verdict, tidy
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,17 @@ def test_no_box(text: str) -> None:
         "<answer" * 100_000,
         "<answer>" * 100_000 + "5",
         "so" + " " * 1_000_000 + "x",
+        "\\boxed{1} and " * 100_000,
+        "Answer: the answer is " * 100_000,
+        "Answer: $" + "\\(" * 100_000,
         "1 " * 500_000,
         "1e" * 500_000,
     ],
 )
 def test_answers_are_found_in_linear_time(text: str) -> None:
     start = time.perf_counter()
-    final_answer(text)
-    gold_answer(text[:100_000])
+    final_answer(text, several=True)
+    gold_answer(text[:20_000])
     assert time.perf_counter() - start < 10
 
 
@@ -115,7 +118,7 @@ def test_last_hashes() -> None:
 def test_final_answer_order() -> None:
     assert final_answer(r"#### 3 but \boxed{4}") == Candidate("4", True)
     assert final_answer("12 + 5 = 17. #### 17") == Candidate("17", True)
-    assert final_answer("The answer is 5.") == Candidate("The answer is 5.", False)
+    assert final_answer("The answer is 5, as 2 + 3 is.") == Candidate("The answer is 5, as 2 + 3 is.", False)
     unmarked = final_answer("x" * 5_000 + " 5")
     assert unmarked is not None and len(unmarked.text) == 2_000 and unmarked.text.endswith(" 5")
     assert final_answer(r"<think>\boxed{7}</think> It is `9`.") == Candidate("It is 9.", False)
@@ -127,6 +130,52 @@ def test_final_answer_order() -> None:
     )
     for nothing in ("", " \n", r"\boxed{}", "####", "\\boxed{" + "1" * 3_000 + "}", "<think>5</think>", *taken_back):
         assert final_answer(nothing) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("17 + 17 = 34, not 35.\nAnswer: 34", "34"),  # DAPO's prompt asks for this line
+        ("**Answer:** 34", "34"),
+        ("**Final Answer**: $34$.", "34"),
+        ("ANSWER\uff1a34", "34"),
+        (r"The answer is: $\frac12$", r"\frac12"),
+        (r"Final Answer: The final answer is $\frac12$. I hope it is correct.", r"\frac12"),  # Minerva's prompt
+        ("So, the answer is $5$ square meters.", "5"),
+        ("Answer: 34 apples", "34"),
+        ("Answer: Sunday", "Sunday"),
+        ("Answer: (1, 2)", "(1, 2)"),
+        ("Answer: 17 or 18", "17 or 18"),
+        ("The answer is $5$ or $6$.", "5 or 6"),
+        ("The answer is 12. Wait, no.\nAnswer: 34\nI checked 35 and 36.", "34"),
+        ("The answer is 12.\n#### 34", "34"),
+    ],
+)
+def test_a_line_that_states_the_answer(text: str, answer: str) -> None:
+    assert final_answer(text) == Candidate(answer, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{1} and \boxed{2}", "1, 2"),
+        (r"$\boxed{2}$, $\boxed{1}$.", "2, 1"),
+        (r"\boxed{9}. Hence $x = \boxed{1}$, \(x_2=\boxed{2}\) \text{ or } \fbox{3}.", "1, 2, 3"),
+        (r"first \boxed{1} then \boxed{2}", "2"),
+        (r"<answer>\boxed{1}, \boxed{2}</answer>", "1, 2"),
+        (r"\boxed{1}, \boxed{2}, \boxed{", None),
+        (r"\boxed{1, 2}", "1, 2"),
+        ("#### 1, 2", "1, 2"),
+    ],
+)
+def test_several_boxes_are_a_list_where_the_answer_is_one(text: str, answer: str | None) -> None:
+    found = final_answer(text, several=True)
+    assert (found and found.text) == answer
+    lists = ("1, 2", r"\{1, 2\}", r"\left\{1, 2\right\}", "1 or 2", r"1 \text{ and } 2", "(1,2),(3,4)")
+    assert [is_list(x) for x in lists] == [True] * len(lists)
+    assert not any(
+        is_list(x) for x in ("1", "(1, 2)", "[0, 1)", r"\frac{1,2}{3}", "random", r"\operatorname{or}(x)", r"1\,2")
+    )
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,13 @@ RIGHT = [
     ("5", r'<Answer type="int">$\boxed{5}$</Answer>'),
     ("9", r"<think>\boxed{1}</think> hm <think>\boxed{2}</think> The answer is 9."),
     ("9", r"maybe \boxed{7}</think> The answer is 9."),
+    (r"\{1, 2\}", r"\boxed{1} and \boxed{2}"),
+    ("1,2", r"$x=\boxed{2}$, $x=\boxed{1}$"),
+    ("2", r"\boxed{1} and \boxed{2}"),  # a single answer: the last box
+    (r"\boxed{1} \text{ and } \boxed{2}", r"\boxed{1,2}"),
+    ("34", "17 + 17 = 34, not 35.\nAnswer: 34"),
+    (r"\frac{1}{2}", r"Final Answer: The final answer is $0.5$. I hope it is correct."),
+    ("(1, 2)", "Answer: (1, 2)"),
     # Unicode
     (r"\infty", "\\boxed{\u221e}"),
     (r"\sqrt{2}", "#### \u221a2"),
@@ -143,6 +150,11 @@ WRONG = [
     ("7", r"<think>maybe \boxed{7}? no</think> The answer is 9."),
     ("7", r"<think>maybe \boxed{7}? let me check"),
     ("18", "<answer>17 or 18 or 19</answer>"),
+    ("18", "Answer: 17 or 18"),
+    ("12", "The answer is 12. Wait, no.\nAnswer: 34"),
+    ("1", r"\boxed{1} and \boxed{2}"),
+    ("1,2", r"\boxed{1}, \boxed{2} and \boxed{3}"),
+    ("(1, 2)", r"\boxed{1} and \boxed{2}"),
     # precision
     ("0.0000001", "#### 0.0000004"),
     ("0.0000001", "#### 0.0"),

@@ -14,13 +14,14 @@ import torch
 
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
+from asd_megatron.reward import custom as custom_reward
 from asd_megatron.reward import workers
-from asd_megatron.reward.base import Response, Verifier
+from asd_megatron.reward.base import Response
 from asd_megatron.reward.base import tests_of as count_tests
 from asd_megatron.reward.custom import CustomVerifier
 from asd_megatron.reward.custom_worker import NotANumber, load_function, number, refuse_other_signatures
 from asd_megatron.reward.exact import ExactVerifier
-from asd_megatron.reward.factory import make_verifier
+from asd_megatron.reward.factory import make_verifier, one_verifier
 from asd_megatron.reward.workers import Limits
 
 PROBLEM = Problem("p7", "a  b", prompt="?", extra={"tests": (1, 2, 3)})
@@ -67,6 +68,13 @@ def by_name(problem, response):
     if response == "sleep": time.sleep(600)
     while response == "spin": pass
     if response == "kill": os.kill(os.getpid(), 9)
+    if response == "leak":
+        leaked = bytearray(400 << 20)
+        time.sleep(600)
+    if response == "forks":
+        for _ in range(40):
+            if os.fork() == 0: time.sleep(600)
+        time.sleep(600)
     if response == "mute": raise Mute
     if response == "text": return "1.0"
     if response == "nan": return float("nan")
@@ -83,6 +91,10 @@ def one(response): return 1.0
 def keyword_only(problem, response, *, level): return 1.0
 async def asynchronous(problem, response): return 1.0
 def generator(problem, response): yield 1.0
+def busy(problem, response):
+    open(response + str(os.getpid()), "w").close()
+    while len(os.listdir(response)) < 3: time.sleep(0.01)  # until all processes are here
+    return 1
 def ended(problem, response, truncated, *, finish_reason=None): return [0.1, 0.2][truncated] + len(finish_reason)
 def own_keyword(problem, response, *, extra_info=None): return 1.0
 def anything(*args): return 1.0
@@ -97,8 +109,8 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def custom(name: str, **kwargs: Any) -> Iterator[Verifier]:
-    verifier = make_verifier(name, truncated="judge", **kwargs)
+def custom(name: str, **kwargs: Any) -> Iterator[Any]:
+    verifier = one_verifier(name, **kwargs)
     try:
         yield verifier
     finally:
@@ -133,11 +145,32 @@ def test_a_truncated_response_scores_0_unjudged_unless_the_recipe_says_so(reward
     v = make_verifier("exact")
     assert v.score([cut_off, complete, cut_off]) == [0.0, 1.0, 0.0] and v.score([cut_off]) == [0.0]
     assert v.counters["truncated"] == 3 and v.feedback_kind == "binary"
+    assert v.take_part_means() == {}
     assert make_verifier("exact", truncated="judge").score([cut_off, complete]) == [1.0, 1.0]
     with custom(f"{rewards}:ended") as v:  # a function of one's own may ask
         assert v.score([cut_off, complete]) == [0.2 + len("length"), 0.1 + len("stop")]
     with pytest.raises(UserError, match="reward.truncated 'no' does not exist; choose zero or judge"):
         make_verifier("exact", truncated="no")
+
+
+def test_several_rewards_with_weights(rewards: Path) -> None:
+    parts = [
+        {"name": "exact", "weight": 0.5},
+        {"name": f"{rewards}:length", "weight": -2.0, "label": "brief"},
+        {"name": f"{rewards}:by_name", "on_error": "zero"},
+    ]
+    v = make_verifier(parts=parts)
+    try:
+        texts = [Response(PROBLEM, "a b"), Response(PROBLEM, "divide"), Response(PROBLEM, "a b", truncated=True)]
+        assert v.score(texts) == pytest.approx([0.5 - 2 * 0.3 + 0.5, -2 * 0.6, 0.0])
+        assert v.take_part_means() == pytest.approx({"exact": 1 / 3, "brief": 0.9 / 3, "by_name": 0.5 / 3})
+        assert v.take_part_means() == {} and v.feedback_kind == "binary"
+        assert v.counters == {"timeouts": 0, "errors": 1, "restarts": 0, "truncated": 1}
+    finally:
+        v.close()
+    with custom(f"{rewards}:fraction") as first, pytest.raises(UserError, match="'nothing' does not exist"):
+        assert first.feedback_kind == "fraction"
+        make_verifier(parts=[{"name": f"{rewards}:fraction"}, {"name": "nothing"}])
 
 
 def test_custom_from_a_module_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +240,26 @@ def test_a_reward_that_hangs(rewards: Path, response: str, caplog: pytest.LogCap
             assert v.score([(PROBLEM, "fine")]) == [0.5]
 
 
+def test_a_reward_that_takes_the_machine(
+    rewards: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custom_reward, "MAX_TASKS", 20)
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.05)
+    with custom(f"{rewards}:by_name", on_error="zero", wall_timeout_seconds=60.0, memory_gb=0.3) as v:
+        assert v.score([Response(PROBLEM, text) for text in ("leak", "fine", "forks", "fine")]) == [0.0, 0.5, 0.0, 0.5]
+        assert v.counters == {"errors": 2, "timeouts": 0, "restarts": 2}
+    assert "by_name used more than 0.3 GiB of memory (reward.memory_gb) (problem p7, response 'leak')" in caplog.text
+    assert "by_name used more than 20 processes and threads" in caplog.text
+
+
+def test_a_reward_in_several_processes(rewards: Path, tmp_path: Path) -> None:
+    with custom(f"{rewards}:busy", workers=3, wall_timeout_seconds=60.0) as v:
+        assert v.score([Response(PROBLEM, f"{tmp_path}/")] * 3) == [1.0] * 3
+        assert len(list(tmp_path.iterdir())) == 3
+        score = (Path("/proc") / str(v._pool._workers[0].process.pid) / "oom_score_adj").read_text()
+        assert score == "1000\n"  # the kernel ends it before the trainer
+
+
 VALUES = [
     *(numpy.dtype(kind).type(1) for kind in ("bool", "int8", "uint64", "float16", "float32", "float64")),
     *(numpy.array(1.0), numpy.array(True), torch.tensor(1.0, requires_grad=True), torch.tensor(1), torch.tensor(True)),
@@ -270,7 +323,7 @@ def test_another_signature_is_refused_when_the_verifier_starts(rewards: Path) ->
         ("{rewards}:", "write package.module:function"),
         (
             "maths",
-            "'maths' does not exist; did you mean 'math'? Choose exact, math, puzzle, reasoning_gym, or your own",
+            "'maths' does not exist; did you mean 'math'? Choose exact, http, math, puzzle, reasoning_gym, or your own",
         ),
     ],
 )

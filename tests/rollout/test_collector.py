@@ -72,6 +72,7 @@ class ScriptedEngine:
         reasons = [
             FinishReason.ABORT if self.aborts[name] >= 0 and s == 1 else FinishReason.STOP for s in range(params.n)
         ]
+        reasons = [FinishReason.LENGTH if f"{name}{s}" == "c1" else reason for s, reason in enumerate(reasons)]
         rollouts = [
             Rollout(name, s, prompt.ids, (1,) * (s + 1), (0.0,) * (s + 1), reason, 0, text=f"{name}{s}")
             for s, reason in enumerate(reasons)
@@ -86,9 +87,11 @@ class Verifier:
     def __init__(self, reward: Any = None) -> None:
         self.reward = reward
         self.items: list[tuple[str, str]] = []
+        self.truncated: list[str] = []
 
     def score(self, responses: Sequence[Response]) -> list[float]:
         self.items += [(r.problem.prompt_id, r.text) for r in responses]
+        self.truncated += [r.text for r in responses if r.truncated]
         if isinstance(self.reward, Exception):
             raise self.reward
         return [float(text.endswith("1")) if self.reward is None else self.reward for _, text, _ in responses]
@@ -120,6 +123,7 @@ def test_rewarded_groups_in_the_order_of_the_problems(process_groups: Any) -> No
     assert all(g.rewards == (0.0, 1.0) for g in found)
     assert engine.asked == [("bcd", 2)]
     assert sorted(verifier.items) == [(c, f"{c}{s}") for c in "bcd" for s in (0, 1)]
+    assert verifier.truncated == ["c1"]
     assert collector.timings.rollout > 0 and collector.timings.reward > 0
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from asd_megatron.errors import UserError
-from asd_megatron.files import atomic_file, user_error
+from asd_megatron.files import atomic_file, read_private
 from asd_megatron.rollout.sglang.client.api import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 
 # Keys are printable ASCII: they become HTTP headers.
@@ -39,10 +39,7 @@ class Keys:
         """Those in a file as `write` makes it. Raises UserError if the file is missing, if others than its owner may
         read it, or if it has not both keys.
         """
-        with user_error(f"the file of the servers' keys {path} cannot be read", "name the file of `serve`, keys.env"):
-            text, mode = path.read_bytes().decode(errors="replace"), path.stat().st_mode
-        if mode & 0o077:
-            raise UserError(f"the file of the servers' keys {path} can be read by others: chmod 600 {path}")
+        text = read_private(path, "the servers' keys", "name the file of `serve`, keys.env")
         found = {
             match["name"]: match["value"] for match in map(LINE.fullmatch, map(str.strip, text.split("\n"))) if match
         }
