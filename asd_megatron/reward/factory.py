@@ -57,10 +57,11 @@ def one_verifier(
     """The verifier `name`: `math`, `exact`, `puzzle`, `reasoning_gym`, `code`, `http`, or a user's `module:function` or
     `file.py:function`.
 
-    One answer takes at most `timeout_seconds` of processor time with `math`, `reasoning_gym` and `code` (one
-    test), which judge in `workers` processes (None: 2), and `wall_timeout_seconds` in all (None: 10 times as long) with these and a user's
-    function (`workers` None: 1), whose `memory_gb` are bounded. `on_error` is for a user's function and `http`, whose
-    `Endpoint` is `http`; `allow_unsafe_sandbox` and the settings `code` are for `code`. Raises RewardError if there is no such verifier or it cannot start.
+    One answer takes at most `timeout_seconds` of processor time with `math`, `reasoning_gym` and `code` (one test),
+    which judge in `workers` processes (None: 2), and `wall_timeout_seconds` in all (None: 10 times as long) with these
+    and a user's function (`workers` None: 1), whose `memory_gb` are bounded. `on_error` is for a user's function and
+    `http`, whose `Endpoint` is `http`; `allow_unsafe_sandbox` and the settings `code` are for `code`. Raises
+    RewardError if there is no such verifier or it cannot start.
     """
     limits: dict[str, Any] = {"timeout_seconds": timeout_seconds, "wall_timeout_seconds": wall_timeout_seconds}
     if on_error not in ("stop", "zero"):

@@ -94,11 +94,12 @@ def run_attacks(
     interpreter: Interpreter,
     protections: Protections,
     *,
-    attacks: Sequence[Attack] = ATTACKS,
+    attacks: Sequence[Attack] | None = None,
     workers: int = 2,
 ) -> list[Outcome]:
-    """Run the attacks, each in a sandbox of its own."""
-    outcomes = []
+    """Run the attacks (None: all), each in a sandbox of its own."""
+    attacks = ATTACKS if attacks is None else attacks
+    outcomes: list[Outcome] = []
     with _world() as world:
         for wall_seconds, some in _by_patience(attacks):
             limits = replace(CHECK_LIMITS, wall_seconds=wall_seconds)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from asd_megatron.cli.main import main
+from asd_megatron.sandbox import check
 from asd_megatron.sandbox.attacks import ATTACKS, Attack
 from asd_megatron.sandbox.check import Outcome, attack_table, leftover_processes, run_attacks
 from asd_megatron.sandbox.launch import Interpreter, Protections, find_interpreter
@@ -53,3 +55,17 @@ def test_the_attacks_would_succeed_elsewhere(interpreter: Interpreter) -> None:
 
 def test_the_page_has_the_table() -> None:
     assert attack_table() in PAGE.read_text(encoding="utf-8"), "asd-megatron sandbox table prints it"
+
+
+def test_the_command(
+    interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sandbox", "table"]) == 0 and attack_table() in capsys.readouterr().out
+    some = [attack for attack in ATTACKS if "links" in attack.name]
+    monkeypatch.setattr(check, "ATTACKS", some)
+    assert main(["sandbox", "check"]) == 0
+    assert "1 of 1 attacks were stopped, 0 protections are missing" in capsys.readouterr().out
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["sandbox", "check"]) == 1
+    out = capsys.readouterr().out
+    assert "missing: namespaces" in out and "the attacks are not run" in out
