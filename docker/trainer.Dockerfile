@@ -12,6 +12,12 @@ FROM ${BASE_IMAGE}
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
+# The sandbox of `reward.name: code` (docs/sandbox.md).
+# hadolint ignore=DL3008
+RUN apt-get update -qq \
+    && apt-get install -qq -y --no-install-recommends bubblewrap \
+    && rm -rf /var/lib/apt/lists/*
+
 # Caches and runs are written by whatever user the container runs as.
 RUN groupadd --gid 10001 asd \
     && useradd --no-log-init --uid 10001 --gid asd --home-dir /cache --no-create-home asd \

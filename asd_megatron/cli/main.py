@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "convert": ("asd_megatron.cli.convert", "checkpoints to Hugging Face folders and back; inspect and verify them"),
     "checkpoint": ("asd_megatron.cli.checkpoint", "list, inspect and verify the checkpoints of a run"),
     "drill": ("asd_megatron.cli.drill", "break small runs in many ways and check that nothing is lost"),
+    "sandbox": ("asd_megatron.cli.sandbox", "check the sandbox of programs that the model writes, on this machine"),
     "parity": ("asd_megatron.cli.parity", "check that an update is the same in every parallel layout"),
     "models-table": ("asd_megatron.cli.models_table", "compare every model family, in every layout, with transformers"),
     "recipes": ("asd_megatron.cli.recipes", "print, write or check the reference of every recipe key"),

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from asd_megatron.config.base import Section, Text, to_tuple
+from asd_megatron.config.code_reward import CodeSection
 
 Name = Annotated[
     str,
     StringConstraints(
-        pattern=r"^(math|exact|puzzle|reasoning_gym|http|([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:\n]+\.py):[A-Za-z_]\w*)$"
+        pattern=r"^(math|exact|puzzle|reasoning_gym|code|http|([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:\n]+\.py):[A-Za-z_]\w*)$"
     ),
 ]
 
@@ -35,7 +36,8 @@ class VerifierSection(Section):
         "math",
         description=(
             "`math`: math-verify on the final answer; `exact`: equal text; `puzzle`: the search puzzle;"
-            " `reasoning_gym`: the reasoning_gym task's own verifier; `http`: a server (`http`); or your own function"
+            " `reasoning_gym`: the reasoning_gym task's own verifier; `code`: the response's program on the problem's"
+            " tests, in a sandbox (docs/sandbox.md); `http`: a server (`http`); or your own function"
             " as `package.module:function` or `path/to/file.py:function`."
         ),
     )
@@ -44,15 +46,15 @@ class VerifierSection(Section):
         gt=0,
         description=(
             "`math` and `reasoning_gym`: longest processor time (seconds) for one answer; then it scores 0 and counts"
-            " in `reward/timeouts`."
+            " in `reward/timeouts`. `code`: of one test, which then is failed."
         ),
     )
     wall_timeout_seconds: float | None = Field(
         None,
         gt=0,
         description=(
-            "Longest wall time (seconds) for one answer, or for one call of your own function; null: 10 times"
-            " `timeout_seconds`. At least `timeout_seconds`."
+            "Longest wall time (seconds) for one answer, for one test of `code` or for one call of your own function;"
+            " null: 10 times `timeout_seconds`. At least `timeout_seconds`."
         ),
     )
     workers: int | None = Field(
@@ -76,6 +78,24 @@ class VerifierSection(Section):
         description=(
             "When your own function raises, exits, exceeds a limit or returns no number, or when the server of `http`"
             " does not score a response: stop the run, or score 0, count and log it."
+        ),
+    )
+    allow_unsafe_sandbox: bool = Field(
+        False,
+        description=(
+            "`code`: run programs that the model wrote on a machine that lacks protections (`asd-megatron sandbox"
+            " check` names them); they can then read and delete your files. Without it such a run is refused."
+        ),
+    )
+    code: CodeSection = Field(
+        CodeSection(),
+        description=(
+            "The sandbox of `name: code` (docs/sandbox.md). `python`: the interpreter of programs, with its packages"
+            " (null: this one, without packages); `memory_mb`: of each process, and of all of a test's together;"
+            " `processes`: and threads of a test; `file_mb`: the size of `/tmp` and of a file; `output_kb`: of a test;"
+            " `max_tests`: of a problem, evenly chosen (null: all); `max_exhausted`: tests of a program that may exceed"
+            " a limit before the rest counts as failed (null: all run); `all_or_nothing`: a reward of 1 for passing all"
+            " tests and else 0, instead of the fraction. Keys that are left out keep their defaults."
         ),
     )
     http: HttpSection = Field(
@@ -120,6 +140,11 @@ class RewardSection(VerifierSection):
             " options above: the reward is the sum of weight times reward."
         ),
     )
+
+    @property
+    def max_tests(self) -> int | None:
+        """How many tests of a problem `code` alone runs at most; None: all."""
+        return self.code.max_tests if self.name == "code" and not self.parts else None
 
     @property
     def verifiers(self) -> tuple[VerifierSection, ...]:

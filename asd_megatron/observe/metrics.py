@@ -77,7 +77,7 @@ ROLLOUT_COUNTERS = {
     "restored_tokens": "rollouts/restored_tokens",
     "dropped_tokens": "rollouts/dropped_tokens",
 }
-REWARD_COUNTERS = {name: f"reward/{name}" for name in ("timeouts", "errors", "restarts", "truncated")}
+REWARD_COUNTERS = {name: f"reward/{name}" for name in ("timeouts", "errors", "restarts", "truncated", "no_code")}
 
 
 class Increments:

@@ -60,7 +60,12 @@ SECTIONS = (
             Metric("reward/pass_rate", "fraction of rollouts", "rewards of at least `privileged.success_threshold`"),
             Metric("reward/mixed_groups", "fraction of groups", "groups with unequal rewards; others have advantage 0"),
             Metric("reward/part/<label>", "reward", "mean reward of one of `reward.parts`, before its weight"),
-            Metric("reward/timeouts", "answers", "judging took too long: reward 0 (held-out answers of the step too)"),
+            Metric(
+                "reward/timeouts",
+                "answers",
+                "judging took too long: reward 0 (held-out answers of the step too); of `code`, tests",
+            ),
+            Metric("reward/no_code", "answers", "without a program (`reward.name: code`): reward 0"),
             Metric("reward/errors", "answers", "judging failed: reward 0 (held-out answers of the step too)"),
             Metric("reward/restarts", "workers", "reward workers that died or were ended, and replaced"),
             Metric(

@@ -33,7 +33,8 @@ class Verifier(Protocol):
     @property
     def counters(self) -> Mapping[str, int]:
         """Failures since the start: `timeouts` and `errors` (answers that scored 0 unjudged), `restarts` of workers;
-        `truncated` (responses that scored 0 for being cut off) where that rule applies."""
+        `truncated` (responses that scored 0 for being cut off) where that rule applies; of `code`, `no_code` (responses
+        without a program), and in `timeouts` tests."""
         ...
 
     def score(self, responses: Sequence[Response]) -> list[float]:
@@ -53,9 +54,11 @@ def new_counters() -> dict[str, int]:
     return {"timeouts": 0, "errors": 0, "restarts": 0}
 
 
-def tests_of(problem: Problem) -> int | None:
-    """How many test cases the problem's `tests` field holds (a number or a list); None if it has none."""
+def tests_of(problem: Problem, max_tests: int | None = None) -> int | None:
+    """How many test cases the problem's `tests` field holds (a number or a list), `max_tests` at most; None if it has
+    none."""
     tests = problem.extra.get("tests")
-    if isinstance(tests, int) and not isinstance(tests, bool):
-        return tests
-    return len(tests) if isinstance(tests, list | tuple) else None
+    count = len(tests) if isinstance(tests, list | tuple) else tests
+    if not isinstance(count, int) or isinstance(count, bool):
+        return None
+    return count if max_tests is None else min(count, max_tests)

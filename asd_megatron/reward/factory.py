@@ -8,6 +8,7 @@ from typing import Any
 
 from asd_megatron.errors import did_you_mean
 from asd_megatron.reward.base import RewardError, Verifier
+from asd_megatron.reward.code import CodeVerifier
 from asd_megatron.reward.composed import ComposedReward, Part
 from asd_megatron.reward.custom import CustomVerifier
 from asd_megatron.reward.exact import ExactVerifier
@@ -15,7 +16,7 @@ from asd_megatron.reward.math import MathVerifier
 from asd_megatron.reward.puzzle import PuzzleVerifier
 from asd_megatron.reward.reasoning_gym import ReasoningGymVerifier
 
-NAMES = ("exact", "http", "math", "puzzle", "reasoning_gym")
+NAMES = ("code", "exact", "http", "math", "puzzle", "reasoning_gym")
 
 
 def make_verifier(
@@ -50,14 +51,17 @@ def one_verifier(
     memory_gb: float | None = None,
     on_error: str = "stop",
     http: Mapping[str, Any] | None = None,
+    allow_unsafe_sandbox: bool = False,
+    code: Mapping[str, Any] | None = None,
 ) -> Verifier:
-    """The verifier `name`: `math`, `exact`, `puzzle`, `reasoning_gym`, `http`, or a user's `module:function` or
+    """The verifier `name`: `math`, `exact`, `puzzle`, `reasoning_gym`, `code`, `http`, or a user's `module:function` or
     `file.py:function`.
 
-    One answer takes at most `timeout_seconds` of processor time with `math` and `reasoning_gym`, which judge in
-    `workers` processes (None: 2), and `wall_timeout_seconds` in all (None: 10 times as long) with these and a user's
-    function (`workers` None: 1), whose `memory_gb` are bounded. `on_error` is for a user's function and `http`, whose
-    `Endpoint` is `http`. Raises RewardError if there is no such verifier or it cannot start.
+    One answer takes at most `timeout_seconds` of processor time with `math`, `reasoning_gym` and `code` (one test),
+    which judge in `workers` processes (None: 2), and `wall_timeout_seconds` in all (None: 10 times as long) with these
+    and a user's function (`workers` None: 1), whose `memory_gb` are bounded. `on_error` is for a user's function and
+    `http`, whose `Endpoint` is `http`; `allow_unsafe_sandbox` and the settings `code` are for `code`. Raises
+    RewardError if there is no such verifier or it cannot start.
     """
     limits: dict[str, Any] = {"timeout_seconds": timeout_seconds, "wall_timeout_seconds": wall_timeout_seconds}
     if on_error not in ("stop", "zero"):
@@ -70,6 +74,13 @@ def one_verifier(
         return PuzzleVerifier()
     if name == "reasoning_gym":
         return ReasoningGymVerifier(**limits, workers=2 if workers is None else workers)
+    if name == "code":
+        return CodeVerifier(
+            **limits,
+            workers=2 if workers is None else workers,
+            allow_unsafe_sandbox=allow_unsafe_sandbox,
+            **(code or {}),
+        )
     if name == "http":
         from asd_megatron.reward.http import Endpoint, HttpVerifier  # imports the HTTP client, which others do not need
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from asd_megatron.config import AnyRecipe, Recipe
@@ -63,7 +64,7 @@ def example_builder(
         use_reference=p.use_reference,
         when_no_solution=p.when_no_solution,
         feedback_kind=feedback_kind,
-        tests_of=tests_of,
+        tests_of=partial(tests_of, max_tests=recipe.reward.max_tests),
     )
 
 

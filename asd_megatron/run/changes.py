@@ -59,6 +59,7 @@ FREE_KEYS = SCHEDULE_KEYS | {
     "reward.timeout_seconds",
     "reward.workers",
     "reward.memory_gb",
+    "reward.allow_unsafe_sandbox",
 }
 # Of `rollout`, what decides which rollouts are trained on; its other keys say where and how servers run.
 FIXED_ROLLOUT_KEYS = {

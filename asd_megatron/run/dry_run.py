@@ -158,7 +158,9 @@ def _scored(recipe: Recipe, problem: Problem) -> tuple[float, str]:
             " exception"
         ) from None
     threshold = recipe.privileged.success_threshold
-    text = feedback(reward, verifier.feedback_kind, success_threshold=threshold, tests=tests_of(problem))
+    text = feedback(
+        reward, verifier.feedback_kind, success_threshold=threshold, tests=tests_of(problem, recipe.reward.max_tests)
+    )
     return reward, text
 
 

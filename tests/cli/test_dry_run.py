@@ -172,3 +172,22 @@ def test_a_supervised_recipe(world: World, capsys: pytest.CaptureFixture[str]) -
     write_lines(corpus, [{"prompt": "w1 w2"}])
     assert dry("sft", recipe) == 2
     assert "`response` is missing" in capsys.readouterr().err
+
+
+def test_code_rewards(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher reads how many of the tests that are run were passed; a machine without a sandbox is refused."""
+    tests = [{"input": "1", "output": "1"}, {"function": "f", "arguments": [], "expected": 1}, {"assert": "f()"}]
+    write_lines(
+        world.problems,
+        [{"id": f"p{i}", "prompt": f"w{i} w1", "answer": "w2", "solution": "w3", "tests": tests} for i in range(3)],
+    )
+    recipe = world.recipe(algorithm={"name": "antisd"}, reward={"name": "code"})
+    assert dry("train", recipe, "--reward.code.max_tests", "2") == 0
+    out = capsys.readouterr().out
+    assert "code gives 0 for the response" in out and "Your code passes 0 of 2 test cases." in out
+    assert dry("train", recipe, "--reward.code.memory", "1") == 2
+    assert "reward.code.memory: unknown key; the keys of reward.code are python, memory_mb" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert dry("train", recipe) == 2
+    assert "no bwrap on the path" in capsys.readouterr().err
+    assert dry("train", recipe, "--reward.allow_unsafe_sandbox", "true") == 0
