@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from asd_megatron.config import AnyRecipe
 from asd_megatron.config.checks import CORPUS
 from asd_megatron.config.data import DataSection
 from asd_megatron.data.problems import ProblemSet, ProblemSource, load_problems
@@ -69,6 +70,14 @@ def held_out_problems(data: DataSection) -> ProblemSource | None:
         return None
     task = _task(data, data.test)
     return _named(data.test) if task is None else ProblemSet(data.test, task.held_out, shuffle=False)
+
+
+def held_out(recipe: AnyRecipe) -> list[tuple[str, ProblemSource]]:
+    """(name, problems) of `data.test` and of each of `evaluation.sets`."""
+    named = [("evaluation.sets." + name, given.data) for name, given in recipe.evaluation.sets.items()]
+    given = [*([(recipe.data.test, recipe.data.test)] if recipe.data.test else []), *named]
+    found = [(name, held_out_problems(recipe.data.model_copy(update={"test": data}))) for name, data in given]
+    return [(name, source) for name, source in found if source is not None]
 
 
 def _task(data: DataSection, name: str) -> Task | None:

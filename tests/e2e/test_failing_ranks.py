@@ -196,7 +196,7 @@ def _make_signalled(name: str, mark: Callable[[], None]) -> None:
     from asd_megatron.run import rl, session
 
     where: dict[str, tuple[Any, str, signal.Signals]] = {
-        "start": (session, "build_port", signal.SIGINT),
+        "start": (model_session, "build_port", signal.SIGINT),
         "one_rank": (rl, "update", signal.SIGHUP),
         "twice": (rl, "update", signal.SIGINT),
     }
