@@ -9,8 +9,8 @@ PREFIX = "evaluation/<set>"
 SECTIONS = (
     Section(
         "Held-out evaluation by set",
-        "One group for each of `evaluation.sets`, at the steps of the evaluation; n is the set's `samples`, k a power of"
-        " two up to n, or n (docs/evaluation.md).",
+        "One group for each of `evaluation.sets`, at the steps of the evaluation; n is the set's `samples`, k a power"
+        " of two up to n, or n (docs/evaluation.md).",
         (
             Metric(f"{PREFIX}/avg@<n>_se", "reward", "its standard error over problems"),
             Metric(f"{PREFIX}/pass@<n>_se", "fraction of problems", "standard error of pass@n over problems"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -83,10 +84,11 @@ def _reward(recipe: AnyRecipe, name: str | None) -> dict[str, Any] | None:
 
 
 class Verifiers:
-    """The verifiers of sets, on global rank 0; one for all sets with the same settings, closed with the session."""
+    """The verifiers of sets, on global rank 0; one for all sets with the same settings, closed with `closing` (None:
+    with the session)."""
 
-    def __init__(self, session: ModelSession) -> None:
-        self._session = session
+    def __init__(self, session: ModelSession, closing: ExitStack | None = None) -> None:
+        self._session, self._closing = session, closing or session.closing
         self._made: dict[str, Verifier] = {}
 
     def of(self, reward: dict[str, Any] | None) -> Verifier | None:
@@ -97,7 +99,7 @@ class Verifiers:
         key = repr(sorted(reward.items()))
         if key not in self._made:
             self._made[key] = make_verifier(**reward)
-            self._session.closing.callback(self._made[key].close)
+            self._closing.callback(self._made[key].close)
         return self._made[key]
 
 

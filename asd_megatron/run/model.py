@@ -36,7 +36,7 @@ def build_port(
 ) -> ModelPort:
     """The model with the weights of `tensors` (None: of the Hugging Face folder `source`), wrapped for training unless
     it is only to sample. Collective."""
-    dtype = _dtype(recipe.model.dtype)
+    dtype = dtype_of(recipe.model.dtype)
     port = ModelPort.build(
         hf_config,
         process_groups,
@@ -97,7 +97,8 @@ def updates_per_step(recipe: AnyRecipe) -> int:
     return recipe.algorithm.updates_per_batch * recipe.algorithm.epochs if isinstance(recipe, Recipe) else 1
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
+    """That of the recipe's `model.dtype` on this machine."""
     if name == "auto":
         name = "bfloat16" if torch.cuda.is_available() else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
