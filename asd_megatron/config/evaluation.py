@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated
 
 import annotated_types as at
@@ -9,15 +10,20 @@ from pydantic import Field, StringConstraints
 
 from asd_megatron.config.base import Section, Text
 
+# a key of recipes, and a deprecated method of pydantic's that nobody calls
+warnings.filterwarnings("ignore", message='Field name "schema" in ', category=UserWarning)
 SET_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"
 SetName = Annotated[str, StringConstraints(pattern=SET_NAME)]
 
 
 class EvaluationSetSection(Section):
     """One set of `evaluation.sets`. A key that is null has the value of the section `evaluation`, of `reward`, or of
-    `sampling.max_response_tokens`."""
+    `sampling.max_response_tokens`. `schema`, `fields`: how the file is read, as `data.test_schema`,
+    `data.test_fields`."""
 
     data: Text
+    schema: Text | None = None  # type: ignore[assignment]
+    fields: dict[str, str] = {}
     samples: Annotated[int, at.Ge(1)] | None = None
     temperature: Annotated[float, at.Ge(0)] | None = None
     top_p: Annotated[float, at.Gt(0), at.Le(1)] | None = None
@@ -44,8 +50,8 @@ class EvaluationSection(Section):
         {},
         description=(
             "Further sets by name, such as `{gsm8k: {data: gsm8k_test.jsonl, samples: 8, max_new_tokens: 512, reward:"
-            " math}}`: `data` as `data.test`, and `samples`, `temperature`, `top_p`, `top_k`, `max_new_tokens`,"
-            " `reward` (a `reward.name`), `problems` where they differ. Metrics `evaluation/<set>/...`."
+            " math}}`: `data` as `data.test`, with `schema` and `fields`, and `samples`, `temperature`, `top_p`, `top_k`,"
+            " `max_new_tokens`, `reward` (a `reward.name`), `problems` where they differ. Metrics `evaluation/<set>/...`."
         ),
     )
 

@@ -18,7 +18,7 @@ from asd_megatron.rollout.collector import StudentPrompts
 from asd_megatron.rollout.draw import Evaluation
 from asd_megatron.run.model_session import ModelSession
 from asd_megatron.run.sampling import evaluation_params
-from asd_megatron.run.sources import held_out_problems
+from asd_megatron.run.sources import held_out_problems, set_problems
 
 FAILURES = ("errors", "timeouts")
 """Counters of a verifier that say that answers scored 0 unjudged."""
@@ -63,8 +63,7 @@ def named_sets(session: ModelSession) -> list[EvaluationSet]:
 
 def _named(session: ModelSession, name: str, given: EvaluationSetSection) -> EvaluationSet:
     recipe = session.recipe
-    source = held_out_problems(recipe.data.model_copy(update={"test": given.data}))
-    assert source is not None
+    source = set_problems(recipe.data, given)
     settings = effective(recipe.evaluation, given)
     params = evaluation_params(session, settings, given.max_new_tokens)
     return EvaluationSet(name, given.data, source, settings.problems, params, _reward(recipe, given.reward))
@@ -77,10 +76,11 @@ def effective(section: EvaluationSection, given: EvaluationSetSection) -> Evalua
 
 
 def _reward(recipe: AnyRecipe, name: str | None) -> dict[str, Any] | None:
-    """The settings of a set's own verifier: the section `reward` with another name."""
+    """The settings of a set's own verifier: the section `reward` with another name, and no sum of several."""
     if name is None:
         return None
-    return ({} if recipe.reward is None else recipe.reward.model_dump()) | {"name": name}
+    settings = {} if recipe.reward is None else recipe.reward.model_dump()
+    return {key: value for key, value in settings.items() if key != "parts"} | {"name": name}
 
 
 class Verifiers:

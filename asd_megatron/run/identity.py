@@ -19,6 +19,8 @@ from asd_megatron.run.evaluation_sets import EvaluationSet, success_threshold
 
 BLOCKS, BLOCK_BYTES = 256, 4096
 """So many blocks of a file, evenly spaced, enter its digest: any training step changes numbers in all of them."""
+LIMITS = ("workers", "memory_gb")
+"""Keys of a reward that decide no score."""
 
 
 def weights_digest(weights: Path) -> str:
@@ -64,8 +66,8 @@ def identity(
         "problems": len(prompts),
         "prompts": _digest(np.asarray(prompt.ids, dtype=np.int32).tobytes() + b"\0" for prompt in prompts),
         "answers": _digest(_judged(prompt.problem) for prompt in prompts),
-        "reward": {name: value for name, value in reward.items() if "timeout" not in name and name != "workers"},
-        "reward_file": _file_digest(str(reward.get("name", ""))),
+        "reward": {name: value for name, value in reward.items() if "timeout" not in name and name not in LIMITS},
+        "reward_files": [_file_digest(str(part.get("name", ""))) for part in (reward, *reward.get("parts", ()))],
         "success_threshold": success_threshold(recipe),
     }
 

@@ -178,12 +178,13 @@ def _recipe(values: Mapping[str, Any], request: Request, source: str) -> AnyReci
     kind: Kind = "sft" if request.sft or "sft" in values else "train"
     evaluation, data = dict(values.get("evaluation") or {}), dict(values.get("data") or {})
     own = {name: dict(given) for name, given in (evaluation.get("sets") or {}).items() if isinstance(given, dict)}
+    read = {key: data.pop(f"test_{key}", None) for key in ("schema", "fields")}
     if data.get("test") is not None:
-        own.setdefault(TEST, {"data": data["test"]})
+        own.setdefault(TEST, {"data": data["test"], **{key: value for key, value in read.items() if value}})
     sets = _chosen(request.sets, own, source)
     given = dict(request.values)
     for found in sets.values():
-        found |= {key: value for key, value in given.items() if key != "problems" or value}
+        found |= given
     data["test"] = None
     evaluation |= {"sets": sets, "every": 0, "at_start": True}
     changed: dict[str, Any] = {**values, "evaluation": evaluation, "data": data}
