@@ -50,8 +50,9 @@ class EvaluationSection(Section):
         {},
         description=(
             "Further sets by name, such as `{gsm8k: {data: gsm8k_test.jsonl, samples: 8, max_new_tokens: 512, reward:"
-            " math}}`: `data` as `data.test`, with `schema` and `fields`, and `samples`, `temperature`, `top_p`, `top_k`,"
-            " `max_new_tokens`, `reward` (a `reward.name`), `problems` where they differ. Metrics `evaluation/<set>/...`."
+            " math}}`: `data` as `data.test`, with `schema` and `fields`; `samples`, `temperature`, `top_p`, `top_k`,"
+            " `max_new_tokens`, `reward` (a `reward.name`), `problems` where they differ. Metrics"
+            " `evaluation/<set>/...`."
         ),
     )
 

@@ -52,7 +52,7 @@ class Journal:
                 self._write(to_json({"format": FORMAT, "identity": identity}) + "\n")
         except OSError as error:
             raise self._refused(error) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it to evaluate the set from its beginning") from error
 
     def add(

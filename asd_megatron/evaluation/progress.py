@@ -39,18 +39,18 @@ class SetProgress:
             form = "{desc} {n_fmt}/{total_fmt} problems |{bar}| {elapsed}<{remaining}{postfix}"
             self._bar = tqdm(total=problems, initial=done, desc=name, file=self._stream, bar_format=form, leave=True)
 
-    def add(self, reward: float, tokens: int) -> None:
-        """A problem is complete: the mean reward and all tokens of its samples."""
+    def add(self, problems: int, reward: float, tokens: int) -> None:
+        """Problems are complete: the sum of their mean rewards, and all tokens of their samples."""
         if not self.enabled:
             return
-        self._done, self._tokens, self._reward = self._done + 1, self._tokens + tokens, self._reward + reward
+        self._done, self._tokens, self._reward = self._done + problems, self._tokens + tokens, self._reward + reward
         new = self._done - self._began_with
         now = self._clock()
         seconds = max(now - self._started, 1e-9)
         text = f"mean reward so far {self._reward / new:.3f}, {self._tokens / seconds:.0f} tokens/s"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(1)
+            self._bar.update(problems)
         elif now - self._told >= self._every or self._done == self.problems:
             self._told = now
             left = seconds / new * (self.problems - self._done)

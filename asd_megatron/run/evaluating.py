@@ -290,7 +290,6 @@ class _Recorder:
             return
         samples = samples_of(group)
         self._new.append((place, group.problem.prompt_id, samples))
-        self._progress.add(sum(s.reward for s in samples) / len(samples), sum(s.tokens for s in samples))
         if self._at_once:
             self.write()
 
@@ -298,6 +297,9 @@ class _Recorder:
         if self._task.journal is not None and self._new:
             self._task.journal.add(self._new, since(self._before, self._verifier))
             self._before = failures(self._verifier)
+            rewards = [s.reward for _, _, samples in self._new for s in samples]
+            tokens = sum(s.tokens for _, _, samples in self._new for s in samples)
+            self._progress.add(len(self._new), sum(rewards) * len(self._new) / len(rewards), tokens)
             self._new = []
 
 

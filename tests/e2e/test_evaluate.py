@@ -36,6 +36,16 @@ def run(world: World) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def compared(run: Path) -> Path:
+    """Where both checkpoints have been evaluated, on one rank."""
+    before = sorted(path.name for path in run.iterdir())
+    out = run.parent / "compared"
+    assert call(evaluate.main, [str(run), "--all", "--out", str(out)]) == 0
+    assert sorted(path.name for path in run.iterdir()) == before  # nothing of the run is touched
+    return out
+
+
 def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
@@ -57,11 +67,11 @@ def test_sets_are_measured_during_training(run: Path) -> None:
     assert summary["evaluation_after"]["evaluation/odd/avg@4"] == last["evaluation/odd/avg@4"]
 
 
-def test_the_command_repeats_what_training_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_repeats_what_training_measured(
+    run: Path, compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From a checkpoint, bit for bit; and compares the steps by problem."""
-    before = sorted(path.name for path in run.iterdir())
-    out = run.parent / "compared"
-    assert call(evaluate.main, [str(run), "--all", "--out", str(out)]) == 0
+    out = compared
     folders = [out / f"evaluated_step_{step}" for step in (1, 2)]
     for row, folder in zip(read_metrics(run), folders, strict=True):
         found = results(folder)["sets"]
@@ -77,18 +87,13 @@ def test_the_command_repeats_what_training_measured(run: Path, capsys: pytest.Ca
     apart -= results(folders[0])["sets"]["odd"]["metrics"]["avg@4"]["value"]
     assert odd["metrics"]["avg@4"]["value"] == pytest.approx(apart) and same["set"] == "same"
     assert (out / "accuracy_over_steps.png").is_file() and (out / "pass_at_k.png").is_file()
-    assert "paired by problem" in capsys.readouterr().out
-    assert sorted(path.name for path in run.iterdir()) == before  # nothing of the run is touched
 
     modified = [(folder / "samples-odd.parquet").stat().st_mtime_ns for folder in folders]
     assert call(evaluate.main, [str(run), "--all", "--out", str(out)]) == 0  # nothing is missing: no model is loaded
+    assert "paired by problem" in capsys.readouterr().out
     assert [(folder / "samples-odd.parquet").stat().st_mtime_ns for folder in folders] == modified
     message = refusal(capsys, evaluate.main, [str(run), "--all", "--out", str(out), "--temperature", "0.5"])
     assert "temperature: 1.0 -> 0.5" in message and "--overwrite" in message
-
-
-def _evaluate(rank: int, argv: list[str]) -> int:
-    return evaluate.main(argv)
 
 
 def _killed(rank: int, argv: list[str]) -> None:
@@ -108,19 +113,17 @@ def _killed(rank: int, argv: list[str]) -> None:
     evaluate.main(argv)
 
 
-def test_a_killed_evaluation_continues_with_the_rest(run: Path) -> None:
-    """On two ranks: rows equal to those of an evaluation that nothing interrupted."""
-    layout = ["--parallelism.data", "2", "--rollout.max_batch_size", "8"]  # 4 problems a batch
-    straight, killed = run.parent / "straight", run.parent / "killed_evaluation"
-    argv = [str(run), *layout, "--sets", "odd", "--out"]
-    assert run_ranks(_evaluate, 2, [*argv, str(straight)]) == [0, 0]
+def test_a_killed_evaluation_continues_with_the_rest(run: Path, compared: Path) -> None:
+    """Killed on two ranks, continued on one: the rows are those of an evaluation that nothing interrupted."""
+    killed = run.parent / "killed_evaluation"
+    argv = [str(run), "--sets", "odd", "--rollout.max_batch_size", "8", "--out", str(killed)]
     with pytest.raises(RankError):
-        run_ranks(_killed, 2, [*argv, str(killed)])
+        run_ranks(_killed, 2, [*argv, "--parallelism.data", "2"])
     journal = killed / "journal-odd.jsonl"
     assert len(journal.read_text().splitlines()) == 1 + 2 * 4 and not (killed / "results.json").exists()
-    assert run_ranks(_evaluate, 2, [*argv, str(killed)]) == [0, 0]
-    assert rows(killed, "odd") == rows(straight, "odd") and not journal.exists()
-    assert results(killed)["sets"] == results(straight)["sets"]
+    assert call(evaluate.main, argv) == 0
+    assert rows(killed, "odd") == rows(compared / "evaluated_step_2", "odd") and not journal.exists()
+    assert results(killed)["sets"]["odd"]["metrics"] == results(compared / "evaluated_step_2")["sets"]["odd"]["metrics"]
 
 
 def test_a_model_folder_without_a_recipe(world: World, capsys: pytest.CaptureFixture[str]) -> None:

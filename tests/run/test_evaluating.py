@@ -80,7 +80,7 @@ def test_a_run_means_its_newest_checkpoint_and_its_steps(tmp_path: Path) -> None
     lineage.write_latest(checkpoints, lineage.name(40))
     (newest,) = found(str(run))
     assert newest.kind == "checkpoint" and newest.step == 40
-    assert newest.out == run / "evaluation" / "step_000040" and newest.label == "run step 40"
+    assert newest.out == run / "evaluation" / "step_000040" and newest.label.endswith(" step 40")
     assert [s.step for s in found(str(run), "--all")] == [20, 40]
     start, later = found(str(run), "--step", "0", "--step", "20")
     assert (start.kind, start.step, later.step) == ("folder", 0, 20)
