@@ -193,7 +193,7 @@ def _block(seconds: float) -> None:
 
 def _make_signalled(name: str, mark: Callable[[], None]) -> None:
     """This rank gets signals while it loads the model, or in the second update."""
-    from asd_megatron.run import rl, session
+    from asd_megatron.run import model_session, rl
 
     where: dict[str, tuple[Any, str, signal.Signals]] = {
         "start": (model_session, "build_port", signal.SIGINT),
