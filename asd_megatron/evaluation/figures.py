@@ -94,6 +94,7 @@ def plot_over_steps(curves: Sequence[StepCurve], path: Path) -> Path:
         dress(axis)
         axis.set_title(f"Accuracy, {name}", loc="left", fontsize=10)
         axis.set_xlabel("step", fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         of_set = [c for c in curves if c.name == name]
         base = of_set[0].best
         for curve in of_set:
