@@ -12,6 +12,7 @@ from typing import Any
 
 from asd_megatron.cli.guard import as_rank, leave, report_at_once
 from asd_megatron.config import SftRecipe, load_recipe
+from asd_megatron.data.problems import ProblemSet
 from asd_megatron.errors import UserError
 from asd_megatron.observe.metrics import supervised_metrics
 from asd_megatron.observe.warnings import MethodWarnings
@@ -19,9 +20,10 @@ from asd_megatron.observe.writer import read_metrics
 from asd_megatron.reward.factory import make_verifier
 from asd_megatron.run.build import embedded_engine, make_collector, make_renderer
 from asd_megatron.run.evaluation import HeldOut, Weights
+from asd_megatron.run.evaluation_sets import named_sets, test_set
 from asd_megatron.run.report import announce, evaluation_text
 from asd_megatron.run.session import Session, run_session
-from asd_megatron.run.sources import held_out_problems, supervised_source
+from asd_megatron.run.sources import supervised_source
 from asd_megatron.run.stopping import StopRequested
 from asd_megatron.trainer.guard import Guard
 from asd_megatron.trainer.sft import supervised_update
@@ -51,17 +53,18 @@ class SupervisedRun:
                 self.held_out.restore(session.resumed["evaluations"])
 
     def _held_out(self) -> HeldOut | None:
-        """The evaluation on `data.test`, on the embedded engine; None without one."""
+        """The evaluation on `data.test` and `evaluation.sets`, on the embedded engine; None without one."""
         session, reward = self.session, self.recipe.reward
-        problems = held_out_problems(self.recipe.data) if self.recipe.evaluates else None
-        if reward is None or problems is None:
+        if not self.recipe.evaluates:
             return None
-        verifier = session.only_root(lambda: make_verifier(**reward.model_dump()))
+        verifier = None
+        if reward is not None:
+            verifier = session.only_root(lambda: make_verifier(**reward.model_dump()))
         if verifier is not None:
             session.closing.callback(verifier.close)
         engine = embedded_engine(session, max_batch_size=256)
-        collector = make_collector(session, engine, self.weights, problems, self.renderer, verifier)
-        return HeldOut(session, collector, problems)
+        collector = make_collector(session, engine, self.weights, ProblemSet.none(), self.renderer, verifier)
+        return HeldOut(session, collector, test_set(session), named_sets(session))
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step, and the evaluation when it is due; returns the metrics of the step. Collective."""

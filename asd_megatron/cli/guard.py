@@ -24,7 +24,7 @@ from asd_megatron.errors import UserError
 FAILED = 1  # exit status
 USER_ERROR = 2  # exit status
 INTERRUPTED = 130  # exit status: 128 + SIGINT
-PROGRAMS = ("asd_megatron.train", "asd_megatron.sft")
+PROGRAMS = ("asd_megatron.train", "asd_megatron.sft", "asd_megatron.evaluate")
 LINE = 160  # characters of another rank's error
 _reported: BaseException | None = None  # by `report_at_once`
 _logged: BaseException | None = None

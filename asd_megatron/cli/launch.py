@@ -64,13 +64,13 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
     command = shlex.join(["asd-megatron", kind, *words])
     if DRY_RUN in argv:
         with importing("interrupted: nothing was started"):
-            placement = _checked_placement(recipe)
+            placement = checked_placement(recipe)
             from asd_megatron.run.dry_run import dry_run
         return dry_run(recipe, placement.ranks, placement_text(recipe, placement))
     with importing(f"interrupted before the run began: nothing is lost; to start it: {command}"):
-        placement = _checked_placement(recipe)
+        placement = checked_placement(recipe)
     print(placement_text(recipe, placement), flush=True)
-    with _environment_of_ranks():
+    with environment_of_ranks():
         placement.apply(os.environ)
         set_defaults(placement.ranks, os.environ)
         os.environ[COMMAND] = command
@@ -78,7 +78,7 @@ def launch_recipe(kind: Kind, module: str, argv: Sequence[str]) -> int:
 
 
 @contextmanager
-def _environment_of_ranks() -> Iterator[None]:
+def environment_of_ranks() -> Iterator[None]:
     """What is set inside is for the ranks alone: afterwards the environment is as it was, for whoever calls next."""
     before = dict(os.environ)
     try:
@@ -88,7 +88,7 @@ def _environment_of_ranks() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _checked_placement(recipe: AnyRecipe) -> Placement:
+def checked_placement(recipe: AnyRecipe) -> Placement:
     """Where the ranks run. Raises UserError for a machine and a model that the recipe does not fit."""
     gpus = _gpus()
     check_devices(recipe, cuda=gpus > 0, transformer_engine=importlib.util.find_spec("transformer_engine") is not None)
@@ -151,7 +151,7 @@ def check_model_folder(recipe: AnyRecipe) -> None:
     check_model(recipe, config)
 
 
-def refuse_other_launchers(kind: Kind, module: str, environment: Mapping[str, str]) -> None:
+def refuse_other_launchers(kind: str, module: str, environment: Mapping[str, str]) -> None:
     """Raise UserError when another launcher has started this process as one of several: each of them would train a
     model of its own."""
     if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environment.keys():

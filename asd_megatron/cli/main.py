@@ -15,6 +15,7 @@ from asd_megatron.errors import UserError, did_you_mean
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("asd_megatron.cli.train", "train a model with AntiSD from a recipe"),
     "sft": ("asd_megatron.cli.sft", "supervised training on given responses, from a recipe"),
+    "evaluate": ("asd_megatron.cli.evaluate", "answer sets of problems with models or runs, and compare them"),
     "launch": ("asd_megatron.cli.slurm", "print or submit the Slurm script of a run on one node or many"),
     "stop": ("asd_megatron.cli.stop", "ask a run to save its state and end"),
     "serve": ("asd_megatron.cli.serve", "start SGLang servers of a model and keep them running"),

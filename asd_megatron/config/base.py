@@ -134,6 +134,16 @@ def subsection(schema: type[BaseModel], key: str) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
+def member_section(schema: type[BaseModel], key: str) -> type[Section] | None:
+    """The class of the values of a key that is a mapping of sections by name; None for any other key."""
+    field = schema.model_fields.get(key)
+    annotation = None if field is None else field.annotation
+    if get_origin(annotation) is not dict:
+        return None
+    value = get_args(annotation)[1]
+    return value if isinstance(value, type) and issubclass(value, Section) else None
+
+
 def section_schema(schema: type[BaseModel], name: str) -> type[BaseModel]:
     """The class of a section; for an optional section (`Reward | None`) its class too."""
     annotation: Any = schema.model_fields[name].annotation

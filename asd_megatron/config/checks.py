@@ -14,6 +14,7 @@ from asd_megatron.config.checkpoint import ALL
 from asd_megatron.config.data import texts_for_booleans
 from asd_megatron.config.determinism_checks import cpu_server_finding, determinism_findings
 from asd_megatron.config.estimator_checks import estimator_findings
+from asd_megatron.config.evaluation_checks import evaluation_findings
 from asd_megatron.config.gym_checks import gym_findings
 from asd_megatron.config.model_checks import model_findings
 from asd_megatron.config.parallelism import ParallelismSection
@@ -93,7 +94,7 @@ def _layout(recipe: AnyRecipe) -> Iterator[str]:
 
 
 def _common(recipe: AnyRecipe) -> Iterator[str]:
-    o, data, evaluation = recipe.optimizer, recipe.data, recipe.evaluation
+    o, data = recipe.optimizer, recipe.data
     beyond = [step for step in recipe.run.profile_steps or () if step > recipe.run.steps]
     if beyond:
         yield (
@@ -104,8 +105,7 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
             f"optimizer.min_learning_rate {o.min_learning_rate} is above optimizer.learning_rate {o.learning_rate}: "
             "a schedule falls; lower it"
         )
-    if evaluation.every and data.test is None:
-        yield "evaluation.every needs problems to measure on: set data.test, or evaluation.every 0"
+    yield from evaluation_findings(recipe)
     yield from texts_for_booleans(data.chat_template_kwargs, "data.chat_template_kwargs")
     if data.format == "raw":
         if data.raw_prompt.count("{prompt}") != 1:
@@ -261,7 +261,7 @@ def _sft(recipe: SftRecipe) -> Iterator[str]:
         yield f"data.train {recipe.data.train!r} holds problems without responses: the supervised stage takes {CORPUS}"
     if recipe.data.test is not None and recipe.reward is None:
         yield "data.test needs a reward to score the answers: add `reward: {name: ...}`, or leave data.test out"
-    if recipe.reward is not None and recipe.data.test is None:
+    if recipe.reward is not None and recipe.data.test is None and not recipe.evaluation.sets:
         yield "reward scores answers to data.test, which is not set: set data.test, or leave reward out"
 
 

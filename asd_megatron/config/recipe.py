@@ -89,7 +89,12 @@ class Recipe(Section):
     @property
     def evaluates(self) -> bool:
         """Whether the run measures held-out problems at all."""
-        return _evaluates(self.data, self.evaluation)
+        return self.has_evaluation_sets and self.evaluation.is_ever_due
+
+    @property
+    def has_evaluation_sets(self) -> bool:
+        """Whether there are problems to measure on: `data.test` or `evaluation.sets`."""
+        return self.data.test is not None or bool(self.evaluation.sets)
 
     @property
     def samples_embedded(self) -> bool:
@@ -98,7 +103,8 @@ class Recipe(Section):
 
 
 class SftRecipe(Section):
-    """The recipe of a supervised (`sft`) run. `reward`, `evaluation` and `sampling` matter only with `data.test`."""
+    """The recipe of a supervised (`sft`) run. `reward`, `evaluation` and `sampling` matter only with `data.test`
+    and `evaluation.sets`."""
 
     run: RunSection = RunSection()
     model: ModelSection
@@ -117,7 +123,12 @@ class SftRecipe(Section):
     @property
     def evaluates(self) -> bool:
         """Whether the run measures held-out problems at all."""
-        return self.reward is not None and _evaluates(self.data, self.evaluation)
+        return self.has_evaluation_sets and self.evaluation.is_ever_due
+
+    @property
+    def has_evaluation_sets(self) -> bool:
+        """Whether there are problems to measure on, and rewards: `data.test` or `evaluation.sets`."""
+        return self.reward is not None and self.data.test is not None or bool(self.evaluation.sets)
 
     @property
     def samples_embedded(self) -> bool:
@@ -133,10 +144,6 @@ def _given(values: Mapping[str, Any], section: str, key: str) -> Any:
     """The value of a key before validation; None if it is not given."""
     keys = values.get(section)
     return keys.get(key) if isinstance(keys, Mapping) else getattr(keys, key, None)
-
-
-def _evaluates(data: DataSection, evaluation: EvaluationSection) -> bool:
-    return data.test is not None and bool(evaluation.every or evaluation.at_start or evaluation.at_end)
 
 
 def dump_recipe(recipe: AnyRecipe) -> str:

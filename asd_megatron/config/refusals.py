@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from asd_megatron.config import foreign
-from asd_megatron.config.base import Section, section_schema, subsection, type_in_words, value_in_words
+from asd_megatron.config.base import (
+    Section,
+    member_section,
+    section_schema,
+    subsection,
+    type_in_words,
+    value_in_words,
+)
 
 GENERIC = {"name", "path", "every"}  # keys that mean another thing in each section
 RENAMED_KEYS = {
@@ -107,6 +114,9 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
 def _line(finding: dict[str, Any], schema: type[BaseModel]) -> str:
     location = [str(part) for part in finding["loc"]]
     dotted, kind, given = ".".join(location[:2]), finding["type"], finding["input"]
+    member = member_section(section_schema(schema, location[0]), location[1]) if len(location) > 2 else None
+    if member is not None:
+        return _in_member(dotted, location[2:], member, finding)
     if kind == "invalid_key" or location[-1] == "[key]":
         where = location[0] if kind == "invalid_key" else dotted
         return f"{where}: a key must be text, was given {value_in_words(given)}"
@@ -132,6 +142,23 @@ def _line(finding: dict[str, Any], schema: type[BaseModel]) -> str:
     if dotted == "algorithm.name" and str(given).lower() in BASELINES:
         hint = f"; examples/baselines/{str(given).lower()}.yaml has its settings"
     return f"{dotted}: expected {type_in_words(field)}, was given {value_in_words(given)}{hint}"
+
+
+def _in_member(dotted: str, location: Sequence[str], member: type[Section], finding: Mapping[str, Any]) -> str:
+    """A finding inside a mapping of sections: `location` is [name, key]."""
+    given = finding["input"]
+    if location[-1] == "[key]":
+        return f"{dotted}: the name {given!r} must begin with a letter or digit, then letters, digits and `_ . + -`"
+    where = f"{dotted}.{location[0]}"
+    if len(location) == 1:
+        return f"{where}: expected a mapping of {', '.join(member.model_fields)}, was given {value_in_words(given)}"
+    field = member.model_fields.get(location[1])
+    if field is None:
+        keys = ", ".join(member.model_fields)
+        return f"{where}.{location[1]}: unknown key; the keys of a set are {keys}"
+    if finding["type"] == "missing":
+        return f"{where}.{location[1]}: missing; a set needs {location[1]}"
+    return f"{where}.{location[1]}: expected {type_in_words(field)}, was given {value_in_words(given)}"
 
 
 def _field(schema: type[BaseModel], dotted: str) -> Any:

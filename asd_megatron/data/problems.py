@@ -47,6 +47,11 @@ class ProblemSet:
     shape: str = "canonical"
     shuffle: bool = True
 
+    @classmethod
+    def none(cls) -> ProblemSet:
+        """The empty set, for a collector that only evaluates."""
+        return cls("", ())
+
     def __len__(self) -> int:
         return len(self.problems)
 

@@ -32,6 +32,7 @@ KEPT_IGNORED = (signal.SIGINT, signal.SIGHUP)
 REPEAT_SECONDS = 5.0
 PRESS_SECONDS = 0.3
 ANNOUNCE_SECONDS = 15.0  # at most, for the ranks to agree on who says it
+ANNOUNCEMENT = "the run stops after the step in flight and saves its state"
 FORCED = 3
 """The number of Ctrl-C at which a launcher kills ranks that react to none."""
 
@@ -49,7 +50,15 @@ class StopSignals:
     installs no handlers, nothing is received.
     """
 
-    def __init__(self, *, begun: Callable[[], bool] = lambda: True, told: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        *,
+        begun: Callable[[], bool] = lambda: True,
+        told: Callable[[], None] = lambda: None,
+        announcement: str = ANNOUNCEMENT,
+    ) -> None:
+        """announcement: what the first signal leads to."""
+        self._announcement = announcement
         self.received: str | None = None
         self._begun, self._told = begun, told
         self._since = 0.0
@@ -100,7 +109,9 @@ class StopSignals:
             if not self._begun():
                 self._end(number)
             self._since = now
-            self._announcing = threading.Thread(target=_announce, args=(number,), name="stop announcement", daemon=True)
+            self._announcing = threading.Thread(
+                target=_announce, args=(number, self._announcement), name="stop announcement", daemon=True
+            )
             self._announcing.start()
             self.received = number.name
         elif now - self._since > (PRESS_SECONDS if number == signal.SIGINT else REPEAT_SECONDS):
@@ -121,12 +132,12 @@ def received_signals() -> list[signal.Signals]:
     return [n for n in SIGNALS if n not in KEPT_IGNORED or signal.getsignal(n) is not signal.SIG_IGN]
 
 
-def _announce(number: signal.Signals) -> None:
+def _announce(number: signal.Signals, announcement: str) -> None:
     """Say, once among the ranks that receive it, what the first signal does."""
     name, again = number.name, f"a second one after {REPEAT_SECONDS:.0f} s"
     if number == signal.SIGINT:
         name, again = "Ctrl-C", "a second one"
-    text = f"{name}: the run stops after the step in flight and saves its state; {again} ends it at once"
+    text = f"{name}: {announcement}; {again} ends it at once"
     first = os.environ.get("RANK", "0") == "0"
     if first:
         print(text, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from asd_megatron.observe import engine_names, hardware_names
+from asd_megatron.observe import engine_names, evaluation_names, hardware_names
 from asd_megatron.observe.metric import Metric, Section
 
 QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.50, "q75": 0.75, "q95": 0.95, "q99": 0.99}
@@ -326,6 +326,7 @@ SECTIONS = (
             Metric("evaluation/truncated", "fraction of responses", "responses that the token budget cut off"),
         ),
     ),
+    *evaluation_names.SECTIONS,
     Section(
         "Puzzle",
         "With the built-in puzzle; the held-out numbers at the steps of the evaluation.",

@@ -136,6 +136,15 @@ class Collector:
         self._released = False  # whether the engine has given its memory to the trainer
         self._evaluated: tuple[ProblemSource, int | None, list[Prompt]] | None = None
 
+    @property
+    def verifier(self) -> Verifier | None:
+        """What scores responses, on global rank 0; None elsewhere."""
+        return self._verifier
+
+    def render(self, problems: Sequence[Problem]) -> list[Prompt]:
+        """The problems' prompts, for `answer`."""
+        return [self._render(problem) for problem in problems]
+
     def take_timings(self) -> Timings:
         """Seconds since the last call."""
         timings, self.timings = self.timings, Timings()
@@ -200,11 +209,28 @@ class Collector:
         """
         if self._evaluated is None or self._evaluated[0] is not problem_set or self._evaluated[1] != problems:
             self._evaluated = (problem_set, problems, [self._render(p) for p in problem_set.take(problems)])
+        return self.answer(self._evaluated[2], params, step=step)
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        step: int,
+        verifier: Verifier | None = None,
+        on_group: Callable[[int, Group], None] | None = None,
+    ) -> Evaluation | None:
+        """As `evaluate`, of rendered prompts, scored by `verifier` (None: the collector's own; other ranks than 0 have
+        none). on_group: is told of every rewarded group, with the index of its prompt, as soon as there is one."""
         self._settle()
         self._load()
-        draw = Draw(-1 - step, self._evaluated[2], params, wanted=len(self._evaluated[2]))
-        self._engine.submit(draw.prompts, params, draw.step)
-        missing = self._finish(draw)
+        draw = Draw(-1 - step, prompts, params, wanted=len(prompts), on_group=on_group)
+        own, self._verifier = self._verifier, verifier or self._verifier
+        try:
+            self._engine.submit(draw.prompts, params, draw.step)
+            missing = self._finish(draw)
+        finally:
+            self._verifier = own
         if self._draw is None:
             self.release()
         if missing:
@@ -376,9 +402,12 @@ class Collector:
                     "function returns a finite number for every response"
                 )
             rewarded = dataclasses.replace(group, rewards=scores)
-            draw.found[draw.place(group)] = rewarded
+            place = draw.place(group)
+            draw.found[place] = rewarded
             if draw.step > 0:
                 self._on_group(rewarded, draw.step)
+            elif draw.on_group is not None:
+                draw.on_group(place, rewarded)
         self.timings.reward += time.perf_counter() - started
 
     def _is_stale(self, group: Group, updates: int = 0) -> bool:

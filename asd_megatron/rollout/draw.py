@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from asd_megatron.records import Group, Prompt, SamplingParams
@@ -44,12 +44,14 @@ class Evaluation:
 @dataclass
 class Draw:
     """The groups requested for a step. `found`: the rewarded ones by prompt index, in order of completion, on global
-    rank 0 alone. `missing`: the prompt indices without a group, the same on all ranks."""
+    rank 0 alone. `missing`: the prompt indices without a group, the same on all ranks. `on_group`: of an evaluation, is
+    told of every rewarded group and the index of its prompt, on global rank 0."""
 
     step: int
     prompts: Sequence[Prompt]
     params: SamplingParams
     wanted: int
+    on_group: Callable[[int, Group], None] | None = None
     found: dict[int, Group] = field(default_factory=dict)
     missing: set[int] = field(init=False)
     error: Exception | None = None

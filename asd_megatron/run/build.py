@@ -8,20 +8,21 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asd_megatron.config import AnyRecipe, Recipe
-from asd_megatron.config.evaluation import EvaluationSection
-from asd_megatron.config.sampling import SamplingSection
 from asd_megatron.data.problems import ProblemSource
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.templates import PAPER_WORDING
-from asd_megatron.records import Group, Problem, SamplingParams
+from asd_megatron.records import Group, Problem
 from asd_megatron.reward.base import Verifier, tests_of
 from asd_megatron.rollout.bank import RolloutBank
 from asd_megatron.rollout.collector import Collector, Plan
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
 from asd_megatron.rollout.engine import RolloutEngine, WeightSource
 from asd_megatron.rollout.replay import ReplayEngine
+from asd_megatron.run.evaluation_sets import EvaluationSet
+from asd_megatron.run.model_session import ModelSession
+from asd_megatron.run.sampling import evaluation_params, training_params
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import held_out_problems, training_problems
+from asd_megatron.run.sources import training_problems
 from asd_megatron.trainer.examples import ExampleBuilder
 
 if TYPE_CHECKING:
@@ -34,15 +35,15 @@ def first_problems(recipe: Recipe, problems: ProblemSource) -> list[Problem]:
     return problems.batch(1, asked, recipe.run.seed)
 
 
-def problem_sets(recipe: Recipe, renderer: PromptRenderer) -> tuple[ProblemSource, ProblemSource | None]:
-    """The training and the held-out problems. Raises UserError for prompts that are too long and for a training set
-    smaller than a step's problems."""
-    train_set, test_set = training_problems(recipe.data), held_out_problems(recipe.data)
-    for problems in (train_set, test_set):
-        if problems is not None:
-            renderer.check(problems.take(None))
+def checked_problems(recipe: Recipe, renderer: PromptRenderer, held_out: Sequence[EvaluationSet]) -> ProblemSource:
+    """The training problems. Raises UserError for prompts that are too long, of these and of the sets `held_out`, and
+    for fewer problems than a step has."""
+    train_set = training_problems(recipe.data)
+    renderer.check(train_set.take(None))
+    for found in held_out:
+        renderer.check(found.source.take(None))
     first_problems(recipe, train_set)
-    return train_set, test_set
+    return train_set
 
 
 def example_builder(
@@ -84,43 +85,10 @@ def make_renderer(recipe: AnyRecipe, tokenizer: PreTrainedTokenizerBase, end_ids
     )
 
 
-# ---------------------------------------------------------------- sampling
-
-
-def stop_ids(session: Session) -> tuple[int, ...]:
-    """The tokens that end a response: the recipe's, or the model's end tokens."""
-    given = session.recipe.sampling.stop_token_ids
-    return tuple(session.end_ids if given is None else given)
-
-
-def training_params(recipe: Recipe, session: Session) -> SamplingParams:
-    """How training rollouts are sampled."""
-    return _params(session, recipe.sampling, recipe.sampling.rollouts_per_problem)
-
-
-def evaluation_params(session: Session) -> SamplingParams:
-    """How held-out responses are sampled."""
-    return _params(session, session.recipe.evaluation, session.recipe.evaluation.samples)
-
-
-def _params(session: Session, filters: SamplingSection | EvaluationSection, n: int) -> SamplingParams:
-    """`filters`: the section with temperature, top-p and top-k. The end of a response is that of `sampling` always."""
-    limits = session.recipe.sampling
-    return SamplingParams(
-        temperature=filters.temperature,
-        top_p=filters.top_p,
-        top_k=filters.top_k,
-        max_new_tokens=limits.max_response_tokens,
-        stop_token_ids=stop_ids(session),
-        stop=tuple(limits.stop),
-        n=n,
-    )
-
-
 # ---------------------------------------------------------------- engines
 
 
-def embedded_engine(session: Session, max_batch_size: int) -> EmbeddedEngine:
+def embedded_engine(session: ModelSession, max_batch_size: int) -> EmbeddedEngine:
     """The engine on the session's own model, of batches of at most `max_batch_size` responses."""
     return EmbeddedEngine(
         session.port,
@@ -148,7 +116,7 @@ def rollout_bank(recipe: Recipe, session: Session) -> RolloutBank | None:
 
 
 def rollout_engine(
-    recipe: Recipe, session: Session, renderer: PromptRenderer, problems: ProblemSource, bank: RolloutBank | None
+    recipe: Recipe, session: ModelSession, renderer: PromptRenderer, problems: ProblemSource, bank: RolloutBank | None
 ) -> tuple[RolloutEngine, Callable[[], None]]:
     """The recipe's engine, and a function to call before its first use, once the run folder exists. The prompt of the
     probe with which servers are verified comes from `renderer` and the training `problems`. bank: keeps its
@@ -179,7 +147,7 @@ def rollout_plan(recipe: Recipe) -> Plan:
 
 
 def make_collector(
-    session: Session,
+    session: ModelSession,
     engine: RolloutEngine,
     weights: WeightSource,
     problems: ProblemSource,

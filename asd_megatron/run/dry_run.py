@@ -30,7 +30,7 @@ from asd_megatron.run.method import (
 from asd_megatron.run.mismatch import uncorrected
 from asd_megatron.run.preview import preview, start_text
 from asd_megatron.run.report import evaluation_text, method_rows, weights_rows
-from asd_megatron.run.sources import held_out_problems, model_folder, supervised_source, training_problems
+from asd_megatron.run.sources import held_out, model_folder, supervised_source, training_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,10 +112,10 @@ def _summary(recipe: AnyRecipe, start: Start | None) -> str:
 
 
 def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[Section]:
-    train, test = training_problems(recipe.data), held_out_problems(recipe.data)
+    train = training_problems(recipe.data)
     passes = make_plan(recipe)
     counts = []
-    for name, problems in ((recipe.data.train, train), (recipe.data.test, test)):
+    for name, problems in ((recipe.data.train, train), *held_out(recipe)):
         if problems is not None:
             looked_at = problems.take(None)
             longest = renderer.check(looked_at)
@@ -188,9 +188,9 @@ def _supervised(
         ("prompt of the first example", decode(tokenizer, batch[0].prompt_ids, skip_special_tokens=False)),
         ("its response", decode(tokenizer, batch[0].response_ids)),
     ]
-    problems = held_out_problems(recipe.data) if recipe.evaluates else None
-    if recipe.reward is not None and problems is not None:
+    for name, problems in held_out(recipe) if recipe.evaluates else ():
         renderer.check(problems.take(None))
+        sections[0] = ("data", f"{sections[0][1]}\n{name}: prompts checked")
+    if recipe.evaluates and recipe.reward is not None:
         make_verifier(**recipe.reward.model_dump()).close()
-        sections[0] = ("data", f"{sections[0][1]}\n{recipe.data.test}: prompts checked")
     return sections

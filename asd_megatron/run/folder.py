@@ -37,12 +37,12 @@ from asd_megatron.run.history import HISTORY_FILE, read_history, record
 LOCK_FILE, RECIPE_FILE, SUMMARY_FILE = ".lock", "recipe.yaml", "summary.json"
 STOP_FILE = "stop"
 """Asks the run to stop; removed when it stops and when it starts."""
-CHECKPOINTS, EXPORTS, PROFILE = "checkpoints", "hf", "profile"
+CHECKPOINTS, EXPORTS, PROFILE, EVALUATION = "checkpoints", "hf", "profile", "evaluation"
 # What an attempt leaves beside recipe and history. Exports and checkpoints are not replaced with it, nor are the ranks'
 # logs, which say why it ended.
 OF_AN_ATTEMPT = (
     "environment.json", "metrics.jsonl", EXPERT_LOAD_FILE, "tensorboard", "rollouts", "servers", SUMMARY_FILE,
-    "curves.png", PROFILE,
+    "curves.png", PROFILE, EVALUATION,
 )  # fmt: skip
 
 Kind = Literal["fresh", "restart", "resume", "overwrite", "finished"]
@@ -334,6 +334,7 @@ def _inputs(recipe: AnyRecipe) -> dict[str, str]:
         "checkpoint.resume": recipe.checkpoint.resume,
         "checkpoint.continual_from": recipe.checkpoint.continual_from,
     }
+    found |= {f"evaluation.sets.{name}": given.data for name, given in recipe.evaluation.sets.items()}
     if isinstance(recipe, Recipe):
         found["rollout.replay_folder"] = recipe.rollout.replay_folder
     return {key: path for key, path in found.items() if path is not None}

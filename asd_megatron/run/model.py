@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from asd_megatron.distributed.objects import meet
 from asd_megatron.errors import UserError
 from asd_megatron.models.compat import resolve_attention
 from asd_megatron.models.gpt import Recompute
+from asd_megatron.models.loading import FullTensor
 from asd_megatron.models.port import ModelPort
 from asd_megatron.observe.progress import print_line
 from asd_megatron.observe.transfer import TransferProgress
@@ -23,10 +25,18 @@ from asd_megatron.trainer.optimizer import Optimizer
 
 
 def build_port(
-    recipe: AnyRecipe, hf_config: Mapping[str, Any], source: Path, process_groups: ProcessGroups, layout: Layout
+    recipe: AnyRecipe,
+    hf_config: Mapping[str, Any],
+    source: Path,
+    process_groups: ProcessGroups,
+    layout: Layout,
+    *,
+    tensors: Mapping[str, FullTensor] | None = None,
+    training: bool = True,
 ) -> ModelPort:
-    """The model with the weights of the Hugging Face folder `source`, wrapped for training. Collective."""
-    dtype = _dtype(recipe.model.dtype)
+    """The model with the weights of `tensors` (None: of the Hugging Face folder `source`), wrapped for training unless
+    it is only to sample. Collective."""
+    dtype = dtype_of(recipe.model.dtype)
     port = ModelPort.build(
         hf_config,
         process_groups,
@@ -39,16 +49,26 @@ def build_port(
         fuse_weight_gradient=recipe.precision.fuse_weight_gradient,
         attention=resolve_attention(dtype, layout, shares_prefixes=recipe.batching.share_prefixes is not False),
     )
-    shown = recipe.logging.progress and process_groups.world.rank() == 0
-    progress = TransferProgress("loading the model", lambda line: print_line(line, sys.stderr)) if shown else None
-    with FolderReader(source) as tensors:
-        port.load(tensors, progress=progress)
-    meet(process_groups.host)  # storage may serve some ranks much later than others
+    load_weights(recipe, port, source, tensors)
+    if not training:
+        return port
     port.wrap_ddp(
         distributed_optimizer=recipe.parallelism.distributed_optimizer,
         overlap_grad_reduce=recipe.parallelism.overlap_grad_reduce,
     )
     return port
+
+
+def load_weights(
+    recipe: AnyRecipe, port: ModelPort, source: Path, tensors: Mapping[str, FullTensor] | None = None
+) -> None:
+    """Load the weights of `tensors`, or of the Hugging Face folder `source`. Collective."""
+    host = port.process_groups.host
+    shown = recipe.logging.progress and host.rank() == 0
+    progress = TransferProgress("loading the model", lambda line: print_line(line, sys.stderr)) if shown else None
+    with FolderReader(source) if tensors is None else nullcontext(tensors) as given:
+        port.load(given, progress=progress)
+    meet(host)  # storage may serve some ranks much later than others
 
 
 def build_optimizer(recipe: AnyRecipe, port: ModelPort) -> Optimizer:
@@ -77,7 +97,8 @@ def updates_per_step(recipe: AnyRecipe) -> int:
     return recipe.algorithm.updates_per_batch * recipe.algorithm.epochs if isinstance(recipe, Recipe) else 1
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
+    """That of the recipe's `model.dtype` on this machine."""
     if name == "auto":
         name = "bfloat16" if torch.cuda.is_available() else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from asd_megatron.config import Recipe, recipe_hash
-from asd_megatron.data.problems import ProblemSource
+from asd_megatron.data.problems import ProblemSet
 from asd_megatron.data.tokenizer import undecodable
 from asd_megatron.errors import NotFinite
 from asd_megatron.observe.metrics import Increments
@@ -19,15 +19,16 @@ from asd_megatron.rollout.collector import Collector
 from asd_megatron.rollout.engine import RolloutError
 from asd_megatron.run.bad_batches import BadBatches
 from asd_megatron.run.build import (
+    checked_problems,
     embedded_engine,
     example_builder,
     make_collector,
     make_renderer,
-    problem_sets,
     rollout_bank,
     rollout_engine,
 )
 from asd_megatron.run.evaluation import HeldOut, Weights
+from asd_megatron.run.evaluation_sets import named_sets, test_set
 from asd_megatron.run.method import make_plan, make_strength, never_acts
 from asd_megatron.run.mismatch import uncorrected
 from asd_megatron.run.report import announce_training
@@ -59,7 +60,8 @@ class TrainingRun:
         self.guard, self.increments = Guard(), Increments()
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
-        train_set, test_set = problem_sets(recipe, self.renderer)
+        test, sets = test_set(session), named_sets(session)
+        train_set = checked_problems(recipe, self.renderer, [*([test] if test else []), *sets])
         own = own_metrics(train_set, session.tokenizer)
         self.reports = StepReports(recipe, session, own, has_term=self.condition.sign != 0)
         self.verifier = session.only_root(lambda: make_verifier(**recipe.reward.model_dump()))
@@ -80,8 +82,8 @@ class TrainingRun:
             session, self.engine, self.weights, train_set, self.renderer, self.verifier, self.builder.prepare, bank
         )
         self.held_out = None
-        if recipe.evaluates and test_set is not None:
-            self.held_out = HeldOut(session, self._evaluator(test_set), test_set)
+        if recipe.evaluates:
+            self.held_out = HeldOut(session, self._evaluator(), test, sets)
         self._probed: dict[str, float] = {}  # of the present step
         self._part_means: dict[str, float] = {}  # likewise, on global rank 0
         self._changed_levels = [] if session.resumed is None else self._restore(session.resumed)
@@ -322,12 +324,12 @@ class TrainingRun:
 
     # ---------------------------------------------------------------- parts
 
-    def _evaluator(self, problems: ProblemSource) -> Collector:
+    def _evaluator(self) -> Collector:
         """The run's own collector, except that a replay has no held-out responses: the training model makes them."""
         if self.recipe.rollout.engine != "replay":
             return self.collector
         engine = embedded_engine(self.session, self.recipe.rollout.max_batch_size)
-        return make_collector(self.session, engine, self.weights, problems, self.renderer, self.verifier)
+        return make_collector(self.session, engine, self.weights, ProblemSet.none(), self.renderer, self.verifier)
 
     def _examples(self, groups: Sequence[Group], step: int) -> list[Example]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]

@@ -28,7 +28,7 @@ from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
 from asd_megatron.rollout.sglang.weight_sync.transfer import Sending
 from asd_megatron.rollout.sglang.weight_sync.update_group import address_towards
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
-from asd_megatron.run.session import Session
+from asd_megatron.run.model_session import ModelSession
 
 MIB = 2**20
 MASTER_PORT = 29500  # torchrun's; only the host of MASTER_ADDR matters here
@@ -87,7 +87,7 @@ def hosts_of_servers(
 
 
 def sending(
-    session: Session, rollout: RolloutSection, verifier: WeightVerifier | None, transport: Transport | None
+    session: ModelSession, rollout: RolloutSection, verifier: WeightVerifier | None, transport: Transport | None
 ) -> Sending | None:
     """How this rank sends its weights; None where global rank 0 sends all of them. `transport`: global rank 0's.
     Collective."""
@@ -136,7 +136,7 @@ def address_elsewhere(hosts: Sequence[str]) -> str | None:
 
 
 def root_transport(
-    session: Session, rollout: RolloutSection, hosts: Mapping[str, Sequence[int]], servers: Versions | None
+    session: ModelSession, rollout: RolloutSection, hosts: Mapping[str, Sequence[int]], servers: Versions | None
 ) -> Transport:
     """Global rank 0's transport. `servers`: versions in the environment of those that the run starts; None: it starts
     none. Raises UserError for an environment that it does not work with."""
@@ -167,7 +167,7 @@ def root_transport(
 
 
 def _cuda_ipc(
-    session: Session,
+    session: ModelSession,
     rollout: RolloutSection,
     hosts: Mapping[str, Sequence[int]],
     server_arguments: Sequence[str] = REBUILD_ARGUMENTS,
@@ -182,7 +182,7 @@ def _cuda_ipc(
     )
 
 
-def _distributed(session: Session, rollout: RolloutSection, address: str | None) -> DistributedTransport:
+def _distributed(session: ModelSession, rollout: RolloutSection, address: str | None) -> DistributedTransport:
     return DistributedTransport(
         address=address,
         device=session.port.device,

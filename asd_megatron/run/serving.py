@@ -29,8 +29,8 @@ from asd_megatron.rollout.sglang.servers.pool import ServerPool
 from asd_megatron.rollout.sglang.weight_sync.protocol import Transport
 from asd_megatron.rollout.sglang.weight_sync.quantize import write_model_without_weights
 from asd_megatron.rollout.sglang.weight_sync.verification import WeightVerifier
+from asd_megatron.run.model_session import ModelSession
 from asd_megatron.run.sending import Place, hosts_of_servers, root_transport, sending
-from asd_megatron.run.session import Session
 from asd_megatron.trainer.scorer import score_sequence
 
 PROBE_TOKENS = 256
@@ -48,7 +48,7 @@ ones could not be loaded into them."""
 
 
 def sglang_engine(
-    session: Session, renderer: PromptRenderer, problems: ProblemSource, bank: RolloutBank | None
+    session: ModelSession, renderer: PromptRenderer, problems: ProblemSource, bank: RolloutBank | None
 ) -> SGLangEngine:
     """The engine of a recipe with `rollout.engine: sglang`. Collective. Servers start with `SGLangEngine.start`. bank:
     keeps its responses, on global rank 0."""
@@ -80,13 +80,13 @@ def probe_ids(renderer: PromptRenderer, problems: ProblemSource, max_positions: 
     return (*renderer.student(problem).ids, *continuation)[: min(PROBE_TOKENS, max_positions)]
 
 
-def _rollout(session: Session) -> RolloutSection:
+def _rollout(session: ModelSession) -> RolloutSection:
     assert isinstance(session.recipe, Recipe)
     return session.recipe.rollout
 
 
 def _controller(
-    session: Session,
+    session: ModelSession,
     rollout: RolloutSection,
     probe: tuple[int, ...],
     verifier: WeightVerifier | None,
@@ -153,7 +153,7 @@ def default_tolerance(rollout: RolloutSection, dtype: torch.dtype) -> float:
     return TOLERANCE[dtype] if rollout.quantization == "none" else QUANTIZED_TOLERANCE
 
 
-def _check_quantization(session: Session, rollout: RolloutSection) -> None:
+def _check_quantization(session: ModelSession, rollout: RolloutSection) -> None:
     """Raises UserError for quantised servers beside a trainer, or on devices, that they do not work with."""
     if rollout.quantization == "none":
         return
@@ -169,7 +169,7 @@ def _check_quantization(session: Session, rollout: RolloutSection) -> None:
         )
 
 
-def _routing(session: Session, rollout: RolloutSection) -> Routing | None:
+def _routing(session: ModelSession, rollout: RolloutSection) -> Routing | None:
     """What the servers return of the experts; None: nothing. Raises UserError for a model without experts."""
     if rollout.routing_replay != "engine":
         return None
@@ -179,7 +179,7 @@ def _routing(session: Session, rollout: RolloutSection) -> Routing | None:
     return routing
 
 
-def _verifier(session: Session, rollout: RolloutSection) -> WeightVerifier | None:
+def _verifier(session: ModelSession, rollout: RolloutSection) -> WeightVerifier | None:
     """Raises UserError for an architecture that cannot be verified."""
     if not rollout.verify_weights:
         return None
@@ -187,7 +187,7 @@ def _verifier(session: Session, rollout: RolloutSection) -> WeightVerifier | Non
     return WeightVerifier(session.hf_config, dtype=session.port.dtype, device=device)
 
 
-def _pool(session: Session, rollout: RolloutSection, keys: Keys) -> ServerPool:
+def _pool(session: ModelSession, rollout: RolloutSection, keys: Keys) -> ServerPool:
     folder = session.folder / "servers"
     return ServerPool(
         server_options(session, rollout, keys),
@@ -212,7 +212,7 @@ def _fleet(rollout: RolloutSection, keys: Keys, pool: ServerPool | None) -> Flee
     )
 
 
-def server_options(session: Session, rollout: RolloutSection, keys: Keys) -> list[ServerOptions]:
+def server_options(session: ModelSession, rollout: RolloutSection, keys: Keys) -> list[ServerOptions]:
     """One for each server that the run starts."""
     arguments = dict(rollout.server_args)
     if rollout.placement == "colocated" and torch.cuda.is_available():

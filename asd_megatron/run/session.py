@@ -16,19 +16,16 @@ from typing import Any, TypeVar
 import torch
 
 from asd_megatron.checkpoint import training
-from asd_megatron.checkpoint.huggingface import read_config, write_folder
+from asd_megatron.checkpoint.huggingface import write_folder
 from asd_megatron.checkpoint.run_state import RunStateFile
 from asd_megatron.cli.guard import report_at_once
-from asd_megatron.config import AnyRecipe, Recipe, check_model, dump_recipe
-from asd_megatron.data.tokenizer import check_stop_token_ids, check_vocabulary, end_token_ids, load_tokenizer
-from asd_megatron.distributed import activity, device, machine, rank_log
-from asd_megatron.distributed.objects import first_message, meet, on_rank_zero, only_rank_zero
+from asd_megatron.config import AnyRecipe, Recipe, dump_recipe
+from asd_megatron.distributed import activity, machine, rank_log
+from asd_megatron.distributed.objects import first_message
 from asd_megatron.distributed.stop_signals import StopSignals
 from asd_megatron.errors import NotFinite, UserError
 from asd_megatron.files import write_json
 from asd_megatron.models import te
-from asd_megatron.models.families import check_architecture
-from asd_megatron.models.flops import flops_model
 from asd_megatron.observe.closing import Sample, closing_table
 from asd_megatron.observe.plots import plot_run
 from asd_megatron.observe.progress import Progress, print_line
@@ -42,17 +39,16 @@ from asd_megatron.run.folder import Start, writing
 from asd_megatron.run.history import changes_of, record
 from asd_megatron.run.integrity import Integrity
 from asd_megatron.run.interruption import Interruption, own_command
-from asd_megatron.run.model import build_optimizer, build_port, shares_prefixes, updates_per_step
+from asd_megatron.run.model import build_optimizer, updates_per_step
+from asd_megatron.run.model_session import ModelSession
 from asd_megatron.run.planning import memory_notes
 from asd_megatron.run.preview import beginning_lines, finished_text
-from asd_megatron.run.ranks import join_ranks
 from asd_megatron.run.resuming import load_start
 from asd_megatron.run.saving import Saver
 from asd_megatron.run.sources import model_folder
 from asd_megatron.run.step_files import StepFiles
-from asd_megatron.run.stopping import Stopping, StopRequested, conclude
+from asd_megatron.run.stopping import StopRequested, conclude
 from asd_megatron.run.telemetry import Telemetry
-from asd_megatron.trainer.batch import PackLayout
 from asd_megatron.trainer.guard import Guard, first_not_finite
 
 T = TypeVar("T")
@@ -93,7 +89,7 @@ def open_session(recipe: AnyRecipe, signals: StopSignals | None = None) -> Itera
         yield session
 
 
-class Session:
+class Session(ModelSession):
     """The session of one rank, from `open_session`. Attributes are the same on every rank unless stated; `files`
     writes on global rank 0 only, after `begin`.
 
@@ -107,38 +103,17 @@ class Session:
     """
 
     def __init__(self, recipe: AnyRecipe, closing: ExitStack, signals: StopSignals | None = None) -> None:
-        self.recipe, self.closing = recipe, closing
-        self.layout, self.process_groups = join_ranks(recipe, closing)
-        self.stopping = Stopping(recipe, self.process_groups.host, signals, lambda: self._saver.seconds)
-        rank_log.set_levels(recipe.logging.level, on_console=self.is_root)
-
-        self.source = model_folder(recipe.model.path)
-        self.hf_config: dict[str, Any] = read_config(self.source)
-        check_architecture(self.hf_config)
-        check_model(recipe, self.hf_config)
-        self.tokenizer = load_tokenizer(self.source)
-        check_vocabulary(self.tokenizer, int(self.hf_config["vocab_size"]))
-        check_stop_token_ids(self.tokenizer, recipe.sampling.stop_token_ids or ())
-        self.end_ids = end_token_ids(self.source, self.tokenizer)
-
-        self.folder = recipe.run.path
+        super().__init__(recipe, closing, signals, save_seconds=lambda: self._saver.seconds)
+        self.read_source(model_folder(recipe.model.path))
         self.start: Start = self.on_root(lambda: folders.claim(recipe, self.stage, closing))
         if self.start.kind == "finished":
             raise RunFinished(finished_text(recipe, self.start.changes))
         self._notes = self.on_root(lambda: memory_notes(recipe, self.layout, self.hf_config, machine.gpu_memory()))
-        self.port = build_port(recipe, self.hf_config, self.source, self.process_groups, self.layout)
+        self.open_model(training=True)
         self.copies = weight_copies(recipe, self.port)  # of model.path's weights, before a checkpoint is loaded
         self.optimizer = build_optimizer(recipe, self.port)
         self.balance = self.port.load_balance(recipe.model.auxiliary_loss)
-        self.pack_layout = PackLayout.of(
-            self.layout,
-            self.process_groups,
-            self.port.device,
-            pad_id=self.tokenizer.pad_token_id or 0,
-            share_prefixes=shares_prefixes(recipe, self.port),
-            alignment=self.port.precision.alignment,
-            flops=flops_model(self.port.shape),
-        )
+        self.open_packs()
         self.start, self.resumed = load_start(recipe, self.start, self._load, self.process_groups.host)
         if self.start.origin is not None:
             load_origin(self.start.origin, self.port, self.optimizer, self.copies, self.balance)
@@ -152,7 +127,6 @@ class Session:
         self.clock = Clock()
         self.integrity = Integrity(recipe, self.port, self.optimizer, self._saver, self.clock)
         self.telemetry = Telemetry(recipe, self.port, self.layout, self.process_groups, self.clock)
-        self.progress = Progress(recipe.run.steps, enabled=False)
 
     def begin(self) -> None:
         """Prepare the run folder, open the metrics and print what differs from the run that is resumed. Collective."""
@@ -174,13 +148,6 @@ class Session:
         gc.freeze()
         self.closing.callback(gc.unfreeze)
         self._export_if_missing(done)
-
-    def say(self, text: str) -> None:
-        """A line on global rank 0's console, with or without a progress bar."""
-        if self.progress.enabled:
-            self.progress.note(text)
-        elif self.is_root:
-            print_line(text, sys.stderr)
 
     # ---------------------------------------------------------------- opening
 
@@ -214,43 +181,24 @@ class Session:
             done=None if self.resumed is None else self.first_step - 1,
         )
 
-    # ---------------------------------------------------------------- ranks
-
     @property
     def stage(self) -> str:
         """The program of the recipe: `train` or `sft`."""
         return "train" if isinstance(self.recipe, Recipe) else "sft"
 
-    @property
-    def is_root(self) -> bool:
-        return self.process_groups.world.rank() == 0
-
-    def on_root(self, action: Callable[[], T]) -> T:
-        """Run `action` on global rank 0 and give its result to every rank; its UserError is raised on every rank.
-        Collective."""
-        return on_rank_zero(action, self.process_groups.host)
-
-    def only_root(self, action: Callable[[], T]) -> T | None:
-        """Run `action` on global rank 0; its result stays there, other ranks get None. Its UserError is raised on every
-        rank. Collective."""
-        return only_rank_zero(action, self.process_groups.host)
-
     # ---------------------------------------------------------------- steps
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """Around the generation of rollouts, and the start of the servers that generate them. With
-        `rollout.offload_optimizer` the optimizer's state is in host memory and gradients have none; colocated servers
-        get that memory, and what PyTorch has cached, once every rank has freed its own. Collective."""
+        """As `ModelSession.generating`. With `rollout.offload_optimizer` the optimizer's state is in host memory
+        inside, and gradients have none. Collective."""
         rollout = self.recipe.rollout if isinstance(self.recipe, Recipe) else None
         offload = rollout is not None and rollout.offload_optimizer
         if offload:
             self.optimizer.offload()
-        if rollout is not None and rollout.placement == "colocated":
-            device.free_cached_memory()
-            meet(self.process_groups.host)
         try:
-            yield
+            with super().generating():
+                yield
         finally:
             if offload:
                 self.optimizer.reload()

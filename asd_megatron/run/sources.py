@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from asd_megatron.config import AnyRecipe
 from asd_megatron.config.checks import CORPUS
 from asd_megatron.config.data import DataSection
+from asd_megatron.config.evaluation import EvaluationSetSection
 from asd_megatron.data.problems import ProblemSet, ProblemSource, load_problems
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.sft import SftExample, load_sft
@@ -69,6 +71,21 @@ def held_out_problems(data: DataSection) -> ProblemSource | None:
         return None
     task = _task(data, data.test)
     return _named(data.test) if task is None else ProblemSet(data.test, task.held_out, shuffle=False)
+
+
+def held_out(recipe: AnyRecipe) -> list[tuple[str, ProblemSource]]:
+    """(name, problems) of `data.test` and of each of `evaluation.sets`."""
+    test = held_out_problems(recipe.data)
+    named = [(f"evaluation.sets.{name}", set_problems(recipe.data, s)) for name, s in recipe.evaluation.sets.items()]
+    return [*([] if test is None else [(str(recipe.data.test), test)]), *named]
+
+
+def set_problems(data: DataSection, given: EvaluationSetSection) -> ProblemSource:
+    """The problems of one of `evaluation.sets`, read as `data.test` would be."""
+    as_test = {"test": given.data, "test_schema": given.schema, "test_fields": given.fields}
+    source = held_out_problems(data.model_copy(update=as_test))
+    assert source is not None
+    return source
 
 
 def _task(data: DataSection, name: str) -> Task | None:

@@ -99,6 +99,7 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "evaluation.problems": (None, "all problems"),
     "evaluation.samples": (1, "the paper's 32 (4 for MinervaMath) belong to its benchmarks"),
     "evaluation.top_k": (0, "off"),
+    "evaluation.sets": ({}, "the paper's benchmarks are files of the user's (docs/evaluation.md)"),
     "optimizer.min_learning_rate": (0.0, "read only with a schedule that falls"),
     "optimizer.schedule": ("constant", "off"),
     "optimizer.warmup_steps": (0, "off"),

@@ -193,10 +193,10 @@ def _block(seconds: float) -> None:
 
 def _make_signalled(name: str, mark: Callable[[], None]) -> None:
     """This rank gets signals while it loads the model, or in the second update."""
-    from asd_megatron.run import rl, session
+    from asd_megatron.run import model_session, rl
 
     where: dict[str, tuple[Any, str, signal.Signals]] = {
-        "start": (session, "build_port", signal.SIGINT),
+        "start": (model_session, "build_port", signal.SIGINT),
         "one_rank": (rl, "update", signal.SIGHUP),
         "twice": (rl, "update", signal.SIGINT),
     }

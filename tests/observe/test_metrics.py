@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from asd_megatron.data.tokenizer import load_tokenizer
+from asd_megatron.evaluation.outcomes import Outcomes, Sample
 from asd_megatron.observe import names
 from asd_megatron.observe.expert_load import load_metrics
 from asd_megatron.observe.flops import rates
@@ -196,12 +197,19 @@ def hardware_names() -> set[str]:
     return reduced | set(values)
 
 
+def set_names() -> set[str]:
+    """Of one of `evaluation.sets`."""
+    right, wrong = Sample("4", 1, "stop", 1.0, "4"), Sample("5", 1, "stop", 0.0, "5")
+    return set(Outcomes.of([[right, wrong], [wrong, wrong]]).metrics(1.0))
+
+
 def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     emitted = {
         *step(),
         *penalty_names(),
         *fp8_names(),
         *(f"evaluation/{name}" for name in ("accuracy", "pass_rate", "length_mean", "truncated")),
+        *(f"evaluation/gsm8k/{name}" for name in set_names()),
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),
         *puzzle_names(),
         *Increments().of(examples={}, rollouts={}, rewards={}),

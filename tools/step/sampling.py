@@ -14,7 +14,8 @@ from torch import Tensor
 from asd_megatron.config import load_recipe
 from asd_megatron.records import Prompt, SamplingParams
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
-from asd_megatron.run.build import make_renderer, stop_ids
+from asd_megatron.run.build import make_renderer
+from asd_megatron.run.sampling import stop_ids
 from asd_megatron.run.session import Session, open_session
 from asd_megatron.run.sources import model_folder, training_problems
 
