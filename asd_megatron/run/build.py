@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from asd_megatron.config import AnyRecipe, Recipe
@@ -16,9 +17,11 @@ from asd_megatron.records import Group, Problem, SamplingParams
 from asd_megatron.reward.base import Verifier, tests_of
 from asd_megatron.rollout.bank import RolloutBank
 from asd_megatron.rollout.collector import Collector, Plan
+from asd_megatron.rollout.draw import Redraw
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
 from asd_megatron.rollout.engine import RolloutEngine, WeightSource
 from asd_megatron.rollout.replay import ReplayEngine
+from asd_megatron.run.method import make_overlong, make_signal
 from asd_megatron.run.session import Session
 from asd_megatron.run.sources import held_out_problems, training_problems
 from asd_megatron.trainer.examples import ExampleBuilder
@@ -64,7 +67,22 @@ def example_builder(
         when_no_solution=p.when_no_solution,
         feedback_kind=feedback_kind,
         tests_of=tests_of,
+        group_advantage=recipe.algorithm.group_advantage,
+        whiten=recipe.algorithm.whiten_advantages,
+        overlong=make_overlong(recipe),
     )
+
+
+def redraw_rule(recipe: Recipe, builder: ExampleBuilder) -> Redraw | None:
+    """Which groups of a step are discarded for others, and how many; None: none. `builder` knows, on global rank 0,
+    which groups have a signal."""
+    s = recipe.sampling
+    if s.redraw == "never":
+        return None
+    limit = 9 * s.problems_per_step if s.redraw_limit is None else s.redraw_limit
+    if s.redraw == "equal_rewards":
+        return Redraw(lambda group, step: min(group.rewards) < max(group.rewards), limit)
+    return Redraw(partial(builder.has_signal, signal=make_signal(recipe)), limit)
 
 
 def make_renderer(recipe: AnyRecipe, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> PromptRenderer:
@@ -186,9 +204,10 @@ def make_collector(
     verifier: Verifier | None,
     on_group: Callable[[Group, int], None] = lambda group, step: None,
     bank: RolloutBank | None = None,
+    redraw: Redraw | None = None,
 ) -> Collector:
     """The collector on `engine`: of a `train` recipe for training steps on `problems` and for evaluations, of an `sft`
-    recipe for evaluations alone. `on_group`, `bank`: see `Collector`."""
+    recipe for evaluations alone. `on_group`, `bank`, `redraw`: see `Collector`."""
     recipe = session.recipe
     if isinstance(recipe, Recipe):
         params, plan, timeout = training_params(recipe, session), rollout_plan(recipe), recipe.rollout.collect_timeout
@@ -210,4 +229,5 @@ def make_collector(
         timeout=timeout,
         on_group=on_group,
         bank=bank,
+        redraw=redraw,
     )

@@ -31,7 +31,7 @@ from asd_megatron.puzzle.metrics import PuzzleMetrics
 from asd_megatron.puzzle.tokenizer import write_tokenizer
 from asd_megatron.records import Example, FinishReason, Rollout, TokenTable
 from asd_megatron.reward.base import new_counters
-from asd_megatron.rollout.collector import Counts
+from asd_megatron.rollout.counts import Counts
 from asd_megatron.rollout.sglang.client.requests import Counters as ServerCounters
 from asd_megatron.rollout.sglang.metrics import ServerMetrics
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
