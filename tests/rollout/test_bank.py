@@ -224,7 +224,7 @@ def test_a_run_killed_again_and_again(process_groups: Any, tmp_path: Path, name:
                 with path.open("ab") as file:
                     file.write(b"0123456789abcdef torn {")
     trained = {group.problem.prompt_id for groups in run.trained.values() for group in groups}
-    assert left_once <= trained | {name for _, name in run.collector.state()["left_over"]}, "no problem is lost"
+    assert left_once <= trained | {name for _, name, _ in run.collector.state()["left_over"]}, "no problem is lost"
     assert sorted(run.trained) == list(range(1, STEPS + 1))
     _check(run, plan)
     bank.close()
