@@ -275,12 +275,11 @@ def test_an_empty_context_gives_equal_ids_and_no_pmi(puzzle: Product) -> None:
 def test_long_responses_lose_advantage_and_nothing_else() -> None:
     """One of four is three tokens shorter than the others, which are at the limit."""
     rewards = [1.0, 1.0, 1.0, 0.0]
-    lengths = [len(r.response_ids) for r in group(rewards).rollouts]
-    overlong = Overlong(limit=max(lengths), buffer=4, weight=0.5)
-    longer = group(rewards, truncated=(1,))
-    long_ids = longer.rollouts[1].response_ids[:-3]
-    short = replace(longer.rollouts[1], response_ids=long_ids, logprobs=(-1.0,) * len(long_ids), loss_mask=None)
-    mixed = replace(longer, rollouts=(longer.rollouts[0], short, *longer.rollouts[2:]))
+    full = group(rewards)
+    ids = full.rollouts[1].response_ids[:-3]
+    short = replace(full.rollouts[1], response_ids=ids, logprobs=(-1.0,) * len(ids), loss_mask=())
+    mixed = replace(full, rollouts=(full.rollouts[0], short, *full.rollouts[2:]))
+    overlong = Overlong(limit=len(full.rollouts[0].response_ids), buffer=4, weight=0.5)
     penalties = [overlong.penalty(len(r.response_ids)) for r in mixed.rollouts]
     assert len(set(penalties)) == 2
     examples = builder(overlong=overlong, group_advantage="centered").build([mixed], step=1)
