@@ -58,7 +58,15 @@ RECIPES = {
         mask_truncated=True,
     ),
     "cispo_entropy": DenseRecipe(
-        "no_gate", 0.7, policy_loss="cispo", clip_low=1.0, clip_high=0.05, entropy_coefficient=0.2, updates=2
+        "no_gate",
+        0.7,
+        policy_loss="cispo",
+        clip_low=1.0,
+        clip_high=0.05,
+        entropy_coefficient=0.2,
+        updates=2,
+        learning_rate=5e-3,
+        epsilon=1e-4,
     ),
     "exact": DenseRecipe("antisd", 0.7, warmup_steps=0, updates=2, divergence="jensen_shannon"),
     "exact_descent": DenseRecipe("sd", divergence="forward_kl", ascend=False),
@@ -219,11 +227,9 @@ def test_two_ranks_equal_one(layout: str, name: str, ranks: list[dict[str, Found
 
 
 def test_some_responses_are_clipped_and_some_weights_cut(alone: Found) -> None:
-    """GSPO's in the second epoch, all tokens of one response or none."""
     for name in ("gspo", "cispo_entropy"):
         table = alone[name]["table"]
-        clipped = table["clipped"][table["loss_mask"]]
-        assert 0.05 < clipped.mean() < 0.95 or name == "cispo_entropy"
+        assert 0.01 < table["clipped"][table["loss_mask"]].mean() < 0.95, name
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.importance != "none"])
