@@ -505,8 +505,7 @@ def test_several_updates_with_frozen_scores(
 POLICY_LOSSES = {"gspo": {"clip_low": 0.005, "clip_high": 0.008}, "cispo": {"clip_low": 0.03, "clip_high": 0.04}}
 
 
-@pytest.mark.parametrize("tokens_per_microbatch", [64, 10_000])
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize(("aggregation", "tokens_per_microbatch"), [("token_mean", 64), ("sequence_mean", 10_000)])
 @pytest.mark.parametrize("name", list(POLICY_LOSSES))
 def test_several_updates_with_other_policy_losses(
     name: str, aggregation: str, tokens_per_microbatch: int, product: Product, dense: Any, examples: list[Example]
