@@ -183,7 +183,8 @@ class Group:
 @dataclass(frozen=True, eq=False)
 class Example:
     """A rewarded rollout with its group-relative advantage and its privileged prompt (int32 [tokens]; None: no context,
-    u is 0)."""
+    u is 0). `overlong_penalty`: what its length takes from the reward that the advantage sees, at most 0; None: the
+    recipe has no such penalty."""
 
     rollout: Rollout
     reward: float
@@ -191,6 +192,7 @@ class Example:
     teacher_prompt_ids: TokenIds | None = None
     demonstration_source: DemonstrationSource = DemonstrationSource.NONE
     demonstration_sample: int = -1
+    overlong_penalty: float | None = None
 
     __eq__ = equal_fields
 

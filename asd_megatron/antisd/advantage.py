@@ -1,6 +1,8 @@
-"""Group-relative advantages (GRPO) and their composition with the per-token term (Eq. 3 and 6)."""
+"""Group-relative advantages and their composition with the per-token term (Eq. 3 and 6)."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +19,20 @@ class AdvantageError(UserError, ValueError):
     """Rewards that no group-relative advantage can be made of."""
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
-    """A_seq of one group: (R - mean) / (std + 1e-6) with the sample standard deviation (divisor G - 1).
+GroupAdvantage = Literal["normalized", "centered", "leave_one_out"]
 
-    Rewards [G] to float64 [G]. Equal rewards give exactly 0. Raises AdvantageError for fewer than two rollouts or a
+
+def group_advantages(rewards: Tensor, kind: GroupAdvantage = "normalized") -> Tensor:
+    """A_seq of one group of n responses.
+
+    * `normalized`: (R_i - mean) / (std + 1e-6) with the sample standard deviation (divisor n - 1): GRPO
+      (arXiv 2402.03300, section 4.1.2).
+    * `centered`: R_i - mean: Dr. GRPO (arXiv 2503.20783, section 3.2), whose loss weighs a group no more for having
+      nearly equal rewards.
+    * `leave_one_out`: R_i - mean of the other n - 1 rewards: RLOO (arXiv 2402.14740), a baseline that does not
+      depend on the response. It is n / (n - 1) times `centered`.
+
+    Rewards [n] to float64 [n]. Equal rewards give exactly 0. Raises AdvantageError for fewer than two rollouts or a
     reward that is not finite.
     """
     r = rewards.detach().double()
@@ -33,7 +45,22 @@ def group_advantages(rewards: Tensor) -> Tensor:
         raise AdvantageError(f"rewards must be finite numbers, got {r.tolist()}: check the reward function")
     if (r == r[0]).all():
         return torch.zeros_like(r)
-    return (r - r.mean()) / (r.std(correction=1) + STD_EPSILON)
+    if kind == "leave_one_out":
+        return r - (r.sum() - r) / (r.numel() - 1)
+    centered = r - r.mean()
+    return centered if kind == "centered" else centered / (r.std(correction=1) + STD_EPSILON)
+
+
+def whitened(advantages: Tensor) -> Tensor:
+    """Advantages [R] of a batch's responses, divided by their standard deviation (divisor R - 1) + 1e-6: float64 [R].
+
+    The mean over the batch is 0 already, since every group's advantages add up to 0, so this is (A - mean) / std, the
+    normalization over the batch of REINFORCE++ with a group baseline (arXiv 2501.03262); and what is exactly 0 stays
+    so. Every response counts once, however long it is, and so does one that the loss does not see. Fewer than two
+    responses are returned as they are.
+    """
+    a = advantages.detach().double()
+    return a if a.numel() < 2 else a / (a.std(correction=1) + STD_EPSILON)
 
 
 def compose(

@@ -55,6 +55,31 @@ class AlgorithmSection(Section):
         ge=0,
         description="Weight of the group advantage where a term is added to it (`grpo` has none).",
     )
+    group_advantage: Literal["normalized", "centered", "leave_one_out"] = Field(
+        "normalized",
+        description=(
+            "How a group's rewards R become A. `normalized`: (R - mean) / standard deviation (GRPO, the paper's);"
+            " `centered`: R - mean (Dr. GRPO); `leave_one_out`: R - mean of the other responses' rewards (RLOO)."
+        ),
+    )
+    whiten_advantages: bool = Field(
+        False,
+        description=(
+            "Divide the group advantages by their standard deviation over the responses of the batch; their mean is 0"
+            " already (REINFORCE++ with a group baseline)."
+        ),
+    )
+    overlong_buffer: int = Field(
+        0,
+        ge=0,
+        description=(
+            "Length of the zone before `sampling.max_response_tokens` (tokens) in which a response loses reward in"
+            " proportion to its length, for the group advantage alone (DAPO); 0: none."
+        ),
+    )
+    overlong_penalty: float = Field(
+        1.0, gt=0, description="Reward that a response at the token limit loses with `overlong_buffer`."
+    )
     estimator: Literal["sampled", "full_vocabulary"] = Field(
         "sampled",
         description=(
@@ -90,8 +115,28 @@ class AlgorithmSection(Section):
             " and copies each tile's rows back."
         ),
     )
-    clip_low: float = Field(0.2, gt=0, lt=1, description="The importance ratio is clipped below 1 - `clip_low`.")
-    clip_high: float = Field(0.2, gt=0, description="The importance ratio is clipped above 1 + `clip_high`.")
+    policy_loss: Literal["ppo_clip", "gspo", "cispo"] = Field(
+        "ppo_clip",
+        description=(
+            "What becomes of the policy ratio, which is 1 with one update a batch. `ppo_clip`: each token's, clipped"
+            " (the paper's); `gspo`: the geometric mean over the response, clipped; `cispo`: each token's, cut to the"
+            " bounds, as a constant weight: no token loses its gradient (docs/options.md)."
+        ),
+    )
+    clip_low: float = Field(
+        0.2, gt=0, le=1, description="The policy ratio is clipped below 1 - `clip_low`; 1: not clipped below."
+    )
+    clip_high: float = Field(
+        0.2, gt=0, description="The policy ratio is clipped above 1 + `clip_high` (DAPO's clip-higher: 0.28)."
+    )
+    entropy_coefficient: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "Weight of an entropy bonus: the loss gets minus this times the mean entropy of the student's distributions"
+            " over the vocabulary; 0: none."
+        ),
+    )
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = Field(
         "token_mean",
         description=(
@@ -186,6 +231,18 @@ class AlgorithmSection(Section):
     def weighs_group_advantage(self) -> bool:
         """Whether the group advantage is part of the loss."""
         return self.name == "grpo" or self.advantage_weight > 0
+
+    @property
+    def term_composition(self) -> str:
+        """`composition`; null: the condition's own."""
+        return self.composition or ("multiplicative" if self.name == "multiplicative" else "additive")
+
+    @property
+    def adds_term(self) -> bool:
+        """Whether a per-token term is added to the group advantage or to the loss, so that it acts where the group
+        advantage is 0 too. A lambda that may become 0 in a step does not matter."""
+        acts = self.lambda_max > 0 or self.lambda_source == "teacher_perplexity"
+        return self.name != "grpo" and acts and self.term_composition == "additive"
 
     @property
     def mask_below(self) -> float | None:

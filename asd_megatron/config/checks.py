@@ -17,6 +17,7 @@ from asd_megatron.config.estimator_checks import estimator_findings
 from asd_megatron.config.evaluation_checks import evaluation_findings
 from asd_megatron.config.gym_checks import gym_findings
 from asd_megatron.config.model_checks import model_findings
+from asd_megatron.config.option_checks import option_findings
 from asd_megatron.config.parallelism import ParallelismSection
 from asd_megatron.config.precision_checks import precision_findings
 from asd_megatron.config.recipe import AnyRecipe, Recipe, SftRecipe
@@ -224,6 +225,7 @@ def _algorithm(recipe: Recipe) -> Iterator[str]:
     yield from _importance(a)
     yield from estimator_findings(a)
     yield from term_findings(recipe)
+    yield from option_findings(recipe)
     yield from teacher_findings(recipe)
     if a.gated and recipe.gate_warmup_steps == 0 and gate.h_warm is None:
         yield (

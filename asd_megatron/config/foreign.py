@@ -113,6 +113,27 @@ COUNTERPARTS: dict[str, tuple[str, ...]] = {
     "jsd_alpha": ("algorithm.mixture",),
     "jsd_beta": ("algorithm.mixture",),
     "mask_truncated_completions": ("algorithm.mask_truncated",),
+    # options (docs/options.md)
+    "norm_adv_by_std_in_grpo": ("algorithm.group_advantage",),
+    "scale_rewards": ("algorithm.group_advantage", "algorithm.whiten_advantages"),
+    "use_leave_one_out_baseline": ("algorithm.group_advantage",),
+    "whiten_advantages": ("algorithm.whiten_advantages",),
+    "normalize_advantages": ("algorithm.whiten_advantages",),
+    "loss_mode": ("algorithm.policy_loss",),
+    "importance_sampling_level": ("algorithm.policy_loss", "algorithm.importance_level"),
+    "sequence_level_importance_ratios": ("algorithm.policy_loss", "algorithm.importance_level"),
+    "entropy_coeff": ("algorithm.entropy_coefficient",),
+    "entropy_coef": ("algorithm.entropy_coefficient",),
+    "overlong_buffer": ("algorithm.overlong_buffer", "algorithm.overlong_penalty"),
+    "penalty_factor": ("algorithm.overlong_penalty",),
+    "soft_cache_length": ("algorithm.overlong_buffer",),
+    "filter_groups": ("sampling.redraw",),
+    "dynamic_sampling_filter_path": ("sampling.redraw",),
+    "use_dynamic_sampling": ("sampling.redraw",),
+    "dynamic_sample": ("sampling.redraw",),
+    "max_num_gen_batches": ("sampling.redraw_limit",),
+    "dynamic_sampling_max_gen_batches": ("sampling.redraw_limit",),
+    "max_resample_times": ("sampling.redraw_limit",),
     # the released AntiSD code and its re-implementations (docs/released_form.md)
     "ca_mode": ("algorithm.composition",),
     "ca_lambda": ("perplexity.lambda_0", "algorithm.lambda_max"),
@@ -220,7 +241,6 @@ _TRACKER = "not supported: metrics go to metrics.jsonl and TensorBoard (logging.
 _CRITIC = "not supported: advantages are group-relative, there is no critic"
 _REWARD_MODEL = "not supported: rewards come from verifiers (reward.name), your own function among them"
 _TOP_K = "not supported: algorithm.estimator full_vocabulary is exact, over all tokens of the vocabulary"
-_STD = "not supported: a group's advantages are divided by its standard deviation"
 _TEACHER = "not supported: the teacher is the model under training; teacher.weights says with which weights"
 _EPOCHS = "a run is counted in steps: run.steps; problems repeat in a new order when all were used"
 _VLLM = "not supported: rollouts come from SGLang servers (rollout.engine sglang) or from the embedded engine"
@@ -255,10 +275,7 @@ WITHOUT: dict[str, str] = {
     **dict.fromkeys(("vllm", "use_vllm", "vllm_mode", "vllm_tensor_parallel_size"), _VLLM),
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "zero_stage", "param_offload", "fsdp_size"), _FSDP),
     **dict.fromkeys(("distillation_topk", "topk_distillation", "top_k_distillation"), _TOP_K),
-    **dict.fromkeys(("norm_adv_by_std_in_grpo", "scale_rewards"), _STD),
     **dict.fromkeys(("teacher_model", "teacher_model_path", "teacher_path"), _TEACHER),
-    "entropy_coeff": "not supported: the method has no entropy bonus; what it does to entropy is the gate's matter",
-    "entropy_coef": "not supported: the method has no entropy bonus; what it does to entropy is the gate's matter",
     "trust_remote_code": "not supported: no code from a model folder is run",
     "push_to_hub": "not supported: the run leaves a Hugging Face folder in RUN/hf, upload it yourself",
     "ema_decay": "here it is teacher.ema_rate, 1 minus the decay",

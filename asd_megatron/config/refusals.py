@@ -27,6 +27,8 @@ RENAMED_KEYS = {
 
 BASELINES = ("opsd", "sdft", "sdpo")
 """Methods of others that examples/baselines has in terms of the recipe."""
+ALGORITHMS = ("dapo", "dr_grpo", "drgrpo", "rloo", "gspo", "cispo", "reinforce_plus_plus")
+"""Algorithms that are options of others here."""
 
 
 def changed(section: Section, *keys: str) -> dict[str, Any]:
@@ -141,6 +143,8 @@ def _line(finding: dict[str, Any], schema: type[BaseModel]) -> str:
     hint = ' (quote it to make it text: "...")' if kind == "string_type" and given is not None else ""
     if dotted == "algorithm.name" and str(given).lower() in BASELINES:
         hint = f"; examples/baselines/{str(given).lower()}.yaml has its settings"
+    elif dotted == "algorithm.name" and str(given).lower() in ALGORITHMS:
+        hint = f"; docs/options.md has the keys that make {given}"
     return f"{dotted}: expected {type_in_words(field)}, was given {value_in_words(given)}{hint}"
 
 

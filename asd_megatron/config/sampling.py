@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from asd_megatron.config.base import Section, TextList, TokenIdList
@@ -32,3 +34,20 @@ class SamplingSection(GenerationSection):
     )
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus filter; training needs 1 (off).")
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; training needs 0 (off).")
+    redraw: Literal["never", "no_signal", "equal_rewards"] = Field(
+        "never",
+        description=(
+            "Which groups are discarded, and others drawn of the next problems in their place (dynamic sampling,"
+            " docs/options.md). `never`: none (the paper's); `no_signal`: those that teach nothing, with equal rewards"
+            " and without a per-token term; `equal_rewards`: all whose rewards are equal (DAPO), although the per-token"
+            " term would act on them."
+        ),
+    )
+    redraw_limit: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "Groups drawn in place of others in a step, at most; the step then trains on those it has. null: 9 x"
+            " `problems_per_step`."
+        ),
+    )

@@ -53,11 +53,10 @@ def _composition(recipe: Recipe) -> Iterator[str]:
             "algorithm.advantage_weight 0 with algorithm.lambda_max 0 leaves nothing to train on: raise one of them, or"
             " set algorithm.name grpo"
         )
-    form = a.composition or ("multiplicative" if a.name == "multiplicative" else "additive")
-    if a.advantage_weight != 1 and form != "additive":
+    if a.advantage_weight != 1 and a.term_composition != "additive":
         yield (
             f"algorithm.advantage_weight {a.advantage_weight} weighs the group advantage against an added term, and"
-            f" algorithm.composition {form} adds none: leave algorithm.advantage_weight out, or set"
+            f" algorithm.composition {a.term_composition} adds none: leave algorithm.advantage_weight out, or set"
             " algorithm.composition additive"
         )
 

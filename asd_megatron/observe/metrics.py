@@ -72,6 +72,9 @@ ROLLOUT_COUNTERS = {
     "dropped_groups": "rollouts/dropped_groups",
     "stale_groups": "rollouts/stale_groups",
     "cut_groups": "rollouts/cut_groups",
+    "judged_groups": "rollouts/judged_groups",
+    "rejected_groups": "rollouts/rejected_groups",
+    "short_groups": "rollouts/short_groups",
     "carried_groups": "rollouts/carried_groups",
     "restored_groups": "rollouts/restored_groups",
     "restored_tokens": "rollouts/restored_tokens",
@@ -94,7 +97,8 @@ class Increments:
         now = {metric: counts.get(name, 0) for names, counts in sources for name, metric in names.items()}
         grown = {metric: float(count - self._seen.get(metric, 0)) for metric, count in now.items()}
         self._seen = now
-        return grown
+        judged, rejected = grown["rollouts/judged_groups"], grown["rollouts/rejected_groups"]
+        return {**grown, "rollouts/rejected_share": rejected / judged} if judged else grown
 
 
 def sampled_mask(examples: Sequence[Example]) -> Tensor:
@@ -144,6 +148,10 @@ def _of_rollouts(examples: Sequence[Example], success_threshold: float) -> Itera
     yield "reward/mean", _average(rewards)
     yield "reward/pass_rate", _average([r >= success_threshold for r in rewards])
     yield "reward/mixed_groups", _average([min(g) != max(g) for g in groups])
+    penalties = [e.overlong_penalty for e in examples if e.overlong_penalty is not None]
+    if penalties:
+        yield "reward/overlong_share", _average([p < 0 for p in penalties])
+        yield "reward/overlong_mean", _average(penalties)
     yield "response/length_mean", _average(lengths)
     yield "response/length_max", float(max(lengths, default=0))
     yield "response/truncated", _average([e.rollout.truncated for e in examples])
@@ -195,6 +203,7 @@ def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple
         yield "fp8/update_drift", _mean(drift.abs()[loss_mask])
     if "clipped" in table:
         yield "loss/clip_fraction", _mean(table["clipped"].cpu()[loss_mask])
+        yield "loss/clipped_responses", _of_responses(table, table["clipped"].cpu() > 0, loss_mask)
     if "importance" in table:
         yield "importance/mean", _mean(table["importance"].cpu()[loss_mask])
         yield "importance/affected", _mean(table["importance_affected"].cpu()[loss_mask])
@@ -210,6 +219,13 @@ def _of_tokens(examples: Sequence[Example], table: TokenTable) -> Iterator[tuple
     yield "tokens/teacher", float(teacher_tokens if "teacher_logprobs" in table else 0)
     yield "tokens/trained", float(loss_mask.sum())
     yield "tokens/not_finite", float(_not_finite(table, sampled, with_context))
+
+
+def _of_responses(table: TokenTable, flags: Tensor, loss_mask: Tensor) -> float:
+    """The fraction of the responses that the loss sees with a flagged token among those that it sees."""
+    owner = table.spread(torch.arange(table.rollouts))
+    seen, flagged = owner[loss_mask].unique().numel(), owner[loss_mask & flags].unique().numel()
+    return flagged / seen if seen else NAN
 
 
 def _of_packs(total: int, real: int, sequences: int) -> Iterator[tuple[str, float]]:

@@ -61,6 +61,13 @@ SECTIONS = (
             Metric("reward/mixed_groups", "fraction of groups", "groups with unequal rewards; others have advantage 0"),
             Metric("reward/part/<label>", "reward", "mean reward of one of `reward.parts`, before its weight"),
             Metric(
+                "reward/overlong_share",
+                "fraction of rollouts",
+                "rollouts that `algorithm.overlong_buffer` takes reward from, for the group advantage alone: the other"
+                " numbers are those of rewards without it",
+            ),
+            Metric("reward/overlong_mean", "reward", "mean of what it takes over all rollouts, at most 0"),
+            Metric(
                 "reward/timeouts",
                 "answers",
                 "judging took too long: reward 0 (held-out answers of the step too); of `code`, tests",
@@ -91,6 +98,14 @@ SECTIONS = (
             Metric("rollouts/redrawn_groups", "groups", "groups resampled because of either"),
             Metric("rollouts/dropped_groups", "groups", "groups left out of the step for the same reasons"),
             Metric("rollouts/cut_groups", "groups", "groups requested beyond the need and discarded unfinished"),
+            Metric("rollouts/judged_groups", "groups", "finished groups whose rewards `sampling.redraw` looked at"),
+            Metric("rollouts/rejected_groups", "groups", "of these those discarded for their rewards"),
+            Metric("rollouts/rejected_share", "fraction of judged groups", "of the same; absent without such groups"),
+            Metric(
+                "rollouts/short_groups",
+                "groups",
+                "groups that the step lacks because no more could be drawn in place of those (`sampling.redraw_limit`)",
+            ),
             Metric("rollouts/carried_groups", "groups", "unfinished groups carried over to the next step"),
             Metric("rollouts/restored_groups", "groups", "groups with responses that an earlier start of the run made"),
             Metric("rollouts/restored_tokens", "tokens", "tokens of these responses, not sampled again"),
@@ -204,9 +219,19 @@ SECTIONS = (
                 "loss/policy",
                 "1",
                 "clipped policy loss, near 0 on-policy by construction; plus, where the recipe has them, the KL penalty"
-                " by `k2` or `k3` and the exact estimator's lambda D",
+                " by `k2` or `k3`, the entropy bonus and the exact estimator's lambda D. With `policy_loss: cispo` its"
+                " value means nothing",
             ),
-            Metric("loss/clip_fraction", "fraction of tokens", "tokens whose ratio was clipped"),
+            Metric(
+                "loss/clip_fraction",
+                "fraction of tokens",
+                "tokens whose ratio was clipped; with `policy_loss: cispo` cut to its bounds",
+            ),
+            Metric(
+                "loss/clipped_responses",
+                "fraction of responses",
+                "responses with such a token; with `policy_loss: gspo` the ratio is the response's",
+            ),
         ),
     ),
     Section(

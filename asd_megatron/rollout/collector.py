@@ -18,43 +18,18 @@ from asd_megatron.errors import UserError, plural
 from asd_megatron.records import FinishReason, Group, Problem, Prompt, SamplingParams
 from asd_megatron.reward.base import Response, Verifier
 from asd_megatron.rollout.bank import Key, RolloutBank
-from asd_megatron.rollout.draw import Draw, Evaluation
+from asd_megatron.rollout.counts import RESTORED, Counts, Timings
+from asd_megatron.rollout.draw import Draw, Evaluation, Redraw
 from asd_megatron.rollout.engine import RolloutEngine, RolloutError, WeightSource
+from asd_megatron.rollout.order import ProblemOrder
 
 log = logging.getLogger(__name__)
-
-RESTORED = ("restored_groups", "restored_tokens", "dropped_tokens")
-"""Counters of the rollout bank."""
 
 
 class StudentPrompts(Protocol):
     """What the collector needs of a prompt renderer."""
 
     def student(self, problem: Problem) -> Prompt: ...
-
-
-@dataclass
-class Timings:
-    """Seconds spent in each phase since the last reading, on this rank (rewards are computed on global rank 0)."""
-
-    rollout: float = 0.0
-    weight_sync: float = 0.0
-    reward: float = 0.0
-
-
-@dataclass
-class Counts:
-    """Failure and staleness counters since the start of the run (global rank 0)."""
-
-    aborted_rollouts: int = 0
-    redrawn_groups: int = 0
-    dropped_groups: int = 0
-    stale_groups: int = 0
-    cut_groups: int = 0  # over-sampled groups that were not needed: discarded
-    carried_groups: int = 0  # over-sampled groups carried over to the next step (partial rollouts)
-    restored_groups: int = 0  # with responses that the rollout bank has from an earlier start of the run
-    restored_tokens: int = 0  # of these responses
-    dropped_tokens: int = 0  # that the bank had and that may not be used
 
 
 @dataclass(frozen=True)
@@ -85,8 +60,14 @@ class Collector:
     are rewarded while the engine generates the others. timeout: seconds within which the engine must deliver at least
     one group, per wait.
 
-    A checkpoint keeps `state`, the problems that are drawn and left over; `restore` makes them the first of the next
-    step. bank: that of the engine, on global rank 0, which has their responses; None: they are sampled again.
+    redraw: dynamic sampling. A group that it does not keep is discarded, and the next problem of the order is drawn in
+    its place as soon as over-sampled groups do not make up for it, with the weights that the engine has. Without
+    over-sampling the problems of a step do not depend on the order in which groups finish. At the limit the step goes
+    on with the groups that it has; if none is left, with the first of the discarded ones.
+
+    A checkpoint keeps `state`: how far the order of problems is, and those that are drawn and left over; `restore`
+    makes the latter the first of the next step. bank: that of the engine, on global rank 0, which has their responses;
+    None: they are sampled again.
     """
 
     def __init__(
@@ -106,6 +87,7 @@ class Collector:
         redraws: int = 1,
         on_group: Callable[[Group, int], None] = lambda group, step: None,
         bank: RolloutBank | None = None,
+        redraw: Redraw | None = None,
     ) -> None:
         """weights: the engine's weights; their version counts optimizer steps. params: of training rollouts. on_group:
         is told of every rewarded group of a training step as soon as there is one, on global rank 0."""
@@ -125,7 +107,9 @@ class Collector:
         self._redraws = redraws
         self._on_group = on_group
         self._bank = bank
+        self._redraw = redraw
         self._asked = math.ceil(problems_per_step * plan.oversampling)  # problems a step
+        self._order = ProblemOrder(problem_set, self._asked, seed)
         self._drawn_for: dict[str, int] = {}  # the first step of every problem in flight or left over, by its id
         self._left_over: list[Key] = []  # after the last complete step, in order
         self._draw: Draw | None = None  # the step in flight
@@ -159,12 +143,14 @@ class Collector:
             self._load()
             self._draw = self._begin(step)
         draw, self._draw = self._draw, None
-        missing = self._finish(draw)
-        if missing >= draw.wanted:
+        self._finish(draw)
+        self._count_lacking(draw)
+        if not draw.available:
+            draw.take_back()
+        if not draw.available:
             raise RolloutError(
                 f"step {step}: the engine aborted every group, {self._redraws + 1} times; see its log or the servers'"
             )
-        self.counts.dropped_groups += missing
         self._stop_tail(draw)
         self._end_step(step)
         if self._plan.overlap and step != self._plan.last_step:
@@ -181,17 +167,17 @@ class Collector:
                 self._engine.suspend()
 
     def state(self) -> dict[str, Any]:
-        """The problems that were drawn up to the last complete step and are left over: [first step, id] each."""
-        return {"asked": self._asked, "left_over": [list(key) for key in self._left_over]}
+        """How far the order of problems is after the last complete step, and those that are drawn and left over: [first
+        step, id, batch] each."""
+        left_over = [[step, name, self._order.batch_of[name]] for step, name in self._left_over]
+        return {**self._order.state(), "left_over": left_over}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue after the step of `state`. A problem that the set does not have any more is left out."""
-        sets = {
-            step: {problem.prompt_id: problem for problem in self._problem_set.batch(step, state["asked"], self._seed)}
-            for step in {step for step, _ in state["left_over"]}
-        }
-        self._left_over = [(step, name) for step, name in state["left_over"] if name in sets[step]]
-        self._restart = [self._render(sets[step][name]) for step, name in self._left_over]
+        batches = {name: batch[0] if batch else step for step, name, *batch in state["left_over"]}
+        found = {problem.prompt_id: problem for problem in self._order.restore(state, batches)}
+        self._left_over = [(step, name) for step, name, *_ in state["left_over"] if name in found]
+        self._restart = [self._render(found[name]) for _, name in self._left_over]
         self._drawn_for = {name: step for step, name in self._left_over}
         lost = len(state["left_over"]) - len(self._left_over)
         if lost:
@@ -224,19 +210,19 @@ class Collector:
         none). on_group: is told of every rewarded group, with the index of its prompt, as soon as there is one."""
         self._settle()
         self._load()
-        draw = Draw(-1 - step, prompts, params, wanted=len(prompts), on_group=on_group)
+        draw = Draw(-1 - step, list(prompts), params, wanted=len(prompts), on_group=on_group)
         own, self._verifier = self._verifier, verifier or self._verifier
         try:
             self._engine.submit(draw.prompts, params, draw.step)
-            missing = self._finish(draw)
+            self._finish(draw)
         finally:
             self._verifier = own
         if self._draw is None:
             self.release()
-        if missing:
+        if draw.lacking:
             raise RolloutError(
-                f"evaluation after step {step}: the engine aborted {missing} problem(s), {self._redraws + 1} times; "
-                "see its log or the server's"
+                f"evaluation after step {step}: the engine aborted {draw.lacking} problem(s), {self._redraws + 1}"
+                " times; see its log or the server's"
             )
         return Evaluation(tuple(draw.first_groups())) if self._is_root else None
 
@@ -271,19 +257,24 @@ class Collector:
         carried, self._carried = self._carried, []
         restarted, self._restart = self._restart, []
         old = [*spare, *carried, *restarted]
-        names = {prompt.problem.prompt_id for prompt in old}
-        problems = [p for p in self._problem_set.batch(step, self._asked, self._seed) if p.prompt_id not in names]
-        new = [*restarted, *(self._render(problem) for problem in problems[: max(0, self._asked - len(old))])]
-        self._drawn_for |= {p.problem.prompt_id: step for p in new[len(restarted) :]}
+        self._order.begin_step(step, continues=self._redraw is not None)
+        new = [*restarted, *self._next_prompts(self._asked - len(old), step, old)]
         prompts = [*spare, *carried, *new]
         draw = Draw(step, prompts, self._params, wanted=min(self._wanted, len(prompts)))
         draw.missing -= set(range(len(spare)))
         draw.found = dict(enumerate(self._spare_groups))
+        draw.judged = set(draw.found)
         self._spare_groups = []
         for group in draw.found.values():
             self._on_group(group, step)
         self._submit(new, draw)
         return draw
+
+    def _next_prompts(self, n: int, step: int, others: Iterable[Prompt]) -> list[Prompt]:
+        """The prompts of the next `n` problems of the order that are not among the `others`, drawn for `step`."""
+        problems = self._order.draw(n, {prompt.problem.prompt_id for prompt in others})
+        self._drawn_for |= {problem.prompt_id: step for problem in problems}
+        return [self._render(problem) for problem in problems]
 
     def _submit(self, prompts: Sequence[Prompt], draw: Draw) -> None:
         """Request the prompts, each under the first step of its problem, by which the bank knows it."""
@@ -308,18 +299,20 @@ class Collector:
         if self._is_root:
             self._spare_groups = [self._spare_groups[i] for i in fresh]
 
-    def _finish(self, draw: Draw) -> int:
-        """Collect until the draw has enough groups, resampling those that were given up; returns how many it lacks in
-        the end."""
+    def _finish(self, draw: Draw) -> None:
+        """Collect until the draw has enough groups, resampling those that were given up."""
         for attempt in range(self._redraws + 1):
             if attempt:
                 again = [draw.prompts[i] for i in sorted(draw.missing)]
                 self.counts.redrawn_groups += len(again)
                 self._submit(again, draw)
-            self._collect(draw, all_of_it=draw.wanted == len(draw.prompts))
-            if draw.enough:
-                return 0
-        return draw.wanted - (len(draw.prompts) - len(draw.missing))
+            self._collect(draw, all_of_it=draw.wanted == len(draw.prompts) and not self._judges(draw))
+            if draw.enough or not draw.missing:
+                return
+
+    def _judges(self, draw: Draw) -> bool:
+        """Whether groups of the draw may be discarded for their rewards."""
+        return self._redraw is not None and draw.step > 0
 
     def _collect(self, draw: Draw, *, all_of_it: bool) -> None:
         """Reward finished groups until the engine has nothing pending or, unless `all_of_it`, the draw has enough."""
@@ -332,14 +325,46 @@ class Collector:
                     self._take(groups, draw)
                 except Exception as e:  # the other ranks must hear of it before anyone stops
                     draw.error = e
-            if not all_of_it:
+            if not all_of_it or self._judges(draw):
                 self._agree(draw)
+                self._replace_rejected(draw)
         self._agree(draw)
 
     def _agree(self, draw: Draw) -> None:
-        """Rank 0's missing groups on every rank; raises rank 0's error on every rank."""
-        missing = sorted(draw.missing - set(draw.found))
-        draw.missing = set(share_outcome(missing, draw.error, self._process_groups.host))
+        """Rank 0's missing and rejected groups on every rank; raises rank 0's error on every rank."""
+        if self._redraw is not None and self._judges(draw) and self._is_root and draw.error is None:
+            before = len(draw.rejected)
+            try:
+                self.counts.judged_groups += draw.judge(self._redraw.keeps)
+            except Exception as e:
+                draw.error = e
+            self.counts.rejected_groups += len(draw.rejected) - before
+        missing = sorted(draw.missing - set(draw.found) - set(draw.rejected))
+        missing, rejected = share_outcome((missing, list(draw.rejected)), draw.error, self._process_groups.host)
+        draw.missing = set(missing)
+        draw.rejected = {i: draw.rejected.get(i) for i in rejected}
+
+    def _replace_rejected(self, draw: Draw) -> None:
+        """Draw further problems when the groups that there are and may still come are fewer than the step needs."""
+        needed = draw.wanted - (len(draw.prompts) - len(draw.rejected))
+        if self._redraw is None or needed <= 0 or draw.exhausted:
+            return
+        needed = min(needed, self._redraw.limit - draw.redrawn)
+        prompts = self._next_prompts(needed, draw.step, draw.prompts)
+        draw.exhausted = len(prompts) < needed
+        if prompts:
+            draw.add(prompts)
+            self._submit(prompts, draw)
+
+    def _count_lacking(self, draw: Draw) -> None:
+        """Count the groups that the step lacks, after all that was done to have them."""
+        dropped = min(draw.lacking, len(draw.missing))
+        short = draw.lacking - dropped
+        self.counts.dropped_groups += dropped
+        self.counts.short_groups += short
+        if short and self._is_root:
+            tell = log.warning if self.counts.short_groups == short else log.info  # the first time aloud
+            tell(draw.shortage(short))
 
     def _stop_tail(self, draw: Draw) -> None:
         """Discard or carry over the over-sampled groups that the step does not need."""
@@ -362,6 +387,7 @@ class Collector:
         """Note what the step leaves over; the bank forgets the rest."""
         names = [prompt.problem.prompt_id for prompt in (*self._spare, *self._carried)]
         self._drawn_for = {name: self._drawn_for[name] for name in names}
+        self._order.end_step(names)
         self._left_over = [(drawn, name) for name, drawn in self._drawn_for.items()]
         if self._bank is not None:
             self._bank.end_step(step, set(self._left_over))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from asd_megatron.errors import plural
 from asd_megatron.records import Group, Prompt, SamplingParams
 
 
@@ -41,32 +42,96 @@ class Evaluation:
         return sum(flags) / len(flags)
 
 
+@dataclass(frozen=True)
+class Redraw:
+    """Dynamic sampling: groups that are discarded for what their rewards are.
+
+    keeps: whether a rewarded group of a step stays, asked on global rank 0. limit: problems drawn in place of discarded
+    ones in a step, at most.
+    """
+
+    keeps: Callable[[Group, int], bool]
+    limit: int
+
+
 @dataclass
 class Draw:
-    """The groups requested for a step. `found`: the rewarded ones by prompt index, in order of completion, on global
-    rank 0 alone. `missing`: the prompt indices without a group, the same on all ranks. `on_group`: of an evaluation, is
-    told of every rewarded group and the index of its prompt, on global rank 0."""
+    """The groups requested for a step.
+
+    `missing`: the prompt indices without a group; `rejected`: those whose group was discarded for its rewards, in that
+    order; both the same on all ranks. `found`: the rewarded groups by prompt index, in order of completion, on global
+    rank 0 alone; there `rejected` has the first `wanted` of the discarded ones. `judged`: those of `found` that stay.
+    `on_group`: of an evaluation, is told of every rewarded group and the index of its prompt, on global rank 0.
+    """
 
     step: int
-    prompts: Sequence[Prompt]
+    prompts: list[Prompt]
     params: SamplingParams
     wanted: int
     on_group: Callable[[int, Group], None] | None = None
     found: dict[int, Group] = field(default_factory=dict)
     missing: set[int] = field(init=False)
+    rejected: dict[int, Group | None] = field(default_factory=dict)
+    judged: set[int] = field(default_factory=set)
+    redrawn: int = 0  # prompts added in place of rejected ones
+    exhausted: bool = False  # the data have no others
     error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.missing = set(range(len(self.prompts)))
 
     @property
+    def available(self) -> int:
+        """Groups that there are."""
+        return len(self.prompts) - len(self.missing) - len(self.rejected)
+
+    @property
+    def lacking(self) -> int:
+        """Groups that the step lacks."""
+        return max(0, self.wanted - self.available)
+
+    @property
     def enough(self) -> bool:
-        return len(self.prompts) - len(self.missing) >= self.wanted
+        return self.lacking == 0
 
     def place(self, group: Group) -> int:
         """The index of the group's prompt."""
-        name = group.problem.prompt_id
-        return next(i for i, p in enumerate(self.prompts) if p.problem.prompt_id == name and i not in self.found)
+        name, taken = group.problem.prompt_id, {*self.found, *self.rejected}
+        return next(i for i, p in enumerate(self.prompts) if p.problem.prompt_id == name and i not in taken)
+
+    def judge(self, keeps: Callable[[Group, int], bool]) -> int:
+        """Reject the groups found since the last call that `keeps` does not want; returns how many were looked at. On
+        global rank 0."""
+        new = [i for i in self.found if i not in self.judged]
+        for i in new:
+            if keeps(self.found[i], self.step):
+                self.judged.add(i)
+            else:
+                group = self.found.pop(i)
+                self.rejected[i] = group if len(self.rejected) < self.wanted else None
+        return len(new)
+
+    def add(self, prompts: Sequence[Prompt]) -> None:
+        """Further prompts, in place of rejected ones."""
+        self.missing |= set(range(len(self.prompts), len(self.prompts) + len(prompts)))
+        self.prompts += prompts
+        self.redrawn += len(prompts)
+
+    def take_back(self) -> None:
+        """Keep the first `wanted` rejected groups after all."""
+        for i in list(self.rejected)[: self.wanted]:
+            group = self.rejected.pop(i)
+            if group is not None:
+                self.found[i] = group
+
+    def shortage(self, groups: int) -> str:
+        """In words, that rejected groups could not be replaced: so many."""
+        instead = "" if self.available else "; none is left, so that it trains on the first of these"
+        return (
+            f"step {self.step} has {plural(groups, 'group')} fewer than {self.wanted}: {len(self.rejected)} were"
+            f" discarded for their rewards (sampling.redraw), and {self.redrawn} were drawn in their place, which is"
+            f" all that sampling.redraw_limit or the data allow{instead}"
+        )
 
     def first_groups(self) -> list[Group]:
         """The `wanted` groups that finished first, in the order of the prompts."""

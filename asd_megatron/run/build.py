@@ -15,10 +15,12 @@ from asd_megatron.records import Group, Problem
 from asd_megatron.reward.base import Verifier, tests_of
 from asd_megatron.rollout.bank import RolloutBank
 from asd_megatron.rollout.collector import Collector, Plan
+from asd_megatron.rollout.draw import Redraw
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
 from asd_megatron.rollout.engine import RolloutEngine, WeightSource
 from asd_megatron.rollout.replay import ReplayEngine
 from asd_megatron.run.evaluation_sets import EvaluationSet
+from asd_megatron.run.method import make_overlong, make_signal
 from asd_megatron.run.model_session import ModelSession
 from asd_megatron.run.sampling import evaluation_params, training_params
 from asd_megatron.run.session import Session
@@ -66,7 +68,22 @@ def example_builder(
         when_no_solution=p.when_no_solution,
         feedback_kind=feedback_kind,
         tests_of=partial(tests_of, max_tests=recipe.reward.max_tests),
+        group_advantage=recipe.algorithm.group_advantage,
+        whiten=recipe.algorithm.whiten_advantages,
+        overlong=make_overlong(recipe),
     )
+
+
+def redraw_rule(recipe: Recipe, builder: ExampleBuilder) -> Redraw | None:
+    """Which groups of a step are discarded for others, and how many; None: none. `builder` knows, on global rank 0,
+    which groups have a signal."""
+    s = recipe.sampling
+    if s.redraw == "never":
+        return None
+    limit = 9 * s.problems_per_step if s.redraw_limit is None else s.redraw_limit
+    if s.redraw == "equal_rewards":
+        return Redraw(lambda group, step: min(group.rewards) < max(group.rewards), limit)
+    return Redraw(partial(builder.has_signal, signal=make_signal(recipe)), limit)
 
 
 def make_renderer(recipe: AnyRecipe, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> PromptRenderer:
@@ -155,9 +172,10 @@ def make_collector(
     verifier: Verifier | None,
     on_group: Callable[[Group, int], None] = lambda group, step: None,
     bank: RolloutBank | None = None,
+    redraw: Redraw | None = None,
 ) -> Collector:
     """The collector on `engine`: of a `train` recipe for training steps on `problems` and for evaluations, of an `sft`
-    recipe for evaluations alone. `on_group`, `bank`: see `Collector`."""
+    recipe for evaluations alone. `on_group`, `bank`, `redraw`: see `Collector`."""
     recipe = session.recipe
     if isinstance(recipe, Recipe):
         params, plan, timeout = training_params(recipe, session), rollout_plan(recipe), recipe.rollout.collect_timeout
@@ -179,4 +197,5 @@ def make_collector(
         timeout=timeout,
         on_group=on_group,
         bank=bank,
+        redraw=redraw,
     )

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from asd_megatron.antisd import Condition, Gate, KlPenalty, OutlierLimit, PerplexityLambda, PerplexityRule, condition
+from asd_megatron.antisd import (
+    Condition,
+    Gate,
+    KlPenalty,
+    OutlierLimit,
+    Overlong,
+    PerplexityLambda,
+    PerplexityRule,
+    condition,
+)
 from asd_megatron.config import Recipe
 from asd_megatron.distributed.layout import ProcessGroups
 from asd_megatron.errors import UserError
 from asd_megatron.models.precision import ScoreFormats
 from asd_megatron.ops.vocab_divergence import Divergence
 from asd_megatron.run.strength import TermStrength
+from asd_megatron.trainer.examples import Signal
 from asd_megatron.trainer.pass_plan import PassPlan, plan_passes
 from asd_megatron.trainer.token_method import ExactTerm, Method
 
@@ -42,6 +52,8 @@ def make_method(recipe: Recipe) -> Method:
         importance_level=a.importance_level,
         exact=exact_term(recipe),
         kl=KlPenalty(a.kl_estimator, a.kl_coefficient) if a.kl_coefficient > 0 else None,
+        policy_loss=a.policy_loss,
+        entropy_coefficient=a.entropy_coefficient,
     )
 
 
@@ -53,6 +65,20 @@ def exact_term(recipe: Recipe) -> ExactTerm | None:
         return None
     direction = a.direction or ("descend" if condition(a.name).sign > 0 else "ascend")
     return ExactTerm(Divergence(a.divergence_kind, a.mixture), 1 if direction == "descend" else -1)
+
+
+def make_overlong(recipe: Recipe) -> Overlong | None:
+    """The penalty of responses near the token limit; None for recipes without one."""
+    a = recipe.algorithm
+    if a.overlong_buffer == 0:
+        return None
+    return Overlong(recipe.sampling.max_response_tokens, a.overlong_buffer, a.overlong_penalty)
+
+
+def make_signal(recipe: Recipe) -> Signal:
+    """What `sampling.redraw: no_signal` keeps a group for."""
+    a = recipe.algorithm
+    return Signal(a.weighs_group_advantage, context=a.adds_term, mask_truncated=a.mask_truncated)
 
 
 def make_plan(recipe: Recipe) -> PassPlan:
@@ -71,6 +97,7 @@ def make_plan(recipe: Recipe) -> PassPlan:
         teacher_copy=None if recipe.teacher.weights == "live" else recipe.teacher.weights,
         kl_penalty=a.kl_coefficient > 0,
         fp8=recipe.precision.fp8_passes,
+        policy_loss=a.policy_loss,
     )
     if recipe.rollout.routing_replay == "scoring" and not plan.student_scoring:
         raise UserError(

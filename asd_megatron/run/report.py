@@ -217,10 +217,41 @@ def evaluation_text(recipe: AnyRecipe) -> str:
 
 def method_rows(recipe: Recipe, method: Method, gate: Gate, perplexity: PerplexityLambda | None) -> dict[str, str]:
     """The rows about the method: condition, advantage, what is done to the term, how lambda is set."""
-    rows = {"condition": method.condition.name, "advantage": _advantage(recipe, method)}
+    rows = {"condition": method.condition.name, "advantage": _advantage(recipe, method), **_options(recipe)}
     if term := _term(recipe, method.condition):
         rows["term"] = term
     rows["gate" if perplexity is None else "lambda"] = _lambda(recipe, method.condition, gate, perplexity)
+    return rows
+
+
+A_SEQ = {
+    "normalized": "(R - mean of the group) / its standard deviation",
+    "centered": "R - mean of the group (Dr. GRPO)",
+    "leave_one_out": "R - mean of the group's other responses (RLOO)",
+}
+REDRAWN = {"no_signal": "that teach nothing", "equal_rewards": "with equal rewards"}
+"""`sampling.redraw` in words: groups ..."""
+
+
+def _options(recipe: Recipe) -> dict[str, str]:
+    """The rows of what differs from plain GRPO with a clipped ratio."""
+    a, s = recipe.algorithm, recipe.sampling
+    rows = {}
+    if a.group_advantage != "normalized" or a.whiten_advantages:
+        batch = ", divided by the standard deviation over the batch" if a.whiten_advantages else ""
+        rows["A_seq"] = A_SEQ[a.group_advantage] + batch
+    if a.overlong_buffer:
+        rows["overlong"] = (
+            f"A_seq is of rewards lower by up to {a.overlong_penalty:g} in the last {a.overlong_buffer} of"
+            f" {s.max_response_tokens} tokens"
+        )
+    if a.policy_loss != "ppo_clip":
+        rows["policy loss"] = f"{a.policy_loss}, ratio within 1 - {a.clip_low:g} and 1 + {a.clip_high:g}"
+    if a.entropy_coefficient:
+        rows["entropy bonus"] = f"{a.entropy_coefficient:g} x the mean entropy"
+    if s.redraw != "never":
+        limit = "9 x problems_per_step" if s.redraw_limit is None else s.redraw_limit
+        rows["redraw"] = f"groups {REDRAWN[s.redraw]} are discarded for others, at most {limit} a step"
     return rows
 
 

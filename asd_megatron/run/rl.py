@@ -24,6 +24,7 @@ from asd_megatron.run.build import (
     example_builder,
     make_collector,
     make_renderer,
+    redraw_rule,
     rollout_bank,
     rollout_engine,
 )
@@ -79,7 +80,15 @@ class TrainingRun:
         self.engine, self._start_engine = rollout_engine(recipe, session, self.renderer, train_set, bank)
         session.closing.callback(self.engine.close)
         self.collector = make_collector(
-            session, self.engine, self.weights, train_set, self.renderer, self.verifier, self.builder.prepare, bank
+            session,
+            self.engine,
+            self.weights,
+            train_set,
+            self.renderer,
+            self.verifier,
+            self.builder.prepare,
+            bank,
+            redraw_rule(recipe, self.builder),
         )
         self.held_out = None
         if recipe.evaluates:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from asd_megatron.antisd.divergence import Condition, resolve_condition
 from asd_megatron.antisd.importance import Level
+from asd_megatron.antisd.policy_loss import PolicyLoss
 from asd_megatron.errors import plural
 from asd_megatron.models.weight_copies import CopyName
 
@@ -87,6 +88,7 @@ def plan_passes(
     teacher_copy: CopyName | None = None,
     kl_penalty: bool = False,
     fp8: Fp8 = "none",
+    policy_loss: PolicyLoss = "ppo_clip",
 ) -> PassPlan:
     """Derive the passes from the recipe.
 
@@ -98,9 +100,11 @@ def plan_passes(
             lambda comes from the teacher's perplexity.
         teacher_copy: the copy of weights that scores the teacher; None: the live ones. kl_penalty: the loss or the
             advantage needs the sampled tokens' log-probs under the initial weights. fp8: which passes compute in FP8.
+        policy_loss: with several updates `gspo` needs the ratio of a complete response before the loss of its tokens.
 
-    Raises ValueError for values outside these, and for the exact divergence of an update in FP8 from a teacher in
-    bfloat16: D would measure the rounding too, which is no difference between student and teacher.
+    Raises ValueError for values outside these; for the exact divergence of an update in FP8 from a teacher in bfloat16
+    (D would measure the rounding too, which is no difference between student and teacher); and for the exact
+    divergence with `gspo` and several updates, since the exact head goes through the logits once.
     """
     c = resolve_condition(condition)
     if updates < 1 or epochs < 1:
@@ -111,6 +115,11 @@ def plan_passes(
         )
     if exact and fp8 == "update":
         raise ValueError("the exact divergence needs student and teacher in one number format: fp8 none or all")
+    by_response = policy_loss == "gspo" and updates * epochs > 1
+    if exact and by_response:
+        raise ValueError(
+            "the exact divergence knows no response's ratio before its loss: gspo takes one update a batch"
+        )
     normalization = term_normalization if c.sign else "none"  # without a term in the loss there is nothing to scale
     steps = updates * epochs
     teacher = c.uses_teacher or log_pmi
@@ -119,7 +128,9 @@ def plan_passes(
     read = _read_of_student(c, teacher=teacher, importance=importance, kl_penalty=kl_penalty)
     bfloat16_student = fp8 == "update" and bool(read)
     student, old = bool(causes) or bfloat16_student, bfloat16_student and updates > 1
-    head, head_reason = _head(steps, normalization, importance_level, exact=exact, student=student, copy=copy)
+    head, head_reason = _head(
+        steps, normalization, importance_level, exact=exact, student=student, copy=copy, by_response=by_response
+    )
     passes = int(student) + old + teacher + kl_penalty
     update_cost = (1 + BACKWARD_COST) * epochs
     in_bfloat16 = {"none": update_cost + passes, "update": teacher + kl_penalty + bfloat16_student, "all": 0}[fp8]
@@ -214,9 +225,17 @@ def _old_reason(updates: int, epochs: int) -> str:
 
 
 def _head(
-    updates: int, normalization: str, level: Level, *, exact: bool, student: bool, copy: CopyName | None
+    updates: int,
+    normalization: str,
+    level: Level,
+    *,
+    exact: bool,
+    student: bool,
+    copy: CopyName | None,
+    by_response: bool,
 ) -> tuple[Head, str]:
-    """The head of the update and why. `student`: the plan has a scoring pass of the student."""
+    """The head of the update and why. `student`: the plan has a scoring pass of the student. `by_response`: the policy
+    ratio is that of the response, and not 1."""
     if exact:
         keeps = ""
         if copy is not None:
@@ -226,6 +245,11 @@ def _head(
         return "exact", (
             "exact head (8 T H V): logits of student and teacher together; the teacher's hidden states of the response"
             f" tokens are kept from its scoring pass until the update{keeps}"
+        )
+    if by_response:
+        return "two_phase", (
+            "two-phase head (8 T H V): policy_loss gspo needs a response's log-probs under the present weights before"
+            " its loss, in every update after the first"
         )
     if student:
         known = "advantages" if level == "token" else "advantages and importance weights"

@@ -16,13 +16,18 @@ from torch import Tensor
 from asd_megatron.antisd import (
     Condition,
     KlPenalty,
+    PolicyLoss,
+    cispo_policy_loss,
     clipped_policy_loss,
     compose,
+    entropy_bonus,
     finish_term,
     importance_weights,
     kl_loss,
+    mean_log_ratio,
     penalised_advantage,
     ratio_statistics,
+    sequence_policy_loss,
     signal,
     term,
     term_mask,
@@ -52,7 +57,8 @@ class Method:
     `importance_cap` None: no correction of off-policy rollouts. `importance_floor` None: weights are truncated at the
     cap; a number: weights outside [floor, cap] are masked (set to 0). `exact` None: the term is estimated from the
     sampled token. `advantage_weight`: of A_seq. `outlier_limit`: u counts as 0 in the term where |u| is above it; a run
-    measures it in its first steps. `kl` None: no penalty on the divergence from the initial weights.
+    measures it in its first steps. `kl` None: no penalty on the divergence from the initial weights. `policy_loss`:
+    what becomes of the policy ratio, see `antisd.policy_loss`. `entropy_coefficient`: of the entropy bonus, 0: none.
     """
 
     condition: Condition
@@ -72,6 +78,8 @@ class Method:
     importance_level: Level = "token"
     exact: ExactTerm | None = None
     kl: KlPenalty | None = None
+    policy_loss: PolicyLoss = "ppo_clip"
+    entropy_coefficient: float = 0.0
 
 
 class Sums(NamedTuple):
@@ -197,21 +205,40 @@ def freeze(tokens: LossInputs, student: Scores, method: Method, rollouts: int, d
 
 
 def policy_loss(
-    inputs: TokenInputs, logprobs: Tensor, old: Tensor, constants: LossConstants, method: Method
+    inputs: TokenInputs,
+    logprobs: Tensor,
+    old: Tensor,
+    constants: LossConstants,
+    method: Method,
+    ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The tokens' part of the loss (global denominators included) and the mask of clipped tokens, bool [N].
 
-    `logprobs` carry the gradient, `old` are those under the scoring weights in the same number format.
+    `logprobs` carry the gradient, `old` are those under the scoring weights in the same number format. `ratio`: of
+    `gspo` with several updates a batch, the sums of `response_ratios`, complete over the ranks that hold tokens of the
+    same responses; None: every response's ratio is 1, as it is with one update.
     """
-    return clipped_policy_loss(
-        logprobs,
-        old,
-        constants.advantage,
-        inputs.weight,
-        method.clip_low,
-        method.clip_high,
-        constants.importance,
-    )
+    weight, bounds = inputs.weight, (method.clip_low, method.clip_high)
+    if method.policy_loss == "gspo":
+        log_ratio = torch.zeros_like(logprobs) if ratio is None else mean_log_ratio(ratio, inputs.segment)
+        log_ratio = log_ratio.to(logprobs.dtype)
+        return sequence_policy_loss(logprobs, log_ratio, constants.advantage, weight, *bounds, constants.importance)
+    loss = cispo_policy_loss if method.policy_loss == "cispo" else clipped_policy_loss
+    return loss(logprobs, old, constants.advantage, weight, *bounds, constants.importance)
+
+
+def response_ratios(inputs: TokenInputs, logprobs: Tensor, old: Tensor, rollouts: int) -> Tensor:
+    """This rank's sums for the responses' ratios of `gspo`: float64 [rollouts, 2], over the tokens that the loss sees
+    (`ratio_statistics` of the present and the old log-probs)."""
+    return ratio_statistics(logprobs, old, inputs.loss_mask, inputs.segment, max(rollouts, 1))
+
+
+def add_entropy_bonus(loss: Tensor, inputs: TokenInputs, entropy: Tensor, method: Method) -> Tensor:
+    """`loss` with the entropy bonus of the tokens; itself where the method has none, so that no head differentiates the
+    entropy."""
+    if method.entropy_coefficient == 0:
+        return loss
+    return loss + entropy_bonus(entropy, inputs.weight, method.entropy_coefficient)
 
 
 def add_kl_loss(

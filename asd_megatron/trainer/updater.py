@@ -184,10 +184,10 @@ class _PackLoss:
             logprobs, entropy = linear_logprob(
                 hidden, weight, pack.targets, shard, rows=pack.rows, temperature=self.temperature
             )
-            return self._loss(tokens, pack.flat, logprobs, entropy, self._sums(tokens, logprobs))
+            return self._loss(tokens, pack.flat, logprobs, entropy, complete=True)
 
         def token_loss(logprobs: Tensor, entropy: Tensor, block: slice) -> Tensor:
-            return self._loss(tokens.at(block), pack.flat[block], logprobs, entropy, token_method.NO_SUMS)
+            return self._loss(tokens.at(block), pack.flat[block], logprobs, entropy, complete=False)
 
         if self.method.exact is not None:
             return self._exact(self.method.exact, tokens, pack, hidden, token_loss)
@@ -217,16 +217,23 @@ class _PackLoss:
         return loss
 
     def _sums(self, tokens: LossInputs, logprobs: Tensor) -> Sums:
-        """Of the pack's rollouts, complete: context-parallel ranks hold different rows of each."""
-        sums = token_method.local_sums(tokens, logprobs.detach(), self.method, self.rollouts)
-        for part in sums:
-            if part is not None and self.process_groups.cp.size() > 1:
-                dist.all_reduce(part, group=self.process_groups.cp)
-        return sums
+        """Of the pack's rollouts, complete."""
+        sums = token_method.local_sums(tokens, logprobs, self.method, self.rollouts)
+        return Sums(*(None if part is None else self._over_slices(part) for part in sums))
 
-    def _loss(self, tokens: LossInputs, flat: Tensor, logprobs: Tensor, entropy: Tensor, sums: Sums) -> Tensor:
+    def _over_slices(self, part: Tensor) -> Tensor:
+        """The sum over context-parallel ranks, which hold different rows of each rollout. In place."""
+        if self.process_groups.cp.size() > 1:
+            dist.all_reduce(part, group=self.process_groups.cp)
+        return part
+
+    def _loss(self, tokens: LossInputs, flat: Tensor, logprobs: Tensor, entropy: Tensor, *, complete: bool) -> Tensor:
+        """The loss of rows of the pack, which are `flat` of the rank's table; `complete`: all of them, so that sums
+        over their rollouts can be made."""
+        ratio = None
         if tokens.frozen is None:  # on-policy: the update's own log-probs are the scoring ones
             student = Scores(logprobs.detach(), entropy.detach())
+            sums = self._sums(tokens, student.logprobs) if complete else token_method.NO_SUMS
             constants = token_method.loss_constants(tokens, student.logprobs, self.method, sums)
             old = student.logprobs
         else:
@@ -235,8 +242,12 @@ class _PackLoss:
                 old = logprobs.detach().to(old.dtype)
                 assert self.tokens.frozen is not None
                 self.tokens.frozen.old[flat] = old
-        loss, clipped = token_method.policy_loss(tokens.inputs, logprobs, old, constants, self.method)
+            if complete and self.method.policy_loss == "gspo":
+                ratio = token_method.response_ratios(tokens.inputs, logprobs.detach(), old, self.rollouts)
+                ratio = self._over_slices(ratio)
+        loss, clipped = token_method.policy_loss(tokens.inputs, logprobs, old, constants, self.method, ratio)
         loss = token_method.add_kl_loss(loss, tokens, logprobs, student.logprobs - old, constants, self.method)
+        loss = token_method.add_entropy_bonus(loss, tokens.inputs, entropy, self.method)
         ever_clipped = torch.maximum(self.out.clipped[flat], clipped.float())
         # `_exact` writes the divergences, which are known only after the tile's loss.
         columns = UpdateColumns(student, ever_clipped, constants, old=None if self.out.old is None else old)

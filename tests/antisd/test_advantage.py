@@ -11,7 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asd_megatron.antisd import CONDITIONS, AdvantageError, compose, condition, group_advantages, phi
+from asd_megatron.antisd import (
+    CONDITIONS,
+    AdvantageError,
+    Overlong,
+    compose,
+    condition,
+    group_advantages,
+    phi,
+    whitened,
+)
 from asd_megatron.errors import UserError
 
 rewards = st.lists(st.floats(-10, 10), min_size=2, max_size=12)
@@ -35,8 +44,50 @@ def test_binary_group() -> None:
     assert a.tolist() == pytest.approx([0.75 / (0.5 + 1e-6), *[-0.25 / (0.5 + 1e-6)] * 3], abs=1e-12)
 
 
-def test_equal_rewards_are_exactly_zero() -> None:
-    assert group_advantages(torch.full((7,), 0.1)).tolist() == [0.0] * 7
+KINDS = ("normalized", "centered", "leave_one_out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_rewards_are_exactly_zero(kind: Any) -> None:
+    assert group_advantages(torch.full((7,), 0.1), kind).tolist() == [0.0] * 7
+
+
+@given(rewards)
+def test_baselines_by_hand(r: list[float]) -> None:
+    n, x = len(r), torch.tensor(r, dtype=torch.float64)
+    mean = math.fsum(r) / n
+    assert group_advantages(x, "centered").tolist() == pytest.approx([a - mean for a in r], abs=1e-9)
+    others = [math.fsum(r[:i] + r[i + 1 :]) / (n - 1) for i in range(n)]
+    assert group_advantages(x, "leave_one_out").tolist() == pytest.approx(
+        [a - b for a, b in zip(r, others, strict=True)], abs=1e-8
+    )
+
+
+@given(st.lists(rewards, min_size=1, max_size=4), st.sampled_from(KINDS))
+def test_whitening_is_that_of_the_batch(groups: list[list[float]], kind: Any) -> None:
+    """(A - mean) / std over all responses, and exactly 0 where it was."""
+    a = torch.cat([group_advantages(torch.tensor(r, dtype=torch.float64), kind) for r in groups])
+    w = whitened(a)
+    torch.testing.assert_close(w, (a - a.mean()) / (a.std() + 1e-6), atol=1e-6, rtol=1e-6)
+    assert torch.equal(w == 0, a == 0)
+
+
+def test_whitening_needs_two_responses() -> None:
+    assert whitened(torch.tensor([0.5])).tolist() == [0.5] and whitened(torch.tensor([])).shape == (0,)
+
+
+@given(st.integers(1, 200), st.integers(0, 199), st.floats(0.1, 3), st.integers(0, 250))
+def test_the_overlong_penalty_by_hand(buffer: int, free: int, weight: float, length: int) -> None:
+    """DAPO, Eq. 13, times the weight."""
+    limit = free + buffer
+    if length <= limit - buffer:
+        expected = 0.0
+    elif length <= limit:
+        expected = ((limit - buffer) - length) / buffer
+    else:
+        expected = -1.0
+    found = Overlong(limit, buffer, weight).penalty(length)
+    assert found == pytest.approx(weight * expected) and (found == 0) == (expected == 0)
 
 
 @pytest.mark.parametrize("bad", [[], [1.0], [1.0, math.nan], [math.inf, 0.0]])

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asd_megatron.antisd import AggregationError, clipped_policy_loss, token_weights
+from asd_megatron.antisd import (
+    AggregationError,
+    cispo_policy_loss,
+    clipped_policy_loss,
+    entropy_bonus,
+    mean_log_ratio,
+    ratio_statistics,
+    sequence_policy_loss,
+    token_weights,
+)
 from asd_megatron.errors import UserError
 
 LENGTHS = [3, 11, 1, 0, 6, 9]
@@ -161,3 +170,95 @@ def test_importance_is_a_constant_factor() -> None:
     torch.testing.assert_close(loss, -w.sum() / 4)
     torch.testing.assert_close(new.grad, -w.detach() / 4)
     assert w.grad is None
+
+
+def responses(b: dict[str, Tensor]) -> list[Tensor]:
+    """The rows that the loss sees of each response that has some."""
+    rows = [((b["segment"] == k) & b["mask"]).nonzero()[:, 0] for k in range(len(LENGTHS))]
+    return [r for r in rows if len(r)]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**31))
+def test_the_response_ratio_is_gspos(seed: int) -> None:
+    """Value and gradient of the mean over responses of min(s_i A_i, clip(s_i) A_i), s_i = (p / p_old)^(1 / |y_i|)."""
+    b, low, high = batch(seed), 0.2, 0.3
+    new, again = (b["new"].clone().requires_grad_() for _ in range(2))
+    a = torch.randn(len(LENGTHS), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    objective, cut = [], torch.zeros_like(b["mask"])
+    for rows in responses(b):
+        s = ((again[rows].sum() - b["old"][rows].sum()) / len(rows)).exp()
+        a_i = a[b["segment"][rows[0]]]
+        plain, bounded = s * a_i, s.clamp(1 - low, 1 + high) * a_i
+        objective.append(torch.minimum(plain, bounded))
+        cut[rows] = bool(bounded < plain)
+    expected = -torch.stack(objective).mean()
+    statistics = ratio_statistics(new, b["old"], b["mask"], b["segment"], len(LENGTHS))
+    log_ratio = mean_log_ratio(statistics, b["segment"])
+    w = weights(b, "sequence_mean")
+    loss, clipped = sequence_policy_loss(new, log_ratio, a[b["segment"]], w, low, high)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, new), torch.autograd.grad(expected, again))
+    assert torch.equal(clipped, cut)
+
+
+def test_a_response_ratio_with_an_advantage_for_each_token() -> None:
+    """The clip is that of the token's own sign; the gradient is s_i A_t grad log p_t."""
+    new = torch.tensor([0.1, -0.3, 0.9], requires_grad=True)
+    log_ratio = torch.full((3,), 0.5)
+    a, w = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0.25, 0.25, 0.0])
+    loss, clipped = sequence_policy_loss(new, log_ratio, a, w, 0.2, 0.2)
+    assert clipped.tolist() == [True, False, False]
+    assert loss.item() == pytest.approx(-0.25 * (1.2 - math.exp(0.5)))
+    loss.backward()
+    assert new.grad is not None and new.grad.tolist() == pytest.approx([0.0, 0.25 * math.exp(0.5), 0.0])
+
+
+@given(st.floats(-3, 3), st.floats(-2, 2, allow_subnormal=False), st.floats(0, 1), st.floats(0, 3))
+def test_one_token_of_cispo_against_the_formula(log_ratio: float, advantage: float, low: float, high: float) -> None:
+    new = torch.tensor([log_ratio - 1.0], dtype=torch.float64, requires_grad=True)
+    loss, cut = cispo_policy_loss(
+        new,
+        torch.full_like(new, -1.0),
+        torch.full_like(new, advantage),
+        torch.full_like(new, 0.25),
+        low,
+        high,
+        torch.full_like(new, 1.5),
+    )
+    ratio = math.exp(log_ratio - 1.0 + 1.0)
+    weight = min(max(ratio, 1 - low), 1 + high)
+    assert loss.item() == pytest.approx(-0.25 * 1.5 * weight * advantage * (log_ratio - 1.0), abs=1e-9)
+    loss.backward()
+    assert new.grad is not None
+    assert new.grad.item() == pytest.approx(-0.25 * 1.5 * weight * advantage, abs=1e-9)  # never 0 for the clip's sake
+    assert cut.item() == (abs(weight - ratio) > 1e-12) or abs(weight - ratio) < 1e-9
+
+
+def test_all_policy_losses_have_one_gradient_on_policy() -> None:
+    new = torch.randn(5, dtype=torch.float64).requires_grad_()
+    a, w, i = (torch.randn(5, dtype=torch.float64), *torch.rand(2, 5, dtype=torch.float64))
+    losses = (
+        clipped_policy_loss(new, new, a, w, 0.2, 0.2, i),
+        sequence_policy_loss(new, torch.zeros_like(new), a, w, 0.2, 0.2, i),
+        cispo_policy_loss(new, new, a, w, 0.2, 0.2, i),
+    )
+    for loss, clipped in losses:
+        torch.testing.assert_close(torch.autograd.grad(loss, new)[0], -(w * a * i))
+        assert not clipped.any()
+
+
+def test_the_other_losses_ignore_tokens_of_no_weight() -> None:
+    bad = torch.tensor([math.nan, -math.inf, -1.0], requires_grad=True)
+    w, a = torch.tensor([0.0, 0.0, 0.5]), torch.ones(3)
+    sequence, _ = sequence_policy_loss(bad, torch.tensor([math.inf, 0.0, 0.0]), a, w, 0.2, 0.2)
+    cispo, _ = cispo_policy_loss(bad, torch.full((3,), -1.0), a, w, 0.2, 0.2)
+    bonus = entropy_bonus(bad, w, 0.1)
+    for loss, gradient in ((sequence, -0.5), (cispo, -0.5), (bonus, -0.05)):
+        (found,) = torch.autograd.grad(loss, bad)
+        assert math.isfinite(loss.item()) and found.tolist() == pytest.approx([0.0, 0.0, gradient])
+
+
+def test_the_entropy_bonus_is_a_weighted_mean() -> None:
+    entropy, w = torch.tensor([0.5, 2.0, 9.0]), torch.tensor([0.5, 0.5, 0.0])
+    assert entropy_bonus(entropy, w, 0.2).item() == pytest.approx(-0.2 * 1.25)

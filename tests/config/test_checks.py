@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from asd_megatron.antisd.advantage import GroupAdvantage
 from asd_megatron.antisd.divergence import CONDITIONS
 from asd_megatron.antisd.importance import Level
+from asd_megatron.antisd.policy_loss import PolicyLoss
 from asd_megatron.config import check_devices, check_model, check_world, make_recipe
 from asd_megatron.config.algorithm import GATED, AlgorithmSection, ConditionName
 from asd_megatron.errors import UserError
@@ -189,6 +191,23 @@ def refusal(text: str, kind: Any = "train") -> str:
         ("teacher.ema_rate=0.1", "set that, or leave teacher.ema_rate out", "teacher.ema_rate=0.1 teacher.weights=ema"),
         ("algorithm.kl_estimator=k1", "algorithm.kl_coefficient above 0",
          "algorithm.kl_estimator=k1 algorithm.kl_coefficient=0.001"),
+        ("algorithm.overlong_penalty=2", "read only with algorithm.overlong_buffer above 0",
+         "algorithm.overlong_penalty=2 algorithm.overlong_buffer=100"),
+        ("algorithm.overlong_buffer=1025", "lower the first", "algorithm.overlong_buffer=1024"),
+        ("algorithm.whiten_advantages=true algorithm.name=sd algorithm.advantage_weight=0",
+         "the loss has no group advantage", "algorithm.whiten_advantages=true algorithm.name=grpo"),
+        ("algorithm.policy_loss=gspo algorithm.estimator=full_vocabulary algorithm.epochs=2",
+         "set algorithm.updates_per_batch 1 and algorithm.epochs 1",
+         "algorithm.policy_loss=gspo algorithm.estimator=full_vocabulary"),
+        ("sampling.redraw_limit=5", "read only with sampling.redraw no_signal or equal_rewards",
+         "sampling.redraw_limit=5 sampling.redraw=equal_rewards"),
+        ("sampling.redraw=equal_rewards rollout.engine=replay rollout.replay_folder=x", "set sampling.redraw never",
+         "sampling.redraw=equal_rewards"),
+        ("sampling.redraw=equal_rewards sampling.rollouts_per_problem=1 algorithm.advantage_weight=0",
+         "discards every group", "sampling.redraw=no_signal sampling.rollouts_per_problem=1"
+         " algorithm.advantage_weight=0"),
+        ("sampling.redraw=no_signal algorithm.name=no_teacher", "acts on every response",
+         "sampling.redraw=no_signal algorithm.name=no_teacher algorithm.lambda_max=0"),
         ("privileged.use_group=false privileged.use_reference=false", "leaves no solution to show",
          "privileged.use_group=false privileged.use_reference=false privileged.when_no_solution=feedback_only"),
         ("privileged.min_solution_tokens=9000", "privileged.max_solution_tokens", "privileged.min_solution_tokens=64"),
@@ -276,6 +295,19 @@ def test_only_masked_importance_has_a_floor() -> None:
 
 def test_the_levels_of_importance_are_those_of_the_method() -> None:
     assert AlgorithmSection.model_fields["importance_level"].annotation == Level
+
+
+def test_the_options_are_those_of_the_method() -> None:
+    fields = AlgorithmSection.model_fields
+    assert fields["policy_loss"].annotation == PolicyLoss
+    assert fields["group_advantage"].annotation == GroupAdvantage
+
+
+def test_where_a_term_acts_without_a_group_advantage() -> None:
+    acts = {name: AlgorithmSection(name=name).adds_term for name in CONDITIONS}  # type: ignore[arg-type]
+    assert {name for name, added in acts.items() if not added} == {"grpo", "multiplicative"}
+    assert not make("algorithm.lambda_max=0").algorithm.adds_term
+    assert not make("algorithm.name=sd algorithm.composition=rlsd").algorithm.adds_term
 
 
 def test_the_divergences_are_those_of_the_head() -> None:

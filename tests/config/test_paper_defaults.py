@@ -35,6 +35,14 @@ PAPER: dict[str, Any] = {
     # Table 5 and Eq. 7
     "gate.warmup_steps": None,  # 5 with a gate, see below
     "algorithm.kl_coefficient": 0.0,  # Table 5
+    "algorithm.policy_loss": "ppo_clip",  # Algorithm 1, line 11
+    "algorithm.entropy_coefficient": 0.0,
+    "algorithm.group_advantage": "normalized",  # A_seq of GRPO
+    "algorithm.whiten_advantages": False,
+    "algorithm.overlong_buffer": 0,
+    "algorithm.overlong_penalty": 1.0,  # DAPO, Eq. 13
+    "sampling.redraw": "never",
+    "sampling.redraw_limit": None,  # ten batches in all, as in DAPO's scripts
     "teacher.weights": "live",  # the same network
     "gate.tau_down": 0.93,
     "gate.tau_up": 1.0,

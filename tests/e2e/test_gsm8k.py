@@ -1,9 +1,7 @@
-"""GSM8K's form of problem through complete runs: read as published, judged by math-verify, the worked solution shown to the
-teacher alone."""
+"""Problems in the form of GSM8K through complete runs: read as published, judged by math-verify, the worked solution
+shown to the teacher alone."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
@@ -12,10 +10,19 @@ from tests.data.tokenizers import word_tokenizer
 from tests.e2e.world import World, dump, make_world, metrics, write_lines
 
 PROBLEMS = (
-    ("A tram has 34 people. At a stop 9 leave and 16 get on. How many people are on the tram?", "34 - 9 = <<34-9=25>>25 people stay.\nThen there are 25 + 16 = <<25+16=41>>41.\n#### 41"),  # noqa: E501
-    ("Noor reads 18 pages a day. How many pages does she read in a week?", "A week has 7 days.\nShe reads 18 * 7 = <<18*7=126>>126 pages.\n#### 126"),  # noqa: E501
+    (
+        "A tram has 34 people. At a stop 9 leave and 16 get on. How many people are on the tram?",
+        "34 - 9 = <<34-9=25>>25 people stay.\nThen there are 25 + 16 = <<25+16=41>>41.\n#### 41",
+    ),
+    (
+        "Noor reads 18 pages a day. How many pages does she read in a week?",
+        "A week has 7 days.\nShe reads 18 * 7 = <<18*7=126>>126 pages.\n#### 126",
+    ),
     ("A rope of 96 m is cut into 8 equal parts. How long is a part?", "A part has 96 / 8 = <<96/8=12>>12 m.\n#### 12"),
-    ("A farm sells 1,250 eggs in March and twice as many in April. How many in both?", "April: 2 * 1250 = <<2*1250=2500>>2,500.\nBoth: 1250 + 2500 = <<1250+2500=3750>>3,750.\n#### 3,750"),  # noqa: E501
+    (
+        "A farm sells 1,250 eggs in March and twice as many in April. How many in both?",
+        "April: 2 * 1250 = <<2*1250=2500>>2,500.\nBoth: 1250 + 2500 = <<1250+2500=3750>>3,750.\n#### 3,750",
+    ),
 )
 
 

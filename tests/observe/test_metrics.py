@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from asd_megatron.puzzle.metrics import PuzzleMetrics
 from asd_megatron.puzzle.tokenizer import write_tokenizer
 from asd_megatron.records import Example, FinishReason, Rollout, TokenTable
 from asd_megatron.reward.base import new_counters
-from asd_megatron.rollout.collector import Counts
+from asd_megatron.rollout.counts import Counts
 from asd_megatron.rollout.sglang.client.requests import Counters as ServerCounters
 from asd_megatron.rollout.sglang.metrics import ServerMetrics
 from asd_megatron.rollout.sglang.weight_sync.synchronise import SyncReport
@@ -102,6 +102,7 @@ def test_values_by_hand() -> None:
         "advantage/abs_mean": 3.0 / 8,
         "advantage/std": math.sqrt((1 + 0.25 + 0.5625 + 0.5625) / 8 - (1.5 / 8) ** 2),
         "loss/clip_fraction": 0.25,
+        "loss/clipped_responses": 2 / 3,
         "loss/policy": -0.01,
         "mismatch/max_abs": 0.5,
         "mismatch/mean_abs": 0.5 / 8,
@@ -179,6 +180,18 @@ def penalty_names() -> set[str]:
     return set(step(table=table))
 
 
+def option_names() -> set[str]:
+    """Of a step with an overlong penalty and dynamic sampling."""
+    examples = [replace(e, overlong_penalty=p) for e, p in zip(make_examples(), (0.0, -1.0, -0.5, 0.0), strict=True)]
+    found = step(examples)
+    assert (found["reward/overlong_share"], found["reward/overlong_mean"]) == (0.5, -0.375)
+    assert found["reward/mean"] == 0.5 and not any(name.startswith("reward/overlong") for name in step())
+    counts = {"judged_groups": 8, "rejected_groups": 2}
+    counted = Increments().of(examples={}, rollouts=counts, rewards={})
+    assert counted["rollouts/rejected_share"] == 0.25
+    return {*found, *counted}
+
+
 def fp8_names() -> set[str]:
     """Of a step whose update computes in FP8 and which probes it (tests/trainer/test_fp8.py)."""
     table = make_table()
@@ -208,6 +221,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
         *step(),
         *penalty_names(),
         *fp8_names(),
+        *option_names(),
         *(f"evaluation/{name}" for name in ("accuracy", "pass_rate", "length_mean", "truncated")),
         *(f"evaluation/gsm8k/{name}" for name in set_names()),
         *supervised_metrics(loss=1.0, tokens=5, learning_rate=1e-3, grad_norm=1.0, times={"update": 1.0}),

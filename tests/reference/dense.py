@@ -49,8 +49,10 @@ class DenseRecipe:
     tau_up: float = 1.0
     aggregation: str = "token_mean"
     constant_length: int = 1
+    policy_loss: str = "ppo_clip"  # gspo, cispo
     clip_low: float = 0.2
     clip_high: float = 0.2
+    entropy_coefficient: float = 0.0
     updates: int = 1
     epochs: int = 1
     pmi_clip: float = math.inf
@@ -503,9 +505,15 @@ def _one_update(
         now = logp[range(len(response)), list(response)]
         old, a = result.student_logprobs[i], result.advantage[i]
         ratio = (now - old).exp()
+        if recipe.policy_loss == "gspo":  # each token has the response's ratio, and the gradient of its own log-prob
+            product = math.exp(sum((now - old)[mask].tolist()) / int(mask.sum()))
+            ratio = product * now.exp() / now.exp().detach()
         plain = ratio * a
         bounded = ratio.clamp(1 - recipe.clip_low, 1 + recipe.clip_high) * a
         objective = torch.where(bounded < plain, bounded, plain) * result.importance[i]
+        if recipe.policy_loss == "cispo":
+            cut = [min(max(r, 1 - recipe.clip_low), 1 + recipe.clip_high) for r in ratio.tolist()]
+            objective = now * a * now.new_tensor(cut) * result.importance[i]
         denominator = {
             "token_mean": tokens,
             "sequence_mean": int(mask.sum()) * sequences,
@@ -516,13 +524,16 @@ def _one_update(
         if logq is not None:
             sign = -1 if recipe.ascend else 1
             loss = loss + sign * result.lams[i] * divergence(recipe, logp, logq)[result.acts[i]].sum() / denominator
+        entropy = -(logp.exp() * logp).sum(-1)
+        loss = loss - recipe.entropy_coefficient * entropy[mask].sum() / denominator
         if recipe.kl in ("k2", "k3"):
             log_ratio = result.reference_logprobs[i] - now
             estimate = log_ratio**2 / 2 if recipe.kl == "k2" else log_ratio.exp() - 1 - log_ratio
             penalty = (estimate * result.importance[i])[mask].sum()
             loss = loss + recipe.kl_coefficient * penalty / denominator
         total = total + loss
-        clipped_tokens += int((bounded < plain)[mask].sum())
+        beyond = (ratio < 1 - recipe.clip_low) | (ratio > 1 + recipe.clip_high)
+        clipped_tokens += int((beyond if recipe.policy_loss == "cispo" else bounded < plain)[mask].sum())
     if masks:
         total.backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}

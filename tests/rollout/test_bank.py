@@ -17,6 +17,7 @@ from asd_megatron.records import FinishReason, Group, Prompt, SamplingParams
 from asd_megatron.rollout import journal
 from asd_megatron.rollout.bank import Key, Response, RolloutBank
 from asd_megatron.rollout.collector import Collector, Plan
+from asd_megatron.rollout.draw import Redraw
 from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels, extended
 from tests.rollout.test_collector import Problems, Renderer, Verifier
@@ -119,7 +120,8 @@ class Run:
     """A training run that resumes from its newest checkpoint until it is done. `trained`: what every step of the branch
     that counts has trained on."""
 
-    def __init__(self, process_groups: Any, folder: Path, plan: Plan, seed: int) -> None:
+    def __init__(self, process_groups: Any, folder: Path, plan: Plan, seed: int, redraw: Redraw | None = None) -> None:
+        self.redraw = redraw
         self.process_groups, self.folder, self.plan, self.random = process_groups, folder, plan, random.Random(seed)
         self.saved: tuple[int, str] = (0, json.dumps({"asked": 1, "left_over": []}))
         self.weights, self.made = {0: 0}, 0  # version -> identity, of the branch that counts
@@ -149,6 +151,7 @@ class Run:
             timeout=60.0,
             plan=replace(self.plan, last_step=STEPS),
             bank=bank,
+            redraw=self.redraw,
         )
         collector.restore(json.loads(self.saved[1]))
         try:
@@ -182,6 +185,23 @@ PLANS = {
 }
 
 
+def test_a_killed_run_draws_the_same_problems_in_place_of_others(process_groups: Any, tmp_path: Path) -> None:
+    """Dynamic sampling: steps take as many problems as they need, and a resumed run goes on where its checkpoint is."""
+    kept = Redraw(lambda group, step: ord(group.problem.prompt_id) % 3 > 0, limit=9)
+    for name in ("synchronous", "overlap", "overlap_carried"):
+        straight, run = (Run(process_groups, tmp_path / name / str(i), PLANS[name], 1, kept) for i in range(2))
+        straight.start()
+        for kill in range(8):
+            run.start(run.random.randint(1, 60) if kill < 7 else None)
+        _check(run, replace(PLANS[name], oversampling=1.0001))
+        trained = [[[g.problem.prompt_id for g in r.trained[k]] for k in sorted(r.trained)] for r in (straight, run)]
+        assert all(ord(problem) % 3 > 0 for groups in trained[1] for problem in groups)
+        if PLANS[name].oversampling == 1:
+            assert trained[0] == trained[1]
+            every = [problem for problem in PROBLEMS if ord(problem) % 3 > 0]
+            assert sum(trained[0], []) == every[: 3 * STEPS], "none of an epoch is passed over"
+
+
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_run_killed_again_and_again(process_groups: Any, tmp_path: Path, name: str, seed: int) -> None:
@@ -197,14 +217,14 @@ def test_a_run_killed_again_and_again(process_groups: Any, tmp_path: Path, name:
         for problem, sample, response in engine.made:
             tokens = len(response.until(run.saved[0]).ids)
             known[problem, sample] = max(known.get((problem, sample), 0), tokens)
-        left = {(step, name) for step, name in json.loads(run.saved[1])["left_over"]}
+        left = {(step, name) for step, name, _ in json.loads(run.saved[1])["left_over"]}
         left_once |= {name for _, name in left}
         if run.random.random() < 0.3:
             for path in folder.glob("step_*.jsonl"):
                 with path.open("ab") as file:
                     file.write(b"0123456789abcdef torn {")
     trained = {group.problem.prompt_id for groups in run.trained.values() for group in groups}
-    assert left_once <= trained | {name for _, name in run.collector.state()["left_over"]}, "no problem is lost"
+    assert left_once <= trained | {name for _, name, _ in run.collector.state()["left_over"]}, "no problem is lost"
     assert sorted(run.trained) == list(range(1, STEPS + 1))
     _check(run, plan)
     bank.close()

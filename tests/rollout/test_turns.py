@@ -7,6 +7,7 @@ from typing import Any
 
 from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
 from asd_megatron.rollout.collector import Collector, Plan
+from asd_megatron.rollout.draw import Redraw
 from tests.distributed.harness import run_ranks
 from tests.rollout.test_collector import PARAMS, Problems, Renderer, Verifier
 from tests.rollout.toy import Versioned, one_process_groups
@@ -80,7 +81,7 @@ class Engine:
 class Loop:
     """The training loop around a collector: a step's update makes the weights' next version."""
 
-    def __init__(self, process_groups: Any, engine: Engine, plan: Plan) -> None:
+    def __init__(self, process_groups: Any, engine: Engine, plan: Plan, redraw: Redraw | None = None) -> None:
         self.engine, self.weights = engine, Versioned(0)
         self._told: dict[int, str] = {}
         self.collector = Collector(
@@ -96,6 +97,7 @@ class Loop:
             timeout=60.0,
             plan=plan,
             on_group=self._tell,
+            redraw=redraw,
         )
 
     def _tell(self, group: Group, step: int) -> None:

@@ -94,6 +94,8 @@ def method_of(recipe: DenseRecipe) -> token_method.Method:
             -1 if recipe.ascend else 1,
         ),
         kl=None if recipe.kl is None else KlPenalty(recipe.kl, recipe.kl_coefficient),  # type: ignore[arg-type]
+        policy_loss=recipe.policy_loss,  # type: ignore[arg-type]
+        entropy_coefficient=recipe.entropy_coefficient,
     )
 
 
@@ -252,6 +254,7 @@ class Product:
             teacher_copy=None if recipe.teacher == "live" else recipe.teacher,  # type: ignore[arg-type]
             kl_penalty=method.kl is not None,
             fp8=self.fp8,
+            policy_loss=method.policy_loss,
         )
         batch = self.batch(examples, recipe, tokens_per_microbatch)
         inputs = token_method.token_inputs(batch, method)

@@ -140,6 +140,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "max_position_sequence": {"term_max_position": 6, "term_normalization": "sequence"},
     "mask_truncated": {"mask_truncated": True},
     "mask_truncated_batch": {"mask_truncated": True, "term_normalization": "batch", "aggregation": "sequence_mean"},
+    "gspo": {"policy_loss": "gspo", "aggregation": "sequence_mean", "importance": "truncated"},
+    "cispo": {"policy_loss": "cispo", "temperature": 0.7},
+    "entropy": {"entropy_coefficient": 0.3, "temperature": 0.7, "mask_truncated": True},
+    "entropy_two_phase": {"entropy_coefficient": 0.3, "term_normalization": "sequence"},
     "importance": {"importance": "truncated"},
     "importance_normalized": {
         "importance": "truncated",
@@ -304,7 +308,13 @@ EXACT: dict[str, dict[str, Any]] = {
     "sd": {"divergence": "reverse_kl", "ascend": False},
     "reverse_kl_ascent": {"divergence": "reverse_kl", "temperature": 0.7, "aggregation": "sequence_mean"},
     "no_gate": {"divergence": "forward_kl", "ascend": False, "temperature": 1.3, "term_max_position": 11},
-    "student_entropy_gate": {"divergence": "jensen_shannon", "mixture": 0.8, "mask_truncated": True},
+    "student_entropy_gate": {
+        "divergence": "jensen_shannon",
+        "mixture": 0.8,
+        "mask_truncated": True,
+        "policy_loss": "gspo",
+        "entropy_coefficient": 0.2,
+    },
 }
 
 
@@ -336,14 +346,16 @@ def test_the_exact_divergence_after_a_scoring_pass(
 
 
 def test_options_change_the_update(product: Product, examples: list[Example]) -> None:
-    """Each option does something on this batch: the comparisons above are not between two no-ops."""
+    """Each option does something on this batch: the comparisons above are not between two no-ops. (CISPO does so after
+    the first update.)"""
     plain = product.step(examples, settings("no_gate"), gate_of(settings("no_gate")))
     for name, options in OPTIONS.items():
+        options = options | ({"temperature": 1.0} if name == "cispo" else {})
         recipe = settings("no_gate", **options)
         other = product.step(examples, recipe, gate_of(recipe))
         assert other.table is not None and plain.table is not None
         changed = max(relative(other.gradients[0][n], g) for n, g in plain.gradients[0].items())
-        assert changed > 1e-3, name
+        assert changed < 1e-5 if name == "cispo" else changed > 1e-3, name
 
 
 @pytest.mark.parametrize("tokens_per_microbatch", [1, 64, 10_000])
@@ -487,6 +499,43 @@ def test_several_updates_with_frozen_scores(
     else:
         assert max(expected.clipped) <= clipped <= sum(expected.clipped)
     assert all(found.stats.applied)
+
+
+# Between the ratios of this batch: those of responses are nearer to 1 than those of tokens.
+POLICY_LOSSES = {"gspo": {"clip_low": 0.005, "clip_high": 0.008}, "cispo": {"clip_low": 0.03, "clip_high": 0.04}}
+
+
+@pytest.mark.parametrize(("aggregation", "tokens_per_microbatch"), [("token_mean", 64), ("sequence_mean", 10_000)])
+@pytest.mark.parametrize("name", list(POLICY_LOSSES))
+def test_several_updates_with_other_policy_losses(
+    name: str, aggregation: str, tokens_per_microbatch: int, product: Product, dense: Any, examples: list[Example]
+) -> None:
+    recipe = settings(
+        "antisd",
+        policy_loss=name,
+        **POLICY_LOSSES[name],
+        aggregation=aggregation,
+        updates=2,
+        epochs=2,
+        entropy_coefficient=0.1,
+        mask_truncated=True,
+        temperature=0.7,
+        learning_rate=5e-3,
+        epsilon=1e-4,
+        clip_grad=0.5,
+        **(corrected("truncated", "sequence") if aggregation == "token_mean" else {}),
+    )
+    product.reload()
+    found, expected = run_both(
+        product, copy.deepcopy(dense), examples, recipe, tokens_per_microbatch=tokens_per_microbatch
+    )
+    product.reload()
+    check_update(found, expected, tolerance=1e-4)
+    assert found.plan.head == ("two_phase" if name == "gspo" else "fused")
+    assert expected.clipped[0] == 0 and min(expected.clipped[2:]) > 0, "the ratios move in the second epoch"
+    tokens = sum(int(e.rollout.loss_mask.sum()) for e in examples if not e.rollout.truncated)
+    assert max(expected.clipped) < tokens
+    assert max(expected.clipped) <= float(found.stats.columns.clipped.sum()) <= sum(expected.clipped)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.02, 100.0), (1.0, 0.02)])

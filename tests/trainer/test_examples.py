@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from asd_megatron.antisd import Overlong, group_advantages, whitened
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.distributed import layout as layouts
@@ -18,7 +20,7 @@ from asd_megatron.records import DemonstrationSource, Example, FinishReason, Gro
 from asd_megatron.reward.base import tests_of as count_tests
 from asd_megatron.run.sources import WARM_START, model_folder
 from asd_megatron.trainer import examples as examples_module
-from asd_megatron.trainer.examples import ExampleBuilder
+from asd_megatron.trainer.examples import ExampleBuilder, Signal
 from tests.data.tokenizers import byte_tokenizer
 from tests.reference.dense import DenseRecipe
 from tests.trainer.product import Product, gate_of
@@ -268,3 +270,70 @@ def test_an_empty_context_gives_equal_ids_and_no_pmi(puzzle: Product) -> None:
     rows = found.table.rows("pmi")
     assert rows[0].abs().max() > 0.1
     assert max(float(row.abs().max()) for row in rows[1:]) <= 1e-6
+
+
+def test_long_responses_lose_advantage_and_nothing_else() -> None:
+    """One of four is three tokens shorter than the others, which are at the limit."""
+    rewards = [1.0, 1.0, 1.0, 0.0]
+    full = group(rewards)
+    ids = full.rollouts[1].response_ids[:-3]
+    short = replace(full.rollouts[1], response_ids=ids, logprobs=(-1.0,) * len(ids), loss_mask=())
+    mixed = replace(full, rollouts=(full.rollouts[0], short, *full.rollouts[2:]))
+    overlong = Overlong(limit=len(full.rollouts[0].response_ids), buffer=4, weight=0.5)
+    penalties = [overlong.penalty(len(r.response_ids)) for r in mixed.rollouts]
+    assert len(set(penalties)) == 2
+    examples = builder(overlong=overlong, group_advantage="centered").build([mixed], step=1)
+    plain = builder(group_advantage="centered").build([mixed], step=1)
+    shaped = torch.tensor([r + p for r, p in zip(rewards, penalties, strict=True)], dtype=torch.float64)
+    assert [e.group_advantage for e in examples] == group_advantages(shaped, "centered").tolist()
+    assert [e.overlong_penalty for e in examples] == penalties and plain[0].overlong_penalty is None
+    same = [
+        replace(e, group_advantage=p.group_advantage, overlong_penalty=None)
+        for e, p in zip(examples, plain, strict=True)
+    ]
+    assert same == plain, "rewards, demonstrations and feedback are those of the rewards alone"
+
+
+@pytest.mark.parametrize("kind", ["normalized", "centered", "leave_one_out"])
+def test_advantages_of_the_batch(kind: Any) -> None:
+    groups = [
+        group([1.0, 0.0, 0.0]),
+        group([0.25, 0.25, 0.25], UNSOLVED),
+        group([1.0, 1.0, 0.0], replace(SOLVED, prompt_id="q")),
+    ]
+    each = [group_advantages(torch.tensor(g.rewards), kind) for g in groups]
+    plain = builder(group_advantage=kind).build(groups, step=1)
+    assert [e.group_advantage for e in plain] == torch.cat(each).tolist()
+    prepared = builder(group_advantage=kind, whiten=True)
+    for g in groups:
+        prepared.prepare(g, 1)
+    found = [e.group_advantage for e in prepared.build(groups, step=1)]
+    assert found == whitened(torch.cat(each)).tolist() and found[3:6] == [0.0] * 3
+
+
+def test_which_groups_have_a_signal() -> None:
+    everything = Signal(advantage=True, context=True, mask_truncated=False)
+    grpo, masked = replace(everything, context=False), replace(everything, context=False, mask_truncated=True)
+    mixed, wrong, right = group([1.0, 0.0]), group([0.0, 0.0], UNSOLVED), group([1.0, 1.0], UNSOLVED)
+    solved = group([0.0, 0.0], SOLVED)
+
+    def signals(signal: Signal, **how: Any) -> list[bool]:
+        return [builder(**how).has_signal(g, 1, signal) for g in (mixed, wrong, right, solved)]
+
+    assert signals(grpo) == [True, False, False, False]
+    assert signals(everything) == [True, False, True, True], "the term acts where a response has a context"
+    assert signals(everything, limits=TeacherLimits(max_teacher_tokens=1)) == [True, False, False, False]
+    assert signals(replace(everything, advantage=False)) == [True, False, True, True]
+    assert not builder().has_signal(group([1.0, 0.0], truncated=(0, 1)), 1, masked)
+    assert builder().has_signal(group([1.0, 0.0], truncated=(0,)), 1, masked)
+    overlong = Overlong(limit=18, buffer=18)
+    uneven = group([0.0] * 11, UNSOLVED)  # the number of the last attempt has one digit more
+    assert builder(overlong=overlong).has_signal(uneven, 1, grpo) and not builder().has_signal(uneven, 1, grpo)
+
+
+def test_asking_for_a_signal_changes_no_example() -> None:
+    asked, plain = builder(), builder()
+    first = group([1.0, 0.0, 1.0])
+    asked.prepare(first, 2)
+    assert asked.has_signal(first, 2, Signal(advantage=False, context=True, mask_truncated=False))
+    assert asked.build([first], 2) == plain.build([first], 2) and asked.counters == plain.counters

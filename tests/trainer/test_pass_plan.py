@@ -147,6 +147,19 @@ def test_which_scores_are_bfloat16() -> None:
     assert any("u and the importance correction and the KL penalty read bfloat16" in reason for reason in told)
 
 
+def test_the_ratio_of_a_response_takes_the_two_phase_head() -> None:
+    """In later updates than the first; not for one update, whose ratios are 1."""
+    for options in ({"updates": 2}, {"epochs": 2}):
+        several = plan_passes("antisd", **options, policy_loss="gspo")  # type: ignore[arg-type]
+        assert several.head == "two_phase" and "policy_loss gspo" in "".join(several.reasons)
+        assert several.forwards_per_step == plan_passes("antisd", **options).forwards_per_step  # type: ignore[arg-type]
+        assert plan_passes("antisd", **options, policy_loss="cispo").head == "fused"  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="gspo takes one update"):
+            plan_passes("antisd", **options, policy_loss="gspo", exact=True)  # type: ignore[arg-type]
+    assert plan_passes("antisd", policy_loss="gspo").head == "fused"
+    assert plan_passes("antisd", policy_loss="gspo", exact=True).head == "exact"
+
+
 def test_the_exact_divergence_is_of_one_number_format() -> None:
     assert plan_passes("antisd", exact=True, fp8="all").head == "exact"
     with pytest.raises(ValueError, match="one number format"):
