@@ -34,7 +34,7 @@ class SupervisedRun:
         self.recipe, self.session = recipe, session
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         self.examples = supervised_source(
-            recipe.data.train,
+            recipe.data.train_name,
             self.renderer,
             session.tokenizer,
             steps=recipe.run.steps,
@@ -138,7 +138,7 @@ def _announce(run: SupervisedRun) -> None:
     announce(
         run.session,
         {
-            "examples": f"{recipe.data.train}, {recipe.sft.sequences_per_step} a step",
+            "examples": f"{recipe.data.train_name}, {recipe.sft.sequences_per_step} a step",
             "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens",
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
             "evaluation": evaluation_text(recipe),

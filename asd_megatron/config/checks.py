@@ -12,6 +12,7 @@ from typing import Any
 from asd_megatron.config.algorithm import AlgorithmSection
 from asd_megatron.config.checkpoint import ALL
 from asd_megatron.config.data import texts_for_booleans
+from asd_megatron.config.data_checks import data_findings
 from asd_megatron.config.determinism_checks import cpu_server_finding, determinism_findings
 from asd_megatron.config.estimator_checks import estimator_findings
 from asd_megatron.config.gym_checks import gym_findings
@@ -105,6 +106,7 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
         )
     if evaluation.every and data.test is None:
         yield "evaluation.every needs problems to measure on: set data.test, or evaluation.every 0"
+    yield from data_findings(recipe)
     yield from texts_for_booleans(data.chat_template_kwargs, "data.chat_template_kwargs")
     if data.format == "raw":
         if data.raw_prompt.count("{prompt}") != 1:
@@ -196,7 +198,7 @@ def _train(recipe: Recipe) -> Iterator[str]:
         )
     yield from rollout_findings(recipe)
     yield from determinism_findings(recipe)
-    if data.train.startswith("puzzle:") and data.train not in PUZZLES:
+    if isinstance(data.train, str) and data.train.startswith("puzzle:") and data.train not in PUZZLES:
         yield (
             f"data.train {data.train!r} is not a puzzle set: use puzzle:train (puzzle:corpus is for `asd-megatron sft`)"
         )
@@ -261,8 +263,9 @@ def _importance(a: AlgorithmSection) -> Iterator[str]:
 
 
 def _sft(recipe: SftRecipe) -> Iterator[str]:
-    if recipe.data.train.startswith("puzzle:") and not recipe.data.train.startswith(CORPUS):
-        yield f"data.train {recipe.data.train!r} holds problems without responses: the supervised stage takes {CORPUS}"
+    train = recipe.data.train_name
+    if train.startswith("puzzle:") and not train.startswith(CORPUS):
+        yield f"data.train {train!r} holds problems without responses: the supervised stage takes {CORPUS}"
     if recipe.data.test is not None and recipe.reward is None:
         yield "data.test needs a reward to score the answers: add `reward: {name: ...}`, or leave data.test out"
     if recipe.reward is not None and recipe.data.test is None:

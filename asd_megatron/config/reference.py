@@ -36,12 +36,16 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        return ", ".join(f"{key}: {inner:g}" for key, inner in value.model_dump().items())
+        return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.model_dump().items())
     if isinstance(value, tuple | dict):
         return str(list(value)) if isinstance(value, tuple) else str(value)
     if isinstance(value, str):
         return value.replace("\n", "\\n") or '""'
     return to_yaml(value).removesuffix("...\n").strip()
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 
 def _sections(schema: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:

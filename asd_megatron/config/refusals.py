@@ -126,6 +126,8 @@ def _line(finding: dict[str, Any], schema: type[BaseModel]) -> str:
     if len(location) == 1 or "." not in dotted:
         return f"{dotted}: expected a mapping of keys, was given {value_in_words(given)}"
     field = _field(schema, dotted)
+    if kind == "value_error":
+        return f"{dotted}: {finding['ctx']['error']}"
     if kind == "string_pattern_mismatch":
         return f"{dotted}: {given!r} is not of the form it takes. {field.description}"
     hint = ' (quote it to make it text: "...")' if kind == "string_type" and given is not None else ""

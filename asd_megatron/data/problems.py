@@ -1,30 +1,16 @@
-"""Problem files and the order in which training visits them."""
+"""Sets of problems and the order in which training visits them. `reading` reads them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from asd_megatron.data.jsonl import (
-    DataError,
-    FrozenDict,
-    LineError,
-    freeze,
-    optional_text_field,
-    prompt_or_messages,
-    read_jsonl,
-    scalar_field,
-)
-from asd_megatron.data.shapes import SHAPES, shape_of
+from asd_megatron.data.jsonl import DataError
 from asd_megatron.errors import plural
 from asd_megatron.records import Problem
-
-FIELDS = ("prompt", "messages", "answer", "solution", "id")
 
 
 class ProblemSource(Protocol):
@@ -40,18 +26,63 @@ class ProblemSource(Protocol):
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The problems of one file, in its order. `shape` says how the file was read (see `shapes`)."""
+    """The problems of one file, in its order. `schema` says how the file was read (see `schemas`), `left_out` how many
+    rows are not among the problems, by reason."""
 
     path: str
     problems: tuple[Problem, ...]
-    shape: str = "canonical"
+    schema: str = ""
     shuffle: bool = True
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.problems)
 
     def __iter__(self) -> Iterator[Problem]:
         return iter(self.problems)
+
+    def describe(self) -> str:
+        """`PATH, schema verl, 17,398 problems, 1,774,302 duplicates left out`."""
+        parts = [
+            self.path,
+            *([f"schema {self.schema}"] if self.schema else []),
+            f"{len(self):,} problem{'' if len(self) == 1 else 's'}",
+        ]
+        return ", ".join([*parts, *(f"{n:,} {reason} left out" for reason, n in self.left_out.items() if n)])
+
+    def keep(self, fits: Callable[[Problem], bool], reason: str) -> ProblemSet:
+        """The set without the problems that do not fit; `reason` names them where they are counted. Raises DataError if
+        none is left."""
+        kept = tuple(problem for problem in self.problems if fits(problem))
+        if not kept:
+            raise DataError(f"{self.path} has no problems: all {len(self):,} are {reason}")
+        left_out = {**self.left_out, reason: len(self) - len(kept)}
+        return replace(self, problems=kept, left_out=left_out)
+
+    def draws(self, first: int, n: int, seed: int) -> list[Problem]:
+        """The `n` distinct problems from place `first` (from 0) of an endless order, for a set of which a step takes
+        varying numbers: a function of (first, n, seed).
+
+        The order is that of one epoch after another, each its own. A call that goes beyond the end of an epoch is filled
+        from that epoch's beginning, so that nothing is drawn twice; the next epoch leaves out as many at its beginning.
+        Raises DataError if the set has fewer than `n` problems.
+
+        Example: 5 problems in the orders [3, 0, 4, 1, 2] and [1, 0, 2, 4, 3]: draws(3, 3) are 1, 2 and 3, and then
+        draws(6, 3) are 0, 2 and 4.
+        """
+        total = len(self.problems)
+        if n > total:
+            raise self._too_small(n)
+        epoch, place = divmod(first, total)
+        order = _order(total, seed, epoch) if self.shuffle else range(total)
+        return [self.problems[order[(place + i) % total]] for i in range(n)]
+
+    def _too_small(self, n: int) -> DataError:
+        total = len(self.problems)
+        return DataError(
+            f"{self.path} has {plural(total, 'problem')}, fewer than the {n} of one step: "
+            f"lower sampling.problems_per_step to {total} or add problems"
+        )
 
     def take(self, n: int | None = None) -> list[Problem]:
         """The first `n` problems of the file (None: all)."""
@@ -69,10 +100,7 @@ class ProblemSet:
         """
         total = len(self.problems)
         if n > total:
-            raise DataError(
-                f"{self.path} has {plural(total, 'problem')}, fewer than the {n} of one step: "
-                f"lower sampling.problems_per_step to {total} or add problems"
-            )
+            raise self._too_small(n)
         if not self.shuffle:
             return [self.problems[((step - 1) * n + i) % total] for i in range(n)]
         epoch, place = divmod(step - 1, total // n)
@@ -87,48 +115,3 @@ def _order(total: int, seed: int, epoch: int) -> tuple[int, ...]:
         return hashlib.blake2b(f"order/{seed}/{epoch}/{i}".encode(), digest_size=16).digest()
 
     return tuple(sorted(range(total), key=key))
-
-
-def load_problems(path: str | Path, *, shuffle: bool = True) -> ProblemSet:
-    """Read a JSONL problem file (docs/data.md).
-
-    Raises DataError, as `file:line: reason` for a line that cannot be used: a missing or empty file, a malformed
-    line, a line without its fields, two lines with the same id or the same content.
-    """
-    problems: list[Problem] = []
-    lines: dict[str, int] = {}
-    shape = ""
-    for number, line in read_jsonl(path):
-        try:
-            shape = shape or shape_of(line)
-            problem = _problem(SHAPES[shape](line))
-            if problem.prompt_id in lines:
-                what = (
-                    f"the id {problem.prompt_id!r} is that" if "id" in line else "the same problem and answer as those"
-                )
-                raise LineError(
-                    f"{what} of line {lines[problem.prompt_id]}; remove one of them or give each an `id` of its own"
-                )
-        except LineError as e:
-            raise DataError(f"{path}:{number}: {e}") from e
-        lines[problem.prompt_id] = number
-        problems.append(problem)
-    if not problems:
-        raise DataError(f"{path} has no problems: every line is blank; write one JSON object a line")
-    return ProblemSet(str(path), tuple(problems), shape, shuffle)
-
-
-def _problem(line: dict[str, Any]) -> Problem:
-    prompt, messages = prompt_or_messages(line)
-    answer = scalar_field(line, "answer")
-    if answer is None:
-        raise LineError("`answer` is missing")
-    solution = optional_text_field(line, "solution")
-    prompt_id = scalar_field(line, "id") or _content_hash(prompt, messages, answer)
-    extra = freeze({k: v for k, v in line.items() if k not in FIELDS})
-    return Problem(prompt_id, answer, prompt, messages, solution, extra)
-
-
-def _content_hash(prompt: str | None, messages: tuple[FrozenDict, ...] | None, answer: str) -> str:
-    content = json.dumps([prompt, messages, answer], sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()

@@ -226,6 +226,10 @@ class PromptRenderer:
             )
         return Prompt(problem, tuple(ids.tolist()))
 
+    def tokens(self, problem: Problem) -> int:
+        """Tokens of the student's prompt, however long."""
+        return len(self._encode(self.student_text(problem)))
+
     def check(self, problems: Iterable[Problem]) -> int:
         """Render every problem once; returns the longest prompt's tokens.
 
@@ -233,7 +237,7 @@ class PromptRenderer:
         """
         longest, worst, over = 0, "", 0
         for problem in problems:
-            tokens = len(self._encode(self.student_text(problem)))
+            tokens = self.tokens(problem)
             over += tokens > self.max_prompt_tokens
             if tokens > longest:
                 longest, worst = tokens, problem.prompt_id

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asd_megatron.data.jsonl import DataError, LineError, prompt_or_messages, read_jsonl, scalar_field, text_field
+from asd_megatron.data.jsonl import DataError, LineError, prompt_or_messages, scalar_field, text_field
+from asd_megatron.data.files import read_rows
 from asd_megatron.data.prompts import PromptError, PromptRenderer
 from asd_megatron.records import Problem
 
@@ -31,9 +32,9 @@ def load_sft(
     reason` for a line that cannot be used, also when a sequence is longer than `max_tokens`.
     """
     examples = []
-    for number, line in read_jsonl(path):
+    for row in read_rows(path):
         try:
-            examples.append(_example(line, number, renderer, end_token_id, max_tokens))
+            examples.append(_example(row.value, row.number, renderer, end_token_id, max_tokens))
         except (LineError, PromptError) as e:
             raise DataError(f"{path}:{number}: {e}") from e
     if not examples:

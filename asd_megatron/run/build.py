@@ -20,7 +20,7 @@ from asd_megatron.rollout.embedded.engine import EmbeddedEngine
 from asd_megatron.rollout.engine import RolloutEngine, WeightSource
 from asd_megatron.rollout.replay import ReplayEngine
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import held_out_problems, training_problems
+from asd_megatron.run.sources import FileSource, held_out_problems, training_problems
 from asd_megatron.trainer.examples import ExampleBuilder
 
 if TYPE_CHECKING:
@@ -36,12 +36,21 @@ def first_problems(recipe: Recipe, problems: ProblemSource) -> list[Problem]:
 def problem_sets(recipe: Recipe, renderer: PromptRenderer) -> tuple[ProblemSource, ProblemSource | None]:
     """The training and the held-out problems. Raises UserError for prompts that are too long and for a training set
     smaller than a step's problems."""
-    train_set, test_set = training_problems(recipe.data), held_out_problems(recipe.data)
+    train_set, test_set = training_set(recipe, renderer), held_out_problems(recipe.data)
     for problems in (train_set, test_set):
         if problems is not None:
             renderer.check(problems.take(None))
     first_problems(recipe, train_set)
     return train_set, test_set
+
+
+def training_set(recipe: Recipe, renderer: PromptRenderer) -> ProblemSource:
+    """The training problems, without those whose prompts are too long where `data.filter.long_prompts` is `drop`."""
+    problems = training_problems(recipe.data)
+    if recipe.data.filter.long_prompts != "drop" or not isinstance(problems, FileSource):
+        return problems
+    limit = recipe.sampling.max_prompt_tokens
+    return problems.keep(lambda problem: renderer.tokens(problem) <= limit, f"longer than {limit:,} tokens")
 
 
 def example_builder(

@@ -24,7 +24,7 @@ from asd_megatron.checkpoint.huggingface import FolderReader, is_complete, read_
 from asd_megatron.checkpoint.inspection import inspect
 from asd_megatron.checkpoint.locate import Found, find
 from asd_megatron.config import check_devices, check_model, check_world, dump_recipe, load_recipe
-from asd_megatron.data.problems import load_problems
+from asd_megatron.data.reading import load_problems
 from asd_megatron.data.prompts import PromptRenderer
 from asd_megatron.data.sft import load_sft
 from asd_megatron.data.tokenizer import check_vocabulary, end_token_ids, load_tokenizer
