@@ -41,6 +41,7 @@ class SupervisedRun:
             end_ids=session.end_ids,
             max_tokens=session.port.max_positions,
             shuffle=recipe.data.shuffle,
+            loss_on=recipe.sft.loss_on,
         )
         self.guard, self.warnings = Guard(), MethodWarnings(stop_when_dead=recipe.run.stop_when_dead)
         self.weights = Weights(session.port, session.first_step - 1)

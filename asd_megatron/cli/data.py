@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--sft", action="store_true", help="a file of responses, for `asd-megatron sft`")
     check.add_argument("--all", action="store_true", help=f"print all rows, not {SHOWN} of each kind")
     check.add_argument("--json", action="store_true", help="print JSON")
-    show.add_argument("--problem", default="1", metavar="N", help="its place in the file from 1, or its id (default: 1)")
+    show.add_argument(
+        "--problem", default="1", metavar="N", help="its place in the file from 1, or its id (default: 1)"
+    )
     model = show.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="FOLDER", type=Path, help="the model's folder, for tokenizer and template")
     model.add_argument("--recipe", metavar="RECIPE", type=Path, help="a recipe: its model, prompts and limits")
@@ -74,10 +76,6 @@ def _fields(given: Sequence[str]) -> dict[str, str]:
     if wrong is not None:
         raise UserError(f"--fields {wrong!r}: write NAME=PATH, for instance answer=target.value")
     return {name: place for name, _, place in pairs}
-
-
-def _paths(given: Sequence[str]) -> list[str]:
-    return [path for path in given if path]
 
 
 # ---------------------------------------------------------------- check
@@ -220,7 +218,11 @@ def _show(arguments: Any) -> int:
     with importing("interrupted"):
         import torch  # noqa: F401 - it and what follows take seconds to import
     renderer, limit, reference = _renderer(arguments)
-    print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in _views(renderer, problem, limit, reference)))
+    print(
+        "\n\n".join(
+            f"{title}\n{'-' * len(title)}\n{text}" for title, text in _views(renderer, problem, limit, reference)
+        )
+    )
     return 0
 
 

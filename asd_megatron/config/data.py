@@ -77,9 +77,16 @@ class DataSection(Section):
             " an optional `schema` and `fields`; of a step's problems each gives its part by `weight`."
         )
     )
+    test: Text | None = Field(
+        None,
+        description=(
+            "File or folder of held-out problems, as `data.train`, `puzzle:test`, or `reasoning_gym:TASK` (the name"
+            " that `data.train` has, never its problems); null: no evaluation."
+        ),
+    )
     schema: Text | None = Field(  # type: ignore[assignment]
         None,
-        description="Schema of the rows of `data.train` (docs/data.md lists them); null: the one that its first row fits.",
+        description="Schema of `data.train`'s rows (docs/data.md lists them); null: the one that its first row fits.",
     )
     fields: Fields = Field(
         {},
@@ -97,13 +104,6 @@ class DataSection(Section):
             " `max_answer_chars`: longer ones; `long_prompts: drop`: those longer than `sampling.max_prompt_tokens`,"
             " which are refused otherwise; `pass_rate_field` with `min_pass_rate` and `max_pass_rate`: those too hard"
             " or too easy by a field of the rows (a dotted path)."
-        ),
-    )
-    test: Text | None = Field(
-        None,
-        description=(
-            "File or folder of held-out problems, as `data.train`, `puzzle:test`, or `reasoning_gym:TASK` (the name"
-            " that `data.train` has, never its problems); null: no evaluation."
         ),
     )
     test_schema: Text | None = Field(None, description="`data.schema` of `data.test`.")

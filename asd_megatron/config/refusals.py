@@ -99,7 +99,7 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     lines: list[str] = []
     for finding in error.errors(include_url=False):
         line = _line(dict(finding), schema)
-        if line not in lines:  # each member of a union reports
+        if not any(known.startswith(line) for known in lines):  # each member of a union reports
             lines.append(line)
     return f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
 

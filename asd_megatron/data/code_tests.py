@@ -139,7 +139,7 @@ def _lines(value: Any) -> str | None:
 
 
 def _calls(rows: Sequence[Mapping[str, Any]], function: str) -> list[Test]:
-    """Calls of a function. Some sets wrap each expected value in a list: if all are lists of one, they are unwrapped."""
+    """Calls of a function. Some sets wrap each expected value in a list: if all are lists of one, these are removed."""
     expected = [row["output"] for row in rows]
     wrapped = all(isinstance(value, list) and len(value) == 1 for value in expected)
     values = [value[0] if wrapped else value for value in expected]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from asd_megatron.data.jsonl import DataError, IncompleteJson, LineError, kind_of, parse_json
 from asd_megatron.errors import hub_hint
@@ -27,9 +27,9 @@ PEEKED = 4096  # bytes at the start of a file that tell what it is
 KINDS = "JSONL, JSON, Parquet, one of these compressed text files (.gz, .bz2, .xz, .zst), or a folder of them"
 PARQUET = b"PAR1"
 COMPRESSED: dict[bytes, tuple[str, Callable[[IO[bytes]], IO[bytes]]]] = {
-    b"\x1f\x8b": ("gzip", lambda file: gzip.open(file)),
-    b"BZh": ("bzip2", lambda file: bz2.open(file)),
-    b"\xfd7zXZ\x00": ("xz", lambda file: lzma.open(file)),
+    b"\x1f\x8b": ("gzip", lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file))),
+    b"BZh": ("bzip2", bz2.BZ2File),
+    b"\xfd7zXZ\x00": ("xz", lzma.LZMAFile),
     b"\x28\xb5\x2f\xfd": ("Zstandard", lambda file: _zstandard(file)),
 }
 """Formats that are unpacked while they are read, by their first bytes."""

@@ -188,6 +188,7 @@ def messages_field(line: dict[str, Any], name: str = "messages") -> tuple[Frozen
         return None
     if not isinstance(value, list) or not value:
         raise LineError(f"`{name}` must be a list of turns that is not empty, found {kind_of(value)}")
+    value = [_given(turn) for turn in value]
     for i, turn in enumerate(value):
         if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
             raise LineError(f"turn {i + 1} of `{name}` must be an object with the fields `role` and `content` alone")
@@ -201,6 +202,12 @@ def messages_field(line: dict[str, Any], name: str = "messages") -> tuple[Frozen
             " prompt, so remove the response from it, or remove the field and give `prompt`"
         )
     return tuple(freeze(turn) for turn in value)
+
+
+def _given(turn: Any) -> Any:
+    """A turn without the fields that are null, which a row of Parquet has where another row has values."""
+    named = ("role", "content")
+    return {k: v for k, v in turn.items() if v is not None or k in named} if isinstance(turn, dict) else turn
 
 
 def prompt_or_messages(line: dict[str, Any]) -> tuple[str | None, tuple[FrozenDict, ...] | None]:

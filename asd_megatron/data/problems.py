@@ -63,7 +63,7 @@ class ProblemSet:
         """The `n` distinct problems from place `first` (from 0) of an endless order, for a set of which a step takes
         varying numbers: a function of (first, n, seed).
 
-        The order is that of one epoch after another, each its own. A call that goes beyond the end of an epoch is filled
+        The order is that of one epoch after another, each its own. A call that goes beyond an epoch's end is filled
         from that epoch's beginning, so that nothing is drawn twice; the next epoch leaves out as many at its beginning.
         Raises DataError if the set has fewer than `n` problems.
 

@@ -15,9 +15,7 @@ from asd_megatron.data.code_tests import as_key, check_tests, is_judged
 from asd_megatron.data.files import Row, read_rows
 from asd_megatron.data.jsonl import (
     DataError,
-    FrozenDict,
     LineError,
-    as_written,
     freeze,
     kind_of,
     optional_text_field,

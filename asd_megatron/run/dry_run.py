@@ -174,6 +174,7 @@ def _supervised(
         end_ids=end_ids,
         max_tokens=positions,
         shuffle=recipe.data.shuffle,
+        loss_on=recipe.sft.loss_on,
     )
     batch = examples.batch(1, recipe.sft.sequences_per_step, recipe.run.seed)
     longest = max(len(example.prompt_ids) + len(example.response_ids) for example in batch)

@@ -13,7 +13,7 @@ from asd_megatron.data.mixture import Mixture
 from asd_megatron.data.problems import ProblemSet, ProblemSource
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.reading import Filters, load_set
-from asd_megatron.data.sft import SftExample, load_sft
+from asd_megatron.data.sft import LossOn, SftExample, load_sft
 from asd_megatron.errors import UserError
 from asd_megatron.gym.stream import Task, TrainingStream
 from asd_megatron.gym.tasks import task_of
@@ -154,9 +154,11 @@ def supervised_source(
     end_ids: Sequence[int],
     max_tokens: int,
     shuffle: bool = True,
+    loss_on: LossOn = "all",
 ) -> SupervisedSource:
     """The supervised examples `name`: `puzzle:corpus` (the puzzle's warm start, its two stages divided over `steps` as
-    2 : 1) or a file of given responses, which end with the first of `end_ids`.
+    2 : 1) or a file of given responses, which end with one of `end_ids`. loss_on: which of the assistant's turns are
+    learned.
 
     Raises UserError for a model without an end token, a name that is no corpus, and what `load_sft` refuses.
     """
@@ -173,4 +175,5 @@ def supervised_source(
         return Corpus(renderer, tokenizer, TeacherLimits(), options)
     if name.startswith(PUZZLE):
         raise UserError(f"data.train {name!r} is not a supervised corpus: use {CORPUS}, or a file of given responses")
-    return SupervisedFile(load_sft(name, renderer, end_token_id=end_ids[0], max_tokens=max_tokens), shuffle)
+    examples = load_sft(name, renderer, end_token_ids=end_ids, max_tokens=max_tokens, loss_on=loss_on)
+    return SupervisedFile(examples, shuffle)

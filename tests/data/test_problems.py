@@ -131,27 +131,26 @@ def test_numbers_are_read_as_they_are_written(tmp_path: Path) -> None:
 
 
 def test_a_blank_solution_is_none(tmp_path: Path) -> None:
-    for shape in ({"prompt": "x"}, {"problem": "x"}):
-        lines = [shape | {"answer": "1", "id": i, "solution": s} for i, s in enumerate(["", " \n", None, "S"])]
+    for name in ("prompt", "problem"):
+        lines = [{name: f"{i}", "answer": "1", "solution": s} for i, s in enumerate(["", " \n", None, "S"])]
         assert [p.solution for p in load_problems(write(tmp_path / "p.jsonl", *lines))] == [None, None, None, "S"]
 
 
 @pytest.mark.parametrize(
     ("content", "kind", "remedy"),
     [
-        (b"PAR1\x15\x04", "Parquet", "pq.read_table"),
-        (b"\x1f\x8b\x08\x00", "gzip", "gunzip"),
         (b"PK\x03\x04", "zip", "unzip"),
-        (b"\x28\xb5\x2f\xfd\x00", "Zstandard", "unzstd"),
-        (b"\x93NUMPY\x01\x00", "binary", "convert"),
+        (b"\x93NUMPY\x01\x00", "binary", "JSONL, JSON, Parquet"),
+        (b"ARROW1\x00", "Arrow", "Dataset.save_to_disk"),
         ('{"prompt": "x", "answer": "1"}'.encode("utf-16"), "UTF-16", "iconv"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer", "git lfs pull"),
-        (b'[{"prompt": "x", "answer": "1"}]', "JSON array", "json.load"),
-        (b'\n[\n  {"prompt": "x", "answer": "1"}\n]\n', "JSON array", "json.load"),
-        (b'{\n  "prompt": "x",\n  "answer": "1"\n}\n', "over several lines", "json.load"),
+        (b"PAR1\x15\x04", "damaged Parquet", ""),
+        (b"\x1f\x8b\x08\x00", "damaged gzip", "get it again"),
+        (b"\x28\xb5\x2f\xfd\x00", "damaged Zstandard", "get it again"),
+        (b'[\n {"prompt": "x",\n "answer" "1"}\n]\n', "line 3, column 11", "one JSON document"),
     ],
 )
-def test_other_kinds_of_file_are_named(tmp_path: Path, content: bytes, kind: str, remedy: str) -> None:
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, content: bytes, kind: str, remedy: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as e:
@@ -174,7 +173,7 @@ def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
         load_problems("a\0b")
     with pytest.raises(UserError, match="cannot read .*No such file"):
         load_problems(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder without data files"):
         load_problems(tmp_path)
     assert "has no problems" in refused(tmp_path / "p.jsonl")
     assert "has no problems" in refused(tmp_path / "p.jsonl", "", "  ")

@@ -24,8 +24,8 @@ from asd_megatron.checkpoint.huggingface import FolderReader, is_complete, read_
 from asd_megatron.checkpoint.inspection import inspect
 from asd_megatron.checkpoint.locate import Found, find
 from asd_megatron.config import check_devices, check_model, check_world, dump_recipe, load_recipe
-from asd_megatron.data.reading import load_problems
 from asd_megatron.data.prompts import PromptRenderer
+from asd_megatron.data.reading import load_problems
 from asd_megatron.data.sft import load_sft
 from asd_megatron.data.tokenizer import check_vocabulary, end_token_ids, load_tokenizer
 from asd_megatron.distributed import layout as layouts
@@ -158,7 +158,7 @@ def test_problem_files(many: bool, tmp_path: Path, renderer: PromptRenderer) -> 
         path = tmp_path / "problems.jsonl"
         path.write_bytes(data.draw(damaged_bytes(content)) if data.draw(st.booleans()) else content)
         names(refusal(lambda: renderer.check(load_problems(path).take())), "problems.jsonl", "problem ")
-        names(refusal(lambda: load_sft(path, renderer, end_token_id=256, max_tokens=1000)), "problems.jsonl")
+        names(refusal(lambda: load_sft(path, renderer, end_token_ids=[256], max_tokens=1000)), "problems.jsonl")
 
     fuzz("problems", many, check)
 
