@@ -209,12 +209,12 @@ def _cut(text: str) -> str:
 
 
 def _show(arguments: Any) -> int:
-    from asd_megatron.data.reading import load_set
+    from asd_megatron.data.reading import ProblemReader
 
     if len(arguments.file) != 1:
         raise UserError("data show takes one file, folder or pattern (in quotes, so that the shell leaves it alone)")
-    problems = load_set(arguments.file[0], schema=arguments.schema, fields=_fields(arguments.fields)).problems
-    problem = _chosen(arguments.problem, problems)
+    reader = ProblemReader(arguments.file[0], arguments.schema, _fields(arguments.fields))
+    problem = _chosen(arguments.problem, [read.problem for read in reader.outcomes() if read.problem is not None])
     with importing("interrupted"):
         import torch  # noqa: F401 - it and what follows take seconds to import
     renderer, limit, reference = _renderer(arguments)

@@ -29,7 +29,6 @@ class ColumnRow(NamedTuple):
 
     number: int
     value: dict[str, Any] | None = None
-    error: str | None = None
     copy_of: int | None = None
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 from asd_megatron.data.jsonl import DataError, IncompleteJson, LineError, kind_of, parse_json
 from asd_megatron.errors import hub_hint
@@ -26,8 +26,8 @@ MAX_DOCUMENT_BYTES = 1 << 30  # of a JSON document, which is read at once and ta
 PEEKED = 4096  # bytes at the start of a file that tell what it is
 KINDS = "JSONL, JSON, Parquet, one of these compressed text files (.gz, .bz2, .xz, .zst), or a folder of them"
 PARQUET = b"PAR1"
-COMPRESSED: dict[bytes, tuple[str, Callable[[IO[bytes]], IO[bytes]]]] = {
-    b"\x1f\x8b": ("gzip", lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file))),
+COMPRESSED: dict[bytes, tuple[str, Callable[[IO[bytes]], Any]]] = {
+    b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
     b"BZh": ("bzip2", bz2.BZ2File),
     b"\xfd7zXZ\x00": ("xz", lzma.LZMAFile),
     b"\x28\xb5\x2f\xfd": ("Zstandard", lambda file: _zstandard(file)),
@@ -142,7 +142,8 @@ def _split_of(path: Path) -> str:
 def _folder_rows(folder: Path) -> Iterator[Row]:
     from asd_megatron.data.columns import rows_of_batches, saved_batches
 
-    yield from (Row(folder, number, "row", *rest) for number, *rest in rows_of_batches(saved_batches(folder), folder))
+    for row in rows_of_batches(saved_batches(folder), folder):
+        yield Row(folder, row.number, "row", row.value, None, row.copy_of)
 
 
 # ---------------------------------------------------------------- files
@@ -162,14 +163,14 @@ def _file_rows(path: Path) -> Iterator[Row]:
         if start.startswith(PARQUET):
             from asd_megatron.data.columns import parquet_batches, rows_of_batches
 
-            for number, *rest in rows_of_batches(parquet_batches(path), path):
-                yield Row(path, number, "row", *rest)
+            for row in rows_of_batches(parquet_batches(path), path):
+                yield Row(path, row.number, "row", row.value, None, row.copy_of)
             return
         kind = next((c for signature, c in COMPRESSED.items() if start.startswith(signature)), None)
         if kind is not None:
             name, unpack = kind
             try:
-                file = stack.enter_context(io.BufferedReader(unpack(file)))  # type: ignore[arg-type]
+                file = stack.enter_context(io.BufferedReader(unpack(file)))
                 start = file.peek(PEEKED)[:PEEKED]
             except DAMAGED as e:
                 raise DataError(f"{path}: a damaged {name} file: {e}; get it again") from e

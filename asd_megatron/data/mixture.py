@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from asd_megatron.data.jsonl import DataError
-from asd_megatron.data.problems import ProblemSet
+from asd_megatron.data.problem_sets import ProblemSet
 from asd_megatron.data.reading import DUPLICATES, content_hash
 from asd_megatron.errors import plural
 from asd_megatron.records import Problem

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from asd_megatron.data.jsonl import (
     prompt_or_messages,
     scalar_field,
 )
-from asd_megatron.data.problems import ProblemSet
 from asd_megatron.data.schemas import Line, NoAnswer, Schema
 from asd_megatron.errors import did_you_mean
 from asd_megatron.records import Problem
@@ -177,46 +175,6 @@ class ProblemReader:
         seen[key] = row._replace(value=None)
         ids.add(problem.prompt_id)
         return Outcome(row, problem)
-
-
-def load_set(
-    path: str | Path,
-    *,
-    schema: str | None = None,
-    fields: Mapping[str, str] | None = None,
-    filters: Filters | None = None,
-    shuffle: bool = True,
-) -> ProblemSet:
-    """Read the problems of a file, a folder or a pattern of files (docs/data.md).
-
-    Raises DataError, as `file:line: reason` (`file: row N: reason`) for a row that cannot be used: one that is
-    malformed, lacks its fields, or has the id or content of another where the schema refuses that. Rows that the schema
-    or `filters` leave out are counted.
-    """
-    reader = ProblemReader(path, schema, fields or {}, filters or Filters())
-    problems: list[Problem] = []
-    left_out: Counter[str] = Counter()
-    example = ""
-    for outcome in reader.outcomes():
-        if outcome.problem is not None:
-            problems.append(outcome.problem)
-        elif outcome.counted is not None:
-            left_out[outcome.counted] += 1
-            example = example or f"{outcome.row.place}: {outcome.reason}"
-        else:
-            raise DataError(f"{outcome.row.place}: {outcome.reason}")
-    if not problems:
-        raise DataError(
-            f"{path} has no problems: every row is left out, the first for this reason: {example}"
-            if example
-            else f"{path} has no problems: every line is blank; write one JSON object a line"
-        )
-    assert reader.schema is not None  # a row has been read
-    return ProblemSet(str(path), tuple(problems), reader.schema.name, shuffle, dict(left_out))
-
-
-load_problems = load_set
-"""`load_set`, by the name of the time when there was one format."""
 
 
 def value_at(line: Line, place: str) -> Any:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from asd_megatron.config.checks import CORPUS
 from asd_megatron.config.data import DataSection, TrainSet
 from asd_megatron.data.mixture import Mixture
-from asd_megatron.data.problems import ProblemSet, ProblemSource
+from asd_megatron.data.problems import Filters, ProblemSet, ProblemSource, load_set
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
-from asd_megatron.data.reading import Filters, load_set
 from asd_megatron.data.sft import LossOn, SftExample, load_sft
 from asd_megatron.errors import UserError
 from asd_megatron.gym.stream import Task, TrainingStream

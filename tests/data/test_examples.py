@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from asd_megatron.config import load_recipe
+from asd_megatron.data.problems import load_problems
 from asd_megatron.data.prompts import PromptRenderer
-from asd_megatron.data.reading import load_problems
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
 from asd_megatron.reward.factory import make_verifier

@@ -16,7 +16,7 @@ import pytest
 
 from asd_megatron.data.columns import BATCH_ROWS, rows_of_batches
 from asd_megatron.data.files import read_rows
-from asd_megatron.data.reading import load_set
+from asd_megatron.data.problems import load_set
 from asd_megatron.errors import UserError
 
 ROWS = [{"prompt": f"{i} + 1?", "answer": str(i + 1), "level": i} for i in range(5)]

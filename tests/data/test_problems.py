@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from asd_megatron.data.problems import ProblemSet
-from asd_megatron.data.reading import load_problems
+from asd_megatron.data.problems import ProblemSet, load_problems
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
 

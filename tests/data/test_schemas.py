@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from asd_megatron.data.reading import Filters, ProblemReader, load_set
+from asd_megatron.data.problems import Filters, load_set
+from asd_megatron.data.reading import ProblemReader
 from asd_megatron.data.schemas import SCHEMAS, schema_table
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
@@ -20,8 +21,8 @@ from asd_megatron.records import Problem
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 DAPO = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer:"
-    " $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own line"
-    ' after "Answer:".'
+    " $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
 )
 IO = {"input": "1 2\n", "output": "3\n"}
 

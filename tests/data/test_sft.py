@@ -88,21 +88,21 @@ def learned(tokenizer: Any, example: SftExample) -> list[str]:
     return [tokenizer.decode(run) for run in runs]
 
 
-def dense_mask(text: str, answers: list[str], end: str) -> list[bool]:
+def dense_mask(text: str, answers: list[str], opening: str, end: str) -> list[bool]:
     """For each character of a rendered conversation whether the assistant wrote it, by searching for its turns."""
     mask, at = [False] * len(text), 0
     for answer in answers:
-        start = text.index(f"assistant\n{answer}{end}", at) + len("assistant\n")
-        at = start + len(answer) + len(end)
+        start = text.index(f"{opening}{answer}", at) + len(opening)
+        at = text.index(end, start) + len(end)
         mask[start:at] = [True] * (at - start)
     return mask
 
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|start|>system\nYou are a"
-    " helpful AI assistant named SmolLM, trained by Hugging Face<|end|>\n' }}{% endif %}{{'<|start|>' + message['role'] +"
-    " '\n' + message['content'] + '<|end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}"
-    "{% endif %}"
+    " helpful AI assistant named SmolLM, trained by Hugging Face<|end|>\n' }}{% endif %}{{'<|start|>' + message['role']"
+    " + '\n' + message['content'] + '<|end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start|>assistant\n' }}{% endif %}"
 )
 """SmolLM2-Instruct's, with this tokenizer's markers."""
 
@@ -119,6 +119,7 @@ def test_masks_of_conversations_are_those_of_a_dense_reading(tmp_path: Path, tem
             {"role": "system", "content": "S"},
             *say("2 + 2?", answers[0], "And?", answers[1], "Go on", answers[2]),
         ]
+    opening = "<|assistant|> " if template == "puzzle" else "assistant\n"
     renderer = PromptRenderer(tokenizer)
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps({"messages": turns, "source": "x"}))
@@ -128,7 +129,7 @@ def test_masks_of_conversations_are_those_of_a_dense_reading(tmp_path: Path, tem
     ids = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     kept = [*example.prompt_ids, *example.response_ids]
     assert kept == ids["input_ids"][: len(kept)]  # what follows the last end token is left out
-    mask = dense_mask(text, answers, tokenizer.eos_token)
+    mask = dense_mask(text, answers, opening, tokenizer.eos_token)
     weights = [0.0] * len(example.prompt_ids) + list(example.loss_weights)
     assert weights == [float(all(mask[a:b])) for a, b in ids["offset_mapping"][: len(kept)]]
     assert kept[-1] == end and sum(mask[ids["offset_mapping"][len(kept) - 1][1] :]) == 0

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from asd_megatron.config import Recipe, check_model, load_recipe
+from asd_megatron.data.problems import load_problems
 from asd_megatron.data.prompts import PromptRenderer
-from asd_megatron.data.reading import load_problems
 from asd_megatron.run.method import make_gate
 from tests.data.tokenizers import byte_tokenizer
 from tests.distributed.harness import run_ranks
