@@ -36,13 +36,14 @@ class SupervisedRun:
         self.recipe, self.session = recipe, session
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         self.examples = supervised_source(
-            recipe.data.train,
+            recipe.data.train_name,
             self.renderer,
             session.tokenizer,
             steps=recipe.run.steps,
             end_ids=session.end_ids,
             max_tokens=session.port.max_positions,
             shuffle=recipe.data.shuffle,
+            loss_on=recipe.sft.loss_on,
         )
         self.guard, self.warnings = Guard(), MethodWarnings(stop_when_dead=recipe.run.stop_when_dead)
         self.weights = Weights(session.port, session.first_step - 1)
@@ -141,7 +142,7 @@ def _announce(run: SupervisedRun) -> None:
     announce(
         run.session,
         {
-            "examples": f"{recipe.data.train}, {recipe.sft.sequences_per_step} a step",
+            "examples": f"{recipe.data.train_name}, {recipe.sft.sequences_per_step} a step",
             "micro-batches": f"at most {recipe.batching.tokens_per_microbatch:,} tokens",
             "steps": f"{recipe.run.steps}, learning rate {recipe.optimizer.learning_rate:g}",
             "evaluation": evaluation_text(recipe),

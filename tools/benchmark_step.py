@@ -131,7 +131,7 @@ def _check_smollm2(models: Sequence[str]) -> None:
     if "smollm2" not in models:
         return
     recipe = load_recipe(SMOLLM2, [])
-    for path in (recipe.model.path, recipe.data.train):
+    for path in (recipe.model.path, recipe.data.train_name):
         if not Path(path).exists():
             raise UserError(f"there is no {path}: `make smollm2` makes it, or choose --models puzzle")
 

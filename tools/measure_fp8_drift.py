@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from asd_megatron.checkpoint.huggingface import FolderReader, read_config
-from asd_megatron.data.jsonl import read_jsonl
+from asd_megatron.data.files import read_rows
 from asd_megatron.data.tokenizer import load_tokenizer
 from asd_megatron.distributed import device, layout
 from asd_megatron.distributed.layout import Layout, ProcessGroups
@@ -100,12 +100,13 @@ def read_texts(path: Path, folder: Path) -> Texts:
     response token."""
     tokenizer = load_tokenizer(folder)
     student, teacher, row = [], [], 0
-    for number, texts in read_jsonl(path):
-        if not all(isinstance(texts.get(key), str) for key in KEYS):
-            raise UserError(f"{path}, line {number}: give the strings {', '.join(KEYS)}")
+    for line in read_rows(path):
+        texts = line.value
+        if texts is None or not all(isinstance(texts.get(key), str) for key in KEYS):
+            raise UserError(f"{line.place}: " + (line.error or f"give the strings {', '.join(KEYS)}"))
         prompt, privileged, response = (tokenizer(texts[k], add_special_tokens=False).input_ids for k in KEYS)
         if not prompt or not privileged or not response:
-            raise UserError(f"{path}, line {number}: {', '.join(KEYS)} need a token each")
+            raise UserError(f"{line.place}: {', '.join(KEYS)} need a token each")
         student.append(TokenSequence.of(prompt, response, row))
         teacher.append(TokenSequence.of(privileged, response, row))
         row += len(response)

@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("asd_megatron.cli.evaluate", "answer sets of problems with models or runs, and compare them"),
     "launch": ("asd_megatron.cli.slurm", "print or submit the Slurm script of a run on one node or many"),
     "stop": ("asd_megatron.cli.stop", "ask a run to save its state and end"),
+    "data": ("asd_megatron.cli.data", "what is read from a file of problems, and the prompts of one"),
     "serve": ("asd_megatron.cli.serve", "start SGLang servers of a model and keep them running"),
     "quickstart": ("asd_megatron.cli.quickstart", "train the built-in puzzle and print what changed"),
     "study": ("asd_megatron.cli.study", "run many recipes and seeds, resumable, and compare them in one table"),

@@ -86,10 +86,13 @@ def _in_words(inner: Any, notes: list[Any], plural: bool = False) -> str:
         return f"a list of {_in_words(element, element_notes, plural=True)}"
     if origin is dict or inner is dict:
         return "a mapping"
+    if isinstance(inner, type) and issubclass(inner, Section) and plural:
+        return f"mappings of {', '.join(inner.model_fields)}"
     if isinstance(inner, type) and issubclass(inner, Section):
         keys = inner.model_fields
         kinds = {type_in_words(field) for field in keys.values()}
-        return f"a mapping of {', '.join(keys)} ({'; '.join(sorted(kinds))} each)"
+        each = f" ({'; '.join(sorted(kinds))} each)" if len(kinds) == 1 else ""
+        return f"a mapping of {', '.join(keys)}{each}"
     name = _NAMES[inner][plural]
     return name + _bounds(notes)
 
@@ -101,9 +104,15 @@ def type_in_words(field: FieldInfo) -> str:
 
 
 def takes_text(field: FieldInfo) -> bool:
-    """Whether the field holds free text (or null): then a command-line value needs no quotes inside the quotes."""
+    """Whether the field holds free text (or null, or a list): then a command-line value needs no quotes inside the
+    quotes, unless it begins as a list does."""
     members = {inner for inner, _ in _alternatives(field.annotation, [])} - {type(None)}
-    return members == {str}
+    return str in members and all(inner is str or get_origin(inner) is tuple for inner in members)
+
+
+def takes_list(field: FieldInfo) -> bool:
+    """Whether a list is a value of the field."""
+    return any(get_origin(inner) is tuple for inner, _ in _alternatives(field.annotation, []))
 
 
 def takes_null(field: FieldInfo) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from asd_megatron.config.algorithm import AlgorithmSection
 from asd_megatron.config.checkpoint import ALL
 from asd_megatron.config.data import texts_for_booleans
+from asd_megatron.config.data_checks import data_findings
 from asd_megatron.config.determinism_checks import cpu_server_finding, determinism_findings
 from asd_megatron.config.estimator_checks import estimator_findings
 from asd_megatron.config.evaluation_checks import evaluation_findings
@@ -107,6 +108,7 @@ def _common(recipe: AnyRecipe) -> Iterator[str]:
             "a schedule falls; lower it"
         )
     yield from evaluation_findings(recipe)
+    yield from data_findings(recipe)
     yield from texts_for_booleans(data.chat_template_kwargs, "data.chat_template_kwargs")
     if data.format == "raw":
         if data.raw_prompt.count("{prompt}") != 1:
@@ -193,7 +195,7 @@ def _train(recipe: Recipe) -> Iterator[str]:
         )
     yield from rollout_findings(recipe)
     yield from determinism_findings(recipe)
-    if data.train.startswith("puzzle:") and data.train not in PUZZLES:
+    if isinstance(data.train, str) and data.train.startswith("puzzle:") and data.train not in PUZZLES:
         yield (
             f"data.train {data.train!r} is not a puzzle set: use puzzle:train (puzzle:corpus is for `asd-megatron sft`)"
         )
@@ -259,8 +261,9 @@ def _importance(a: AlgorithmSection) -> Iterator[str]:
 
 
 def _sft(recipe: SftRecipe) -> Iterator[str]:
-    if recipe.data.train.startswith("puzzle:") and not recipe.data.train.startswith(CORPUS):
-        yield f"data.train {recipe.data.train!r} holds problems without responses: the supervised stage takes {CORPUS}"
+    train = recipe.data.train_name
+    if train.startswith("puzzle:") and not train.startswith(CORPUS):
+        yield f"data.train {train!r} holds problems without responses: the supervised stage takes {CORPUS}"
     if recipe.data.test is not None and recipe.reward is None:
         yield "data.test needs a reward to score the answers: add `reward: {name: ...}`, or leave data.test out"
     if recipe.reward is not None and recipe.data.test is None and not recipe.evaluation.sets:

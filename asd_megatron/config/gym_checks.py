@@ -18,8 +18,8 @@ def gym_findings(recipe: AnyRecipe) -> Iterator[str]:
     data = recipe.data
     given = {} if data.test is None else {"data.test": data.test}
     if not isinstance(recipe, SftRecipe):
-        given = {"data.train": data.train, **given}
-    elif task_of(data.train) is not None:
+        given = {"data.train": data.train_name, **given}
+    elif task_of(data.train_name) is not None:
         yield f"data.train {data.train!r} holds problems without responses: the supervised stage takes a JSONL file"
     tasks = {key: task for key, name in given.items() if (task := task_of(name)) is not None}
     yield from _reward(recipe, given, tasks)

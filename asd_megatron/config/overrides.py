@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from asd_megatron.config.base import section_schema, subsection, takes_null, takes_text
+from asd_megatron.config.base import section_schema, subsection, takes_list, takes_null, takes_text
 from asd_megatron.config.refusals import dotted_keys, unknown_key
 from asd_megatron.config.yaml_text import parse_yaml, to_yaml
 from asd_megatron.errors import UserError
@@ -101,7 +101,7 @@ def apply_overrides(values: dict[str, Any], arguments: Sequence[str], schema: ty
 
 
 def _value(text: str, field: Any, dotted: str) -> Any:
-    if not takes_text(field):
+    if not takes_text(field) or takes_list(field) and text.startswith("["):
         return parse_yaml(text, f"override --{dotted}")
     if takes_null(field) and text in ("null", "~", ""):
         return None

@@ -37,8 +37,7 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        inside = value.model_dump().items()
-        return ", ".join(f"{key}: {f'{v:g}' if isinstance(v, float) else _yaml(v)}" for key, v in inside)
+        return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.model_dump().items())
     if isinstance(value, tuple | dict):
         return str(list(value)) if isinstance(value, tuple) else str(value)
     if isinstance(value, str):
@@ -48,6 +47,10 @@ def _default(field: FieldInfo) -> str:
 
 def _yaml(value: Any) -> str:
     return to_yaml(value).removesuffix("...\n").strip()
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else _yaml(value)
 
 
 def _sections(schema: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:

@@ -108,7 +108,7 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     lines: list[str] = []
     for finding in error.errors(include_url=False):
         line = _line(dict(finding), schema)
-        if line not in lines:  # each member of a union reports
+        if not any(known.startswith(line) for known in lines):  # each member of a union reports
             lines.append(line)
     return f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
 
@@ -138,6 +138,8 @@ def _line(finding: dict[str, Any], schema: type[BaseModel]) -> str:
     if len(location) == 1 or "." not in dotted:
         return f"{dotted}: expected a mapping of keys, was given {value_in_words(given)}"
     field = _field(schema, dotted)
+    if kind == "value_error":
+        return f"{dotted}: {finding['ctx']['error']}"
     if kind == "string_pattern_mismatch":
         return f"{dotted}: {given!r} is not of the form it takes. {field.description}"
     hint = ' (quote it to make it text: "...")' if kind == "string_type" and given is not None else ""

@@ -44,14 +44,18 @@ class _OutOfTime(BaseException):
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Mapping[str, str]],
+    variables: Mapping[str, Any],
+    *,
+    generation_prompt: bool = True,
 ) -> str:
-    """`turns` through the tokenizer's chat template, with the generation prompt. Several threads may call it. Raises
-    TemplateError."""
+    """`turns` through the tokenizer's chat template, by default with the generation prompt. Several threads may call
+    it. Raises TemplateError."""
     try:
         with _bounded():
             text = tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns], add_generation_prompt=True, tokenize=False, **variables
+                [dict(turn) for turn in turns], add_generation_prompt=generation_prompt, tokenize=False, **variables
             )
     except _OutOfTime:
         raise TemplateError(

@@ -1,4 +1,4 @@
-"""Strict JSONL: one object a line; whatever is wrong is reported as `file:line: reason`.
+"""Strict JSON, and the fields of a row: whatever is wrong is a LineError with the reason. `files` reads files.
 
 Numbers keep the text they were written as (`as_written`), because an answer such as 6.02e23 is compared as text and
 must not become the digits of the nearest double.
@@ -9,35 +9,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
-from asd_megatron.errors import UserError, hub_hint
+from asd_megatron.errors import UserError
 
 MAX_DEPTH = 100  # nesting of lists and objects; far below Python's recursion limit, which later code would meet
-MAX_LINE_BYTES = 64 << 20
-PEEKED = 4096  # bytes at the start of a file that tell what it is
-TO_JSONL = {  # commands that convert the named kind of file
-    "Parquet": (
-        'python -c "import json, pyarrow.parquet as pq;'
-        " [print(json.dumps(x, default=str)) for x in pq.read_table('FILE').to_pylist()]\" > FILE.jsonl"
-    ),
-    "a JSON array": "python -c \"import json; [print(json.dumps(x)) for x in json.load(open('FILE'))]\" > FILE.jsonl",
-}
-SIGNATURES = (
-    (b"PAR1", "a Parquet file", f"convert it: {TO_JSONL['Parquet']}"),
-    (b"ARROW1", "an Arrow file", "save the data set as JSONL: Dataset.to_json of the package datasets does"),
-    (b"\x1f\x8b", "a gzip file", "unpack it: gunzip FILE"),
-    (b"\x28\xb5\x2f\xfd", "a Zstandard file", "unpack it: unzstd FILE"),
-    (b"\xfd7zXZ\x00", "an xz file", "unpack it: unxz FILE"),
-    (b"BZh", "a bzip2 file", "unpack it: bunzip2 FILE"),
-    (b"PK\x03\x04", "a zip file", "unpack it: unzip FILE"),
-    (b"\xff\xfe", "UTF-16 text", "convert it to UTF-8: iconv -f UTF-16 -t UTF-8 FILE > FILE.jsonl"),
-    (b"\xfe\xff", "UTF-16 text", "convert it to UTF-8: iconv -f UTF-16 -t UTF-8 FILE > FILE.jsonl"),
-    (b"version https://git-lfs", "a Git LFS pointer", "get the file itself: git lfs pull"),
-)
 
 
 class DataError(UserError, ValueError):
@@ -91,7 +67,7 @@ def _float(text: str) -> _WrittenFloat:
 
 
 def as_written(number: int | float) -> str:
-    """The text of a number that `read_jsonl` gave, exactly as in the file, but without a fraction of zeros alone:
+    """The text of a number that `parse_json` gave, exactly as in the file, but without a fraction of zeros alone:
     6.02e23 -> "6.02e23", 1.50 -> "1.50", 27.0 -> "27".
     """
     return re.sub(r"\.0+$", "", getattr(number, "text", str(number)))
@@ -108,67 +84,15 @@ def freeze(value: Any) -> Any:
     return float(value) if isinstance(value, _WrittenFloat) else value
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line that is not blank. Raises DataError; an empty file yields nothing."""
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path} is a folder: give the path of a JSONL file (one JSON object a line)")
+class IncompleteJson(LineError):
+    """A text that ends inside its JSON value."""
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text, a line or a document. Raises LineError for what is not JSON or cannot be kept: a field
+    given twice, numbers that are too large, more than MAX_DEPTH levels, half of a surrogate pair."""
     try:
-        file = path.open("rb")
-        start = file.peek(PEEKED)[:PEEKED]
-    except (OSError, ValueError) as e:  # ValueError: a null character in the name
-        why = (e.strerror if isinstance(e, OSError) else None) or e
-        raise DataError(
-            f"cannot read {path}: {why}. Give the path of a JSONL file (one JSON object a line)"
-            + hub_hint(path, " --repo-type dataset")
-        ) from e
-    with file:
-        _check_kind(path, start)
-        first = True
-        # split at b"\n" alone: JSON text may hold other line separators
-        for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
-            if not line.strip():
-                continue
-            try:
-                if len(line) > MAX_LINE_BYTES:
-                    raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB: shorten the problem, or split the line")
-                value = _parse(line)
-                if first and isinstance(value, list):
-                    raise LineError(_array(path))
-                if not isinstance(value, dict):
-                    raise LineError(f"expected a JSON object, found {_kind(value)}")
-            except _Incomplete as e:
-                several = first and line.lstrip(b"\xef\xbb\xbf \t")[:1] in (b"[", b"{")
-                raise DataError(f"{path}:{number}: {_array(path) if several else e}") from e
-            except LineError as e:
-                raise DataError(f"{path}:{number}: {e}") from e
-            first = False
-            yield number, value
-
-
-def _check_kind(path: Path, start: bytes) -> None:
-    """Refuse by name what is not text: `start` is the beginning of the file."""
-    found = next(((kind, what) for signature, kind, what in SIGNATURES if start.startswith(signature)), None)
-    if found is None and b"\x00" in start:
-        found = ("a binary file", "convert it")
-    if found is not None:
-        kind, what = found
-        what = what.replace("FILE", str(path))
-        raise DataError(f"{path} is {kind}, not JSONL (UTF-8 text, one JSON object a line): {what}")
-
-
-def _array(path: Path) -> str:
-    command = TO_JSONL["a JSON array"].replace("FILE", str(path))
-    return f"a JSON array or a JSON document over several lines, not JSONL (one object a line): convert it: {command}"
-
-
-class _Incomplete(LineError):
-    """A line that ends inside its JSON value."""
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        text = line.decode("utf-8-sig")
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise LineError(f"not UTF-8 text (byte {e.start + 1}): {e.reason}") from e
     try:
@@ -177,15 +101,16 @@ def _parse(line: bytes) -> Any:
         )
     except json.JSONDecodeError as e:
         if e.pos >= len(text.rstrip()):
-            raise _Incomplete(f"not JSON: the line ends inside the object (column {e.colno}: {e.msg})") from e
-        raise LineError(f"not JSON: {e.msg} at column {e.colno}") from e
+            raise IncompleteJson(f"not JSON: the text ends inside the object (column {e.colno}: {e.msg})") from e
+        raise LineError(f"not JSON: {e.msg} at {f'line {e.lineno}, ' if e.lineno > 1 else ''}column {e.colno}") from e
     except RecursionError as e:
         raise LineError(_too_deep()) from e
     _check_nesting(value)
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as e:
-        raise LineError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from e
+    if "\\u" in text:  # UTF-8 itself has no surrogates
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            raise LineError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from e
     return value
 
 
@@ -216,7 +141,8 @@ def _no_constant(name: str) -> NoReturn:
     raise LineError(f"{name} is not JSON")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
     kinds = ((str, "text"), (bool, "a boolean"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
     return next((name for kind, name in kinds if isinstance(value, kind)), "null")
 
@@ -237,7 +163,7 @@ def optional_text_field(line: dict[str, Any], name: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise LineError(f"`{name}` must be text, found {_kind(value)}")
+        raise LineError(f"`{name}` must be text, found {kind_of(value)}")
     return value if value.strip() else None
 
 
@@ -261,20 +187,27 @@ def messages_field(line: dict[str, Any], name: str = "messages") -> tuple[Frozen
     if value is None:
         return None
     if not isinstance(value, list) or not value:
-        raise LineError(f"`{name}` must be a list of turns that is not empty, found {_kind(value)}")
+        raise LineError(f"`{name}` must be a list of turns that is not empty, found {kind_of(value)}")
+    value = [_given(turn) for turn in value]
     for i, turn in enumerate(value):
         if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
             raise LineError(f"turn {i + 1} of `{name}` must be an object with the fields `role` and `content` alone")
         if turn["role"] not in ("system", "user", "assistant"):
             raise LineError(f"turn {i + 1} of `{name}` has the role {turn['role']!r}; use system, user or assistant")
         if not isinstance(turn["content"], str):
-            raise LineError(f"turn {i + 1} of `{name}` must have text as `content`, found {_kind(turn['content'])}")
+            raise LineError(f"turn {i + 1} of `{name}` must have text as `content`, found {kind_of(turn['content'])}")
     if not ends_with_user_turn(value):
         raise LineError(
             f"the last turn of `{name}` must be a user turn, found {value[-1]['role']}: `{name}` is read as the"
             " prompt, so remove the response from it, or remove the field and give `prompt`"
         )
     return tuple(freeze(turn) for turn in value)
+
+
+def _given(turn: Any) -> Any:
+    """A turn without the fields that are null, which a row of Parquet has where another row has values."""
+    named = ("role", "content")
+    return {k: v for k, v in turn.items() if v is not None or k in named} if isinstance(turn, dict) else turn
 
 
 def prompt_or_messages(line: dict[str, Any]) -> tuple[str | None, tuple[FrozenDict, ...] | None]:

@@ -176,12 +176,17 @@ class PromptRenderer:
             turns[last]["content"] = fill_paragraphs(
                 self.chat_template, {"prompt": turns[last]["content"], **privileged}
             )
+        return self.chat_text(turns, problem.prompt_id)
+
+    def chat_text(self, turns: Sequence[Mapping[str, str]], name: str, *, generation_prompt: bool = True) -> str:
+        """Turns through the chat template, after the system turn of the recipe if they have none. name: of the problem,
+        for errors. Raises PromptError."""
         if self.system is not None and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": self.system})
+            turns = [{"role": "system", "content": self.system}, *turns]
         try:
-            return render_chat(self.tokenizer, turns, self.chat_template_kwargs)
+            return render_chat(self.tokenizer, turns, self.chat_template_kwargs, generation_prompt=generation_prompt)
         except TemplateError as e:
-            raise PromptError(f"problem {problem.prompt_id}: {e}") from e
+            raise PromptError(f"problem {name}: {e}") from e
 
     def _raw_question(self, problem: Problem) -> str:
         if problem.messages is not None and [m["role"] for m in problem.messages] != ["user"]:
@@ -226,6 +231,10 @@ class PromptRenderer:
             )
         return Prompt(problem, tuple(ids.tolist()))
 
+    def tokens(self, problem: Problem) -> int:
+        """Tokens of the student's prompt, however long."""
+        return len(self._encode(self.student_text(problem)))
+
     def check(self, problems: Iterable[Problem]) -> int:
         """Render every problem once; returns the longest prompt's tokens.
 
@@ -233,7 +242,7 @@ class PromptRenderer:
         """
         longest, worst, over = 0, "", 0
         for problem in problems:
-            tokens = len(self._encode(self.student_text(problem)))
+            tokens = self.tokens(problem)
             over += tokens > self.max_prompt_tokens
             if tokens > longest:
                 longest, worst = tokens, problem.prompt_id

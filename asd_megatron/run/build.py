@@ -24,7 +24,7 @@ from asd_megatron.run.method import make_overlong, make_signal
 from asd_megatron.run.model_session import ModelSession
 from asd_megatron.run.sampling import evaluation_params, training_params
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import training_problems
+from asd_megatron.run.sources import FileSource, training_problems
 from asd_megatron.trainer.examples import ExampleBuilder
 
 if TYPE_CHECKING:
@@ -40,12 +40,21 @@ def first_problems(recipe: Recipe, problems: ProblemSource) -> list[Problem]:
 def checked_problems(recipe: Recipe, renderer: PromptRenderer, held_out: Sequence[EvaluationSet]) -> ProblemSource:
     """The training problems. Raises UserError for prompts that are too long, of these and of the sets `held_out`, and
     for fewer problems than a step has."""
-    train_set = training_problems(recipe.data)
+    train_set = training_set(recipe, renderer)
     renderer.check(train_set.take(None))
     for found in held_out:
         renderer.check(found.source.take(None))
     first_problems(recipe, train_set)
     return train_set
+
+
+def training_set(recipe: Recipe, renderer: PromptRenderer) -> ProblemSource:
+    """The training problems, without those whose prompts are too long where `data.filter.long_prompts` is `drop`."""
+    problems = training_problems(recipe.data)
+    if recipe.data.filter.long_prompts != "drop" or not isinstance(problems, FileSource):
+        return problems
+    limit = recipe.sampling.max_prompt_tokens
+    return problems.keep(lambda problem: renderer.tokens(problem) <= limit, f"longer than {limit:,} tokens")
 
 
 def example_builder(

@@ -18,7 +18,7 @@ from asd_megatron.models.family import ModelShape
 from asd_megatron.records import Problem
 from asd_megatron.reward.base import Response, tests_of
 from asd_megatron.reward.factory import make_verifier
-from asd_megatron.run.build import first_problems, make_renderer
+from asd_megatron.run.build import first_problems, make_renderer, training_set
 from asd_megatron.run.folder import Start
 from asd_megatron.run.method import (
     make_gate,
@@ -30,7 +30,7 @@ from asd_megatron.run.method import (
 from asd_megatron.run.mismatch import uncorrected
 from asd_megatron.run.preview import preview, start_text
 from asd_megatron.run.report import evaluation_text, method_rows, weights_rows
-from asd_megatron.run.sources import held_out, model_folder, supervised_source, training_problems
+from asd_megatron.run.sources import described, held_out, model_folder, supervised_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,15 +112,16 @@ def _summary(recipe: AnyRecipe, start: Start | None) -> str:
 
 
 def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[Section]:
-    train = training_problems(recipe.data)
+    train = training_set(recipe, renderer)
     passes = make_plan(recipe)
     counts = []
-    for name, problems in ((recipe.data.train, train), *held_out(recipe)):
+    for name, problems in ((recipe.data.train_name, train), *held_out(recipe)):
         if problems is not None:
             looked_at = problems.take(None)
             longest = renderer.check(looked_at)
             counts.append(
-                f"{name}: {plural(len(looked_at), 'problem')} checked, prompts of at most {plural(longest, 'token')}"
+                f"{described(name, problems)}: {plural(len(looked_at), 'problem')} checked, prompts of at most"
+                f" {plural(longest, 'token')}"
             )
             if problems is train and passes.teacher_scoring and recipe.privileged.use_reference:
                 counts[-1] += f", {sum(bool(problem.solution) for problem in looked_at):,} with a solution"
@@ -172,19 +173,20 @@ def _supervised(
     positions: int,
 ) -> list[Section]:
     examples = supervised_source(
-        recipe.data.train,
+        recipe.data.train_name,
         renderer,
         tokenizer,
         steps=recipe.run.steps,
         end_ids=end_ids,
         max_tokens=positions,
         shuffle=recipe.data.shuffle,
+        loss_on=recipe.sft.loss_on,
     )
     batch = examples.batch(1, recipe.sft.sequences_per_step, recipe.run.seed)
     longest = max(len(example.prompt_ids) + len(example.response_ids) for example in batch)
     size = f"{plural(len(batch), 'sequence')} of at most {plural(longest, 'token')}"
     sections = [
-        ("data", f"{recipe.data.train}: the first step has {size}"),
+        ("data", f"{recipe.data.train_name}: the first step has {size}"),
         ("prompt of the first example", decode(tokenizer, batch[0].prompt_ids, skip_special_tokens=False)),
         ("its response", decode(tokenizer, batch[0].response_ids)),
     ]

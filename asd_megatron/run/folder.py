@@ -329,7 +329,7 @@ def _inputs(recipe: AnyRecipe) -> dict[str, str]:
     """The files and folders that the recipe reads, by key (built-in names are never inside a run folder)."""
     found: dict[str, str | None] = {
         "model.path": recipe.model.path,
-        "data.train": recipe.data.train,
+        **{f"data.train{f' ({i})' if i else ''}": given.path for i, given in enumerate(recipe.data.train_sets)},
         "data.test": recipe.data.test,
         "checkpoint.resume": recipe.checkpoint.resume,
         "checkpoint.continual_from": recipe.checkpoint.continual_from,

@@ -309,13 +309,16 @@ def _teacher_states(recipe: Recipe, session: Session, method: Method) -> dict[st
     return {"teacher's states": f"at most {_size(size)} a rank, in the {recipe.algorithm.teacher_states}'s memory"}
 
 
-def announce_training(recipe: Recipe, session: Session, strength: TermStrength, plan: PassPlan) -> None:
-    """The report of an RL run. Global rank 0 only."""
+def announce_training(
+    recipe: Recipe, session: Session, strength: TermStrength, plan: PassPlan, sets: Mapping[str, str]
+) -> None:
+    """The report of an RL run. sets: the problem sets, in words, by the name of their row. Global rank 0 only."""
     method, s = strength.method, recipe.sampling
     announce(
         session,
         {
-            "problems": f"{recipe.data.train}, {s.problems_per_step} a step",
+            **sets,
+            "problems a step": f"{s.problems_per_step}",
             "rollouts": f"{s.rollouts_per_problem} a problem, at most {s.max_response_tokens} tokens, "
             f"temperature {s.temperature:g}, from the {recipe.rollout.engine} engine",
             **_servers(recipe.rollout),

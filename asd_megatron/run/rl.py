@@ -36,7 +36,7 @@ from asd_megatron.run.report import announce_training
 from asd_megatron.run.reports import StepOutcome, StepReports
 from asd_megatron.run.scoring import Batch, ScoringPasses
 from asd_megatron.run.session import Session
-from asd_megatron.run.sources import own_metrics
+from asd_megatron.run.sources import described, own_metrics
 from asd_megatron.run.stopping import StopRequested
 from asd_megatron.trainer import token_method
 from asd_megatron.trainer.align import gather_table
@@ -62,7 +62,12 @@ class TrainingRun:
         self.weights = Weights(self.port, session.first_step - 1)
         self.renderer = make_renderer(recipe, session.tokenizer, session.end_ids)
         test, sets = test_set(session), named_sets(session)
-        train_set = checked_problems(recipe, self.renderer, [*([test] if test else []), *sets])
+        held_out = [*([test] if test else []), *sets]
+        train_set = checked_problems(recipe, self.renderer, held_out)
+        self._sets = {"problems": described(recipe.data.train_name, train_set)} | {
+            "held-out problems" if found is test else f"set {found.name}": described(found.data, found.source)
+            for found in held_out
+        }
         own = own_metrics(train_set, session.tokenizer)
         self.reports = StepReports(recipe, session, own, has_term=self.condition.sign != 0)
         self.verifier = session.only_root(lambda: make_verifier(**recipe.reward.model_dump()))
@@ -104,7 +109,7 @@ class TrainingRun:
         self.session.begin()
         self.session.closing.callback(self.reports.close)
         self.session.on_root(self.reports.watch_earlier_steps)
-        self.session.on_root(lambda: announce_training(self.recipe, self.session, self.strength, self.plan))
+        self.session.on_root(lambda: announce_training(self.recipe, self.session, self.strength, self.plan, self._sets))
         for line in self._changed_levels:
             self.session.say(line)
         done = self.session.first_step - 1

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from asd_megatron.config import AnyRecipe
 from asd_megatron.config.checks import CORPUS
-from asd_megatron.config.data import DataSection
+from asd_megatron.config.data import DataSection, TrainSet
 from asd_megatron.config.evaluation import EvaluationSetSection
-from asd_megatron.data.problems import ProblemSet, ProblemSource, load_problems
+from asd_megatron.data.mixture import Mixture
+from asd_megatron.data.problems import Filters, ProblemSet, ProblemSource, load_set
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
-from asd_megatron.data.sft import SftExample, load_sft
+from asd_megatron.data.sft import LossOn, SftExample, load_sft
 from asd_megatron.errors import UserError
 from asd_megatron.gym.stream import Task, TrainingStream
 from asd_megatron.gym.tasks import task_of
-from asd_megatron.records import Example, Rollout, TokenTable
+from asd_megatron.records import Example, Problem, Rollout, TokenTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,20 @@ def own_metrics(problems: ProblemSource, tokenizer: PreTrainedTokenizerBase) -> 
     return problems.metrics(tokenizer) if isinstance(problems, MeasuredSource) else None
 
 
+@runtime_checkable
+class FileSource(Protocol):
+    """A problem set that was read from files."""
+
+    def describe(self) -> str: ...
+
+    def keep(self, fits: Callable[[Problem], bool], reason: str) -> ProblemSource: ...
+
+
+def described(name: str, problems: ProblemSource) -> str:
+    """The problem set `name` for a report: of files with schema, size and what was left out."""
+    return problems.describe() if isinstance(problems, FileSource) else name
+
+
 class SupervisedSource(Protocol):
     """Supervised examples by step, also a pure function of (step, n, seed)."""
 
@@ -60,9 +75,27 @@ def model_folder(path: str) -> Path:
 
 
 def training_problems(data: DataSection) -> ProblemSource:
-    """The problem set of `data.train`: `puzzle:train`, a task `reasoning_gym:NAME`, or a JSONL file."""
+    """The problem set of `data.train`: `puzzle:train`, a task `reasoning_gym:NAME`, a file, or several."""
+    if not isinstance(data.train, str):
+        weights = [given.weight for given in data.train]
+        return Mixture.of([_file(given, data) for given in data.train], weights)
     task = _task(data, data.train)
-    return _named(data.train, data.shuffle) if task is None else TrainingStream(task)
+    if task is not None:
+        return TrainingStream(task)
+    return _puzzle(data.train) or _file(data.train_sets[0], data)
+
+
+def _file(given: TrainSet, data: DataSection) -> ProblemSet:
+    f = data.filter
+    filters = Filters(
+        duplicates=f.duplicates,
+        max_prompt_chars=f.max_prompt_chars,
+        max_answer_chars=f.max_answer_chars,
+        pass_rate=f.pass_rate_field,
+        min_pass_rate=f.min_pass_rate,
+        max_pass_rate=f.max_pass_rate,
+    )
+    return load_set(given.path, schema=given.schema, fields=given.fields, filters=filters, shuffle=data.shuffle)
 
 
 def held_out_problems(data: DataSection) -> ProblemSource | None:
@@ -70,7 +103,9 @@ def held_out_problems(data: DataSection) -> ProblemSource | None:
     if data.test is None:
         return None
     task = _task(data, data.test)
-    return _named(data.test) if task is None else ProblemSet(data.test, task.held_out, shuffle=False)
+    if task is not None:
+        return ProblemSet(data.test, task.held_out, shuffle=False)
+    return _puzzle(data.test) or load_set(data.test, schema=data.test_schema, fields=data.test_fields)
 
 
 def held_out(recipe: AnyRecipe) -> list[tuple[str, ProblemSource]]:
@@ -93,12 +128,13 @@ def _task(data: DataSection, name: str) -> Task | None:
     return None if task is None else Task(task, data.reasoning_gym, data.test_problems)
 
 
-def _named(name: str, shuffle: bool = True) -> ProblemSource:
-    if name.startswith(PUZZLE):
-        from asd_megatron.puzzle.metrics import puzzle_source
+def _puzzle(name: str) -> ProblemSource | None:
+    """The built-in puzzles `name`; None for another name."""
+    if not name.startswith(PUZZLE):
+        return None
+    from asd_megatron.puzzle.metrics import puzzle_source
 
-        return puzzle_source(name.removeprefix(PUZZLE))
-    return load_problems(name, shuffle=shuffle)
+    return puzzle_source(name.removeprefix(PUZZLE))
 
 
 @dataclass(frozen=True)
@@ -134,9 +170,11 @@ def supervised_source(
     end_ids: Sequence[int],
     max_tokens: int,
     shuffle: bool = True,
+    loss_on: LossOn = "all",
 ) -> SupervisedSource:
     """The supervised examples `name`: `puzzle:corpus` (the puzzle's warm start, its two stages divided over `steps` as
-    2 : 1) or a JSONL file of given responses, which end with the first of `end_ids`.
+    2 : 1) or a file of given responses, which end with one of `end_ids`. loss_on: which of the assistant's turns are
+    learned.
 
     Raises UserError for a model without an end token, a name that is no corpus, and what `load_sft` refuses.
     """
@@ -152,5 +190,6 @@ def supervised_source(
         options = CorpusOptions(drill_steps=drill, habit_steps=steps - drill)
         return Corpus(renderer, tokenizer, TeacherLimits(), options)
     if name.startswith(PUZZLE):
-        raise UserError(f"data.train {name!r} is not a supervised corpus: use {CORPUS}, or a JSONL file")
-    return SupervisedFile(load_sft(name, renderer, end_token_id=end_ids[0], max_tokens=max_tokens), shuffle)
+        raise UserError(f"data.train {name!r} is not a supervised corpus: use {CORPUS}, or a file of given responses")
+    examples = load_sft(name, renderer, end_token_ids=end_ids, max_tokens=max_tokens, loss_on=loss_on)
+    return SupervisedFile(examples, shuffle)

@@ -224,7 +224,7 @@ def test_a_wrong_type_says_what_was_expected_and_given(key: str, value: str, exp
 
 
 def test_text_in_a_file_must_be_text() -> None:
-    assert 'expected text, was given 3 (a whole number) (quote it to make it text: "...")' in refusal(data={"train": 3})
+    assert 'was given 3 (a whole number) (quote it to make it text: "...")' in refusal(data={"train": 3})
     assert "examples/baselines/sdpo.yaml" in refusal(algorithm={"name": "SDPO"})
     assert "docs/options.md has the keys that make DAPO" in refusal(algorithm={"name": "DAPO"})
     assert "run.name" in refusal("--run.name", "../elsewhere")

@@ -29,7 +29,7 @@ def test_word_problems_are_deterministic_disjoint_and_right(tmp_path: Path, monk
     for file in ("train.jsonl", "test.jsonl", "gsm8k_style.jsonl"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     train, test, gsm8k = (load_problems(tmp_path / "a" / f) for f in ("train.jsonl", "test.jsonl", "gsm8k_style.jsonl"))
-    assert (len(train), len(test), gsm8k.shape) == (200, 50, "gsm8k")
+    assert (len(train), len(test), gsm8k.schema) == (200, 50, "gsm8k")
     assert len({p.question for p in [*train, *test]}) == 250
     assert [(p.question, p.answer) for p in train] == [(p.question, p.answer) for p in gsm8k]
     verifier = make_verifier("math", timeout_seconds=30.0, workers=1)

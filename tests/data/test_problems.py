@@ -47,7 +47,7 @@ def test_canonical_fields(tmp_path: Path) -> None:
     assert (first.prompt_id, first.prompt, first.answer, first.solution) == ("7", "1 + 1?", "2", "1 + 1 = 2")
     assert first.extra == {"level": 3, "tests": ((1,), {"a": 2})}
     assert second.answer == "4" and second.question == "2 + 2?" and second.prompt is None and second.solution is None
-    assert problems.shape == "canonical" and len(problems) == 2 and problems.take(1) == [first]
+    assert problems.schema == "canonical" and len(problems) == 2 and problems.take(1) == [first]
 
 
 def test_extra_is_read_only_and_travels_between_processes(tmp_path: Path) -> None:
@@ -130,27 +130,26 @@ def test_numbers_are_read_as_they_are_written(tmp_path: Path) -> None:
 
 
 def test_a_blank_solution_is_none(tmp_path: Path) -> None:
-    for shape in ({"prompt": "x"}, {"problem": "x"}):
-        lines = [shape | {"answer": "1", "id": i, "solution": s} for i, s in enumerate(["", " \n", None, "S"])]
+    for name in ("prompt", "problem"):
+        lines = [{name: f"{i}", "answer": "1", "solution": s} for i, s in enumerate(["", " \n", None, "S"])]
         assert [p.solution for p in load_problems(write(tmp_path / "p.jsonl", *lines))] == [None, None, None, "S"]
 
 
 @pytest.mark.parametrize(
     ("content", "kind", "remedy"),
     [
-        (b"PAR1\x15\x04", "Parquet", "pq.read_table"),
-        (b"\x1f\x8b\x08\x00", "gzip", "gunzip"),
         (b"PK\x03\x04", "zip", "unzip"),
-        (b"\x28\xb5\x2f\xfd\x00", "Zstandard", "unzstd"),
-        (b"\x93NUMPY\x01\x00", "binary", "convert"),
+        (b"\x93NUMPY\x01\x00", "binary", "JSONL, JSON, Parquet"),
+        (b"ARROW1\x00", "Arrow", "Dataset.save_to_disk"),
         ('{"prompt": "x", "answer": "1"}'.encode("utf-16"), "UTF-16", "iconv"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer", "git lfs pull"),
-        (b'[{"prompt": "x", "answer": "1"}]', "JSON array", "json.load"),
-        (b'\n[\n  {"prompt": "x", "answer": "1"}\n]\n', "JSON array", "json.load"),
-        (b'{\n  "prompt": "x",\n  "answer": "1"\n}\n', "over several lines", "json.load"),
+        (b"PAR1\x15\x04", "damaged Parquet", ""),
+        (b"\x1f\x8b\x08\x00", "damaged gzip", "get it again"),
+        (b"\x28\xb5\x2f\xfd\x00", "damaged Zstandard", "get it again"),
+        (b'[\n {"prompt": "x",\n "answer" "1"}\n]\n', "line 3, column 11", "one JSON document"),
     ],
 )
-def test_other_kinds_of_file_are_named(tmp_path: Path, content: bytes, kind: str, remedy: str) -> None:
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, content: bytes, kind: str, remedy: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as e:
@@ -173,7 +172,7 @@ def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
         load_problems("a\0b")
     with pytest.raises(UserError, match="cannot read .*No such file"):
         load_problems(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder without data files"):
         load_problems(tmp_path)
     assert "has no problems" in refused(tmp_path / "p.jsonl")
     assert "has no problems" in refused(tmp_path / "p.jsonl", "", "  ")
@@ -187,11 +186,11 @@ def test_other_line_separators_and_a_byte_order_mark(tmp_path: Path) -> None:
     assert load_problems(tmp_path / "p.jsonl").problems[0].prompt == "a\u2028b"
 
 
-def test_gsm8k_shape(tmp_path: Path) -> None:
+def test_gsm8k_schema(tmp_path: Path) -> None:
     answer = "She sold 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = $<<48+24=72>>1,072.\n#### 1,072"
     problems = load_problems(write(tmp_path / "g.jsonl", {"question": "How many clips?", "answer": answer}))
     problem = problems.problems[0]
-    assert problems.shape == "gsm8k" and problem.answer == "1,072" and problem.prompt == "How many clips?"
+    assert problems.schema == "gsm8k" and problem.answer == "1,072" and problem.prompt == "How many clips?"
     assert problem.solution == "She sold 48/2 = 24 clips.\nIn all 48+24 = $1,072.\n#### 1,072"
     reason = refused(tmp_path / "g.jsonl", {"question": "Q", "answer": answer}, {"question": "Q2", "answer": "72"})
     assert ":2: `answer` has no final line `#### N`; to give a plain answer name the fields" in reason
@@ -200,7 +199,7 @@ def test_gsm8k_shape(tmp_path: Path) -> None:
     )
 
 
-def test_competition_shape(tmp_path: Path) -> None:
+def test_competition_schema(tmp_path: Path) -> None:
     problems = load_problems(
         write(
             tmp_path / "c.jsonl",
@@ -209,7 +208,7 @@ def test_competition_shape(tmp_path: Path) -> None:
             {"problem": "P3", "solution": "S", "answer": "204"},
         )
     )
-    assert problems.shape == "competition"
+    assert problems.schema == "competition"
     assert [(p.prompt_id, p.answer) for p in problems][:2] == [("60", "27"), ("3", r"\frac{1}{2}")]
     assert problems.problems[0].extra == {"question": "P1", "url": "u"} and problems.problems[0].solution is None
     assert problems.problems[2].answer == "204" and problems.problems[2].solution == "S"
@@ -226,11 +225,11 @@ def test_problem_and_response_as_messages_beside_the_problem(tmp_path: Path) -> 
     assert (first.prompt, first.answer, first.messages, first.extra) == ("1 + 2?", "3", None, {"source": "x"})
     assert second.prompt == "2?"
     asked = load_problems(write(tmp_path / "n.jsonl", line | {"messages": turns[:1]}))
-    assert asked.shape == "competition"  # without `answer` the messages alone would not do
+    assert asked.schema == "competition"  # without `answer` the messages alone would not do
     canonical = load_problems(write(tmp_path / "m.jsonl", {"messages": turns[:1], "answer": "3", "problem": "tag"}))
     assert canonical.problems[0].extra == {"problem": "tag"} and canonical.problems[0].messages is not None
     gsm8k = load_problems(write(tmp_path / "g.jsonl", {"question": "Q", "answer": "#### 5", "messages": turns}))
-    assert (gsm8k.shape, gsm8k.problems[0].answer) == ("gsm8k", "5")
+    assert (gsm8k.schema, gsm8k.problems[0].answer) == ("gsm8k", "5")
     null = load_problems(write(tmp_path / "c.jsonl", {"prompt": None, "messages": None, "problem": "P", "answer": "1"}))
     assert null.problems[0].prompt == "P"
     reason = refused(tmp_path / "n.jsonl", {"messages": turns, "answer": "3"})

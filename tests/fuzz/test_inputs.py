@@ -6,13 +6,18 @@ unbounded memory.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 import yaml
@@ -49,6 +54,7 @@ RECIPES = sorted(ROOT.glob("examples/**/*.yaml"))
 QUICK = {
     "recipe": 60,
     "problems": 150,
+    "files": 80,
     "config": 100,
     "index": 60,
     "weights": 100,
@@ -140,6 +146,33 @@ LINES = [
     {"problem": "p", "solution": "so \\boxed{4}", "idx": 3},
     {"question": "q", "answer": "2 + 2 = <<2+2=4>> 4\n#### 4"},
 ]
+ROWS = [
+    {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "1"}, "extra_info": {"index": "x"}},
+    {"prompt": "q", "ground_truth": ["assert f(1) == 2"], "dataset": "code"},
+    {
+        "question": "q",
+        "input_output": '{"fn_name": "f", "inputs": [[1]], "outputs": [[2]]}',
+        "starter_code": "def f(x):",
+    },
+    {
+        "question_content": "q",
+        "public_test_cases": '[{"input": "1", "output": "2", "testtype": "functional"}]',
+        "private_test_cases": "eJxrYJmqxMjAwFDGoJRYklmWqgQAIYIEKw==",
+        "metadata": '{"func_name": "f"}',
+    },
+    {
+        "prompt": "def f(x):",
+        "test": "def check(f): pass",
+        "entry_point": "f",
+        "task_id": "t",
+        "canonical_solution": "x",
+    },
+    {"text": "q", "test_list": ["assert f(1) == 2"], "test_imports": ["import math"], "code": "f = int"},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "system": "s"},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+    {"instruction": "q", "input": "i", "output": "o"},
+    {"prompt": "q", "tests": [{"input": "1", "output": "2"}, {"assert": "x"}], "setup": "import math"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +191,37 @@ def test_problem_files(many: bool, tmp_path: Path, renderer: PromptRenderer) -> 
         path = tmp_path / "problems.jsonl"
         path.write_bytes(data.draw(damaged_bytes(content)) if data.draw(st.booleans()) else content)
         names(refusal(lambda: renderer.check(load_problems(path).take())), "problems.jsonl", "problem ")
-        names(refusal(lambda: load_sft(path, renderer, end_token_id=256, max_tokens=1000)), "problems.jsonl")
+        names(refusal(lambda: load_sft(path, renderer, end_token_ids=[256], max_tokens=1000)), "problems.jsonl")
 
     fuzz("problems", many, check)
+
+
+@few_and_many
+def test_other_data_files(many: bool, tmp_path: Path, renderer: PromptRenderer) -> None:
+    """Parquet, packed text and JSON documents; conversations and rows of published sets with their tests."""
+    good = tmp_path / "good"
+    good.mkdir()
+    pq.write_table(
+        pa.Table.from_pylist([{**LINES[0], "id": i, "turns": LINES[1]["messages"]} for i in "abcabc"]),
+        good / "a.parquet",
+    )
+    (good / "a.json").write_text(json.dumps(ROWS, indent=1))
+    for name, pack in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)):
+        (good / f"a.{name}").write_bytes(pack(json.dumps(LINES[0]).encode()))
+
+    def check(data: Any) -> None:
+        source = data.draw(st.sampled_from(sorted(good.iterdir())))
+        path = tmp_path / source.name
+        if source.suffix == ".json" and data.draw(st.integers(0, 3)):
+            path.write_bytes(data.draw(damaged_json(ROWS)))
+        elif source.suffix == ".json":
+            path.write_bytes(b"\n".join(data.draw(damaged_json(data.draw(st.sampled_from(ROWS)))) for _ in range(2)))
+        else:
+            path.write_bytes(data.draw(damaged_bytes(source.read_bytes())))
+        names(refusal(lambda: load_problems(path)), str(path))
+        names(refusal(lambda: load_sft(path, renderer, end_token_ids=[256])), str(path))
+
+    fuzz("files", many, check)
 
 
 # ---------------------------------------------------------------- model folders

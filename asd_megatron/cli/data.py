@@ -1,0 +1,277 @@
+"""`asd-megatron data check | show`: what is read from a file, and what student and teacher see of a problem."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asd_megatron.cli.guard import FAILED, importing
+from asd_megatron.errors import UserError
+from asd_megatron.files import to_json
+
+if TYPE_CHECKING:
+    from asd_megatron.data.prompts import PromptRenderer
+    from asd_megatron.data.reading import Outcome, ProblemReader
+    from asd_megatron.records import Problem
+
+SHOWN = 10  # rows of each kind
+SHOWN_CHARACTERS = 600  # of an example's text
+ATTEMPT = "(a correct response of the same group)"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of the tools. `check` returns 1 when a run would refuse the file."""
+    arguments = _parser().parse_args(argv)
+    return int(arguments.run(arguments) or 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="asd-megatron data",
+        description="Look at files of problems before a run reads them. docs/data.md has the formats and schemas.",
+    )
+    tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
+    check = tools.add_parser(
+        "check",
+        help="what is read from a file, and what is left out or refused and why",
+        description="Read a file as a run does, but to its end: its schema, how many problems it has, every row that is"
+        " left out or refused with the reason, lengths, an example. Exits with 1 when a run would refuse the file.",
+        epilog="example: asd-megatron data check gsm8k/main/train-*.parquet",
+    )
+    show = tools.add_parser(
+        "show",
+        help="a student's and a teacher's prompt as the model sees them",
+        description="The prompts of one problem through the model's chat template (or the recipe's raw prompt), as text"
+        " and in tokens: the student's, and the teacher's for a wrong and for a correct response.",
+        epilog="example: asd-megatron data show train.jsonl --problem 3 --model models/Qwen3-0.6B",
+    )
+    for tool, run in ((check, _check), (show, _show)):
+        tool.set_defaults(run=run)
+        tool.add_argument("file", metavar="FILE", nargs="+", help="a file, a folder, or a pattern of files")
+        tool.add_argument("--schema", help="the schema of its rows, by default the one that its first row fits")
+        tool.add_argument(
+            "--fields", nargs="+", default=[], metavar="NAME=PATH", help="as data.fields: prompt=question answer=a.b"
+        )
+    check.add_argument("--duplicates", choices=("error", "drop"), help="as data.filter.duplicates")
+    check.add_argument("--sft", action="store_true", help="a file of responses, for `asd-megatron sft`")
+    check.add_argument("--all", action="store_true", help=f"print all rows, not {SHOWN} of each kind")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    show.add_argument(
+        "--problem", default="1", metavar="N", help="its place in the file from 1, or its id (default: 1)"
+    )
+    model = show.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", metavar="FOLDER", type=Path, help="the model's folder, for tokenizer and template")
+    model.add_argument("--recipe", metavar="RECIPE", type=Path, help="a recipe: its model, prompts and limits")
+    return parser
+
+
+def _fields(given: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in given]
+    wrong = next((text for text, (name, _, place) in zip(given, pairs, strict=True) if not name or not place), None)
+    if wrong is not None:
+        raise UserError(f"--fields {wrong!r}: write NAME=PATH, for instance answer=target.value")
+    return {name: place for name, _, place in pairs}
+
+
+# ---------------------------------------------------------------- check
+
+
+def _check(arguments: Any) -> int:
+    from asd_megatron.data.reading import Filters, ProblemReader
+
+    reports = []
+    for path in arguments.file:
+        if arguments.sft:
+            reports.append(_Report(path, None, _supervised(path)))
+            continue
+        reader = ProblemReader(path, arguments.schema, _fields(arguments.fields), Filters(arguments.duplicates))
+        reports.append(_Report(path, reader, reader.outcomes()))
+    if arguments.json:
+        print(to_json([report.as_json() for report in reports], indent=2))
+    else:
+        print("\n\n".join(report.text(None if arguments.all else SHOWN) for report in reports))
+    return FAILED if any(report.refused for report in reports) else 0
+
+
+def _supervised(path: str) -> Iterator[Outcome]:
+    """The rows of a supervised file as outcomes, without tokens."""
+    from asd_megatron.data.conversations import conversation_of
+    from asd_megatron.data.files import read_rows
+    from asd_megatron.data.jsonl import LineError
+    from asd_megatron.data.reading import Outcome
+    from asd_megatron.records import Problem
+
+    for row in read_rows(path):
+        try:
+            if row.value is None:
+                raise LineError(row.error or "")
+            turns = conversation_of(row.value).turns
+        except LineError as error:
+            yield Outcome(row, reason=str(error))
+        else:
+            answer = turns[-1]["content"]
+            yield Outcome(row, Problem(f"{row.unit} {row.number}", answer, messages=tuple(turns[:-1])))
+
+
+class _Report:
+    """What `check` says of one file."""
+
+    def __init__(self, path: str, reader: ProblemReader | None, outcomes: Iterable[Outcome]) -> None:
+        from tqdm import tqdm
+
+        self.path, self.rows, self.problems = path, 0, 0
+        self.left_out: Counter[str] = Counter()
+        self.reasons: dict[str, list[str]] = {}  # counted name, or "refused" -> `place: reason` of its rows
+        self.lengths: dict[str, list[int]] = {"prompt": [], "answer": []}
+        self.with_solution = self.with_tests = 0
+        self.example: Problem | None = None
+        shown = sys.stderr.isatty()
+        for outcome in tqdm(outcomes, unit=" rows", file=sys.stderr, disable=not shown, delay=1.0, leave=False):
+            self.rows += 1
+            if outcome.problem is not None:
+                self._count(outcome.problem)
+                continue
+            if outcome.counted is not None:
+                self.left_out[outcome.counted] += 1
+            name = "refused" if outcome.counted is None else outcome.counted
+            self.reasons.setdefault(name, []).append(f"{outcome.row.place}: {outcome.reason}")
+        self.schema = None if reader is None else reader.schema
+
+    def _count(self, problem: Problem) -> None:
+        self.problems += 1
+        self.lengths["prompt"].append(len(problem.question))
+        self.lengths["answer"].append(len(problem.answer))
+        self.with_solution += problem.solution is not None
+        self.with_tests += not problem.answer
+        self.example = self.example or problem
+
+    @property
+    def refused(self) -> bool:
+        """Whether a run would refuse the file."""
+        return "refused" in self.reasons or not self.problems
+
+    def as_json(self) -> dict[str, Any]:
+        lengths = {name: [min(values), statistics.median_low(values), max(values)] for name, values in self._measured()}
+        return {
+            "path": self.path,
+            "schema": None if self.schema is None else self.schema.name,
+            "rows": self.rows,
+            "problems": self.problems,
+            "left_out": dict(self.left_out),
+            "refused": self.reasons.get("refused", []),
+            "reasons": {name: lines[:SHOWN] for name, lines in self.reasons.items() if name != "refused"},
+            "characters": lengths,
+            "with_solution": self.with_solution,
+            "with_tests": self.with_tests,
+            "accepted": not self.refused,
+        }
+
+    def _measured(self) -> Iterator[tuple[str, list[int]]]:
+        return ((name, values) for name, values in self.lengths.items() if values)
+
+    def text(self, shown: int | None) -> str:
+        """The report; `shown` rows of each kind (None: all)."""
+        rows = [("file", self.path)]
+        if self.schema is not None:
+            rows += [("schema", f"{self.schema.name} ({self.schema.sets}): {self.schema.reads}")]
+        rows += [("rows", f"{self.rows:,}"), ("problems", f"{self.problems:,}")]
+        if self.problems:
+            rows += [("", f"{self.with_solution:,} with a solution, {self.with_tests:,} with tests")]
+        for name, values in self._measured():
+            low, middle, high = min(values), statistics.median_low(values), max(values)
+            rows.append((f"{name}s", f"{low:,} to {high:,} characters, median {middle:,}"))
+        for name, lines in self.reasons.items():
+            what = "refused" if name == "refused" else f"left out: {name}"
+            rows.append((what, f"{len(lines):,}"))
+            rows += [("", line) for line in lines[:shown]]
+            if shown is not None and len(lines) > shown:
+                rows.append(("", f"and {len(lines) - shown:,} more (--all prints them)"))
+        if self.example is not None:
+            rows += [("example", f"problem {self.example.prompt_id}"), ("  prompt", _cut(self.example.question))]
+            rows.append(("  answer", _cut(self.example.answer) or "judged by its tests"))
+        verdict = "a run refuses this file" if self.refused else "a run reads this file"
+        wide = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{wide}}  {text}".rstrip() for name, text in rows]
+        return "\n".join([*lines, verdict])
+
+
+def _cut(text: str) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+# ---------------------------------------------------------------- show
+
+
+def _show(arguments: Any) -> int:
+    from asd_megatron.data.reading import ProblemReader
+
+    if len(arguments.file) != 1:
+        raise UserError("data show takes one file, folder or pattern (in quotes, so that the shell leaves it alone)")
+    reader = ProblemReader(arguments.file[0], arguments.schema, _fields(arguments.fields))
+    problem = _chosen(arguments.problem, [read.problem for read in reader.outcomes() if read.problem is not None])
+    with importing("interrupted"):
+        import torch  # noqa: F401 - it and what follows take seconds to import
+    renderer, limit, reference = _renderer(arguments)
+    print(
+        "\n\n".join(
+            f"{title}\n{'-' * len(title)}\n{text}" for title, text in _views(renderer, problem, limit, reference)
+        )
+    )
+    return 0
+
+
+def _chosen(name: str, problems: Sequence[Problem]) -> Problem:
+    found = next((problem for problem in problems if problem.prompt_id == name), None)
+    if name.isdecimal() and 1 <= int(name) <= len(problems):
+        return problems[int(name) - 1]
+    if found is None:
+        raise UserError(f"--problem {name}: give a place from 1 to {len(problems):,}, or the id of a problem")
+    return found
+
+
+def _renderer(arguments: Any) -> tuple[PromptRenderer, int, bool]:
+    """The renderer, the longest prompt of a student in tokens, and whether teachers are shown the file's solutions."""
+    from asd_megatron.config import load_recipe
+    from asd_megatron.data.prompts import PromptRenderer
+    from asd_megatron.data.tokenizer import end_token_ids, load_tokenizer
+    from asd_megatron.run.build import make_renderer
+    from asd_megatron.run.sources import model_folder
+
+    recipe = None if arguments.recipe is None else load_recipe(arguments.recipe)
+    folder = arguments.model if recipe is None else model_folder(recipe.model.path)
+    tokenizer = load_tokenizer(folder)
+    ends = end_token_ids(folder, tokenizer)
+    if recipe is not None:
+        renderer = make_renderer(recipe, tokenizer, ends)
+        return renderer, recipe.sampling.max_prompt_tokens, recipe.privileged.use_reference
+    format = "chat" if tokenizer.chat_template else "raw"
+    renderer = PromptRenderer(tokenizer, format=format, end_token_ids=ends)
+    return renderer, renderer.max_prompt_tokens, True
+
+
+def _views(renderer: PromptRenderer, problem: Problem, limit: int, reference: bool) -> Iterator[tuple[str, str]]:
+    from asd_megatron.antisd import feedback
+    from asd_megatron.data.prompts import TeacherLimits
+    from asd_megatron.data.tokenizer import decode
+    from asd_megatron.reward.base import tests_of
+
+    tokens = renderer.tokens(problem)
+    beyond = f", more than the {limit:,} of sampling.max_prompt_tokens" if tokens > limit else ""
+    yield f"student, problem {problem.prompt_id}: {tokens:,} tokens{beyond}", renderer.student_text(problem)
+    solution = problem.solution if reference else None
+    shown = "the file's solution" if solution else "another response"
+    kind = "binary" if problem.answer else "fraction"
+    for reward, response in ((0.0, "a wrong response"), (1.0, "a correct response")):
+        assessment = feedback(reward, kind, success_threshold=1.0, tests=tests_of(problem))
+        prompt = renderer.teacher(problem, solution or ATTEMPT, assessment, 0, TeacherLimits())
+        if prompt.ids is None:
+            yield f"teacher of {response}: none ({prompt.outcome})", ""
+            continue
+        title = f"teacher of {response}, shown {shown} ({prompt.solution_tokens:,} tokens): {len(prompt.ids):,} tokens"
+        yield title, decode(renderer.tokenizer, prompt.ids, skip_special_tokens=False)
