@@ -185,7 +185,9 @@ def launch(job: bytes, interpreter: Interpreter, limits: SandboxLimits, protecti
             pass_fds=[*passed, info_write],
             start_new_session=True,
             env={"PATH": os.environ.get("PATH", "/usr/bin:/bin")},
-            **({} if user is None else {"user": user, "group": user, "extra_groups": []}),
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
             cwd="/",
         )
     except BaseException:

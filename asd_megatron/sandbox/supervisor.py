@@ -23,7 +23,7 @@ say it.
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]
 import builtins
 import marshal
 import os

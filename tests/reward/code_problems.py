@@ -178,7 +178,7 @@ PROBLEMS = (
         ("from math import gcd", 4),
         ("def gcd(a, b):\n    return a if b == 0 else gcd(b, a % b)", 4),
         ("def gcd(a, b):\n    return max(d for d in range(1, min(a, b) + 1) if a % d == b % d == 0)", 2),
-        ("def gcd(a, b):\n    while b:\n        pass\n    return a", 1),
+        ("def gcd(a, b):\n    while b > 17:\n        pass\n    return a", 1),
     ),
     problem(
         "roots",

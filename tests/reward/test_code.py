@@ -15,8 +15,8 @@ from asd_megatron.data.jsonl import freeze
 from asd_megatron.data.problems import load_problems
 from asd_megatron.errors import UserError
 from asd_megatron.records import Problem
+from asd_megatron.reward import base
 from asd_megatron.reward.base import Response, RewardError
-from asd_megatron.reward.base import tests_of as tests_of_problem
 from asd_megatron.reward.code import CodeVerifier
 from asd_megatron.reward.code_asserts import rewritten
 from asd_megatron.reward.code_cases import cases_of, chosen
@@ -77,7 +77,7 @@ def test_the_teacher_reads_how_many_tests_were_passed() -> None:
     ):
         code = CodeVerifier(**LIMITS, max_tests=cap)
         rewards = code.score([response(problem, program) for program, _ in parity.programs[:2]])
-        assert [feedback(r, code.feedback_kind, tests=tests_of_problem(problem, cap)) for r in rewards] == lines
+        assert [feedback(r, code.feedback_kind, tests=base.tests_of(problem, cap)) for r in rewards] == lines
     whole = make_verifier("code", code={"all_or_nothing": True}, **{k: LIMITS[k] for k in ("timeout_seconds",)})
     assert whole.feedback_kind == "binary"
     assert whole.score([response(problem, program) for program, _ in parity.programs]) == [1.0, 0.0, 0.0, 0.0]
