@@ -159,6 +159,7 @@ def _without_recipe(folder: Path, request: Request) -> dict[str, Any]:
     return {
         "model": {"path": str(folder)},
         "data": {"train": data[0]},
+        "reward": {"name": reward} if (reward := dict(request.values).get("reward")) else {},
         "sampling": {"max_prompt_tokens": prompt, "max_response_tokens": response},
     }
 

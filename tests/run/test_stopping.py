@@ -165,7 +165,7 @@ def test_what_announces_a_stop_ends_before_the_run(monkeypatch: pytest.MonkeyPat
     said: list[signal.Signals] = []
     neighbours = stop_signals._ended_neighbours
 
-    def announce(number: signal.Signals) -> None:
+    def announce(number: signal.Signals, what: str) -> None:
         time.sleep(0.3)
         said.append(number)
 
