@@ -247,7 +247,8 @@ def _table(sections: Mapping[str, Sequence[tuple[str, str]]]) -> list[str]:
     for title, rows in sections.items():
         if rows:
             lines += ["", title]
-            lines += [f"  {key.ljust(width)}  {text}".rstrip() for key, text in rows]
+            below = "\n" + " " * (width + 4)
+            lines += [f"  {key.ljust(width)}  {text}".rstrip().replace("\n", below) for key, text in rows]
     return lines
 
 
