@@ -21,9 +21,9 @@ def make(sets: Any, kind: Any = "train", **evaluation: Any) -> Any:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        ({"a": {"dta": "x"}}, "evaluation.sets.a.dta: unknown key; the keys of a set are data, samples"),
+        ({"a": {"dta": "x"}}, "evaluation.sets.a.dta: unknown key; the keys of a set are data, schema"),
         ({"a": {}}, "evaluation.sets.a.data: missing"),
-        ({"a": 3}, "evaluation.sets.a: expected a mapping of data, samples"),
+        ({"a": 3}, "evaluation.sets.a: expected a mapping of data, schema"),
         ({"a/b": {"data": "x"}}, "the name 'a/b' must begin with a letter"),
         ({"a": {"data": "x", "samples": 0}}, "evaluation.sets.a.samples: expected a whole number >= 1 or null"),
         ({"a": {"data": "x", "reward": "maths"}}, "evaluation.sets.a.reward 'maths' is no verifier"),
