@@ -16,7 +16,7 @@ from asd_megatron.files import to_json
 
 if TYPE_CHECKING:
     from asd_megatron.data.prompts import PromptRenderer
-    from asd_megatron.data.reading import Outcome, ProblemReader
+    from asd_megatron.data.reading import ProblemReader, RowOutcome
     from asd_megatron.records import Problem
 
 SHOWN = 10  # rows of each kind
@@ -98,12 +98,12 @@ def _check(arguments: Any) -> int:
     return FAILED if any(report.refused for report in reports) else 0
 
 
-def _supervised(path: str) -> Iterator[Outcome]:
+def _supervised(path: str) -> Iterator[RowOutcome]:
     """The rows of a supervised file as outcomes, without tokens."""
     from asd_megatron.data.conversations import conversation_of
     from asd_megatron.data.files import read_rows
     from asd_megatron.data.jsonl import LineError
-    from asd_megatron.data.reading import Outcome
+    from asd_megatron.data.reading import RowOutcome
     from asd_megatron.records import Problem
 
     for row in read_rows(path):
@@ -112,16 +112,16 @@ def _supervised(path: str) -> Iterator[Outcome]:
                 raise LineError(row.error or "")
             turns = conversation_of(row.value).turns
         except LineError as error:
-            yield Outcome(row, reason=str(error))
+            yield RowOutcome(row, reason=str(error))
         else:
             answer = turns[-1]["content"]
-            yield Outcome(row, Problem(f"{row.unit} {row.number}", answer, messages=tuple(turns[:-1])))
+            yield RowOutcome(row, Problem(f"{row.unit} {row.number}", answer, messages=tuple(turns[:-1])))
 
 
 class _Report:
     """What `check` says of one file."""
 
-    def __init__(self, path: str, reader: ProblemReader | None, outcomes: Iterable[Outcome]) -> None:
+    def __init__(self, path: str, reader: ProblemReader | None, outcomes: Iterable[RowOutcome]) -> None:
         from tqdm import tqdm
 
         self.path, self.rows, self.problems = path, 0, 0

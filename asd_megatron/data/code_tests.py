@@ -23,7 +23,6 @@ from typing import Any
 from asd_megatron.data.jsonl import LineError, kind_of, parse_json
 
 Test = dict[str, Any]
-Line = dict[str, Any]
 FORMS = ({"input", "output"}, {"assert"}, {"function", "arguments", "expected"})
 MAX_UNPACKED_BYTES = 256 << 20  # of one problem's packed tests
 TEXT_ONLY = {
@@ -76,7 +75,7 @@ def from_json(value: Any, name: str) -> Any:
         raise LineError(f"`{name}` is {e}") from e
 
 
-def pairs(value: Any, name: str, function: str | None = None) -> list[Test]:
+def read_tests(value: Any, name: str, function: str | None = None) -> list[Test]:
     """Tests given as `{"inputs": [...], "outputs": [...], "fn_name": NAME}` (APPS, TACO, verl; `function` if there is
     no `fn_name`), as a list of `{"input": ..., "output": ...}` (DeepCoder, PrimeIntellect, LiveCodeBench), or as a list
     of assert statements; as JSON text too. Raises LineError."""

@@ -20,9 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from asd_megatron.data.jsonl import LineError, kind_of, optional_text_field, prompt_or_messages, text_field
+from asd_megatron.data.jsonl import Line, LineError, kind_of, optional_text_field, prompt_or_messages, text_field
 
-Line = dict[str, Any]
 Turn = dict[str, str]
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 """ShareGPT's names of roles."""

@@ -78,7 +78,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     file, is missing or damaged, and for a folder with several splits. An empty file yields nothing.
     """
     for file in files_of(path):
-        yield from _folder_rows(file) if file.is_dir() else _file_rows(file)
+        yield from _saved_rows(file) if file.is_dir() else _file_rows(file)
 
 
 def files_of(path: str | Path) -> list[Path]:
@@ -139,11 +139,18 @@ def _split_of(path: Path) -> str:
     return known[1].lower() if known else ""
 
 
-def _folder_rows(folder: Path) -> Iterator[Row]:
-    from asd_megatron.data.columns import rows_of_batches, saved_batches
+def _saved_rows(folder: Path) -> Iterator[Row]:
+    from asd_megatron.data.columns import saved_batches
 
-    for row in rows_of_batches(saved_batches(folder), folder):
-        yield Row(folder, row.number, "row", row.value, None, row.copy_of)
+    return _column_rows(folder, saved_batches(folder))
+
+
+def _column_rows(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
+    """The rows of pyarrow's record batches."""
+    from asd_megatron.data.columns import rows_of_batches
+
+    for row in rows_of_batches(batches, path):
+        yield Row(path, row.number, "row", row.value, None, row.copy_of)
 
 
 # ---------------------------------------------------------------- files
@@ -161,10 +168,9 @@ def _file_rows(path: Path) -> Iterator[Row]:
                 + hub_hint(path, " --repo-type dataset")
             ) from e
         if start.startswith(PARQUET):
-            from asd_megatron.data.columns import parquet_batches, rows_of_batches
+            from asd_megatron.data.columns import parquet_batches
 
-            for row in rows_of_batches(parquet_batches(path), path):
-                yield Row(path, row.number, "row", row.value, None, row.copy_of)
+            yield from _column_rows(path, parquet_batches(path))
             return
         kind = next((c for signature, c in COMPRESSED.items() if start.startswith(signature)), None)
         if kind is not None:

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 from asd_megatron.errors import UserError
 
+Line = dict[str, Any]
+"""A row of a data file: its fields by name, with JSON values."""
 MAX_DEPTH = 100  # nesting of lists and objects; far below Python's recursion limit, which later code would meet
 
 

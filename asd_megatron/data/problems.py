@@ -11,10 +11,10 @@ from asd_megatron.data.problem_sets import ProblemSet, ProblemSource
 from asd_megatron.data.reading import Filters, ProblemReader
 from asd_megatron.records import Problem
 
-__all__ = ["Filters", "ProblemSet", "ProblemSource", "load_problems", "load_set"]
+__all__ = ["Filters", "ProblemSet", "ProblemSource", "load_problems"]
 
 
-def load_set(
+def load_problems(
     path: str | Path,
     *,
     schema: str | None = None,
@@ -48,7 +48,3 @@ def load_set(
         )
     assert reader.schema is not None  # a row has been read
     return ProblemSet(str(path), tuple(problems), reader.schema.name, shuffle, dict(left_out))
-
-
-load_problems = load_set
-"""`load_set`, by the name of the time when there was one format."""

@@ -14,6 +14,7 @@ from asd_megatron.data.code_tests import as_key, check_tests, is_judged
 from asd_megatron.data.files import Row, read_rows
 from asd_megatron.data.jsonl import (
     DataError,
+    Line,
     LineError,
     freeze,
     kind_of,
@@ -21,7 +22,8 @@ from asd_megatron.data.jsonl import (
     prompt_or_messages,
     scalar_field,
 )
-from asd_megatron.data.schemas import Line, NoAnswer, Schema
+from asd_megatron.data.schema_readers import NoAnswer
+from asd_megatron.data.schemas import Schema
 from asd_megatron.errors import did_you_mean
 from asd_megatron.records import Problem
 
@@ -68,7 +70,7 @@ class Filters:
         return None
 
 
-class Outcome(NamedTuple):
+class RowOutcome(NamedTuple):
     """What became of a row: a problem, or a `reason` why there is none. counted: the name under which the row is left
     out; None for a problem, and for a row that a run refuses."""
 
@@ -116,40 +118,38 @@ class ProblemReader:
         chosen = self.filters.duplicates
         return chosen == "drop" or chosen is None and self.schema is not None and self.schema.drop
 
-    def outcomes(self) -> Iterator[Outcome]:
+    def outcomes(self) -> Iterator[RowOutcome]:
         """What becomes of each row, in order. Raises DataError for a file that cannot be read."""
         seen: dict[str, Row] = {}  # by id, or by content where copies are dropped
         ids: set[str] = set()
-        originals: dict[int, Outcome] = {}  # of files with copies: what became of the first of them
+        originals: dict[int, RowOutcome] = {}  # of files with copies: what became of the first of them
         for row in read_rows(self.path):
             if row.copy_of is not None:
                 yield self._copy(row, originals[row.copy_of])
                 continue
             outcome = self._outcome(row, seen, ids)
-            if row.unit == "row" and not isinstance(outcome.problem, Problem):
-                originals[row.number] = outcome
-            elif row.unit == "row":
-                originals[row.number] = Outcome(row._replace(value=None), outcome.problem)
+            if row.unit == "row":
+                originals[row.number] = outcome._replace(row=row._replace(value=None))
             yield outcome
 
-    def _copy(self, row: Row, original: Outcome) -> Outcome:
+    def _copy(self, row: Row, original: RowOutcome) -> RowOutcome:
         """What becomes of a row that equals another: what has become of that one, or it is a duplicate."""
         if original.problem is None:
             return original._replace(row=row)
         return self._duplicate(row, original.row, original.problem, has_id=False)
 
-    def _duplicate(self, row: Row, first: Row, problem: Problem, *, has_id: bool) -> Outcome:
+    def _duplicate(self, row: Row, first: Row, problem: Problem, *, has_id: bool) -> RowOutcome:
         what = f"the id {problem.prompt_id!r} is that" if has_id else "the same problem and answer as those"
         reason = f"{what} of {first.unit} {first.number}" + ("" if first.path == row.path else f" of {first.path}")
         if self.drops:
-            return Outcome(row, counted=DUPLICATES, reason=reason)
+            return RowOutcome(row, counted=DUPLICATES, reason=reason)
         remedy = "remove one of them, give each an `id` of its own, or set data.filter.duplicates drop"
-        return Outcome(row, reason=f"{reason}; {remedy}")
+        return RowOutcome(row, reason=f"{reason}; {remedy}")
 
-    def _outcome(self, row: Row, seen: dict[str, Row], ids: set[str]) -> Outcome:
+    def _outcome(self, row: Row, seen: dict[str, Row], ids: set[str]) -> RowOutcome:
         line = row.value
         if line is None:
-            return Outcome(row, reason=row.error or "")
+            return RowOutcome(row, reason=row.error or "")
         try:
             self.schema = self.schema or schemas.schema_of(line)
             read = self.schema.read(line)
@@ -160,21 +160,21 @@ class ProblemReader:
                 read = {**read, name: value}
             problem = problem_of(read)
         except NoAnswer as e:
-            return Outcome(row, counted=NO_ANSWER if self.schema and self.schema.drop else None, reason=str(e))
+            return RowOutcome(row, counted=NO_ANSWER if self.schema and self.schema.drop else None, reason=str(e))
         except LineError as e:
-            return Outcome(row, reason=str(e))
+            return RowOutcome(row, reason=str(e))
         has_id = read.get("id") is not None
         key = content_hash(problem) if self.drops and has_id else problem.prompt_id  # without an id that is the hash
         if key in seen:
             return self._duplicate(row, seen[key], problem, has_id=has_id and not self.drops)
         left_out = self.filters.reason(problem, line)
         if left_out is not None:
-            return Outcome(row, counted=left_out[0], reason=left_out[1])
+            return RowOutcome(row, counted=left_out[0], reason=left_out[1])
         if problem.prompt_id in ids:  # another problem with the same id, in a published set
             problem = replace(problem, prompt_id=f"{problem.prompt_id}:{key}")
         seen[key] = row._replace(value=None)
         ids.add(problem.prompt_id)
-        return Outcome(row, problem)
+        return RowOutcome(row, problem)
 
 
 def value_at(line: Line, place: str) -> Any:

@@ -12,7 +12,7 @@ from asd_megatron.config.checks import CORPUS
 from asd_megatron.config.data import DataSection, TrainSet
 from asd_megatron.config.evaluation import EvaluationSetSection
 from asd_megatron.data.mixture import Mixture
-from asd_megatron.data.problems import Filters, ProblemSet, ProblemSource, load_set
+from asd_megatron.data.problems import Filters, ProblemSet, ProblemSource, load_problems
 from asd_megatron.data.prompts import PromptRenderer, TeacherLimits
 from asd_megatron.data.sft import LossOn, SftExample, load_sft
 from asd_megatron.errors import UserError
@@ -95,7 +95,7 @@ def _file(given: TrainSet, data: DataSection) -> ProblemSet:
         min_pass_rate=f.min_pass_rate,
         max_pass_rate=f.max_pass_rate,
     )
-    return load_set(given.path, schema=given.schema, fields=given.fields, filters=filters, shuffle=data.shuffle)
+    return load_problems(given.path, schema=given.schema, fields=given.fields, filters=filters, shuffle=data.shuffle)
 
 
 def held_out_problems(data: DataSection) -> ProblemSource | None:
@@ -105,7 +105,7 @@ def held_out_problems(data: DataSection) -> ProblemSource | None:
     task = _task(data, data.test)
     if task is not None:
         return ProblemSet(data.test, task.held_out, shuffle=False)
-    return _puzzle(data.test) or load_set(data.test, schema=data.test_schema, fields=data.test_fields)
+    return _puzzle(data.test) or load_problems(data.test, schema=data.test_schema, fields=data.test_fields)
 
 
 def held_out(recipe: AnyRecipe) -> list[tuple[str, ProblemSource]]:

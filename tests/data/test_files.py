@@ -16,7 +16,7 @@ import pytest
 
 from asd_megatron.data.columns import BATCH_ROWS, rows_of_batches
 from asd_megatron.data.files import read_rows
-from asd_megatron.data.problems import load_set
+from asd_megatron.data.problems import load_problems
 from asd_megatron.errors import UserError
 
 ROWS = [{"prompt": f"{i} + 1?", "answer": str(i + 1), "level": i} for i in range(5)]
@@ -52,7 +52,7 @@ def parquet(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
 )
 def test_text_files(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    problems = load_set(tmp_path / name)
+    problems = load_problems(tmp_path / name)
     assert [(p.question, p.answer, p.extra["level"]) for p in problems] == [
         (row["prompt"], row["answer"], row["level"]) for row in ROWS
     ]
@@ -63,7 +63,11 @@ def test_one_problem_in_a_document_of_its_own(tmp_path: Path) -> None:
     for i in range(3):
         document = {"problem": f"P{i}", "level": "Level 1", "type": "Algebra", "solution": f"\\boxed{{{i}}}"}
         (tmp_path / f"{i}.json").write_text(json.dumps(document, indent=4))
-    assert [p.answer for p in load_set(tmp_path)] == [p.answer for p in load_set(tmp_path / "*.json")] == list("012")
+    assert (
+        [p.answer for p in load_problems(tmp_path)]
+        == [p.answer for p in load_problems(tmp_path / "*.json")]
+        == list("012")
+    )
 
 
 def test_numbers_and_dates_of_parquet(tmp_path: Path) -> None:
@@ -79,14 +83,14 @@ def test_numbers_and_dates_of_parquet(tmp_path: Path) -> None:
         }
     )
     pq.write_table(answers, tmp_path / "a.parquet")
-    first, second = load_set(tmp_path / "a.parquet")
+    first, second = load_problems(tmp_path / "a.parquet")
     assert [(p.prompt_id, p.answer) for p in (first, second)] == [("7", "27"), ("8", "1.5")]
     assert first.extra == {"price": "1.50", "day": "2026-01-02", "rate": None, "image": None}
     big = parquet(tmp_path / "b.parquet", [{"prompt": "x", "answer": 2**62 + 1}])
-    assert load_set(big).problems[0].answer == str(2**62 + 1)
+    assert load_problems(big).problems[0].answer == str(2**62 + 1)
     endless = parquet(tmp_path / "c.parquet", [{"prompt": "x", "answer": 1.0}, {"prompt": "y", "answer": float("inf")}])
     with pytest.raises(UserError, match=r"c\.parquet: row 2: `answer` is inf"):
-        load_set(endless)
+        load_problems(endless)
 
 
 def test_a_folder_of_one_split_and_of_several(tmp_path: Path) -> None:
@@ -95,29 +99,29 @@ def test_a_folder_of_one_split_and_of_several(tmp_path: Path) -> None:
         parquet(tmp_path / f"main/data/train-0000{shard}-of-00002.parquet", ROWS[2 * shard : 2 * shard + 2])
     (tmp_path / "main/README.md").write_text("---\n---")
     (tmp_path / "main/dataset_infos.json").write_text("{}")
-    assert [p.answer for p in load_set(tmp_path / "main")] == list("1234")
+    assert [p.answer for p in load_problems(tmp_path / "main")] == list("1234")
     parquet(tmp_path / "main/data/test-00000-of-00001.parquet", ROWS[4:])
     with pytest.raises(UserError, match=r"several splits \(test, train\).*main/data/train\*\.parquet"):
-        load_set(tmp_path / "main")
-    assert [p.answer for p in load_set(tmp_path / "main/data/train*.parquet")] == list("1234")
+        load_problems(tmp_path / "main")
+    assert [p.answer for p in load_problems(tmp_path / "main/data/train*.parquet")] == list("1234")
     with pytest.raises(UserError, match=r"without data files.*give one of its folders \(main\)"):
-        load_set(tmp_path)
+        load_problems(tmp_path)
     with pytest.raises(UserError, match="no file fits this pattern"):
-        load_set(tmp_path / "*.jsonl")
+        load_problems(tmp_path / "*.jsonl")
 
 
 def test_folders_of_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     chosen = datasets.Dataset.from_list(ROWS).select([3, 1])
     chosen.save_to_disk(tmp_path / "one")
-    assert [p.answer for p in load_set(tmp_path / "one")] == ["4", "2"]
+    assert [p.answer for p in load_problems(tmp_path / "one")] == ["4", "2"]
     datasets.DatasetDict({"train": chosen, "test": chosen}).save_to_disk(tmp_path / "two")
     with pytest.raises(UserError, match=r"two holds the splits test, train: give one, .*two/train"):
-        load_set(tmp_path / "two")
-    assert len(load_set(tmp_path / "two/train")) == 2
+        load_problems(tmp_path / "two")
+    assert len(load_problems(tmp_path / "two/train")) == 2
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"damaged")
     with pytest.raises(UserError, match="a damaged folder of the package datasets"):
-        load_set(tmp_path / "one")
+        load_problems(tmp_path / "one")
 
 
 def test_reading_goes_on_after_a_bad_row(tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ def test_reading_goes_on_after_a_bad_row(tmp_path: Path) -> None:
     assert errors == ["a.jsonl:6 NaN is not JSON", "a.jsonl:7 expected a JSON object, found a list"]
     (tmp_path / "b.json").write_text('[{"prompt": "x", "answer": "1"},\n 5]')
     with pytest.raises(UserError, match=r"b\.json: row 2: expected a JSON object, found a number"):
-        load_set(tmp_path / "b.json")
+        load_problems(tmp_path / "b.json")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +168,7 @@ def test_copies_over_many_batches(tmp_path: Path) -> None:
         pa.array(np.random.default_rng(0).permutation(np.resize(np.arange(unique), count)))
     )
     pq.write_table(table, tmp_path / "d.parquet", row_group_size=10_000)
-    problems = load_set(tmp_path / "d.parquet")
+    problems = load_problems(tmp_path / "d.parquet")
     assert sorted(p.answer for p in problems) == sorted(str(i) for i in range(unique))
     assert problems.left_out == {"duplicates": count - unique}
     assert problems.describe().endswith(f"d.parquet, schema verl, 50 problems, {count - unique:,} duplicates left out")

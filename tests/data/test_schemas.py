@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from asd_megatron.data.problems import Filters, load_set
+from asd_megatron.data.problems import Filters, load_problems
 from asd_megatron.data.reading import ProblemReader
 from asd_megatron.data.schemas import SCHEMAS, schema_table
 from asd_megatron.errors import UserError
@@ -38,7 +38,7 @@ def packed(tests: Any) -> str:
 def read(tmp_path: Path, *rows: Any, **options: Any) -> Any:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_set(path, **options)
+    return load_problems(path, **options)
 
 
 MATH_ROWS: list[tuple[str, dict[str, Any], tuple[str, str, str | None, str | None]]] = [
@@ -371,5 +371,5 @@ def test_real_files(name: str, schema: str, count: int) -> None:
     path = Path(folder or "data") / f"{name}.jsonl"
     if not path.is_file():
         pytest.skip("set ASD_MEGATRON_DATA to the folder with the published files")
-    problems = load_set(path)
+    problems = load_problems(path)
     assert (problems.schema, len(problems), sum(problems.left_out.values())) == (schema, count, 0)
