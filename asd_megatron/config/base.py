@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import reprlib
 import types
+import warnings
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types as at
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
 from pydantic.fields import FieldInfo
+
+# `schema` is a key of recipes, and a deprecated method of pydantic's that nobody calls
+warnings.filterwarnings("ignore", message='Field name "schema" in ', category=UserWarning)
 
 
 class Section(BaseModel):

@@ -15,7 +15,7 @@ from asd_megatron.config.data import texts_for_booleans
 from asd_megatron.config.data_checks import data_findings
 from asd_megatron.config.determinism_checks import cpu_server_finding, determinism_findings
 from asd_megatron.config.estimator_checks import estimator_findings
-from asd_megatron.config.evaluation_checks import evaluation_findings
+from asd_megatron.config.evaluation_checks import PUZZLES, evaluation_findings
 from asd_megatron.config.gym_checks import gym_findings
 from asd_megatron.config.model_checks import model_findings
 from asd_megatron.config.option_checks import option_findings
@@ -31,7 +31,6 @@ from asd_megatron.data.templates import PAPER_WORDING, teacher_template_fault
 from asd_megatron.errors import UserError, plural
 
 CORPUS = "puzzle:corpus"
-PUZZLES = ("puzzle:train", "puzzle:test")
 
 
 def check_recipe(recipe: AnyRecipe) -> None:

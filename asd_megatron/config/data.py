@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -16,9 +15,6 @@ from asd_megatron.gym.tasks import MOST_TEST_PROBLEMS
 Fields = dict[str, str]
 Rate = Annotated[float, at.Ge(0), at.Le(1)]
 Length = Annotated[int, at.Ge(1)]
-
-# a key of recipes, and a deprecated method of pydantic's that nobody calls
-warnings.filterwarnings("ignore", message='Field name "schema" in ', category=UserWarning)
 
 
 class TrainSet(Section):

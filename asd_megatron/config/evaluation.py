@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Annotated
 
 import annotated_types as at
@@ -10,8 +9,6 @@ from pydantic import Field, StringConstraints
 
 from asd_megatron.config.base import Section, Text
 
-# a key of recipes, and a deprecated method of pydantic's that nobody calls
-warnings.filterwarnings("ignore", message='Field name "schema" in ', category=UserWarning)
 SET_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"
 SetName = Annotated[str, StringConstraints(pattern=SET_NAME)]
 

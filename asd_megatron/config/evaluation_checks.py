@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pydantic import ValidationError
 
+from asd_megatron.config.gym_checks import GYM_REWARD
 from asd_megatron.config.recipe import AnyRecipe
 from asd_megatron.config.reward import RewardSection
 from asd_megatron.errors import UserError
 from asd_megatron.gym.tasks import PREFIX, check_task, task_of
 
 PUZZLES = ("puzzle:train", "puzzle:test")
-GYM_REWARD = "reasoning_gym"
 
 
 def evaluation_findings(recipe: AnyRecipe) -> Iterator[str]:
@@ -23,13 +23,14 @@ def evaluation_findings(recipe: AnyRecipe) -> Iterator[str]:
         key = f"evaluation.sets.{name}"
         if section.data.startswith("puzzle:") and section.data not in PUZZLES:
             yield f"{key}.data {section.data!r} is not a puzzle set: use puzzle:test"
-        reward = section.reward or (None if recipe.reward is None else recipe.reward.name)
-        if reward is None:
+        own = () if recipe.reward is None else tuple(verifier.name for verifier in recipe.reward.verifiers)
+        rewards = own if section.reward is None else (section.reward,)
+        if not rewards:
             yield f"{key} needs a reward to score the answers: add {key}.reward, or a section reward"
             continue
         if section.reward is not None and not _is_reward(section.reward):
             yield (f"{key}.reward {section.reward!r} is no verifier: {RewardSection.model_fields['name'].description}")
-        yield from _task(key, section.data, reward, recipe)
+        yield from _task(key, section.data, rewards, recipe)
 
 
 def _is_reward(name: str) -> bool:
@@ -40,14 +41,16 @@ def _is_reward(name: str) -> bool:
     return True
 
 
-def _task(key: str, data: str, reward: str, recipe: AnyRecipe) -> Iterator[str]:
+def _task(key: str, data: str, rewards: Sequence[str], recipe: AnyRecipe) -> Iterator[str]:
     """A reasoning-gym set and its verifier belong together."""
     task = task_of(data)
     if task is None:
-        if reward == GYM_REWARD:
+        if GYM_REWARD in rewards:
             yield f"{key}: the reward {GYM_REWARD} scores problems of {PREFIX}TASK sets alone: set {key}.reward"
         return
-    if reward != GYM_REWARD and ":" not in reward:
+    for reward in rewards:
+        if reward in (GYM_REWARD, "http") or ":" in reward:
+            continue
         yield (
             f"{key}: the reward {reward} does not know how problems of {task} are judged: set {key}.reward {GYM_REWARD}"
         )

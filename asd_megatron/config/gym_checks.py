@@ -10,7 +10,7 @@ from asd_megatron.config.refusals import changed
 from asd_megatron.errors import UserError
 from asd_megatron.gym.tasks import PREFIX, check_task, task_of
 
-REWARD = "reasoning_gym"
+GYM_REWARD = "reasoning_gym"
 
 
 def gym_findings(recipe: AnyRecipe) -> Iterator[str]:
@@ -47,18 +47,18 @@ def _reward(recipe: AnyRecipe, given: dict[str, str], tasks: dict[str, str]) -> 
         return
     names = [verifier.name for verifier in recipe.reward.verifiers]
     others = [f"{key} {value!r}" for key, value in given.items() if key not in tasks]
-    if REWARD in names and (others or not given):
+    if GYM_REWARD in names and (others or not given):
         yield (
-            f"reward.name {REWARD} scores problems of {PREFIX}TASK sets alone"
+            f"reward.name {GYM_REWARD} scores problems of {PREFIX}TASK sets alone"
             + (f", and {' and '.join(others)} is none" if others else "")
             + f": set reward.name to another verifier, or name a task ({PREFIX}chain_sum, for instance) as problem set"
         )
     for name in names if tasks else ():
-        if name == REWARD or name == "http" or ":" in name:
+        if name == GYM_REWARD or name == "http" or ":" in name:
             continue
         yield (
             f"reward.name {name} does not know how problems of {' and '.join(tasks)} are judged: set reward.name"
-            f" {REWARD}, the task's own verifier, or a function of your own"
+            f" {GYM_REWARD}, the task's own verifier, or a function of your own"
         )
 
 

@@ -91,21 +91,22 @@ class VerifierSection(Section):
         CodeSection(),
         description=(
             "The sandbox of `name: code` (docs/sandbox.md). `python`: the interpreter of programs, with its packages"
-            " (null: this one, without packages); `memory_mb`: of each process, and of all of a test's together;"
-            " `processes`: and threads of a test; `file_mb`: the size of `/tmp` and of a file; `output_kb`: of a test;"
-            " `max_tests`: of a problem, evenly chosen (null: all); `max_exhausted`: tests of a program that may exceed"
-            " a limit before the rest counts as failed (null: all run); `all_or_nothing`: a reward of 1 for passing all"
-            " tests and else 0, instead of the fraction. Keys that are left out keep their defaults."
+            " (null: this one, without packages); `memory_mb` (MiB): of each process, and of all of a test's together;"
+            " `processes`: and threads of a test; `file_mb` (MiB): the size of `/tmp` and of a file; `output_kb`"
+            " (KiB): of a test; `max_tests`: of a problem, evenly chosen (null: all); `max_exhausted`: tests of a"
+            " program that may exceed a limit before the rest counts as failed (null: all run); `all_or_nothing`: a"
+            " reward of 1 for passing all tests and else 0, instead of the fraction. Keys that are left out keep their"
+            " defaults."
         ),
     )
     http: HttpSection = Field(
         HttpSection(),
         description=(
-            "The server of `name: http` (docs/rewards.md). `url`: where responses are posted; `key_file`: file with the"
-            " key that is sent as `Authorization: Bearer KEY`, readable by its owner alone; `batch`: responses of a"
-            " request, at most; `concurrency`: requests at a time; `timeout_seconds`: for one request; `retries`: how"
-            " often a failed request is sent again, after growing pauses; `environment_proxy`: use the proxies that"
-            " `http_proxy` and its kind name. Keys that are left out keep their defaults."
+            "The server of `name: http` (docs/rewards.md). `url`: where responses are posted; `key_file`: file with"
+            " the key that is sent as `Authorization: Bearer KEY`, readable by its owner alone; `batch`: responses of"
+            " a request, at most; `concurrency`: requests at a time; `timeout_seconds` (wall time): for one request;"
+            " `retries`: how often a failed request is sent again, after growing pauses; `environment_proxy`: use the"
+            " proxies that `http_proxy` and its kind name. Keys that are left out keep their defaults."
         ),
     )
 

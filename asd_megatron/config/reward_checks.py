@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from asd_megatron.config.code_reward import CodeSection
 from asd_megatron.config.refusals import changed
 from asd_megatron.config.reward import HttpSection, RewardSection, VerifierSection
 from asd_megatron.distributed.addresses import is_loopback
@@ -58,17 +59,21 @@ def _verifier(verifier: VerifierSection, key: str) -> Iterator[str]:
             f"{key}.memory_gb is for a function of your own, and {key}.name is {verifier.name}: leave {key}.memory_gb"
             " out"
         )
-    if verifier.name != "http":
-        if verifier.http != HttpSection():
-            yield f"{key}.http is read only with {key}.name http: set that, or leave {key}.http out"
-        return
-    url = urlsplit(verifier.http.url or "")
+    for name, unset in (("http", HttpSection()), ("code", CodeSection())):
+        if verifier.name != name and getattr(verifier, name) != unset:
+            yield f"{key}.{name} is read only with {key}.name {name}: set that, or leave {key}.{name} out"
+    if verifier.name == "http":
+        yield from _http(verifier.http, f"{key}.http")
+
+
+def _http(server: HttpSection, key: str) -> Iterator[str]:
+    url = urlsplit(server.url or "")
     if url.scheme not in ("http", "https") or not url.hostname:
-        yield f"{key}.http.url {verifier.http.url!r} is no URL: write it like http://127.0.0.1:9000/score"
+        yield f"{key}.url {server.url!r} is no URL: write it like http://127.0.0.1:9000/score"
     elif url.username is not None or url.password is not None:
-        yield f"{key}.http.url holds a user or password, which logs would show: put a key into {key}.http.key_file"
-    elif verifier.http.key_file is not None and url.scheme == "http" and not is_loopback(url.hostname):
+        yield f"{key}.url holds a user or password, which logs would show: put a key into {key}.key_file"
+    elif server.key_file is not None and url.scheme == "http" and not is_loopback(url.hostname):
         yield (
-            f"{key}.http.key_file would be sent over the network as plain text to {url.hostname}: use an https URL, or"
+            f"{key}.key_file would be sent over the network as plain text to {url.hostname}: use an https URL, or"
             " a tunnel to a port of this machine"
         )

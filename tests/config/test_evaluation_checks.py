@@ -29,6 +29,10 @@ def make(sets: Any, kind: Any = "train", **evaluation: Any) -> Any:
         ({"a": {"data": "x", "reward": "maths"}}, "evaluation.sets.a.reward 'maths' is no verifier"),
         ({"a": {"data": "puzzle:tset"}}, "use puzzle:test"),
         ({"a": {"data": "x", "reward": "reasoning_gym"}}, "sets alone: set evaluation.sets.a.reward"),
+        (
+            {"a": {"data": "reasoning_gym:chain_sum"}},
+            "the reward math does not know how problems of chain_sum",
+        ),
     ],
 )
 def test_a_set_that_cannot_work_is_refused(sets: Any, message: str) -> None:

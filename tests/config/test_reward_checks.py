@@ -25,6 +25,7 @@ def make(kind: Any = "train", **reward: Any) -> Any:
         ({"name": "http", "http": {"url": "http://me:key@h/"}}, "holds a user or password"),
         ({"name": "http", "http": {**FAR, "key_file": "k"}}, "sent over the network as plain text to judge.example"),
         ({"http": NEAR}, "reward.http is read only with reward.name http"),
+        ({"code": {"processes": 4}}, "reward.code is read only with reward.name code"),
         ({"memory_gb": 2.0}, "reward.memory_gb is for a function of your own, and reward.name is math"),
         ({"parts": [{"name": "math"}], "name": "exact"}, "reward.name is that of one verifier, and reward.parts names"),
         ({"parts": [{"name": "math"}], "workers": 3}, "reward.workers is that of one verifier"),
