@@ -40,7 +40,7 @@ class Verifier(Protocol):
     def score(self, responses: Sequence[Response]) -> list[float]:
         """One finite reward for each response, in order. Raises RewardError.
 
-        What a truncated response is worth is not decided here (`truncation.py`): it is judged like any other.
+        A verifier judges a truncated response like any other; `composed.ComposedReward` decides whether it is asked.
         """
         ...
 

@@ -48,8 +48,6 @@ class CustomVerifier:
         workers: int = 1,
         memory_gb: float | None = None,
     ) -> None:
-        if on_error not in ("stop", "zero"):
-            raise RewardError(f"reward.on_error {on_error!r} does not exist; choose stop or zero")
         self.name, self.on_error = name, on_error
         self.counters = new_counters()
         limits = Limits(
@@ -115,7 +113,7 @@ class CustomVerifier:
         return self._last_problem[1]
 
     def close(self) -> None:
-        """End the process. Safe to call twice."""
+        """End the processes. Safe to call twice."""
         self._pool.close()
 
 

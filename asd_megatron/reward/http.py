@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -81,7 +81,7 @@ class HttpVerifier:
         responses = [Response(*response) for response in responses]
         size = self.endpoint.batch
         batches = [responses[i : i + size] for i in range(0, len(responses), size)]
-        return [reward for rewards in asyncio.run(self._score(batches, self._missing)) for reward in rewards]
+        return [reward for rewards in asyncio.run(self._score(batches)) for reward in rewards]
 
     async def _probe(self) -> None:
         async with self._session() as session:
@@ -91,10 +91,8 @@ class HttpVerifier:
         connector = aiohttp.TCPConnector(limit=self.endpoint.concurrency)
         return aiohttp.ClientSession(connector=connector, trust_env=self.endpoint.environment_proxy)
 
-    async def _score(
-        self, batches: Sequence[Sequence[Response]], missing: Callable[[Response, str, str], float]
-    ) -> list[list[float]]:
-        """The rewards of each batch; those of responses that got none are `missing(response, reason, counter)`."""
+    async def _score(self, batches: Sequence[Sequence[Response]]) -> list[list[float]]:
+        """The rewards of each batch."""
         places = asyncio.Semaphore(self.endpoint.concurrency)
 
         async def one(session: aiohttp.ClientSession, batch: Sequence[Response]) -> list[float]:
@@ -102,9 +100,9 @@ class HttpVerifier:
                 try:
                     found = await self._with_retries(session, batch)
                 except _Failed as error:
-                    return [missing(response, str(error), error.counter) for response in batch]
-            without = "its answer has null for it"
-            return [missing(r, without, "errors") if x is None else x for r, x in zip(batch, found, strict=True)]
+                    return [self._missing(response, str(error), error.counter) for response in batch]
+            null = "its answer has null for it"
+            return [self._missing(r, null, "errors") if x is None else x for r, x in zip(batch, found, strict=True)]
 
         async with self._session() as session:
             marks = asyncio.create_task(_mark_activity())
@@ -156,6 +154,7 @@ class HttpVerifier:
         raise _Failed(said, again=again, pause=retry_after(headers.get("Retry-After", "")))
 
     def _missing(self, response: Response, reason: str, counter: str) -> float:
+        """The reward of a response that got none; counts it in `counter`. Raises RewardError with `on_error` stop."""
         case = f"(problem {response.problem.prompt_id})"
         message = f"the reward server {self.endpoint.url} does not score a response: {reason} {case}"
         if self.on_error == "stop":

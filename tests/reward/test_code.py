@@ -78,7 +78,7 @@ def test_the_teacher_reads_how_many_tests_were_passed() -> None:
         code = CodeVerifier(**LIMITS, max_tests=cap)
         rewards = code.score([response(problem, program) for program, _ in parity.programs[:2]])
         assert [feedback(r, code.feedback_kind, tests=base.tests_of(problem, cap)) for r in rewards] == lines
-    whole = make_verifier("code", code={"all_or_nothing": True}, **{k: LIMITS[k] for k in ("timeout_seconds",)})
+    whole = make_verifier("code", code={"all_or_nothing": True}, timeout_seconds=0.5)
     assert whole.feedback_kind == "binary"
     assert whole.score([response(problem, program) for program, _ in parity.programs]) == [1.0, 0.0, 0.0, 0.0]
 

@@ -323,7 +323,7 @@ def test_another_signature_is_refused_when_the_verifier_starts(rewards: Path) ->
         ("{rewards}:", "write package.module:function"),
         (
             "maths",
-            "'maths' does not exist; did you mean 'math'? Choose exact, http, math, puzzle, reasoning_gym, or your own",
+            "'maths' does not exist; did you mean 'math'? Choose code, exact, http, math, puzzle, reasoning_gym, or",
         ),
     ],
 )
