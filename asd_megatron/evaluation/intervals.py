@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from asd_megatron.evaluation.estimators import Floats
+
 RESAMPLES, LEVEL, SEED = 10_000, 0.95, 0
+KEYS = ("value", "standard_error", "low", "high")  # of an estimate in JSON and CSV
 BATCH_NUMBERS = 4_000_000  # resampled at a time: bounds the memory, not the result
 
 
@@ -23,7 +25,12 @@ class Estimate:
     high: float = math.nan
 
     def as_json(self) -> dict[str, float]:
-        return {"value": self.value, "standard_error": self.error, "low": self.low, "high": self.high}
+        return dict(zip(KEYS, (self.value, self.error, self.low, self.high), strict=True))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, float | None]) -> Estimate:
+        """The estimate of `as_json`, whose NaN a JSON file has as null. Raises KeyError."""
+        return cls(*(math.nan if (value := values[key]) is None else float(value) for key in KEYS))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from asd_megatron.evaluation.intervals import standard_error
 from asd_megatron.records import FinishReason, Group
 from asd_megatron.reward.answers import final_answer
 
+FAILURES = ("errors", "timeouts")
+"""Counters of a verifier that say that answers scored 0 unjudged."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -113,4 +116,4 @@ class Outcomes:
         n = self.samples
         shown = dict.fromkeys((f"avg@{n}", f"pass@{n}"))
         found |= {f"{name}_se": standard_error(values[name]) for name in shown}
-        return found | {"errors": float(sum(self.failures.get(kind, 0) for kind in ("errors", "timeouts")))}
+        return found | {"errors": float(sum(self.failures.get(kind, 0) for kind in FAILURES))}

@@ -15,7 +15,7 @@ import numpy as np
 
 from asd_megatron.errors import UserError
 from asd_megatron.evaluation.estimators import Floats
-from asd_megatron.evaluation.intervals import Difference, Estimate, difference, estimates
+from asd_megatron.evaluation.intervals import KEYS, Difference, Estimate, difference, estimates
 from asd_megatron.evaluation.samples import SetSamples
 from asd_megatron.files import atomic_write, read_json_object, write_json
 
@@ -177,9 +177,8 @@ def table_csv(results: Sequence[Results], differences: Sequence[SetDifference] =
     apart = {(d.label, d.name): d.differences for d in differences}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    kinds = ("value", "standard_error", "low", "high")
-    header = ["label", "step", "set", "problems", "metric", *kinds]
-    compared = [*(f"difference_{kind}" for kind in kinds), "better", "worse", "equal"]
+    header = ["label", "step", "set", "problems", "metric", *KEYS]
+    compared = [*(f"difference_{key}" for key in KEYS), "better", "worse", "equal"]
     writer.writerow([*header, *(compared if differences else [])])
     for found in results:
         for result in found.sets:
@@ -212,14 +211,9 @@ def read_results(path: Path) -> StoredResult:
     content = read_json_object(path, "remove it, or evaluate again")
     try:
         sets = {
-            name: {m: _estimate(values) for m, values in found["metrics"].items()}
+            name: {m: Estimate.from_json(values) for m, values in found["metrics"].items()}
             for name, found in content["sets"].items()
         }
         return StoredResult(str(content["label"]), int(content["step"]), sets)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} holds no results of an evaluation ({error!r}): evaluate again") from error
-
-
-def _estimate(values: Mapping[str, float | None]) -> Estimate:
-    numbers = [math.nan if values[key] is None else float(values[key] or 0) for key in values]
-    return Estimate(*numbers)

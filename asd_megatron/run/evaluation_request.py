@@ -12,16 +12,8 @@ from typing import Any
 from asd_megatron.errors import UserError
 
 OVERRIDE = re.compile(r"--[a-z_]+\.[A-Za-z0-9_.+-]+(=.*)?", re.DOTALL)
-OF_SETS = {
-    "samples": "samples",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "max_new_tokens": "max_new_tokens",
-    "reward": "reward",
-    "problems": "problems",
-}
-"""Options for all sets, by the key of a set that they replace."""
+OF_SETS = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "reward", "problems")
+"""Options for all sets; each replaces the key of that name of every set."""
 
 
 @dataclass(frozen=True)

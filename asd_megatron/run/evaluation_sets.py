@@ -10,7 +10,7 @@ from typing import Any
 from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.config.evaluation import EvaluationSection, EvaluationSetSection
 from asd_megatron.data.problems import ProblemSource
-from asd_megatron.evaluation.outcomes import Outcomes, samples_of
+from asd_megatron.evaluation.outcomes import FAILURES, Outcomes, samples_of
 from asd_megatron.records import Problem, Prompt, SamplingParams
 from asd_megatron.reward.base import Verifier
 from asd_megatron.reward.factory import make_verifier
@@ -20,8 +20,6 @@ from asd_megatron.run.model_session import ModelSession
 from asd_megatron.run.sampling import evaluation_params
 from asd_megatron.run.sources import held_out_problems, set_problems
 
-FAILURES = ("errors", "timeouts")
-"""Counters of a verifier that say that answers scored 0 unjudged."""
 TEST = "test"
 """The name of `data.test` among the sets of `asd-megatron evaluate`."""
 

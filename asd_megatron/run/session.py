@@ -124,7 +124,7 @@ class Session(ModelSession):
         parts = (self.port, self.optimizer, self.copies, self.balance)
         self._saver = Saver(recipe, self.stage, *parts, newest=newest, say=self.say, before=self.files.write_waiting)
         closing.callback(lambda: self._saver.close(self.say))
-        self.clock = Clock()
+        self.clock = Clock()  # anew: opening the session is no part of the first step's time
         self.integrity = Integrity(recipe, self.port, self.optimizer, self._saver, self.clock)
         self.telemetry = Telemetry(recipe, self.port, self.layout, self.process_groups, self.clock)
 

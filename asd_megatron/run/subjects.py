@@ -58,13 +58,9 @@ def subjects(request: Request) -> list[Subject]:
 
 def run_of(path: Path) -> Path | None:
     """The run folder that `path` is, or that it is a checkpoint or an export of; None for anything else."""
-    for folder in (
-        path,
-        path.resolve().parent.parent if path.resolve().parent.name in (CHECKPOINTS, EXPORTS) else path,
-    ):
-        if (folder / RECIPE_FILE).is_file():
-            return folder
-    return None
+    parent = path.resolve().parent
+    folders = [path, *([parent.parent] if parent.name in (CHECKPOINTS, EXPORTS) else [])]
+    return next((folder for folder in folders if (folder / RECIPE_FILE).is_file()), None)
 
 
 def _of(what: str, request: Request) -> Iterator[Subject]:
