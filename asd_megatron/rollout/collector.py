@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from asd_megatron.data.problems import ProblemSource
@@ -19,7 +18,7 @@ from asd_megatron.records import FinishReason, Group, Problem, Prompt, SamplingP
 from asd_megatron.reward.base import Response, Verifier
 from asd_megatron.rollout.bank import Key, RolloutBank
 from asd_megatron.rollout.counts import RESTORED, Counts, Timings
-from asd_megatron.rollout.draw import Draw, Evaluation, Redraw
+from asd_megatron.rollout.draw import Draw, Evaluation, Plan, Redraw
 from asd_megatron.rollout.engine import RolloutEngine, RolloutError, WeightSource
 from asd_megatron.rollout.order import ProblemOrder
 
@@ -30,23 +29,6 @@ class StudentPrompts(Protocol):
     """What the collector needs of a prompt renderer."""
 
     def student(self, problem: Problem) -> Prompt: ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The schedule of generation and training.
-
-    overlap: step k + 1 is generated while step k trains (one step off-policy). oversampling: problems requested over
-    problems needed; the groups that finish last are discarded, or carried over to the next step with `carry`.
-    max_staleness: a group with a rollout whose first token is staler than this many weight versions is discarded and
-    resampled.
-    """
-
-    overlap: bool = False
-    oversampling: float = 1.0
-    carry: bool = False
-    max_staleness: int | None = None
-    last_step: int | None = None  # None: there is always a next step
 
 
 class Collector:
@@ -82,7 +64,7 @@ class Collector:
         params: SamplingParams,
         problems_per_step: int,
         seed: int,
-        plan: Plan = Plan(),
+        plan: Plan = Plan(),  # noqa: B008 (frozen)
         timeout: float,
         redraws: int = 1,
         on_group: Callable[[Group, int], None] = lambda group, step: None,
@@ -96,12 +78,10 @@ class Collector:
         self._engine = engine
         self._weights = weights
         self._verifier = verifier
-        self._problem_set = problem_set
         self._render = renderer.student
         self._process_groups = process_groups
         self._params = params
         self._wanted = problems_per_step
-        self._seed = seed
         self._plan = plan
         self._timeout = timeout
         self._redraws = redraws
@@ -210,13 +190,9 @@ class Collector:
         none). on_group: is told of every rewarded group, with the index of its prompt, as soon as there is one."""
         self._settle()
         self._load()
-        draw = Draw(-1 - step, list(prompts), params, wanted=len(prompts), on_group=on_group)
-        own, self._verifier = self._verifier, verifier or self._verifier
-        try:
-            self._engine.submit(draw.prompts, params, draw.step)
-            self._finish(draw)
-        finally:
-            self._verifier = own
+        draw = Draw(-1 - step, list(prompts), params, wanted=len(prompts), verifier=verifier, on_group=on_group)
+        self._engine.submit(draw.prompts, params, draw.step)
+        self._finish(draw)
         if self._draw is None:
             self.release()
         if draw.lacking:
@@ -415,11 +391,12 @@ class Collector:
             self.counts.stale_groups += stale
             if not aborted and not stale:
                 complete.append(group)
-        if self._verifier is None:
+        verifier = draw.verifier or self._verifier
+        if verifier is None:
             raise ValueError("global rank 0 has no verifier")
         started = time.perf_counter()
         responses = [Response(g.problem, r.text, r.truncated) for g in complete for r in g.rollouts]
-        rewards = iter(self._verifier.score(responses)) if responses else iter(())
+        rewards = iter(verifier.score(responses)) if responses else iter(())
         for group in complete:
             scores = tuple(float(next(rewards)) for _ in group.rollouts)
             if not all(math.isfinite(score) for score in scores):

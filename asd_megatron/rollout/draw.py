@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from asd_megatron.errors import plural
 from asd_megatron.records import Group, Prompt, SamplingParams
+from asd_megatron.reward.base import Verifier
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,23 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """The schedule of generation and training.
+
+    overlap: step k + 1 is generated while step k trains (one step off-policy). oversampling: problems requested over
+    problems needed; the groups that finish last are discarded, or carried over to the next step with `carry`.
+    max_staleness: a group with a rollout whose first token is staler than this many weight versions is discarded and
+    resampled.
+    """
+
+    overlap: bool = False
+    oversampling: float = 1.0
+    carry: bool = False
+    max_staleness: int | None = None
+    last_step: int | None = None  # None: there is always a next step
+
+
+@dataclass(frozen=True)
 class Redraw:
     """Dynamic sampling: groups that are discarded for what their rewards are.
 
@@ -61,13 +79,15 @@ class Draw:
     `missing`: the prompt indices without a group; `rejected`: those whose group was discarded for its rewards, in that
     order; both the same on all ranks. `found`: the rewarded groups by prompt index, in order of completion, on global
     rank 0 alone; there `rejected` has the first `wanted` of the discarded ones. `judged`: those of `found` that stay.
-    `on_group`: of an evaluation, is told of every rewarded group and the index of its prompt, on global rank 0.
+    Of an evaluation, on global rank 0: `verifier` scores it (None: the collector's own), and `on_group` is told of
+    every rewarded group and the index of its prompt.
     """
 
     step: int
     prompts: list[Prompt]
     params: SamplingParams
     wanted: int
+    verifier: Verifier | None = None
     on_group: Callable[[int, Group], None] | None = None
     found: dict[int, Group] = field(default_factory=dict)
     missing: set[int] = field(init=False)

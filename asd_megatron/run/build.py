@@ -14,8 +14,8 @@ from asd_megatron.data.templates import PAPER_WORDING
 from asd_megatron.records import Group, Problem
 from asd_megatron.reward.base import Verifier, tests_of
 from asd_megatron.rollout.bank import RolloutBank
-from asd_megatron.rollout.collector import Collector, Plan
-from asd_megatron.rollout.draw import Redraw
+from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.draw import Plan, Redraw
 from asd_megatron.rollout.embedded.engine import EmbeddedEngine
 from asd_megatron.rollout.engine import RolloutEngine, WeightSource
 from asd_megatron.rollout.replay import ReplayEngine

@@ -16,8 +16,8 @@ import pytest
 from asd_megatron.records import FinishReason, Group, Prompt, SamplingParams
 from asd_megatron.rollout import journal
 from asd_megatron.rollout.bank import Key, Response, RolloutBank
-from asd_megatron.rollout.collector import Collector, Plan
-from asd_megatron.rollout.draw import Redraw
+from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.draw import Plan, Redraw
 from asd_megatron.rollout.sglang.client.scheduling import SampleRequest, SampleResult
 from asd_megatron.rollout.sglang.grouping import Assembler, Labels, extended
 from tests.rollout.test_collector import Problems, Renderer, Verifier

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from asd_megatron.data.problems import ProblemSet
 from asd_megatron.errors import UserError
 from asd_megatron.records import Group, Problem, SamplingParams
-from asd_megatron.rollout.collector import Plan
-from asd_megatron.rollout.draw import Redraw
+from asd_megatron.rollout.draw import Plan, Redraw
 from asd_megatron.rollout.order import ProblemOrder
 from tests.distributed.harness import run_ranks
 from tests.rollout.test_collector import Problems

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from asd_megatron.records import FinishReason, Group, Prompt, Rollout, SamplingParams
-from asd_megatron.rollout.collector import Collector, Plan
-from asd_megatron.rollout.draw import Redraw
+from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.draw import Plan, Redraw
 from tests.distributed.harness import run_ranks
 from tests.rollout.test_collector import PARAMS, Problems, Renderer, Verifier
 from tests.rollout.toy import Versioned, one_process_groups

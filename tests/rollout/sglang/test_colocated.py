@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from asd_megatron.records import Group, Problem, SamplingParams
-from asd_megatron.rollout.collector import Collector, Plan
+from asd_megatron.rollout.collector import Collector
+from asd_megatron.rollout.draw import Plan
 from asd_megatron.rollout.sglang import memory
 from tests.rollout.sglang.engine_world import PARAMS, Source, World, finish, servers
 from tests.rollout.sglang.fake_sglang import GARBAGE, TAGS, FakeSGLang, made_from
