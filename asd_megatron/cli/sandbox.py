@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="sandboxes at a time (default: 2)")
     arguments = parser.parse_args(argv)
     if arguments.action == "table":
-        print(attack_table(ATTACKS))
+        print(attack_table())
         return 0
     interpreter = find_interpreter(arguments.python)
     user = sandbox_user()

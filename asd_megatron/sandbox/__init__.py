@@ -1,1 +1,1 @@
-"""Runs Python programs that nobody has read: bubblewrap, a seccomp filter, resource limits (docs/sandbox.md)."""
+"""Runs untrusted Python programs: bubblewrap, a seccomp filter, resource limits (docs/sandbox.md)."""

@@ -3,215 +3,14 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from asd_megatron.sandbox.pool import CallTest, StatementsTest, Status, StdinTest, Test
-
-ESCAPED = "ESCAPED"  # printed by a program that got what it wanted
-AGAIN = (StdinTest(""), StdinTest(""))  # the second test shows that the supervisor is unharmed
-
-# Every program is preceded by this. CANARY: a file that anybody may read and delete, outside; SOCKET a Unix socket
-# beside it; PORT: a TCP and UDP port, ABSTRACT: an abstract Unix socket, on which this machine listens; PARENT: the
-# process that tests.
-PRELUDE = """
-CANARY, SOCKET, PORT, ABSTRACT, PARENT = {canary!r}, {socket!r}, {port}, {abstract!r}, {parent}
-def must_fail(f, *args):
-    try:
-        value = f(*args)
-    except (OSError, ValueError):
-        return
-    print("ESCAPED", f, args, value)
-def syscall(number, *args):
-    import ctypes, os
-    libc = ctypes.CDLL(None, use_errno=True)
-    number = number[os.uname().machine == "aarch64"]
-    if libc.syscall(number, *args) == -1:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-"""
-
-
-@dataclass(frozen=True)
-class Attack:
-    """A hostile program. `stopped_by`: what stops it, in words; `expected`: how each of its tests may end."""
-
-    name: str
-    program: str
-    stopped_by: str
-    expected: frozenset[Status]
-    tests: Sequence[Test] = (StdinTest(""),)
-
-
-def _attack(name: str, stopped_by: str, program: str, *expected: Status, tests: Sequence[Test] = AGAIN[:1]) -> Attack:
-    return Attack(name, textwrap.dedent(program).strip(), stopped_by, frozenset(expected or (Status.FINISHED,)), tests)
-
-
-TIME = (Status.CPU_TIME, Status.WALL_TIME)
+from asd_megatron.sandbox.attack import AGAIN, Attack, attack
+from asd_megatron.sandbox.exhausting_attacks import EXHAUSTING
+from asd_megatron.sandbox.pool import CallTest, StatementsTest, Status
 
 ATTACKS: tuple[Attack, ...] = (
-    # ---------------------------------------------------------------- exhausting the machine
-    _attack(
-        "fork bomb",
-        "limit on processes, then the test's time",
-        """
-        import os
-        while True:
-            try:
-                os.fork()
-            except OSError:
-                pass
-        """,
-        *TIME,
-    ),
-    _attack(
-        "threads without end",
-        "limit on processes",
-        """
-        import threading, time
-        while True:
-            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-        """,
-        Status.FAILED,
-    ),
-    _attack(
-        "memory bomb, one process",
-        "limit on the address space: MemoryError",
-        """
-        x = []
-        while True:
-            x.append(bytearray(1 << 24))
-        """,
-        Status.FAILED,
-    ),
-    _attack(
-        "memory bomb, many processes",
-        "limit on the memory of all processes, watched from outside",
-        """
-        import os, time
-        for i in range(3):
-            os.fork()
-        x = b'x' * (150 << 20)
-        time.sleep(60)
-        """,
-        Status.MEMORY,
-    ),
-    _attack(
-        "memory outside any process (memfd, shared memory)",
-        "seccomp; /tmp and /dev/shm are one small tmpfs",
-        """
-        import os, ctypes
-        must_fail(os.memfd_create, 'x')
-        must_fail(syscall, (29, 194), 1, 1 << 20, 0o1666)
-        """,
-    ),
-    _attack(
-        "endless stdout",
-        "limit on output",
-        """
-        while True:
-            print('x' * 1000)
-        """,
-        Status.OUTPUT,
-    ),
-    _attack(
-        "endless stderr",
-        "limit on output",
-        """
-        import sys
-        while True:
-            sys.stderr.write('x' * 1000)
-        """,
-        Status.OUTPUT,
-    ),
-    _attack(
-        "endless loop",
-        "processor time",
-        """
-        while True:
-            pass
-        """,
-        *TIME,
-    ),
-    _attack(
-        "sleeping",
-        "wall time",
-        """
-        import time
-        time.sleep(1000)
-        """,
-        Status.WALL_TIME,
-    ),
-    _attack(
-        "stopping itself",
-        "wall time",
-        """
-        import os, signal
-        os.kill(os.getpid(), signal.SIGSTOP)
-        """,
-        Status.WALL_TIME,
-    ),
-    _attack(
-        "reading more input than there is",
-        "end of the file",
-        """
-        input()
-        """,
-        Status.FAILED,
-    ),
-    _attack(
-        "endless recursion",
-        "limits on stack and address space",
-        """
-        import sys
-        sys.setrecursionlimit(10**9)
-        def f(x):
-            return f(x + 1)
-        f(0)
-        """,
-        Status.FAILED,
-        Status.SIGNAL,
-        *TIME,
-    ),
-    _attack(
-        "filling /tmp",
-        "size of the tmpfs",
-        """
-        import os
-        written = 0
-        try:
-            for i in range(1000):
-                with open(f'/tmp/{i}', 'wb') as f:
-                    written += f.write(bytes(1 << 20))
-        except OSError:
-            pass
-        if written > 64 << 20:
-            print('ESCAPED', written)
-        """,
-        tests=AGAIN,
-    ),
-    _attack(
-        "a huge file",
-        "limit on the size of files",
-        """
-        import os
-        f = open('/tmp/huge', 'wb')
-        must_fail(os.truncate, '/tmp/huge', 1 << 40)
-        """,
-    ),
-    _attack(
-        "raising its limits and its priority",
-        "no capabilities",
-        """
-        import os, resource as r
-        for which in (r.RLIMIT_NPROC, r.RLIMIT_AS, r.RLIMIT_CPU, r.RLIMIT_FSIZE):
-            must_fail(r.setrlimit, which, (1 << 40, 1 << 40))
-        must_fail(os.nice, -5)
-        must_fail(os.sched_setscheduler, 0, os.SCHED_FIFO, os.sched_param(1))
-        """,
-    ),
+    *EXHAUSTING,
     # ---------------------------------------------------------------- files
-    _attack(
+    attack(
         "deleting files (rm -rf)",
         "mount namespace: the system is read-only, nothing else is there",
         """
@@ -224,7 +23,7 @@ ATTACKS: tuple[Attack, ...] = (
         """,
         tests=AGAIN,
     ),
-    _attack(
+    attack(
         "overwriting the interpreter and the supervisor",
         "read-only mounts",
         """
@@ -233,7 +32,7 @@ ATTACKS: tuple[Attack, ...] = (
             must_fail(open, path, 'ab')
         """,
     ),
-    _attack(
+    attack(
         "reading secrets (shadow, keys, home folders, the trainer's data)",
         "mount namespace: only the system's and the interpreter's folders are there",
         """
@@ -243,7 +42,7 @@ ATTACKS: tuple[Attack, ...] = (
             must_fail(os.listdir if os.path.isdir(path) else open, path)
         """,
     ),
-    _attack(
+    attack(
         "reading the trainer's environment",
         "the environment is cleared",
         """
@@ -252,7 +51,7 @@ ATTACKS: tuple[Attack, ...] = (
             print('ESCAPED')
         """,
     ),
-    _attack(
+    attack(
         "reading /proc of the trainer",
         "there is no /proc",
         """
@@ -262,7 +61,7 @@ ATTACKS: tuple[Attack, ...] = (
         must_fail(os.listdir, '/proc/self')
         """,
     ),
-    _attack(
+    attack(
         "symbolic and hard links to the outside",
         "they lead to files of the sandbox",
         """
@@ -275,7 +74,7 @@ ATTACKS: tuple[Attack, ...] = (
         must_fail(open, '/../../..' + CANARY)
         """,
     ),
-    _attack(
+    attack(
         "inherited file descriptors",
         "none but stdin, stdout, stderr and the verdict channel",
         """
@@ -285,7 +84,7 @@ ATTACKS: tuple[Attack, ...] = (
         must_fail(os.read, 3, 1)
         """,
     ),
-    _attack(
+    attack(
         "devices and new device files",
         "only null, zero, full and random; no capabilities",
         """
@@ -296,7 +95,7 @@ ATTACKS: tuple[Attack, ...] = (
         """,
     ),
     # ---------------------------------------------------------------- other processes, the kernel
-    _attack(
+    attack(
         "signals to the trainer and to process 1",
         "pid namespace: the trainer has no number there, process 1 receives none",
         """
@@ -308,7 +107,7 @@ ATTACKS: tuple[Attack, ...] = (
         """,
         tests=AGAIN,
     ),
-    _attack(
+    attack(
         "a thread that outlives the test",
         "the process of a test is ended",
         """
@@ -321,7 +120,7 @@ ATTACKS: tuple[Attack, ...] = (
         """,
         tests=(CallTest("f", ()), CallTest("f", ())),
     ),
-    _attack(
+    attack(
         "a daemon that outlives the test (double fork, setsid)",
         "all processes of the sandbox are ended after each test",
         """
@@ -334,7 +133,7 @@ ATTACKS: tuple[Attack, ...] = (
         """,
         tests=AGAIN,
     ),
-    _attack(
+    attack(
         "ptrace, reading other processes' memory",
         "seccomp",
         """
@@ -342,7 +141,7 @@ ATTACKS: tuple[Attack, ...] = (
         must_fail(syscall, (310, 270), 1, 0, 0, 0, 0, 0)
         """,
     ),
-    _attack(
+    attack(
         "new namespaces and mounts",
         "seccomp; no user namespaces inside",
         """
@@ -354,7 +153,7 @@ ATTACKS: tuple[Attack, ...] = (
             print('ESCAPED')
         """,
     ),
-    _attack(
+    attack(
         "bpf, keyrings, io_uring",
         "seccomp",
         """
@@ -363,7 +162,7 @@ ATTACKS: tuple[Attack, ...] = (
         must_fail(syscall, (425, 425), 8, 0)
         """,
     ),
-    _attack(
+    attack(
         "becoming root (setuid, su)",
         "no new privileges, one user in the namespace",
         """
@@ -376,7 +175,7 @@ ATTACKS: tuple[Attack, ...] = (
                 print('ESCAPED', name)
         """,
     ),
-    _attack(
+    attack(
         "characters into the terminal (TIOCSTI)",
         "no terminal, new session, seccomp",
         """
@@ -386,7 +185,7 @@ ATTACKS: tuple[Attack, ...] = (
         """,
     ),
     # ---------------------------------------------------------------- network
-    _attack(
+    attack(
         "network: TCP, UDP, name lookup, vsock, netlink",
         "network namespace without interfaces; seccomp refuses all sockets but Unix ones",
         """
@@ -398,7 +197,7 @@ ATTACKS: tuple[Attack, ...] = (
             must_fail(socket.socket, family, socket.SOCK_RAW if family != 40 else socket.SOCK_STREAM)
         """,
     ),
-    _attack(
+    attack(
         "Unix sockets of the machine, by path and abstract",
         "mount and network namespaces",
         """
@@ -408,7 +207,7 @@ ATTACKS: tuple[Attack, ...] = (
         """,
     ),
     # ---------------------------------------------------------------- looking right
-    _attack(
+    attack(
         "sys.exit(0) before the asserts",
         "no verdict without the random text that follows the test",
         """
@@ -418,7 +217,7 @@ ATTACKS: tuple[Attack, ...] = (
         Status.NO_VERDICT,
         tests=(StatementsTest("assert False"), CallTest("f", ())),
     ),
-    _attack(
+    attack(
         "os._exit(0) inside the tested function",
         "no verdict without the random text that follows the test",
         """
@@ -430,7 +229,7 @@ ATTACKS: tuple[Attack, ...] = (
         Status.NO_VERDICT,
         tests=(StatementsTest("assert f() == 1"), CallTest("f", ())),
     ),
-    _attack(
+    attack(
         "writing a verdict of its own",
         "no verdict without the random text that follows the test",
         """

@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from asd_megatron.sandbox.attacks import ATTACKS, ESCAPED, PRELUDE, Attack
+from asd_megatron.sandbox.attack import ESCAPED, PRELUDE, Attack
+from asd_megatron.sandbox.attacks import ATTACKS
 from asd_megatron.sandbox.launch import Interpreter, Protections, SandboxLimits
 from asd_megatron.sandbox.pool import SandboxPool, Status, TestedProgram, TestResult
 
@@ -22,7 +23,7 @@ WAITING_SECONDS = 1.0  # of wall time, for attacks that nothing but this limit e
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttackOutcome:
     """What became of an attack: `harm` says what it achieved, and is empty if it was stopped."""
 
     attack: Attack
@@ -32,7 +33,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _World:
-    """What an attack may be after: see `attacks.PRELUDE`."""
+    """What an attack may be after: see `attack.PRELUDE`."""
 
     canary: Path
     listeners: Sequence[socket.socket]
@@ -96,17 +97,19 @@ def run_attacks(
     *,
     attacks: Sequence[Attack] | None = None,
     workers: int = 2,
-) -> list[Outcome]:
+) -> list[AttackOutcome]:
     """Run the attacks (None: all), each in a sandbox of its own."""
     attacks = ATTACKS if attacks is None else attacks
-    outcomes: list[Outcome] = []
+    outcomes: list[AttackOutcome] = []
     with _world() as world:
         for wall_seconds, some in _by_patience(attacks):
             limits = replace(CHECK_LIMITS, wall_seconds=wall_seconds)
             pool = SandboxPool(interpreter, limits, size=workers, protections=protections)
             programs = [TestedProgram(world.program(attack), attack.tests) for attack in some]
             found = zip(some, pool.run(programs), strict=True)
-            outcomes += [Outcome(attack, results or (), _harm(attack, results or ())) for attack, results in found]
+            outcomes += [
+                AttackOutcome(attack, results or (), _harm(attack, results or ())) for attack, results in found
+            ]
         general = _general_harm(world)
         if outcomes and general:
             outcomes[-1] = replace(outcomes[-1], harm=f"this or another attack: {general}")
@@ -155,7 +158,7 @@ def leftover_processes() -> list[int]:
     return found
 
 
-def attack_table(attacks: Sequence[Attack] = ATTACKS) -> str:
+def attack_table() -> str:
     """The table of docs/sandbox.md."""
-    rows = [f"| {a.name} | {a.stopped_by} | {', '.join(sorted(f'`{s}`' for s in a.expected))} |" for a in attacks]
+    rows = [f"| {a.name} | {a.stopped_by} | {', '.join(sorted(f'`{s}`' for s in a.expected))} |" for a in ATTACKS]
     return "\n".join(["| attack | what stops it | how its test ends |", "|---|---|---|", *rows])

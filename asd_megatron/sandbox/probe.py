@@ -73,11 +73,6 @@ def usable_protections(interpreter: Interpreter) -> tuple[Protections, list[Miss
     return protections, missing
 
 
-def missing_protections(interpreter: Interpreter) -> list[Missing]:
-    """The protections that this machine does not give; empty if the sandbox is complete."""
-    return usable_protections(interpreter)[1]
-
-
 def _probe(interpreter: Interpreter, protections: Protections) -> tuple[list[str] | None, str]:
     """What the probe printed; None if no sandbox starts, and why."""
     pool = SandboxPool(interpreter, PROBE_LIMITS, protections=protections)

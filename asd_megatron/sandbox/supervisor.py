@@ -1,5 +1,5 @@
-"""The first process of a sandbox, a program of its own: `python -I -S -B supervisor.py`. Runs one tested program on its
-tests, one after another, each in a process of its own.
+"""The first process of a sandbox, a program of its own (`launch.PYTHON_OPTIONS`). Runs one tested program on its tests,
+one after another, each in a process of its own.
 
 It imports little, so that it starts fast. Standard input is a file with the job (marshal, from the trainer):
 

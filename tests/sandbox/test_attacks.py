@@ -8,10 +8,11 @@ import pytest
 
 from asd_megatron.cli.main import main
 from asd_megatron.sandbox import check
-from asd_megatron.sandbox.attacks import ATTACKS, Attack
-from asd_megatron.sandbox.check import Outcome, attack_table, leftover_processes, run_attacks
+from asd_megatron.sandbox.attack import Attack
+from asd_megatron.sandbox.attacks import ATTACKS
+from asd_megatron.sandbox.check import AttackOutcome, attack_table, leftover_processes, run_attacks
 from asd_megatron.sandbox.launch import Interpreter, Protections, find_interpreter
-from asd_megatron.sandbox.probe import missing_protections
+from asd_megatron.sandbox.probe import usable_protections
 
 PAGE = Path(__file__).parents[2] / "docs" / "sandbox.md"
 
@@ -19,24 +20,24 @@ PAGE = Path(__file__).parents[2] / "docs" / "sandbox.md"
 @pytest.fixture(scope="module")
 def interpreter() -> Interpreter:
     found = find_interpreter()
-    assert missing_protections(found) == [], "these tests need the complete sandbox; what is missing is said here"
+    assert usable_protections(found)[1] == [], "these tests need the complete sandbox; what is missing is said here"
     return found
 
 
 @pytest.fixture(scope="module")
-def outcomes(interpreter: Interpreter) -> dict[str, Outcome]:
+def outcomes(interpreter: Interpreter) -> dict[str, AttackOutcome]:
     return {outcome.attack.name: outcome for outcome in run_attacks(interpreter, Protections())}
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-def test_attack(outcomes: dict[str, Outcome], attack: Attack) -> None:
+def test_attack(outcomes: dict[str, AttackOutcome], attack: Attack) -> None:
     """What it wanted it did not get, a verdict was counted, and nothing of it is left on the machine."""
     outcome = outcomes[attack.name]
     assert outcome.harm == ""
     assert len(outcome.results) == len(attack.tests)
 
 
-def test_nothing_is_left(outcomes: dict[str, Outcome]) -> None:
+def test_nothing_is_left(outcomes: dict[str, AttackOutcome]) -> None:
     assert leftover_processes() == []
 
 

@@ -73,20 +73,19 @@ if __name__ == "__main__":
     print(subprocess.run([sys.executable, "-c", "print(5)"], capture_output=True, text=True).stdout.strip())
     with tempfile.NamedTemporaryFile("w+") as f:
         f.write("text"); f.seek(0); print(f.read())
-    print(hash("a") == hash("a"), sys.stdin.read(), len({"a", "b"}), file=sys.stdout)
+    print(sys.stdin.read(), len({"a", "b"}), file=sys.stdout)
     quit()
 """
     [results] = pool().run([TestedProgram(program, [StdinTest("rest é")])])
     assert results is not None and results[0].status is Status.FINISHED, results
-    assert results[0].stdout.decode() == "[0, 1, 4, 9] Point(x=1)\n5\ntext\nTrue rest é 2\n"
+    assert results[0].stdout.decode() == "[0, 1, 4, 9] Point(x=1)\n5\ntext\nrest é 2\n"
 
 
 def test_interpreters(tmp_path: Path) -> None:
     with pytest.raises(SandboxError, match="is no Python interpreter that runs"):
         find_interpreter("/bin/false")
-    folder = Path.home().parent if Path.home().parent != Path("/") else Path("/root")
     with pytest.raises(SandboxError, match="holds your home folder"):
-        launch._checked(Interpreter("/bin/python3", str(Path.home() if folder == Path("/root") else folder)))
+        launch._checked(Interpreter("/bin/python3", str(Path.home())))
 
 
 def test_sandboxes_that_do_not_start() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
+from functools import cache
 
 import pytest
 
@@ -15,15 +16,17 @@ EPERM, ENOSYS = 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
 MACHINES = sorted(seccomp.ARCHITECTURES)
 
 
+@cache
+def instructions(machine: str) -> list[tuple[int, int, int, int]]:
+    """(code, jump if true, jump if false, value) of each instruction."""
+    return list(struct.iter_unpack("=HBBI", seccomp.filter_program(machine)))
+
+
 def decide(machine: str, number: int, *arguments: int, audit: int | None = None) -> int:
     """What the kernel's BPF machine returns for a call."""
-    data = struct.pack("<IIQ6Q", number, audit or seccomp.ARCHITECTURES[machine][1], 0, *arguments, *[0] * 6)[:64]
-    program = [
-        struct.unpack("=HBBI", seccomp.filter_program(machine)[i : i + 8])
-        for i in range(0, 10_000, 8)
-        if i < len(seccomp.filter_program(machine))
-    ]
-    at = accumulator = 0
+    six = (*arguments, *[0] * 6)[:6]
+    data = struct.pack("<IIQ6Q", number, audit or seccomp.ARCHITECTURES[machine][1], 0, *six)
+    program, at, accumulator = instructions(machine), 0, 0
     while True:
         code, if_true, if_false, value = program[at]
         at += 1
