@@ -227,9 +227,10 @@ def _show(arguments: Any) -> int:
 
 
 def _chosen(name: str, problems: Sequence[Problem]) -> Problem:
-    found = next((problem for problem in problems if problem.prompt_id == name), None)
+    """The problem at a place, from 1, or with an id. Raises UserError if there is none."""
     if name.isdecimal() and 1 <= int(name) <= len(problems):
         return problems[int(name) - 1]
+    found = next((problem for problem in problems if problem.prompt_id == name), None)
     if found is None:
         raise UserError(f"--problem {name}: give a place from 1 to {len(problems):,}, or the id of a problem")
     return found

@@ -208,8 +208,8 @@ def evaluation_text(recipe: AnyRecipe) -> str:
     e = recipe.evaluation
     every = "every step" if e.every == 1 else f"every {e.every} steps"
     when = [every] * bool(e.every) + ["at the start"] * e.at_start + ["at the end"] * e.at_end
-    names = [*([str(recipe.data.test)] if recipe.data.test else []), *e.sets]
-    parts = [" + ".join(names) if e.problems is None else f"{plural(e.problems, 'problem')} of {' + '.join(names)}"]
+    sets = " + ".join([*([recipe.data.test] if recipe.data.test else []), *e.sets])
+    parts = [sets if e.problems is None else f"{plural(e.problems, 'problem')} of {sets}"]
     parts += [f"{e.samples} responses each"] * (e.samples > 1)
     parts += [*when, f"temperature {e.temperature:g}", f"top_p {e.top_p:g}"]
     return ", ".join(parts + [f"top_k {e.top_k}"] * bool(e.top_k))
