@@ -132,7 +132,7 @@ def test_problems_that_cannot_be_used(
 @pytest.mark.parametrize("key", ["train", "test"])
 def test_a_missing_problem_file(fresh: World, capsys: pytest.CaptureFixture[str], key: str) -> None:
     message = refused(capsys, fresh, data={key: str(fresh.folder / "none.jsonl")})
-    assert "cannot read" in message and "none.jsonl" in message and "Give the path of a JSONL file" in message
+    assert "cannot read" in message and "none.jsonl" in message and "Give the path of a data file" in message
 
 
 # -------------------------------------------------------------------- the model folder
