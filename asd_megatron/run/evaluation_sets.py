@@ -9,6 +9,7 @@ from typing import Any
 
 from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.config.evaluation import EvaluationSection, EvaluationSetSection
+from asd_megatron.config.evaluation_checks import TEST
 from asd_megatron.data.problems import ProblemSource
 from asd_megatron.evaluation.outcomes import Outcomes, samples_of
 from asd_megatron.records import Problem, Prompt, SamplingParams
@@ -22,8 +23,6 @@ from asd_megatron.run.sources import held_out_problems, set_problems
 
 FAILURES = ("errors", "timeouts")
 """Counters of a verifier that say that answers scored 0 unjudged."""
-TEST = "test"
-"""The name of `data.test` among the sets of `asd-megatron evaluate`."""
 
 
 @dataclass(frozen=True)
