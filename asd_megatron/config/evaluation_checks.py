@@ -13,12 +13,16 @@ from asd_megatron.errors import UserError
 from asd_megatron.gym.tasks import PREFIX, check_task, task_of
 
 PUZZLES = ("puzzle:train", "puzzle:test")
+TEST = "test"
+"""The name of `data.test` among the sets of `asd-megatron evaluate`."""
 
 
 def evaluation_findings(recipe: AnyRecipe) -> Iterator[str]:
     """What cannot work, one finding each."""
     if recipe.evaluation.every and recipe.data.test is None and not recipe.evaluation.sets:
         yield ("evaluation.every needs problems to measure on: set data.test or evaluation.sets, or evaluation.every 0")
+    if recipe.data.test is not None and TEST in recipe.evaluation.sets:
+        yield f"evaluation.sets.{TEST}: the name is that of data.test: give the set another, or leave one out"
     for name, section in recipe.evaluation.sets.items():
         key = f"evaluation.sets.{name}"
         if section.data.startswith("puzzle:") and section.data not in PUZZLES:

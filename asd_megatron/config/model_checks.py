@@ -115,6 +115,14 @@ def _lengths(recipe: AnyRecipe, hf_config: Mapping[str, Any]) -> Iterator[str]:
             f"sampling.max_prompt_tokens {s.max_prompt_tokens} + sampling.max_response_tokens {s.max_response_tokens} ="
             f" {longest} tokens, and the model has {positions} positions: lower one of them by {longest - positions}"
         )
+    for name, given in recipe.evaluation.sets.items() if recipe.evaluates else ():
+        longest = s.max_prompt_tokens + (given.max_new_tokens or 0)
+        if longest > positions:
+            yield (
+                f"evaluation.sets.{name}.max_new_tokens {given.max_new_tokens} + sampling.max_prompt_tokens"
+                f" {s.max_prompt_tokens} = {longest} tokens, and the model has {positions} positions: lower one of them"
+                f" by {longest - positions}"
+            )
     if isinstance(recipe, Recipe):
         limit = recipe.privileged.max_teacher_tokens
         if limit is not None and limit > positions:

@@ -12,6 +12,7 @@ from asd_megatron.evaluation.estimators import Floats
 
 RESAMPLES, LEVEL, SEED = 10_000, 0.95, 0
 KEYS = ("value", "standard_error", "low", "high")  # of an estimate in JSON and CSV
+ROUNDING = 1e-12
 BATCH_NUMBERS = 4_000_000  # resampled at a time: bounds the memory, not the result
 
 
@@ -91,4 +92,5 @@ def estimate(values: Floats) -> Estimate:
 def difference(base: Floats, other: Floats) -> Difference:
     """Of the values [problems] of the same problems, in the same order: `other` less `base`."""
     apart = other - base
+    apart[np.abs(apart) < ROUNDING] = 0.0  # the same rewards in another order have another sum
     return Difference(estimate(apart), int((apart > 0).sum()), int((apart < 0).sum()), int((apart == 0).sum()))

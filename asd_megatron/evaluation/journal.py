@@ -14,6 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import IO, Any
@@ -73,9 +74,10 @@ class Journal:
             raise self._refused(error) from error
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # what a full disk has refused is refused again
+                file.close()
 
     def remove(self) -> None:
         """Close and remove the file: its content is in the results."""
@@ -104,7 +106,7 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
     end = data.rfind(b"\n") + 1
     if end < len(data):
         os.truncate(path, end)
-    return [json.loads(line) for line in data[:end].decode("utf-8").splitlines()]
+    return [json.loads(line) for line in data[:end].split(b"\n")[:-1]]  # a text may hold other ends of lines
 
 
 def check_identity(path: Path, recorded: object, identity: Mapping[str, Any]) -> None:

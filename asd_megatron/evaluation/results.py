@@ -26,8 +26,8 @@ VERSION = 1
 @dataclass(frozen=True, eq=False)
 class SetResult:
     """A model on one set. `metrics`: estimates by name (`avg@8`, `pass@1` ... `pass@8`, `maj@2` ..., `length_mean`,
-    `truncated`). `values`: of each problem, by the same names; `problems`: their ids. `failures`: answers that scored 0
-    unjudged, by kind. `settings`: how it was sampled and scored."""
+    `truncated`). `values`: of each problem, by the same names; `problems`: what tells them from others. `failures`:
+    answers that scored 0 unjudged, by kind. `settings`: how it was sampled and scored."""
 
     name: str
     samples: int

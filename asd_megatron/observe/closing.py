@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ GRADED_COLUMNS = {
     **{name: title for name, title in COLUMNS.items() if name != "evaluation/accuracy"},
 }
 """The same for a run whose rewards are not only 0 and 1: its mean reward is no accuracy."""
+OF_SET = re.compile(r"evaluation/([^/]+)/(avg@\d+)")
 WINDOW = 10
 """Steps over which a training metric's first and last value are averaged."""
 SAMPLE_CHARACTERS = 600
@@ -66,7 +68,8 @@ def closing_table(
 
 def _before_and_after(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
     found: list[tuple[str, float, float]] = []
-    for name, title in columns.items():
+    sets = {m[0]: f"held-out {m[1]}, {m[2]}" for row in rows for m in map(OF_SET.fullmatch, row) if m is not None}
+    for name, title in (sets | dict(columns)).items():
         values = [float(row[name]) for row in rows if isinstance(row.get(name), int | float)]
         if len(values) < 2:
             continue

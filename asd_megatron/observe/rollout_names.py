@@ -11,7 +11,11 @@ SECTIONS = (
         (
             Metric("reward/mean", "reward", "mean reward of the step's rollouts"),
             Metric("reward/pass_rate", "fraction of rollouts", "rewards of at least `privileged.success_threshold`"),
-            Metric("reward/mixed_groups", "fraction of groups", "groups with unequal rewards; others have advantage 0"),
+            Metric(
+                "reward/mixed_groups",
+                "fraction of groups",
+                "groups with unequal rewards; others have advantage 0, but for the overlong penalty",
+            ),
             Metric("reward/part/<label>", "reward", "mean reward of one of `reward.parts`, before its weight"),
             Metric(
                 "reward/overlong_share",

@@ -53,7 +53,7 @@ def _out_of_distribution(m: Metrics) -> bool:
 
 
 def _equal_rewards(m: Metrics) -> bool:
-    return m.get("reward/mixed_groups") == 0
+    return m.get("reward/mixed_groups") == 0 and not m.get("reward/overlong_share")  # which makes advantages differ
 
 
 def _above_cutoff(m: Metrics) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from asd_megatron.checkpoint.stored_model import StoredModel
 from asd_megatron.config import Recipe
 from asd_megatron.data.problems import ProblemSet
 from asd_megatron.data.prompts import PromptRenderer
+from asd_megatron.data.reading import content_hash
 from asd_megatron.data.tokenizer import decode
 from asd_megatron.distributed.stop_signals import StopSignals
 from asd_megatron.evaluation.journal import Journal, check_identity
@@ -313,7 +314,8 @@ def _results(session: EvaluationSession, subject: Subject, tasks: Sequence[_Task
     for task in tasks:
         if task.complete is None:
             task.complete = _complete(session, subject, task)
-        sets.append(SetResult.of(task.given.name, task.complete, threshold))
+        keys = tuple(f"{problem.prompt_id}/{content_hash(problem)}" for problem in task.given.problems)
+        sets.append(replace(SetResult.of(task.given.name, task.complete, threshold), problems=keys))
     found = Results(subject.label, str(subject.weights), subject.step, sets)
     with writing(subject.out):
         write_results(subject.out, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
@@ -62,7 +63,8 @@ def set_line(name: str, step: int, metrics: Mapping[str, float]) -> str:
     """The console's line about a set of `evaluation.sets`, from its metrics without their prefix."""
     average = next(metric for metric in metrics if metric.startswith("avg@"))
     k = average.removeprefix("avg@")
-    text = f"{average} {metrics[average]:.3f} ± {metrics[f'{average}_se']:.3f}"
+    error = metrics[f"{average}_se"]
+    text = f"{average} {metrics[average]:.3f}" + (f" ± {error:.3f}" if math.isfinite(error) else "")
     if k != "1":
         text += f", pass@{k} {metrics[f'pass@{k}']:.3f}"
     return f"held-out {name} after {plural(step, 'step')}: {text}, response length {metrics['length_mean']:.1f}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from asd_megatron.config import AnyRecipe, Recipe
 from asd_megatron.config.evaluation import EvaluationSection, EvaluationSetSection
+from asd_megatron.config.evaluation_checks import TEST
 from asd_megatron.data.problems import ProblemSource
 from asd_megatron.evaluation.outcomes import FAILURES, Outcomes, samples_of
 from asd_megatron.records import Problem, Prompt, SamplingParams
@@ -19,9 +20,6 @@ from asd_megatron.rollout.draw import Evaluation
 from asd_megatron.run.model_session import ModelSession
 from asd_megatron.run.sampling import evaluation_params
 from asd_megatron.run.sources import held_out_problems, set_problems
-
-TEST = "test"
-"""The name of `data.test` among the sets of `asd-megatron evaluate`."""
 
 
 @dataclass(frozen=True)

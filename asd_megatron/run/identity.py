@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from asd_megatron.checkpoint.huggingface import weight_files
+from asd_megatron.checkpoint.huggingface import CONFIG, weight_files
 from asd_megatron.checkpoint.manifest import MANIFEST
 from asd_megatron.config import AnyRecipe, Recipe
-from asd_megatron.files import to_json
+from asd_megatron.files import to_json, user_error
 from asd_megatron.records import Problem, Prompt
 from asd_megatron.run.evaluation_sets import EvaluationSet, success_threshold
 
@@ -25,20 +25,20 @@ LIMITS = ("workers", "memory_gb")
 
 def weights_digest(weights: Path) -> str:
     """Of a checkpoint its manifest, which has the checksums of all files; of other folders, sizes and evenly spaced
-    blocks of the files of weights. 16 hex digits."""
+    blocks of config.json and the files of weights. 16 hex digits."""
     found = hashlib.blake2b(digest_size=8)
     manifest = weights / MANIFEST
-    if manifest.is_file():
-        found.update(manifest.read_bytes())
-        return found.hexdigest()
-    files = sorted(weights.glob("*.distcp")) or weight_files(weights)
-    for path in files:
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for block in range(BLOCKS):
-                file.seek(max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1))
-                found.update(file.read(BLOCK_BYTES))
+    with user_error(f"the weights in {weights} cannot be read", "start the command again if a run has removed them"):
+        if manifest.is_file():
+            found.update(manifest.read_bytes())
+            return found.hexdigest()
+        for path in sorted(weights.glob("*.distcp")) or [*weight_files(weights), weights / CONFIG]:
+            size = path.stat().st_size
+            found.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for block in range(BLOCKS):
+                    file.seek(max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1))
+                    found.update(file.read(BLOCK_BYTES))
     return found.hexdigest()
 
 

@@ -11,11 +11,11 @@ from asd_megatron.checkpoint import lineage
 from asd_megatron.checkpoint.huggingface import is_complete, read_config
 from asd_megatron.checkpoint.locate import find
 from asd_megatron.config import AnyRecipe, Kind, make_recipe
+from asd_megatron.config.evaluation_checks import TEST
 from asd_megatron.config.yaml_text import read_yaml
 from asd_megatron.errors import UserError
 from asd_megatron.observe.run_names import run_names
 from asd_megatron.run.evaluation_request import Request
-from asd_megatron.run.evaluation_sets import TEST
 from asd_megatron.run.folder import CHECKPOINTS, EVALUATION, EXPORTS, RECIPE_FILE
 from asd_megatron.run.sources import model_folder
 
@@ -47,6 +47,8 @@ def subjects(request: Request) -> list[Subject]:
     recipes of different layouts."""
     found = [subject for what in request.what for subject in _of(what, request)]
     found = _distinct(found, request)
+    if (request.steps or request.every_step) and all(subject.run is None for subject in found):
+        raise UserError("--step and --all choose among the checkpoints of a run: give the run's folder")
     layouts = {subject.recipe.parallelism.model_dump_json() for subject in found}
     if len(layouts) > 1:
         raise UserError(
@@ -96,7 +98,7 @@ def _of_run(run: Path, values: Mapping[str, Any], step: int, weights: Path | Non
 def _steps(run: Path, path: Path, request: Request) -> list[tuple[int, Path | None]]:
     """(step, checkpoint or export) of a run that the request means; step 0 is the model that it started from."""
     if path.resolve() != run.resolve():
-        return [(lineage.step_of(path.name), path)]
+        return [(lineage.step_of(path.resolve().name), path)]
     there: dict[int, Path] = {}
     for folder in sorted((run / EXPORTS).glob("step_*")):
         if is_complete(folder):

@@ -379,6 +379,8 @@ def test_layers_that_the_machine_lacks() -> None:
          "parallelism.pipeline=2 parallelism.virtual_pipeline=3 rollout.engine=replay rollout.replay_folder=x"),
         (SMOLLM2, "sampling.max_response_tokens=8192", "the model has 8192 positions: lower one of them by 2048",
          "sampling.max_response_tokens=6144"),
+        (SMOLLM2, 'evaluation.sets={"a":{"data":"x","max_new_tokens":8192}}', "evaluation.sets.a.max_new_tokens 8192",
+         'evaluation.sets={"a":{"data":"x","max_new_tokens":6144}}'),
         (QWEN3_30B, "parallelism.expert=3", "128 experts: set it to one of 1, 2, 4", "parallelism.expert=8"),
         (QWEN3_30B, "parallelism.tensor=2", "set parallelism.sequence_parallel true",
          "parallelism.tensor=2 parallelism.sequence_parallel=true"),

@@ -41,6 +41,16 @@ def test_a_set_that_cannot_work_is_refused(sets: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_a_set_has_not_the_name_of_the_test_set() -> None:
+    values = {
+        "model": {"path": "m"},
+        "data": {"train": "x", "test": "y"},
+        "evaluation": {"sets": {"test": {"data": "z"}}},
+    }
+    with pytest.raises(UserError, match="evaluation.sets.test: the name is that of data.test"):
+        make_recipe(values, kind="train")
+
+
 def test_sets_are_problems_to_measure_on() -> None:
     recipe: Recipe = make({"a": {"data": "x"}}, every=5)
     assert recipe.evaluates

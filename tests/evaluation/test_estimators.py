@@ -85,6 +85,7 @@ def test_paired_differences_are_sharper_than_two_intervals() -> None:
     base = random.random(80)
     found = difference(base, base + 0.02 + 0.01 * random.standard_normal(80))
     assert found.estimate.low > 0 and found.estimate.error < 0.1 * estimate(base).error
+    assert difference(np.array([0.1 + 0.2 + 0.3]), np.array([0.3 + 0.2 + 0.1])).equal == 1
     assert difference(np.array([0.0, 1.0, 0.5]), np.array([1.0, 0.0, 0.5])).as_json().items() >= {
         "better": 1, "worse": 1, "equal": 1, "problems": 3,
     }.items()  # fmt: skip

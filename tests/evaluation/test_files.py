@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ IDENTITY = {"weights": "0f3a", "temperature": 0.7, "stop": ["\n"]}
 
 
 def sample(reward: float, *, tokens: int = 5, reason: str = "stop", answer: str | None = None) -> Sample:
-    return Sample(f"the answer é is {answer}", tokens, reason, reward, answer)
+    return Sample(f"the answer é\u2028\x85\n is {answer}", tokens, reason, reward, answer)
 
 
 def set_samples(rewards: Any, names: str = "pqrst") -> SetSamples:
@@ -59,6 +61,21 @@ def test_a_journal_continues_after_its_last_complete_line(tmp_path: Path) -> Non
     assert sorted(last.done) == [0, 1, 2, 3] and last.failures == {"timeouts": 2, "errors": 1}
     last.remove()
     assert not path.exists()
+
+
+def test_a_journal_on_a_full_disk_says_so(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal-a.jsonl", IDENTITY)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+        with pytest.raises(UserError, match="cannot be written.*what is answered is kept"):
+            journal.add([(0, "p", [sample(1.0)] * 4)])
+        journal.close()  # what is left in memory is refused again
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert not Journal(journal.path, IDENTITY).done
 
 
 def test_a_journal_of_other_weights_or_settings_is_refused(tmp_path: Path) -> None:

@@ -58,5 +58,7 @@ def test_a_run_without_evaluation_or_export_and_a_long_sample() -> None:
     )
     assert "cross-entropy (nats)     2.000     1.000" in text
     assert "best" not in text and "export_at_end" in text
+    rows = [{"step": s, "evaluation/aime/avg@4": 0.1 * s, "evaluation/aime/avg@4_se": 0.0} for s in (1, 3)]
+    assert "held-out aime, avg@4     0.100     0.300" in closing_table(rows, run_folder=Path("R"), model_folder=None)
     assert len(text) < 2000
     assert "not exported" in closing_table([], run_folder=Path("R"), model_folder=None)

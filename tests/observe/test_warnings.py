@@ -99,6 +99,8 @@ def test_a_healthy_run_and_conditions_without_a_term_say_nothing() -> None:
     assert run(*[WARM_UP] * 5, *[HEALTHY] * 20)[1] == []
     grpo = {"reward/mixed_groups": 0.5, "reward/pass_rate": 0.5}
     assert run(*[grpo] * 20)[1] == []
+    overlong = {**HEALTHY, "reward/mixed_groups": 0.0, "reward/overlong_share": 0.1}  # makes advantages differ
+    assert run(*[overlong] * 5)[1] == []
     flicker = [{**HEALTHY, "pmi/coverage": 0.0}, {**HEALTHY, "pmi/coverage": 0.0}, HEALTHY]
     assert run(*flicker * 5)[1] == []
 

@@ -64,10 +64,11 @@ def test_a_recipe_with_its_sets_and_settings(tmp_path: Path) -> None:
     assert subject.out == tmp_path / "o"
     assert "has no set of that name (hard, test)" in refusal(str(path), "--sets", "soft")
     assert "two sets are called" in refusal(str(path), "--sets", "a=puzzle:test", "a=puzzle:train")
+    assert "give the run's folder" in refusal(str(path), "--step", "20")
     assert "give --sets NAME=FILE" in refusal(str(write_recipe(tmp_path / "none.yaml")))
 
 
-def test_a_run_means_its_newest_checkpoint_and_its_steps(tmp_path: Path) -> None:
+def test_a_run_means_its_newest_checkpoint_and_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", data={"test": "puzzle:test"})
     run = tmp_path / "run"
     checkpoints = run / "checkpoints"
@@ -86,6 +87,8 @@ def test_a_run_means_its_newest_checkpoint_and_its_steps(tmp_path: Path) -> None
     assert (start.kind, start.step, later.step) == ("folder", 0, 20)
     (itself,) = found(str(checkpoints / "step_000020"))
     assert itself.step == 20 and itself.weights == checkpoints / "step_000020"
+    monkeypatch.chdir(checkpoints / "step_000020")
+    assert found(".")[0].step == 20
     assert "no checkpoint or export of step 30: it has 20, 40" in refusal(str(run), "--step", "30")
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"parallelism": {"tensor": 2}}))
