@@ -258,9 +258,11 @@ def _judged(truth: Any, code: bool, name: str) -> Line:
     asserts = isinstance(truth, list) and bool(truth) and all(isinstance(t, str) and "assert" in t for t in truth)
     if asserts or code:
         return {"answer": None, "tests": code_tests.pairs(truth, name)}
+    if isinstance(truth, str) and truth.startswith('["') and truth.endswith('"]'):  # a list as JSON text (Skywork-OR1)
+        truth = code_tests.from_json(truth, name)
     if isinstance(truth, list):  # open-instruct writes an answer as a list of one
         if len(truth) != 1:
-            raise LineError(f"`{name}` must hold one answer, found {len(truth)}")
+            raise NoAnswer(f"`{name}` must hold one answer, found {len(truth)}")
         truth = truth[0]
     answer = scalar_field({name: truth}, name)
     if answer is None:
@@ -301,6 +303,8 @@ def _code(
         "gold_standard_solution",
     )
     out = _without(line, *used, "prompt", name, "starter_code", "metadata")
+    if calls is not None and "class Solution" in problem:
+        out.setdefault("setup", code_tests.SOLUTION_SETUP)
     return out | {"prompt": problem, "tests": found}
 
 
