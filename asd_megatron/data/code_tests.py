@@ -24,6 +24,18 @@ from asd_megatron.data.jsonl import LineError, kind_of, parse_json
 
 Test = dict[str, Any]
 FORMS = ({"input", "output"}, {"assert"}, {"function", "arguments", "expected"})
+SOLUTION_SETUP = """\
+from typing import *
+from collections import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import *
+from bisect import *
+from builtins import pow
+import bisect, collections, functools, heapq, itertools, math, random, re, string
+"""
+"""What LeetCode imports before a class Solution, whose stub has names like List."""
 MAX_UNPACKED_BYTES = 256 << 20  # of one problem's packed tests
 TEXT_ONLY = {
     *("PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"),

@@ -12,6 +12,7 @@ import io
 import lzma
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -46,6 +47,7 @@ NO_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "stat
 SPLIT = re.compile(
     r"(?P<name>[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*?)[-_.]\d{2,}(?:[-_]of[-_]\d+)?(?:-[0-9a-f]{8,})?\."
 )
+SHARD = re.compile(r"[-_.]\d{2,}[-_]of[-_](\d{2,})(?:-[0-9a-f]{8,})?\.")
 KNOWN_SPLITS = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?:[-_.]|$)", re.IGNORECASE)
 DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 """What reading compressed text raises where it is damaged."""
@@ -88,13 +90,22 @@ def files_of(path: str | Path) -> list[Path]:
         if path.is_dir():
             return [path] if _is_saved(path) else _in_folder(path)
         if glob.has_magic(str(path)) and not path.exists():
-            found = sorted(Path(name) for name in glob.glob(str(path)) if Path(name).is_file())
+            found = sorted(Path(name) for name in glob.glob(str(path)) if _is_file(Path(name)))
             if not found:
                 raise DataError(f"{path}: no file fits this pattern")
             return found
+    except DataError:
+        raise
     except (OSError, ValueError) as e:  # ValueError: a null character in the name
         raise DataError(f"cannot read {path}: {e}. Give the path of a data file ({KINDS})") from e
     return [path]
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file. Raises DataError for a link to nothing, as in a download that was interrupted."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link to a file that does not exist: get the file again, or remove the link")
+    return path.is_file()
 
 
 # ---------------------------------------------------------------- folders
@@ -108,7 +119,7 @@ def _is_saved(folder: Path) -> bool:
 def _in_folder(folder: Path) -> list[Path]:
     """The data files of a folder, or of its subfolder `data`, of one split."""
     for place in (folder, folder / "data"):
-        found = sorted(p for p in place.iterdir() if p.is_file() and _holds_data(p)) if place.is_dir() else []
+        found = sorted(p for p in place.iterdir() if _holds_data(p) and _is_file(p)) if place.is_dir() else []
         splits = {_split_of(file): file for file in found}
         if len(splits) > 1:
             names = sorted(name or "others" for name in splits)
@@ -120,10 +131,21 @@ def _in_folder(folder: Path) -> list[Path]:
                 f" {place / pattern}"
             )
         if found:
+            _refuse_missing(found)
             return found
     inner = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     hint = f": give one of its folders ({', '.join(inner[:8])})" if inner else ""
     raise DataError(f"{folder} is a folder without data files ({KINDS}){hint}")
+
+
+def _refuse_missing(files: list[Path]) -> None:
+    """Raise DataError where a file named as one of several (train-00000-of-00003) is without the others."""
+    for count, found in Counter(m[1] for file in files if (m := SHARD.search(file.name))).items():
+        if found < int(count):
+            raise DataError(
+                f"{files[0].parent} has {found} of the {int(count)} files named -of-{count}: get the others, or give"
+                f" the pattern of those to read, {files[0].parent / '*'}{SUFFIX.search(files[0].name)[0]}"  # type: ignore[index]
+            )
 
 
 def _holds_data(path: Path) -> bool:

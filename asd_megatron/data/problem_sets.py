@@ -113,7 +113,7 @@ class ProblemSet:
         return [self.problems[i] for i in order[place * n : (place + 1) * n]]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)  # each step asks for the orders of all sets of a mixture
 def _order(total: int, seed: int, epoch: int) -> tuple[int, ...]:
     # sorted by a hash: the same order in every version of every random number library
     def key(i: int) -> bytes:

@@ -245,9 +245,11 @@ def _judged(truth: Any, code: bool, name: str) -> Line:
     asserts = isinstance(truth, list) and bool(truth) and all(isinstance(t, str) and "assert" in t for t in truth)
     if asserts or code:
         return {"answer": None, "tests": code_tests.read_tests(truth, name)}
+    if isinstance(truth, str) and truth.startswith('["') and truth.endswith('"]'):  # a list as JSON text (Skywork-OR1)
+        truth = code_tests.from_json(truth, name)
     if isinstance(truth, list):  # open-instruct writes an answer as a list of one
         if len(truth) != 1:
-            raise LineError(f"`{name}` must hold one answer, found {len(truth)}")
+            raise NoAnswer(f"`{name}` must hold one answer, found {len(truth)}")
         truth = truth[0]
     answer = scalar_field({name: truth}, name)
     if answer is None:
@@ -279,4 +281,6 @@ def _code(
         problem = f"{problem.strip()}\n\n{PROGRAM if calls is None else FUNCTION.format(name=calls)}"
     asked = ("question", "question_content", "problem", "prompt", "messages", "starter_code", "metadata", name)
     out = _without(line, *asked, "solutions", "solution", "answer", "gold_standard_solution")
+    if calls is not None and "class Solution" in problem:
+        out.setdefault("setup", code_tests.SOLUTION_SETUP)
     return out | {"prompt": problem, "tests": found}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from asd_megatron.distributed import activity
 from asd_megatron.records import Problem
 from asd_megatron.reward.base import Response, RewardError
-from asd_megatron.reward.code_cases import Case, cases_of, setup_of
+from asd_megatron.reward.code_cases import Case, StdinCase, cases_of, setup_of
 from asd_megatron.reward.code_program import program_of
 from asd_megatron.reward.workers import wall_seconds
 from asd_megatron.sandbox.launch import SandboxLimits, find_interpreter
@@ -95,7 +95,7 @@ class CodeVerifier:
                 by_problem[problem.prompt_id] = cases_of(problem, self.max_tests)
         cases = [by_problem[problem.prompt_id] for problem, _ in programs]
         tested = [
-            TestedProgram(program, [case.test for case in cases[i]], setup_of(problem))
+            TestedProgram(program, [case.test for case in cases[i]], setup_of(problem), _longest(cases[i]))
             for i, (problem, program) in enumerate(programs)
         ]
         results = self._pool.run(tested, lambda i, done: self._goes_on(cases[i], done))
@@ -125,3 +125,8 @@ class CodeVerifier:
 
     def close(self) -> None:
         """Nothing runs between calls."""
+
+
+def _longest(cases: Sequence[Case]) -> int:
+    """Bytes that no right output exceeds (4 for a character), and room for white space that does not count."""
+    return 4 * max((len(case.output) for case in cases if isinstance(case, StdinCase)), default=0)

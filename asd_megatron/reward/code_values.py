@@ -10,8 +10,9 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any
 
-TOLERANCE = 1e-6  # of numbers that are not integers, relative or absolute, whichever is larger
-NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?", re.ASCII)
+TOLERANCE = Fraction(1, 10**6)  # of numbers that are not integers, relative or absolute, whichever is larger
+# `007` and `0101` are none: where leading zeros are printed they are part of the answer
+NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,4})?", re.ASCII)
 INTEGER = re.compile(r"[-+]?\d+", re.ASCII)
 
 
@@ -24,8 +25,8 @@ class Unreadable(Exception):
 
 def same_output(output: str, expected: str) -> bool:
     """Whether two outputs are equal line by line. White space at the ends of lines and empty lines at the end do not
-    count. In a line with numbers, the parts between white space are compared: equal text, or two numbers, not both
-    integers, that differ by at most TOLERANCE."""
+    count. In a line with numbers, the parts between white space are compared: equal text, or two numbers (`close`)
+    without leading zeros."""
     lines, right = output.rstrip().split("\n"), expected.rstrip().split("\n")
     return len(lines) == len(right) and all(map(_same_line, lines, right))
 
@@ -41,17 +42,16 @@ def _same_line(line: str, expected: str) -> bool:
     return all(a == b or _same_number_text(a, b) for a, b in zip(parts, right, strict=True))
 
 
-def _same_number_text(a: str, b: str) -> bool:
-    if not (NUMBER.fullmatch(a) and NUMBER.fullmatch(b)) or max(len(a), len(b)) > 1_000:
+def _same_number_text(a: str, expected: str) -> bool:
+    if not (NUMBER.fullmatch(a) and NUMBER.fullmatch(expected)) or max(len(a), len(expected)) > 1_000:
         return False
-    if INTEGER.fullmatch(a) and INTEGER.fullmatch(b):
-        return int(a) == int(b)
-    return close(float(a), float(b))
+    return close(Fraction(a), Fraction(expected), whole=INTEGER.fullmatch(expected) is not None)
 
 
-def close(a: float, b: float) -> bool:
-    """Whether two numbers differ by at most TOLERANCE."""
-    return a == b or math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+def close(a: Fraction, expected: Fraction, *, whole: bool) -> bool:
+    """Whether two numbers differ by at most TOLERANCE; relative to the larger one too, unless a `whole` number is
+    expected: 1000000006.0 is not 1000000007."""
+    return abs(a - expected) <= TOLERANCE * (1 if whole else max(1, abs(a), abs(expected)))
 
 
 # ------------------------------------------------------------------ values
@@ -125,7 +125,10 @@ def _same_number(value: Any, expected: Any, as_json: bool) -> bool:
     if not as_json or isinstance(value, int) and isinstance(expected, int):
         return bool(value == expected)
     a, b = float(value), float(expected)
-    return close(a, b) or math.isnan(a) and math.isnan(b)
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return a == b or math.isnan(a) and math.isnan(b)
+    whole = isinstance(expected, int)
+    return close(Fraction(a), Fraction(expected if whole else b), whole=whole)
 
 
 def _decoded(tagged: Any) -> Any:

@@ -25,13 +25,15 @@ class ComposedReward:
     not ended, what stands in it may be a guess that it was about to take back, and a model that is rewarded for it
     learns to repeat answers until the budget is spent.
 
-    `feedback_kind` is that of a single verifier. A sum is no fraction of tests: with several parts it is `binary`.
+    `feedback_kind` is that of a single verifier of weight 1. With another weight, and with several parts, it is
+    `binary`: the reward is no fraction of tests.
     """
 
     def __init__(self, parts: Sequence[Part], *, judge_truncated: bool = False) -> None:
         self.parts = tuple(parts)
         self.judge_truncated = judge_truncated
-        self.feedback_kind = self.parts[0].verifier.feedback_kind if len(self.parts) == 1 else "binary"
+        alone = len(self.parts) == 1 and self.parts[0].weight == 1.0
+        self.feedback_kind = self.parts[0].verifier.feedback_kind if alone else "binary"
         self._truncated = 0
         self._sums = dict.fromkeys((part.name for part in self.parts), 0.0)
         self._scored = 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asd_megatron.reward.answers import final_answer, gold_answer, is_list, quick_verdict, tidy
-from asd_megatron.reward.base import Response, new_counters
+from asd_megatron.reward.base import Response, RewardError, new_counters
 from asd_megatron.reward.workers import Outcome, count_unjudged, judge_pool
 
 JUDGE = Path(__file__).with_name("math_worker.py")
@@ -33,6 +33,12 @@ class MathVerifier:
         self._pool = judge_pool(JUDGE, workers, timeout_seconds, wall_timeout_seconds, self.counters)
 
     def score(self, responses: Sequence[Response]) -> list[float]:
+        unanswered = next((problem for problem, *_ in responses if not problem.answer.strip()), None)
+        if unanswered is not None:
+            raise RewardError(
+                f"reward.name math compares with answers, and problem {unanswered.prompt_id} has none: set reward.name"
+                " code for problems with tests"
+            )
         keys = [self._key(answer=problem.answer, response=text) for problem, text, *_ in responses]
         verdicts = {key: quick_verdict(key[0], key[1]) if key[2] else None for key in keys if key is not None}
         # equal answers of a group are judged once
@@ -46,7 +52,7 @@ class MathVerifier:
     def _key(*, answer: str, response: str) -> tuple[str, str, bool] | None:
         gold = gold_answer(answer)
         candidate = final_answer(response, several=is_list(gold))
-        if candidate is None:
+        if candidate is None or not gold:  # `$` alone is no answer
             return None
         if not candidate.marked and tidy(candidate.text) == gold:  # a response that is nothing but the answer
             return gold, gold, True

@@ -51,6 +51,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(requests.fileno(),), daemon=True).start()
     judge = _load(settings["judge"], settings["arguments"])
     answers.write(b'{"ready": true}\n')
+    own = os.getpid()
     for line in requests:
         if settings["cpu_seconds"] is not None:
             signal.setitimer(signal.ITIMER_PROF, settings["cpu_seconds"])
@@ -59,6 +60,8 @@ def main() -> None:
             answer = judge(json.loads(line))
         except BaseException as e:  # reported, counted and logged by the parent
             answer = {"error": f"{type(e).__name__}: {e}"[:300]}
+        if os.getpid() != own:
+            os._exit(0)  # a child that the judge has forked: it must not answer, nor take requests
         if settings["cpu_seconds"] is not None:
             signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(json.dumps(answer).encode() + b"\n")

@@ -100,10 +100,15 @@ class _Worker:
         self.deadline = time.monotonic() + start_seconds
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
-        """The complete lines that have arrived, and whether the pipe is closed (the worker is dead)."""
+        """The complete lines that have arrived, and whether the worker is of no more use: its pipe is closed, or a
+        user's function has written into it."""
         data = os.read(self.stdout.fileno(), 65_536)
         *lines, self.buffer = (self.buffer + data).split(b"\n")
-        return [json.loads(line) for line in lines], not data
+        try:
+            messages = [json.loads(line) for line in lines]
+        except ValueError:
+            return [], True
+        return (messages, not data) if all(isinstance(m, dict) for m in messages) else ([], True)
 
     def stderr_tail(self) -> str:
         if self.stderr is None:

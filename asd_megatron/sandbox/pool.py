@@ -98,11 +98,13 @@ Test = StdinTest | CallTest | StatementsTest
 
 @dataclass(frozen=True)
 class TestedProgram:
-    """A program with its tests; `setup` is executed before it."""
+    """A program with its tests; `setup` is executed before it. `output_bytes`: of a test, where the limits allow
+    less."""
 
     program: str
     tests: Sequence[Test]
     setup: str = ""
+    output_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ class SandboxPool:
             "path": list(self.interpreter.packages),
             "preload": sorted(named & PRELOADED),
             "sandboxed": self.protections.namespaces,
-            "limits": asdict(self.limits),
+            "limits": asdict(self.limits) | {"output_bytes": max(self.limits.output_bytes, program.output_bytes)},
         }
         try:
             launched = launch(marshal.dumps(data, 2), self.interpreter, self.limits, self.protections)

@@ -5,7 +5,8 @@ It imports little, so that it starts fast. Standard input is a file with the job
 
     program, setup        Python text; `setup` is executed before the program, in the same namespace
     tests                 ("stdin", text)                    the program as __main__, with this standard input
-                          ("call", function, arguments)      `name`, `Class.name` or `Class().name`, after the program
+                          ("call", function, arguments)      `name`, `Class.name` or `Class().name`, after the program;
+                                                             `name` may be a method of its class Solution
                           ("statements", text)               executed after the program; records values by RECORD(i, x)
     path, preload         folders added to the module path; modules imported once, before the processes are forked
     sandboxed             whether this is process 1 of a sandbox
@@ -23,6 +24,7 @@ say it.
 
 from __future__ import annotations
 
+import _io
 import _signal  # type: ignore[import-not-found]
 import builtins
 import marshal
@@ -224,8 +226,7 @@ def run_child(job: dict, test: tuple, nonce: bytes, given: int, writes: list[int
         try:
             if test[0] == "stdin":
                 finish_interpreter()
-            sys.stdout.flush()
-            sys.stderr.flush()
+            flush_streams()
         except BaseException as e:
             code = code or 1
             say(e)
@@ -250,6 +251,9 @@ def set_limits(limits: dict, sandboxed: bool) -> None:
         _, hard = resource.getrlimit(which)
         lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(which, (lower, lower))
+    # recursion through C functions (lru_cache, sort) needs more than the usual 8 MiB; the address space is the limit
+    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
 
 
 def new_streams() -> None:
@@ -292,7 +296,9 @@ def execute(job: dict, test: tuple, nonce: bytes) -> int:
 
 
 def resolved(function: str, space: dict):  # type: ignore[no-untyped-def]
-    """The callable that `name`, `Class.name` or `Class().name` means."""
+    """The callable that `name`, `Class.name` or `Class().name` means; `name` also the method of a class Solution."""
+    if function.isidentifier() and hasattr(space.get("Solution"), function):
+        function = f"Solution().{function}"
     value = None
     for i, part in enumerate(function.split(".")):
         name = part.removesuffix("()")
@@ -329,6 +335,18 @@ def finish_interpreter() -> None:
     import atexit
 
     atexit._run_exitfuncs()
+
+
+def flush_streams() -> None:
+    """Write what is in the buffers of the standard streams, those that the program has replaced too, and of files that
+    it has left open, as the interpreter does at its end."""
+    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+        stream = getattr(sys, name, None)
+        if stream is not None and not getattr(stream, "closed", False):
+            stream.flush()
+    for value in list(vars(sys.modules["__main__"]).values()):
+        if type(value) in (_io.TextIOWrapper, _io.BufferedWriter) and not value.closed and value.writable():
+            value.flush()
 
 
 def encoded(value: object) -> bytes:

@@ -100,6 +100,18 @@ def test_a_folder_of_one_split_and_of_several(tmp_path: Path) -> None:
     (tmp_path / "main/README.md").write_text("---\n---")
     (tmp_path / "main/dataset_infos.json").write_text("{}")
     assert [p.answer for p in load_problems(tmp_path / "main")] == list("1234")
+    shard = (tmp_path / "main/data/train-00001-of-00002.parquet").rename(tmp_path / "blob")
+    with pytest.raises(UserError, match=r"^\S+/data has 1 of the 2 files named -of-00002: .*/data/\*\.parquet$"):
+        load_problems(tmp_path / "main")
+    link = tmp_path / "main/data/train-00001-of-00002.parquet"
+    link.symlink_to("../../blob")  # as in the hub's cache
+    assert [p.answer for p in load_problems(tmp_path / "main")] == list("1234")
+    shard.unlink()
+    for name in ("main", "main/data/*.parquet"):
+        with pytest.raises(UserError, match=r"train-00001-of-00002\.parquet is a link to a file that does not exist"):
+            load_problems(tmp_path / name)
+    link.unlink()
+    parquet(link, ROWS[2:4])
     parquet(tmp_path / "main/data/test-00000-of-00001.parquet", ROWS[4:])
     with pytest.raises(UserError, match=r"several splits \(test, train\).*main/data/train\*\.parquet"):
         load_problems(tmp_path / "main")

@@ -69,6 +69,11 @@ MATH_ROWS: list[tuple[str, dict[str, Any], tuple[str, str, str | None, str | Non
         },
         ("Q", "72", "48 + 24 = 72\n#### 72", None),
     ),
+    (  # Skywork-OR1: a list as JSON text
+        "verl",
+        {"prompt": user("Q"), "reward_model": {"ground_truth": '["\\\\frac{1}{2}"]'}, "extra_info": {"index": 1}},
+        ("Q", r"\frac{1}{2}", None, None),
+    ),
     (
         "gsm8k",
         {"question": "Q", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,072"},
@@ -245,6 +250,7 @@ def test_code(tmp_path: Path, schema: str, row: dict[str, Any], tests: list[dict
     assert json.loads(json.dumps(problem.extra["tests"])) == tests
     assert "Q" in problem.question or schema == "humaneval"
     assert shown in problem.question
+    assert ("from typing import" in problem.extra.get("setup", "")) == (shown == "class Solution")
     if schema == "humaneval":
         assert problem.extra["setup"] == "import math\n\n\n" and "return x" in (problem.solution or "")
 

@@ -119,6 +119,9 @@ PROBLEMS = (
         ("import sys\nsys.stdout.write(sys.stdin.read())", 2),
         ("import atexit, sys\ntext = sys.stdin.read()\natexit.register(lambda: print(text))", 2),
         ("import threading\nthreading.Thread(target=lambda: print(open(0).read())).start()", 2),
+        ("import sys\nsys.stdout.write(sys.stdin.read())\nsys.stdout.close()", 2),
+        ("import io, sys\nout, sys.stdout = sys.stdout, io.StringIO()\nout.write(sys.stdin.read())", 2),
+        ("import sys\nout = open(1, 'w')\nout.write(sys.stdin.read())\nsys.stdout = None", 2),
         ("print(input())\nexit()", 1),
         ("import sys\nprint(sys.stdin.read())\nsys.exit(1)", 0),
         ("print('a')\nprint('b')", 1),
@@ -141,12 +144,25 @@ PROBLEMS = (
             2,
         ),
         ("def depth(n):\n    return 0 if n == 0 else 1 + depth(n - 1)\nprint(depth(int(input())))", 1),
+        (
+            """
+            import sys
+            from functools import cache
+            sys.setrecursionlimit(10**6)
+            @cache
+            def depth(n):
+                return 0 if n == 0 else 1 + depth(n - 1)
+            print(depth(int(input())))
+            """,
+            2,
+        ),
     ),
     # ------------------------------------------------------------- functions
     problem(
         "two_sum",
         "Write a class Solution with a method twoSum(nums, target): the indices of two numbers that add up to target.",
-        calls("Solution().twoSum", ([[2, 7, 11], 9], [0, 1]), ([[3, 3], 6], [0, 1]), ([[1, 2, 4], 6], [1, 2])),
+        calls("Solution().twoSum", ([[2, 7, 11], 9], [0, 1]), ([[3, 3], 6], [0, 1]))
+        + calls("twoSum", ([[1, 2, 4], 6], [1, 2])),
         (
             """
             class Solution:

@@ -75,6 +75,7 @@ def by_name(problem, response):
         for _ in range(40):
             if os.fork() == 0: time.sleep(600)
         time.sleep(600)
+    if response == "child" and os.fork() == 0: raise ValueError  # answers nothing
     if response == "mute": raise Mute
     if response == "text": return "1.0"
     if response == "nan": return float("nan")
@@ -170,6 +171,9 @@ def test_several_rewards_with_weights(rewards: Path) -> None:
         v.close()
     with custom(f"{rewards}:fraction") as first, pytest.raises(UserError, match="'nothing' does not exist"):
         assert first.feedback_kind == "fraction"
+        halved = make_verifier(parts=[{"name": f"{rewards}:fraction", "weight": 0.5}])
+        assert halved.feedback_kind == "binary"
+        halved.close()
         make_verifier(parts=[{"name": f"{rewards}:fraction"}, {"name": "nothing"}])
 
 
@@ -207,7 +211,12 @@ def test_a_reward_that_fails(rewards: Path, caplog: pytest.LogCaptureFixture) ->
     with custom(name, on_error="zero") as v:
         responses = [response for response, _ in FAILURES]
         assert v.score([(PROBLEM, response) for response in [*responses, "fine"]]) == [0.0] * len(responses) + [0.5]
-        assert v.counters == {"errors": 9, "timeouts": 0, "restarts": 4}  # `die` and `kill` were tried in two processes
+        assert v.score([(PROBLEM, text) for text in ("child", "nan", "fine")]) == [0.5, 0.0, 0.5]
+        assert v.counters == {
+            "errors": 10,
+            "timeouts": 0,
+            "restarts": 4,
+        }  # `die` and `kill` were tried in two processes
         assert all(reason in caplog.text for _, reason in FAILURES)
 
 

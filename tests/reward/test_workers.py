@@ -80,6 +80,7 @@ def load(folder):
         if what == "spin":
             while True: pass
         if what == "exit": sys.exit(0)
+        if what == "write": os.write(4, b"nonsense\\n")  # the pipe of the answers
         if what == "read": return {"read": sys.stdin.read()}
         if what == "children":
             child = subprocess.Popen(["sleep", "600"])
@@ -103,10 +104,10 @@ def test_a_judge_that_spins_exits_reads_or_leaves_children(tmp_path: Path) -> No
     limits = Limits(wall_seconds=20.0, cpu_seconds=0.2)
     p = WorkerPool(worker_command(tmp_path / "judge.py", limits, [str(tmp_path)]), 1, limits, new_counters())
     try:
-        spin, left, read, echo = p.run([{"do": what} for what in ("spin", "exit", "read", "a")])
+        spin, left, read, wrote, echo = p.run([{"do": what} for what in ("spin", "exit", "read", "write", "a")])
         assert spin.failure == "timeout" and "processor time (reward.timeout_seconds)" in spin.reason
         assert left.error == "SystemExit: 0" and read.answer == {"read": ""} and echo.answer == {"echo": "a"}
-        assert p.counters["restarts"] == 1
+        assert wrote.failure == "error" and p.counters["restarts"] == 3
         worker = p._workers[0]
         for number in (signal.SIGUSR1, signal.SIGTERM):  # Slurm sends them to every process of a job
             os.killpg(worker.process.pid, number)
