@@ -6,7 +6,7 @@ import argparse
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from asd_megatron.errors import UserError
 from asd_megatron.files import to_json
 
 if TYPE_CHECKING:
+    from asd_megatron.config import Recipe
     from asd_megatron.data.prompts import PromptRenderer
     from asd_megatron.data.reading import ProblemReader, RowOutcome
     from asd_megatron.records import Problem
@@ -141,6 +142,7 @@ class _Report:
             name = "refused" if outcome.counted is None else outcome.counted
             self.reasons.setdefault(name, []).append(f"{outcome.row.place}: {outcome.reason}")
         self.schema = None if reader is None else reader.schema
+        self.supervised = reader is None
 
     def _count(self, problem: Problem) -> None:
         self.problems += 1
@@ -179,12 +181,15 @@ class _Report:
         rows = [("file", self.path)]
         if self.schema is not None:
             rows += [("schema", f"{self.schema.name} ({self.schema.sets}): {self.schema.reads}")]
-        rows += [("rows", f"{self.rows:,}"), ("problems", f"{self.problems:,}")]
-        if self.problems:
+        read, answer = ("examples", "response") if self.supervised else ("problems", "answer")
+        rows += [("rows", f"{self.rows:,}"), (read, f"{self.problems:,}")]
+        if self.problems and not self.supervised:
             rows += [("", f"{self.with_solution:,} with a solution, {self.with_tests:,} with tests")]
         for name, values in self._measured():
             low, middle, high = min(values), statistics.median_low(values), max(values)
-            rows.append((f"{name}s", f"{low:,} to {high:,} characters, median {middle:,}"))
+            rows.append(
+                (f"{answer if name == 'answer' else name}s", f"{low:,} to {high:,} characters, median {middle:,}")
+            )
         for name, lines in self.reasons.items():
             what = "refused" if name == "refused" else f"left out: {name}"
             rows.append((what, f"{len(lines):,}"))
@@ -192,9 +197,11 @@ class _Report:
             if shown is not None and len(lines) > shown:
                 rows.append(("", f"and {len(lines) - shown:,} more (--all prints them)"))
         if self.example is not None:
-            rows += [("example", f"problem {self.example.prompt_id}"), ("  prompt", _cut(self.example.question))]
-            rows.append(("  answer", _cut(self.example.answer) or "judged by its tests"))
+            title = self.example.prompt_id if self.supervised else f"problem {self.example.prompt_id}"
+            rows += [("example", title), ("  prompt", _cut(self.example.question))]
+            rows.append((f"  {answer}", _cut(self.example.answer) or "judged by its tests"))
         verdict = "a run refuses this file" if self.refused else "a run reads this file"
+        verdict += "" if self.problems else f": it has no {read}"
         wide = max(len(name) for name, _ in rows)
         lines = [f"{name:<{wide}}  {text}".rstrip() for name, text in rows]
         return "\n".join([*lines, verdict])
@@ -209,20 +216,21 @@ def _cut(text: str) -> str:
 
 
 def _show(arguments: Any) -> int:
+    from asd_megatron.config import load_recipe
     from asd_megatron.data.reading import ProblemReader
 
     if len(arguments.file) != 1:
         raise UserError("data show takes one file, folder or pattern (in quotes, so that the shell leaves it alone)")
-    reader = ProblemReader(arguments.file[0], arguments.schema, _fields(arguments.fields))
+    path, fields = arguments.file[0], _fields(arguments.fields)
+    recipe = None if arguments.recipe is None else load_recipe(arguments.recipe)
+    schema, named = (None, {}) if recipe is None else _as_read(recipe, path)
+    reader = ProblemReader(path, arguments.schema or schema, fields or named)
     problem = _chosen(arguments.problem, [read.problem for read in reader.outcomes() if read.problem is not None])
     with importing("interrupted"):
         import torch  # noqa: F401 - it and what follows take seconds to import
-    renderer, limit, reference = _renderer(arguments)
-    print(
-        "\n\n".join(
-            f"{title}\n{'-' * len(title)}\n{text}" for title, text in _views(renderer, problem, limit, reference)
-        )
-    )
+    renderer, limit, reference = _renderer(arguments.model, recipe)
+    views = _views(renderer, problem, limit, reference, _tests(problem, recipe))
+    print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in views))
     return 0
 
 
@@ -230,22 +238,43 @@ def _chosen(name: str, problems: Sequence[Problem]) -> Problem:
     """The problem at a place, from 1, or with an id. Raises UserError if there is none."""
     if name.isdecimal() and 1 <= int(name) <= len(problems):
         return problems[int(name) - 1]
+    if not problems:
+        raise UserError("the file has no problem that a run would read: asd-megatron data check FILE says why")
     found = next((problem for problem in problems if problem.prompt_id == name), None)
     if found is None:
         raise UserError(f"--problem {name}: give a place from 1 to {len(problems):,}, or the id of a problem")
     return found
 
 
-def _renderer(arguments: Any) -> tuple[PromptRenderer, int, bool]:
+def _as_read(recipe: Recipe, path: str) -> tuple[str | None, Mapping[str, str]]:
+    """The schema and fields with which the recipe reads the file `path`; (None, {}) for one that it does not name."""
+    data = recipe.data
+    sets = [(given.path, given.schema, given.fields) for given in data.train_sets]
+    sets += [(str(data.test), data.test_schema, data.test_fields)]
+    sets += [(given.data, given.schema, given.fields) for given in recipe.evaluation.sets.values()]
+    return next(((schema, fields) for name, schema, fields in sets if name == path), (None, {}))
+
+
+def _tests(problem: Problem, recipe: Recipe | None) -> int | None:
+    """How many tests the feedback on a response counts; None: it says correct or incorrect."""
+    from asd_megatron.reward.base import tests_of
+
+    if recipe is None:
+        return None if problem.answer else tests_of(problem)
+    of_tests = recipe.reward.name == "code" and not recipe.reward.parts and not recipe.reward.code.all_or_nothing
+    return tests_of(problem, recipe.reward.max_tests) if of_tests else None
+
+
+def _renderer(folder: Path | None, recipe: Recipe | None) -> tuple[PromptRenderer, int, bool]:
     """The renderer, the longest prompt of a student in tokens, and whether teachers are shown the file's solutions."""
-    from asd_megatron.config import load_recipe
     from asd_megatron.data.prompts import PromptRenderer
     from asd_megatron.data.tokenizer import end_token_ids, load_tokenizer
     from asd_megatron.run.build import make_renderer
     from asd_megatron.run.sources import model_folder
 
-    recipe = None if arguments.recipe is None else load_recipe(arguments.recipe)
-    folder = arguments.model if recipe is None else model_folder(recipe.model.path)
+    if recipe is not None:
+        folder = model_folder(recipe.model.path)
+    assert folder is not None  # argparse wants one of the two
     tokenizer = load_tokenizer(folder)
     ends = end_token_ids(folder, tokenizer)
     if recipe is not None:
@@ -256,20 +285,21 @@ def _renderer(arguments: Any) -> tuple[PromptRenderer, int, bool]:
     return renderer, renderer.max_prompt_tokens, True
 
 
-def _views(renderer: PromptRenderer, problem: Problem, limit: int, reference: bool) -> Iterator[tuple[str, str]]:
+def _views(
+    renderer: PromptRenderer, problem: Problem, limit: int, reference: bool, tests: int | None
+) -> Iterator[tuple[str, str]]:
     from asd_megatron.antisd import feedback
     from asd_megatron.data.prompts import TeacherLimits
     from asd_megatron.data.tokenizer import decode
-    from asd_megatron.reward.base import tests_of
 
     tokens = renderer.tokens(problem)
     beyond = f", more than the {limit:,} of sampling.max_prompt_tokens" if tokens > limit else ""
     yield f"student, problem {problem.prompt_id}: {tokens:,} tokens{beyond}", renderer.student_text(problem)
     solution = problem.solution if reference else None
     shown = "the file's solution" if solution else "another response"
-    kind = "binary" if problem.answer else "fraction"
+    kind = "binary" if tests is None else "fraction"
     for reward, response in ((0.0, "a wrong response"), (1.0, "a correct response")):
-        assessment = feedback(reward, kind, success_threshold=1.0, tests=tests_of(problem))
+        assessment = feedback(reward, kind, success_threshold=1.0, tests=tests)
         prompt = renderer.teacher(problem, solution or ATTEMPT, assessment, 0, TeacherLimits())
         if prompt.ids is None:
             yield f"teacher of {response}: none ({prompt.outcome})", ""

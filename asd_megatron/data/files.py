@@ -203,6 +203,10 @@ def _file_rows(path: Path) -> Iterator[Row]:
             except DAMAGED as e:
                 raise DataError(f"{path}: a damaged {name} file: {e}; get it again") from e
         _check_text(path, start, packed=kind is not None)
+        if path.suffix.lower() in (".csv", ".tsv") and start.lstrip()[:1] not in (b"{", b"["):
+            raise DataError(
+                f"{path} is a table of text (CSV), whose numbers have no types: save it as Parquet or JSONL"
+            )
         yield from _text_rows(path, _lines(path, file, None if kind is None else kind[0]))
 
 

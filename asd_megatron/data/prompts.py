@@ -253,7 +253,7 @@ class PromptRenderer:
                 f"{over} of the problems have prompts longer than sampling.max_prompt_tokens "
                 f"({self.max_prompt_tokens}); "
                 f"the longest, problem {worst}, has {longest} tokens: raise sampling.max_prompt_tokens to {longest}, "
-                "or remove these problems"
+                "or remove these problems (of data.train: data.filter.long_prompts drop)"
             )
         return longest
 

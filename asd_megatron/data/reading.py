@@ -62,7 +62,8 @@ class Filters:
             return None
         rate = value_at(line, self.pass_rate)
         if isinstance(rate, bool) or not isinstance(rate, int | float):
-            return "without a pass rate", f"`{self.pass_rate}` is {kind_of(rate)}"
+            found = "missing" if rate is None else kind_of(rate)
+            return "without a pass rate", f"`{self.pass_rate}` (data.filter.pass_rate_field) is {found}"
         if rate < self.min_pass_rate:
             return "too hard", f"`{self.pass_rate}` is {rate:g}, below {self.min_pass_rate:g}"
         if rate > self.max_pass_rate:
@@ -105,8 +106,11 @@ class ProblemReader:
     def __post_init__(self) -> None:
         unknown = next((name for name in self.fields if name not in OWN_FIELDS), None)
         if unknown is not None:
-            hint = did_you_mean(unknown, OWN_FIELDS) or f"the fields are {', '.join(OWN_FIELDS)}"
-            raise DataError(f"data.fields: there is no field {unknown!r}: {hint}")
+            hint = did_you_mean(unknown, OWN_FIELDS)
+            raise DataError(
+                f"data.fields: there is no field {unknown!r}: {hint}{' T' if hint else 't'}he fields that can be filled"
+                f" are {', '.join(OWN_FIELDS)}"
+            )
         if self.name is not None:
             self.schema = schemas.named(self.name)
         elif self.fields:

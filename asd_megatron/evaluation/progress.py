@@ -38,6 +38,8 @@ class SetProgress:
 
             form = "{desc} {n_fmt}/{total_fmt} problems |{bar}| {elapsed}<{remaining}{postfix}"
             self._bar = tqdm(total=problems, initial=done, desc=name, file=self._stream, bar_format=form, leave=True)
+        elif enabled and done:
+            print_line(f"{name}: {done} of {problems} problems were answered by an earlier start", self._stream)
 
     def add(self, problems: int, reward: float, tokens: int) -> None:
         """Problems are complete: the sum of their mean rewards, and all tokens of their samples."""

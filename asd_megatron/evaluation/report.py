@@ -9,6 +9,7 @@ from asd_megatron.errors import plural
 from asd_megatron.evaluation.intervals import Difference, Estimate
 from asd_megatron.evaluation.results import Results, SetDifference, SetResult
 
+MANY = 0.25  # truncated responses of a set, from which on the table says what to do
 HEADER = ("set", "problems", "avg@n", "pass@n", "maj@n", "length", "truncated", "errors")
 
 
@@ -17,7 +18,17 @@ def results_table(results: Results) -> str:
     rows = [list(HEADER), *(_row(result) for result in results.sets)]
     if results.mean is not None:
         rows.append(["mean", "", _with_error(results.mean), "", "", "", "", ""])
-    return f"{results.label}\n" + _aligned(rows)
+    return "\n".join([results.label, _aligned(rows), *map(_cut_off, filter(_mostly_cut_off, results.sets))])
+
+
+def _mostly_cut_off(result: SetResult) -> bool:
+    return result.metrics["truncated"].value >= MANY
+
+
+def _cut_off(result: SetResult) -> str:
+    limit = result.settings.get("max_new_tokens")
+    share = f"{100 * result.metrics['truncated'].value:.0f}%"
+    return f"{result.name}: {share} of the responses were cut off at {limit} tokens; --max-new-tokens sets the limit"
 
 
 def _row(result: SetResult) -> list[str]:

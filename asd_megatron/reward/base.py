@@ -49,6 +49,16 @@ class Verifier(Protocol):
         ...
 
 
+def check_answers(name: str, responses: Sequence[Response]) -> None:
+    """Raise RewardError for a problem without an answer, which the verifier `name` compares with."""
+    without = next((problem for problem, *_ in responses if not problem.answer), None)
+    if without is not None:
+        raise RewardError(
+            f"reward.name {name} compares with the problem's `answer`, and problem {without.prompt_id} has none"
+            f"{', but tests: set reward.name code (docs/sandbox.md)' if tests_of(without) else ': give its line one'}"
+        )
+
+
 def new_counters() -> dict[str, int]:
     """The counters of a verifier, all 0."""
     return {"timeouts": 0, "errors": 0, "restarts": 0}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from asd_megatron.distributed import activity
 from asd_megatron.records import Problem
 from asd_megatron.reward.base import Response, RewardError
-from asd_megatron.reward.code_cases import Case, StdinCase, cases_of, setup_of
+from asd_megatron.reward.code_cases import Case, StdinCase, cases_of, setup_of, tests_field
 from asd_megatron.reward.code_program import program_of
 from asd_megatron.reward.workers import wall_seconds
 from asd_megatron.sandbox.launch import SandboxLimits, find_interpreter
@@ -81,6 +81,8 @@ class CodeVerifier:
 
     def score(self, responses: Sequence[Response]) -> list[float]:
         responses = [Response(*response) for response in responses]
+        for response in responses:
+            tests_field(response.problem)  # whatever the response is: without tests nothing can be scored
         keys = [(r.problem.prompt_id, program_of(r.text)) for r in responses]
         self._counts["no_code"] += sum(program is None for _, program in keys)
         # equal programs of a group are tested once

@@ -89,13 +89,19 @@ class AssertCase:
 
 def cases_of(problem: Problem, max_tests: int | None = None) -> list[Case]:
     """The problem's tests, at most `max_tests` of them, evenly chosen over their order. Raises RewardError."""
+    tests = tests_field(problem)
+    return [_case(problem, index, tests[index]) for index in chosen(len(tests), max_tests)]
+
+
+def tests_field(problem: Problem) -> Sequence[Any]:
+    """The problem's tests as its line has them. Raises RewardError where there are none."""
     tests = problem.extra.get("tests")
     if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
         raise RewardError(
             f"reward.name code needs tests, and problem {problem.prompt_id} has none: give its line a field `tests`, a"
             f" list of {FORMS} (docs/sandbox.md)"
         )
-    return [_case(problem, index, tests[index]) for index in chosen(len(tests), max_tests)]
+    return tests
 
 
 def chosen(count: int, max_tests: int | None) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from asd_megatron.reward.base import Response, new_counters
+from asd_megatron.reward.base import Response, check_answers, new_counters
 
 
 def normalise(text: str) -> str:
@@ -21,6 +21,7 @@ class ExactVerifier:
         self.counters = new_counters()
 
     def score(self, responses: Sequence[Response]) -> list[float]:
+        check_answers("exact", responses)
         return [float(normalise(text) == normalise(problem.answer)) for problem, text, *_ in responses]
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asd_megatron.reward.answers import final_answer, gold_answer, is_list, quick_verdict, tidy
-from asd_megatron.reward.base import Response, RewardError, new_counters
+from asd_megatron.reward.base import Response, check_answers, new_counters
 from asd_megatron.reward.workers import Outcome, count_unjudged, judge_pool
 
 JUDGE = Path(__file__).with_name("math_worker.py")
@@ -33,12 +33,7 @@ class MathVerifier:
         self._pool = judge_pool(JUDGE, workers, timeout_seconds, wall_timeout_seconds, self.counters)
 
     def score(self, responses: Sequence[Response]) -> list[float]:
-        unanswered = next((problem for problem, *_ in responses if not problem.answer.strip()), None)
-        if unanswered is not None:
-            raise RewardError(
-                f"reward.name math compares with answers, and problem {unanswered.prompt_id} has none: set reward.name"
-                " code for problems with tests"
-            )
+        check_answers("math", responses)
         keys = [self._key(answer=problem.answer, response=text) for problem, text, *_ in responses]
         verdicts = {key: quick_verdict(key[0], key[1]) if key[2] else None for key in keys if key is not None}
         # equal answers of a group are judged once

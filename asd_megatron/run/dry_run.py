@@ -126,13 +126,10 @@ def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[
             if problems is train and passes.teacher_scoring and recipe.privileged.use_reference:
                 counts[-1] += f", {sum(bool(problem.solution) for problem in looked_at):,} with a solution"
     problem = first_problems(recipe, train)[0]
-    reward, assessment = _scored(recipe, problem)
+    scores, assessment = _scored(recipe, problem)
     sections = [
         ("data", "\n".join(counts)),
-        (
-            "reward",
-            f"{recipe.reward.in_words} gives {reward:g} for the response {FAKE_RESPONSE!r} to the problem below",
-        ),
+        ("reward", f"{recipe.reward.in_words} gives {scores} to the problem below"),
         ("passes of a step", "\n".join(passes.reasons)),
         *(("warning", reason) for reason in (never_acts(recipe), uncorrected(recipe)) if reason is not None),
         (f"student's prompt of problem {problem.prompt_id}", renderer.student_text(problem)),
@@ -145,12 +142,15 @@ def _training(recipe: Recipe, renderer: PromptRenderer, positions: int) -> list[
     return sections
 
 
-def _scored(recipe: Recipe, problem: Problem) -> tuple[float, str]:
-    """The reward of a made-up response, and the assessment that the teacher would read."""
+def _scored(recipe: Recipe, problem: Problem) -> tuple[str, str]:
+    """The rewards of a made-up response and of the problem's own solution, in words, and the assessment of the first
+    that the teacher would read."""
+    responses = [Response(problem, FAKE_RESPONSE)]
+    responses += [] if problem.solution is None else [Response(problem, problem.solution)]
     try:
         verifier = make_verifier(**recipe.reward.model_dump())
         try:
-            (reward,) = verifier.score([Response(problem, FAKE_RESPONSE)])
+            rewards = verifier.score(responses)
         finally:
             verifier.close()
     except SystemExit as error:
@@ -160,9 +160,13 @@ def _scored(recipe: Recipe, problem: Problem) -> tuple[float, str]:
         ) from None
     threshold = recipe.privileged.success_threshold
     text = feedback(
-        reward, verifier.feedback_kind, success_threshold=threshold, tests=tests_of(problem, recipe.reward.max_tests)
+        rewards[0],
+        verifier.feedback_kind,
+        success_threshold=threshold,
+        tests=tests_of(problem, recipe.reward.max_tests),
     )
-    return reward, text
+    own = "" if problem.solution is None else f", and {rewards[1]:g} for the file's solution,"
+    return f"{rewards[0]:g} for the response {FAKE_RESPONSE!r}{own}", text
 
 
 def _supervised(
