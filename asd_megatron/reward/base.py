@@ -51,7 +51,7 @@ class Verifier(Protocol):
 
 def check_answers(name: str, responses: Sequence[Response]) -> None:
     """Raise RewardError for a problem without an answer, which the verifier `name` compares with."""
-    without = next((problem for problem, *_ in responses if not problem.answer), None)
+    without = next((problem for problem, *_ in responses if not problem.answer.strip()), None)
     if without is not None:
         raise RewardError(
             f"reward.name {name} compares with the problem's `answer`, and problem {without.prompt_id} has none"

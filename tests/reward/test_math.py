@@ -199,7 +199,7 @@ def test_answers(verifier: MathVerifier) -> None:
     assert not wrong
     assert verifier.counters == {"timeouts": 0, "errors": 0, "restarts": 0}
     assert verifier.score([]) == []
-    with pytest.raises(UserError, match="problem p has none: set reward.name code for problems with tests"):
+    with pytest.raises(UserError, match="problem p has none: give its line one"):
         verifier.score([(problem(" "), "5")])
     assert verifier.score([(problem("$"), "**")]) == [0.0]
 
