@@ -21,7 +21,7 @@ class TrainSet(Section):
     """One of several training sets."""
 
     path: Text
-    weight: Annotated[float, at.Gt(0)] = 1.0
+    weight: Annotated[float, at.Gt(0), at.Le(1e6)] = 1.0
     schema: Text | None = None  # type: ignore[assignment]
     fields: Fields = {}
 

@@ -51,7 +51,8 @@ def _same_number_text(a: str, expected: str) -> bool:
 def close(a: Fraction, expected: Fraction, *, whole: bool) -> bool:
     """Whether two numbers differ by at most TOLERANCE; relative to the larger one too, unless a `whole` number is
     expected: 1000000006.0 is not 1000000007."""
-    return abs(a - expected) <= TOLERANCE * (1 if whole else max(1, abs(a), abs(expected)))
+    scale = Fraction(1) if whole else max(Fraction(1), abs(a), abs(expected))
+    return abs(a - expected) <= TOLERANCE * scale
 
 
 # ------------------------------------------------------------------ values

@@ -340,13 +340,16 @@ def finish_interpreter() -> None:
 def flush_streams() -> None:
     """Write what is in the buffers of the standard streams, those that the program has replaced too, and of files that
     it has left open, as the interpreter does at its end."""
-    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+    for name in ("stdout", "stderr"):
         stream = getattr(sys, name, None)
         if stream is not None and not getattr(stream, "closed", False):
             stream.flush()
-    for value in list(vars(sys.modules["__main__"]).values()):
-        if type(value) in (_io.TextIOWrapper, _io.BufferedWriter) and not value.closed and value.writable():
-            value.flush()
+    for value in [sys.__stdout__, sys.__stderr__, *vars(sys.modules["__main__"]).values()]:
+        if type(value) in (_io.TextIOWrapper, _io.BufferedWriter):
+            try:
+                value.flush()
+            except (OSError, ValueError):  # closed, detached, or for reading
+                continue
 
 
 def encoded(value: object) -> bytes:

@@ -27,6 +27,7 @@ def refusal(kind: Any = "train", overrides: list[str] | None = None, **data: Any
             "data.train: set 2 of the list: unknown key 'wieght': did you mean 'weight'",
         ),
         ({"train": [A, {"path": "b", "weight": 0}]}, "data.train: set 2 of the list: weight: "),
+        ({"train": [A, {"path": "b", "weight": 1e308}]}, "data.train: set 2 of the list: weight: "),
         ({"train": [A, 3]}, "set 2 of the list must be a path, or a mapping of path, weight, schema, fields"),
         ({"train": [A, "a.jsonl"]}, "data.train lists 'a.jsonl' twice: give it once, with the sum of the weights"),
         ({"train": [A, "puzzle:train"]}, "'puzzle:train' is no file, and a list mixes files alone"),

@@ -120,6 +120,7 @@ PROBLEMS = (
         ("import atexit, sys\ntext = sys.stdin.read()\natexit.register(lambda: print(text))", 2),
         ("import threading\nthreading.Thread(target=lambda: print(open(0).read())).start()", 2),
         ("import sys\nsys.stdout.write(sys.stdin.read())\nsys.stdout.close()", 2),
+        ("import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach(), 'utf-8')\nprint(sys.stdin.read())", 2),
         ("import io, sys\nout, sys.stdout = sys.stdout, io.StringIO()\nout.write(sys.stdin.read())", 2),
         ("import sys\nout = open(1, 'w')\nout.write(sys.stdin.read())\nsys.stdout = None", 2),
         ("print(input())\nexit()", 1),
