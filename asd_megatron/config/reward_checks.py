@@ -63,7 +63,9 @@ def _verifier(verifier: VerifierSection, key: str) -> Iterator[str]:
             yield f"{key}.http is read only with {key}.name http: set that, or leave {key}.http out"
         return
     url = urlsplit(verifier.http.url or "")
-    if url.scheme not in ("http", "https") or not url.hostname:
+    if verifier.http.url is None:
+        yield f"{key}.name http needs the server's {key}.http.url, such as http://127.0.0.1:9000/score: set it"
+    elif url.scheme not in ("http", "https") or not url.hostname:
         yield f"{key}.http.url {verifier.http.url!r} is no URL: write it like http://127.0.0.1:9000/score"
     elif url.username is not None or url.password is not None:
         yield f"{key}.http.url holds a user or password, which logs would show: put a key into {key}.http.key_file"
