@@ -68,7 +68,9 @@ def _verifier(verifier: VerifierSection, key: str) -> Iterator[str]:
 
 def _http(server: HttpSection, key: str) -> Iterator[str]:
     url = urlsplit(server.url or "")
-    if url.scheme not in ("http", "https") or not url.hostname:
+    if server.url is None:
+        yield f"{key}.url is the server's address, which reward http needs: set it, such as http://127.0.0.1:9000/score"
+    elif url.scheme not in ("http", "https") or not url.hostname:
         yield f"{key}.url {server.url!r} is no URL: write it like http://127.0.0.1:9000/score"
     elif url.username is not None or url.password is not None:
         yield f"{key}.url holds a user or password, which logs would show: put a key into {key}.key_file"

@@ -20,7 +20,7 @@ def make(kind: Any = "train", **reward: Any) -> Any:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ({"name": "http"}, "reward.http.url None is no URL: write it like"),
+        ({"name": "http"}, "reward.http.url is the server's address, which"),
         ({"name": "http", "http": {"url": "judge:9000"}}, "'judge:9000' is no URL"),
         ({"name": "http", "http": {"url": "http://me:key@h/"}}, "holds a user or password"),
         ({"name": "http", "http": {**FAR, "key_file": "k"}}, "sent over the network as plain text to judge.example"),
@@ -35,7 +35,7 @@ def make(kind: Any = "train", **reward: Any) -> Any:
             {"parts": [{"name": "math", "weight": 0.5}, {"name": "exact", "weight": -1.0}]},
             "allow a reward of 0.5 at most",
         ),
-        ({"parts": [{"name": "math"}, {"name": "http"}]}, "reward.parts[1].http.url None"),
+        ({"parts": [{"name": "math"}, {"name": "http"}]}, "reward.parts[1].http.url is the server's address"),
         ({"parts": [{"weight": 1.0}]}, "name"),
         ({"parts": [{"name": "math", "wall_timeout_seconds": 1.0}]}, "reward.parts[0].wall_timeout_seconds 1 is below"),
     ],

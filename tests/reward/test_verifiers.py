@@ -122,6 +122,9 @@ def test_exact() -> None:
     v = ExactVerifier()
     assert v.score([(PROBLEM, " a\nb "), (PROBLEM, "ab"), (PROBLEM, "A b"), (PROBLEM, "")]) == [1.0, 0.0, 0.0, 0.0]
     v.close()
+    tested = Problem("t", "", prompt="Add.", extra={"tests": ({"input": "1", "output": "1"},)})
+    with pytest.raises(UserError, match=r"exact compares .* problem t has none, but tests: set reward.name code"):
+        ExactVerifier().score([Response(tested, "1")])
 
 
 def test_custom_from_a_file(rewards: Path, capfd: pytest.CaptureFixture[str]) -> None:
