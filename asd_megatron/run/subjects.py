@@ -190,6 +190,8 @@ def _recipe(values: Mapping[str, Any], request: Request, source: str) -> AnyReci
     rollout = dict(values.get("rollout") or {})
     if rollout.get("engine") == "replay":  # it has no responses of these problems
         changed["rollout"] = rollout | {"engine": "embedded", "replay_folder": None}
+    if any(word.partition("=")[0] == "--data.test" for word in request.overrides):
+        raise UserError("--data.test: here the problems are those of --sets NAME=FILE")
     return make_recipe(changed, request.overrides, kind, source)
 
 

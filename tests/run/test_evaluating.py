@@ -64,6 +64,7 @@ def test_a_recipe_with_its_sets_and_settings(tmp_path: Path) -> None:
     assert subject.out == tmp_path / "o"
     assert "has no set of that name (hard, test)" in refusal(str(path), "--sets", "soft")
     assert "two sets are called" in refusal(str(path), "--sets", "a=puzzle:test", "a=puzzle:train")
+    assert "those of --sets" in refusal(str(path), "--data.test", "puzzle:train")
     assert "give the run's folder" in refusal(str(path), "--step", "20")
     assert "give --sets NAME=FILE" in refusal(str(write_recipe(tmp_path / "none.yaml")))
 
