@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from asd_megatron.config import make_recipe
-from asd_megatron.run import session
+from asd_megatron.run import model_session, session
 from asd_megatron.run.rl import TrainingRun
 
 COLOCATED = ["--rollout.engine=sglang", "--rollout.placement=colocated", "--rollout.weight_sync=disk"]
@@ -22,15 +22,13 @@ def events(monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> list[str]:
     def note(event: str) -> Any:
         return lambda *_, **__: found.append(event)
 
-    monkeypatch.setattr(session.device, "free_cached_memory", note("free"))
-    monkeypatch.setattr(session, "meet", note("meet"))
+    monkeypatch.setattr(model_session.device, "free_cached_memory", note("free"))
+    monkeypatch.setattr(model_session, "meet", note("meet"))
     recipe = make_recipe({"model": {"path": "m"}, "data": {"train": "t"}}, overrides)
-    host = SimpleNamespace(
-        recipe=recipe,
-        optimizer=SimpleNamespace(offload=note("offload"), reload=note("reload")),
-        process_groups=SimpleNamespace(host=None),
-    )
-    host.generating = lambda: session.Session.generating(cast(session.Session, host))
+    host: Any = session.Session.__new__(session.Session)  # no ranks, no model
+    host.recipe = recipe
+    host.optimizer = SimpleNamespace(offload=note("offload"), reload=note("reload"))
+    host.process_groups = SimpleNamespace(host=None)
     run = SimpleNamespace(
         session=host,
         _start_engine=note("start"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def test_results_come_in_order(protections: Protections) -> None:
 def test_a_test_finds_nothing_of_the_one_before() -> None:
     program = """
 import os
+import tempfile
 print(os.listdir("/tmp"), os.getpid() < 8)
 open("/tmp/note", "w").write("for the next test")
 if input() == "fork" and os.fork() == 0:
@@ -98,16 +100,18 @@ def test_sandboxes_that_do_not_start() -> None:
 
 
 @pytest.fixture
-def fake_bwrap(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
-    def install(script: str) -> None:
-        folder = tmp_path_factory.mktemp("bin")
-        for part in (folder, *folder.parents[:2]):
-            part.chmod(0o755)  # the sandbox's user has to reach it
-        (folder / "bwrap").write_text(f"#!/bin/sh\n{script}\n")
-        (folder / "bwrap").chmod(0o755)
-        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+def fake_bwrap(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Puts a shell script in the place of bwrap; in a folder that the sandbox's user can reach."""
 
-    return install
+    def install(script: str) -> None:
+        program = Path(folder, "bwrap")
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        yield install
 
 
 def test_what_a_machine_lacks(fake_bwrap: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
