@@ -362,6 +362,7 @@ def test_every_row_has_an_outcome(tmp_path: Path) -> None:
     assert isinstance(outcomes[0].problem, Problem)
 
 
+@pytest.mark.slow  # needs the published files
 @pytest.mark.parametrize(
     ("name", "schema", "count"),
     [
@@ -374,8 +375,6 @@ def test_every_row_has_an_outcome(tmp_path: Path) -> None:
 )
 def test_real_files(name: str, schema: str, count: int) -> None:
     folder = os.environ.get("ASD_MEGATRON_DATA")
-    path = Path(folder or "data") / f"{name}.jsonl"
-    if not path.is_file():
-        pytest.skip("set ASD_MEGATRON_DATA to the folder with the published files")
-    problems = load_problems(path)
+    assert folder is not None, "set ASD_MEGATRON_DATA to the folder with the published files"
+    problems = load_problems(Path(folder) / f"{name}.jsonl")
     assert (problems.schema, len(problems), sum(problems.left_out.values())) == (schema, count, 0)

@@ -46,9 +46,9 @@ def test_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "w1"}\n', "line 1: give the strings prompt, teacher_prompt"),
-        ('{"prompt": "", "teacher_prompt": "w1", "response": "w2"}\n', "line 1: .*a token each"),
-        ('\n{"prompt": "w1"\n', "texts.jsonl:2"),
+        ('{"prompt": "w1"}\n', "texts.jsonl:1: give the strings prompt, teacher_prompt"),
+        ('{"prompt": "", "teacher_prompt": "w1", "response": "w2"}\n', "texts.jsonl:1: .*a token each"),
+        ('\n{"prompt": "w1"\n', "texts.jsonl: not JSON"),
         ("[1]\n", "texts.jsonl"),
         ("\n", "has no texts"),
         (None, "cannot read .*texts.jsonl"),
