@@ -157,6 +157,7 @@ def arithmetic(folder: Path, puzzles: int = 40) -> float:
     return sum(right) / len(right)
 
 
+@pytest.mark.slow
 def test_a_short_warm_start_learns(tmp_path: Path) -> None:
     """Fewer steps, smaller batches: a search that ends, and the first of the two tables of arithmetic."""
     model = write_initial_model(tmp_path / "model")

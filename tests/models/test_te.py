@@ -18,10 +18,8 @@ from tests.models import tiny
 from tests.models.oracle import pack, relative
 from tests.te_double import run_ranks_with_te
 
-CELLS_ON_TWO_RANKS = [
-    *("te_tp2", "te_tp2_sp", "te_tp2_sp_shared", "te_pp2", "te_cp2", "te_dp2_distopt", "te_moe_ep2"),
-    "te_bf16_tp2_sp",
-]
+COMPARED = ["te_single", "te_moe_recompute_mlp", "te_tp2_sp_shared", "te_pp2", "te_cp2", "te_moe_ep2", "te_bf16_tp2_sp"]
+OTHERS = ["te_recompute_mlp", "te_tp2", "te_tp2_sp", "te_dp2_distopt"]
 
 
 def _launch(ranks: int, folder: Path, cells: Sequence[str], timeout: float) -> None:
@@ -32,11 +30,11 @@ def _work(rank: int, argv: list[str]) -> None:
     parity_worker.main(argv)
 
 
-def test_parity_with_local_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("names", [COMPARED, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["compared", "others"])
+def test_parity_with_local_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
     """Losses, gradients and updates in float32 are those of one process with local layers; weight gradients are
     fused. FlexAttention attends to shared prefixes, and the stand-in's rotation counts positions from 0 in every
     sequence, as the kernel does."""
-    names = ["te_single", "te_recompute_mlp", "te_moe_recompute_mlp", *CELLS_ON_TWO_RANKS]
     monkeypatch.setattr(parity, "_launch", _launch)
     results = parity.run(names, tmp_path, timeout=250, say=lambda _: None)
     assert [r.layout for r in results] == names

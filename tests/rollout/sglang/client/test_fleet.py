@@ -342,8 +342,7 @@ def test_a_client_that_hangs_is_named_within_a_bound(
         with pytest.raises(RolloutError, match=f"admitting {fake_pair[0].url}.*resume the run"):
             fleet.admit(fake_pair[0].url, LABEL)
         with pytest.raises(RolloutError, match="aborting samples"):
-            monkeypatch.setattr("asd_megatron.rollout.sglang.client.fleet.ABORT_PATIENCE", 0.1)
-            fleet.abort(keep_partial=True)
+            fleet.abort(keep_partial=True, patience=0.1)
         with pytest.raises(ServerError, match="/server_info"):
             fleet.server_info(fake_pair[0].url, 0.1)
     finally:
