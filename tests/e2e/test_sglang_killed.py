@@ -106,7 +106,7 @@ def test_killed_with_carried_responses_and_groups_in_flight(keys: SGLangWorld, w
     kill_in_step([sys.executable, *command], world, folder)
     assert [row["step"] for row in read_metrics(folder)] == list(range(1, KILLED))
     state = json.loads((folder / "checkpoints" / f"step_{SAVED:06d}" / "run_state.json").read_text())["run_state"]
-    left = {tuple(key) for key in state["rollouts"]["left_over"]}
+    left = {(step, name) for step, name, _ in state["rollouts"]["left_over"]}
     before = {k: r for k, r in stored(folder / "bank").items() if k[0] > SAVED or k[:2] in left}
     valid = {key: made for key, response in before.items() if len((made := response.until(SAVED)).ids)}
     whole = [key for key, response in valid.items() if response.finish_reason]
