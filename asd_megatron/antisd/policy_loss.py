@@ -101,12 +101,22 @@ def clipped_policy_loss(
     value = log_ratio.detach().exp()
     a = advantages.detach()
     used = weights != 0
-    clipped = used & (((a > 0) & (value > 1 + clip_high)) | ((a < 0) & (value < 1 - clip_low)))
+    clipped = used & _beyond(value, a, clip_low, clip_high)
     # The gradient path sees only ratios that count: an overflow in an unused branch would turn 0 * inf into NaN.
     ratio = torch.where(used & ~clipped, log_ratio, 0.0).exp()
     ratio = torch.where(clipped, value.clamp(1 - clip_low, 1 + clip_high), ratio)
-    scale = weights.detach() if importance is None else weights.detach() * importance.detach()
+    scale = _scale(weights, importance)
     return -torch.where(used, scale * a * ratio, 0.0).sum(), clipped
+
+
+def _beyond(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """bool [N]: where the clip is the smaller side of min(rho A, clip(rho) A), so that no gradient is left."""
+    return ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
+
+
+def _scale(weights: Tensor, importance: Tensor | None) -> Tensor:
+    """The constant factor of every token [N]."""
+    return weights.detach() if importance is None else weights.detach() * importance.detach()
 
 
 def sequence_policy_loss(
@@ -138,10 +148,10 @@ def sequence_policy_loss(
     """
     ratio, a = log_ratio.detach().exp(), advantages.detach()
     used = weights != 0
-    clipped = used & (((a > 0) & (ratio > 1 + clip_high)) | ((a < 0) & (ratio < 1 - clip_low)))
+    clipped = used & _beyond(ratio, a, clip_low, clip_high)
     bounded = torch.where(clipped, ratio.clamp(1 - clip_low, 1 + clip_high), ratio)
     own = torch.where(used & ~clipped, logprobs, 0.0)  # the others have no gradient, whatever they hold
-    scale = weights.detach() if importance is None else weights.detach() * importance.detach()
+    scale = _scale(weights, importance)
     return -torch.where(used, scale * a * bounded * (own - own.detach()).exp(), 0.0).sum(), clipped
 
 
@@ -172,7 +182,7 @@ def cispo_policy_loss(
     own = torch.where(used, logprobs, 0.0)
     ratio = torch.where(used, own.detach() - old_logprobs.detach(), 0.0).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-    scale = weights.detach() if importance is None else weights.detach() * importance.detach()
+    scale = _scale(weights, importance)
     return -torch.where(used, scale * bounded * advantages.detach() * own, 0.0).sum(), used & (bounded != ratio)
 
 
